@@ -1,0 +1,53 @@
+"""The error tree. Every error a user can meet says what, where and the remedy, and carries its exit code."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class StarlingError(Exception):
+    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
+
+    exit_code = 1
+
+
+class UsageError(StarlingError):
+    """A command line or a configuration that cannot work."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}")
+        self.field = field
+
+
+class DataError(StarlingError):
+    """A dataset, picture or label file that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(StarlingError):
+    """A checkpoint or weights file that cannot be read, trusted, matched or written."""
+
+    exit_code = 4
+
+
+class Stopped(StarlingError):
+    """The run was stopped by a signal after saving a checkpoint; it can be resumed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,99 @@
+"""Where a run's files go: `<runs>/<project>/<name>`, whatever the current directory is called."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from app.errors import UsageError
+
+
+def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the shared runs folder: `$STARLING_RUNS`, else `runs` below the current directory."""
+    return Path(environment.get("STARLING_RUNS") or "runs").absolute()
+
+
+def project_dir(project: str, root: Path) -> Path:
+    """Return the folder of a project.
+
+    An absolute `project` stands as it is. Any other lands below `root`, with one leading `runs/` taken
+    off, so that `--project runs/train` and `--project train` name the same folder.
+
+    Raises UsageError for a project that would climb out of `root`.
+    """
+    if PurePosixPath(project).is_absolute():
+        return Path(project)
+    parts = [part for part in PurePosixPath(project).parts if part != "."]
+    if parts and parts[0] == "runs":
+        parts = parts[1:]
+    if ".." in parts:
+        raise UsageError(
+            f"--project {project}: leaves the runs folder {root}; give a name, or an absolute path"
+        )
+    return root.joinpath(*parts)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is one plain path component; raises UsageError otherwise."""
+    if not name or name in {".", ".."} or "/" in name or "\0" in name:
+        raise UsageError(f"--name {name!r}: must be one folder name, without '/' or '..'")
+    return name
+
+
+def next_free_dir(parent: Path, name: str) -> Path:
+    """Create and return `parent/name`, or the `name2`, `name3`, … after the highest that exists.
+
+    Safe among processes that ask at once: the creation itself decides.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((_suffix(child.name, name) for child in parent.iterdir()), default=0) + 1
+    while True:
+        path = parent / (name if number <= 1 else f"{name}{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number = max(number, 1) + 1
+
+
+def _suffix(folder: str, name: str) -> int:
+    """Return 1 for `name` itself, N for `nameN`, 0 for anything else."""
+    if folder == name:
+        return 1
+    match = re.fullmatch(re.escape(name) + r"([1-9]\d*)", folder)
+    return int(match[1]) if match else 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The files of one training run."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """The folder of `last.pt`, `best.pt` and `epochN.pt`."""
+        return self.path / "weights"
+
+    @property
+    def last(self) -> Path:
+        """The newest resumable checkpoint."""
+        return self.weights / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the highest fitness."""
+        return self.weights / "best.pt"
+
+    @property
+    def results_csv(self) -> Path:
+        """One row an epoch."""
+        return self.path / "results.csv"
+
+    @property
+    def events(self) -> Path:
+        """The event log that the tracking bridge reads."""
+        return self.path / "events.jsonl"

@@ -1,0 +1,46 @@
+"""What a trainer tells about itself while it works, for `launcher status`: one small JSON file a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.outputs.atomic import write_atomic
+
+FOLDER = ".workers"
+"""Below the runs folder; the launcher reads `<runs>/.workers/<replica>.json`."""
+
+
+def worker_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return this worker's name: the replica's (`$STARLING_REPLICA`), else host and process id."""
+    return environment.get("STARLING_REPLICA") or f"{socket.gethostname()}-{os.getpid()}"
+
+
+class WorkerStatus:
+    """Write what this worker is doing. A failure to write is never a reason to stop training.
+
+    Fields: worker, pid, phase (starting, training, validating, waiting, done, failed, stopped), run_dir,
+    candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message, updated
+    (Unix seconds). Fields not known yet are absent; a number that is none (NaN) is null.
+    """
+
+    def __init__(self, root: Path, worker: str) -> None:
+        self.path = root / FOLDER / f"{worker}.json"
+        self._fields: dict[str, object] = {"worker": worker, "pid": os.getpid(), "phase": "starting"}
+
+    def update(self, **fields: object) -> None:
+        """Change the given fields and replace the file."""
+        self._fields.update(fields, updated=time.time())
+        with contextlib.suppress(OSError):
+            plain = {key: _finite(value) for key, value in self._fields.items()}
+            write_atomic(self.path, json.dumps(plain, allow_nan=False, default=str))
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
