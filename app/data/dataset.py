@@ -1,0 +1,320 @@
+"""From a dataset's YAML description to checked pairs of picture and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from app.config.yaml_reader import read_yaml
+from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
+from app.data.labels import LabelFile, label_path, read_labels
+from app.data.limits import container_cpu_count
+from app.errors import ConfigError, DataError, suggest
+
+SPLITS = ("train", "val", "test")
+_KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
+_TOLERATED_KEYS = frozenset(
+    ("author", "channels", "description", "kpt_shape", "license", "minival", "roboflow", "url", "version")
+)
+"""Keys that exporters write and that change nothing here. `download` is never run either."""
+_MAX_CLASSES = 100_000
+_MAX_LIST_BYTES = 1 << 30
+
+Progress = Callable[[int, int], None]
+"""Called with (pictures checked, pictures in all)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetDescription:
+    """What a dataset's YAML says, with its paths resolved."""
+
+    path_yaml: Path
+    root: Path
+    """Folder that the splits are relative to."""
+    splits: Mapping[str, tuple[Path, ...]]
+    """Split name -> folders of pictures, `.txt` lists of pictures, or single pictures."""
+    names: tuple[str, ...]
+    """Class names by class number; one name under single_cls."""
+    nc_in_labels: int
+    """Classes that label files may name; more than `nc` only under single_cls."""
+
+    @property
+    def nc(self) -> int:
+        """Number of classes to learn."""
+        return len(self.names)
+
+    @property
+    def single_cls(self) -> bool:
+        """Whether all classes of the label files count as one."""
+        return self.nc_in_labels != self.nc
+
+    @classmethod
+    def from_yaml(cls, path: Path, single_cls: bool = False) -> Self:
+        """Read and check a description.
+
+        Raises a UsageError for what the file says wrongly, DataError when the data it names is not there.
+        """
+        path = Path(os.path.abspath(path))  # not resolved: relative paths go from where the user put the file
+        mapping = read_yaml(path)
+        for key in mapping:
+            if key not in _KNOWN_KEYS | _TOLERATED_KEYS:
+                raise ConfigError(str(path), key, f"unknown key{suggest(key, _KNOWN_KEYS)}; remove or fix it")
+        entries = {split: _entries(path, split, mapping[split]) for split in SPLITS if mapping.get(split)}
+        if not entries:
+            raise ConfigError(str(path), None, "names no pictures; give `train:` and `val:`")
+        names = _class_names(path, mapping)
+        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0])
+        return cls(
+            path_yaml=path,
+            root=root,
+            splits={split: tuple(_locate(root, e) for e in some) for split, some in entries.items()},
+            names=("item",) if single_cls and len(names) > 1 else names,
+            nc_in_labels=len(names),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dataset:
+    """The usable pictures of one split with their labels, in a fixed order.
+
+    Headers and labels are read anew each time: with threads that costs about 0.1 ms a picture, less than
+    proving a label cache fresh is worth, and an edited label can never be trained on in its old form.
+    """
+
+    images: list[Path]
+    labels: list[np.ndarray[Any, Any]]
+    """[n,5] float32 a picture: class, x and y of the centre, width, height, 0 to 1."""
+    shapes_hw: np.ndarray[Any, Any]
+    """[N,2] int64: upright height and width in pixels."""
+    names: tuple[str, ...]
+    problems: list[str]
+    """Pictures left out, and why; the number of them is `skipped`."""
+    notes: list[str]
+    """Label rows left out without harm."""
+    skipped: int
+    digest: str
+    """Hex SHA-256 of names, labels, and the pictures' relative paths, sizes in pixels and in bytes."""
+    stamps: np.ndarray[Any, Any]
+    """[N,2] int64: bytes and time of change of each picture file; keys what is derived from pixels."""
+
+    @property
+    def nc(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def load(
+        cls,
+        description: DatasetDescription,
+        split: str,
+        *,
+        strict: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> Self:
+        """Find the pictures of `split`, check each header and label file, keep the usable pairs.
+
+        Unusable pictures are left out and listed in `problems`; with `strict` they are a DataError instead.
+        `progress` may be a callable; a bool is taken for the caller's intent to print and ignored here.
+        Raises DataError also for a split that is not there or has no usable picture.
+        """
+        if split not in description.splits:
+            given = ", ".join(description.splits)
+            raise DataError(
+                f"{description.path_yaml}: has no `{split}:`; add it, or use a split it has ({given})"
+            )
+        paths = sorted(dict.fromkeys(_find_images(description, split)))
+        report = progress if callable(progress) else None
+        scanned = list(_scan(paths, description.nc_in_labels, report))
+        problems = [problem for item in scanned for problem in item.problems]
+        if problems and strict:
+            raise DataError(_many(f"{split}: unusable pictures under --strict", problems))
+        usable = [item for item in scanned if item.header is not None and not item.problems]
+        if not usable:
+            where = ", ".join(str(entry) for entry in description.splits[split])
+            reason = _many("none is usable", problems) if problems else "no pictures there; check the path"
+            raise DataError(f"{description.path_yaml}: {split}: {where}: {reason}")
+        return cls._assemble(description, usable, problems, scanned)
+
+    @classmethod
+    def _assemble(
+        cls,
+        description: DatasetDescription,
+        usable: list[_Scanned],
+        problems: list[str],
+        scanned: list[_Scanned],
+    ) -> Self:
+        labels = [item.label_file.rows for item in usable]
+        if description.single_cls:
+            for rows in labels:
+                rows[:, 0] = 0
+        headers = [item.header for item in usable if item.header is not None]
+        return cls(
+            images=[item.path for item in usable],
+            labels=labels,
+            shapes_hw=np.array([header.hw for header in headers], np.int64),
+            names=description.names,
+            problems=problems,
+            notes=[note for item in scanned for note in item.label_file.notes],
+            skipped=len(scanned) - len(usable),
+            digest=_digest(description, usable),
+            stamps=np.array([(header.file_size, header.modified_ns) for header in headers], np.int64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scanned:
+    path: Path
+    header: ImageHeader | None
+    label_file: LabelFile
+    problems: tuple[str, ...]
+
+
+def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if not isinstance(entry, str) or not entry or "\0" in entry:
+            raise ConfigError(f"{path}: {split}", entry, "must be a folder, a .txt list, or a list of these")
+    return tuple(entries)
+
+
+def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
+    names, nc = mapping.get("names"), mapping.get("nc")
+    if nc is not None and (isinstance(nc, bool) or not isinstance(nc, int) or not 1 <= nc <= _MAX_CLASSES):
+        raise ConfigError(f"{path}: nc", nc, "must be the number of classes, 1 or more")
+    if names is None:
+        if nc is None:
+            raise ConfigError(f"{path}: names", None, "give the class names as a list")
+        return tuple(f"class{number}" for number in range(nc))
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise ConfigError(
+                f"{path}: names", list(names)[:10], "the keys must be 0, 1, 2, ... without gaps"
+            )
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names or any(isinstance(n, list | dict | None) for n in names):
+        raise ConfigError(f"{path}: names", names, "must be a list of names, or number: name lines")
+    if nc is not None and nc != len(names):
+        raise ConfigError(f"{path}: nc", nc, f"but there are {len(names)} names; make them agree")
+    return tuple(str(name) for name in names)
+
+
+def _find_root(path_yaml: Path, given: object, first_entry: str) -> Path:
+    """Return the folder that splits are relative to.
+
+    A relative `path` is tried from the YAML's folder, from the working folder, and from `../datasets`, which
+    is where the classic trainer keeps them; the first that holds the first split wins, then the first there.
+    """
+    if given is not None and (not isinstance(given, str) or "\0" in given):
+        raise ConfigError(f"{path_yaml}: path", given, "must be a folder")
+    named = Path(given or ".").expanduser()
+    bases = (path_yaml.parent, Path.cwd(), Path.cwd().parent / "datasets")
+    candidates = list(dict.fromkeys(Path(os.path.normpath(base / named)) for base in bases))
+    for root in candidates:
+        if root.is_dir() and _locate(root, first_entry).exists():
+            return root
+    for root in candidates:
+        if root.is_dir():
+            return root
+    tried = ", ".join(str(root) for root in candidates)
+    raise DataError(
+        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`. "
+        "Nothing is downloaded"
+    )
+
+
+def _locate(root: Path, entry: str) -> Path:
+    """Return the path an entry means; `../train/images`, as some exporters write it, may mean it without `../`."""
+    path = root / Path(entry).expanduser()
+    if entry.startswith("../") and not path.exists() and (root / entry[3:]).exists():
+        return root / entry[3:]
+    return Path(os.path.normpath(path))
+
+
+def _find_images(description: DatasetDescription, split: str) -> Iterator[Path]:
+    for entry in description.splits[split]:
+        if entry.is_dir():
+            yield from _walk(entry)
+        elif entry.suffix.lower() == ".txt" and entry.is_file():
+            yield from _listed(entry, description.root)
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+            yield entry
+        else:
+            raise DataError(
+                f"{description.path_yaml}: {split}: {entry} is not there; put the pictures there or fix the path"
+            )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the pictures under `folder`, following links to folders, each real folder once."""
+    seen: set[str] = set()
+    for current, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(current)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield Path(current, name)
+
+
+def _listed(path: Path, root: Path) -> Iterator[Path]:
+    """Yield the pictures that a list names: absolute, or relative to the list's folder, else to the root."""
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise DataError(f"{path}: over a gigabyte, so not a list of pictures; check the path")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}; check the file") from None
+    for line in lines:
+        name = line.strip()
+        if name and "\0" not in name:
+            beside = path.parent / name
+            yield Path(os.path.normpath(beside if beside.exists() else root / name))
+
+
+def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Scanned]:
+    """Check headers and labels in threads, in order: the time goes into opening files."""
+
+    def scan_one(path: Path) -> _Scanned:
+        label_file = read_labels(label_path(path), nc)
+        try:
+            header = read_header(path)
+        except UnusableImageError as error:
+            return _Scanned(path=path, header=None, label_file=label_file, problems=(f"{path}: {error}",))
+        return _Scanned(path=path, header=header, label_file=label_file, problems=label_file.problems)
+
+    with ThreadPoolExecutor(min(container_cpu_count() * 2, 16), "scan") as pool:
+        for done, item in enumerate(pool.map(scan_one, paths, chunksize=64), start=1):
+            if progress is not None and (done % 64 == 0 or done == len(paths)):
+                progress(done, len(paths))
+            yield item
+
+
+def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:
+    digest = hashlib.sha256()
+    for name in description.names:
+        digest.update(name.encode() + b"\0")
+    for item in usable:
+        assert item.header is not None
+        relative = os.path.relpath(item.path, description.root)
+        height, width = item.header.hw
+        rows = item.label_file.rows
+        digest.update(f"\n{relative}\0{height}\0{width}\0{item.header.file_size}\0{len(rows)}\0".encode())
+        digest.update(np.ascontiguousarray(rows).tobytes())
+    return digest.hexdigest()
+
+
+def _many(head: str, problems: list[str], shown: int = 10) -> str:
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "\n  ".join([f"{head} ({len(problems)}):", *problems[:shown], *more])

@@ -1,0 +1,139 @@
+"""Label rows: one text file a picture, one object a row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
+
+All coordinates are parts of the picture's width and height, 0 to 1. A polygon becomes the box around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_BYTES = 64 << 20
+"""A million rows take about 40 MB; a larger file is not one picture's labels."""
+
+_MAX_NAMED = 5
+"""Faulty rows named per file; the rest are counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelFile:
+    """The rows of one label file."""
+
+    rows: np.ndarray[Any, Any]
+    """[n,5] float32: class, x and y of the centre, width, height, each 0 to 1. Empty for background."""
+    problems: tuple[str, ...] = ()
+    """Rows that cannot be true, as `file:line: what; remedy`. The picture is not to be used."""
+    notes: tuple[str, ...] = ()
+    """Rows left out without harm: repetitions and boxes of no size."""
+
+
+def label_path(image: Path) -> Path:
+    """Return where the labels of `image` are: the last `images` folder replaced by `labels`, suffix `.txt`.
+
+    A picture under no `images` folder has its labels beside it.
+    """
+    parts = list(image.parts)
+    for position in range(len(parts) - 2, -1, -1):
+        if parts[position] == "images":
+            parts[position] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def read_labels(path: Path, nc: int) -> LabelFile:
+    """Read one label file; a missing or empty one means a picture of background.
+
+    `nc` is the number of classes. UTF-8 with or without a byte order mark, any line end. Never raises for
+    what the file holds: faults are returned, so that the caller can collect those of a whole dataset.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return LabelFile(rows=np.zeros((0, 5), np.float32))
+    except OSError as error:
+        return _unusable(f"{path}: cannot be read: {error.strerror}; check its permissions")
+    if len(content) > MAX_BYTES:
+        return _unusable(f"{path}: larger than {MAX_BYTES >> 20} MiB; check that it is a label file")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return _unusable(f"{path}: not UTF-8 text; check that it is a label file")
+    return parse_labels(text, nc, str(path))
+
+
+def parse_labels(text: str, nc: int, source: str) -> LabelFile:
+    """Parse the text of a label file; `source` is its name in messages."""
+    rows: dict[tuple[float, ...], int] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    faults = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        row = _parse_row(fields, nc)
+        if isinstance(row, str):
+            faults += 1
+            if faults <= _MAX_NAMED:
+                problems.append(f"{source}:{number}: {row}")
+        elif row[3] <= 0 or row[4] <= 0:
+            notes.append(f"{source}:{number}: a box of no size, left out")
+        elif row in rows:
+            notes.append(f"{source}:{number}: the same as line {rows[row]}, left out")
+        else:
+            rows[row] = number
+    if faults > _MAX_NAMED:
+        problems.append(f"{source}: {faults - _MAX_NAMED} more faulty rows")
+    array = np.array(list(rows), np.float32).reshape(-1, 5)
+    return LabelFile(rows=array, problems=tuple(problems), notes=_shortened(notes, source))
+
+
+def _parse_row(fields: list[str], nc: int) -> tuple[float, ...] | str:
+    """Return (class, x, y, w, h), or what is wrong with the row."""
+    columns = len(fields)
+    if columns != 5 and (columns < 7 or columns % 2 == 0):
+        return f"{columns} columns; a box has 5 (class x y w h), a polygon class and 3 or more points"
+    try:
+        values = [float(field) for field in fields]
+    except ValueError:
+        return f"{_first_non_number(fields)!r} is not a number; write class and coordinates as numbers"
+    number = values[0]
+    if number < 0 or not number.is_integer():  # which NaN and infinity are not
+        return f"class {fields[0]} is not a whole number from 0"
+    if number >= nc:
+        return f"class {fields[0]} but the dataset has {nc} (0 to {nc - 1}); fix the row or the YAML's names"
+    for position, value in enumerate(values[1:], start=1):
+        if not 0.0 <= value <= 1.0:
+            name = "xywh"[position - 1] if columns == 5 else "xy"[(position - 1) % 2]
+            return f"{name}={fields[position]} outside [0,1]; normalise it or drop the row"
+    if columns == 5:
+        return tuple(values)
+    return number, *_box_around(values[1::2], values[2::2])
+
+
+def _box_around(xs: list[float], ys: list[float]) -> tuple[float, float, float, float]:
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+
+
+def _first_non_number(fields: list[str]) -> str:
+    for field in fields:
+        try:
+            float(field)
+        except ValueError:
+            return field[:40]
+    return ""
+
+
+def _shortened(notes: list[str], source: str) -> tuple[str, ...]:
+    if len(notes) <= _MAX_NAMED:
+        return tuple(notes)
+    return (*notes[:_MAX_NAMED], f"{source}: {len(notes) - _MAX_NAMED} more rows left out")
+
+
+def _unusable(problem: str) -> LabelFile:
+    return LabelFile(rows=np.zeros((0, 5), np.float32), problems=(problem,))

@@ -1,0 +1,280 @@
+"""Batches for training and validation, prepared in threads.
+
+Threads suffice because decoding, warping and colour conversion run in OpenCV, which releases the
+interpreter's lock; so there are no worker processes, nothing goes through /dev/shm, and one copy of the
+decoded pictures serves all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.config.hyp import Hyp
+from app.data.augment import epoch_order, training_item
+from app.data.dataset import Dataset
+from app.data.letterbox import Letterbox, Size, apply_letterbox, letterbox_geometry
+from app.data.store import ImageStore, stored_ratio
+from app.errors import ConfigError
+
+PREFETCH = 3
+"""Batches being prepared or waiting, beside the one in use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """Pictures and their labels."""
+
+    images: Tensor
+    """[B,3,H,W] uint8 RGB, channels last in memory."""
+    targets: Tensor
+    """[n,6] float32: position of the picture in the batch, class, x and y of the centre, width, height, 0 to 1."""
+    indices: tuple[int, ...]
+    """Positions of the pictures in the dataset."""
+    geometry: tuple[Letterbox, ...] | None
+    """How each picture lies in its letterbox, from the original; None where augmentation moved it."""
+    original_hw: tuple[Size, ...]
+
+
+_Work = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""Fills one picture [H,W,3] of a batch, given its dataset index, and returns its labels [n,5]."""
+
+
+class TrainLoader:
+    """Augmented batches; each epoch visits every picture once, in an order of its own.
+
+    Order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor an
+    interruption changes a byte.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        store: ImageStore,
+        *,
+        hyp: Hyp,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """Prepare a loader; threads start with each epoch and end with it.
+
+        `workers` is the number of threads; 0 prepares each batch when it is asked for. `pin_memory` puts
+        batches into page-locked memory, for copies to a GPU that do not wait.
+        """
+        _check(batch_size, workers, image_size, store)
+        self.dataset, self.store, self.hyp = dataset, store, hyp
+        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
+        self.workers, self.pin_memory = workers, pin_memory
+
+    def __len__(self) -> int:
+        """Return the iterations of an epoch; the last batch may be smaller."""
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of `epoch` from iteration `start` on, as a resumed run needs.
+
+        A worker's error is raised here. Closing the iterator, or dropping it, ends its threads.
+        """
+        order = epoch_order(self.seed, epoch, len(self.dataset)).tolist()
+        side = self.image_size
+
+        def fill(index: int, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return training_item(
+                self.dataset, self.store, self.hyp, side, seed=self.seed, epoch=epoch, index=index, out=out
+            )[1]
+
+        plans = [
+            _Plan(indices=tuple(order[first : first + self.batch_size]), hw=(side, side), fill=fill)
+            for first in range(start * self.batch_size, len(order), self.batch_size)
+        ]
+        shapes = self.dataset.shapes_hw
+        for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
+            yield Batch(
+                images=images,
+                targets=targets,
+                indices=plan.indices,
+                geometry=None,
+                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
+            )
+
+
+class ValLoader:
+    """Letterboxed batches for validation, every picture once.
+
+    With `rect`, pictures are sorted by aspect and each batch has the smallest shape, in multiples of the
+    stride, that fits its pictures plus `pad` strides; without, batches are squares in the dataset's order.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        store: ImageStore,
+        *,
+        image_size: int,
+        batch_size: int,
+        stride: int,
+        rect: bool = True,
+        pad: float = 0.5,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """Plan the batches; `pad` is in strides. Threads start with each iteration and end with it."""
+        _check(batch_size, workers, image_size, store)
+        if stride < 1:
+            raise ConfigError("stride", stride, "must be at least 1")
+        self.dataset, self.store = dataset, store
+        self.image_size, self.batch_size, self.stride = image_size, batch_size, stride
+        self.workers, self.pin_memory = workers, pin_memory
+        shapes = dataset.shapes_hw
+        aspect = shapes[:, 0] / shapes[:, 1]
+        order = np.argsort(aspect, kind="stable") if rect else np.arange(len(dataset))
+        self.batches: list[tuple[tuple[int, ...], Size]] = []
+        for first in range(0, len(dataset), batch_size):
+            indices = order[first : first + batch_size]
+            side = math.ceil(image_size / stride) * stride
+            hw = self._rectangle(aspect[indices], pad) if rect else (side, side)
+            self.batches.append((tuple(indices.tolist()), hw))
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches, in the same order each time."""
+        shapes = self.dataset.shapes_hw
+        plans = [_Plan(indices=indices, hw=hw, fill=self._fill) for indices, hw in self.batches]
+        for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
+            yield Batch(
+                images=images,
+                targets=targets,
+                indices=plan.indices,
+                geometry=tuple(self._geometry(i, plan.hw) for i in plan.indices),
+                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
+            )
+
+    def _rectangle(self, aspects: np.ndarray[Any, Any], pad: float) -> Size:
+        """Return the shape of a batch whose pictures have these height/width ratios."""
+        flattest, tallest = float(aspects.min()), float(aspects.max())
+        height, width = 1.0, 1.0
+        if tallest < 1:
+            height = tallest
+        elif flattest > 1:
+            width = 1 / flattest
+        strides = self.image_size / self.stride
+        return (
+            math.ceil(height * strides + pad) * self.stride,
+            math.ceil(width * strides + pad) * self.stride,
+        )
+
+    def _letterbox(self, index: int, hw: Size) -> Letterbox:
+        height, width = self.store.shapes_hw[index].tolist()
+        return letterbox_geometry((height, width), hw, minimal=False, upscale=False)
+
+    def _geometry(self, index: int, hw: Size) -> Letterbox:
+        """Return the letterbox as seen from the original picture, with both resizings as one ratio."""
+        height, width = self.dataset.shapes_hw[index].tolist()
+        geometry = self._letterbox(index, hw)
+        return replace(geometry, ratio=geometry.ratio * stored_ratio((height, width), self.image_size))
+
+    def _fill(self, index: int, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        height, width = out.shape[:2]
+        geometry = self._letterbox(index, (height, width))
+        apply_letterbox(self.store[index], geometry, out)
+        labels = self.dataset.labels[index].copy()
+        out_wh = np.array((width, height), np.float32)
+        resized_wh = np.array(geometry.resized_hw[::-1], np.float32)
+        labels[:, 1:3] = (labels[:, 1:3] * resized_wh + geometry.pad_wh) / out_wh
+        labels[:, 3:5] *= resized_wh / out_wh
+        return labels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What one batch is to hold."""
+
+    indices: tuple[int, ...]
+    hw: Size
+    fill: _Work
+
+
+def _prepared(
+    plans: Sequence[_Plan], workers: int, pin_memory: bool
+) -> Iterator[tuple[_Plan, Tensor, Tensor]]:
+    """Yield (plan, images, targets) in order, prepared at most PREFETCH batches ahead."""
+    cv2.setNumThreads(1)  # the parallelism is over pictures; OpenCV's own pool would fight it for the cores
+    if workers == 0:
+        for plan in plans:
+            pixels = _allocate(plan, pin_memory)
+            yield plan, *_assembled(pixels, _fill_slice(plan, pixels.numpy(), 0, len(plan.indices)))
+        return
+    pool = ThreadPoolExecutor(workers, "loader")
+    waiting: deque[tuple[_Plan, Tensor, list[Future[list[np.ndarray[Any, Any]]]]]] = deque()
+    try:
+        for plan in plans:
+            waiting.append(_submit(pool, plan, workers, pin_memory))
+            if len(waiting) > PREFETCH:
+                yield _finish(*waiting.popleft())
+        while waiting:
+            yield _finish(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(
+    pool: ThreadPoolExecutor, plan: _Plan, workers: int, pin_memory: bool
+) -> tuple[_Plan, Tensor, list[Future[list[np.ndarray[Any, Any]]]]]:
+    """Share one batch among all workers, so that the batch needed next is also the one ready next."""
+    pixels = _allocate(plan, pin_memory)
+    count = len(plan.indices)
+    share = math.ceil(count / workers)
+    parts = [
+        pool.submit(_fill_slice, plan, pixels.numpy(), first, min(first + share, count))
+        for first in range(0, count, share)
+    ]
+    return plan, pixels, parts
+
+
+def _finish(
+    plan: _Plan, pixels: Tensor, parts: list[Future[list[np.ndarray[Any, Any]]]]
+) -> tuple[_Plan, Tensor, Tensor]:
+    return plan, *_assembled(pixels, [labels for part in parts for labels in part.result()])
+
+
+def _allocate(plan: _Plan, pin_memory: bool) -> Tensor:
+    return torch.empty((len(plan.indices), *plan.hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
+
+
+def _fill_slice(
+    plan: _Plan, pixels: np.ndarray[Any, Any], first: int, end: int
+) -> list[np.ndarray[Any, Any]]:
+    return [plan.fill(plan.indices[position], pixels[position]) for position in range(first, end)]
+
+
+def _assembled(pixels: Tensor, labels: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Return images as [B,3,H,W] without copying, and the labels as one table."""
+    targets = np.empty((sum(map(len, labels)), 6), np.float32)
+    targets[:, 0] = np.repeat(np.arange(len(labels), dtype=np.float32), [len(rows) for rows in labels])
+    if len(targets):
+        targets[:, 1:] = np.concatenate(labels)
+    return pixels.permute(0, 3, 1, 2), torch.from_numpy(targets)
+
+
+def _check(batch_size: int, workers: int, image_size: int, store: ImageStore) -> None:
+    if batch_size < 1:
+        raise ConfigError("batch_size", batch_size, "must be at least 1")
+    if workers < 0:
+        raise ConfigError("workers", workers, "must be 0 or more")
+    if store.image_size != image_size:
+        raise ConfigError("image_size", image_size, f"but the store holds pictures of {store.image_size}")

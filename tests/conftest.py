@@ -1,0 +1,48 @@
+"""What every test shares: a small real dataset, a tiny layout, and a runs folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# Before torch is imported: tests are many and small, threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINI_SET = REPOSITORY / "datasets" / "bccd-mini"
+TINY_LAYOUT = Path(__file__).resolve().parent / "tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test a runs folder of its own, and no tracking server or settings from outside."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("STARLING_RUNS", str(folder))
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "CLEARML_", "STARLING_REPLICA", "STARLING_FLEET")):
+            monkeypatch.delenv(name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the YAML of eight real pictures to train on and four to validate on."""
+    root = tmp_path_factory.mktemp("tiny")
+    for split, count in (("train", 8), ("val", 4)):
+        for picture in sorted((MINI_SET / "images" / split).glob("*.jpg"))[:count]:
+            for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
+                target = root / kind / split / f"{picture.stem}{suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(MINI_SET / kind / split / target.name, target)
+    shutil.copyfile(MINI_SET / "bccd.yaml", root / "bccd.yaml")
+    return root / "bccd.yaml"
+
+
+@pytest.fixture
+def tiny_args(tiny_data: Path) -> list[str]:
+    """Return the flags of a training that takes about a second."""
+    return ["--data", str(tiny_data), "--weights", "", "--cfg", str(TINY_LAYOUT), "--img", "64", "--batch", "4",
+            "--epochs", "2", "--device", "cpu"]  # fmt: skip

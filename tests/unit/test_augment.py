@@ -1,0 +1,204 @@
+"""Augmentation: labels follow pixels, the unpainted canvas equals a painted one, and nothing is left to chance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from app.config.hyp import Hyp
+from app.data import augment
+from app.data.augment import epoch_order, training_item
+
+SIDE = 96
+SHAPES = [(96, 72), (60, 96), (96, 96), (48, 96), (96, 50)]
+PLAIN = Hyp(hsv_h=0.0, hsv_s=0.0, hsv_v=0.0, fliplr=0.0, translate=0.1, scale=0.3)
+ROTATED = replace(PLAIN, degrees=25.0, shear=8.0)
+TILTED = replace(ROTATED, perspective=0.001)
+
+
+def _squares() -> tuple[Any, list[np.ndarray]]:
+    """Return pictures with one white square each on black, and labels that frame it exactly."""
+    pictures, labels = [], []
+    for number, (height, width) in enumerate(SHAPES):
+        picture = np.zeros((height, width, 3), np.uint8)
+        top, left, side = 12 + 3 * number, 9 + 5 * number, 20
+        picture[top : top + side, left : left + side] = 255
+        pictures.append(picture)
+        box = ((left + side / 2) / width, (top + side / 2) / height, side / width, side / height)
+        labels.append(np.array([[number, *box]], np.float32))
+    return SimpleNamespace(images=[Path(str(i)) for i in range(len(SHAPES))], labels=labels), pictures
+
+
+def _item(hyp: Hyp, index: int = 0, epoch: int = 0, seed: int = 5, side: int = SIDE) -> tuple[Any, Any]:
+    dataset, pictures = _squares()
+    return training_item(dataset, pictures, hyp, side, seed=seed, epoch=epoch, index=index)
+
+
+@pytest.mark.parametrize("flips", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+@pytest.mark.parametrize("base", [PLAIN, ROTATED, TILTED], ids=["aligned", "affine", "perspective"])
+def test_each_label_frames_its_white_square(base: Hyp, mosaic: float, flips: tuple[float, float]) -> None:
+    hyp = replace(base, mosaic=mosaic, fliplr=flips[0], flipud=flips[1])
+    framed = 0
+    for index in range(len(SHAPES)):
+        for epoch in range(6):
+            image, labels = _item(hyp, index, epoch)
+            count, _, stats, _ = cv2.connectedComponentsWithStats((image[..., 0] > 180).astype(np.uint8))
+            blobs = [
+                (x, y, x + w, y + h)
+                for x, y, w, h, area in stats[1:count].tolist()
+                if w > 5 and h > 5 and area
+            ]
+            centre, half = labels[:, 1:3] * SIDE, labels[:, 3:5] * SIDE / 2
+            boxes = np.concatenate((centre - half, centre + half), 1)
+            inside = [b for b in boxes if b[:2].min() > 3 and b[2:].max() < SIDE - 3]
+            for box in inside:
+                nearest = min(np.abs(np.subtract(blob, box)).max() for blob in blobs)
+                assert nearest <= 2.0, (index, epoch, box, blobs)
+                framed += 1
+    assert framed >= 8
+
+
+def test_an_unpainted_canvas_gives_the_picture_that_a_painted_one_does() -> None:
+    rng = np.random.default_rng(0)
+    pictures = []
+    for height, width in SHAPES:
+        coarse = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        pictures.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
+    dataset, _ = _squares()
+    for hyp in (PLAIN, ROTATED, TILTED):
+        draws = augment.random_stream(3, 1, 2).random(augment._DRAWS).tolist()
+        view = augment._mosaic(dataset, pictures, hyp, SIDE, draws, 2)
+        out = np.empty((SIDE, SIDE, 3), np.uint8)
+        augment._render(view, None, dataset, SIDE, out)
+        canvas = np.full((2 * SIDE, 2 * SIDE, 3), 114, np.uint8)
+        for tile in view.tiles:
+            picture = pictures[tile.picture]
+            for y in range(picture.shape[0]):
+                for x in range(picture.shape[1]):
+                    cx, cy = int(tile.x) + x, int(tile.y) + y
+                    if 0 <= cx < 2 * SIDE and 0 <= cy < 2 * SIDE:
+                        canvas[cy, cx] = picture[y, x]
+        matrix = augment._HALF_BACK @ view.matrix @ augment._HALF
+        painted = cv2.warpPerspective(canvas, matrix, (SIDE, SIDE), borderValue=(114, 114, 114))
+        difference = np.abs(out.astype(int) - painted).max(2)
+        # Only the outlines of the tiles may differ, where the painted canvas blends neighbours.
+        assert (difference > 4).mean() < 0.06
+        assert np.median(difference) <= 1
+
+
+@pytest.mark.parametrize("hyp", [Hyp(), Hyp(degrees=10.0), Hyp(mosaic=0.0), Hyp(mixup=1.0)])
+def test_the_same_key_gives_the_same_bytes_and_another_key_others(hyp: Hyp) -> None:
+    image, labels = _item(hyp, 1, 2, 3)
+    again, labels_again = _item(hyp, 1, 2, 3)
+    assert np.array_equal(image, again)
+    assert np.array_equal(labels, labels_again)
+    for index, epoch, seed in ((0, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert not np.array_equal(image, _item(hyp, index, epoch, seed)[0])
+
+
+def test_labels_lie_within_the_frame_and_keep_large_class_numbers() -> None:
+    dataset, pictures = _squares()
+    wide = np.array([[900, 0.5, 0.5, 1.0, 1.0], [900, 0.1, 0.1, 0.3, 0.3]], np.float32)
+    dataset.labels = [wide] * len(SHAPES)
+    hyp = Hyp(degrees=15.0, scale=0.9, translate=0.4, mixup=0.5)
+    for epoch in range(40):
+        for candidate in (hyp, replace(hyp, degrees=0.0)):
+            _, labels = training_item(dataset, pictures, candidate, SIDE, seed=1, epoch=epoch, index=0)
+            half = labels[:, 3:5] / 2
+            assert (labels[:, 1:3] - half >= -1e-6).all()
+            assert (labels[:, 1:3] + half <= 1 + 1e-6).all()
+            assert (labels[:, 3:5] * SIDE > 2).all()
+            assert (labels[:, 0] == 900).all()
+            assert labels.dtype == np.float32
+
+
+def test_a_box_hardly_in_view_is_dropped() -> None:
+    boxes = np.array([[0, -1, 10, 50, 50], [0, -46, 10, 4, 50], [0, 10, 10, 11.5, 50], [0, 0, 0, 90, 0.5]])
+    labels = augment._transform_labels(boxes.astype(np.float32), np.eye(3), True, 1.0, SIDE)
+    assert len(labels) == 1
+    assert np.allclose(labels[0, 1:] * SIDE, [25, 30, 50, 40])
+
+
+def test_without_mosaic_and_motion_the_picture_is_centred_on_grey() -> None:
+    still = replace(PLAIN, mosaic=0.0, translate=0.0, scale=0.0)
+    image, labels = _item(still, 3)
+    assert np.array_equal(image[24:72], _squares()[1][3])
+    assert (image[:24] == 114).all()
+    assert (image[72:] == 114).all()
+    assert len(labels) == 1
+
+
+def test_colour_jitter_changes_colours_and_not_their_places() -> None:
+    flat = np.full((8, 8, 3), (200, 90, 40), np.uint8)
+    grey = np.full((8, 8, 3), 120, np.uint8)
+    dataset = SimpleNamespace(images=[Path("a")], labels=[np.zeros((0, 5), np.float32)])
+    still = Hyp(mosaic=0.0, translate=0.0, scale=0.0, fliplr=0.0)
+    coloured, _ = training_item(dataset, [flat], still, 8, seed=1, epoch=0, index=0)
+    assert len(np.unique(coloured.reshape(-1, 3), axis=0)) == 1
+    assert not np.array_equal(coloured, flat)
+    shaded, _ = training_item(dataset, [grey], still, 8, seed=1, epoch=0, index=0)
+    assert len(np.unique(shaded)) == 1  # grey stays grey, lighter or darker
+
+
+def test_mixup_adds_the_labels_of_a_second_mosaic() -> None:
+    more = sum(len(_item(replace(PLAIN, mixup=1.0), 0, epoch)[1]) for epoch in range(10))
+    assert more > 1.5 * sum(len(_item(PLAIN, 0, epoch)[1]) for epoch in range(10))
+
+
+def test_a_dataset_of_background_only_gives_no_labels() -> None:
+    dataset, pictures = _squares()
+    dataset.labels = [np.zeros((0, 5), np.float32)] * len(SHAPES)
+    _, labels = training_item(dataset, pictures, Hyp(mixup=1.0), SIDE, seed=1, epoch=0, index=0)
+    assert labels.shape == (0, 5)
+
+
+def test_an_epochs_order_is_a_permutation_that_changes_with_epoch_and_seed() -> None:
+    order = epoch_order(1, 0, 50)
+    assert sorted(order.tolist()) == list(range(50))
+    assert np.array_equal(order, epoch_order(1, 0, 50))
+    assert not np.array_equal(order, epoch_order(1, 1, 50))
+    assert not np.array_equal(order, epoch_order(2, 0, 50))
+
+
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_a_flip_is_the_exact_mirror(mosaic: float) -> None:
+    hyp = replace(PLAIN, mosaic=mosaic, scale=0.0, translate=0.0)
+    image, labels = _item(hyp, 1)
+    mirrored, labels_mirrored = _item(replace(hyp, fliplr=1.0), 1)
+    upended, _ = _item(replace(hyp, flipud=1.0), 1)
+    assert np.array_equal(mirrored, image[:, ::-1])
+    assert np.array_equal(upended, image[::-1])
+    assert np.allclose(labels_mirrored[:, 1], 1 - labels[:, 1], atol=1e-5)
+
+
+def test_the_canvas_centre_lands_within_the_translation_whatever_else_moves() -> None:
+    hyp = Hyp(degrees=40.0, shear=10.0, scale=0.5, perspective=0.001, translate=0.2)
+    landings = []
+    for epoch in range(200):
+        draws = augment.random_stream(0, epoch, 0).random(augment._DRAWS).tolist()
+        matrix, _ = augment._canvas_matrix(hyp, draws, 2 * SIDE, SIDE)
+        x, y, w = matrix @ (SIDE, SIDE, 1)
+        landings.append((x / w / SIDE, y / w / SIDE))
+    low, high = np.min(landings, 0), np.max(landings, 0)
+    assert ((low >= 0.3) & (low < 0.32)).all()
+    assert ((high <= 0.7) & (high > 0.68)).all()
+
+
+def test_a_mosaic_fetches_each_of_its_four_pictures_once() -> None:
+    dataset, pictures = _squares()
+    fetched: list[int] = []
+
+    class Counting:
+        def __getitem__(self, index: int) -> np.ndarray:
+            fetched.append(index)
+            return pictures[index]
+
+    training_item(dataset, Counting(), PLAIN, SIDE, seed=1, epoch=0, index=0)
+    assert len(fetched) == 4

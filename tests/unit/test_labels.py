@@ -1,0 +1,101 @@
+"""Label rows: what is accepted, what is refused, and that a refusal names file and line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.data.labels import label_path, parse_labels, read_labels
+
+
+def test_a_box_row_is_read_as_it_stands() -> None:
+    labels = parse_labels("2 0.5 0.25 0.1 0.2\n", 3, "a.txt")
+    assert labels.rows.dtype == np.float32
+    assert np.allclose(labels.rows, [[2, 0.5, 0.25, 0.1, 0.2]])
+    assert not labels.problems
+
+
+def test_a_polygon_becomes_the_box_around_it() -> None:
+    labels = parse_labels("0 0.1 0.2 0.5 0.2 0.3 0.6", 1, "a.txt")
+    assert np.allclose(labels.rows, [[0, 0.3, 0.4, 0.4, 0.4]])
+
+
+def test_byte_order_mark_and_crlf_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf0 .5 .5 .1 .1\r\n1 .2 .2 .1 .1\r\n\r\n")
+    labels = read_labels(path, 2)
+    assert len(labels.rows) == 2
+    assert not labels.problems
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("0 nan .5 .1 .1", "x=nan outside [0,1]"),
+        ("0 .5 inf .1 .1", "y=inf outside [0,1]"),
+        ("0 .5 -0.1 .1 .1", "y=-0.1 outside [0,1]"),
+        ("0 1.42 .5 .1 .1", "x=1.42 outside [0,1]"),
+        ("0 .5 .5 .1 .1 .9", "6 columns"),
+        ("0 .5 .5", "3 columns"),
+        ("3 .5 .5 .1 .1", "class 3 but the dataset has 3 (0 to 2)"),
+        ("-1 .5 .5 .1 .1", "class -1 is not a whole number"),
+        ("inf .5 .5 .1 .1", "class inf is not a whole number"),
+        ("nan .5 .5 .1 .1", "class nan is not a whole number"),
+        ("cat .5 .5 .1 .1", "'cat' is not a number"),
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line(row: str, said: str) -> None:
+    labels = parse_labels(f"0 .5 .5 .1 .1\n{row}\n", 3, "train/7.txt")
+    assert len(labels.problems) == 1
+    assert labels.problems[0].startswith("train/7.txt:2: ")
+    assert said in labels.problems[0]
+
+
+def test_repeated_and_sizeless_rows_are_left_out_with_a_note() -> None:
+    labels = parse_labels("0 .5 .5 .1 .1\n0 .5 .5 .1 .1\n0 .5 .5 0 .1\n", 1, "a.txt")
+    assert len(labels.rows) == 1
+    assert not labels.problems
+    assert [note.split(":")[1] for note in labels.notes] == ["2", "3"]
+
+
+def test_missing_and_empty_files_mean_background(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for name in ("empty.txt", "missing.txt"):
+        labels = read_labels(tmp_path / name, 1)
+        assert labels.rows.shape == (0, 5)
+        assert not labels.problems
+
+
+def test_binary_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe0\x00")
+    assert "not UTF-8" in read_labels(tmp_path / "a.txt", 1).problems[0]
+    (tmp_path / "folder.txt").mkdir()
+    assert "cannot be read" in read_labels(tmp_path / "folder.txt", 1).problems[0]
+
+
+def test_a_flood_of_faults_is_counted_not_listed() -> None:
+    started = time.monotonic()
+    labels = parse_labels("0 2 2 2 2\n" * 100_000, 1, "a.txt")
+    assert len(labels.problems) == 6
+    assert "99995 more" in labels.problems[-1]
+    assert time.monotonic() - started < 5
+
+
+def test_only_the_last_images_folder_is_replaced() -> None:
+    assert label_path(Path("/images/set/images/train/a.b.jpg")) == Path("/images/set/labels/train/a.b.txt")
+    assert label_path(Path("/set/pictures/a.jpg")) == Path("/set/pictures/a.txt")
+    assert label_path(Path("/set/images.jpg")) == Path("/set/images.txt")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(max_size=200), st.text(alphabet="0123456789.eE-+ \n\rnaif", max_size=200)))
+def test_no_text_whatever_raises_or_yields_a_value_outside_the_frame(text: str) -> None:
+    rows = parse_labels(text, 5, "a.txt").rows
+    assert rows.shape[1] == 5
+    assert ((rows[:, 1:] >= 0) & (rows[:, 1:] <= 1)).all()
+    assert ((rows[:, 0] >= 0) & (rows[:, 0] < 5)).all()
