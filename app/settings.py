@@ -1,0 +1,141 @@
+"""Settings that outlive a command.
+
+    python -m app.settings                  show them
+    python -m app.settings mlflow=False     change one
+    python -m app.settings reset            back to the defaults
+
+They stand in `$STARLING_RUNS/settings.json` where that variable is set (so all replicas of a fleet share
+them), else in `$XDG_CONFIG_HOME/starling/settings.json`, by default `~/.config/starling/settings.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from app.errors import ConfigError, StarlingError, UsageError, suggest
+from app.outputs.atomic import write_atomic
+
+_WORDS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All settings with their defaults."""
+
+    mlflow: bool = True
+    """Send runs to MLflow: the server of `MLFLOW_TRACKING_URI`, else the database under `<runs>/mlflow`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mlflow, bool):
+            raise ConfigError("mlflow", self.mlflow, "must be True or False")
+
+
+def settings_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the settings file, which need not exist."""
+    if runs := environment.get("STARLING_RUNS"):
+        return Path(runs) / "settings.json"
+    config = environment.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    return Path(config) / "starling" / "settings.json"
+
+
+def read() -> Settings:
+    """Return the settings in force; raises ConfigError for a damaged file."""
+    path = settings_path()
+    try:
+        stored = json.loads(path.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("not a mapping")
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "settings", str(path), f"unreadable ({error}); run python -m app.settings reset"
+        ) from None
+    return _checked(stored)
+
+
+def update(changes: Mapping[str, Any]) -> Settings:
+    """Change the given settings, keep the others, and return all: `settings.update({"mlflow": False})`.
+
+    Raises ConfigError for an unknown name or a wrong value; then nothing is changed.
+    """
+    changed = _checked({**asdict(read()), **changes})
+    _write(changed)
+    return changed
+
+
+def reset() -> Settings:
+    """Go back to the defaults and return them."""
+    defaults = Settings()
+    _write(defaults)
+    return defaults
+
+
+def _checked(values: Mapping[str, Any]) -> Settings:
+    known = [item.name for item in fields(Settings)]
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(
+                name, value, f"no such setting{suggest(name, known)}; known: {', '.join(known)}"
+            )
+    return Settings(**values)
+
+
+def _write(changed: Settings) -> None:
+    path = settings_path()
+    try:
+        write_atomic(path, json.dumps(asdict(changed), indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written ({error.strerror}); free it, or set STARLING_RUNS"
+        ) from None
+
+
+def _parse_changes(words: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"{word!r}: write name=True, name=False, or reset")
+        changes[name] = _WORDS.get(value.lower(), value)
+    return changes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Show, change or reset the settings; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    try:
+        if words == ["reset"]:
+            current = reset()
+        elif words:
+            current = update(_parse_changes(words))
+        else:
+            current = read()
+    except StarlingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    for name, value in asdict(current).items():
+        print(f"{name}={value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

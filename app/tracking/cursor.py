@@ -1,0 +1,73 @@
+"""How far a log has been delivered to one destination, in a small file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from app.outputs.atomic import write_atomic
+
+
+@dataclass(kw_only=True, slots=True)
+class RunProgress:
+    """What the bridge remembers of one run of the log."""
+
+    run_id: str
+    """The tracker's id."""
+    directory: str
+    """The run directory, relative to the log's folder."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Metric name -> highest step sent; a resumed trainer may report its last epoch a second time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Cursor:
+    """The place in the log, and the runs it has met so far."""
+
+    destination: str
+    offset: int = 0
+    first_line: str = ""
+    """Digest of the log's first line: tells a new log from the old one of the same name."""
+    sent: int = 0
+    rejected: int = 0
+    problem: str = ""
+    """Why delivery is held up right now; empty when it is not."""
+    runs: dict[str, RunProgress] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, log: Path, tracker: str, destination: str) -> Cursor:
+        """Read the cursor of `log`, or start anew: for another destination, another log, or a damaged file.
+
+        Starting anew is safe, since everything a tracker is told may be told twice.
+        """
+        try:
+            stored = json.loads(cursor_path(log, tracker).read_bytes())
+            runs = {uuid: RunProgress(**run) for uuid, run in stored.pop("runs").items()}
+            cursor = cls(**stored, runs=runs)
+            same_log = cursor.first_line == _first_line(log) and 0 <= cursor.offset <= log.stat().st_size
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(destination=destination)
+        if cursor.destination != destination or (cursor.offset and not same_log):
+            return cls(destination=destination)
+        return cursor
+
+    def save(self, log: Path, tracker: str) -> None:
+        """Replace the cursor file; raises OSError."""
+        self.first_line = self.first_line or _first_line(log)
+        write_atomic(cursor_path(log, tracker), json.dumps(asdict(self)))
+
+
+def cursor_path(log: Path, tracker: str) -> Path:
+    """Return the cursor file of `log` for one tracker: `events.mlflow.cursor` beside `events.jsonl`."""
+    return log.with_name(f"{log.stem}.{tracker}.cursor")
+
+
+def _first_line(log: Path) -> str:
+    try:
+        with open(log, "rb") as file:
+            line = file.readline(1 << 20)
+    except FileNotFoundError:
+        return ""
+    return hashlib.sha256(line).hexdigest()[:16] if line.endswith(b"\n") else ""

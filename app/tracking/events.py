@@ -1,0 +1,248 @@
+"""The event log: one JSON line an event, appended by one trainer, read by the bridge from a saved offset."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from app.outputs.atomic import append_line
+
+SCHEMA = 1
+"""Version of the line format, field `v` of each line."""
+
+STATUSES = frozenset({"finished", "failed", "killed", "pruned"})
+
+RUN_ARTIFACTS = {
+    "opt.yaml": "config",
+    "hyp.yaml": "config",
+    "results.csv": "table",
+    "*.png": "plot",
+    "*.jpg": "plot",
+    "weights/best.pt": "weights",
+    "weights/last.pt": "weights",
+}
+"""What a training sends when it ends: pattern below its run directory -> kind."""
+
+CANDIDATE_ARTIFACTS = {"hyp.yaml": "config", "results.csv": "table"}
+"""What a candidate of a search sends: small files only, since there are many candidates."""
+
+SEARCH_ARTIFACTS = {
+    "opt.yaml": "config",
+    "evolve.csv": "table",
+    "hyp_evolve.yaml": "config",
+    "evolve.png": "plot",
+    "weights/best.pt": "weights",
+}
+"""What the search's own run sends when it ends."""
+
+_FIELDS: dict[str, frozenset[str]] = {
+    "run_start": frozenset({"name", "project", "dir", "parent", "params", "tags"}),
+    "metrics": frozenset({"step", "values"}),
+    "artifact": frozenset({"path", "kind"}),
+    "message": frozenset({"text"}),
+    "run_end": frozenset({"status", "reason"}),
+    "log_end": frozenset(),
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "run_start": {"parent": None, "params": {}, "tags": {}},
+    "run_end": {"reason": ""},
+}
+_CHUNK_BYTES = 4 << 20
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One event as read back; `end` is the byte offset in the log just behind it."""
+
+    name: str
+    seq: int
+    time: float
+    run: str
+    fields: Mapping[str, Any]
+    end: int
+
+
+class EventLog:
+    """Append events to the log at `path`; there is one writer a log.
+
+    `run_uuid` is the run that events belong to unless `append` names another. A log that cannot be written
+    never stops training: the event is counted in `dropped`, and `warn` is told once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run_uuid: str | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
+        self.path = path
+        self.run_uuid = run_uuid
+        self.dropped = 0
+        self._clock = clock
+        self._warn = warn
+        self._next_seq: int | None = None
+
+    def append(self, event: str, /, *, run: str | None = None, **fields: Any) -> None:
+        """Append one event in a single write.
+
+        | event       | fields                                                                             |
+        |-------------|------------------------------------------------------------------------------------|
+        | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags  |
+        | `metrics`   | step (the epoch), values {name: number}                                            |
+        | `artifact`  | path (relative to the run directory), kind                                         |
+        | `message`   | text                                                                               |
+        | `run_end`   | status (finished, failed, killed, pruned), reason                                  |
+        | `log_end`   | none: nothing follows until the run is resumed                                     |
+
+        NaN and infinities are written as strings, which strict JSON can hold. Raises ValueError for an unknown
+        event or field, and TypeError for a value that is not plain (a tensor, say: reading it would wait
+        for the device, which is the caller's decision).
+        """
+        complete = self._checked(event, fields)
+        uuid = run or self.run_uuid
+        if uuid is None and event != "log_end":
+            raise ValueError(f"{event}: the log has no run of its own, so name one with run=")
+        head = {"v": SCHEMA, "time": round(self._clock(), 3), "run": uuid or "", "event": event}
+        try:
+            if self._next_seq is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._next_seq = _last_seq(self.path) + 1
+            line = json.dumps({**head, "seq": self._next_seq, **complete}, allow_nan=False)
+            # A torn tail, left by a kill or a full disk, gets its line end first and is skipped by readers.
+            append_line(self.path, ("\n" if _is_torn(self.path) else "") + line)
+            self._next_seq += 1
+        except OSError as error:
+            self.dropped += 1
+            if self.dropped == 1:
+                self._warn(
+                    f"tracking: cannot append to {self.path} ({error}); training goes on, events are lost"
+                )
+
+    def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
+        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches."""
+        for pattern, kind in patterns.items():
+            for path in sorted(run_dir.glob(pattern)):
+                if path.is_file():
+                    self.append("artifact", run=run, path=path.relative_to(run_dir).as_posix(), kind=kind)
+
+    def _checked(self, event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        if event not in _FIELDS:
+            raise ValueError(f"unknown event {event!r}; known: {', '.join(_FIELDS)}")
+        complete = {**_DEFAULTS.get(event, {}), **fields}
+        if complete.keys() != _FIELDS[event]:
+            wrong = ", ".join(sorted(complete.keys() ^ _FIELDS[event]))
+            raise ValueError(f"{event}: missing or unknown fields: {wrong}")
+        if event == "run_end" and complete["status"] not in STATUSES:
+            raise ValueError(
+                f"run_end: status {complete['status']!r} is not one of {', '.join(sorted(STATUSES))}"
+            )
+        if event == "run_start":
+            # Relative, so that the log means the same in a container and on the host.
+            complete["dir"] = os.path.relpath(complete["dir"], self.path.parent)
+        if event == "metrics":
+            complete["values"] = {name: _number(name, value) for name, value in complete["values"].items()}
+        return {name: _plain(value) for name, value in complete.items()}
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """Return the whole events from byte `offset` on (some MiB at most), and the offset to go on from.
+
+    A last line without its line end is left for the next call; a line that is no event is skipped. A log
+    that does not exist yet has no events.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            chunk = file.read(_CHUNK_BYTES)
+    except FileNotFoundError:
+        return [], offset
+    whole = chunk.rfind(b"\n") + 1
+    if not whole:
+        # No event is this long: whatever it is, step over it. A shorter rest is a line being written.
+        return [], offset + (len(chunk) if len(chunk) == _CHUNK_BYTES else 0)
+    return list(_parse(chunk[:whole].splitlines(keepends=True), offset)), offset + whole
+
+
+def metric_values(event: Event) -> dict[str, float]:
+    """Return the values of a `metrics` event as floats, NaN and infinities included."""
+    return {str(name): float(value) for name, value in event.fields["values"].items()}
+
+
+def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
+    for line in lines:
+        offset += len(line)
+        try:
+            record = json.loads(line)
+            name = record.pop("event")
+            if record.pop("v") != SCHEMA or _FIELDS[name] - record.keys():
+                continue
+            seq, at, run = int(record.pop("seq")), float(record.pop("time")), str(record.pop("run"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        yield Event(name=name, seq=seq, time=at, run=run, fields=record, end=offset)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it; raises TypeError for what is not plain."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    raise TypeError(f"events hold plain values only, not {type(value).__name__}; use .item() or str() first")
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"metric {name!r} is a {type(value).__name__}, not a number; use .item() first")
+    return float(value)
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether the file's last byte is not a line end."""
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+def last_event(path: Path) -> Event | None:
+    """Return the last whole event of a log, or None; reads the tail only."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(0, size - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return None
+    events = list(_parse((line for line in lines if line.endswith(b"\n")), start))
+    return events[-1] if events else None
+
+
+def _last_seq(path: Path) -> int:
+    event = last_event(path)
+    return event.seq if event else -1

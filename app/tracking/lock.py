@@ -1,0 +1,30 @@
+"""A lock among processes, and among containers that share a volume on one host."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def exclusive(path: Path, timeout_s: float, *, poll_s: float = 0.05) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs; the kernel lets go of a dead holder's.
+
+    Raises TimeoutError when another process still holds it after `timeout_s` seconds (a frozen one may for
+    ever), and OSError when the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout_s
+    with open(path, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{path} is held by another process") from None
+                time.sleep(poll_s)
+        yield

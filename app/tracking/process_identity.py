@@ -1,0 +1,58 @@
+"""Tell a process from a later one that was given the same id."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process: its id, and when it started (clock ticks since the machine booted, as the kernel says)."""
+
+    pid: int
+    start: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessIdentity:
+        """Return the identity of a living process; raises ProcessLookupError."""
+        start = _start_of(pid)
+        if start is None:
+            raise ProcessLookupError(f"no process {pid}")
+        return cls(pid, start)
+
+    @classmethod
+    def parse(cls, text: str) -> ProcessIdentity:
+        """Read `PID:START`; raises ValueError."""
+        pid, _, start = text.partition(":")
+        return cls(int(pid), start)
+
+    def __str__(self) -> str:
+        return f"{self.pid}:{self.start}"
+
+    def is_alive(self) -> bool:
+        """Return whether this very process still runs; one that only waits to be reaped does not."""
+        return _start_of(self.pid) == self.start
+
+
+def _start_of(pid: int) -> str | None:
+    """Return the start time of a running process, or None."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return _start_without_proc(pid)
+    # The command stands in brackets and may hold spaces and brackets itself.
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
+
+
+def _start_without_proc(pid: int) -> str | None:
+    if os.path.isdir("/proc/self"):
+        return None
+    import psutil
+
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from app.tracking.bridge import Bridge, follow
+from app.tracking.cursor import Cursor, cursor_path
+from app.tracking.events import EventLog
+from app.tracking.lock import exclusive
+from app.tracking.process import start_bridge
+from app.tracking.process_identity import ProcessIdentity
+from app.tracking.tracker import Tracker, TrackerRejectedError, TrackerUnavailableError
+from tests.unit.tracking_doubles import RecordingTrackerDouble, UnreachableTrackerDouble, recorded
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> EventLog:
+    log = EventLog(tmp_path / "run" / "events.jsonl", "u1")
+    log.append("run_start", name="exp", project="train", dir=log.path.parent, params={"lr0": 0.01})
+    return log
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> RecordingTrackerDouble:
+    return RecordingTrackerDouble(tmp_path / "calls.jsonl")
+
+
+def test_the_protocol_is_what_the_double_implements(tracker: RecordingTrackerDouble) -> None:
+    checked: Tracker = tracker
+    assert checked.name == "double"
+
+
+def test_a_whole_run_is_delivered_in_order(log: EventLog, tracker: RecordingTrackerDouble) -> None:
+    (log.path.parent / "weights").mkdir()
+    (log.path.parent / "weights" / "best.pt").touch()
+    log.append("metrics", step=0, values={"loss": 1.0})
+    log.append("artifact", path="weights/best.pt", kind="weights")
+    log.append("run_end", status="finished")
+    log.append("log_end")
+    assert follow(Bridge(log.path, tracker)) == 0
+    calls = recorded(tracker.calls)
+    assert [call["call"] for call in calls] == ["start", "metrics", "artifact", "end"]
+    assert calls[2]["folder"] == "weights"
+    assert {call["run"] for call in calls[1:]} == {"id-u1"}
+
+
+def test_a_second_delivery_sends_nothing(log: EventLog, tracker: RecordingTrackerDouble) -> None:
+    assert Bridge(log.path, tracker).deliver() == 1
+    assert Bridge(log.path, tracker).deliver() == 0
+    assert Bridge(log.path, tracker).pending == 0
+
+
+def test_more_events_than_a_batch_are_each_delivered_once(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    for step in range(120):
+        log.append("metrics", step=step, values={"loss": 1.0})
+    Bridge(log.path, tracker).deliver()
+    assert [call.get("step") for call in recorded(tracker.calls)] == [None, *range(120)]
+
+
+def test_an_outage_keeps_the_event_and_goes_on_behind_it(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    log.append("metrics", step=0, values={"loss": 1.0})
+    tracker.failures = [TrackerUnavailableError("away")]
+    with pytest.raises(TrackerUnavailableError):
+        bridge.deliver()
+    assert Bridge(log.path, tracker).deliver() == 1
+    assert [call["call"] for call in recorded(tracker.calls)] == ["start", "metrics"]
+
+
+def test_a_refused_event_is_counted_and_the_next_one_sent(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    log.append("metrics", step=0, values={"loss": 1.0})
+    log.append("metrics", step=1, values={"loss": 1.0})
+    tracker.failures = [TrackerRejectedError("no")]
+    bridge.deliver()
+    assert bridge.cursor.rejected == 1
+    assert [call.get("step") for call in recorded(tracker.calls)] == [None, 1]
+
+
+def test_a_resumed_trainer_that_repeats_its_last_epoch_doubles_nothing(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    for step in (0, 1, 1, 2):
+        log.append("metrics", step=step, values={"loss": float(step)})
+    log.append("metrics", step=2, values={"mAP_0.5": 0.5})
+    Bridge(log.path, tracker).deliver()
+    assert [call.get("step") for call in recorded(tracker.calls)] == [None, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "missing.png"])
+def test_an_artifact_outside_its_run_directory_is_left_out(
+    log: EventLog, tracker: RecordingTrackerDouble, path: str
+) -> None:
+    (log.path.parent.parent.parent / "secret").touch()
+    log.append("artifact", path=path, kind="plot")
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    assert bridge.cursor.rejected == 1
+    assert [call["call"] for call in recorded(tracker.calls)] == ["start"]
+
+
+def test_an_event_with_nonsense_in_it_is_left_out(log: EventLog, tracker: RecordingTrackerDouble) -> None:
+    line = {"v": 1, "seq": 9, "time": 0, "run": "u1", "event": "metrics", "step": "x", "values": {"a": "b"}}
+    with open(log.path, "a") as file:
+        file.write(json.dumps(line) + "\n" + json.dumps({**line, "values": 3}) + "\n")
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    assert bridge.cursor.rejected == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"runs": {"u1": 3}}', b'{"runs": {}, "unknown": 1}'])
+def test_a_damaged_cursor_starts_anew(log: EventLog, tracker: RecordingTrackerDouble, damage: bytes) -> None:
+    Bridge(log.path, tracker).deliver()
+    cursor_path(log.path, "double").write_bytes(damage)
+    assert Cursor.load(log.path, "double", "double").offset == 0
+    assert Bridge(log.path, tracker).deliver() == 1
+
+
+def test_a_new_log_of_the_same_name_starts_anew(log: EventLog, tracker: RecordingTrackerDouble) -> None:
+    Bridge(log.path, tracker).deliver()
+    log.path.unlink()
+    other = EventLog(log.path, "u2")
+    other.append(
+        "run_start", name="exp", project="train", dir=log.path.parent, params={"longer": "than before"}
+    )
+    Bridge(log.path, tracker).deliver()
+    assert [call["run"] for call in recorded(tracker.calls)] == ["u1", "u2"]
+
+
+def test_another_destination_gets_everything(log: EventLog) -> None:
+    Cursor(destination="here", offset=log.path.stat().st_size).save(log.path, "double")
+    assert Cursor.load(log.path, "double", "here").offset > 0
+    assert Cursor.load(log.path, "double", "there").offset == 0
+
+
+def test_killed_bridge_delivers_every_event_once_after_restart(log: EventLog, tmp_path: Path) -> None:
+    for step in range(60):
+        log.append("metrics", step=step, values={"loss": step / 7})
+    log.append("run_end", status="finished")
+    log.append("log_end")
+    calls = tmp_path / "calls.jsonl"
+    command = [sys.executable, "-m", "tests.unit.tracking_doubles", str(log.path), str(calls)]
+    for wanted in (10, 55):
+        bridge = subprocess.Popen([*command, "0.01"], cwd=ROOT)
+        deadline = time.monotonic() + 20
+        while len(recorded(calls)) < wanted and time.monotonic() < deadline:
+            time.sleep(0.005)
+        bridge.kill()
+        assert bridge.wait() == -signal.SIGKILL
+    assert subprocess.run([*command, "0"], cwd=ROOT, timeout=20).returncode == 0
+    # What a kill repeats is the same to the byte, so a tracker takes it once.
+    kinds = Counter(json.loads(line)["call"] for line in set(calls.read_text().splitlines()))
+    assert kinds == {"start": 1, "metrics": 60, "end": 1}
+    repeated = len(recorded(calls)) - 62
+    assert repeated <= 2 * 50
+
+
+def test_an_outage_is_told_once_and_the_rest_is_sent_when_it_is_over(
+    log: EventLog, tracker: RecordingTrackerDouble, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log.append("log_end")
+    tracker.failures = [TrackerUnavailableError("away")] * 2
+    assert follow(Bridge(log.path, tracker), poll_s=0.01, backoff_s=(0.01,)) == 0
+    assert capfd.readouterr().err.count("away") == 1
+    assert Cursor.load(log.path, "double", "double").problem == ""
+
+
+def test_an_unreachable_tracker_ends_the_bridge_in_bounded_time_with_all_kept(
+    log: EventLog, tmp_path: Path
+) -> None:
+    log.append("log_end")
+    began = time.monotonic()
+    tracker = UnreachableTrackerDouble(tmp_path / "calls.jsonl")
+    assert follow(Bridge(log.path, tracker), poll_s=0.01) == 1
+    assert time.monotonic() - began < 4
+    assert Cursor.load(log.path, "double", "double").offset == 0
+    assert "refused" in json.loads(cursor_path(log.path, "double").read_bytes())["problem"]
+
+
+def test_the_bridge_ends_when_its_trainer_is_gone_and_the_log_is_drained(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    trainer = ProcessIdentity.of(child.pid)
+    child.kill()
+    status = follow(Bridge(log.path, tracker), trainer_is_gone=lambda: not trainer.is_alive(), poll_s=0.01)
+    child.wait()
+    assert status == 0
+    assert len(recorded(tracker.calls)) == 1
+
+
+def test_the_end_of_an_earlier_session_does_not_end_the_bridge_of_a_resumed_run(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    log.append("log_end")
+    opened_at = log.path.stat().st_size
+    done = threading.Event()
+    results: list[int] = []
+
+    def run() -> None:
+        results.append(follow(Bridge(log.path, tracker), opened_at=opened_at, poll_s=0.01))
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert not done.wait(0.2)
+    log.append("metrics", step=5, values={"loss": 1.0})
+    log.append("log_end")
+    assert done.wait(5)
+    assert results == [0]
+    assert recorded(tracker.calls)[-1]["step"] == 5
+
+
+def test_a_process_id_that_was_given_away_is_another_process() -> None:
+    mine = ProcessIdentity.of(os.getpid())
+    assert ProcessIdentity.parse(str(mine)) == mine
+    assert mine.is_alive()
+    assert not ProcessIdentity(mine.pid, mine.start + "0").is_alive()
+
+
+def test_a_lock_is_held_by_one_and_waiting_for_it_ends(tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path / "lock", 0),
+        pytest.raises(TimeoutError, match="another process"),
+        exclusive(tmp_path / "lock", 0.1),
+    ):
+        pass
+    with exclusive(tmp_path / "lock", 0):
+        pass
+
+
+HANGS = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def mlflow_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARLING_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.mark.usefixtures("mlflow_on")
+def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog) -> None:
+    warnings: list[str] = []
+    began = time.monotonic()
+    handle = start_bridge(log, warn=warnings.append, command=HANGS)
+    assert handle is not None
+    for step in range(100):
+        log.append("metrics", step=step, values={"loss": 1.0})
+        handle.check()
+    assert time.monotonic() - began < 2
+    assert handle.finish(timeout_s=0.2) is False
+    handle.process.kill()
+    handle.process.wait()
+    assert len(warnings) == 1
+    assert f"python -m app.track sync {log.path.parent}" in warnings[0]
+
+
+@pytest.mark.usefixtures("mlflow_on")
+def test_a_killed_bridge_is_started_again(log: EventLog) -> None:
+    handle = start_bridge(log, command=HANGS)
+    assert handle is not None
+    first = handle.process
+    first.kill()
+    first.wait()
+    handle.check()
+    assert handle.process.pid != first.pid
+    assert handle.process.poll() is None
+    handle.process.kill()
+    handle.process.wait()
+
+
+@pytest.mark.usefixtures("mlflow_on")
+def test_the_bridge_is_in_a_session_of_its_own(log: EventLog) -> None:
+    handle = start_bridge(log, command=HANGS)
+    assert handle is not None
+    assert os.getsid(handle.process.pid) == handle.process.pid
+    handle.process.kill()
+    handle.process.wait()
+
+
+@pytest.mark.usefixtures("mlflow_on")
+def test_a_bridge_that_cannot_be_started_is_a_warning(log: EventLog) -> None:
+    warnings: list[str] = []
+    assert start_bridge(log, warn=warnings.append, command=["/nonexistent"]) is None
+    assert len(warnings) == 1
+
+
+def test_the_trainers_side_imports_no_tracker() -> None:
+    code = "import sys, app.tracking.process, app.tracking.events, app.track; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"mlflow", "torch", "sqlalchemy"} & set(loaded.split())

@@ -1,0 +1,69 @@
+"""Doubles of a tracker: they stand in for MLflow in tests and say so in their names."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time as clock
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app.outputs.atomic import append_line
+from app.tracking.bridge import Bridge, follow
+from app.tracking.tracker import Run, TrackerUnavailableError
+
+
+class RecordingTrackerDouble:
+    """Append every call to a file, and keep nothing in memory, as a tracker in another process would."""
+
+    name = "double"
+
+    def __init__(self, calls: Path, *, delay_s: float = 0.0) -> None:
+        self.calls = calls
+        self.delay_s = delay_s
+        self.failures: list[Exception] = []
+        """Raised by the next calls, one each."""
+
+    def destination(self, log_dir: Path) -> str:
+        return "double"
+
+    def start_run(self, run: Run) -> str:
+        self._record("start", run=run.uuid, parent=run.parent_uuid, params=dict(run.params))
+        return f"id-{run.uuid}"
+
+    def log_metrics(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
+        self._record("metrics", run=run_id, step=step, values=dict(values), time=time)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+        self._record("artifact", run=run_id, name=path.name, folder=folder)
+
+    def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
+        self._record("end", run=run_id, status=status)
+
+    def close(self) -> None:
+        pass
+
+    def _record(self, call: str, **fields: Any) -> None:
+        clock.sleep(self.delay_s)
+        if self.failures:
+            raise self.failures.pop(0)
+        append_line(self.calls, json.dumps({"call": call, **fields}))
+
+
+class UnreachableTrackerDouble(RecordingTrackerDouble):
+    """A tracker that is never there."""
+
+    def _record(self, call: str, **fields: Any) -> None:
+        raise TrackerUnavailableError("connection refused")
+
+
+def recorded(calls: Path) -> list[dict[str, Any]]:
+    """Return the calls that were recorded, oldest first."""
+    return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+if __name__ == "__main__":
+    # A bridge with a double in a process of its own, to be killed: LOG CALLS DELAY_S
+    log, calls, delay_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    sys.exit(follow(Bridge(log, RecordingTrackerDouble(calls, delay_s=delay_s)), poll_s=0.02))
