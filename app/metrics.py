@@ -1,0 +1,234 @@
+"""Score detections: matching, precision and recall, average precision, fitness, confusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from app.boxes import iou_matrix
+
+Floats = NDArray[np.float64]
+
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
+"""COCO's ten: 0.50 to 0.95."""
+RECALL_POINTS = 101
+"""Points of COCO's interpolated precision."""
+CURVE_POINTS = 1000
+F1_SMOOTHING = 0.1
+"""Part of the confidence axis that the box filter over F1 covers."""
+_EPS = 1e-16
+
+
+def match_detections(
+    detections: Tensor, labels: Tensor, thresholds: Sequence[float] | Tensor = IOU_THRESHOLDS
+) -> Tensor:
+    """Return [m, thresholds] bool: which detections find a label of their class at each IoU threshold.
+
+    `detections` [m,6] xyxy, confidence, class, the most confident first; `labels` [n,5] class, xyxy, in the same frame.
+    Each detection claims the label it overlaps most; of several claims the first detection's counts.
+    """
+    limits = torch.as_tensor(thresholds, dtype=torch.float32, device=detections.device)
+    if not len(detections) or not len(labels):
+        return torch.zeros(len(detections), len(limits), dtype=torch.bool, device=detections.device)
+    same_class = detections[:, 5:6] == labels[:, 0][None]
+    overlap, label = (iou_matrix(detections[:, :4], labels[:, 1:5]) * same_class).max(1)
+    claims = overlap[:, None] >= limits  # [m,T]
+    mine = torch.nn.functional.one_hot(label, len(labels)).bool()  # [m,n]
+    claimed = claims[:, None] & mine[..., None]  # [m,n,T]
+    first = claimed & (claimed.cumsum(0) == 1)
+    return first.any(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curves:
+    """What the four curve plots draw; C classes, 1000 points."""
+
+    confidence: Floats
+    """[1000] 0 to 1; the axis of precision, recall and F1."""
+    precision: Floats
+    """[C,1000]."""
+    recall: Floats
+    """[C,1000]."""
+    f1: Floats
+    """[C,1000]."""
+    precision_at_recall: Floats
+    """[C,1000] at IoU 0.5, against recall on `confidence`'s grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """Scores of one evaluation. Arrays have one row for each class that has labels, named by `classes`."""
+
+    classes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """[C] labels a class."""
+    precision_by_class: Floats
+    """[C] at `confidence`."""
+    recall_by_class: Floats
+    f1_by_class: Floats
+    ap: Floats
+    """[C,10] average precision at IoU 0.50 to 0.95."""
+    confidence: float
+    """Where the smoothed mean F1 is best."""
+    curves: Curves
+
+    @property
+    def precision(self) -> float:
+        """Mean over classes at the best F1."""
+        return _mean(self.precision_by_class)
+
+    @property
+    def recall(self) -> float:
+        """Mean over classes at the best F1."""
+        return _mean(self.recall_by_class)
+
+    @property
+    def f1(self) -> float:
+        """Mean over classes at the best F1."""
+        return _mean(self.f1_by_class)
+
+    @property
+    def map50(self) -> float:
+        """Mean average precision at IoU 0.5."""
+        return _mean(self.ap[:, 0])
+
+    @property
+    def map5095(self) -> float:
+        """Mean average precision over IoU 0.50 to 0.95."""
+        return _mean(self.ap)
+
+    @property
+    def fitness(self) -> float:
+        """See `fitness`."""
+        return fitness(self.map50, self.map5095)
+
+    def map_by_class(self, nc: int) -> Floats:
+        """Return [nc] mAP50-95 of each class, the mean where a class has no labels."""
+        scores = np.full(nc, self.map5095)
+        scores[self.classes] = self.ap.mean(1)
+        return scores
+
+
+def fitness(map50: float, map5095: float) -> float:
+    """Return what training and search maximise: 0.1 mAP50 + 0.9 mAP50-95."""
+    return 0.1 * map50 + 0.9 * map5095
+
+
+def average_precision(
+    correct: NDArray[np.bool_],
+    confidence: NDArray[np.floating],
+    predicted: NDArray[np.floating],
+    actual: NDArray[np.floating],
+) -> Metrics:
+    """Score the detections of a whole dataset.
+
+    `correct` [m,10] from `match_detections`, `confidence` [m], `predicted` [m] classes, `actual` [n] classes of all
+    labels. Interpolated at 101 recalls as COCO does. Without labels every mean is 0.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    correct, confidence, predicted = correct[order], confidence[order], predicted[order]
+    classes, counts = np.unique(np.asarray(actual), return_counts=True)
+    grid = np.linspace(0, 1, CURVE_POINTS)
+    shape = (len(classes), CURVE_POINTS)
+    precision, recall, at_recall = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    ap = np.zeros((len(classes), correct.shape[1]))
+    for row, (label, count) in enumerate(zip(classes, counts, strict=True)):
+        mine = predicted == label
+        if not mine.any():
+            continue
+        hits = correct[mine].cumsum(0)
+        recalls = hits / (count + _EPS)
+        precisions = hits / np.arange(1, len(hits) + 1)[:, None]
+        falling = -confidence[mine]
+        recall[row] = np.interp(-grid, falling, recalls[:, 0], left=0)
+        precision[row] = np.interp(-grid, falling, precisions[:, 0], left=1)
+        for column in range(correct.shape[1]):
+            ap[row, column], envelope = _area(recalls[:, column], precisions[:, column])
+            if column == 0:
+                at_recall[row] = np.interp(grid, *envelope)
+    f1 = 2 * precision * recall / (precision + recall + _EPS)
+    best = int(_smooth(f1.mean(0), F1_SMOOTHING).argmax()) if len(classes) else 0
+    return Metrics(
+        classes=classes.astype(np.int64),
+        labels=counts.astype(np.int64),
+        precision_by_class=precision[:, best],
+        recall_by_class=recall[:, best],
+        f1_by_class=f1[:, best],
+        ap=ap,
+        confidence=float(grid[best]),
+        curves=Curves(
+            confidence=grid, precision=precision, recall=recall, f1=f1, precision_at_recall=at_recall
+        ),
+    )
+
+
+def _area(recalls: Floats, precisions: Floats) -> tuple[float, tuple[Floats, Floats]]:
+    """Return the area under the falling envelope of precision over recall, and the envelope (Everingham et al.)."""
+    x = np.concatenate(([0.0], recalls, [1.0]))
+    y = np.concatenate(([1.0], precisions, [0.0]))
+    envelope = np.maximum.accumulate(y[::-1])[::-1]
+    grid = np.linspace(0, 1, RECALL_POINTS)
+    return float(np.trapezoid(np.interp(grid, x, envelope), grid)), (x, envelope)
+
+
+def _smooth(values: Floats, part: float) -> Floats:
+    """Return the running mean over `part` of the values, the ends held."""
+    width = round(len(values) * part * 2) // 2 + 1
+    ends = width // 2
+    padded = np.concatenate((np.full(ends, values[0]), values, np.full(ends, values[-1])))
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if values.size else 0.0
+
+
+@dataclass(slots=True)
+class ConfusionMatrix:
+    """Count which class was found as which; row predicted, column actual, the last of both is background."""
+
+    nc: int
+    confidence: float = 0.25
+    """Detections at or below it are left out."""
+    iou: float = 0.45
+    """A detection and a label meet above it."""
+    counts: NDArray[np.int64] = field(init=False)
+    """[nc+1, nc+1]."""
+
+    def __post_init__(self) -> None:
+        """Start at zero."""
+        self.counts = np.zeros((self.nc + 1, self.nc + 1), dtype=np.int64)
+
+    def add(self, detections: Tensor, labels: Tensor) -> None:
+        """Count one image: `detections` [m,6] xyxy, confidence, class; `labels` [n,5] class, xyxy.
+
+        Pairs of any classes are made in the order of their overlap, each box in one pair at most.
+        """
+        detections = detections[detections[:, 4] > self.confidence].cpu()
+        labels = labels.cpu()
+        found = detections[:, 5].long().numpy()
+        actual = labels[:, 0].long().numpy()
+        overlap = iou_matrix(labels[:, 1:5], detections[:, :4]).numpy()
+        rows, columns = np.nonzero(overlap > self.iou)
+        paired_labels: set[int] = set()
+        paired_detections: set[int] = set()
+        for pair in np.argsort(-overlap[rows, columns], kind="stable"):
+            label, detection = int(rows[pair]), int(columns[pair])
+            if label in paired_labels or detection in paired_detections:
+                continue
+            paired_labels.add(label)
+            paired_detections.add(detection)
+            self.counts[found[detection], actual[label]] += 1
+        for label in set(range(len(actual))) - paired_labels:
+            self.counts[self.nc, actual[label]] += 1
+        for detection in set(range(len(found))) - paired_detections:
+            self.counts[found[detection], self.nc] += 1
+
+    def normalised(self) -> Floats:
+        """Return [nc+1, nc+1] with each column a fraction of its actual class; an empty column is 0."""
+        return self.counts / np.maximum(self.counts.sum(0, keepdims=True), 1)

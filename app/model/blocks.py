@@ -1,0 +1,121 @@
+"""The layers that a layout names. Attribute names are interface: they are the keys of every YOLOv5 state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+BN_EPS = 1e-3
+BN_MOMENTUM = 0.03
+
+DEFAULT_ACTIVATION = "nn.SiLU()"
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "nn.SiLU()": lambda: nn.SiLU(inplace=True),
+    "nn.LeakyReLU(0.1)": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "nn.Hardswish()": lambda: nn.Hardswish(inplace=True),
+    "nn.ReLU()": lambda: nn.ReLU(inplace=True),
+}
+"""What a layout's `activation` may say, word for word. It leaves no trace in a state dict."""
+
+
+class Conv(nn.Module):
+    """Convolve, normalise, activate: [B,c_in,H,W] -> [B,c_out,H/stride,W/stride]."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        activation: bool = True,
+    ) -> None:
+        super().__init__()
+        pad = kernel // 2 if padding is None else padding
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, pad, groups=groups, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(c_out, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.act: nn.Module = ACTIVATIONS[DEFAULT_ACTIVATION]() if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activated feature map."""
+        return self.act(self.bn(self.conv(x)))
+
+    def fuse(self) -> None:
+        """Fold the normalisation's running statistics into the convolution; for inference only."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+            self.bn = nn.Identity()
+
+
+class Bottleneck(nn.Module):
+    """A 1x1 and a 3x3 convolution, added to the input where shapes allow (He et al. 2015)."""
+
+    def __init__(
+        self, c_in: int, c_out: int, shortcut: bool = True, groups: int = 1, expansion: float = 0.5
+    ) -> None:
+        super().__init__()
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, hidden, 1)
+        self.cv2 = Conv(hidden, c_out, 3, groups=groups)
+        self.add = shortcut and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's height and width."""
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+class C3(nn.Module):
+    """Cross-stage partial block of three convolutions around `number` bottlenecks (Wang et al. 2019)."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        number: int = 1,
+        shortcut: bool = True,
+        groups: int = 1,
+        expansion: float = 0.5,
+    ) -> None:
+        super().__init__()
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, hidden)
+        self.cv2 = Conv(c_in, hidden)
+        self.cv3 = Conv(2 * hidden, c_out)
+        self.m = nn.Sequential(
+            *(Bottleneck(hidden, hidden, shortcut, groups, expansion=1.0) for _ in range(number))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's height and width."""
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
+
+
+class SPPF(nn.Module):
+    """Pool at three growing scales by one small pool applied three times (He et al. 2014, in sequence)."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 5) -> None:
+        super().__init__()
+        hidden = c_in // 2
+        self.cv1 = Conv(c_in, hidden)
+        self.cv2 = Conv(hidden * 4, c_out)
+        self.m = nn.MaxPool2d(kernel, stride=1, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's height and width."""
+        scales = [self.cv1(x)]
+        for _ in range(3):
+            scales.append(self.m(scales[-1]))
+        return self.cv2(torch.cat(scales, dim=1))
+
+
+class Concat(nn.Module):
+    """Join maps of equal height and width along the channels."""
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return [B, sum of channels, H, W]."""
+        return torch.cat(tuple(maps), dim=1)

@@ -1,0 +1,90 @@
+"""The detection head: one 1x1 convolution a level, and the decoding of its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+PRIOR_OBJECTS = 8
+"""Objects expected in a 640 px image before training; sets the head's objectness bias."""
+PRIOR_CLASS = 0.6
+"""Probability mass expected on the classes of an object before training."""
+
+
+class Detect(nn.Module):
+    """Predict box, objectness and classes for every anchor of every cell of every level."""
+
+    anchors: Tensor
+    """[levels, anchors, 2] width and height in stride units; part of the state dict."""
+
+    def __init__(
+        self, nc: int, anchors_px: Tensor, strides: Sequence[float], channels: Sequence[int]
+    ) -> None:
+        """Build for `nc` classes; `anchors_px` is [levels, anchors, 2] pixels, one level for each stride."""
+        super().__init__()
+        self.nc = nc
+        self.outputs = nc + 5
+        """Numbers for one anchor: x, y, w, h, objectness, classes."""
+        # Named device: a detector built on torch's meta device, to be counted, still knows its geometry.
+        stride = torch.tensor(strides, dtype=torch.float32, device="cpu")
+        self.register_buffer("stride", stride, persistent=False)
+        self.register_buffer("anchors", torch.zeros_like(anchors_px, dtype=torch.float32))
+        self.stride: Tensor
+        self.m = nn.ModuleList(nn.Conv2d(c, self.outputs * anchors_px.shape[1], 1) for c in channels)
+        self.set_anchors(anchors_px)
+        self._start_biases()
+
+    def set_anchors(self, anchors_px: Tensor) -> None:
+        """Replace the anchors by [levels, anchors, 2] pixels, turned so that larger ones go to larger strides."""
+        areas = anchors_px.prod(-1).mean(-1)
+        if (areas[-1] - areas[0]) * (self.stride[-1] - self.stride[0]) < 0:
+            anchors_px = anchors_px.flip(0)
+        self.anchors.copy_(anchors_px.to(self.stride) / self.stride.view(-1, 1, 1))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return raw predictions; in eval mode (decoded, raw).
+
+        `maps` is one [B,c,h,w] a level. Raw: one [B, anchors, h, w, 5+nc] a level. Decoded: see `decode`.
+        """
+        raw = []
+        for convolution, x in zip(self.m, maps, strict=True):
+            batch, _, height, width = x.shape
+            y = convolution(x).view(batch, -1, self.outputs, height, width)
+            raw.append(y.permute(0, 1, 3, 4, 2).contiguous())
+        return raw if self.training else (self.decode(raw), raw)
+
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """Turn raw predictions into [B, all anchors, 5+nc] float32: xywh in pixels, objectness, class scores.
+
+        xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor, levels in their order.
+        """
+        decoded = []
+        for level, prediction in enumerate(raw):
+            # Half precision has too few digits for a coordinate in pixels.
+            p = prediction.float().sigmoid()
+            batch, count, height, width, outputs = p.shape
+            stride = self.stride[level]
+            y, x = torch.meshgrid(
+                torch.arange(height, device=p.device, dtype=p.dtype),
+                torch.arange(width, device=p.device, dtype=p.dtype),
+                indexing="ij",
+            )
+            cells = torch.stack((x, y), dim=-1)
+            anchors = self.anchors[level].float().view(1, count, 1, 1, 2) * stride
+            xy = (p[..., :2] * 2 - 0.5 + cells) * stride
+            wh = (p[..., 2:4] * 2) ** 2 * anchors
+            decoded.append(torch.cat((xy, wh, p[..., 4:]), dim=-1).view(batch, -1, outputs))
+        return torch.cat(decoded, dim=1)
+
+    @torch.no_grad()
+    def _start_biases(self) -> None:
+        """Start with the rare objects and even classes of a typical image (RetinaNet, section 3.3)."""
+        for convolution, stride in zip(self.m, self.stride.tolist(), strict=True):
+            assert isinstance(convolution, nn.Conv2d)
+            assert convolution.bias is not None
+            bias = convolution.bias.view(-1, self.outputs)
+            bias[:, 4] = math.log(PRIOR_OBJECTS / (640 / stride) ** 2)
+            bias[:, 5:] = math.log(PRIOR_CLASS / (self.nc - 0.99999))

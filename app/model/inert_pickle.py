@@ -1,0 +1,204 @@
+"""Read a pickle of module objects as data: nothing that it names is imported, called or built.
+
+Two passes. The first walks the opcodes and refuses any that such files do not need, and any global outside one table.
+The second builds inert records in place of objects.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from app.errors import CheckpointError
+
+
+def read_pickle(content: bytes) -> Any:
+    """Return what a pickle holds: plain values, `Record`s for objects, `TensorRef`s for tensors.
+
+    Raises CheckpointError for an opcode or a global that a YOLOv5 checkpoint does not need; whatever the standard
+    unpickler raises for a damaged one passes on.
+    """
+    _check_opcodes(content)
+    return _Reader(io.BytesIO(content)).load()
+
+
+class Record:
+    """Stands for an object of a foreign class: keeps the class's name and the state as data."""
+
+    __slots__ = ("state",)
+    kind = ""
+
+    def __new__(cls, *args: object) -> Record:
+        record = super().__new__(cls)
+        record.state = {}
+        return record
+
+    def __init__(self, *args: object) -> None:
+        """Take and drop what the file would give the constructor."""
+
+    state: dict[str, Any]
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+
+class _Mapping(dict[Any, Any]):
+    """Stands for an OrderedDict; drops the attributes that a state dict carries beside its items."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Drop `state`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor lies in the file; read when asked for."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check that every element lies inside the storage, and that none is there twice."""
+        numbers = (self.offset, *self.size, *self.stride)
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(self.size) != len(self.stride):
+            raise ValueError("a tensor with impossible sizes")
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        if prod(self.size) and (last >= self.storage.numel or prod(self.size) > self.storage.numel):
+            raise ValueError("a tensor larger than its storage")
+
+
+class _Function:
+    """Stands for a function: an object that cannot be changed by the file."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any) -> Any:
+        """Return a tensor's place, or the data of a parameter."""
+        if self._name == "_rebuild_parameter":
+            return args[0]
+        storage, offset, size, stride = args[:4]
+        if not isinstance(storage, Storage):
+            raise ValueError("a tensor without a storage")
+        return TensorRef(storage, offset, tuple(size), tuple(stride))
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("a function has no state")
+
+
+def _record(kind: str) -> type[Record]:
+    return type(kind, (Record,), {"__slots__": (), "kind": kind})
+
+
+_MODULES = {
+    "models.common": "Bottleneck C3 Concat Conv SPPF Focus SPP BottleneckCSP DWConv GhostConv GhostBottleneck C3Ghost "
+    "C3TR TransformerBlock TransformerLayer",
+    "models.yolo": "Detect DetectionModel Model",
+    "torch.nn.modules.activation": "SiLU LeakyReLU Hardswish",
+    "torch.nn.modules.batchnorm": "BatchNorm2d",
+    "torch.nn.modules.container": "ModuleList Sequential",
+    "torch.nn.modules.conv": "Conv2d",
+    "torch.nn.modules.linear": "Identity",
+    "torch.nn.modules.pooling": "MaxPool2d",
+    "torch.nn.modules.upsampling": "Upsample",
+}
+_IGNORED = {
+    "pathlib": "PosixPath WindowsPath",
+    "pathlib._local": "PosixPath WindowsPath",
+    "numpy": "ndarray dtype",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "_codecs": "encode",
+}
+"""Settings and scores beside the model; kept as records that nobody reads."""
+
+GLOBALS: Mapping[tuple[str, str], Any] = {
+    **{
+        (module, name): _record(name)
+        for table in (_MODULES, _IGNORED)
+        for module, names in table.items()
+        for name in names.split()
+    },
+    ("__builtin__", "set"): set,
+    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): _Mapping,
+    ("torch", "FloatStorage"): _StorageType(torch.float32),
+    ("torch", "HalfStorage"): _StorageType(torch.float16),
+    ("torch", "LongStorage"): _StorageType(torch.int64),
+    ("torch._utils", "_rebuild_parameter"): _Function("_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function("_rebuild_tensor_v2"),
+}
+"""Every global that a checkpoint may name, and what stands for it."""
+
+_OPCODE_NAMES = (
+    "PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
+    "BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
+)
+OPCODES = frozenset(_OPCODE_NAMES.split())
+"""What protocol 2 needs for module objects."""
+
+
+class _Reader(pickle.Unpickler):
+    """Builds records only; every way to a global or a storage goes through the two methods below."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a global."""
+        try:
+            return GLOBALS[module, name]
+        except KeyError:
+            raise _refused(module, name) from None
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """Return the storage that a persistent id describes."""
+        kind, storage_type, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not re.fullmatch(r"\d+", key):
+            raise ValueError("an unknown kind of persistent id")
+        if type(numel) is not int or numel < 0:
+            raise ValueError("a storage of impossible size")
+        return Storage(storage_type.dtype, key, numel)
+
+
+def _refused(module: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the pickle names {module}.{name}, which a YOLOv5 checkpoint does not need; nothing was loaded"
+    )
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Refuse a pickle by its opcodes alone, before anything is built."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in OPCODES:
+            raise CheckpointError(f"the pickle uses {opcode.name}, which a YOLOv5 checkpoint does not need")
+        if opcode.name == "GLOBAL":
+            module, _, name = str(argument).partition(" ")
+            if (module, name) not in GLOBALS:
+                raise _refused(module, name)
+        # The unpickler reserves a table as long as the largest number.
+        if opcode.name == "LONG_BINPUT" and argument is not None and argument > len(content):
+            raise CheckpointError("the pickle's memo is larger than the pickle")

@@ -1,0 +1,101 @@
+"""Every formula agrees with the golden vectors, and the runner notices when one does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.golden.__main__ import main
+from tests.golden.checks import PEER, Check, NotShippedError, collect
+
+VECTORS = Path(__file__).parent / "vectors"
+CHECKS = collect(VECTORS)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
+def test_agrees_with_the_golden_vector(check: Check) -> None:
+    try:
+        check.run()
+    except NotShippedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with links to every vector, to replace one of them."""
+    for vector in VECTORS.iterdir():
+        os.symlink(vector, tmp_path / vector.name)
+    return tmp_path
+
+
+def failures(folder: Path) -> list[str]:
+    """Return the names of the checks that fail."""
+    failed = []
+    for check in collect(folder):
+        try:
+            check.run()
+        except NotShippedError:
+            continue
+        except Exception:
+            failed.append(check.name)
+    return failed
+
+
+def change_array(path: Path, key: str) -> None:
+    """Replace a link to an archive by a copy in which the first number of `key` differs a little."""
+    arrays = dict(np.load(path))
+    path.unlink()
+    changed = arrays[key].copy()
+    changed.flat[0] += 0.01
+    np.savez(path, **{**arrays, key: changed})
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "check"),
+    [
+        ("forward.npz", "yolov5n_nc3_decoded", "forward yolov5n_nc3"),
+        ("loss_base.npz", "total", "loss base"),
+        ("loss_p6.npz", "gradient_abs_sum_3", "loss p6"),
+        ("iou.npz", "ciou", "IoU ciou"),
+        ("nms.npz", "validate_image1", "NMS validate"),
+        ("average_precision.npz", "fitness", "average precision"),
+    ],
+)
+def test_one_changed_number_fails_its_check_alone(folder: Path, file: str, key: str, check: str) -> None:
+    change_array(folder / file, key)
+    assert failures(folder) == [check]
+
+
+def test_a_corrupted_vector_makes_the_runner_exit_non_zero(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = json.loads((VECTORS / "model_sizes.json").read_text())
+    sizes["yolov5n/nc3"]["parameters"] += 1
+    (folder / "model_sizes.json").unlink()
+    (folder / "model_sizes.json").write_text(json.dumps(sizes))
+    (folder / "iou.npz").unlink()
+    (folder / "iou.npz").write_bytes(b"not an archive")
+    content = bytearray((VECTORS / PEER).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / PEER).unlink()
+    (folder / PEER).write_bytes(content)
+    (folder / "loss_focal.npz").unlink()
+
+    assert main([str(folder)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 4, failed
+    for name in ("model size yolov5n/nc3", "loss_focal.npz", "iou.npz", "peer checkpoint"):
+        assert any(line.startswith(f"FAIL  {name}:") for line in failed), name
+
+
+def test_a_folder_without_vectors_fails(tmp_path: Path) -> None:
+    assert main([str(tmp_path)]) == 1
+
+
+def test_the_runner_refuses_what_is_not_a_folder(tmp_path: Path) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main(["--help"]) == 2

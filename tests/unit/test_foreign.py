@@ -1,0 +1,307 @@
+"""Foreign checkpoints are read as data; whatever else they hold is refused and never runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.errors import CheckpointError
+from app.model.detector import build_detector
+from app.model.foreign import read_foreign_checkpoint
+from app.model.inert_pickle import GLOBALS
+from app.model.weights import load_weights
+
+PEER = Path(__file__).parents[1] / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+
+
+def archive(path: Path, content: bytes, entries: dict[str, bytes] | None = None) -> Path:
+    """Write a checkpoint in zip form around a pickle made by hand."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights/data.pkl", content)
+        for name, data in (entries or {}).items():
+            file.writestr(f"weights/{name}", data)
+    return path
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that saves modules as the classic trainer does, classes of its modules included."""
+    for module in ("models", "models.yolo", "models.common"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+
+    def imitate(module: str, name: str) -> type[nn.Module]:
+        kind = type(name, (nn.Module,), {"__module__": module})
+        setattr(sys.modules[module], name, kind)
+        return kind
+
+    model_kind, conv_kind = imitate("models.yolo", "DetectionModel"), imitate("models.common", "Conv")
+
+    def make(value: float, act: nn.Module, **attributes: Any) -> nn.Module:
+        conv = conv_kind()
+        conv.conv, conv.bn, conv.act = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), act
+        nn.init.constant_(conv.conv.weight, value)
+        model = model_kind()
+        model.model = nn.Sequential(conv)
+        for name, item in attributes.items():
+            setattr(model, name, item)
+        return model
+
+    def write(
+        act: nn.Module | None = None, ema: float | None = None, half: bool = False, **extra: Any
+    ) -> Path:
+        names = {1: "b", 0: "a"}
+        yaml = {"nc": 2, "depth_multiple": 1.0, "backbone": [[-1, 1, "Conv", [4, 3]]]}
+        model = make(1.5, act or nn.SiLU(), names=names, yaml=yaml)
+        checkpoint = {"epoch": 7, "model": model.half() if half else model, "ema": None, **extra}
+        if ema is not None:
+            checkpoint["ema"] = make(ema, nn.SiLU(), names=names, yaml=yaml)
+        torch.save(checkpoint, tmp_path / "foreign.pt")
+        return tmp_path / "foreign.pt"
+
+    return write
+
+
+def test_the_peer_checkpoint_fits_the_shipped_layout_exactly() -> None:
+    checkpoint = read_foreign_checkpoint(PEER)
+    detector = build_detector("yolov5n.yaml", nc=3)
+    ours = [(name, t.shape) for name, t in detector.state_dict().items()]
+    assert [(name, t.shape) for name, t in checkpoint.state_dict.items()] == ours
+    floats = [t for t in checkpoint.state_dict.values() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.float32}
+    assert checkpoint.names == ("RBC", "WBC", "Platelets")
+    assert checkpoint.nc == 3
+    assert checkpoint.strides == (8.0, 16.0, 32.0)
+    assert checkpoint.anchors is not None
+    assert (checkpoint.anchors[0] * 8).tolist() == [[10, 13], [16, 30], [33, 23]]
+    assert not load_weights(detector, checkpoint.state_dict).left_out
+
+
+def test_the_peer_checkpoint_also_builds_by_its_own_layout() -> None:
+    checkpoint = read_foreign_checkpoint(PEER)
+    assert checkpoint.layout is not None
+    detector = build_detector(checkpoint.layout, nc=checkpoint.nc)
+    assert not load_weights(detector, checkpoint.state_dict).left_out
+
+
+def test_reading_imports_none_of_the_modules_that_the_file_names() -> None:
+    read_foreign_checkpoint(PEER)
+    assert not any(name == "models" or name.startswith("models.") for name in sys.modules)
+
+
+def test_values_survive_and_half_precision_becomes_float32(save: Callable[..., Path]) -> None:
+    checkpoint = read_foreign_checkpoint(save(half=True))
+    weight = checkpoint.state_dict["model.0.conv.weight"]
+    assert weight.dtype == torch.float32
+    assert weight.shape == (4, 3, 3, 3)
+    assert (weight == 1.5).all()
+    assert checkpoint.state_dict["model.0.bn.num_batches_tracked"].dtype == torch.int64
+    assert checkpoint.names == ("a", "b")
+    assert checkpoint.epoch == 7
+
+
+def test_the_ema_is_preferred(save: Callable[..., Path]) -> None:
+    assert (read_foreign_checkpoint(save(ema=2.5)).state_dict["model.0.conv.weight"] == 2.5).all()
+
+
+def test_an_older_activation_reaches_the_layout(save: Callable[..., Path]) -> None:
+    for act, expected in (
+        (nn.LeakyReLU(0.1), "nn.LeakyReLU(0.1)"),
+        (nn.Hardswish(), "nn.Hardswish()"),
+        (nn.SiLU(), None),
+    ):
+        layout = read_foreign_checkpoint(save(act)).layout
+        assert layout is not None
+        assert layout.get("activation") == expected
+
+
+def test_settings_and_scores_beside_the_model_are_ignored(save: Callable[..., Path]) -> None:
+    import numpy as np
+
+    path = save(best_fitness=np.array([0.5]), opt={"save_dir": Path("runs/train/exp")}, score=np.float64(0.5))
+    assert read_foreign_checkpoint(path).names == ("a", "b")
+
+
+def test_a_plain_state_dict_is_read(tmp_path: Path) -> None:
+    detector = build_detector("yolov5n", nc=1)
+    torch.save(detector.state_dict(), tmp_path / "plain.pt")
+    checkpoint = read_foreign_checkpoint(tmp_path / "plain.pt")
+    assert list(checkpoint.state_dict) == list(detector.state_dict())
+    assert checkpoint.layout is None
+
+
+class _Runs:
+    """Pickles as a call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def _touching(sentinel: Path) -> dict[str, bytes]:
+    """Return pickles that create `sentinel` when a common unpickler reads them."""
+    code = f"open({str(sentinel)!r}, 'w').close()"
+    command = f"touch {sentinel}"
+    calls = {
+        "system": _Runs(os.system, command),
+        "exec": _Runs(exec, code),
+        "eval": _Runs(eval, code),
+        "import": _Runs(__import__, "os"),
+    }
+    attacks = {
+        f"{name} in protocol {protocol}": pickle.dumps({"model": call}, protocol)
+        for name, call in calls.items()
+        for protocol in (0, 2, 4)
+    }
+    text = command.encode()
+    attacks["INST"] = b"(S'" + text + b"'\nios\nsystem\n."
+    attacks["OBJ"] = b"(cos\nsystem\nU" + bytes([len(text)]) + text + b"o."
+    attacks["a global after an allowed one"] = (
+        b"\x80\x02cmodels.yolo\nDetectionModel\n0cos\nsystem\nX"
+        + struct.pack("<I", len(text))
+        + text
+        + b"\x85R."
+    )
+    return attacks
+
+
+def test_a_malicious_pickle_never_runs(tmp_path: Path) -> None:
+    sentinel = tmp_path / "sentinel"
+    attacks = _touching(sentinel)
+    # The attack itself works: the sentinel would show it.
+    pickle.loads(attacks["system in protocol 2"])  # noqa: S301
+    assert sentinel.exists()
+    sentinel.unlink()
+    for name, attack in attacks.items():
+        with pytest.raises(CheckpointError):
+            read_foreign_checkpoint(archive(tmp_path / "evil.pt", attack))
+        assert not sentinel.exists(), name
+
+
+def test_a_refused_global_is_named(tmp_path: Path) -> None:
+    content = pickle.dumps(_Runs(os.system, "true"), 2)
+    with pytest.raises(CheckpointError, match=r"evil\.pt: the pickle names (posix|os)\.system"):
+        read_foreign_checkpoint(archive(tmp_path / "evil.pt", content))
+
+
+def test_the_table_holds_nothing_that_acts() -> None:
+    for (module, name), stand_in in GLOBALS.items():
+        origin = stand_in.__module__ if isinstance(stand_in, type) else type(stand_in).__module__
+        assert origin == "app.model.inert_pickle" or stand_in is set, (module, name)
+
+
+def test_a_file_cannot_change_what_stands_for_a_global(tmp_path: Path) -> None:
+    before = dict(vars(GLOBALS["models.yolo", "Model"]))
+    for name in (
+        "cmodels.yolo\nModel\n",
+        "ctorch._utils\n_rebuild_tensor_v2\n",
+        "ccollections\nOrderedDict\n",
+    ):
+        attack = b"\x80\x02" + name.encode() + b"}X\x04\x00\x00\x00kindX\x04\x00\x00\x00evilsb."
+        with pytest.raises(CheckpointError):
+            read_foreign_checkpoint(archive(tmp_path / "evil.pt", attack))
+    assert dict(vars(GLOBALS["models.yolo", "Model"])) == before
+
+
+class _Referring(pickle.Pickler):
+    """Writes tensors as torch does, with sizes of the caller's choice."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.ids if isinstance(obj, _Place) else None
+
+
+class _Place:
+    def __init__(self, numel: int) -> None:
+        self.ids = ("storage", torch.FloatStorage, "0", "cpu", numel)
+
+
+def _tensor_pickle(numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    rebuild = torch._utils._rebuild_tensor_v2
+    call = _Runs(rebuild, _Place(numel), offset, size, stride, False, OrderedDict())
+    file = io.BytesIO()
+    _Referring(file, 2).dump({"a.weight": call})
+    return file.getvalue()
+
+
+def test_a_well_made_tensor_is_read(tmp_path: Path) -> None:
+    path = archive(
+        tmp_path / "good.pt", _tensor_pickle(4, 1, (3,), (1,)), {"data/0": struct.pack("<4f", 1, 2, 3, 4)}
+    )
+    assert read_foreign_checkpoint(path).state_dict["a.weight"].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("numel", "offset", "size", "stride"),
+    [
+        (4, 2, (3,), (1,)),
+        (4, 0, (2, 2), (3, 1)),
+        (4, 0, (1000000, 1000000), (0, 0)),
+        (4, -1, (3,), (1,)),
+        (4, 0, (-3,), (1,)),
+        (4, 0, (3,), (1, 1)),
+        (5, 0, (5,), (1,)),
+        (2**40, 0, (2**40,), (1,)),
+    ],
+)
+def test_a_tensor_outside_its_storage_is_refused(
+    tmp_path: Path, numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    path = archive(tmp_path / "bad.pt", _tensor_pickle(numel, offset, size, stride), {"data/0": bytes(16)})
+    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+        read_foreign_checkpoint(path)
+
+
+def test_a_huge_memo_index_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "memo.pt", b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(CheckpointError, match="memo"):
+        read_foreign_checkpoint(path)
+
+
+def test_a_compressed_entry_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("weights/data.pkl", bytes(10_000_000))
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_foreign_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, part: float) -> None:
+    content = PEER.read_bytes()
+    path = tmp_path / "short.pt"
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(CheckpointError, match=r"short\.pt"):
+        read_foreign_checkpoint(path)
+
+
+def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
+    content = bytearray(PEER.read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_foreign_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="check the path"):
+        read_foreign_checkpoint(tmp_path / "missing.pt")
+    (tmp_path / "text.pt").write_text("not a zip")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        read_foreign_checkpoint(tmp_path / "text.pt")
+    with pytest.raises(CheckpointError, match="no detector"):
+        read_foreign_checkpoint(archive(tmp_path / "empty.pt", pickle.dumps({"epoch": 3}, 2)))

@@ -1,0 +1,208 @@
+"""Layouts are read strictly, detectors are what their layout says, and weights land where they belong."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.config.shipped import SHIPPED
+from app.errors import CheckpointError, ConfigError
+from app.model.blocks import Conv
+from app.model.detector import build_detector
+from app.model.head import Detect
+from app.model.layout import read_layout
+from app.model.weights import load_weights
+
+TINY: dict[str, Any] = {
+    "depth_multiple": 0.33,
+    "width_multiple": 0.25,
+    "anchors": [[10, 13, 16, 30], [30, 61, 62, 45]],
+    "backbone": [
+        [-1, 1, "Conv", [32, 3, 2]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 3, "C3", [64]],
+        [-1, 1, "Conv", [64, 3, 2]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+        [[-1, 2], 1, "Concat", [1]],
+        [-1, 1, "C3", [64, False]],
+        [[6, 3], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(TINY), **changes}
+
+
+def with_row(part: str, index: int, row: Any) -> dict[str, Any]:
+    layout = tiny()
+    layout[part][index] = row
+    return layout
+
+
+def test_strides_anchors_and_channels_follow_from_the_layout() -> None:
+    detector = build_detector(tiny(), nc=2)
+    assert detector.stride.tolist() == [4.0, 8.0]
+    assert detector.head.anchors[1].tolist() == [[30 / 8, 61 / 8], [62 / 8, 45 / 8]]
+    first = detector.model[0]
+    assert isinstance(first, Conv)
+    assert first.conv.out_channels == 8
+
+
+def test_training_gives_raw_levels_and_evaluation_also_decodes_them() -> None:
+    detector = build_detector(tiny(), nc=2)
+    images = torch.rand(2, 3, 32, 64)
+    raw = detector.train()(images)
+    assert [tuple(level.shape) for level in raw] == [(2, 2, 8, 16, 7), (2, 2, 4, 8, 7)]
+    decoded, raw = detector.eval()(images)
+    assert decoded.shape == (2, 2 * 8 * 16 + 2 * 4 * 8, 7)
+    assert decoded[..., 4:].min() >= 0
+    assert decoded[..., 4:].max() <= 1
+
+
+def test_a_zero_prediction_decodes_to_its_cell_centre_and_its_anchor() -> None:
+    head = Detect(1, torch.tensor([[[12.0, 20.0]]]), strides=[8.0], channels=[4])
+    decoded = head.decode([torch.zeros(1, 1, 2, 3, 6)])
+    assert decoded[0, 5].tolist() == [20.0, 12.0, 12.0, 20.0, 0.5, 0.5]
+
+
+def test_decoding_stays_in_float32_for_half_precision_predictions() -> None:
+    head = Detect(1, torch.tensor([[[10.0, 10.0]]]), strides=[8.0], channels=[4])
+    assert head.decode([torch.zeros(1, 1, 2, 2, 6, dtype=torch.bfloat16)]).dtype == torch.float32
+
+
+def test_head_starts_with_rare_objects_and_even_classes() -> None:
+    detector = build_detector(tiny(), nc=3)
+    convolution = detector.head.m[1]
+    assert isinstance(convolution, torch.nn.Conv2d)
+    assert convolution.bias is not None
+    bias = convolution.bias.detach().view(2, 8)
+    assert bias[:, 4].tolist() == pytest.approx([math.log(8 / (640 / 8) ** 2)] * 2)
+    assert bias[0, 5:].tolist() == pytest.approx([math.log(0.6 / (3 - 0.99999))] * 3)
+
+
+def test_larger_anchors_go_to_larger_strides_whatever_order_they_come_in() -> None:
+    turned = build_detector(tiny(), nc=1, anchors=[[30, 61, 62, 45], [10, 13, 16, 30]])
+    assert torch.equal(turned.head.anchors, build_detector(tiny(), nc=1).head.anchors)
+
+
+def test_a_number_of_anchors_gives_that_many_a_level_and_can_be_built_again() -> None:
+    detector = build_detector(tiny(), nc=1, anchors=5.0)
+    assert detector.head.anchors.shape == (2, 5, 2)
+    again = build_detector(detector.layout, nc=detector.layout["nc"])
+    assert torch.equal(again.head.anchors, detector.head.anchors)
+
+
+def test_fused_copy_answers_alike_and_leaves_the_original_alone() -> None:
+    torch.manual_seed(0)
+    detector = build_detector(tiny(), nc=2)
+    detector.train()(torch.rand(4, 3, 32, 32))  # statistics other than the initial ones
+    images = torch.rand(1, 3, 32, 32)
+    entries = list(detector.state_dict())
+    fused = detector.fused()
+    torch.testing.assert_close(fused(images)[0], detector.eval()(images)[0], atol=1e-3, rtol=1e-4)
+    assert not any(".bn." in name for name in fused.state_dict())
+    assert list(detector.state_dict()) == entries
+
+
+def test_an_activation_belongs_to_one_detector_alone() -> None:
+    leaky = build_detector(tiny(activation="nn.LeakyReLU(0.1)"), nc=1)
+    plain = build_detector(tiny(), nc=1)
+    kinds = [{type(m.act).__name__ for m in d.modules() if isinstance(m, Conv)} for d in (leaky, plain)]
+    assert kinds == [{"LeakyReLU"}, {"SiLU"}]
+
+
+def test_a_detector_on_the_meta_device_has_sizes_without_numbers() -> None:
+    with torch.device("meta"):
+        detector = build_detector("yolov5n6", nc=80)
+    assert detector.count_parameters() == 3246940
+    assert detector.stride.tolist() == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (with_row("backbone", 2, [-1, 3, "C33", [64]]), "did you mean 'C3'"),
+        (with_row("backbone", 2, [-1, 3, "os.system", ["true"]]), "unknown module"),
+        (with_row("backbone", 2, [-1, 3, "C3", ["nc"]]), "takes whole numbers"),
+        (with_row("backbone", 2, [-1, 3, "C3", []]), "takes 1 to 2 args"),
+        (with_row("backbone", 2, [-1, 3, "C3"]), "from, number, module, args"),
+        (with_row("backbone", 2, [7, 3, "C3", [64]]), "rows above"),
+        (with_row("backbone", 2, [-1, 0, "C3", [64]]), "between 1 and 100"),
+        (with_row("head", 1, [[-1, 3], 1, "Concat", [1]]), "strides"),
+        (with_row("head", 0, [-1, 1, "nn.Upsample", ["None", 2, "bilinear"]]), "nearest"),
+        (with_row("head", 3, [-1, 1, "Conv", [8]]), "must be Detect"),
+        (tiny(anchors=[[10, 13]]), "1 rows for the 2 levels"),
+        (tiny(anchors=[[10, 13], [10]]), "pairs"),
+        (tiny(width_multiple=0), "width_multiple"),
+        (tiny(activation="__import__('os')"), "must be one of"),
+        (tiny(widht_multiple=1), "did you mean 'width_multiple'"),
+        ({key: value for key, value in TINY.items() if key != "head"}, "missing"),
+    ],
+)
+def test_a_layout_that_cannot_work_says_what_and_where(layout: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_detector(layout, nc=2)
+
+
+@pytest.mark.parametrize("nc", [0, -1, True, 2.0])
+def test_a_detector_needs_a_whole_number_of_classes(nc: Any) -> None:
+    with pytest.raises(ConfigError, match="nc"):
+        build_detector(tiny(), nc=nc)
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED / "layouts").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_layout_builds(path: Path) -> None:
+    with torch.device("meta"):
+        detector = build_detector(path, nc=1)
+    assert detector.layout["backbone"] == read_layout(path)["backbone"]
+
+
+def test_weights_of_the_same_layout_all_load() -> None:
+    source, target = build_detector(tiny(), nc=2), build_detector(tiny(), nc=2)
+    report = load_weights(target, source.state_dict())
+    assert not report.left_out
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_fine_tuning_with_other_classes_keeps_the_fresh_head_and_names_it() -> None:
+    source, target = build_detector(tiny(), nc=80), build_detector(tiny(), nc=2)
+    head = target.head.m[0].weight.clone()
+    report = load_weights(target, source.state_dict(), partial=True)
+    assert report.wrong_shape == (
+        "model.7.m.0.weight",
+        "model.7.m.0.bias",
+        "model.7.m.1.weight",
+        "model.7.m.1.bias",
+    )
+    assert "model.7.m.0.weight" in report.describe()
+    assert torch.equal(target.head.m[0].weight, head)
+    assert torch.equal(target.state_dict()["model.0.conv.weight"], source.state_dict()["model.0.conv.weight"])
+
+
+def test_unfitting_weights_raise_and_change_nothing() -> None:
+    source, target = build_detector(tiny(), nc=80), build_detector(tiny(), nc=2)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(CheckpointError, match=r"last\.pt does not fit.*model\.7\.m\.0\.weight"):
+        load_weights(target, source.state_dict(), source="last.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), target.state_dict().values(), strict=True))
+
+
+def test_weights_of_another_layout_raise_even_where_parts_may_be_missing() -> None:
+    wide = build_detector(tiny(width_multiple=1.0), nc=2)
+    with pytest.raises(CheckpointError, match="another layout"):
+        load_weights(build_detector(tiny(), nc=2), wide.state_dict(), partial=True)
+
+
+def test_excluded_tensors_are_left_alone() -> None:
+    source = build_detector(tiny(), nc=2, anchors=[[5, 5, 6, 6], [50, 50, 60, 60]])
+    target = build_detector(tiny(), nc=2)
+    load_weights(target, source.state_dict(), exclude=("anchors",))
+    assert target.head.anchors[0, 0].tolist() == [10 / 4, 13 / 4]
