@@ -38,7 +38,8 @@ SEARCH_ARTIFACTS = {
     "opt.yaml": "config",
     "evolve.csv": "table",
     "hyp_evolve.yaml": "config",
-    "evolve.png": "plot",
+    "*.png": "plot",
+    "*.jpg": "plot",
     "weights/best.pt": "weights",
 }
 """What the search's own run sends when it ends."""

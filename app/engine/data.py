@@ -1,0 +1,61 @@
+"""A dataset ready to train on: both splits read, their decoded images at hand. Loaded once, kept by a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.config.shipped import find_config
+from app.config.train_config import TrainConfig
+from app.data.dataset import Dataset, DatasetDescription
+from app.data.limits import container_memory_limit
+from app.data.store import ImageStore
+
+CACHE_SHARE = 0.5
+"""Share of the container's memory that decoded images may take; the rest is for training."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Both splits and their decoded images."""
+
+    train: Dataset
+    val: Dataset
+    train_images: ImageStore
+    val_images: ImageStore
+    names: tuple[str, ...]
+
+
+def load_data(
+    config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None]
+) -> TrainingData:
+    """Read the splits that `--data` describes; raises DataError or UsageError saying what and where."""
+    description = DatasetDescription.from_yaml(
+        find_config("datasets", config.data), single_cls=config.single_cls
+    )
+    train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
+    budget = int(container_memory_limit() * CACHE_SHARE)
+    stores = []
+    for name, split in (("train", train), ("val", val)):
+        share = budget * len(split) // (len(train) + len(val))
+        store = ImageStore(
+            split, image_size, config.cache, memory_limit_bytes=share, cache_folder=cache_folder
+        )
+        stores.append(store)
+        boxes = sum(len(rows) for rows in split.labels)
+        say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
+        for line in _left_out(split):
+            say(line)
+    return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def _left_out(split: Dataset, shown: int = 5) -> list[str]:
+    """Name what was left out, and why; users must not find out from a bad mAP."""
+    lines = []
+    if split.problems:
+        lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
+    for line in (*split.problems[:shown], *split.notes[:shown]):
+        lines.append(f"    {line}")
+    more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
+    return [*lines, f"    and {more} more"] if more else lines

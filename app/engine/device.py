@@ -1,0 +1,83 @@
+"""Choose the device, its number format and the threads, by what the container may use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from app.data.limits import container_cpu_count
+from app.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and how a model runs."""
+
+    device: torch.device
+    bfloat16: bool
+    """Autocast of convolutions and matrix products to bfloat16; weights, statistics and loss stay float32."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model runs on the CPU."""
+        return self.device.type == "cpu"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which a forward pass runs."""
+        if not self.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def describe(self) -> str:
+        """Say the device and the format in a few words."""
+        number_format = "bfloat16 autocast" if self.bfloat16 else "float32"
+        if self.on_cpu:
+            return f"CPU, {torch.get_num_threads()} threads, {number_format}"
+        return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}), {number_format}"
+
+
+def select_compute(device: str, amp: str, say: Callable[[str], None]) -> Compute:
+    """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
+
+    Raises UsageError naming what is there when the device is not.
+    """
+    chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
+    if chosen.type == "cpu":
+        torch.set_num_threads(container_cpu_count())
+    has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
+    if amp == "on" and not has_bfloat16:
+        say("--amp on: this hardware has no bfloat16, going on in float32")
+    return Compute(chosen, amp != "off" and has_bfloat16)
+
+
+def _select_device(device: str) -> torch.device:
+    """Return the torch device for `''`, `cpu` or a GPU's number."""
+    count = torch.cuda.device_count()
+    if device == "cpu" or (device == "" and count == 0):
+        return torch.device("cpu")
+    index = 0 if device == "" else _gpu_index(device)
+    if index >= count:
+        there = f"GPUs 0 to {count - 1} are" if count > 1 else "only GPU 0 is" if count else "no GPU is"
+        raise UsageError(f"--device {device}: {there} visible here; use one that is, or --device cpu")
+    return torch.device("cuda", index)
+
+
+def _gpu_index(device: str) -> int:
+    if not device.isdecimal():
+        raise UsageError(f"--device {device}: not a device; use cpu, or a GPU's number such as 0")
+    return int(device)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

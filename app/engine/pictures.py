@@ -1,0 +1,97 @@
+"""The pictures of a run: which ones, under which names, from which figures. Drawing is app.plots' work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from app.data.dataset import Dataset
+from app.data.loader import Batch
+from app.engine.validator import Preview, Validation
+
+SHOWN_CONFIDENCE = 0.25
+PREVIEWS = 3
+"""Batches drawn of each kind."""
+
+
+def draw_labels(data: Dataset, folder: Path) -> None:
+    """Draw labels.jpg and labels_correlogram.jpg."""
+    from app.plots.labels import plot_labels, plot_labels_correlogram
+
+    labels = np.concatenate(data.labels) if data.labels else np.zeros((0, 5), np.float32)
+    plot_labels(labels, data.names, folder / "labels.jpg")
+    plot_labels_correlogram(labels, data.names, folder / "labels_correlogram.jpg")
+
+
+def draw_train_batch(batch: Batch, data: Dataset, path: Path) -> None:
+    """Draw one augmented batch with its targets."""
+    _draw_targets(batch.indices, batch.images.numpy(), batch.targets.numpy(), data, path)
+
+
+def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None:
+    """Draw val_batch*_{labels,pred}.jpg, the confusion matrix and the curves of the final validation."""
+    from app.plots.curves import plot_confidence_curve, plot_confusion_matrix, plot_pr_curve
+
+    for number, preview in enumerate(validation.previews):
+        targets = folder / f"val_batch{number}_labels.jpg"
+        _draw_targets(preview.indices, preview.images, preview.targets, data, targets)
+        _draw_detections(preview, data, folder / f"val_batch{number}_pred.jpg")
+    plot_confusion_matrix(validation.confusion.counts, data.names, folder / "confusion_matrix.png")
+    metrics = validation.metrics
+    if not len(metrics.classes):
+        return
+    classes = metrics.classes.tolist()
+    names, curves = [data.names[index] for index in classes], metrics.curves
+    axis = curves.confidence  # 0 to 1; the recall axis has the same grid
+    plot_pr_curve(
+        axis, curves.precision_at_recall, metrics.ap, names, folder / "PR_curve.png", classes=classes
+    )
+    plot_confidence_curve("F1", axis, curves.f1, names, folder / "F1_curve.png", classes=classes)
+    plot_confidence_curve("P", axis, curves.precision, names, folder / "P_curve.png", classes=classes)
+    plot_confidence_curve("R", axis, curves.recall, names, folder / "R_curve.png", classes=classes)
+
+
+def draw_results(results_csv: Path, path: Path) -> None:
+    """Draw results.png from results.csv."""
+    from app.plots.results import plot_results
+
+    plot_results(results_csv, path)
+
+
+def _draw_targets(
+    indices: Sequence[int], images: np.ndarray, targets: np.ndarray, data: Dataset, path: Path
+) -> None:
+    height, width = images.shape[2:]
+    boxes, classes = [], []
+    for index in range(len(indices)):
+        rows = targets[targets[:, 0] == index]
+        half = rows[:, 4:6] / 2
+        corners = np.concatenate((rows[:, 2:4] - half, rows[:, 2:4] + half), axis=1)
+        boxes.append(corners * np.array([width, height, width, height]))
+        classes.append(rows[:, 1].astype(int))
+    _plot(images, boxes, classes, None, indices, data, path)
+
+
+def _draw_detections(preview: Preview, data: Dataset, path: Path) -> None:
+    shown = [found[found[:, 4] >= SHOWN_CONFIDENCE] for found in preview.detections]
+    boxes, scores = [found[:, :4] for found in shown], [found[:, 4] for found in shown]
+    classes = [found[:, 5].astype(int) for found in shown]
+    _plot(preview.images, boxes, classes, scores, preview.indices, data, path)
+
+
+def _plot(
+    images: np.ndarray,
+    boxes: list[np.ndarray],
+    classes: list[np.ndarray],
+    scores: list[np.ndarray] | None,
+    indices: Sequence[int],
+    data: Dataset,
+    path: Path,
+) -> None:
+    from app.plots.batches import plot_batch
+
+    plot_batch(
+        images, boxes, classes, scores, data.names, [data.images[index].name for index in indices], path
+    )

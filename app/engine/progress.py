@@ -1,0 +1,56 @@
+"""Progress for people: a line that rewrites itself on a terminal, whole lines now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+LOG_EVERY_S = 10.0
+TERMINAL_EVERY_S = 0.2
+
+
+def duration(seconds: float) -> str:
+    """Return `41s`, `4m10s` or `2h05m`."""
+    whole = round(max(seconds, 0))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Say lines; show passing ones. Everything goes through one object so that lines never mix."""
+
+    def __init__(
+        self, stream: TextIO | None = None, prefix: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self.prefix = prefix
+        self._clock = clock
+        self._terminal = self._stream.isatty()
+        self._shown_at = clock()
+        self._width = 0
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._write(f"{self.prefix}{line}", end="\n")
+        self._shown_at = self._clock()
+
+    def show(self, line: Callable[[], str]) -> None:
+        """Show a line that the next one replaces; in a log, print it if none was printed for a while."""
+        now = self._clock()
+        if now - self._shown_at < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
+            return
+        self._shown_at = now
+        self._write(f"{self.prefix}{line()}", end="" if self._terminal else "\n")
+
+    def _write(self, line: str, end: str) -> None:
+        if self._terminal:
+            padding = " " * max(self._width - len(line), 0)
+            self._width = 0 if end else len(line)
+            line = f"\r{line}{padding}"
+        self._stream.write(line + end)
+        self._stream.flush()

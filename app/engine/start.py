@@ -1,0 +1,87 @@
+"""What a training starts from: a layout, and weights or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.config.shipped import find_config
+from app.config.yaml_reader import read_yaml
+from app.engine.checkpoint import is_own_checkpoint, load_checkpoint
+from app.errors import CheckpointError, UsageError
+from app.model.detector import Detector, build_detector
+from app.model.weights import load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Tensors read from a file, and the layout they belong to."""
+
+    source: Path
+    state: dict[str, torch.Tensor]
+    layout: dict[str, Any] | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A layout, and the weights to begin with (None: from scratch)."""
+
+    layout: dict[str, Any]
+    weights: Weights | None
+
+    def build(self, names: tuple[str, ...], anchors: float | None, say: Callable[[str], None]) -> Detector:
+        """Return a fresh detector for these classes, carrying what fits of the weights."""
+        detector = build_detector(
+            self.layout, len(names), anchors=None if anchors is None else round(anchors)
+        )
+        detector.names = names
+        if self.weights is not None:
+            # Other classes than the weights' leave the head's convolutions fresh: that is fine-tuning.
+            report = load_weights(detector, self.weights.state, partial=True, source=str(self.weights.source))
+            say(f"weights: {self.weights.source}: {report.describe()}")
+        return detector
+
+
+def find_start(weights: str, cfg: str) -> Start:
+    """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
+    loaded = read_weights(find_weights(weights)) if weights else None
+    if cfg:
+        return Start(read_yaml(find_config("layouts", cfg)), loaded)
+    if loaded is None:
+        raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
+    if loaded.layout is None:
+        raise UsageError(f"--weights {loaded.source}: the file carries no layout: name it with --cfg")
+    return Start(loaded.layout, loaded)
+
+
+def find_weights(name: str) -> Path:
+    """Return the path of a weights file named with or without `.pt`."""
+    given = Path(name).expanduser()
+    for path in (given, given.with_name(given.name + ".pt")):
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        f"--weights {name}: no such file here ({given.absolute()}); give the path of a .pt file, "
+        "or train from scratch with --weights '' --cfg yolov5s.yaml"
+    )
+
+
+def read_weights(path: Path) -> Weights:
+    """Return the weights of one of our checkpoints, or of a foreign one, as float32 tensors."""
+    if is_own_checkpoint(path):
+        content = load_checkpoint(path)
+        state = {key: _float32(value) for key, value in content["ema"].items()}
+        return Weights(path, state, content["layout"], tuple(content["names"]))
+    from app.model.foreign import read_foreign_checkpoint
+
+    foreign = read_foreign_checkpoint(path)
+    return Weights(path, dict(foreign.state_dict), foreign.layout, foreign.names)
+
+
+def _float32(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value

@@ -1,0 +1,316 @@
+"""The training loop: `restore, then for each epoch fit, score, save`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from app.config.hyp import Hyp
+from app.config.train_config import TrainConfig
+from app.config.yaml_reader import write_yaml
+from app.data.loader import Batch, TrainLoader, ValLoader
+from app.engine import pictures
+from app.engine.checkpoint import save_checkpoint
+from app.engine.data import TrainingData
+from app.engine.device import Compute
+from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
+from app.engine.reporter import Reporter
+from app.engine.results import EpochRow, write_results
+from app.engine.stop_signal import StopSignal
+from app.engine.validator import Validation, to_input, validate
+from app.errors import CheckpointError, StarlingError
+from app.loss import DetectionLoss, LossGains
+from app.model.detector import Detector
+from app.outputs.run_dir import RunDir
+
+GRADIENT_NORM = 10.0
+NOT_VALIDATED = (math.nan,) * 4
+
+
+class Diverged(StarlingError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished training leaves: its rows, and the one with the highest fitness."""
+
+    rows: list[EpochRow]
+    best: EpochRow
+    images: int
+    """Images through forward and backward."""
+
+
+class Trainer:
+    """Train one detector. All that a resume needs is in `state()`; the rest follows from the position."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        hyp: Hyp,
+        detector: Detector,
+        data: TrainingData,
+        run: RunDir,
+        *,
+        image_size: int,
+        compute: Compute,
+        reporter: Reporter,
+        stop: StopSignal,
+        on_epoch: Callable[[EpochRow], None] = lambda row: None,
+    ) -> None:
+        self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
+        self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
+        self._image_size = image_size
+        self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _freeze(self.model, config.freeze)
+        self.average = ExponentialMovingAverage(self.model)
+        self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
+        gains = LossGains.scaled(hyp, nc=detector.nc, levels=len(detector.stride), image_size=image_size)
+        self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
+            compute.device
+        )
+        self.loader = TrainLoader(
+            data.train, data.train_images, hyp=hyp, image_size=image_size, batch_size=config.batch_size,
+            seed=config.seed, workers=config.workers,
+        )  # fmt: skip
+        stride = int(self.model.stride.max())
+        self.val_loader = ValLoader(
+            data.val, data.val_images, image_size=image_size, batch_size=config.batch_size * 2, stride=stride,
+            workers=config.workers,
+        )  # fmt: skip
+        self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
+        self.epoch = 0
+        self.iteration = 0
+        """Iterations done of this epoch."""
+        self.rows: list[EpochRow] = []
+        self._last_step = -1
+        self._loss_sum = torch.zeros(3, device=compute.device)
+
+    def fit(self) -> TrainResult:
+        """Train to the last epoch, or until patience runs out.
+
+        Raises Stopped after saving when a signal asks for it, Diverged for a loss that is no number, and
+        whatever `on_epoch` raises.
+        """
+        self._begin()
+        while self.epoch < self.config.epochs:
+            self._reporter.epoch_began()
+            self._fit_epoch()
+            self._score_epoch()
+            self._stop.raise_if_requested()
+            if self._out_of_patience():
+                self._reporter.say(
+                    f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
+                )
+                break
+        return self._finish()
+
+    def _begin(self) -> None:
+        write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
+        write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
+        if not self.config.noplots and self.epoch == 0:
+            pictures.draw_labels(self.data.train, self.run.path)
+
+    def _fit_epoch(self) -> None:
+        self.model.train()
+        images = 0
+        epoch_start = self.epoch * len(self.loader)
+        for batch in self.loader.epoch(self.epoch, start=self.iteration):
+            if self.epoch == 0 and self.iteration < pictures.PREVIEWS and not self.config.noplots:
+                path = self.run.path / f"train_batch{self.iteration}.jpg"
+                pictures.draw_train_batch(batch, self.data.train, path)
+            self._iterate(batch, epoch_start + self.iteration)
+            self.iteration += 1
+            images += len(batch.indices)
+            self._reporter.iteration(
+                self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
+            )
+            if self._stop.requested and self._last_step == epoch_start + self.iteration - 1:
+                self._save_last()
+                self._stop.raise_if_requested()
+        self._images_in_epoch = images
+
+    def _iterate(self, batch: Batch, position: int) -> None:
+        """Run one batch forward and backward, and a step where enough of them are accumulated."""
+        self.schedule.apply(self.optimizer, self.epoch, position)
+        with self.compute.autocast():
+            predictions = self.model(to_input(batch.images, self.compute))
+        total, parts = self.loss(predictions, batch.targets.to(self.compute.device, non_blocking=True))
+        total.backward()
+        self._loss_sum += parts
+        if position - self._last_step >= self.schedule.accumulate(position):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.average.update()
+            self._last_step = position
+
+    def _mean_losses(self) -> tuple[float, float, float]:
+        box, obj, cls = (self._loss_sum / max(self.iteration, 1)).tolist()
+        return box, obj, cls
+
+    def _score_epoch(self) -> None:
+        """Validate where asked, record the row, save, and tell."""
+        losses = self._mean_losses()
+        if not all(map(math.isfinite, losses)):
+            raise Diverged(
+                f"epoch {self.epoch + 1}: the loss is no longer a number (box, obj, cls = {losses}); "
+                f"lower lr0 (now {self.hyp.lr0:g}) or check the labels. Earlier checkpoints are intact"
+            )
+        last = self.epoch + 1 == self.config.epochs
+        validation = None
+        if last or not self.config.noval:
+            validation = validate(self.average.model, self.val_loader, self.loss, self.compute)
+        row = self._row(losses, validation)
+        best = row.validated and (not self._best_rows() or row.fitness > self.best.fitness)
+        self.rows.append(row)
+        self.epoch, self.iteration = self.epoch + 1, 0
+        self._loss_sum.zero_()
+        write_results(self.run.results_csv, self.rows)
+        self._save_epoch(best=best, last=last)
+        self._reporter.epoch_ended(row, self.config.epochs, self._images_in_epoch, best)
+        self._on_epoch(row)
+
+    def _row(self, losses: tuple[float, float, float], validation: Validation | None) -> EpochRow:
+        metrics, val_losses = NOT_VALIDATED, NOT_VALIDATED[:3]
+        if validation is not None:
+            m = validation.metrics
+            metrics, val_losses = (m.precision, m.recall, m.map50, m.map5095), validation.losses
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return EpochRow(
+            self.epoch, losses, metrics, val_losses, (rates[BIASES], rates[DECAYED], rates[NORMS])
+        )
+
+    def _best_rows(self) -> list[EpochRow]:
+        return [row for row in self.rows if row.validated]
+
+    @property
+    def best(self) -> EpochRow:
+        """The validated row with the highest fitness, the first of equals."""
+        return max(self._best_rows(), key=lambda row: row.fitness)
+
+    def _out_of_patience(self) -> bool:
+        if not self.config.patience or not self._best_rows():
+            return False
+        return self.epoch - 1 - self.best.epoch >= self.config.patience
+
+    # --- saving -----------------------------------------------------------------------------------------
+
+    def _save_epoch(self, *, best: bool, last: bool) -> None:
+        if best:
+            save_checkpoint(self.run.best, self.weights())
+        if last or not self.config.nosave:
+            self._save_last()
+        period = self.config.save_period
+        if period > 0 and self.epoch % period == 0:
+            save_checkpoint(self.run.weights / f"epoch{self.epoch - 1}.pt", self.weights())
+
+    def _save_last(self) -> None:
+        save_checkpoint(self.run.last, self.state())
+
+    def weights(self) -> dict[str, Any]:
+        """Return what inference and fine-tuning need: the averaged weights in half precision."""
+        half = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in self.average.model.state_dict().items()
+        }
+        return {"kind": "weights", "ema": half, **self._description()}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that `restore` needs to go on exactly here."""
+        gradients = {
+            key: parameter.grad
+            for key, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        return {
+            "kind": "resumable",
+            "ema": self.average.model.state_dict(),
+            "ema_updates": self.average.updates,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "gradients": gradients,  # of iterations since the last step; an epoch may end between two
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "last_step": self._last_step,
+            "loss_sum": self._loss_sum,
+            **self._description(),
+        }
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "layout": self.model.layout,
+            "names": list(self.data.names),
+            "image_size": self._image_size,
+            "hyp": self.hyp.as_dict(),
+            "config": self.config.as_dict(),
+            "run_uuid": self._reporter.label.uuid,
+            "rows": [row.as_list() for row in self.rows],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
+        if tuple(state["names"]) != self.data.names:
+            raise CheckpointError(
+                f"the checkpoint was trained on the classes {', '.join(state['names'])}, "
+                f"the dataset has {', '.join(self.data.names)}; resume with the dataset it was trained on"
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["ema"])
+        self.average.updates = state["ema_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for key, parameter in self.model.named_parameters():
+            if key in state["gradients"]:
+                parameter.grad = state["gradients"][key].to(parameter)
+        self.epoch, self.iteration = state["epoch"], state["iteration"]
+        self._last_step = state["last_step"]
+        self._loss_sum.copy_(state["loss_sum"])
+        self.rows = [EpochRow.from_list(values) for values in state["rows"]]
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _finish(self) -> TrainResult:
+        if not self.config.noplots:
+            pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
+            validation = validate(
+                self._best_model(), self.val_loader, None, self.compute, previews=pictures.PREVIEWS
+            )
+            self._say_classes(validation)
+            pictures.draw_validation(validation, self.data.val, self.run.path)
+        return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
+
+    def _best_model(self) -> Detector:
+        """Return the averaged weights of the best epoch."""
+        from app.engine.start import read_weights
+
+        model = self.average.model
+        if self.run.best.is_file() and self.best.epoch != self.epoch - 1:
+            model.load_state_dict(read_weights(self.run.best).state)
+        return model
+
+    def _say_classes(self, validation: Validation) -> None:
+        """Print the best epoch's figures for all classes and for each."""
+        m = validation.metrics
+        width = max([len(name) for name in self.data.names] + [5])
+        self._reporter.say(f"best epoch: {self.best.epoch + 1}")
+        self._reporter.say(f"{'class':>{width}}  {'labels':>7}  {'P':>6}  {'R':>6}  {'mAP50':>6}  mAP50-95")
+        self._reporter.say(
+            f"{'all':>{width}}  {int(m.labels.sum()):>7}  {m.precision:6.3f}  {m.recall:6.3f}  {m.map50:6.3f}  {m.map5095:8.3f}"
+        )
+        for row, index in enumerate(m.classes):
+            self._reporter.say(
+                f"{self.data.names[index]:>{width}}  {int(m.labels[row]):>7}  {m.precision_by_class[row]:6.3f}  "
+                f"{m.recall_by_class[row]:6.3f}  {m.ap[row, 0]:6.3f}  {m.ap[row].mean():8.3f}"
+            )
+
+
+def _freeze(model: Detector, layers: tuple[int, ...]) -> None:
+    """Freeze the first N layers (one number) or the given ones (several)."""
+    frozen = range(layers[0]) if len(layers) == 1 else layers
+    for index in frozen:
+        if index < len(model.model):
+            model.model[index].requires_grad_(False)

@@ -1,0 +1,228 @@
+"""One training from a command line to its results."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.config.hyp import Hyp
+from app.config.shipped import find_config
+from app.config.train_config import TrainCommand, TrainConfig
+from app.config.yaml_reader import read_yaml
+from app.data.loader import ValLoader
+from app.engine import pictures
+from app.engine.checkpoint import load_checkpoint
+from app.engine.data import TrainingData, load_data
+from app.engine.device import Compute, select_compute
+from app.engine.progress import Progress
+from app.engine.reporter import Reporter, RunLabel
+from app.engine.start import Start, find_start, read_weights
+from app.engine.stop_signal import StopSignal
+from app.engine.trainer import Trainer, TrainResult
+from app.engine.validator import validate
+from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
+from app.outputs.run_lock import run_lock
+from app.outputs.worker_status import WorkerStatus, worker_name
+from app.tracking.events import EventLog
+from app.tracking.process import BridgeHandle, start_bridge
+
+CACHE_FOLDER = ".cache"
+"""Below the runs folder, so that every container of the host shares it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What a worker sets up once and keeps from training to training."""
+
+    config: TrainConfig
+    start: Start
+    compute: Compute
+    image_size: int
+    data: TrainingData
+
+
+def open_workshop(config: TrainConfig, say: Callable[[str], None]) -> Workshop:
+    """Resolve what `config` names and load the data; everything that can be wrong is found here."""
+    start = find_start(config.weights, config.cfg)
+    compute = select_compute(config.device, config.amp, say)
+    say(compute.describe())
+    image_size = _fit_stride(
+        config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
+    )
+    data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
+    return Workshop(config, start, compute, image_size, data)
+
+
+def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
+    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
+    fitted = max(-(-size // stride), 2) * stride
+    if fitted != size:
+        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
+    return fitted
+
+
+def read_hyp(config: TrainConfig) -> Hyp:
+    """Return the hyperparameters that `--hyp` and `--label-smoothing` ask for."""
+    path = find_config("hyps", config.hyp)
+    values: dict[str, Any] = read_yaml(path)
+    if config.label_smoothing:
+        values["label_smoothing"] = config.label_smoothing
+    return Hyp.from_mapping(values, str(path))
+
+
+def warn_of_idle(hyp: Hyp, say: Callable[[str], None]) -> None:
+    """Name a hyperparameter that is set and does nothing."""
+    if hyp.copy_paste:
+        say("copy_paste has no effect: labels are kept as boxes, and it needs polygons")
+
+
+def train(command: TrainCommand) -> None:
+    """Train once, or go on with an interrupted training."""
+    progress = Progress()
+    if command.config.resume:
+        last = find_last(command.config.resume)
+        state = load_checkpoint(last)
+        if state["kind"] != "resumable":
+            raise CheckpointError(
+                f"{last}: holds weights only; resume from last.pt, or start a new run with --weights {last}"
+            )
+        config = command.resumed(TrainConfig.from_mapping(state["config"]))
+        if state["epoch"] >= config.epochs:
+            raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
+        run, hyp, run_uuid = (
+            RunDir(last.parent.parent),
+            Hyp.from_mapping(state["hyp"], str(last)),
+            state["run_uuid"],
+        )
+        progress.say(f"resuming {run.path} at epoch {state['epoch'] + 1}/{config.epochs}")
+    else:
+        config, state = command.config, None
+        hyp, run_uuid = read_hyp(config), uuid.uuid4().hex
+        warn_of_idle(hyp, progress.say)
+    workshop = open_workshop(config, progress.say)
+    if state is None:
+        run = _new_run(config)
+    with run_lock(run.path), StopSignal() as stop:
+        progress.say(f"run: {run.path}")
+        log = EventLog(run.events, run_uuid, warn=progress.say)
+        bridge = start_bridge(log, warn=progress.say)
+        status = WorkerStatus(runs_root(), worker_name())
+        label = RunLabel(run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
+        reporter = Reporter(label, run.path, progress=progress, status=status, events=log)
+        try:
+            result = train_in(
+                workshop, config, hyp, run, reporter, stop, state, lambda row: check_bridge(bridge)
+            )
+            best = result.best
+            progress.say(f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
+                         f"results in {run.path}")  # fmt: skip
+        finally:
+            finish_bridge(bridge, stop)
+
+
+def train_in(
+    workshop: Workshop,
+    config: TrainConfig,
+    hyp: Hyp,
+    run: RunDir,
+    reporter: Reporter,
+    stop: StopSignal,
+    state: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Any], None] = lambda row: None,
+) -> TrainResult:
+    """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
+    reporter.started(_params(config, hyp), _tags(workshop))
+    try:
+        torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
+        detector = workshop.start.build(workshop.data.names, hyp.anchors, reporter.say)
+        trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
+                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch)  # fmt: skip
+        if state is not None:
+            trainer.restore(dict(state))
+        result = trainer.fit()
+    except Stopped as error:
+        reporter.ended("killed", f"{error}; resume with --resume {run.last}")
+        raise
+    except StarlingError as error:
+        reporter.ended("failed", str(error))
+        raise
+    except BaseException as error:
+        reporter.ended("failed", f"{type(error).__name__}: {error}")
+        raise
+    reporter.ended("finished")
+    return result
+
+
+def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
+    """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
+    trained = read_weights(weights)
+    detector = Start(trained.layout or workshop.start.layout, trained).build(
+        workshop.data.names, None, lambda line: None
+    )
+    model = detector.to(workshop.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    batches = ValLoader(
+        workshop.data.val,
+        workshop.data.val_images,
+        image_size=workshop.image_size,
+        batch_size=workshop.config.batch_size * 2,
+        stride=int(detector.stride.max()),
+        workers=workshop.config.workers,
+    )
+    validation = validate(model, batches, None, workshop.compute, previews=pictures.PREVIEWS)
+    pictures.draw_validation(validation, workshop.data.val, folder)
+
+
+def check_bridge(bridge: BridgeHandle | None) -> None:
+    """Look after the tracking bridge, once an epoch."""
+    if bridge is not None:
+        bridge.check()
+
+
+def finish_bridge(bridge: BridgeHandle | None, stop: StopSignal) -> None:
+    """Let the bridge drain; shortly where a stop was asked for, since a container's grace is short."""
+    if bridge is not None:
+        bridge.finish(timeout_s=5 if stop.requested else 20)
+
+
+def find_last(resume: str) -> Path:
+    """Return the checkpoint that `--resume` means; raises CheckpointError when there is none."""
+    if resume != "latest":
+        path = Path(resume).expanduser()
+        return path / "weights" / "last.pt" if path.is_dir() else path
+    found = sorted(runs_root().rglob("weights/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
+    return found[-1]
+
+
+def _new_run(config: TrainConfig) -> RunDir:
+    parent = project_dir(config.run_project, runs_root())
+    try:
+        if config.exist_ok:
+            path = parent / config.run_name
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path = next_free_dir(parent, config.run_name)
+    except OSError as error:
+        raise UsageError(
+            f"{parent}: results cannot be written here ({error.strerror}); "
+            "check the folder's owner, or choose another --project"
+        ) from None
+    return RunDir(path)
+
+
+def _params(config: TrainConfig, hyp: Hyp) -> dict[str, Any]:
+    return {**config.as_dict(), **{f"hyp/{key}": value for key, value in hyp.as_dict().items()}}
+
+
+def _tags(workshop: Workshop) -> dict[str, str]:
+    tags = {"device": workshop.compute.describe(), "data_digest": workshop.data.train.digest}
+    replica = os.environ.get("STARLING_REPLICA")
+    return {**tags, "replica": replica} if replica else tags

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Train a detector, or search its hyperparameters together with every other worker: `python train.py --help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Read by the OpenMP runtime when torch loads: threads that wait give their core away instead of spinning on it,
+# which costs a neighbour (another replica, a loader thread) far more than it saves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from app.command import run_command
+from app.config.train_config import TrainCommand, parse_args
+from app.errors import StarlingError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train or search, and return the exit code."""
+    try:
+        command = parse_args(argv)
+    except StarlingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return run_command(lambda: _run(command), debug=command.config.debug)
+
+
+def _run(command: TrainCommand) -> None:
+    # Imported here so that --help and a wrong flag answer at once, without torch.
+    if command.config.evolve:
+        from app.search.training import search
+
+        search(command.config)
+    else:
+        from app.engine.training import train
+
+        train(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

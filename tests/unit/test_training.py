@@ -1,0 +1,196 @@
+"""A training from its command line to its files, small and real."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from app import train
+from app.engine.checkpoint import load_checkpoint
+from tests.conftest import REPOSITORY
+
+PICTURES = [
+    "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
+    "results.png", "confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(runs: Path) -> None:
+    """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
+    from app import settings
+
+    settings.update({"mlflow": False})
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_writes_the_classic_files(tiny_args: list[str], runs: Path) -> None:
+    assert train.main(tiny_args) == 0
+    run = runs / "train" / "exp"
+    missing = [name for name in [*PICTURES, "hyp.yaml", "opt.yaml", "weights/last.pt", "weights/best.pt"]
+               if not (run / name).is_file()]  # fmt: skip
+    assert not missing
+    assert [row["epoch"] for row in rows(run)] == ["0", "1"]
+    assert float(rows(run)[1]["train/box_loss"]) > 0
+
+
+def test_a_second_training_gets_a_folder_of_its_own(tiny_args: list[str], runs: Path) -> None:
+    for _ in range(2):
+        assert train.main([*tiny_args, "--epochs", "1", "--noplots"]) == 0
+    assert (runs / "train" / "exp2" / "results.csv").is_file()
+
+
+def test_project_and_name_land_below_the_runs_folder(tiny_args: list[str], runs: Path) -> None:
+    assert (
+        train.main([*tiny_args, "--epochs", "1", "--noplots", "--project", "blood", "--name", "first"]) == 0
+    )
+    assert (runs / "blood" / "first" / "weights" / "best.pt").is_file()
+
+
+def test_a_project_that_climbs_out_of_the_runs_folder_is_refused(
+    tiny_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--project", "../../etc"]) == 2
+    assert "leaves the runs folder" in capsys.readouterr().err
+
+
+def test_resumed_training_ends_with_the_same_weights_as_one_left_alone(
+    tiny_args: list[str], runs: Path
+) -> None:
+    common = [*tiny_args, "--noplots", "--batch", "3"]
+    assert train.main([*common, "--epochs", "3", "--name", "whole"]) == 0
+    assert train.main([*common, "--epochs", "3", "--name", "cut", "--save-period", "1"]) == 0
+    # What an interruption after epoch 1 leaves: the checkpoint of a run of three that has done two.
+    _interrupt_after(common, runs, epochs=2)
+    assert train.main(["--resume", str(runs / "train" / "stopped" / "weights" / "last.pt")]) == 0
+    whole, resumed = (
+        load_checkpoint(runs / "train" / name / "weights" / "last.pt") for name in ("whole", "stopped")
+    )
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
+    assert (runs / "train" / "whole" / "results.csv").read_text() == (
+        runs / "train" / "stopped" / "results.csv"
+    ).read_text()
+
+
+def _interrupt_after(common: list[str], runs: Path, epochs: int) -> None:
+    """Train a run named `stopped` and stop it by SIGTERM once so many epochs are done."""
+    command = [sys.executable, "app/train.py", *common, "--epochs", "3", "--name", "stopped"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"epoch {epochs - 1}/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(60) == 143
+    assert len(rows(runs / "train" / "stopped")) < 3
+
+
+def test_sigterm_in_mid_epoch_saves_a_checkpoint_and_exits_143(tiny_args: list[str], runs: Path) -> None:
+    command = [sys.executable, "app/train.py", *tiny_args, "--epochs", "1000", "--noplots", "--noval"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    assert load_checkpoint(last)["epoch"] >= 1
+
+
+def test_resume_of_a_finished_run_says_to_raise_the_epochs(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots"]) == 0
+    assert train.main(["--resume"]) == 2
+    assert "larger --epochs" in capsys.readouterr().err
+    assert train.main(["--resume", "--epochs", "3"]) == 0
+    assert len(rows(runs / "train" / "exp")) == 3
+
+
+def test_resume_refuses_a_flag_that_would_change_the_training(
+    tiny_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots"]) == 0
+    assert train.main(["--resume", "--batch", "2", "--epochs", "3"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_fine_tuning_takes_weights_and_their_layout(tiny_args: list[str], runs: Path) -> None:
+    assert train.main([*tiny_args, "--noplots"]) == 0
+    best = runs / "train" / "exp" / "weights" / "best.pt"
+    tuned = [*tiny_args, "--noplots", "--epochs", "1", "--weights", str(best), "--cfg", ""]
+    assert train.main(tuned) == 0
+
+
+def test_single_class_training_renames_every_label(tiny_args: list[str], runs: Path) -> None:
+    assert train.main([*tiny_args, "--noplots", "--single-cls", "--epochs", "1"]) == 0
+    assert len(load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")["names"]) == 1
+
+
+def test_early_stop_ends_a_training_that_no_longer_improves(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate of nothing: the fitness never improves after the first epoch.
+    hyp = runs.parent / "still.yaml"
+    hyp.write_text("lr0: 0.0\nwarmup_bias_lr: 0.0\nwarmup_epochs: 0.0\nweight_decay: 0.0\n")
+    args = [*tiny_args, "--noplots", "--hyp", str(hyp), "--epochs", "30", "--patience", "2"]
+    assert train.main(args) == 0
+    assert "stopped early" in capsys.readouterr().out
+    assert len(rows(runs / "train" / "exp")) < 30
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        (["--data", "nowhere.yaml"], 2, "no such file"),
+        (["--cfg", "yolov5q.yaml"], 2, "did you mean"),
+        (["--weights", "missing.pt"], 4, "no such file"),
+        (["--hyp", "hyp.scratch.yaml"], 2, "hyp.scratch-low.yaml"),
+        (["--device", "7"], 2, "--device cpu"),
+        (["--device", "tpu"], 2, "not a device"),
+        (["--epochs", "0"], 2, "at least 1"),
+        (["--batch", "0"], 2, "at least 1"),
+        (["--name", "../x"], 2, "one folder name"),
+        (["--resume", "missing.pt"], 4, "no such checkpoint"),
+    ],
+)
+def test_bad_input_gets_one_message_and_leaves_nothing(
+    tiny_args: list[str],
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: list[str],
+    code: int,
+    words: str,
+) -> None:
+    args = tiny_args if "--device" not in changed else tiny_args[:-2]
+    assert train.main([*args, *changed]) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(runs.rglob("results.csv"))
+    assert not (runs / "train").exists()
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; sys.argv = ['train.py', '--help']\nfrom app import train\ntry: train.main()\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
