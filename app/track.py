@@ -116,7 +116,8 @@ def _run_sync(options: argparse.Namespace) -> int:
     return 1 if any(result.problem for result in results) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m app.track`."""
     parser = argparse.ArgumentParser(
         prog="python -m app.track", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one of the commands; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except StarlingError as error:

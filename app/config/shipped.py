@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from app.errors import UsageError, suggest
+from app.errors import DataError, UsageError, suggest
 
 Kind = Literal["layouts", "hyps", "datasets"]
 
@@ -30,7 +30,7 @@ def find_config(kind: Kind, name: str) -> Path:
     A file that exists is taken as it is. Otherwise a bare name (`yolov5n.yaml`, or `yolov5n`), or one in the
     classic trainer's own folders (`data/hyps/hyp.finetune.yaml`), means the shipped file of that name.
 
-    Raises UsageError listing what is shipped.
+    Raises UsageError, for a dataset DataError, listing what is shipped.
     """
     given = Path(name).expanduser()
     if given.is_file():
@@ -43,6 +43,8 @@ def find_config(kind: Kind, name: str) -> Path:
         if shipped.is_file():
             return shipped
     known = sorted(path.name for path in (SHIPPED / kind).glob("*.yaml"))
-    raise UsageError(
-        f"{_OPTION[kind]} {name}: no such file{suggest(relative.name, known)}; give a path, or one of: {', '.join(known)}"
+    error = DataError if kind == "datasets" else UsageError
+    raise error(
+        f"{_OPTION[kind]} {name}: no such file{suggest(relative.name, known)}; "
+        f"give a path, or one of: {', '.join(known)}"
     )

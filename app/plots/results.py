@@ -44,6 +44,7 @@ def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -
     rows = max((len(column) for column in table.values()), default=0)
     epochs = table.get("epoch", np.arange(rows, dtype=np.float64))
     best = _best_row(table, epochs) if best_epoch is None else _row_of(epochs, best_epoch)
+    epochs = epochs + 1  # the CSV counts from 0, people and the log from 1
     figure = style.new_figure(16, 6.4)
     panels = figure.subplots(2, 5).ravel()
     figure.subplots_adjust(left=0.035, right=0.99, top=0.89, bottom=0.075, wspace=0.24, hspace=0.34)

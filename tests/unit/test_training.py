@@ -160,7 +160,7 @@ def test_early_stop_ends_a_training_that_no_longer_improves(
 @pytest.mark.parametrize(
     ("changed", "code", "words"),
     [
-        (["--data", "nowhere.yaml"], 2, "no such file"),
+        (["--data", "nowhere.yaml"], 3, "no such file"),
         (["--cfg", "yolov5q.yaml"], 2, "did you mean"),
         (["--weights", "missing.pt"], 4, "no such file"),
         (["--hyp", "hyp.scratch.yaml"], 2, "hyp.scratch-low.yaml"),
@@ -170,6 +170,9 @@ def test_early_stop_ends_a_training_that_no_longer_improves(
         (["--batch", "0"], 2, "at least 1"),
         (["--name", "../x"], 2, "one folder name"),
         (["--resume", "missing.pt"], 4, "no such checkpoint"),
+        (["--rect"], 2, "not available yet"),
+        (["--epoochs", "3"], 2, "did you mean '--epochs'"),
+        (["--optimizer", "LBFGS"], 2, "invalid choice"),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(

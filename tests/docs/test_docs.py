@@ -1,0 +1,99 @@
+"""The docs name every flag, setting, variable and hyperparameter; and no flag that does not exist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import fields
+
+import click
+import pytest
+
+from app import settings, track
+from app.config.hyp import Hyp
+from app.config.train_config import NOT_YET, build_parser
+from launcher.cli import cli as launcher
+from tests.conftest import REPOSITORY
+
+DOCS = {
+    path.name: path.read_text() for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+}
+ALL = "\n".join(DOCS.values())
+
+
+def train_flags() -> list[str]:
+    return sorted(
+        {
+            flag
+            for action in build_parser()._actions
+            for flag in action.option_strings
+            if flag.startswith("--")
+        }
+    )
+
+
+def launcher_flags() -> list[str]:
+    assert isinstance(launcher, click.Group)
+    found = set()
+    for command in (launcher, *launcher.commands.values()):
+        for parameter in command.params:
+            found.update(flag for flag in parameter.opts if flag.startswith("--"))
+    return sorted(found)
+
+
+def track_flags() -> list[str]:
+    found = set()
+    parsers = [track.build_parser()]
+    while parsers:
+        for action in parsers.pop()._actions:
+            found.update(flag for flag in action.option_strings if flag.startswith("--"))
+            if isinstance(action, argparse._SubParsersAction):
+                parsers.extend(action.choices.values())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("flag", set(train_flags()) - {"--help"})
+def test_every_flag_of_train_is_in_the_training_page(flag: str) -> None:
+    assert f"`{flag}`" in DOCS["train.md"]
+
+
+@pytest.mark.parametrize("flag", set(launcher_flags()) - {"--help"})
+def test_every_flag_of_the_launcher_is_in_the_launching_page(flag: str) -> None:
+    assert flag in DOCS["launch.md"]
+
+
+@pytest.mark.parametrize("flag", set(track_flags()) - {"--help"})
+def test_every_flag_of_track_is_in_the_tracking_page(flag: str) -> None:
+    assert flag in DOCS["track.md"]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Hyp)])
+def test_every_hyperparameter_is_in_the_training_page(name: str) -> None:
+    assert f"`{name}`" in DOCS["train.md"]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(settings.Settings)])
+def test_every_setting_is_in_the_tracking_page(name: str) -> None:
+    assert f"`{name}" in DOCS["track.md"]
+
+
+def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> None:
+    compose = (REPOSITORY / "docker-compose.yml").read_text()
+    example = (REPOSITORY / ".env.example").read_text()
+    missing = [name for name in set(re.findall(r"\$\{(\w+)", compose)) if f"{name}=" not in example]
+    assert not missing
+
+
+def test_no_page_names_a_flag_that_no_command_has() -> None:
+    known = {*train_flags(), *launcher_flags(), *track_flags(), *NOT_YET}
+    known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--show"}  # of docker and torchrun
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
+    unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}
+    assert not unknown
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page, text in DOCS.items():
+        folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), f"{page}: {target}"
