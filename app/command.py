@@ -10,7 +10,7 @@ from app.errors import StarlingError
 
 
 def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
-    """Run `body` and return the exit code: 0, or the error's; anything unforeseen keeps its traceback."""
+    """Run `body` and return the exit code: 0, or the error's; a bug keeps its traceback."""
     try:
         body()
     except StarlingError as error:
@@ -21,6 +21,12 @@ def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+        return 1
     except MemoryError as error:
         if debug:
             traceback.print_exc()

@@ -10,7 +10,9 @@ from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.limits import container_memory_limit
+from app.data.loader import ValLoader
 from app.data.store import ImageStore
+from app.model.detector import Detector
 
 CACHE_SHARE = 0.5
 """Share of the container's memory that decoded images may take; the rest is for training."""
@@ -48,6 +50,20 @@ def load_data(
         for line in _left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def validation_loader(
+    data: TrainingData, model: Detector, image_size: int, batch_size: int, threads: int
+) -> ValLoader:
+    """Return the validation split in letterboxed batches; they hold twice the pictures, as nothing is kept to go back."""
+    return ValLoader(
+        data.val,
+        data.val_images,
+        image_size=image_size,
+        batch_size=batch_size * 2,
+        stride=int(model.stride.max()),
+        workers=threads,
+    )
 
 
 def _left_out(split: Dataset, shown: int = 5) -> list[str]:

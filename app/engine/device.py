@@ -33,6 +33,10 @@ class Compute:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def loader_threads(self, asked: int) -> int:
+        """Return how many threads prepare batches: on the CPU one, as more would take the model's own cores."""
+        return min(asked, 1 if self.on_cpu else container_cpu_count())
+
     def describe(self) -> str:
         """Say the device and the format in a few words."""
         number_format = "bfloat16 autocast" if self.bfloat16 else "float32"
@@ -49,6 +53,8 @@ def select_compute(device: str, amp: str, say: Callable[[str], None]) -> Compute
     chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
     if chosen.type == "cpu":
         torch.set_num_threads(container_cpu_count())
+    else:
+        torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for the fastest kernels pays
     has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
     if amp == "on" and not has_bfloat16:
         say("--amp on: this hardware has no bfloat16, going on in float32")

@@ -12,10 +12,10 @@ import torch
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
-from app.data.loader import Batch, TrainLoader, ValLoader
+from app.data.loader import Batch, TrainLoader
 from app.engine import pictures
 from app.engine.checkpoint import save_checkpoint
-from app.engine.data import TrainingData
+from app.engine.data import TrainingData, validation_loader
 from app.engine.device import Compute
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
@@ -73,20 +73,24 @@ class Trainer:
         self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
             compute.device
         )
+        threads = compute.loader_threads(config.workers)
         self.loader = TrainLoader(
-            data.train, data.train_images, hyp=hyp, image_size=image_size, batch_size=config.batch_size,
-            seed=config.seed, workers=config.workers,
-        )  # fmt: skip
-        stride = int(self.model.stride.max())
-        self.val_loader = ValLoader(
-            data.val, data.val_images, image_size=image_size, batch_size=config.batch_size * 2, stride=stride,
-            workers=config.workers,
-        )  # fmt: skip
+            data.train,
+            data.train_images,
+            hyp=hyp,
+            image_size=image_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=threads,
+            pin_memory=not compute.on_cpu,
+        )
+        self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
         self.epoch = 0
         self.iteration = 0
         """Iterations done of this epoch."""
         self.rows: list[EpochRow] = []
+        self._images_in_epoch = 0
         self._last_step = -1
         self._loss_sum = torch.zeros(3, device=compute.device)
 
@@ -101,7 +105,8 @@ class Trainer:
             self._reporter.epoch_began()
             self._fit_epoch()
             self._score_epoch()
-            self._stop.raise_if_requested()
+            if self._stop.requested and self.epoch < self.config.epochs:
+                self._stop_here()
             if self._out_of_patience():
                 self._reporter.say(
                     f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
@@ -130,9 +135,13 @@ class Trainer:
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
             if self._stop.requested and self._last_step == epoch_start + self.iteration - 1:
-                self._save_last()
-                self._stop.raise_if_requested()
+                self._stop_here()
         self._images_in_epoch = images
+
+    def _stop_here(self) -> None:
+        """Save, whatever `--nosave` says, and raise Stopped."""
+        self._save_last()
+        self._stop.raise_if_requested()
 
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
@@ -274,6 +283,8 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
+        if not self.run.best.is_file():  # a candidate that went on in a folder of its own
+            save_checkpoint(self.run.best, self.weights())
         if not self.config.noplots:
             pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
             validation = validate(

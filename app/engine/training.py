@@ -15,10 +15,9 @@ from app.config.hyp import Hyp
 from app.config.shipped import find_config
 from app.config.train_config import TrainCommand, TrainConfig
 from app.config.yaml_reader import read_yaml
-from app.data.loader import ValLoader
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
-from app.engine.data import TrainingData, load_data
+from app.engine.data import TrainingData, load_data, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
@@ -167,13 +166,9 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
         workshop.data.names, None, lambda line: None
     )
     model = detector.to(workshop.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    batches = ValLoader(
-        workshop.data.val,
-        workshop.data.val_images,
-        image_size=workshop.image_size,
-        batch_size=workshop.config.batch_size * 2,
-        stride=int(detector.stride.max()),
-        workers=workshop.config.workers,
+    threads = workshop.compute.loader_threads(workshop.config.workers)
+    batches = validation_loader(
+        workshop.data, detector, workshop.image_size, workshop.config.batch_size, threads
     )
     validation = validate(model, batches, None, workshop.compute, previews=pictures.PREVIEWS)
     pictures.draw_validation(validation, workshop.data.val, folder)

@@ -1,0 +1,1 @@
+"""Hyperparameter search by any number of workers on one study."""

@@ -1,0 +1,218 @@
+"""The study on disk: an append-only journal that a kill, a full disk or a dead worker cannot brick.
+
+Optuna replays a file of JSON lines. Its own file backend has two faults on a shared volume: its lock can spin for
+ever on a dead holder, and a last line torn by a kill is glued to the next one, after which no reader gets past it.
+Here the lock is `flock`, which the kernel drops with its holder, and an append first cuts a torn tail off.
+
+`flock` excludes every process and container of one host. Over NFS it does so between hosts too, unless the volume is
+mounted with `local_lock`; for several hosts PostgreSQL is the sound choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+
+from app.errors import CheckpointError
+from app.outputs.atomic import fsync_directory
+
+JOURNAL, LOCK = "study.journal", "study.lock"
+_BLOCK = 64 * 1024
+_PATIENCE_S = 30.0
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the context into a CheckpointError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); the study is intact: check that the folder belongs to this "
+            "user and that the volume has room, then start the worker again"
+        ) from error
+
+
+class StudyStorage(Protocol):
+    """Where a study lives, and the one lock that makes several steps on it a single one."""
+
+    @property
+    def optuna(self) -> BaseStorage:
+        """The storage as Optuna knows it."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude all other workers of the study while the context lasts. Not reentrant."""
+
+
+class JournalStudyStorage:
+    """A study in `<directory>/study.journal`, for the workers of one host."""
+
+    def __init__(
+        self, directory: Path, *, create: bool = True, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        directory = directory.absolute()
+        if create:
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+        self._lock_path = directory / LOCK
+        self._say = say
+        path = directory / JOURNAL
+        try:
+            self._storage = JournalStorage(SafeJournalBackend(path, create=create))
+        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            raise CheckpointError(
+                f"{path}: holds a record that is not one of a study ({error!r}); restore the file from a copy, "
+                "or start a search under another --name"
+            ) from error
+
+    @property
+    def optuna(self) -> BaseStorage:
+        """The storage as Optuna knows it."""
+        return self._storage
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude all other workers of the study while the context lasts. Not reentrant."""
+        return locked(self._lock_path, say=self._say)
+
+
+@contextmanager
+def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _acquire(descriptor, path, say)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> None:
+    """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
+    pause, complain_at = 0.001, time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        if time.monotonic() > complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            say(f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?")
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+class SafeJournalBackend(BaseJournalBackend):
+    """Optuna's journal format, one JSON record a line, kept whole whatever happens to its writers."""
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self._path = path.absolute()
+        # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
+        self._seen = (0, 0)
+        if create and not self._path.exists():
+            os.close(self._open(os.O_RDWR | os.O_CREAT))
+            fsync_directory(self._path.parent)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield the records from number `log_number_from` on; a line without its end is not there yet.
+
+        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed.
+        """
+        number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
+        with open(self._open(os.O_RDONLY), "rb") as file:
+            if os.fstat(file.fileno()).st_size < offset:
+                raise CheckpointError(f"{self._path}: was cut short while in use; restore it from a copy")
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                number, offset = number + 1, offset + len(line)
+                if number <= log_number_from:
+                    continue
+                record = self._parse(line, number)
+                # Before the yield: Optuna may stop in the middle, and counts this record as read.
+                self._seen = (number, offset)
+                yield record
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records durably, after cutting off what a killed writer left of a line.
+
+        Raises CheckpointError where the disk is full or fails; the journal then stands as it was.
+        """
+        payload = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        descriptor = self._open(os.O_RDWR)
+        try:
+            _acquire(descriptor, self._path, lambda line: None)
+            end = _end_of_last_line(descriptor)
+            with writing(self._path):
+                self._write(descriptor, payload, end)
+        finally:
+            os.close(descriptor)
+
+    def _write(self, descriptor: int, payload: bytes, end: int) -> None:
+        """Write `payload` at byte `end` or leave the file ending there."""
+        if os.fstat(descriptor).st_size > end:
+            os.ftruncate(descriptor, end)
+        space = os.fstatvfs(descriptor)
+        # A full disk is better noticed before the write than by half a record.
+        if space.f_bavail * space.f_frsize < len(payload) + space.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = 0
+        try:
+            while written < len(payload):
+                written += os.pwrite(descriptor, payload[written:], end + written)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
+        # If this fails the record stays: other workers may have read it, and taking it back would part their
+        # view from the file's. The caller hears that it is not safe.
+        os.fsync(descriptor)
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self._path, flags | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: cannot be opened ({error.strerror}); check that the search's folder is there and "
+                "belongs to this user"
+            ) from error
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
+            raise CheckpointError(
+                f"{self._path}:{number}: not a record of a study; restore the file from a copy, or start a search "
+                "under another --name"
+            )
+        return record
+
+
+def _end_of_last_line(descriptor: int) -> int:
+    """Return the offset behind the last newline; 0 if there is none."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(end - _BLOCK, 0)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

@@ -1,0 +1,170 @@
+"""Leases: how the workers of a search tell a candidate in training from one whose worker is gone.
+
+A worker keeps `<search>/leases/0007` for as long as it trains candidate 7. Others read it in two ways:
+
+- The file is under `flock`, which the kernel drops when the holder dies. A free lock that was taken under the same
+  kernel (all containers of a host share it) means dead, at once.
+- The holder touches the file again and again. A modification time that has not changed for `lease_s` by the
+  *observer's* monotonic clock means frozen or out of reach. Clocks of two machines are never compared.
+
+Whoever takes a candidate over removes the lease, by which the old holder, should it wake up, learns that it lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app.search.outcome import LeaseLost
+
+FOLDER = "leases"
+
+
+def kernel_id() -> str:
+    """Return the identity of the running kernel, the same in every container of a host; empty if unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def lease_path(search: Path, number: int) -> Path:
+    """Return the lease file of a candidate."""
+    return search / FOLDER / f"{number:04d}"
+
+
+class Lease:
+    """A worker's own lease; to be taken while the study is locked. Raises OSError where the disk refuses."""
+
+    def __init__(self, path: Path, worker: str, kernel: str | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        # Left by a worker that died between taking the lease and recording the candidate.
+        path.unlink(missing_ok=True)
+        holder = {"worker": worker, "pid": os.getpid(), "kernel": kernel_id() if kernel is None else kernel}
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._descriptor, json.dumps(holder).encode())
+        except OSError:
+            os.close(self._descriptor)
+            raise
+        self._closed = False
+        self._stop = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    def keep_alive(self, every_s: float) -> None:
+        """Renew the lease from a thread, so that a long epoch is not taken for death."""
+        self._beat = threading.Thread(target=self._renew_until_stopped, args=(every_s,), daemon=True)
+        self._beat.start()
+
+    def renew(self) -> None:
+        """Show that the holder is alive; raises LeaseLost if the candidate was taken over."""
+        if not self.is_held():
+            raise LeaseLost(f"candidate {int(self._path.name)} was taken over by another worker")
+        with contextlib.suppress(OSError):  # a volume out of reach for a moment; the next touch may do
+            os.utime(self._descriptor)
+
+    def is_held(self) -> bool:
+        """Return whether the file at the lease's path is still this holder's own."""
+        if self._closed:
+            return False
+        mine = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def close(self) -> None:
+        """Give the lease back: its candidate has ended."""
+        if self.is_held():
+            self._path.unlink(missing_ok=True)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go but leave the file, as death would: others take the candidate over at once."""
+        self._stop.set()
+        if self._beat is not None:
+            self._beat.join()
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+
+    def _renew_until_stopped(self, every_s: float) -> None:
+        with contextlib.suppress(LeaseLost):  # the training thread hears of it from its own report
+            while not self._stop.wait(every_s):
+                self.renew()
+
+
+class LeaseWatch:
+    """An observer's memory of other workers' leases."""
+
+    def __init__(
+        self,
+        search: Path,
+        lease_s: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        kernel: str | None = None,
+    ) -> None:
+        self._search = search
+        self._lease_s = lease_s
+        self._monotonic = monotonic
+        self._kernel = kernel_id() if kernel is None else kernel
+        self._last_change: dict[int, tuple[tuple[int, int] | None, float]] = {}
+
+    def verdict(self, number: int) -> str | None:
+        """Return why the candidate's worker is gone, or None while it may be alive.
+
+        To be called while the study is locked: the lease's lock is tried for a moment.
+        """
+        path = lease_path(self._search, number)
+        try:
+            status = os.stat(path)
+            mark: tuple[int, int] | None = (status.st_ino, status.st_mtime_ns)
+        except OSError:
+            # No lease: whoever reclaimed it died half way, or the folder was removed.
+            mark = None
+        if mark is not None and self._holder_died(path):
+            return "its worker died"
+        now = self._monotonic()
+        before, since = self._last_change.get(number, (None, now))
+        if number not in self._last_change or before != mark:
+            self._last_change[number] = (mark, now)
+            return None
+        if now - since >= self._lease_s:
+            return f"its worker gave no sign of life for {self._lease_s:g} s"
+        return None
+
+    def revoke(self, number: int) -> None:
+        """Remove a lease, so that its holder stops."""
+        lease_path(self._search, number).unlink(missing_ok=True)
+        self._last_change.pop(number, None)
+
+    def _holder_died(self, path: Path) -> bool:
+        """Return whether the lock is free although this very kernel had given it out."""
+        if not self._kernel:
+            return False
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            holder = json.loads(os.read(descriptor, 4096) or b"{}")
+            if not isinstance(holder, dict) or holder.get("kernel") != self._kernel:
+                return False
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (OSError, ValueError):
+            return False
+        finally:
+            os.close(descriptor)
+        return True

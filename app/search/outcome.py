@@ -1,0 +1,142 @@
+"""What a candidate is, what training it brought, and how it can fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from app.errors import StarlingError
+
+METRIC_COLUMNS = {
+    "precision": "metrics/precision",
+    "recall": "metrics/recall",
+    "map50": "metrics/mAP_0.5",
+    "map5095": "metrics/mAP_0.5:0.95",
+    "box_loss": "val/box_loss",
+    "obj_loss": "val/obj_loss",
+    "cls_loss": "val/cls_loss",
+}
+"""Field of Outcome to column of evolve.csv, in the file's order."""
+
+
+class CandidateFailed(StarlingError):
+    """Training this candidate failed for a reason of its own (NaN, out of memory); the worker goes on."""
+
+
+class LeaseLost(StarlingError):
+    """Another worker took the candidate over, because this one did not respond; its training is to be abandoned."""
+
+
+class SearchFailed(StarlingError):
+    """The search cannot go on: too many of its candidates failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One set of hyperparameters for this worker to train."""
+
+    number: int
+    """Its place in the study. A candidate taken over gets a number of its own."""
+    hyp: dict[str, float]
+    """Every hyperparameter, searched or not."""
+    directory: Path
+    """Where this attempt writes: `<search>/candidates/0007`. No other worker ever writes there."""
+    resumes_from: tuple[Path, ...] = ()
+    """Folders of interrupted attempts at the same hyp, newest first; the first that holds a checkpoint is the
+    one to resume from. They may still be written to by a worker that was frozen: read them, never write."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier attempt at this candidate was interrupted."""
+        return bool(self.resumes_from)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished training measured on the validation split."""
+
+    fitness: float
+    precision: float
+    recall: float
+    map50: float
+    map5095: float
+    box_loss: float
+    obj_loss: float
+    cls_loss: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return the seven values in the order of evolve.csv."""
+        return {name: float(getattr(self, name)) for name in METRIC_COLUMNS}
+
+    def check(self) -> None:
+        """Raise CandidateFailed if the fitness is not a finite number, as nothing could be ranked by it."""
+        if not math.isfinite(self.fitness):
+            raise CandidateFailed(f"fitness is {self.fitness}; the training diverged")
+
+
+class Report(Protocol):
+    """Tell the search that the candidate is alive; to be called at least once an epoch."""
+
+    def __call__(self) -> None:
+        """Renew the lease; raises LeaseLost if another worker has taken the candidate over."""
+
+
+Objective = Callable[[Candidate, Report], Outcome]
+"""Train one candidate. Raises CandidateFailed for a failure that is the candidate's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A finished candidate, as the study remembers it."""
+
+    number: int
+    hyp: dict[str, float]
+    fitness: float
+    metrics: Mapping[str, float]
+    worker: str
+    is_seed: bool
+    """Whether its hyp is the one that the search started from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far the whole search is, over all workers."""
+
+    budget: int
+    finished: int
+    running: int
+    failed: int
+    best_fitness: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSummary:
+    """How a search ended."""
+
+    progress: Progress
+    best: Finished
+    seed_fitness: float | None
+    """Fitness of the hyp that the search started from; None if it failed."""
+    trained_here: int
+    """Candidates that this worker finished."""
+
+
+def failure_reason(error: Exception) -> str | None:
+    """Return why a candidate failed if the fault is its own, else None.
+
+    Its own are CandidateFailed and running out of device or host memory. torch raises `OutOfMemoryError` on
+    CUDA and a plain RuntimeError on the CPU; both are recognised without importing it.
+    """
+    if isinstance(error, CandidateFailed):
+        return str(error)
+    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    by_text = isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
+    )
+    if by_type or by_text:
+        return f"out of memory: {text or type(error).__name__}; lower --batch or --imgsz"
+    return None

@@ -1,0 +1,217 @@
+"""One worker of a search from its command line: candidates trained for real, with data and device set up once."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.config.hyp import Hyp
+from app.config.train_config import TrainConfig
+from app.engine import pictures
+from app.engine.checkpoint import load_checkpoint
+from app.engine.progress import Progress
+from app.engine.reporter import Reporter, RunLabel
+from app.engine.results import EpochRow
+from app.engine.stop_signal import StopSignal
+from app.engine.trainer import Diverged, TrainResult
+from app.engine.training import (
+    Workshop,
+    check_bridge,
+    draw_weights,
+    finish_bridge,
+    open_workshop,
+    read_hyp,
+    train_in,
+    warn_of_idle,
+)
+from app.errors import CheckpointError
+from app.outputs.run_dir import RunDir, project_dir, runs_root
+from app.outputs.worker_status import WorkerStatus, worker_name
+from app.search.journal import locked
+from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
+from app.search.outcome import Progress as SearchProgress
+from app.search.study import SearchStudy
+from app.search.worker import run_search
+from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
+from app.tracking.process import BridgeHandle, start_bridge
+
+WORKERS_FOLDER = "workers"
+"""Below the search's folder: one event log a worker."""
+
+COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights")
+"""Settings that the fitness depends on: every worker of a search has the same ones."""
+
+
+def search(config: TrainConfig) -> None:
+    """Work on the search that `--project` and `--name` name until its budget is met."""
+    progress = Progress()
+    seed_hyp = read_hyp(config)
+    warn_of_idle(seed_hyp, progress.say)
+    workshop = open_workshop(config, progress.say)
+    directory = project_dir(config.run_project, runs_root()) / config.run_name
+    worker = worker_name()
+    log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
+    progress.say(f"search: {directory} (worker {worker})")
+    with StopSignal() as stop:
+        bridge = start_bridge(log, warn=progress.say)
+        trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)
+        try:
+            summary = run_search(
+                directory=directory,
+                seed_hyp=seed_hyp.as_dict(),
+                budget=config.evolve,
+                study_seed=config.seed,
+                signature=_signature(config, workshop),
+                objective=trainings.train,
+                say=progress.say,
+                on_open=trainings.joined,
+                on_progress=trainings.progressed,
+                check_stop=stop.raise_if_requested,
+            )
+            trainings.finished()
+        finally:
+            finish_bridge(bridge, stop)
+    _say_summary(summary, directory, progress)
+
+
+def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
+    """Return what two workers must share for their fitnesses to be comparable."""
+    values = config.as_dict()
+    return {
+        **{key: values[key] for key in COMPARED},
+        "image_size": workshop.image_size,
+        "layout": f"{zlib.crc32(repr(workshop.start.layout).encode()):08x}",
+        "train": workshop.data.train.digest,
+        "val": workshop.data.val.digest,
+    }
+
+
+class _Trainings:
+    """Train candidates one after the other in one workshop, and tell launcher and trackers about them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workshop: Workshop,
+        directory: Path,
+        log: EventLog,
+        bridge: BridgeHandle | None,
+        progress: Progress,
+        stop: StopSignal,
+    ) -> None:
+        # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
+        self._config = replace(config, noval=True, noplots=True, patience=0)
+        self._workshop, self._directory, self._log, self._bridge = workshop, directory, log, bridge
+        self._progress, self._stop = progress, stop
+        self._status = WorkerStatus(runs_root(), worker_name())
+        self._project = config.run_project.removeprefix("runs/")
+        self._search = {"uuid": "", "name": config.run_name}
+
+    def joined(self, study: SearchStudy) -> None:
+        """Tell the trackers about the search itself, the parent of every candidate's run."""
+        self._search["uuid"] = study.uuid
+        params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
+        self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
+                         dir=self._directory, params=params)  # fmt: skip
+
+    def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
+        """Show how far the search is and what this worker does."""
+        self._status.update(
+            phase="waiting" if candidate is None else "training",
+            run_dir=str(self._directory),
+            candidate=None if candidate is None else candidate.number,
+            finished=progress.finished,
+            budget=progress.budget,
+            best_fitness=progress.best_fitness,
+        )
+        if candidate is None and progress.best_fitness is not None:
+            values = {"search/best_fitness": progress.best_fitness, "search/failed": progress.failed}
+            self._log.append("metrics", run=self._search["uuid"], step=progress.finished, values=values)
+
+    def finished(self) -> None:
+        """Draw the winner's pictures, and tell the trackers that the whole search is done."""
+        with locked(self._directory / "weights.lock"):
+            best, drawn = RunDir(self._directory).best, self._directory / "confusion_matrix.png"
+            # Every worker comes by at the end; the first one draws.
+            if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
+                pictures.draw_labels(self._workshop.data.train, self._directory)
+                draw_weights(self._workshop, best, self._directory)
+        self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
+        self._log.append("run_end", run=self._search["uuid"], status="finished")
+        self._status.update(phase="done", candidate=None, eta_s=0)
+
+    def train(self, candidate: Candidate, report: Report) -> Outcome:
+        """Train one candidate. Raises CandidateFailed where the loss diverged."""
+        state = _newest_state(candidate)
+        run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
+        run = RunDir(candidate.directory)
+        label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
+        prefix, self._progress.prefix = self._progress.prefix, f"candidate {candidate.number}  "
+        reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
+                            artifacts=CANDIDATE_ARTIFACTS)  # fmt: skip
+        hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
+
+        def on_epoch(row: EpochRow) -> None:
+            report()
+            check_bridge(self._bridge)
+
+        try:
+            result = train_in(self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch)
+        except Diverged as error:
+            raise CandidateFailed(str(error)) from None
+        finally:
+            self._progress.prefix = prefix
+        keep_best_weights(self._directory, run, result.best.fitness)
+        return _outcome(result)
+
+
+def _outcome(result: TrainResult) -> Outcome:
+    precision, recall, map50, map5095 = result.best.metrics
+    box, obj, cls = result.best.val_losses
+    return Outcome(fitness=result.best.fitness, precision=precision, recall=recall, map50=map50, map5095=map5095,
+                   box_loss=box, obj_loss=obj, cls_loss=cls)  # fmt: skip
+
+
+def _newest_state(candidate: Candidate) -> Mapping[str, Any] | None:
+    """Return the checkpoint of an interrupted attempt at this candidate, if one is whole."""
+    for folder in candidate.resumes_from:
+        try:
+            return load_checkpoint(RunDir(folder).last)
+        except CheckpointError:
+            continue
+    return None
+
+
+def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
+    """Keep the weights of the search's best candidate as `weights/best.pt`, and no others: they add up."""
+    best = RunDir(directory).best
+    with locked(directory / "weights.lock"):
+        if not best.is_file() or fitness > _fitness_of(best):
+            best.parent.mkdir(exist_ok=True)
+            run.best.replace(best)
+    shutil.rmtree(run.weights, ignore_errors=True)
+
+
+def _fitness_of(path: Path) -> float:
+    try:
+        rows = [EpochRow.from_list(values) for values in load_checkpoint(path)["rows"]]
+    except CheckpointError:
+        return float("-inf")
+    return max((row.fitness for row in rows if row.validated), default=float("-inf"))
+
+
+def _say_summary(summary: SearchSummary, directory: Path, progress: Progress) -> None:
+    best, seed = summary.best, summary.seed_fitness
+    before = "" if seed is None else f", from {seed:.4f} with the hyperparameters it started from"
+    progress.say(
+        f"search finished: {summary.progress.finished} trainings, {summary.trained_here} of them here"
+    )
+    progress.say(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
+    progress.say(
+        f"results in {directory}: hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
+    )

@@ -1,0 +1,66 @@
+"""Files derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png. None of them is ever read back."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.config.yaml_reader import write_yaml
+from app.outputs.atomic import write_atomic
+from app.search.journal import locked
+from app.search.outcome import METRIC_COLUMNS, Finished
+from app.search.study import SearchStudy
+
+CSV, YAML, PICTURE, LOCK = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "views.lock"
+
+
+def best_of(finished: Sequence[Finished]) -> Finished:
+    """Return the candidate of highest fitness, the earliest among equals."""
+    return max(finished, key=lambda candidate: (candidate.fitness, -candidate.number))
+
+
+def write_views(study: SearchStudy, *, picture: bool = True) -> None:
+    """Replace the views by what the study says now; nothing is written before a candidate has finished.
+
+    One worker at a time, each reading the study after it got the turn, so that newer content is never replaced by
+    older. Raises OSError where the disk refuses.
+    """
+    with locked(study.directory / LOCK):
+        finished = study.finished()
+        if not finished:
+            return
+        write_atomic(study.directory / CSV, csv_text(finished))
+        _write_best(study, finished)
+        if picture:
+            _draw(finished, study.directory / PICTURE)
+
+
+def csv_text(finished: Sequence[Finished]) -> str:
+    """Return evolve.csv: the seven metrics, then every hyperparameter; one row a finished training, in order."""
+    names = list(finished[0].hyp)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*METRIC_COLUMNS.values(), *names])
+    for candidate in finished:
+        metrics = [f"{candidate.metrics[name]:.6g}" for name in METRIC_COLUMNS]
+        writer.writerow([*metrics, *(repr(candidate.hyp[name]) for name in names)])
+    return text.getvalue()
+
+
+def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
+    best, progress = best_of(finished), study.progress()
+    metrics = "\n".join(f"{column}: {best.metrics[name]:.5g}" for name, column in METRIC_COLUMNS.items())
+    comment = (
+        f"Best of {progress.finished} finished trainings (budget {progress.budget}): candidate {best.number}\n"
+        f"fitness: {best.fitness:.5g}\n{metrics}\n"
+    )
+    write_yaml(study.directory / YAML, best.hyp, comment=comment)
+
+
+def _draw(finished: Sequence[Finished], path: Path) -> None:
+    from app.plots.search import plot_evolve  # matplotlib is slow to import
+
+    hyps = {name: [candidate.hyp[name] for candidate in finished] for name in finished[0].hyp}
+    plot_evolve(hyps, [candidate.fitness for candidate in finished], path)

@@ -1,0 +1,203 @@
+"""A worker of a search: claim a candidate, train it, record it, until the study's budget is met."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.errors import ConfigError, Stopped
+from app.outputs.worker_status import worker_name
+from app.search.journal import JournalStudyStorage
+from app.search.ledger import Ending
+from app.search.outcome import (
+    Candidate,
+    LeaseLost,
+    Objective,
+    Outcome,
+    Progress,
+    SearchFailed,
+    SearchSummary,
+    failure_reason,
+)
+from app.search.study import Claim, SearchStudy, StudyRules, Turn
+from app.search.views import best_of, write_views
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings:
+    """How one worker behaves; what the workers must agree on is in the study."""
+
+    name: str = field(default_factory=worker_name)
+    """Shown beside the worker's candidates."""
+    poll_s: float = 2.0
+    """Seconds between looks at the study while others train the last candidates."""
+    remind_s: float = 300.0
+    """Seconds between two lines about waiting."""
+    failures_in_a_row: int = 5
+    """Candidates that fail here one after the other before the worker gives up."""
+    picture: bool = True
+    """Whether evolve.png is drawn."""
+    rules: StudyRules = field(default_factory=StudyRules)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.poll_s > 0:
+            raise ConfigError("poll_s", self.poll_s, "must be above 0 seconds")
+        if self.failures_in_a_row < 1:
+            raise ConfigError("failures_in_a_row", self.failures_in_a_row, "must be at least 1")
+
+
+def run_search(
+    *,
+    directory: Path,
+    seed_hyp: Mapping[str, float | None],
+    budget: int,
+    study_seed: int,
+    signature: Mapping[str, Any],
+    objective: Objective,
+    settings: WorkerSettings | None = None,
+    say: Callable[[str], None] = print,
+    on_open: Callable[[SearchStudy], None] = lambda study: None,
+    on_progress: Callable[[Progress, Candidate | None], None] = lambda progress, candidate: None,
+    check_stop: Callable[[], None] = lambda: None,
+    sleep: Callable[[float], None] = time.sleep,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> SearchSummary:
+    """Work on the search in `directory` until `budget` trainings of all workers together have finished.
+
+    Any number of processes may call this on one directory, at any time. `say` gets one line for people; `on_open`
+    gets the study once, before any candidate; `on_progress` gets the whole search's state and this worker's
+    candidate, None while it waits; `check_stop` is called between candidates and while waiting, to raise Stopped.
+
+    Raises UsageError to join a search for something else; SearchFailed where candidates keep failing; Stopped after
+    leaving the candidate to whoever comes next; CheckpointError where the study cannot be written; and whatever the
+    objective raised that was not its candidate's own failure.
+    """
+    settings = settings or WorkerSettings()
+    study = SearchStudy.open_or_create(
+        directory,
+        seed_hyp=seed_hyp,
+        budget=budget,
+        study_seed=study_seed,
+        signature=signature,
+        storage=JournalStudyStorage(directory, say=say),
+        rules=settings.rules,
+        monotonic=monotonic,
+    )
+    on_open(study)
+    worker = _Worker(study, objective, settings, say)
+    remind_at = monotonic()
+    while True:
+        check_stop()
+        turn = study.ask(settings.name)
+        if turn is Turn.DONE:
+            break
+        if isinstance(turn, Claim):
+            on_progress(study.progress(), turn.candidate)
+            worker.train(turn)
+            on_progress(study.progress(), None)
+            remind_at = monotonic()
+            continue
+        progress = study.progress()
+        on_progress(progress, None)
+        if monotonic() >= remind_at:
+            say(f"waiting for {progress.running} running of {progress.budget} candidates")
+            remind_at = monotonic() + settings.remind_s
+        sleep(settings.poll_s)
+    worker.refresh_views()
+    return _summarise(study, worker.trained)
+
+
+class _Worker:
+    """What one worker does with the candidates it claims."""
+
+    def __init__(
+        self, study: SearchStudy, objective: Objective, settings: WorkerSettings, say: Callable[[str], None]
+    ) -> None:
+        self._study = study
+        self._objective = objective
+        self._settings = settings
+        self._say = say
+        self._failures_in_a_row = 0
+        self.trained = 0
+
+    def train(self, claim: Claim) -> None:
+        """Train one candidate and record how it ended."""
+        number = claim.candidate.number
+        if claim.candidate.resumed:
+            self._say(f"candidate {number}: takes over from {claim.candidate.resumes_from[0].name}")
+        try:
+            outcome = self._objective(claim.candidate, claim.lease.renew)
+            self._study.finish(claim, outcome)
+        except LeaseLost as error:
+            claim.lease.close()
+            self._say(f"{error}; abandoned here")
+        except (Stopped, KeyboardInterrupt) as error:
+            self._give_back(claim, Ending.STOPPED, str(error) or "interrupted")
+            raise
+        except Exception as error:
+            self._failed(claim, error)
+        except BaseException as error:
+            self._give_back(claim, Ending.LOST, f"its worker broke: {type(error).__name__}")
+            raise
+        else:
+            self._succeeded(number, outcome)
+
+    def refresh_views(self) -> None:
+        """Derive the files anew; the study is the truth, so a failure here is only worth a line."""
+        try:
+            write_views(self._study, picture=self._settings.picture)
+        except Exception as error:
+            self._say(f"{self._study.directory}: evolve files are behind the study: {error}")
+
+    def _succeeded(self, number: int, outcome: Outcome) -> None:
+        self.trained += 1
+        self._failures_in_a_row = 0
+        self.refresh_views()
+        progress = self._study.progress()
+        self._say(
+            f"candidate {number}: fitness {outcome.fitness:.5g}, best {progress.best_fitness:.5g}; "
+            f"{progress.finished}/{progress.budget} finished"
+        )
+
+    def _failed(self, claim: Claim, error: Exception) -> None:
+        """Record the candidate's own failure, or give it back and raise where it is the worker's."""
+        number = claim.candidate.number
+        reason = failure_reason(error)
+        if reason is None:
+            self._give_back(claim, Ending.LOST, f"its worker broke: {type(error).__name__}: {error}"[:500])
+            raise error
+        # The traceback holds the frames of the training, and with them its tensors.
+        error.__traceback__ = None
+        gc.collect()
+        self._study.fail(claim, Ending.FAILED, reason)
+        self._say(f"candidate {number}: failed: {reason}")
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self._settings.failures_in_a_row:
+            raise SearchFailed(
+                f"{self._failures_in_a_row} candidates in a row failed on this worker, the last with: {reason}"
+            )
+
+    def _give_back(self, claim: Claim, ending: Ending, reason: str) -> None:
+        """Leave the candidate to others, at once if the study can be written, else as a dead worker would."""
+        try:
+            self._study.fail(claim, ending, reason)
+        except Exception as error:
+            claim.lease.abandon()
+            self._say(
+                f"candidate {claim.candidate.number}: cannot be given back ({error}); left to be taken over"
+            )
+
+
+def _summarise(study: SearchStudy, trained: int) -> SearchSummary:
+    finished = study.finished()
+    return SearchSummary(
+        progress=study.progress(),
+        best=best_of(finished),
+        seed_fitness=next((candidate.fitness for candidate in finished if candidate.is_seed), None),
+        trained_here=trained,
+    )

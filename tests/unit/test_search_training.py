@@ -1,0 +1,139 @@
+"""A search from its command line: real workers, real trainings, one study."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app import settings, train
+from app.config.yaml_reader import read_yaml
+from app.search.study import SearchStudy
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(runs: Path) -> None:
+    """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
+    settings.update({"mlflow": False})
+
+
+@pytest.fixture
+def search_args(tiny_args: list[str]) -> list[str]:
+    return [*tiny_args, "--epochs", "1", "--project", "blood", "--name", "search", "--evolve", "4"]
+
+
+def worker(args: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "app/train.py", *args],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def trainings(runs: Path) -> list[dict[str, str]]:
+    with open(runs / "blood" / "search" / "evolve.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_workers_share_one_budget_and_never_train_the_same_candidate(
+    search_args: list[str], runs: Path
+) -> None:
+    workers = [worker(search_args) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], outputs
+    rows = trainings(runs)
+    assert len(rows) == 4
+    hyps = [tuple(value for key, value in row.items() if "/" not in key) for row in rows]
+    assert len(set(hyps)) == 4
+    assert all("search finished: 4 trainings" in output for output in outputs)
+
+
+def test_a_search_leaves_its_views_and_the_winners_weights_and_pictures(
+    search_args: list[str], runs: Path
+) -> None:
+    assert train.main([*search_args, "--evolve", "2"]) == 0
+    search = runs / "blood" / "search"
+    files = ["evolve.csv", "hyp_evolve.yaml", "evolve.png", "weights/best.pt", "labels.jpg",
+             "val_batch0_pred.jpg", "confusion_matrix.png", "candidates/0001/results.csv"]  # fmt: skip
+    assert [name for name in files if not (search / name).is_file()] == []
+    assert not list(search.glob("candidates/*/weights")), "weights of every candidate would fill the disk"
+    best = max(trainings(runs), key=lambda row: float(row["metrics/mAP_0.5:0.95"]))
+    assert read_yaml(search / "hyp_evolve.yaml")["lr0"] == float(best["lr0"])
+
+
+def test_joining_later_with_a_larger_budget_goes_on_where_the_search_was(
+    search_args: list[str], runs: Path
+) -> None:
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    assert train.main([*search_args, "--evolve", "2", "--exist-ok", "--resume"]) == 0
+    assert len(trainings(runs)) == 2
+
+
+def test_joining_with_another_training_is_refused_with_the_difference(
+    search_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    assert train.main([*search_args, "--evolve", "2", "--epochs", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "epochs" in error
+    assert "3" in error
+
+
+def test_a_stopped_workers_candidate_goes_on_from_its_checkpoint(search_args: list[str], runs: Path) -> None:
+    long = [*search_args, "--evolve", "1", "--epochs", "12"]
+    first = worker(long)
+    last = runs / "blood" / "search" / "candidates" / "0000" / "weights" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 143, output
+    second = worker(long)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, output
+    assert "takes over" in output
+    assert "epoch 1/12" not in output, "the second worker began again"
+    assert len(trainings(runs)) == 1
+
+
+def test_a_diverging_candidate_fails_alone(search_args: list[str], runs: Path) -> None:
+    hyp = runs.parent / "wild.yaml"
+    hyp.write_text("lr0: 1.0e+30\n")
+    process = worker([*search_args, "--evolve", "1", "--epochs", "3", "--hyp", str(hyp)])
+    output, _ = process.communicate(timeout=120)
+    assert "candidate 0: failed" in output
+    assert "no longer a number" in output
+    assert SearchStudy.read(runs / "blood" / "search").progress().failed >= 1
+
+
+def test_a_candidate_whose_worker_died_after_its_last_epoch_is_finished_without_training(
+    search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.search import training
+
+    def die(directory: Path, run: object, fitness: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "keep_best_weights", die)
+        assert train.main([*search_args, "--evolve", "1"]) == 130
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    assert (runs / "blood" / "search" / "weights" / "best.pt").is_file()
+
+
+def test_the_status_file_says_how_far_the_whole_search_is(search_args: list[str], runs: Path) -> None:
+    assert train.main([*search_args, "--evolve", "2"]) == 0
+    (status,) = (json.loads(path.read_text()) for path in (runs / ".workers").glob("*.json"))
+    assert status["finished"] == status["budget"] == 2
+    assert status["best_fitness"] is not None
+    assert status["phase"] == "done"

@@ -1,0 +1,389 @@
+"""Workers of one search: an exact budget, no candidate twice, none lost, whoever dies, freezes or fails."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config.hyp import Hyp
+from app.errors import CheckpointError, ConfigError, Stopped, UsageError
+from app.search.journal import SafeJournalBackend
+from app.search.outcome import (
+    Candidate,
+    CandidateFailed,
+    Objective,
+    Outcome,
+    Report,
+    SearchFailed,
+    SearchSummary,
+)
+from app.search.study import Claim, SearchStudy, StudyRules, Turn
+from app.search.views import CSV
+from app.search.worker import WorkerSettings, run_search
+
+SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
+# One process that has imported everything and runs no threads; workers are forked off it in milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["app.search.worker"])
+
+
+def outcome(fitness: float) -> Outcome:
+    """Return a result with this fitness."""
+    return Outcome(
+        fitness=fitness,
+        precision=0.5,
+        recall=0.5,
+        map50=0.6,
+        map5095=0.4,
+        box_loss=0.1,
+        obj_loss=0.2,
+        cls_loss=0.3,
+    )
+
+
+def score(candidate: Candidate, report: Report) -> Outcome:
+    """Train in no time: fitness is best where lr0 is 0.02."""
+    report()
+    return outcome(1 - abs(candidate.hyp["lr0"] - 0.02))
+
+
+def settings(**changes: Any) -> WorkerSettings:
+    """Return settings for a test: no picture, short waits."""
+    return WorkerSettings(**{"name": "w", "poll_s": 0.02, "picture": False, **changes})
+
+
+def search(directory: Path, objective: Objective = score, budget: int = 3, **changes: Any) -> SearchSummary:
+    """Work on the search of the test."""
+    given: dict[str, Any] = {
+        "study_seed": 0,
+        "seed_hyp": SEED,
+        "signature": {"data": "d1"},
+        "say": lambda line: None,
+    }
+    given |= {"settings": settings(), **changes}
+    return run_search(directory=directory, objective=objective, budget=budget, **given)
+
+
+def study_of(directory: Path) -> SearchStudy:
+    """Open the study of the test."""
+    return SearchStudy.read(directory)
+
+
+def rows(directory: Path) -> list[list[float]]:
+    """Return evolve.csv without its header."""
+    with (directory / CSV).open() as file:
+        return [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; ten seconds at most."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def work_and_count(directory: Path, budget: int, name: str) -> None:
+    """Work as one of several processes; leave a file that says how many were trained."""
+    summary = search(directory, budget=budget, settings=settings(name=name))
+    (directory / f"trained-{name}").write_text(str(summary.trained_here))
+
+
+def train_for_ever(candidate: Candidate, report: Report) -> Outcome:
+    """Show life until the lease is lost."""
+    candidate.directory.mkdir(parents=True)
+    (candidate.directory / "started").touch()
+    while True:
+        report()
+        time.sleep(0.01)
+
+
+def work_for_ever(directory: Path, budget: int, lease_s: float) -> None:
+    """Work on candidates that never end."""
+    search(
+        directory, train_for_ever, budget, settings=settings(name="frozen", rules=StudyRules(lease_s=lease_s))
+    )
+    (directory / "left alone").touch()
+
+
+@pytest.mark.parametrize("budget", [21])
+def test_eight_processes_make_exactly_the_budget_and_nothing_twice(tmp_path: Path, budget: int) -> None:
+    workers = [PROCESSES.Process(target=work_and_count, args=(tmp_path, budget, f"w{n}")) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    finished = study_of(tmp_path).finished()
+    assert [candidate.number for candidate in finished] == list(range(budget))
+    assert len({tuple(candidate.hyp.values()) for candidate in finished}) == budget
+    assert finished[0].hyp == SEED
+    assert sum(int(path.read_text()) for path in tmp_path.glob("trained-*")) == budget
+    assert len(rows(tmp_path)) == budget
+    assert not list((tmp_path / "leases").iterdir())
+
+
+def test_killed_workers_candidate_is_reclaimed_once_and_at_once(tmp_path: Path) -> None:
+    victim = PROCESSES.Process(target=work_for_ever, args=(tmp_path, 2, 60.0))
+    victim.start()
+    wait_for((tmp_path / "candidates/0000/started").exists)
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    victim.join()
+    seen: list[Candidate] = []
+
+    def note(candidate: Candidate, report: Report) -> Outcome:
+        seen.append(candidate)
+        return score(candidate, report)
+
+    summary = search(tmp_path, note, budget=2)
+    assert [(c.number, [p.name for p in c.resumes_from]) for c in seen] == [(1, ["0000"]), (2, [])]
+    assert seen[0].hyp == SEED
+    assert seen[0].directory.name == "0001"
+    assert summary.seed_fitness == pytest.approx(0.99)
+    assert (summary.progress.finished, summary.progress.failed) == (2, 0)
+
+
+def test_frozen_worker_loses_its_candidate_and_abandons_it_when_thawed(tmp_path: Path) -> None:
+    frozen = PROCESSES.Process(target=work_for_ever, args=(tmp_path, 1, 0.4))
+    frozen.start()
+    wait_for((tmp_path / "candidates/0000/started").exists)
+    os.kill(frozen.pid or 0, signal.SIGSTOP)
+    summary = search(tmp_path, budget=1, settings=settings(rules=StudyRules(lease_s=0.4)))
+    assert (summary.trained_here, summary.best.number) == (1, 1)
+    os.kill(frozen.pid or 0, signal.SIGCONT)
+    frozen.join(10)
+    assert frozen.exitcode == 0
+    assert (tmp_path / "left alone").exists()
+    assert len(study_of(tmp_path).finished()) == 1
+
+
+def test_result_of_a_lost_lease_is_not_counted(tmp_path: Path) -> None:
+    def lose(candidate: Candidate, report: Report) -> Outcome:
+        if candidate.number == 0:
+            thief = SearchStudy.open_or_create(
+                tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"},
+                rules=StudyRules(lease_s=1e-9),
+            )  # fmt: skip
+            assert thief.ask("thief") is Turn.WAIT
+            stolen = thief.ask("thief")
+            assert isinstance(stolen, Claim)
+            thief.finish(stolen, outcome(0.25))
+        return outcome(0.75)
+
+    assert search(tmp_path, lose, budget=1).best.fitness == 0.25
+
+
+def test_worker_waits_for_the_last_candidates_of_others(tmp_path: Path) -> None:
+    other = SearchStudy.open_or_create(
+        tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"}
+    )
+    claim = other.ask("other")
+    assert isinstance(claim, Claim)
+    said: list[str] = []
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            other.finish(claim, outcome(0.5))
+
+    summary = search(tmp_path, budget=1, sleep=nap, say=said.append)
+    assert (len(naps), summary.trained_here, summary.best.worker) == (3, 0, "other")
+    assert [line for line in said if "waiting" in line] == ["waiting for 1 running of 1 candidates"]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CandidateFailed("loss is NaN at step 12"),
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_candidates_own_failure_is_recorded_and_the_worker_goes_on(tmp_path: Path, error: Exception) -> None:
+    def fail_once(candidate: Candidate, report: Report) -> Outcome:
+        if candidate.number == 1:
+            raise error
+        return score(candidate, report)
+
+    said: list[str] = []
+    summary = search(tmp_path, fail_once, say=said.append)
+    assert (summary.progress.finished, summary.progress.failed) == (3, 1)
+    assert [c.number for c in study_of(tmp_path).finished()] == [0, 2, 3]
+    assert any(line.startswith("candidate 1: failed: ") for line in said)
+
+
+@pytest.mark.parametrize("fitness", [float("nan"), float("inf")])
+def test_fitness_that_cannot_be_ranked_fails_the_candidate(tmp_path: Path, fitness: float) -> None:
+    def diverge_once(candidate: Candidate, report: Report) -> Outcome:
+        return outcome(fitness) if candidate.number == 0 else score(candidate, report)
+
+    summary = search(tmp_path, diverge_once)
+    assert (summary.progress.failed, summary.seed_fitness) == (1, None)
+
+
+def fail(candidate: Candidate, report: Report) -> Outcome:
+    """Fail every time."""
+    raise CandidateFailed("loss is NaN")
+
+
+def test_five_failures_in_a_row_end_the_worker_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(SearchFailed, match=r"5 candidates in a row failed.*loss is NaN"):
+        search(tmp_path, fail, budget=60)
+    assert study_of(tmp_path).progress().failed == 5
+
+
+def test_too_many_failures_over_all_workers_end_the_search(tmp_path: Path) -> None:
+    with pytest.raises(SearchFailed, match="7 candidates failed, the last with: loss is NaN"):
+        search(tmp_path, fail, budget=2, settings=settings(failures_in_a_row=99))
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), KeyboardInterrupt()])
+def test_stopped_candidate_is_continued_by_the_next_worker(tmp_path: Path, error: BaseException) -> None:
+    def stop(candidate: Candidate, report: Report) -> Outcome:
+        if candidate.number == 1 or (candidate.resumed and len(candidate.resumes_from) < 4):
+            raise error
+        return score(candidate, report)
+
+    for _ in range(4):
+        with pytest.raises(type(error)):
+            search(tmp_path, stop)
+    seen: list[Candidate] = []
+    search(tmp_path, lambda c, r: (seen.append(c), score(c, r))[1])
+    assert [path.name for path in seen[0].resumes_from] == ["0004", "0003", "0002", "0001"]
+    assert len({tuple(c.hyp.values()) for c in study_of(tmp_path).finished()}) == 3
+
+
+def test_worker_that_breaks_hands_its_candidate_on_twice_at_most(tmp_path: Path) -> None:
+    def crash(candidate: Candidate, report: Report) -> Outcome:
+        raise ZeroDivisionError("a bug")
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            search(tmp_path, crash)
+    seen: list[Candidate] = []
+    summary = search(tmp_path, lambda c, r: (seen.append(c), score(c, r))[1])
+    assert not seen[0].resumed
+    assert summary.progress.failed == 1
+
+
+def test_full_disk_at_the_result_leaves_the_candidate_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(candidate: Candidate, report: Report) -> Outcome:
+        def refuse(backend: object, logs: object) -> None:
+            raise CheckpointError("disk full")
+
+        monkeypatch.setattr(SafeJournalBackend, "append_logs", refuse)
+        return outcome(0.5)
+
+    with pytest.raises(CheckpointError, match="disk full"):
+        search(tmp_path, fill_disk)
+    monkeypatch.undo()
+    summary = search(tmp_path)
+    assert (summary.progress.finished, summary.seed_fitness) == (3, pytest.approx(0.99))
+
+
+def test_folder_that_cannot_be_written_is_exit_4_and_claims_nothing(tmp_path: Path) -> None:
+    (tmp_path / "leases").touch()  # a file where a folder has to be
+    with pytest.raises(CheckpointError, match="leases/0000: cannot be written") as caught:
+        search(tmp_path)
+    assert caught.value.exit_code == 4
+    assert study_of(tmp_path).progress().running == 0
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        search(tmp_path / "leases" / "below")
+
+
+def test_result_counts_if_the_lease_is_gone_but_nobody_took_over(tmp_path: Path) -> None:
+    def lose_file(candidate: Candidate, report: Report) -> Outcome:
+        (tmp_path / "leases" / f"{candidate.number:04d}").unlink()
+        return outcome(0.5)
+
+    assert search(tmp_path, lose_file).progress.finished == 3
+
+
+def test_views_that_cannot_be_written_do_not_stop_the_search(tmp_path: Path) -> None:
+    (tmp_path / CSV).mkdir(parents=True)
+    said: list[str] = []
+    assert search(tmp_path, say=said.append).progress.finished == 3
+    assert any("behind the study" in line for line in said)
+
+
+def test_stop_while_waiting_is_heard(tmp_path: Path) -> None:
+    other = SearchStudy.open_or_create(
+        tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"}
+    )
+    claim = other.ask("other")
+    calls = iter(range(3))
+
+    def check_stop() -> None:
+        if next(calls) == 2:
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        search(tmp_path, budget=1, check_stop=check_stop)
+    assert isinstance(claim, Claim)
+    claim.lease.close()
+
+
+def test_larger_budget_of_a_joiner_counts_and_a_smaller_does_not(tmp_path: Path) -> None:
+    assert search(tmp_path, budget=2).progress.budget == 2
+    assert search(tmp_path, budget=4).trained_here == 2
+    again = search(tmp_path, budget=1)
+    assert (again.progress.budget, again.trained_here) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"signature": {"data": "d2"}}, "signature.data: 'd1' in the study, 'd2' here"),
+        ({"signature": {"data": "d1", "epochs": 3}}, "signature.epochs: None in the study, 3 here"),
+        ({"seed_hyp": {**SEED, "lr0": 0.02}}, "hyp.lr0: 0.01 in the study, 0.02 here"),
+        ({"study_seed": 1}, "seed: 0 in the study, 1 here"),
+    ],
+)
+def test_search_for_something_else_is_refused_with_the_difference(
+    tmp_path: Path, change: dict[str, Any], shown: str
+) -> None:
+    search(tmp_path, budget=1)
+    with pytest.raises(UsageError) as caught:
+        search(tmp_path, budget=1, **change)
+    assert shown in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_budget_and_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        search(tmp_path, budget=0)
+    for bad in ({"lease_s": 0}, {"max_retries": -1}, {"spare_failures": -1}):
+        with pytest.raises(ConfigError):
+            StudyRules(**bad)
+    for wrong in ({"poll_s": 0}, {"failures_in_a_row": 0}):
+        with pytest.raises(ConfigError):
+            settings(**wrong)
+
+
+def test_progress_and_study_are_shown_to_the_caller(tmp_path: Path) -> None:
+    opened: list[SearchStudy] = []
+    shown: list[tuple[int, int | None]] = []
+    search(
+        tmp_path,
+        on_open=opened.append,
+        on_progress=lambda p, c: shown.append((p.finished, None if c is None else c.number)),
+    )
+    assert len(opened[0].uuid) == 32
+    assert study_of(tmp_path).uuid == opened[0].uuid
+    assert shown == [(0, 0), (1, None), (1, 1), (2, None), (2, 2), (3, None)]
