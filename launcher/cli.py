@@ -1,0 +1,260 @@
+"""The `launcher` command: up, status, logs, attach, stop, kill-all. Arguments in, one call, an exit code out.
+
+Everything but click is imported where it is needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import LauncherError, UsageError
+
+if TYPE_CHECKING:
+    from launcher.engines.base import Engine, ReplicaState
+
+EXIT_CODES = """\b
+Exit codes: 0 done; 1 `status` with no replica, or one that failed; 2 usage;
+3 data; 4 checkpoint; 5 engine; 130 interrupted."""
+
+_PROGRAM: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where replicas live."""
+    runs = click.option(
+        "--runs",
+        type=click.Path(path_type=Path),
+        default=Path("runs"),
+        envvar="STARLING_RUNS",
+        show_default=True,
+        help="The shared folder that replicas write.",
+    )
+    engine = click.option(
+        "--engine",
+        type=click.Choice(["docker", "local"]),
+        default="docker",
+        envvar="STARLING_ENGINE",
+        show_default=True,
+        help="Containers, or processes of this machine.",
+    )
+    return engine(runs(command))
+
+
+@click.group(context_settings=_PROGRAM, epilog=EXIT_CODES)
+@click.version_option(package_name="starling", prog_name="launcher")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Start one trainer on every device of this machine, watch them, and end them."""
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  launcher up --gpus 1-5 --memory 20g -- --data ~/blood/bccd.yaml --weights '' \\
+      --cfg yolov5n.yaml --img 320 --epochs 10 --project blood --name search --evolve 60
+  launcher up --cpu 2 --engine local -- --data bccd.yaml --weights '' --cfg yolov5n.yaml"""
+)
+@click.option("--gpus", metavar="LIST", help="all, 3, 1-5, 0,2-4, or UUIDs: one replica each.")
+@click.option(
+    "--cpu", "cpus", type=int, metavar="N", help="N replicas without a GPU, each with its own cores."
+)
+@click.option(
+    "--memory", metavar="SIZE", help="Limit of each replica, swap included [90 % of the machine's, shared]."
+)
+@click.option("--shm", metavar="SIZE", help="/dev/shm of each replica [a quarter of its memory, 1g at most].")
+@click.option("--image", default="starling:latest", show_default=True, help="Never pulled: build it first.")
+@click.option("--network", default="bridge", show_default=True, help="An existing Docker network to join.")
+@click.option(
+    "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
+)
+@click.option(
+    "--env", "env_names", multiple=True, metavar="NAME", help="Pass this variable of yours; repeatable."
+)
+@click.option(
+    "--env-file",
+    "env_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Pass NAME=value lines; repeatable.",
+)
+@click.option("--recreate", is_flag=True, help="Stop a fleet that differs, and start it as given now.")
+@click.option(
+    "--settle", default=2.0, show_default=True, metavar="SECONDS", help="Watch the start for so long."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would start, and start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
+@_shared
+@click.argument("training_args", nargs=-1, type=click.UNPROCESSED, metavar="-- TRAINING ARGUMENTS…")
+def up(**options: Any) -> None:
+    """Start one replica a device, all running the same training arguments (those after `--`).
+
+    The same `up` again changes nothing; dead replicas are started again and resume. Trackers' variables
+    (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_RUN, CLEARML_*) are passed on by themselves.
+    """
+    from launcher.up import run_up
+
+    run_up(options)
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
+@click.option("--interval", default=2.0, show_default=True, type=click.FloatRange(min=0.2), metavar="SECONDS")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@_shared
+@click.argument("names", nargs=-1)
+def status(
+    engine: str, runs: Path, watch: bool, interval: float, as_json: bool, names: tuple[str, ...]
+) -> None:
+    """Show replicas, their devices, states and progress. NAMES: replicas, or fleets as project/name.
+
+    Exits 0 when every replica runs or has finished; 1 when one has not, or there is none.
+    """
+    from launcher.watch import show_status, watch_status
+
+    chosen = open_engine(engine, runs)
+    if watch and not as_json:
+        watch_status(chosen, names, interval)
+    else:
+        sys.exit(show_status(chosen, names, as_json=as_json))
+
+
+@cli.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on until the replicas end, or Ctrl-C.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines.")
+@_shared
+@click.argument("names", nargs=-1)
+def logs(engine: str, runs: Path, follow: bool, tail: int | None, names: tuple[str, ...]) -> None:
+    """Print the output of replicas, each line marked with its replica when there are several."""
+    from launcher.watch import print_logs
+
+    print_logs(lambda: open_engine(engine, runs), names, follow=follow, tail=tail)
+
+
+@cli.command()
+@_shared
+@click.argument("name")
+def attach(engine: str, runs: Path, name: str) -> None:
+    """Watch one replica's output; Ctrl-C leaves, and the replica lives on."""
+    from launcher.watch import print_logs
+
+    click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+    try:
+        print_logs(lambda: open_engine(engine, runs), (name,), follow=True, tail=10, single=True)
+    except KeyboardInterrupt:
+        click.echo(f"left {name}; it goes on", err=True)
+
+
+@cli.command()
+@click.option("--grace", default=60.0, show_default=True, type=click.FloatRange(min=0), metavar="SECONDS")
+@_shared
+@click.argument("names", nargs=-1)
+def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
+    """Ask replicas to save and end (SIGTERM), kill those that outlast the grace, and report.
+
+    Without NAMES: all of yours. They stay listed, and the same `up` resumes them.
+    """
+    from launcher import fleet
+    from launcher.watch import show_status
+
+    chosen = open_engine(engine, runs)
+    states = fleet.select(chosen.list(), names)
+    if not states:
+        click.echo("none: nothing to stop")
+        return
+    fleet.stop(chosen, states, grace_s=grace, say=say)
+    show_status(chosen, [state.name for state in states])
+
+
+@cli.command("kill-all")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_shared
+@click.argument("names", nargs=-1)
+def kill_all(engine: str, runs: Path, yes: bool, names: tuple[str, ...]) -> None:
+    """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    from launcher import fleet
+    from launcher.errors import EngineError
+    from launcher.report import device_words, words_for
+
+    chosen = open_engine(engine, runs)
+    states = fleet.select(chosen.list(), names)
+    if not states:
+        click.echo("none: nothing to remove")
+        return
+    for state in states:
+        click.echo(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
+    if not yes and not _confirmed(f"kill and remove {_count(states)}?"):
+        click.echo("nothing removed")
+        sys.exit(1)
+    failures = fleet.discard(chosen, states)
+    if failures:
+        raise EngineError("could not remove " + "; ".join(failures))
+    click.echo(f"removed {_count(states)}; what they wrote stays in the runs folder")
+
+
+def open_engine(name: str, runs: Path) -> Engine:
+    """Return the engine that `--engine` names; raises EngineError when it does not answer."""
+    from launcher.ownership import caller_ids
+
+    owner = caller_ids()[0]
+    if name == "local":
+        from launcher.engines.local import LocalEngine
+
+        return LocalEngine(absolute(runs), owner)
+    from launcher.engines.docker import DockerEngine
+
+    return DockerEngine(owner)
+
+
+def absolute(path: Path) -> Path:
+    """Return `path` expanded and absolute, its links kept as they are."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def say(line: str) -> None:
+    """Print one line now, even into a pipe."""
+    click.echo(line)
+    sys.stdout.flush()
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question)
+    except click.Abort:
+        raise UsageError("kill-all asks first and nobody answers here; give --yes") from None
+
+
+def _count(states: Sequence[ReplicaState]) -> str:
+    return f"{len(states)} replica{'s' * (len(states) != 1)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; every error made on purpose is one message and its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = cli.main(args=words, prog_name="launcher", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LauncherError as error:
+        if "--debug" in words[:1]:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (`head`) has gone; nothing more can be said, and the interpreter must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

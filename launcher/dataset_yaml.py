@@ -1,0 +1,117 @@
+"""Which folders of the host a dataset's YAML names, and which of them a replica may see."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+from typing import Any
+
+from launcher.errors import DataError
+
+MOST_BYTES = 1024**2
+"""No description of a dataset comes near; a larger file is something else."""
+
+_NEVER_EXACTLY = (
+    "/",
+    "/bin",
+    "/home",
+    "/lib",
+    "/lib64",
+    "/opt",
+    "/root",
+    "/sbin",
+    "/tmp",
+    "/usr",
+    "/usr/src",
+    "/var",
+)
+"""Mounted at their own path, these would hide the image's files or show a replica the whole host."""
+
+_NEVER_BELOW = (
+    "/boot",
+    "/dev",
+    "/etc",
+    "/proc",
+    "/run",
+    "/sys",
+    "/usr/src/app",
+    "/var/lib/docker",
+    "/var/run",
+)
+"""Nothing below these is a dataset; the engine's socket lives there."""
+
+
+def dataset_folders(yaml_path: Path) -> tuple[Path, ...]:
+    """Return the folders that a dataset needs: its root, and split folders that lie outside the root.
+
+    The root is the YAML's `path`, relative to the YAML, or the YAML's own folder. Raises DataError for a file
+    that cannot be read, a root or a split that is not there, or a folder that no replica may see.
+    """
+    description = _read(yaml_path)
+    named = description.get("path") or "."
+    if not isinstance(named, str):
+        raise DataError(f"{yaml_path}: path={named!r} is not a folder's name")
+    root = _join(yaml_path.parent, named)
+    if not root.is_dir():
+        raise DataError(f"{yaml_path}: its root {root} (path: {named}) is not a folder; correct `path`")
+    folders = [_allowed(root, yaml_path)]
+    for split in ("train", "val", "test"):
+        for entry in _entries(description.get(split)):
+            place = _find_split(root, entry, yaml_path, split)
+            if place is not None and not place.is_relative_to(root):
+                folders.append(_allowed(place, yaml_path))
+    return tuple(folders)
+
+
+def _find_split(root: Path, entry: str, yaml_path: Path, split: str) -> Path | None:
+    """Return where a split's folder or list is; None for an absent test split, which training does without."""
+    place = _join(root, entry)
+    # Exported datasets often write `../train/images` for a folder beside the YAML.
+    for candidate in (place, _join(root, entry.removeprefix("../"))):
+        if candidate.exists():
+            return candidate
+    if split == "test":
+        return None
+    raise DataError(f"{yaml_path}: {split}: {place} does not exist; correct `{split}` or `path`")
+
+
+def _entries(value: Any) -> list[str]:
+    return [
+        item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise DataError(f"{path}: over 1 MB, so no dataset description; give the dataset's YAML")
+        description = yaml.safe_load(raw)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        raise DataError(f"{path}{line}: not valid YAML; correct the file") from None
+    if not isinstance(description, dict):
+        raise DataError(f"{path}: holds no `train:` and `val:`; give the dataset's YAML")
+    return description
+
+
+def _join(base: Path, name: str) -> Path:
+    return Path(os.path.abspath(base / Path(name).expanduser()))
+
+
+def _allowed(folder: Path, yaml_path: Path) -> Path:
+    """Return `folder` unless mounting it would show a replica more than a dataset (links are followed)."""
+    never = {*_NEVER_EXACTLY, str(Path.home())}
+    for place in {folder, Path(os.path.realpath(folder))}:
+        if str(place) in never or any(PurePath(place).is_relative_to(item) for item in _NEVER_BELOW):
+            raise DataError(
+                f"{yaml_path}: its root {place} would show replicas more than a dataset; "
+                "move the dataset to a folder of its own and name that in `path`"
+            )
+    return folder

@@ -1,0 +1,179 @@
+"""The one seam to whatever runs replicas: what an engine is asked, and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from launcher.devices import Device, format_cores
+from launcher.inventory import Machine
+
+Phase = Literal["created", "running", "paused", "exited"]
+
+_URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)@")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mount:
+    """A path of the host inside a replica."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaSpec:
+    """Everything that one replica is; two equal specs run the same thing in the same place."""
+
+    name: str
+    fleet: str
+    device: Device
+    image: str
+    """The image as the user named it; empty on the local engine."""
+    image_id: str
+    """What that name meant when the plan was made: a rebuilt image is a changed spec."""
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    """Set by the launcher; nothing in it is secret."""
+    passed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The user's own variables. Only their names are ever shown, labelled or hashed."""
+    mounts: tuple[Mount, ...] = ()
+    runs: Path
+    """The host's runs folder."""
+    user: str = ""
+    """`uid:gid`."""
+    cores: tuple[int, ...] = ()
+    """The cores it is pinned to; empty: all."""
+    memory_bytes: int = 0
+    shm_bytes: int = 0
+    tmp_bytes: int = 0
+    pids_limit: int = 4096
+    network: str = "bridge"
+
+    def public(self) -> dict[str, Any]:
+        """Return the spec as plain values without a secret: what is shown, labelled, hashed and compared."""
+        return {
+            "replica": self.name,
+            "fleet": self.fleet,
+            "device": self.device.label,
+            "image": self.image,
+            "image_id": self.image_id,
+            "command": [mask(word) for word in self.command],
+            "environment": dict(sorted(self.environment.items())),
+            "passed_environment": sorted(self.passed),
+            "mounts": [
+                {"source": mount.source, "target": mount.target, "read_only": mount.read_only}
+                for mount in self.mounts
+            ],
+            "runs": str(self.runs),
+            "user": self.user,
+            "cores": format_cores(self.cores),
+            "memory_bytes": self.memory_bytes,
+            "shm_bytes": self.shm_bytes,
+            "tmp_bytes": self.tmp_bytes,
+            "pids_limit": self.pids_limit,
+            "network": self.network,
+        }
+
+    def public_json(self) -> str:
+        """Return `public()` in its one canonical spelling."""
+        return json.dumps(self.public(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `public_json()`, in hex."""
+        return hashlib.sha256(self.public_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaState:
+    """What an engine says of one of our replicas."""
+
+    id: str
+    name: str
+    fleet: str
+    device: str
+    phase: Phase
+    exit_code: int | None = None
+    """None unless exited, or when nobody saw the end."""
+    oom_killed: bool = False
+    memory_bytes: int = 0
+    started_at: float | None = None
+    """Unix seconds."""
+    plan: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The `public()` spec it was created from."""
+
+    @property
+    def runs(self) -> Path:
+        """The host's runs folder."""
+        return Path(self.plan["runs"])
+
+    @property
+    def live(self) -> bool:
+        """Whether it holds its device now."""
+        return self.phase in ("running", "paused")
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended well: an out-of-memory kill of a child leaves exit code 0 behind and is no success."""
+        return self.phase == "exited" and self.exit_code == 0 and not self.oom_killed
+
+
+class Engine(Protocol):
+    """Create, start, watch and end replicas. Every method raises EngineError for an engine that fails.
+
+    Ids are the engine's own and never reused. Asking for the end of something that has vanished is fine.
+    """
+
+    name: str
+
+    @property
+    def remote(self) -> bool:
+        """Whether replicas run on another machine, whose GPUs cannot be listed from here."""
+
+    def machine(self) -> Machine:
+        """Return the cores and the memory that replicas can have."""
+
+    def resolve_image(self, image: str) -> str:
+        """Return the id of a present image; never fetches one."""
+
+    def check_network(self, network: str) -> None:
+        """Raise unless the network is there."""
+
+    def create(self, spec: ReplicaSpec) -> str:
+        """Make a replica that does not run yet and return its id; raises NameTaken."""
+
+    def start(self, replica_id: str) -> None:
+        """Run a created replica."""
+
+    def list(self) -> list[ReplicaState]:
+        """Return our replicas and nobody else's, by name."""
+
+    def state(self, replica_id: str) -> ReplicaState | None:
+        """Return one of our replicas; None when it has vanished."""
+
+    def environment(self, replica_id: str) -> Mapping[str, str] | None:
+        """Return the environment a replica was started with; None when that cannot be known any more."""
+
+    def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
+        """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs it."""
+
+    def terminate(self, replica_id: str) -> None:
+        """Send SIGTERM."""
+
+    def kill(self, replica_id: str) -> None:
+        """Send SIGKILL."""
+
+    def remove(self, replica_id: str) -> None:
+        """Kill it if it runs, and leave nothing of it behind."""
+
+
+def mask(text: str) -> str:
+    """Return `text` with the password of any URL in it hidden."""
+    return _URL_PASSWORD.sub(r"\1:***@", text)

@@ -1,0 +1,141 @@
+"""Stand over one local replica: own session, own cores, rotated log, its exit code on disk.
+
+Run by path with `python -I`, so that it needs the standard library only and starts in milliseconds:
+    supervisor.py EXIT_FILE LOG_FILE CORES -- COMMAND…
+Prints `pid start-time` of the process that stays, and returns; that one has left the caller's session, so a logout
+does not reach it. Should it be killed, the kernel kills its child too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+LOG_BYTES = 10 * 1024**2
+LOG_FILES = 3
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Fork the process that stays and tell who it is."""
+    exit_file, log_file, cores = argv[:3]
+    command = argv[4:]
+    read_end, write_end = os.pipe()
+    if os.fork():
+        # The start time is read by the process that stays: once it has answered, its identity is settled.
+        os.close(write_end)
+        sys.stdout.write(os.read(read_end, 64).decode())
+        return 0
+    os.setsid()
+    os.write(write_end, f"{os.getpid()} {start_time(os.getpid())}\n".encode())
+    os.close(write_end)
+    os.close(read_end)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    if cores:
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    code = supervise(command, log_file)
+    temporary = f"{exit_file}.part"
+    with open(temporary, "w", encoding="ascii") as file:
+        json.dump({"exit_code": code, "finished": time.time()}, file)
+    os.replace(temporary, exit_file)
+    return 0
+
+
+def supervise(command: list[str], log_file: str) -> int:
+    """Run the command, pass SIGTERM and SIGINT on to it, copy its output; return its exit code."""
+    children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        if children:
+            children[0].send_signal(number)
+        else:
+            early.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    log = RotatedLog(log_file)
+    try:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+    except OSError as error:
+        log.write(f"{command[0]}: {error.strerror}\n".encode())
+        return 127
+    children.append(child)
+    for missed in early:
+        child.send_signal(missed)
+    assert child.stdout is not None
+    copy_output(child, child.stdout.fileno(), log)
+    code = child.wait()
+    return 128 - code if code < 0 else code
+
+
+def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog) -> None:
+    """Copy until the output ends, or the child has and nothing more comes (a grandchild may hold it open)."""
+    while True:
+        ready, _, _ = select.select([output], [], [], 0.5)
+        if ready:
+            data = os.read(output, 65536)
+            if not data:
+                return
+            log.write(data)
+        elif child.poll() is not None:
+            return
+
+
+class RotatedLog:
+    """A log of bounded size: FILE, FILE.1, FILE.2. A full disk loses lines, never the training."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = self._open()
+
+    def write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if os.fstat(self._file).st_size > LOG_BYTES:
+                self._rotate()
+            os.write(self._file, data)
+
+    def _rotate(self) -> None:
+        for number in range(LOG_FILES - 1, 0, -1):
+            older = f"{self._path}.{number}"
+            newer = self._path if number == 1 else f"{self._path}.{number - 1}"
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newer, older)
+        os.close(self._file)
+        self._file = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
+def start_time(pid: int) -> int:
+    """Return a process's start in clock ticks since boot: with the pid, it names one process and no later one."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        # The command name, in parentheses, may itself hold spaces and parentheses.
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

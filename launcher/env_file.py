@@ -1,0 +1,33 @@
+"""Read `--env-file`: NAME=value lines, or a bare NAME to take the caller's value. Values are never shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def read_env_file(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables in the file, as `docker run --env-file` reads it; raises UsageError with the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UsageError(f"--env-file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--env-file {path}: is not UTF-8 text") from None
+    variables: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, sign, value = line.strip().partition("=")
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{path}:{number}: not NAME=value; a name has letters, digits and '_'")
+        if sign:
+            variables[name] = value
+        elif name in environment:
+            variables[name] = environment[name]
+    return variables

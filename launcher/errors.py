@@ -1,0 +1,55 @@
+"""The launcher's error tree: every message says what, where and the remedy; every class carries its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LauncherError(Exception):
+    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
+
+    exit_code = 1
+
+
+class UsageError(LauncherError):
+    """A command line or a plan that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(LauncherError):
+    """A dataset that is not there or cannot be read."""
+
+    exit_code = 3
+
+
+class CheckpointError(LauncherError):
+    """A weights file that is not there."""
+
+    exit_code = 4
+
+
+class EngineError(LauncherError):
+    """An engine that does not answer, lacks something, or refuses."""
+
+    exit_code = 5
+
+
+class NameTaken(EngineError):
+    """A replica's name is held by something else."""
+
+
+class ReplicaFailed(LauncherError):
+    """A replica ended with an error while `up` was watching it; carries the trainer's own exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        # Codes outside the documented ones (a signal, an import error) are the engine's affair: 5.
+        self.exit_code = exit_code if exit_code in (2, 3, 4) else EngineError.exit_code
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

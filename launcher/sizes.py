@@ -1,0 +1,33 @@
+"""Amounts of memory, as Docker writes them: `20g` is 20 x 1024^3 bytes."""
+
+from __future__ import annotations
+
+import re
+
+from launcher.errors import UsageError
+
+MIB = 1024**2
+GIB = 1024**3
+
+_UNITS = {"": 1, "b": 1, "k": 1024, "m": MIB, "g": GIB, "t": 1024**4}
+_MINIMUM = 6 * MIB
+"""Docker refuses a container below this."""
+
+
+def parse_size(text: str, option: str = "--memory") -> int:
+    """Return the bytes that `20g`, `512m`, `1.5g`, `20gb` or `20GiB` mean; raises UsageError."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([bkmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise UsageError(f"{option} {text}: not an amount of memory; write it as 20g or 512m")
+    amount = int(float(match[1]) * _UNITS[match[2]])
+    if amount < _MINIMUM:
+        raise UsageError(f"{option} {text}: below 6m, the least a container can have; did you mean {text}g?")
+    return amount
+
+
+def format_size(amount: int) -> str:
+    """Return bytes in words: `20 GB`, `1.5 GB`, `512 MB` (binary units, as Docker counts)."""
+    for unit, size in (("GB", GIB), ("MB", MIB), ("KB", 1024)):
+        if amount >= size:
+            return f"{amount / size:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{amount} B"

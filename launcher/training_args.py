@@ -1,0 +1,230 @@
+"""Read a training command line as far as the host must: which paths it names, which run it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from launcher.dataset_yaml import dataset_folders
+from launcher.engines.base import Mount
+from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+
+_SHORTEST = {
+    "--weights": "--we",
+    "--cfg": "--cf",
+    "--data": "--da",
+    "--hyp": "--hy",
+    "--project": "--pr",
+    "--name": "--na",
+    "--device": "--dev",
+    "--evolve": "--ev",
+    "--resume": "--re",
+}
+"""The options read here, and the shortest prefix of each that `train.py` takes for it."""
+
+_TAKES_NO_VALUE = {"--evolve": True, "--resume": True}
+"""Options whose value may be left out."""
+
+_SHIPPED_FOLDER = {"--cfg": "layouts", "--data": "datasets", "--hyp": "hyps"}
+_MISSING: dict[str, type[LauncherError]] = {
+    "--data": DataError,
+    "--weights": CheckpointError,
+    "--hyp": UsageError,
+    "--cfg": UsageError,
+}
+_IMAGE_ROOT = PurePosixPath("/usr/src")
+"""Paths below it are the image's own; the host has no say in them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingArgs:
+    """A training command line, made to mean the same inside a replica."""
+
+    words: tuple[str, ...]
+    mounts: tuple[Mount, ...]
+    project: str
+    name: str
+    evolve: bool
+    device: str | None
+
+    @property
+    def fleet(self) -> str:
+        """`project/name`: every worker of one search names the same two."""
+        return f"{self.project}/{self.name}"
+
+
+def prepare_args(
+    words: Sequence[str], *, cwd: Path, runs: Path, runs_inside: str, isolated: bool
+) -> TrainingArgs:
+    """Expand and check the paths that a training command names, and list the mounts they need.
+
+    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted.
+    Raises DataError, CheckpointError or UsageError for something that is not there.
+    """
+    values = _Words(words)
+    mounts: list[Mount] = []
+    for option in ("--data", "--weights", "--hyp", "--cfg"):
+        given = values.get(option)
+        if given:
+            path = _existing(option, given, cwd, isolated)
+            if path is not None:
+                values.set(option, str(path))
+                folders = dataset_folders(path) if option == "--data" else ()
+                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *folders)]
+    _place_resume(values, cwd, runs, runs_inside)
+    evolve = values.has("--evolve")
+    project = _project(values, runs, "evolve" if evolve else "train")
+    name = values.get("--name") or "exp"
+    if "/" in name or name in (".", ".."):
+        raise UsageError(f"--name {name}: must be one folder name, without '/' or '..'")
+    return TrainingArgs(
+        words=values.words,
+        mounts=_outermost(mounts),
+        project=project,
+        name=name,
+        evolve=evolve,
+        device=values.get("--device"),
+    )
+
+
+def trainer_script() -> Path:
+    """Return `train.py` of the `app` package beside the launcher, found without importing it.
+
+    Raises UsageError where the trainer is not installed.
+    """
+    folder = _app_folder()
+    if folder is None or not (folder / "train.py").is_file():
+        raise UsageError(
+            "--engine local: the trainer (package `app`) is not installed here; install the project, or use --engine docker"
+        )
+    return folder / "train.py"
+
+
+def _app_folder() -> Path | None:
+    found = importlib.util.find_spec("app")
+    places = list(found.submodule_search_locations or []) if found else []
+    return Path(places[0]) if places else None
+
+
+class _Words:
+    """A command line whose options can be read and replaced; the last of two equal options counts."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = list(words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(self._words)
+
+    def has(self, option: str) -> bool:
+        return self._find(option) is not None
+
+    def get(self, option: str) -> str | None:
+        """Return the option's value; None when it or its value is absent."""
+        at = self._find(option)
+        if at is None:
+            return None
+        if "=" in self._words[at]:
+            return self._words[at].split("=", 1)[1]
+        following = self._words[at + 1] if at + 1 < len(self._words) else None
+        if following is None or following.startswith("--"):
+            if option in _TAKES_NO_VALUE:
+                return None
+            raise UsageError(f"{self._words[at]}: needs a value after it")
+        return following
+
+    def set(self, option: str, value: str) -> None:
+        at = self._find(option)
+        assert at is not None
+        if "=" in self._words[at]:
+            self._words[at] = self._words[at].split("=", 1)[0] + "=" + value
+        else:
+            self._words[at + 1] = value
+
+    def _find(self, option: str) -> int | None:
+        shortest = _SHORTEST[option]
+        found = None
+        for at, word in enumerate(self._words):
+            name = word.split("=", 1)[0]
+            if name.startswith(shortest) and option.startswith(name):
+                found = at
+        return found
+
+
+def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None:
+    """Return the absolute path of a file of the host, or None for one that the trainer brings or fetches."""
+    if "://" in given:
+        return None
+    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
+    if path.is_file():
+        return path
+    if option == "--weights" and path.with_name(f"{path.name}.pt").is_file():
+        return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
+    known = _shipped(option)
+    name = PurePosixPath(given).name
+    if {name, f"{name}.yaml"} & set(known) and not (path.is_absolute() and given.startswith(("~", "/home"))):
+        return None
+    if isolated and PurePosixPath(given).is_relative_to(_IMAGE_ROOT):
+        return None
+    hint = suggest(name, known)
+    remedy = {
+        "--data": "give the path of a dataset YAML",
+        "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
+    }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
+    raise _MISSING[option](f"{option} {given}: no such file{hint}; {remedy}")
+
+
+def _shipped(option: str) -> list[str]:
+    """Return the names of the YAML files that the trainer carries for this option."""
+    folder = _app_folder()
+    if folder is None or option not in _SHIPPED_FOLDER:
+        return []
+    return [path.name for path in (folder / "config" / _SHIPPED_FOLDER[option]).glob("*.yaml")]
+
+
+def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str) -> None:
+    """Point `--resume PATH` at the writable runs folder, where the run goes on."""
+    given = values.get("--resume")
+    if not given or given == "latest":
+        return
+    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
+    if not path.is_file():
+        raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
+    if not path.is_relative_to(runs):
+        raise UsageError(
+            f"--resume {given}: lies outside the runs folder {runs}; say --runs with the folder it is in"
+        )
+    values.set("--resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
+
+
+def _project(values: _Words, runs: Path, default: str) -> str:
+    """Return the project below the runs folder, and rewrite an absolute one to be relative to it."""
+    given = values.get("--project")
+    if not given:
+        return default
+    path = Path(given).expanduser()
+    if path.is_absolute():
+        if not path.is_relative_to(runs) or path == runs:
+            raise UsageError(
+                f"--project {given}: lies outside the runs folder {runs}; give a name, or say --runs"
+            )
+        given = path.relative_to(runs).as_posix()
+        values.set("--project", given)
+    parts = [part for part in PurePosixPath(given).parts if part != "."]
+    if parts and parts[0] == "runs":
+        parts = parts[1:]
+    if not parts or ".." in parts:
+        raise UsageError(f"--project {given}: must name a folder below the runs folder {runs}")
+    return "/".join(parts)
+
+
+def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
+    """Return the mounts without those that another one already covers."""
+    kept: list[Mount] = []
+    for mount in sorted(set(mounts), key=lambda item: (len(PurePosixPath(item.source).parts), item.source)):
+        if not any(PurePosixPath(mount.source).is_relative_to(other.source) for other in kept):
+            kept.append(mount)
+    return tuple(kept)

@@ -1,0 +1,273 @@
+"""What every engine does alike. Anything that launches replicas some other way has to pass this too."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from launcher import fleet
+from launcher.devices import Device
+from launcher.engines.base import Engine, ReplicaState
+from launcher.errors import EngineError, NameTaken, ReplicaFailed, UsageError
+from tests.contract.conftest import World
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+SAVES = (
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
+    "print('up', flush=True)\ntime.sleep(60)"
+)
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+def wait_until(condition: Callable[[], object], limit_s: float = 15.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+def run(world: World, code: str, replica: str = "a") -> str:
+    replica_id = world.engine.create(world.spec(code, replica))
+    world.engine.start(replica_id)
+    return replica_id
+
+
+def run_to_words(world: World, code: str, replica: str = "a") -> str:
+    """Start a replica and return once it has said `up`, so that its handlers are in place."""
+    replica_id = run(world, code, replica)
+    wait_until(lambda: "up" in world.engine.logs(replica_id))
+    return replica_id
+
+
+def ended(engine: Engine, replica_id: str) -> ReplicaState:
+    wait_until(lambda: (state := engine.state(replica_id)) is not None and state.phase == "exited")
+    state = engine.state(replica_id)
+    assert state is not None
+    return state
+
+
+def test_a_created_replica_is_listed_and_does_not_run(world: World) -> None:
+    spec = world.spec(SLEEP)
+    replica_id = world.engine.create(spec)
+    [state] = world.reopen().list()
+    assert (state.id, state.name, state.fleet, state.phase) == (replica_id, spec.name, spec.fleet, "created")
+    assert state.plan == spec.public()
+
+
+def test_another_command_sees_a_started_replica_run(world: World) -> None:
+    replica_id = run(world, SLEEP)
+    state = world.reopen().state(replica_id)
+    assert state is not None
+    assert state.phase == "running"
+    assert state.live
+    assert state.started_at is not None
+    assert abs(state.started_at - time.time()) < 60
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_exit_codes_are_kept(world: World, code: int) -> None:
+    state = ended(world.engine, run(world, f"raise SystemExit({code})"))
+    assert state.exit_code == code
+    assert state.finished == (code == 0)
+    assert not state.oom_killed
+
+
+def test_a_name_belongs_to_its_first_creator(world: World) -> None:
+    first = world.engine.create(world.spec(SLEEP))
+    with pytest.raises(NameTaken, match=world.spec(SLEEP).name):
+        world.engine.create(world.spec(SLEEP))
+    assert [state.id for state in world.engine.list()] == [first]
+
+
+def test_sigterm_reaches_the_trainer_which_saves_and_ends_143(world: World) -> None:
+    replica_id = run_to_words(world, SAVES)
+    world.engine.terminate(replica_id)
+    assert ended(world.engine, replica_id).exit_code == 143
+    assert "saved" in list(world.engine.logs(replica_id))
+
+
+def test_a_killed_replica_is_not_called_out_of_memory(world: World) -> None:
+    replica_id = run_to_words(world, SLEEP)
+    world.engine.kill(replica_id)
+    state = ended(world.engine, replica_id)
+    assert state.exit_code == 137
+    assert not state.oom_killed
+
+
+def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: World) -> None:
+    run_to_words(world, STUBBORN, "a")
+    run_to_words(world, SAVES, "b")
+    lines: list[str] = []
+    states = fleet.stop(world.engine, world.engine.list(), grace_s=1.5, say=lines.append)
+    assert {state.exit_code for state in states} == {137, 143}
+    assert any("still running after 1.5 s" in line for line in lines)
+
+
+def test_a_removed_replica_leaves_nothing_and_may_be_removed_again(world: World) -> None:
+    replica_id = run_to_words(world, SLEEP)
+    world.engine.remove(replica_id)
+    assert world.engine.list() == []
+    assert world.engine.state(replica_id) is None
+    assert list(world.runs.iterdir()) == []
+    for act in (world.engine.remove, world.engine.terminate, world.engine.kill):
+        act(replica_id)
+
+
+def test_logs_of_a_dead_replica_are_whole_lines_and_return(world: World) -> None:
+    replica_id = run(world, "print('one'); print('two, ü'); print('three', end='')")
+    ended(world.engine, replica_id)
+    assert list(world.engine.logs(replica_id)) == ["one", "two, ü", "three"]
+    assert list(world.engine.logs(replica_id, follow=True)) == ["one", "two, ü", "three"]
+    assert list(world.engine.logs(replica_id, tail=1)) == ["three"]
+
+
+def test_following_ends_with_the_replica_and_misses_nothing(world: World) -> None:
+    code = "import time\nfor n in range(5): print(n, flush=True); time.sleep(.2)"
+    replica_id = run(world, code)
+    assert list(world.engine.logs(replica_id, follow=True)) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_watcher_that_leaves_does_not_disturb_the_replica(world: World) -> None:
+    replica_id = run_to_words(world, SLEEP)
+    watching = world.reopen().logs(replica_id, follow=True)
+    assert next(watching) == "up"
+    watching.close()  # type: ignore[attr-defined]
+    state = world.engine.state(replica_id)
+    assert state is not None
+    assert state.phase == "running"
+
+
+def test_environment_is_what_was_given_and_never_in_the_plan(world: World) -> None:
+    spec = replace(world.spec(SLEEP), passed={"TRACKER_KEY": "s3cret"})
+    replica_id = world.engine.create(spec)
+    world.engine.start(replica_id)
+    wait_until(lambda: "up" in world.engine.logs(replica_id))
+    environment = world.engine.environment(replica_id)
+    if world.engine.name == "docker":
+        assert environment is not None
+        assert environment["TRACKER_KEY"] == "s3cret"
+    state = world.engine.state(replica_id)
+    assert state is not None
+    assert "s3cret" not in str(state.plan)
+    assert "s3cret" not in repr(spec)
+
+
+def test_a_replica_runs_on_its_own_cores(world: World) -> None:
+    replica_id = run(world, "import os; print(sorted(os.sched_getaffinity(0)))")
+    ended(world.engine, replica_id)
+    assert list(world.engine.logs(replica_id)) == ["[0]"]
+
+
+def test_up_twice_changes_nothing(world: World) -> None:
+    specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b", device=Device("cpu", "1"))]
+    assert len(fleet.bring_up(world.engine, specs, settle_s=0).started) == 2
+    before = world.engine.list()
+    again = fleet.bring_up(world.reopen(), specs, settle_s=0)
+    assert again.started == ()
+    assert len(again.running) == 2
+    assert world.engine.list() == before
+
+
+def test_a_changed_up_shows_the_difference_and_changes_nothing_unless_told(world: World) -> None:
+    fleet.bring_up(world.engine, [world.spec(SAVES)], settle_s=0.5)
+    before = world.engine.list()
+    changed = [world.spec(SLEEP, memory_bytes=256 * 1024**2)]
+    with pytest.raises(UsageError, match=r"memory_bytes: 134217728 -> 268435456(.|\n)*--recreate"):
+        fleet.bring_up(world.engine, changed, settle_s=0)
+    assert world.engine.list() == before
+    assert fleet.bring_up(world.engine, changed, recreate=True, settle_s=0).started == (changed[0].name,)
+    [state] = world.engine.list()
+    assert state.plan == changed[0].public()
+
+
+def test_up_resumes_the_dead_and_leaves_the_living(world: World) -> None:
+    specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b", device=Device("cpu", "1"))]
+    fleet.bring_up(world.engine, specs, settle_s=0)
+    living, dead = world.engine.list()
+    world.engine.kill(dead.id)
+    ended(world.engine, dead.id)
+    outcome = fleet.bring_up(world.engine, specs, settle_s=0)
+    assert (outcome.running, outcome.started) == ((living.name,), (dead.name,))
+    assert {state.phase for state in world.engine.list()} == {"running"}
+
+
+def test_a_replica_that_fails_at_the_start_takes_the_whole_fleet_back(world: World) -> None:
+    specs = [world.spec(SLEEP, "a"), world.spec("print('no such dataset'); raise SystemExit(3)", "b")]
+    with pytest.raises(ReplicaFailed, match=r"data error(.|\n)*no such dataset") as caught:
+        fleet.bring_up(world.engine, specs, settle_s=10)
+    assert caught.value.exit_code == 3
+    assert world.engine.list() == []
+
+
+def test_a_third_start_that_fails_takes_back_the_created_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = world.engine.start, []
+
+    def fail_third(replica_id: str) -> None:
+        started.append(replica_id)
+        if len(started) == 3:
+            raise EngineError("no device")
+        start(replica_id)
+
+    monkeypatch.setattr(world.engine, "start", fail_third)
+    specs = [world.spec(SLEEP, name) for name in "abcd"]
+    with pytest.raises(EngineError, match="no device"):
+        fleet.bring_up(world.engine, specs, settle_s=0)
+    assert world.reopen().list() == []
+
+
+def test_an_interrupt_inside_a_creation_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = world.engine.create
+
+    def interrupted(spec: object) -> str:
+        create(spec)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world.engine, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fleet.bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
+    assert world.reopen().list() == []
+
+
+def test_two_creators_at_once_make_one_replica(world: World) -> None:
+    results: list[str] = []
+
+    def create(engine: Engine) -> None:
+        try:
+            results.append(engine.create(world.spec(SLEEP)))
+        except NameTaken:
+            results.append("taken")
+
+    threads = [threading.Thread(target=create, args=(world.reopen(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results.count("taken") == 1
+    assert len(world.engine.list()) == 1
+
+
+def test_replicas_of_another_owner_are_out_of_sight(world: World) -> None:
+    replica_id = run(world, SLEEP)
+    stranger = world.reopen()
+    stranger._owner = 1 + stranger._owner  # type: ignore[attr-defined]
+    assert stranger.list() == []
+    assert stranger.state(replica_id) is None
+
+
+def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
+    """A child process brings the replica up and is killed: the replica is nobody's child."""
+    pid = os.fork()
+    if pid == 0:
+        run_to_words(replace(world, engine=world.reopen()), SLEEP)
+        os.kill(os.getpid(), 9)
+    os.waitpid(pid, 0)
+    [state] = world.engine.list()
+    assert state.phase == "running"

@@ -1,0 +1,275 @@
+"""The launcher against a real Docker engine, with a stand-in for the trainer in an image made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import fleet
+from launcher.engines.base import ReplicaSpec
+from launcher.engines.docker import DockerEngine
+from launcher.errors import EngineError
+from launcher.ownership import labels
+from tests.contract.conftest import IMAGE as BASE
+from tests.contract.conftest import World, docker_engine
+from tests.contract.test_engines import SLEEP, ended, wait_until
+
+pytestmark = pytest.mark.docker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRAINER = """
+import sys, time
+print("args", sys.argv[1:], flush=True)
+if "--fail" in sys.argv: raise SystemExit(3)
+if "--hog" in sys.argv:
+    hog = bytearray()
+    while True: hog += b"x" * 10_000_000
+for n in range(120): print("epoch", n, flush=True); time.sleep(0.5)
+"""
+
+
+def docker(*words: str) -> str:
+    return subprocess.run(["docker", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """A Docker world of this test's own owner, emptied afterwards."""
+    owner = 10**9 + uuid.uuid4().int % 10**8
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    engine = docker_engine(owner)
+    yield World(engine, lambda: docker_engine(owner), runs, f"test/{uuid.uuid4().hex[:8]}")
+    for state in engine.list():
+        engine.remove(state.id)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    docker_engine(0)  # skips where there is no engine, or no base image
+    folder = tmp_path_factory.mktemp("image")
+    (folder / "train.py").write_text(TRAINER)
+    (folder / "Dockerfile").write_text(
+        f"FROM {BASE}\nRUN mkdir -p /usr/src/app/runs && ln -sf python3 /usr/bin/python\nCOPY train.py /usr/src/app/\n"
+    )
+    tag = f"starling-launcher-test:{uuid.uuid4().hex[:8]}"
+    subprocess.run(
+        ["docker", "build", "-q", "-t", tag, str(folder)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "DOCKER_BUILDKIT": "0"},
+    )
+    yield tag
+    docker("rmi", "-f", tag)
+
+
+class Cli:
+    """The command line in a folder of its own, on a fleet of its own."""
+
+    def __init__(self, folder: Path, image: str) -> None:
+        self.folder = folder
+        self.image = image
+        self.name = uuid.uuid4().hex[:8]
+        self.fleet = f"test/{self.name}"
+        self.replica = f"test-{self.name}-cpu0"
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launcher", *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def up(self, *words: str, training: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        options = ("--image", self.image, "--memory", "128m", "--settle", "0.5", *words)
+        return self("up", *options, "--", "--project", "test", "--name", self.name, *training)
+
+    def containers(self) -> list[str]:
+        return docker("ps", "-aq", "--filter", f"label=starling.fleet={self.fleet}").split()
+
+
+@pytest.fixture
+def cli(image: str, tmp_path: Path) -> Iterator[Cli]:
+    cli = Cli(tmp_path, image)
+    yield cli
+    for container in cli.containers():
+        docker("rm", "-f", container)
+
+
+def test_up_status_and_kill_all_by_fleet(cli: Cli) -> None:
+    done = cli.up("--cpu", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"docker attach --sig-proxy=false {cli.replica}" in done.stdout
+    again = cli.up("--cpu", "1")
+    assert again.returncode == 0
+    assert f"already running: {cli.replica}" in again.stdout
+    report = json.loads(cli("status", "--json", cli.fleet).stdout)
+    assert [row["state"] for row in report["replicas"]] == ["running"]
+    assert cli("kill-all", "--yes", cli.fleet).returncode == 0
+    assert cli.containers() == []
+
+
+def test_two_ups_at_once_make_one_fleet(cli: Cli) -> None:
+    words = [sys.executable, "-m", "launcher", "up", "--image", cli.image, "--memory", "128m", "--cpu", "2"]
+    words += ["--settle", "0.5", "--", "--project", "test", "--name", cli.name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(words, cwd=cli.folder, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [one.communicate(timeout=60)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert sum("already running" in text for text in outputs if "0 started" in text) == 1
+    assert len(cli.containers()) == 2
+
+
+def test_the_hardening_holds_in_a_running_replica(cli: Cli) -> None:
+    assert cli.up("--cpu", "1").returncode == 0
+    [inspected] = json.loads(docker("inspect", cli.replica))
+    host, config = inspected["HostConfig"], inspected["Config"]
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["ReadonlyRootfs"]
+    assert host["Init"]
+    assert host["Memory"] == host["MemorySwap"] == 128 * 1024**2
+    assert host["PidsLimit"] > 0
+    assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
+    assert not config["Tty"]
+    assert not config["OpenStdin"]
+    assert config["User"] not in ("", "0", "0:0")
+    assert not any("docker.sock" in json.dumps(mount) for mount in inspected["Mounts"])
+    probe = "touch /usr/src/app/runs/here && touch /tmp/here && ! touch /here 2>/dev/null && ! touch /etc/here 2>/dev/null"
+    docker("exec", cli.replica, "sh", "-c", probe)
+    assert (cli.folder / "runs/here").exists()
+
+
+def test_without_a_gpu_runtime_nothing_is_left_in_created(cli: Cli) -> None:
+    done = cli.up("--gpus", "0-2")
+    if done.returncode in (0, 2):
+        pytest.skip("this machine's engine has a GPU runtime")
+    assert done.returncode == 5
+    assert "nvidia-ctk" in done.stderr
+    assert cli.containers() == []
+
+
+def test_a_missing_image_is_named_with_the_remedy_and_never_pulled(cli: Cli) -> None:
+    cli.image = "starling-no-such-image:latest"
+    done = cli.up("--cpu", "1")
+    assert done.returncode == 5
+    assert "docker build -t starling-no-such-image ." in done.stderr
+    assert not (cli.folder / "runs").exists()
+
+
+def test_a_trainer_that_refuses_its_data_gives_its_own_exit_code(cli: Cli) -> None:
+    done = cli.up("--cpu", "1", "--settle", "15", training=("--fail",))
+    assert done.returncode == 3
+    assert "data error" in done.stderr
+    assert cli.containers() == []
+
+
+def test_an_out_of_memory_kill_is_told_with_its_limit_and_spares_siblings(world: World) -> None:
+    hog = "x = bytearray()\nwhile True: x += b'x' * 5_000_000"
+    ids = [world.engine.create(world.spec(code, name)) for code, name in ((hog, "a"), (SLEEP, "b"))]
+    for replica_id in ids:
+        world.engine.start(replica_id)
+    state = ended(world.engine, ids[0])
+    assert fleet.words_for(state) == "OOM-KILLED at 128 MB"
+    sibling = world.engine.state(ids[1])
+    assert sibling is not None
+    assert sibling.phase == "running"
+
+
+def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: World) -> None:
+    spec = world.spec(SLEEP)
+    stranger = docker("create", "--name", spec.name, BASE, "true")
+    try:
+        with pytest.raises(EngineError, match=stranger[:12]) as caught:
+            fleet.bring_up(world.engine, [spec], settle_s=0)
+        assert caught.value.exit_code == 5
+        assert docker("inspect", "-f", "{{.Id}}", spec.name) == stranger
+    finally:
+        docker("rm", "-f", stranger)
+
+
+def test_kill_all_spares_every_decoy(world: World) -> None:
+    spec = world.spec(SLEEP)
+    fleet.bring_up(world.engine, [spec], settle_s=0)
+    assert isinstance(world.engine, DockerEngine)
+    exact = labels(spec, world.engine._owner)
+    partial = {name: value for name, value in exact.items() if name != "starling.spec"}
+    decoys = [
+        _decoy(f"{spec.name}-more", {}),
+        _decoy(f"x{spec.name}", partial),
+        _decoy(f"copy-of-{spec.name}", exact),
+        _decoy(f"{spec.name}-other", {**exact, "starling.fleet": "other/fleet"}),
+    ]
+    try:
+        assert fleet.discard(world.engine, world.engine.list()) == []
+        assert world.engine.list() == []
+        assert [docker("inspect", "-f", "{{.State.Running}}", decoy) for decoy in decoys] == ["true"] * 4
+    finally:
+        docker("rm", "-f", *decoys)
+
+
+def _decoy(name: str, with_labels: dict[str, str]) -> str:
+    words = [part for key, value in with_labels.items() for part in ("--label", f"{key}={value}")]
+    return docker("run", "-d", "--name", name, *words, BASE, "sleep", "60")
+
+
+@pytest.mark.parametrize("how", ["launcher", "docker"])
+def test_ctrl_c_in_attach_leaves_the_replica_running(cli: Cli, how: str) -> None:
+    assert cli.up("--cpu", "1").returncode == 0
+    words = {
+        "launcher": [sys.executable, "-m", "launcher", "attach", cli.replica],
+        "docker": ["docker", "attach", "--sig-proxy=false", cli.replica],
+    }[how]
+    watching = subprocess.Popen(
+        words,
+        cwd=cli.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert watching.stdout is not None
+    assert watching.stdout.readline().startswith(("args", "epoch"))
+    for _ in range(4):  # some versions of Docker's own client want more than one
+        watching.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        if watching.poll() is not None:
+            break
+    watching.kill()
+    watching.communicate()
+    assert docker("inspect", "-f", "{{.State.Running}}", cli.replica) == "true"
+
+
+def test_an_id_that_vanished_meanwhile_is_fine(world: World) -> None:
+    fleet.bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
+    states = world.engine.list()
+    docker("rm", "-f", states[0].id)
+    assert fleet.discard(world.engine, states) == []
+    assert fleet.stop(world.engine, states, grace_s=1) == []
+
+
+def test_a_log_flood_reaches_the_reader_in_whole_lines(world: World) -> None:
+    spec: ReplicaSpec = world.spec("for n in range(3000): print(n, 'x' * 100)")
+    replica_id = world.engine.create(spec)
+    world.engine.start(replica_id)
+    ended(world.engine, replica_id)
+    wait_until(lambda: sum(1 for _ in world.engine.logs(replica_id)) == 3000)
+    assert all(line.endswith("x" * 100) for line in world.engine.logs(replica_id))

@@ -1,0 +1,152 @@
+"""The command line on the local engine and without any: whole stories, from words typed to exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.engines import supervisor
+from launcher.engines.local import LocalEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launcher(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *words],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_no_replicas_says_none_and_is_no_success(tmp_path: Path) -> None:
+    done = launcher("status", "--engine", "local", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("none\n", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--gpus", "5-1"], 2),
+        (["--gpus", "0", "--cpu", "1"], 2),
+        (["--cpu", "1", "--memory", "lots"], 2),
+        (["--cpu", "1", "--memory", "900t"], 2),
+        (["--cpu", "1", "--env", "NOT_SET_ANYWHERE"], 2),
+        (["--cpu", "1", "--json"], 2),
+        (["--cpu", "1", "--engine", "ray"], 2),
+        (["--cpu", "1", "--network", "mlflow"], 2),
+        (["--cpu", "1", "--", "--data", "gone.yaml"], 3),
+        (["--cpu", "1", "--", "--weights", "gone.pt"], 4),
+    ],
+)
+def test_bad_input_is_one_message_and_touches_nothing(words: list[str], code: int, tmp_path: Path) -> None:
+    done = launcher("up", *(() if "--engine" in words else ("--engine", "local")), *words, cwd=tmp_path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert done.stderr.lower().count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
+    words = ["up", "--engine", "local", "--cpu", "1", "--env", "TOKEN", "--dry-run"]
+    text = launcher(*words, cwd=tmp_path, TOKEN="s3cret").stdout
+    plan = launcher(*words, "--json", cwd=tmp_path, TOKEN="s3cret").stdout
+    assert "s3cret" not in text + plan
+    assert json.loads(plan)["replicas"][0]["passed_environment"] == ["TOKEN"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalEngine) -> None:
+    done = launcher("kill-all", "--engine", "local", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--yes" in done.stderr
+    assert [state.phase for state in running.list()] == ["running"]
+    assert launcher("kill-all", "--engine", "local", "--yes", cwd=tmp_path).returncode == 0
+    assert running.list() == []
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> LocalEngine:
+    """One sleeping replica of ours below `tmp_path/runs`, ended after the test."""
+    from launcher.devices import Device
+    from launcher.engines.base import ReplicaSpec
+
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    engine = LocalEngine(runs, os.getuid())
+    spec = ReplicaSpec(
+        name="a-b-cpu0",
+        fleet="a/b",
+        device=Device("cpu", "0"),
+        image="",
+        image_id="",
+        command=(sys.executable, "-c", "import time; time.sleep(30)"),
+        environment={},
+        runs=runs,
+    )
+    engine.start(engine.create(spec))
+    return engine
+
+
+def test_a_forged_or_stale_record_never_ends_another_process(tmp_path: Path, running: LocalEngine) -> None:
+    """A reused pid has another start; a forged record names a process that is no supervisor. Both are spared."""
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(30)"], start_new_session=True
+    )
+    path = tmp_path / "runs/.launcher/a-b-cpu0.json"
+    original = path.read_text()
+    record = json.loads(original)
+    try:
+        for pid, start in ((bystander.pid, supervisor.start_time(bystander.pid)), (record["pid"], 1)):
+            path.write_text(json.dumps({**record, "pid": pid, "start_time": start}))
+            [state] = running.list()
+            assert state.phase == "exited"
+            running.kill(state.id)
+            running.terminate(state.id)
+        assert bystander.poll() is None
+        path.write_text(original)
+        assert [state.phase for state in running.list()] == ["running"]
+    finally:
+        os.killpg(bystander.pid, signal.SIGKILL)
+        bystander.wait()
+        path.write_text(original)
+        running.remove(running.list()[0].id)
+
+
+def test_a_log_flood_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
+    log = supervisor.RotatedLog(str(tmp_path / "log"))
+    for _ in range(200):
+        log.write(b"x" * 99 + b"\n")
+    assert len(list(tmp_path.iterdir())) == supervisor.LOG_FILES
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= supervisor.LOG_FILES * 1200
+
+
+@pytest.mark.parametrize("socket_is", ["absent", "hung"])
+def test_a_dead_or_hung_docker_is_told_in_under_five_seconds(socket_is: str, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if socket_is == "hung":
+            listener.bind(str(path))
+            listener.listen()
+        start = time.monotonic()
+        done = launcher("status", cwd=tmp_path, DOCKER_HOST=f"unix://{path}")
+    assert time.monotonic() - start < 5
+    assert done.returncode == 5
+    assert "Docker does not answer" in done.stderr
+    assert "Traceback" not in done.stderr

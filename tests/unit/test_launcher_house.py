@@ -1,0 +1,52 @@
+"""The two packages never meet, and the launcher starts quickly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FORBIDDEN = {
+    "launcher": {"app", "torch", "torchvision", "cv2", "optuna", "mlflow", "numpy"},
+    "app": {"launcher", "docker"},
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_the_two_packages_never_import_each_other(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imported(path)
+        if name in FORBIDDEN[package]
+    }
+    assert wrong == set()
+
+
+def test_help_imports_neither_docker_nor_rich_nor_yaml() -> None:
+    code = (
+        "import sys; from launcher.cli import cli; cli.main(['up', '--help'], standalone_mode=False);"
+        "print(sorted({'docker', 'rich', 'yaml', 'psutil', 'pynvml', 'requests'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_supervisor_needs_nothing_but_the_standard_library() -> None:
+    names = set(imported(ROOT / "launcher/engines/supervisor.py"))
+    assert names <= set(sys.stdlib_module_names)

@@ -1,0 +1,378 @@
+"""The launcher's decisions: devices, arguments, paths, memory, and what a plan shows. Nothing is started here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.dataset_yaml import dataset_folders
+from launcher.devices import Device, format_cores, parse_gpus, resolve_gpus, split_cores
+from launcher.dry_run import docker_run, show_plan
+from launcher.engines.base import ReplicaState
+from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
+from launcher.inventory import Gpu, Machine
+from launcher.ownership import caller_ids, is_ours, labels
+from launcher.plan import (
+    RUNS_IN_IMAGE,
+    TRAINER_IN_IMAGE,
+    Placement,
+    Plan,
+    Request,
+    make_plan,
+    passed_variables,
+    replica_name,
+)
+from launcher.runs_folder import NOBODYS_ID, check_runs, replica_user
+from launcher.sizes import GIB, format_size, parse_size
+from launcher.training_args import TrainingArgs, prepare_args
+
+DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
+MACHINE = Machine(cores=tuple(range(16)), memory_bytes=128 * GIB)
+GPUS = tuple(Gpu(n, f"GPU-0000-{n}", "H200", 140 * GIB) for n in range(6))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset whose YAML lies in its root."""
+    root = tmp_path / "blood"
+    (root / "images").mkdir(parents=True)
+    (root / "bccd.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [a]\n")
+    return root / "bccd.yaml"
+
+
+def prepare(words: list[str], tmp_path: Path, isolated: bool = True) -> TrainingArgs:
+    return prepare_args(
+        words, cwd=tmp_path, runs=tmp_path / "runs", runs_inside=RUNS_IN_IMAGE, isolated=isolated
+    )
+
+
+def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Plan:
+    args = prepare(words or ["--project", "blood", "--name", "search", "--evolve", "60"], tmp_path)
+    request = Request(args=args, runs=tmp_path / "runs", user="1000:1000", **asked)  # type: ignore[arg-type]
+    return make_plan(request, DOCKER, MACHINE, GPUS, "sha256:abc")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("3", ["3"]),
+        ("1-5", ["1", "2", "3", "4", "5"]),
+        ("0,2-4", ["0", "2", "3", "4"]),
+        (" 0 , 2 ", ["0", "2"]),
+        ("GPU-8f6a2b3c-1111-2222-3333-444455556666", ["GPU-8f6a2b3c-1111-2222-3333-444455556666"]),
+        ("all", None),
+    ],
+)
+def test_gpu_lists_expand_as_written(text: str, ids: list[str] | None) -> None:
+    assert parse_gpus(text) == (None if ids is None else tuple(ids))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1-", "-1", "5-1", "1,,2", "1,1", "1-3,2", "0-99999", "1.5", "²", "GPU-"]
+)
+def test_a_wrong_gpu_list_is_refused_with_the_remedy(text: str) -> None:
+    with pytest.raises(UsageError, match="--gpus"):
+        parse_gpus(text)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_gpu_list_or_our_own_error(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        parse_gpus(text)
+
+
+def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(UsageError, match=r"no GPU 6 .*0 \(H200\)"):
+        resolve_gpus("1-6", GPUS)
+
+
+def test_where_nvml_is_silent_ids_stand_as_given() -> None:
+    assert resolve_gpus("1-2", None) == (Device("gpu", "1"), Device("gpu", "2"))
+    with pytest.raises(UsageError, match="cannot be counted"):
+        resolve_gpus("all", None)
+
+
+def test_one_gpu_by_index_and_uuid_is_one_gpu() -> None:
+    assert resolve_gpus("GPU-0000-4", GPUS) == (Device("gpu", "4"),)
+    with pytest.raises(UsageError, match="by index and by UUID"):
+        resolve_gpus("4,GPU-0000-4", GPUS)
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_cores_are_shared_out_evenly_and_none_twice(cores: int, replicas: int) -> None:
+    if replicas > cores:
+        with pytest.raises(UsageError):
+            split_cores(range(cores), replicas)
+        return
+    shares = split_cores(range(cores), replicas)
+    assert sorted(core for share in shares for core in share) == list(range(cores))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_cores_are_written_as_docker_reads_them() -> None:
+    assert format_cores((0, 1, 2, 3, 6, 8, 9)) == "0-3,6,8-9"
+
+
+@pytest.mark.parametrize(("text", "size"), [("20g", 20 * GIB), ("1.5GB", GIB * 3 // 2), ("512m", GIB // 2)])
+def test_sizes_are_binary_as_dockers(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["20", "lots", "-1g", "1e3g", "0g"])
+def test_a_wrong_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--memory"):
+        parse_size(text)
+
+
+def test_sizes_read_back_in_words() -> None:
+    assert [format_size(size) for size in (20 * GIB, GIB * 3 // 2, GIB // 2)] == ["20 GB", "1.5 GB", "512 MB"]
+
+
+def test_the_issues_command_line_makes_five_pinned_replicas(dataset: Path, tmp_path: Path) -> None:
+    words = [
+        "--data",
+        str(dataset),
+        "--weights",
+        "",
+        "--cfg",
+        "yolov5n.yaml",
+        "--img",
+        "320",
+        "--epochs",
+        "10",
+    ]
+    words += ["--project", "blood", "--name", "search", "--evolve", "60"]
+    plan = plan_for(tmp_path, words, gpus="1-5", memory_bytes=20 * GIB)
+    assert plan.fleet == "blood/search"
+    assert [spec.name for spec in plan.replicas] == [f"blood-search-gpu{n}" for n in range(1, 6)]
+    assert {spec.command for spec in plan.replicas} == {(*TRAINER_IN_IMAGE, *words)}
+    assert plan.replicas[0].environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert [(m.target, m.read_only) for m in plan.replicas[0].mounts] == [
+        (RUNS_IN_IMAGE, False),
+        (str(dataset.parent), True),
+    ]
+
+
+def test_cpu_replicas_get_cores_threads_and_the_device_argument(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path, cpus=2)
+    assert [spec.cores for spec in plan.replicas] == [tuple(range(8)), tuple(range(8, 16))]
+    assert {spec.environment["OMP_NUM_THREADS"] for spec in plan.replicas} == {"8"}
+    assert all(spec.command[-2:] == ("--device", "cpu") for spec in plan.replicas)
+
+
+def test_a_home_path_is_expanded_and_mounted_where_it_is(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = prepare(["--data=~/blood/bccd.yaml"], tmp_path)
+    assert args.words == (f"--data={dataset}",)
+    assert [(m.source, m.target) for m in args.mounts] == [(str(dataset.parent), str(dataset.parent))]
+
+
+def test_a_root_outside_the_yamls_folder_is_mounted_too(dataset: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "lists"
+    elsewhere.mkdir()
+    (elsewhere / "d.yaml").write_text("path: ../blood\ntrain: images\nval: images\n")
+    args = prepare(["--da", "lists/d.yaml"], tmp_path)
+    assert {m.source for m in args.mounts} == {str(elsewhere / "d.yaml"), str(dataset.parent)}
+    assert args.words == ("--da", str(elsewhere / "d.yaml"))
+
+
+def test_files_that_the_trainer_ships_pass_untouched(tmp_path: Path) -> None:
+    words = [
+        "--cfg",
+        "yolov5n.yaml",
+        "--hyp",
+        "/usr/src/app/data/hyps/hyp.finetune.yaml",
+        "--data",
+        "bccd.yaml",
+    ]
+    args = prepare(words, tmp_path)
+    assert args.words == tuple(words)
+    assert args.mounts == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "code"),
+    [
+        (["--data", "gone/d.yaml"], DataError, 3),
+        (["--weights", "gone.pt"], CheckpointError, 4),
+        (["--weight", "gone.pt"], CheckpointError, 4),
+        (["--hyp", "gone.yaml"], UsageError, 2),
+        (["--cfg", "yolov5q.yaml"], UsageError, 2),
+        (["--resume", "gone.pt"], CheckpointError, 4),
+        (["--project", "../x"], UsageError, 2),
+        (["--project", "/elsewhere"], UsageError, 2),
+        (["--name", "../x"], UsageError, 2),
+        (["--data"], UsageError, 2),
+    ],
+)
+def test_what_is_not_there_is_found_before_anything_starts(
+    words: list[str], error: type[LauncherError], code: int, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words[0]) as caught:
+        prepare(words, tmp_path)
+    assert caught.value.exit_code == code
+
+
+def test_a_resumed_checkpoint_points_into_the_writable_runs(tmp_path: Path) -> None:
+    last = tmp_path / "runs/train/exp/weights/last.pt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    args = prepare(["--resume", "runs/train/exp/weights/last.pt"], tmp_path)
+    assert args.words == ("--resume", f"{RUNS_IN_IMAGE}/train/exp/weights/last.pt")
+    assert prepare(["--resume", "--exist-ok"], tmp_path).words == ("--resume", "--exist-ok")
+
+
+def test_runs_prefix_and_bare_project_are_one_fleet(tmp_path: Path) -> None:
+    fleets = {
+        prepare(["--project", name], tmp_path).fleet
+        for name in ("blood", "runs/blood", str(tmp_path / "runs/blood"))
+    }
+    assert fleets == {"blood/exp"}
+
+
+@pytest.mark.parametrize("root", ["/", "/etc", "/run", "/proc/self", "/var/run", "~", "/usr/src/app"])
+def test_a_dataset_cannot_show_replicas_the_host(root: str, tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text(f"path: '{root}'\ntrain: .\nval: .\n")
+    with pytest.raises(DataError, match=r"more than a dataset|not a folder"):
+        dataset_folders(tmp_path / "d.yaml")
+
+
+def test_a_link_to_a_system_folder_is_no_way_round(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc")
+    (tmp_path / "d.yaml").write_text("path: link\ntrain: .\nval: .\n")
+    with pytest.raises(DataError, match="more than a dataset"):
+        dataset_folders(tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "- a", "!!python/object/apply:os.system ['x']", "path: 3", "\x00", "train: gone"]
+)
+def test_a_broken_dataset_yaml_is_a_data_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"d\.yaml"):
+        dataset_folders(tmp_path / "d.yaml")
+
+
+def test_memory_above_the_machines_is_refused_with_figures(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="5 replicas need 150 GB and this machine has 128 GB"):
+        plan_for(tmp_path, gpus="1-5", memory_bytes=30 * GIB)
+
+
+def test_without_memory_replicas_share_most_of_the_machine(tmp_path: Path) -> None:
+    total = sum(spec.memory_bytes for spec in plan_for(tmp_path, gpus="all").replicas)
+    assert 0.85 * MACHINE.memory_bytes < total <= 0.9 * MACHINE.memory_bytes
+
+
+@pytest.mark.parametrize("asked", [{"gpus": "0", "cpus": 1}, {"cpus": 17}, {"cpus": 0}, {"gpus": "9"}])
+def test_devices_that_cannot_be_had_are_refused(asked: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--(gpus|cpu)"):
+        plan_for(tmp_path, **asked)
+
+
+@pytest.mark.parametrize("words", [["--device", "3"], ["--device=0,1"], ["--dev", "cpu"]])
+def test_a_device_argument_that_the_replica_lacks_is_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device"):
+        plan_for(tmp_path, words, gpus="0")
+
+
+def test_a_gpu_held_by_another_fleet_is_refused_naming_the_holder(tmp_path: Path) -> None:
+    holder = ReplicaState(id="1", name="x-y-gpu2", fleet="x/y", device="gpu:2", phase="running")
+    request = Request(args=prepare([], tmp_path), runs=tmp_path, gpus="1-3")
+    with pytest.raises(UsageError, match=r"GPU 2 is held by x-y-gpu2 of fleet x/y"):
+        make_plan(request, DOCKER, MACHINE, GPUS, "", [holder])
+    make_plan(request, DOCKER, MACHINE, GPUS, "", [replace(holder, phase="exited")])
+
+
+def test_secrets_show_by_name_only(tmp_path: Path) -> None:
+    words = ["--storage", "postgresql://u:hunter2@db/study"]
+    plan = plan_for(tmp_path, words, gpus="1", passed={"CLEARML_API_SECRET_KEY": "s3cret"})
+    [spec] = plan.replicas
+    shown = "\n".join(
+        [*show_plan(plan, 0), json.dumps(plan.public()), repr(plan), json.dumps(labels(spec, 0))]
+    )
+    assert "s3cret" not in shown
+    assert "--env CLEARML_API_SECRET_KEY" in shown
+    assert "hunter2" not in "\n".join(
+        [*show_plan(plan, 0), json.dumps(plan.public()), json.dumps(labels(spec, 0))]
+    )
+    assert words[1] in spec.command
+
+
+def test_trackers_variables_pass_by_themselves_and_others_when_named() -> None:
+    mine = {"MLFLOW_RUN": "r", "CLEARML_X": "c", "MLFLOW_OTHER": "no", "TOKEN": "t"}
+    assert passed_variables(mine) == {"MLFLOW_RUN": "r", "CLEARML_X": "c"}
+    assert passed_variables(mine, ["TOKEN"])["TOKEN"] == "t"
+    for wrong in ("GONE", "A=b"):
+        with pytest.raises(UsageError, match="--env"):
+            passed_variables(mine, [wrong])
+
+
+def test_the_docker_run_line_carries_every_limit(tmp_path: Path) -> None:
+    line = docker_run(plan_for(tmp_path, gpus="1", memory_bytes=20 * GIB).replicas[0], 0)
+    for part in (
+        f"--memory {20 * GIB} --memory-swap {20 * GIB}",
+        "--cap-drop ALL --security-opt no-new-privileges:true --read-only",
+        "--init",
+        "--pids-limit",
+        "device=1",
+        "max-size=10m",
+        "--user 1000:1000",
+    ):
+        assert part in line
+
+
+def test_equal_requests_have_equal_digests_and_a_rebuilt_image_another(tmp_path: Path) -> None:
+    first, again = (plan_for(tmp_path, gpus="1").replicas[0] for _ in range(2))
+    assert first.digest == again.digest
+    assert replace(first, image_id="sha256:def").digest != first.digest
+
+
+def test_only_the_exact_labels_make_a_container_ours(tmp_path: Path) -> None:
+    spec = plan_for(tmp_path, gpus="1").replicas[0]
+    exact = labels(spec, 7)
+    assert is_ours(exact, spec.name, 7)
+    assert not is_ours(exact, spec.name, 8)
+    assert not is_ours(exact, "copy", 7)
+    for missing in exact:
+        assert not is_ours({k: v for k, v in exact.items() if k != missing}, spec.name, 7)
+        assert not is_ours({**exact, missing: exact[missing] + "x"}, spec.name, 7)
+
+
+def test_names_hold_only_the_letters_that_docker_takes() -> None:
+    assert replica_name("my project/früh/exp 2", Device("gpu", "3")) == "my-project-fr-h-exp-2-gpu3"
+    assert replica_name("a/b", Device("gpu", "GPU-8f6a2b3c-1111")) == "a-b-gpu-8f6a2b3c1111"
+
+
+def test_replicas_run_as_the_caller_and_never_as_a_stranger(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert replica_user(runs, (1000, 100), None) == "1000:100"
+    assert replica_user(runs, (0, 0), None) == f"{NOBODYS_ID}:{NOBODYS_ID}"
+    assert replica_user(runs, (0, 0), "5:6") == "5:6"
+    runs.mkdir()
+    (runs / "train").mkdir()
+    owner = runs.stat()
+    assert replica_user(runs, (0, 0), None) == f"{owner.st_uid}:{owner.st_gid}"
+    for wrong in ("me", "1", "1:x", ":"):
+        with pytest.raises(UsageError, match="--user"):
+            replica_user(runs, (0, 0), wrong)
+
+
+def test_behind_sudo_the_caller_is_who_typed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert caller_ids({"SUDO_UID": "1000", "SUDO_GID": "100"}) == (1000, 100)
+    monkeypatch.setattr("os.getuid", lambda: 5)
+    assert caller_ids({"SUDO_UID": "1000", "SUDO_GID": "100"})[0] == 5
+
+
+@pytest.mark.parametrize("runs", ["/", "/home", "/etc", "/dev/null/x"])
+def test_runs_must_be_a_folder_of_its_own(runs: str) -> None:
+    with pytest.raises(UsageError, match="--runs"):
+        check_runs(Path(runs))
