@@ -64,6 +64,11 @@ def prepare_args(
     `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted.
     Raises DataError, CheckpointError or UsageError for something that is not there.
     """
+    if not words:
+        raise UsageError(
+            "no training arguments: give them after `--`, such as "
+            "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
+        )
     values = _Words(words)
     mounts: list[Mount] = []
     for option in ("--data", "--weights", "--hyp", "--cfg"):

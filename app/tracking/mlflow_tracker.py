@@ -40,7 +40,8 @@ CLIENT_LIMITS = {
 """Settings of MLflow's client; by default it blocks for minutes when its server is gone. A user's own win."""
 
 _UPLOAD_TIMEOUT_S = 60
-_LOCK_TIMEOUT_S = 30.0
+_LOCK_TIMEOUT_S = 120.0
+"""A bridge runs at low priority beside busy trainers; the first one may take a minute to create the database."""
 _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}

@@ -55,17 +55,29 @@ def test_no_replicas_says_none_and_is_no_success(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_message_and_touches_nothing(words: list[str], code: int, tmp_path: Path) -> None:
-    done = launcher("up", *(() if "--engine" in words else ("--engine", "local")), *words, cwd=tmp_path)
+    training = (
+        () if "--" in words else ("--", "--data", "bccd.yaml", "--weights", "", "--cfg", "yolov5n.yaml")
+    )
+    engine = () if "--engine" in words else ("--engine", "local")
+    done = launcher("up", *engine, *words, *training, cwd=tmp_path)
     assert done.returncode == code
+    assert "no training arguments" not in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.lower().count("error:") == 1
     assert list(tmp_path.iterdir()) == []
 
 
+def test_up_without_training_arguments_says_where_they_go(tmp_path: Path) -> None:
+    done = launcher("up", "--engine", "local", "--cpu", "1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "after `--`" in done.stderr
+
+
 def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
     words = ["up", "--engine", "local", "--cpu", "1", "--env", "TOKEN", "--dry-run"]
-    text = launcher(*words, cwd=tmp_path, TOKEN="s3cret").stdout
-    plan = launcher(*words, "--json", cwd=tmp_path, TOKEN="s3cret").stdout
+    training = ["--", "--data", "bccd.yaml", "--evolve", "2"]
+    text = launcher(*words, *training, cwd=tmp_path, TOKEN="s3cret").stdout
+    plan = launcher(*words, "--json", *training, cwd=tmp_path, TOKEN="s3cret").stdout
     assert "s3cret" not in text + plan
     assert json.loads(plan)["replicas"][0]["passed_environment"] == ["TOKEN"]
     assert list(tmp_path.iterdir()) == []

@@ -285,7 +285,7 @@ def test_a_device_argument_that_the_replica_lacks_is_refused(words: list[str], t
 
 def test_a_gpu_held_by_another_fleet_is_refused_naming_the_holder(tmp_path: Path) -> None:
     holder = ReplicaState(id="1", name="x-y-gpu2", fleet="x/y", device="gpu:2", phase="running")
-    request = Request(args=prepare([], tmp_path), runs=tmp_path, gpus="1-3")
+    request = Request(args=prepare(["--name", "mine"], tmp_path), runs=tmp_path, gpus="1-3")
     with pytest.raises(UsageError, match=r"GPU 2 is held by x-y-gpu2 of fleet x/y"):
         make_plan(request, DOCKER, MACHINE, GPUS, "", [holder])
     make_plan(request, DOCKER, MACHINE, GPUS, "", [replace(holder, phase="exited")])
