@@ -1,0 +1,56 @@
+# The trainer's image. It builds with the plain builder of engine 20.10 and with BuildKit alike:
+#   docker build -t starling .
+# Any Debian-like base with Python 3.11, its venv module and ca-certificates serves; torch brings CUDA from the
+# package index, so the host needs only the NVIDIA driver and its container toolkit.
+ARG BASE=python:3.11-slim
+FROM ${BASE}
+
+# deploy/ca holds extra certificate authorities for networks that inspect TLS; normally just a README.
+COPY deploy/ca/ /usr/local/share/ca-certificates/starling/
+RUN for bundle in /usr/local/share/ca-certificates/starling/*.crt; do \
+        if [ -e "$bundle" ]; then cat "$bundle" >> /etc/ssl/certs/ca-certificates.crt; fi; \
+    done
+ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
+    REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+
+# A private index or mirror. Build arguments stay readable in the image's history: no passwords in these.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+
+# Requirements before sources: a change of code reuses this layer. Bytecode is compiled here, on all cores, because
+# the user that runs the trainer cannot write it and every container would compile torch's imports again; a package's
+# files for other Pythons do not compile, and need not.
+COPY requirements.txt requirements-launcher.txt /tmp/requirements/
+RUN python3 -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir --no-compile --disable-pip-version-check --progress-bar off \
+        -r /tmp/requirements/requirements.txt \
+    && { /opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib >/dev/null || true; }
+
+# HOME and USER also serve user ids that /etc/passwd does not know (`docker run --user`); /tmp stays writable when
+# the root file system is read-only.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/usr/src \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    USER=starling \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    STARLING_RUNS=/usr/src/app/runs
+
+COPY deploy/trainer/entrypoint.sh /usr/local/bin/starling-entrypoint
+COPY datasets/bccd-mini /usr/src/datasets/bccd-mini
+COPY app /usr/src/app
+WORKDIR /usr/src/app
+
+# The entry point starts as root only to become the owner of runs/, and gives up every capability on the way.
+# data/hyps is where command lines of the older trainers look for the shipped hyperparameters.
+RUN chmod 0755 /usr/local/bin/starling-entrypoint \
+    && useradd --uid 1000 --user-group --no-create-home --home-dir /tmp starling \
+    && install -d -o starling -g starling -m 1777 runs \
+    && if [ ! -e data/hyps ]; then ln -s ../config/hyps data/hyps; fi \
+    && python -m compileall -q /usr/src/app
+
+ENTRYPOINT ["starling-entrypoint"]
+CMD ["python", "train.py", "--help"]

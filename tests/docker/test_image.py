@@ -1,0 +1,117 @@
+"""The trainer's image: who it runs as, what it writes, and that it trains."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.docker.conftest import docker
+
+pytestmark = pytest.mark.docker
+
+INSIDE = "/usr/src/app/runs"
+TRAIN = [
+    "--img", "64", "--batch", "4", "--epochs", "1", "--data", "bccd.yaml", "--weights", "", "--cfg", "yolov5n.yaml",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def as_root() -> bool:
+    return os.geteuid() == 0
+
+
+def test_without_a_mount_the_command_runs_as_an_ordinary_user_without_capabilities(
+    trainer_image: str,
+) -> None:
+    answer = docker(
+        "run", "--rm", trainer_image, "sh", "-c", "id -u; grep CapBnd /proc/self/status; touch runs/here"
+    )
+
+    assert answer.returncode == 0, answer.stderr
+    uid, capabilities = answer.stdout.strip().splitlines()
+    assert uid == "1000"
+    assert capabilities.split()[1].strip("0") == ""
+
+
+def test_unknown_user_id_can_write_runs_and_has_a_name_and_a_home(trainer_image: str) -> None:
+    script = "touch runs/here && python -c 'import getpass, pathlib; print(getpass.getuser(), pathlib.Path.home())'"
+
+    answer = docker("run", "--rm", "--user", "54321:54321", trainer_image, "sh", "-c", script)
+
+    assert answer.stdout.split() == ["starling", "/tmp"], answer.stderr
+
+
+def test_hardened_container_starts(trainer_image: str) -> None:
+    limits = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+
+    answer = docker(
+        "run", "--rm", "--user", "54321:54321", *limits, trainer_image, "python", "train.py", "--help"
+    )
+
+    assert answer.returncode == 0, answer.stderr
+    assert "--evolve" in answer.stdout
+
+
+def test_paths_of_the_older_trainers_command_lines_exist(trainer_image: str) -> None:
+    answer = docker("run", "--rm", trainer_image, "test", "-f", "/usr/src/app/data/hyps/hyp.finetune.yaml")
+
+    assert answer.returncode == 0
+
+
+def test_image_holds_no_sources_beside_the_trainer(trainer_image: str) -> None:
+    answer = docker("run", "--rm", trainer_image, "ls", "/usr/src", "/usr/src/datasets")
+
+    assert set(answer.stdout.split()) == {"/usr/src:", "app", "datasets", "/usr/src/datasets:", "bccd-mini"}
+
+
+@pytest.mark.slow
+def test_the_old_loops_command_trains_and_leaves_results_owned_by_the_folders_owner(
+    trainer_image: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gbr" / "runs"
+    folder.mkdir(parents=True)
+    owner = 54321 if as_root() else os.geteuid()
+    os.chown(folder, owner, -1)
+
+    answer = docker(
+        "run", "--rm", "--ipc=host", "-v", f"{folder}:{INSIDE}", trainer_image,
+        "python", "/usr/src/app/train.py", *TRAIN, "--hyp", "/usr/src/app/data/hyps/hyp.finetune.yaml",
+        "--project", "gbr", "--name", "one", timeout_s=300,
+    )  # fmt: skip
+
+    assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
+    run = folder / "gbr" / "one"
+    assert (run / "weights" / "last.pt").stat().st_size > 1_000_000
+    assert len((run / "results.csv").read_text().splitlines()) == 2
+    assert {path.stat().st_uid for path in folder.rglob("*")} == {owner}
+
+
+@pytest.mark.slow
+def test_trainer_trains_as_any_user_that_owns_its_runs_folder(trainer_image: str, tmp_path: Path) -> None:
+    owner = 12345 if as_root() else os.geteuid()
+    os.chown(tmp_path, owner, -1)
+
+    answer = docker(
+        "run", "--rm", "--user", f"{owner}:{owner}", "--cap-drop", "ALL", "-v", f"{tmp_path}:{INSIDE}", trainer_image,
+        "python", "train.py", *TRAIN, timeout_s=300,
+    )  # fmt: skip
+
+    assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
+    assert (tmp_path / "train" / "exp" / "results.csv").stat().st_uid == owner
+
+
+@pytest.mark.skipif(not as_root(), reason="only root can make a folder of root")
+def test_folder_that_docker_made_as_root_works_and_keeps_one_capability(
+    trainer_image: str, tmp_path: Path
+) -> None:
+    script = "touch runs/here && id -u && grep CapEff /proc/self/status"
+
+    answer = docker("run", "--rm", "-v", f"{tmp_path / 'new'}:{INSIDE}", trainer_image, "sh", "-c", script)
+
+    assert answer.returncode == 0, answer.stderr
+    assert "belongs to root" in answer.stderr
+    uid, _, capabilities = answer.stdout.split()
+    assert uid == "0"
+    assert int(capabilities, 16) == 1 << 1  # CAP_DAC_OVERRIDE
