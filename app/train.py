@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-
-# Read by the OpenMP runtime when torch loads: threads that wait give their core away instead of spinning on it,
-# which costs a neighbour (another replica, a loader thread) far more than it saves.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
