@@ -125,6 +125,8 @@ class _Trainings:
             phase="waiting" if candidate is None else "training",
             run_dir=str(self._directory),
             candidate=None if candidate is None else candidate.number,
+            epoch=None,
+            fitness=None,
             finished=progress.finished,
             budget=progress.budget,
             best_fitness=progress.best_fitness,
