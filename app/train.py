@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # run by its path: what is importable is the pack
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from app.command import run_command
-from app.config.train_config import TrainCommand, parse_args
+from app.config.train_flags import TrainCommand, parse_args
 from app.errors import StarlingError
 
 

@@ -13,7 +13,8 @@ import torch
 
 from app.config.hyp import Hyp
 from app.config.shipped import find_config
-from app.config.train_config import TrainCommand, TrainConfig
+from app.config.train_config import TrainConfig
+from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint

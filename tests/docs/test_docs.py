@@ -11,7 +11,7 @@ import pytest
 
 from app import settings, track
 from app.config.hyp import Hyp
-from app.config.train_config import NOT_YET, build_parser
+from app.config.train_flags import NOT_YET, build_parser
 from launcher.cli import cli as launcher
 from tests.conftest import REPOSITORY
 
