@@ -111,6 +111,8 @@ class _Trainings:
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": "", "name": config.run_name}
+        self._told = 0
+        """Finished trainings when the trackers were last told."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
@@ -131,7 +133,8 @@ class _Trainings:
             budget=progress.budget,
             best_fitness=progress.best_fitness,
         )
-        if candidate is None and progress.best_fitness is not None:
+        if progress.best_fitness is not None and progress.finished != self._told:
+            self._told = progress.finished
             values = {"search/best_fitness": progress.best_fitness, "search/failed": progress.failed}
             self._log.append("metrics", run=self._search["uuid"], step=progress.finished, values=values)
 

@@ -94,16 +94,14 @@ def run_search(
     while True:
         check_stop()
         turn = study.ask(settings.name)
+        progress = study.progress()
+        on_progress(progress, turn.candidate if isinstance(turn, Claim) else None)
         if turn is Turn.DONE:
             break
         if isinstance(turn, Claim):
-            on_progress(study.progress(), turn.candidate)
             worker.train(turn)
-            on_progress(study.progress(), None)
             remind_at = monotonic()
             continue
-        progress = study.progress()
-        on_progress(progress, None)
         if monotonic() >= remind_at:
             say(f"waiting for {progress.running} running of {progress.budget} candidates")
             remind_at = monotonic() + settings.remind_s

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,31 @@ from launcher.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.sizes import MIB
+from tests.docker.conftest import missing
 
-IMAGE = "base:bookworm"
-"""Any Debian with python3; see the testing page for how it is made."""
+IMAGES = [os.environ[name] for name in ("BASE",) if name in os.environ] + [
+    "base:bookworm",
+    "python:3.11-slim",
+]
+"""Images with a python3, of which `scripts/test` has built or pulled one."""
+
+
+@cache
+def base_image() -> str:
+    """Return the first of the images that the engine has; skip, or fail, where it has none or does not answer."""
+    from launcher.engines.docker import DockerEngine
+    from launcher.errors import EngineError
+
+    problem = ""
+    for image in IMAGES:
+        try:
+            DockerEngine(0).resolve_image(image)
+        except EngineError as error:
+            problem = str(error)
+        else:
+            return image
+    missing(problem)
+    raise AssertionError("missing() does not return")
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,7 @@ class World:
             "name": f"{self.fleet.replace('/', '-')}-{replica}",
             "fleet": self.fleet,
             "device": Device("cpu", "0"),
-            "image": IMAGE if isolated else "",
+            "image": base_image() if isolated else "",
             "image_id": "",
             "command": ("python3", "-u", "-c", code),
             "environment": {"STARLING_REPLICA": replica},
@@ -54,14 +77,9 @@ class World:
 def docker_engine(owner: int) -> Engine:
     """Return the Docker engine, or skip where there is none, or no image to run."""
     from launcher.engines.docker import DockerEngine
-    from launcher.errors import EngineError
 
-    try:
-        engine = DockerEngine(owner)
-        engine.resolve_image(IMAGE)
-    except EngineError as error:
-        pytest.skip(str(error))
-    return engine
+    base_image()
+    return DockerEngine(owner)
 
 
 @pytest.fixture(params=["local", pytest.param("docker", marks=pytest.mark.docker)])

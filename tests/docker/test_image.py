@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import TINY_LAYOUT
 from tests.docker.conftest import docker
 
 pytestmark = pytest.mark.docker
@@ -16,6 +18,9 @@ TRAIN = [
     "--img", "64", "--batch", "4", "--epochs", "1", "--data", "bccd.yaml", "--weights", "", "--cfg", "yolov5n.yaml",
     "--device", "cpu",
 ]  # fmt: skip
+
+
+SEARCH = ["--img", "64", "--batch", "16", "--epochs", "1", "--data", "bccd.yaml", "--weights", ""]
 
 
 def as_root() -> bool:
@@ -115,3 +120,29 @@ def test_folder_that_docker_made_as_root_works_and_keeps_one_capability(
     uid, _, capabilities = answer.stdout.split()
     assert uid == "0"
     assert int(capabilities, 16) == 1 << 1  # CAP_DAC_OVERRIDE
+
+
+@pytest.mark.slow
+def test_the_old_loop_of_docker_run_lines_cooperates_without_the_launcher(
+    trainer_image: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    shutil.copyfile(TINY_LAYOUT, tmp_path / "tiny.yaml")
+    containers = []
+    try:
+        for _ in range(2):
+            started = docker(
+                "run", "-d", "--ipc=host", "-v", f"{tmp_path}:/home/user", "-v", f"{runs}:{INSIDE}", trainer_image,
+                "python", "/usr/src/app/train.py", *SEARCH, "--cfg", "/home/user/tiny.yaml",
+                "--hyp", "/usr/src/app/data/hyps/hyp.finetune.yaml", "--workers", "8", "--device", "cpu",
+                "--project", "gbr", "--name", "search", "--exist-ok", "--resume", "--evolve", "3",
+            )  # fmt: skip
+            assert started.returncode == 0, started.stderr
+            containers.append(started.stdout.strip())
+        codes = [docker("wait", container, timeout_s=240).stdout.strip() for container in containers]
+        assert codes == ["0", "0"], "".join(docker("logs", container).stderr for container in containers)
+        rows = (runs / "gbr" / "search" / "evolve.csv").read_text().splitlines()
+        assert len(rows) == 1 + 3
+    finally:
+        docker("rm", "-f", *containers)

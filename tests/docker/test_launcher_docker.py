@@ -19,8 +19,7 @@ from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker import DockerEngine
 from launcher.errors import EngineError
 from launcher.ownership import labels
-from tests.contract.conftest import IMAGE as BASE
-from tests.contract.conftest import World, docker_engine
+from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until
 
 pytestmark = pytest.mark.docker
@@ -60,7 +59,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("image")
     (folder / "train.py").write_text(TRAINER)
     (folder / "Dockerfile").write_text(
-        f"FROM {BASE}\nRUN mkdir -p /usr/src/app/runs && ln -sf python3 /usr/bin/python\nCOPY train.py /usr/src/app/\n"
+        f"FROM {base_image()}\nRUN mkdir -p /usr/src/app/runs && ln -sf python3 /usr/bin/python\nCOPY train.py /usr/src/app/\n"
     )
     tag = f"starling-launcher-test:{uuid.uuid4().hex[:8]}"
     subprocess.run(
@@ -196,7 +195,7 @@ def test_an_out_of_memory_kill_is_told_with_its_limit_and_spares_siblings(world:
 
 def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: World) -> None:
     spec = world.spec(SLEEP)
-    stranger = docker("create", "--name", spec.name, BASE, "true")
+    stranger = docker("create", "--name", spec.name, base_image(), "true")
     try:
         with pytest.raises(EngineError, match=stranger[:12]) as caught:
             fleet.bring_up(world.engine, [spec], settle_s=0)
@@ -228,7 +227,7 @@ def test_kill_all_spares_every_decoy(world: World) -> None:
 
 def _decoy(name: str, with_labels: dict[str, str]) -> str:
     words = [part for key, value in with_labels.items() for part in ("--label", f"{key}={value}")]
-    return docker("run", "-d", "--name", name, *words, BASE, "sleep", "60")
+    return docker("run", "-d", "--name", name, *words, base_image(), "sleep", "60")
 
 
 @pytest.mark.parametrize("how", ["launcher", "docker"])

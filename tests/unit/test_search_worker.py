@@ -386,4 +386,4 @@ def test_progress_and_study_are_shown_to_the_caller(tmp_path: Path) -> None:
     )
     assert len(opened[0].uuid) == 32
     assert study_of(tmp_path).uuid == opened[0].uuid
-    assert shown == [(0, 0), (1, None), (1, 1), (2, None), (2, 2), (3, None)]
+    assert shown == [(0, 0), (1, 1), (2, 2), (3, None)]
