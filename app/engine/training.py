@@ -48,9 +48,8 @@ class Workshop:
     data: TrainingData
 
 
-def open_workshop(config: TrainConfig, say: Callable[[str], None]) -> Workshop:
-    """Resolve what `config` names and load the data; everything that can be wrong is found here."""
-    start = find_start(config.weights, config.cfg)
+def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None]) -> Workshop:
+    """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
     image_size = _fit_stride(
@@ -83,48 +82,72 @@ def warn_of_idle(hyp: Hyp, say: Callable[[str], None]) -> None:
         say("copy_paste has no effect: labels are kept as boxes, and it needs polygons")
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One training as asked for: fresh (no state), or where its checkpoint left off."""
+
+    config: TrainConfig
+    hyp: Hyp
+    start: Start
+    run_uuid: str
+    folder: Path | None
+    """The run to go on in; None for a new one."""
+    state: dict[str, Any] | None
+
+
 def train(command: TrainCommand) -> None:
     """Train once, or go on with an interrupted training."""
     progress = Progress()
-    if command.config.resume:
-        last = find_last(command.config.resume)
-        state = load_checkpoint(last)
-        if state["kind"] != "resumable":
-            raise CheckpointError(
-                f"{last}: holds weights only; resume from last.pt, or start a new run with --weights {last}"
-            )
-        config = command.resumed(TrainConfig.from_mapping(state["config"]))
-        if state["epoch"] >= config.epochs:
-            raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
-        run, hyp, run_uuid = (
-            RunDir(last.parent.parent),
-            Hyp.from_mapping(state["hyp"], str(last)),
-            state["run_uuid"],
-        )
-        progress.say(f"resuming {run.path} at epoch {state['epoch'] + 1}/{config.epochs}")
-    else:
-        config, state = command.config, None
-        hyp, run_uuid = read_hyp(config), uuid.uuid4().hex
-        warn_of_idle(hyp, progress.say)
-    workshop = open_workshop(config, progress.say)
-    if state is None:
-        run = _new_run(config)
+    job = (
+        _resumed_job(command, progress.say)
+        if command.config.resume
+        else _fresh_job(command.config, progress.say)
+    )
+    config = job.config
+    workshop = open_workshop(config, job.start, progress.say)
+    run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
-        log = EventLog(run.events, run_uuid, warn=progress.say)
+        log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridge = start_bridge(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
-        label = RunLabel(run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
+        label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log)
         try:
             result = train_in(
-                workshop, config, hyp, run, reporter, stop, state, lambda row: check_bridge(bridge)
+                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: check_bridge(bridge)
             )
-            best = result.best
-            progress.say(f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
-                         f"results in {run.path}")  # fmt: skip
         finally:
             finish_bridge(bridge, stop)
+    best = result.best
+    progress.say(
+        f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
+        f"results in {run.path}"
+    )
+
+
+def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
+    hyp = read_hyp(config)
+    warn_of_idle(hyp, say)
+    return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
+
+
+def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
+    """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
+    last = find_last(command.config.resume)
+    state = load_checkpoint(last)
+    if state["kind"] != "resumable" or last.parent.name != "weights":
+        raise CheckpointError(
+            f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
+            f"start a new run from it with --weights {last}"
+        )
+    config = command.resumed(TrainConfig.from_mapping(state["config"]))
+    if state["epoch"] >= config.epochs:
+        raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
+    folder = last.parent.parent
+    say(f"resuming {folder} at epoch {state['epoch'] + 1}/{config.epochs}")
+    hyp = Hyp.from_mapping(state["hyp"], str(last))
+    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state)
 
 
 def train_in(
@@ -192,7 +215,10 @@ def find_last(resume: str) -> Path:
     if resume != "latest":
         path = Path(resume).expanduser()
         return path / "weights" / "last.pt" if path.is_dir() else path
-    found = sorted(runs_root().rglob("weights/last.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(
+        (path for path in runs_root().rglob("weights/last.pt") if "candidates" not in path.parts),
+        key=lambda path: path.stat().st_mtime,
+    )
     if not found:
         raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
     return found[-1]

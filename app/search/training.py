@@ -17,6 +17,7 @@ from app.engine.checkpoint import load_checkpoint
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
+from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, TrainResult
 from app.engine.training import (
@@ -52,7 +53,7 @@ def search(config: TrainConfig) -> None:
     progress = Progress()
     seed_hyp = read_hyp(config)
     warn_of_idle(seed_hyp, progress.say)
-    workshop = open_workshop(config, progress.say)
+    workshop = open_workshop(config, find_start(config.weights, config.cfg), progress.say)
     directory = project_dir(config.run_project, runs_root()) / config.run_name
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)

@@ -15,7 +15,7 @@ import torch
 
 from app import train
 from app.engine.checkpoint import load_checkpoint
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, TINY_LAYOUT
 
 PICTURES = [
     "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
@@ -123,6 +123,25 @@ def test_resume_of_a_finished_run_says_to_raise_the_epochs(
     assert "larger --epochs" in capsys.readouterr().err
     assert train.main(["--resume", "--epochs", "3"]) == 0
     assert len(rows(runs / "train" / "exp")) == 3
+
+
+def test_weights_that_are_no_runs_last_are_not_resumed(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots"]) == 0
+    best = runs / "train" / "exp" / "weights" / "best.pt"
+    assert train.main(["--resume", str(best)]) == 4
+    assert f"--weights {best}" in capsys.readouterr().err
+
+
+def test_resume_needs_neither_the_weights_nor_the_layout_it_began_with(
+    tiny_args: list[str], runs: Path
+) -> None:
+    layout = runs.parent / "mine.yaml"
+    layout.write_text(TINY_LAYOUT.read_text())
+    assert train.main([*tiny_args, "--cfg", str(layout), "--noplots", "--epochs", "1"]) == 0
+    layout.unlink()
+    assert train.main(["--resume", str(runs / "train" / "exp"), "--epochs", "2"]) == 0
 
 
 def test_resume_refuses_a_flag_that_would_change_the_training(
