@@ -65,7 +65,8 @@ class Progress:
 
     def line(self, elapsed_s: float, budget: int) -> str:
         """Return one whole line: trainings done, best fitness, what each replica does, time left."""
-        best = max((replica["best_fitness"] or 0.0 for replica in self.replicas), default=0.0)
+        known = [replica["best_fitness"] for replica in self.replicas if replica["best_fitness"] is not None]
+        best = f"best fitness {max(known):.4f}" if known else "no fitness yet"
         doing = []
         for replica in self.replicas:
             epoch = f" epoch {replica['epoch']}/{replica['epochs']}" if replica["epoch"] is not None else ""
@@ -75,7 +76,7 @@ class Progress:
         left = time_left_s(self.work_done, budget, elapsed_s)
         left_words = "time left: not known yet" if left is None else f"about {left:.0f} s left"
         return (
-            f"   [{elapsed_s:4.0f} s] {self.finished}/{budget} trainings done, best fitness {best:.4f}; "
+            f"   [{elapsed_s:4.0f} s] {self.finished}/{budget} trainings done, {best}; "
             f"{'; '.join(doing)}; {left_words}"
         )
 
