@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         missing("a private engine needs root, dockerd and unshare")
     base = base_image()
     # A socket's path is at most 107 characters long, so not below pytest's own folders.
-    folder = Path(subprocess.check_output(["mktemp", "-d", "/tmp/starling-XXXXXX"], text=True).strip())
+    folder = Path(tempfile.mkdtemp(prefix="starling-", dir="/tmp"))
     hook = folder / "bin" / "nvidia-container-runtime-hook"
     hook.parent.mkdir()
     hook.write_text("#!/bin/sh\nexit 0\n")

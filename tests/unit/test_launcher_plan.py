@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +82,13 @@ def test_a_wrong_gpu_list_is_refused_with_the_remedy(text: str) -> None:
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_gpu_list_or_our_own_error(text: str) -> None:
-    with contextlib.suppress(UsageError):
-        parse_gpus(text)
+    message, ids = "--gpus", None
+    try:
+        ids = parse_gpus(text)
+    except UsageError as error:
+        message = str(error)
+    assert "--gpus" in message
+    assert ids is None or (all(ids) and len(set(ids)) == len(ids))
 
 
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:

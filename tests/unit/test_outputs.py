@@ -253,6 +253,7 @@ def test_a_status_keeps_what_it_was_told_before(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_never_stops_the_worker(tmp_path: Path) -> None:
     (tmp_path / FOLDER).write_text("a file where the folder should be")
     WorkerStatus(tmp_path, "w1").update(phase="training")
+    assert (tmp_path / FOLDER).is_file()
 
 
 def test_a_value_that_is_no_json_never_stops_the_worker(tmp_path: Path) -> None:
@@ -269,5 +270,6 @@ def test_a_status_is_strict_json_even_when_the_fitness_is_not_a_number(tmp_path:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    if status.path.exists():
-        json.loads(status.path.read_text(), parse_constant=refuse)
+    written = json.loads(status.path.read_text(), parse_constant=refuse)
+    assert written["fitness"] is None
+    assert written["eta_s"] is None
