@@ -84,6 +84,18 @@ class Matches(NamedTuple):
     """[K] class."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a batch that one of several processes has; their losses add up to the whole batch's."""
+
+    images: int
+    """Pictures of the whole batch."""
+    part: float
+    """How much of them is here, 0 to 1."""
+    pool: Callable[[Tensor], Tensor]
+    """Sums a tensor over all processes."""
+
+
 class DetectionLoss(nn.Module):
     """Box, objectness and class loss of raw predictions against targets.
 
@@ -119,23 +131,38 @@ class DetectionLoss(nn.Module):
         """Replace the anchors in place, after AutoAnchor."""
         self.anchors.copy_(anchors_in_strides)
 
-    def forward(self, predictions: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (scalar loss times batch size, [3] box, objectness, class loss after gains, detached).
 
         `predictions` is one raw [B, anchors, h, w, 5+nc] a level; `targets` [n,6] image in batch, class, xywhn.
-        A row with an image index below 0 is padding. Computes in float32 whatever autocast says.
+        A row with an image index below 0 is padding. Computes in float32 whatever autocast says. With a `share`,
+        both results are this process's addends: means are taken over the matches and cells of the whole batch.
         """
         with torch.autocast(predictions[0].device.type, enabled=False):
             gains = dict(zip((f.name for f in fields(LossGains)), self._values.unbind(), strict=True))
             targets = targets.to(self.anchors)
             box = obj = cls = self.anchors.new_zeros(())
+            matches = [
+                self.match(level, prediction.shape, targets, gains["anchor_t"])
+                for level, prediction in enumerate(predictions)
+            ]
+            found = torch.stack([level.matched.float().sum() for level in matches])
+            if share is not None:
+                found = share.pool(found)
             for level, prediction in enumerate(predictions):
-                level_box, level_obj, level_cls = self._level(level, prediction, targets, gains)
+                level_box, level_obj, level_cls = self._level(
+                    prediction, matches[level], found[level].clamp(min=1), gains
+                )
                 box = box + level_box
                 obj = obj + level_obj * self.balance[level]
                 cls = cls + level_cls
+            images = predictions[0].shape[0]
+            if share is not None:
+                images, obj = share.images, obj * share.part
             parts = torch.stack((box * gains["box"], obj * gains["obj"], cls * gains["cls"]))
-            return parts.sum() * predictions[0].shape[0], parts.detach()
+            return parts.sum() * images, parts.detach()
 
     def match(self, level: int, shape: Sequence[int], targets: Tensor, anchor_t: Tensor) -> Matches:
         """Assign targets to the anchors and cells of one level whose raw prediction has `shape` [B,a,h,w,...].
@@ -184,11 +211,9 @@ class DetectionLoss(nn.Module):
         return torch.stack((own, near[:, 0], near[:, 1], far[:, 0], far[:, 1]))
 
     def _level(
-        self, level: int, prediction: Tensor, targets: Tensor, gains: dict[str, Tensor]
+        self, prediction: Tensor, matches: Matches, found: Tensor, gains: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matches = self.match(level, prediction.shape, targets, gains["anchor_t"])
         weight = matches.matched.float()
-        found = weight.sum().clamp(min=1)
         # Only rows that may match are brought to float32; the map stays as autocast left it.
         rows = prediction.reshape(-1, prediction.shape[-1]).index_select(0, matches.cell).float()
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -43,6 +43,15 @@ class Batch:
     geometry: tuple[Letterbox, ...] | None
     """How each picture lies in its letterbox, from the original; None where augmentation moved it."""
     original_hw: tuple[Size, ...]
+    whole: int
+    """Pictures of the batch over all processes that share it."""
+    padding: bool = False
+    """Whether the batch has no picture for this process: the one here, without labels, only keeps it in step."""
+
+    @property
+    def share(self) -> float:
+        """This process's part of the whole batch, 0 to 1."""
+        return 0.0 if self.padding else len(self.indices) / self.whole
 
 
 _Work = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
@@ -67,16 +76,20 @@ class TrainLoader:
         seed: int,
         workers: int,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Prepare a loader; threads start with each epoch and end with it.
 
         `workers` is the number of threads; 0 prepares each batch when it is asked for. `pin_memory` puts
-        batches into page-locked memory, for copies to a GPU that do not wait.
+        batches into page-locked memory, for copies to a GPU that do not wait. Of every batch of `batch_size`,
+        `rank` of `world_size` processes gets its part.
         """
         _check(batch_size, workers, image_size, store)
         self.dataset, self.store, self.hyp = dataset, store, hyp
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.workers, self.pin_memory = workers, pin_memory
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         """Return the iterations of an epoch; the last batch may be smaller."""
@@ -96,7 +109,7 @@ class TrainLoader:
             )[1]
 
         plans = [
-            _Plan(indices=tuple(order[first : first + self.batch_size]), hw=(side, side), fill=fill)
+            _Plan.part(order[first : first + self.batch_size], self.rank, self.world_size, (side, side), fill)
             for first in range(start * self.batch_size, len(order), self.batch_size)
         ]
         shapes = self.dataset.shapes_hw
@@ -107,6 +120,8 @@ class TrainLoader:
                 indices=plan.indices,
                 geometry=None,
                 original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
+                whole=plan.whole,
+                padding=plan.padding,
             )
 
 
@@ -129,14 +144,20 @@ class ValLoader:
         pad: float = 0.5,
         workers: int,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """Plan the batches; `pad` is in strides. Threads start with each iteration and end with it."""
+        """Plan the batches; `pad` is in strides. Threads start with each iteration and end with it.
+
+        Of every batch, `rank` of `world_size` processes gets its part, in the shape of the whole.
+        """
         _check(batch_size, workers, image_size, store)
         if stride < 1:
             raise ConfigError("stride", stride, "must be at least 1")
         self.dataset, self.store = dataset, store
         self.image_size, self.batch_size, self.stride = image_size, batch_size, stride
         self.workers, self.pin_memory = workers, pin_memory
+        self.rank, self.world_size = rank, world_size
         shapes = dataset.shapes_hw
         aspect = shapes[:, 0] / shapes[:, 1]
         order = np.argsort(aspect, kind="stable") if rect else np.arange(len(dataset))
@@ -154,7 +175,9 @@ class ValLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches, in the same order each time."""
         shapes = self.dataset.shapes_hw
-        plans = [_Plan(indices=indices, hw=hw, fill=self._fill) for indices, hw in self.batches]
+        plans = [
+            _Plan.part(indices, self.rank, self.world_size, hw, self._fill) for indices, hw in self.batches
+        ]
         for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
             yield Batch(
                 images=images,
@@ -162,6 +185,8 @@ class ValLoader:
                 indices=plan.indices,
                 geometry=tuple(self._geometry(i, plan.hw) for i in plan.indices),
                 original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
+                whole=plan.whole,
+                padding=plan.padding,
             )
 
     def _rectangle(self, aspects: np.ndarray[Any, Any], pad: float) -> Size:
@@ -207,6 +232,21 @@ class _Plan:
     indices: tuple[int, ...]
     hw: Size
     fill: _Work
+    whole: int
+    padding: bool
+
+    @classmethod
+    def part(cls, indices: Sequence[int], rank: int, world_size: int, hw: Size, fill: _Work) -> Self:
+        """Return every `world_size`th picture of a batch from the `rank`th on; parts differ by one at most."""
+        own = tuple(indices[rank::world_size])
+        padding = not own
+        return cls(
+            indices=tuple(indices[:1]) if padding else own,
+            hw=hw,
+            fill=fill,
+            whole=len(indices),
+            padding=padding,
+        )
 
 
 def _prepared(
@@ -217,7 +257,7 @@ def _prepared(
     if workers == 0:
         for plan in plans:
             pixels = _allocate(plan, pin_memory)
-            yield plan, *_assembled(pixels, _fill_slice(plan, pixels.numpy(), 0, len(plan.indices)))
+            yield plan, *_assembled(plan, pixels, _fill_slice(plan, pixels.numpy(), 0, len(plan.indices)))
         return
     pool = ThreadPoolExecutor(workers, "loader")
     waiting: deque[tuple[_Plan, Tensor, list[Future[list[np.ndarray[Any, Any]]]]]] = deque()
@@ -249,7 +289,7 @@ def _submit(
 def _finish(
     plan: _Plan, pixels: Tensor, parts: list[Future[list[np.ndarray[Any, Any]]]]
 ) -> tuple[_Plan, Tensor, Tensor]:
-    return plan, *_assembled(pixels, [labels for part in parts for labels in part.result()])
+    return plan, *_assembled(plan, pixels, [labels for part in parts for labels in part.result()])
 
 
 def _allocate(plan: _Plan, pin_memory: bool) -> Tensor:
@@ -262,8 +302,12 @@ def _fill_slice(
     return [plan.fill(plan.indices[position], pixels[position]) for position in range(first, end)]
 
 
-def _assembled(pixels: Tensor, labels: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """Return images as [B,3,H,W] without copying, and the labels as one table."""
+def _assembled(
+    plan: _Plan, pixels: Tensor, labels: list[np.ndarray[Any, Any]]
+) -> tuple[Tensor, Tensor]:
+    """Return images as [B,3,H,W] without copying, and the labels as one table, empty for padding."""
+    if plan.padding:
+        labels = [rows[:0] for rows in labels]
     targets = np.empty((sum(map(len, labels)), 6), np.float32)
     targets[:, 0] = np.repeat(np.arange(len(labels), dtype=np.float32), [len(rows) for rows in labels])
     if len(targets):
