@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from app.errors import StarlingError
+
+
+def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Print one line to stderr; of several processes that train together, rank 0 does."""
+    alone = int(environment.get("WORLD_SIZE") or 1) < 2
+    if alone or environment.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
@@ -16,10 +24,10 @@ def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
     except StarlingError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}" if error.exit_code < 128 else str(error), file=sys.stderr, flush=True)
+        say_error(f"error: {error}" if error.exit_code < 128 else str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say_error("interrupted")
         return 130
     except OSError as error:
         if debug:

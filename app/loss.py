@@ -7,7 +7,7 @@ in place, so a new candidate of a search needs no new graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple, Self
 

@@ -9,7 +9,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from app.command import run_command
+from app.command import run_command, say_error
 from app.config.train_flags import TrainCommand, parse_args
 from app.errors import StarlingError
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse_args(argv)
     except StarlingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(f"error: {error}")
         return error.exit_code
     return run_command(lambda: _run(command), debug=command.config.debug)
 

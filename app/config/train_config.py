@@ -48,7 +48,11 @@ class TrainConfig:
     cache: Cache = "auto"
     """Where decoded images are kept: auto, ram, disk, off."""
     device: str = ""
-    """`cpu`, `0`, or empty: the first GPU if there is one."""
+    """`cpu`, `0`, or empty: the first GPU if there is one. Several by commas: one process each."""
+    sync_bn: bool = False
+    """BatchNorm over the pictures of all devices."""
+    local_rank: int = -1
+    """Accepted from old starters and ignored."""
     single_cls: bool = False
     """Treat every class as one."""
     optimizer: str = "SGD"
@@ -102,13 +106,41 @@ class TrainConfig:
             raise ConfigError("--label-smoothing", self.label_smoothing, "must be from 0 to below 1")
         if any(layer < 0 for layer in self.freeze):
             raise ConfigError("--freeze", self.freeze, "layers count from 0")
-        if self.device.count(","):
-            raise UsageError(
-                f"--device {self.device}: one training on several devices is not available yet; "
-                "give one, or search on all of them with `launcher up --gpus`"
-            )
+        self._check_devices()
         if self.name:
             check_name(self.name)
+
+    def _check_devices(self) -> None:
+        """Check a list of devices by itself; whether they exist is found out later."""
+        devices = self.devices
+        if len(devices) < 2:
+            return
+        if self.evolve:
+            raise UsageError(
+                f"--device {self.device}: a search gives each device trainings of its own; start one worker a device, "
+                "or all at once with `launcher up --gpus`"
+            )
+        if "cpu" in devices and set(devices) != {"cpu"}:
+            raise UsageError(f"--device {self.device}: one training runs on GPUs or on CPUs, not on both")
+        twice = next((name for name in devices if name != "cpu" and devices.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--device {self.device}: names GPU {twice} twice; each takes one process")
+        self.check_split(len(devices))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices asked for, one process each: `0,1` or `cpu,cpu`; none: the default one."""
+        names = (name.strip().lower().removeprefix("cuda:") for name in self.device.split(","))
+        return tuple(name for name in names if name)
+
+    def check_split(self, processes: int) -> None:
+        """Raise UsageError, naming the nearest batch that works, where so many processes cannot share the batch evenly."""
+        if self.batch_size % processes:
+            nearest = max(round(self.batch_size / processes), 1) * processes
+            raise UsageError(
+                f"--batch-size {self.batch_size}: cannot be split evenly over {processes} processes; "
+                f"the nearest that can is --batch-size {nearest}"
+            )
 
     @property
     def run_project(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
@@ -29,10 +30,8 @@ NOT_YET = frozenset(
         "--quad",
         "--multi-scale",
         "--image-weights",
-        "--sync-bn",
         "--bucket",
         "--noautoanchor",
-        "--local_rank",
     }
 )
 """Flags of the classic trainer that are refused, by name, until they do what they say."""
@@ -108,7 +107,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--cos-lr", help="cosine learning rate in place of linear"),
         Flag("--label-smoothing", metavar="EPS", help="[%(default)s]"),
         Flag("--seed", help="[%(default)s]"),
-        Flag("--device", help="cpu, or a GPU's number [the first GPU, else cpu]"),
+        Flag("--device", help="cpu, or a GPU's number; 0,1: one training on both [the first GPU, else cpu]"),
+        Flag("--sync-bn", help="BatchNorm over the pictures of all GPUs of one training"),
+        Flag("--local_rank", metavar="N", help="ignored; torchrun says it by a variable"),
         Flag(
             "--amp",
             choices=("auto", "on", "off"),
@@ -188,6 +189,8 @@ class TrainCommand:
 
     config: TrainConfig
     given: frozenset[str]
+    arguments: tuple[str, ...] = ()
+    """The words it was parsed from."""
 
     def resumed(self, saved: TrainConfig) -> TrainConfig:
         """Return the configuration of a resume: the saved one, with what was given now.
@@ -207,10 +210,12 @@ class TrainCommand:
 def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
     """Return what the command line asks for; raises UsageError for what cannot work."""
     unset = object()
+    arguments = tuple(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     names = [field.name for field in fields(TrainConfig)]
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    values = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset))))
     given = {key: value for key, value in values.items() if value is not unset}
     if "freeze" in given:
         given["freeze"] = tuple(given["freeze"])
-    return TrainCommand(config=TrainConfig(**given), given=frozenset(given))
+    given.pop("local_rank", None)
+    return TrainCommand(config=TrainConfig(**given), given=frozenset(given), arguments=arguments)

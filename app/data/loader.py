@@ -302,9 +302,7 @@ def _fill_slice(
     return [plan.fill(plan.indices[position], pixels[position]) for position in range(first, end)]
 
 
-def _assembled(
-    plan: _Plan, pixels: Tensor, labels: list[np.ndarray[Any, Any]]
-) -> tuple[Tensor, Tensor]:
+def _assembled(plan: _Plan, pixels: Tensor, labels: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
     """Return images as [B,3,H,W] without copying, and the labels as one table, empty for padding."""
     if plan.padding:
         labels = [rows[:0] for rows in labels]

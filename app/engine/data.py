@@ -12,6 +12,7 @@ from app.data.dataset import Dataset, DatasetDescription
 from app.data.limits import container_memory_limit
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
+from app.engine.distributed import SINGLE, Group
 from app.model.detector import Detector
 
 CACHE_SHARE = 0.5
@@ -30,14 +31,17 @@ class TrainingData:
 
 
 def load_data(
-    config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None]
+    config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None], processes: int = 1
 ) -> TrainingData:
-    """Read the splits that `--data` describes; raises DataError or UsageError saying what and where."""
+    """Read the splits that `--data` describes; raises DataError or UsageError saying what and where.
+
+    `processes` of this host divide its memory among themselves.
+    """
     description = DatasetDescription.from_yaml(
         find_config("datasets", config.data), single_cls=config.single_cls
     )
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
-    budget = int(container_memory_limit() * CACHE_SHARE)
+    budget = int(container_memory_limit() * CACHE_SHARE / processes)
     stores = []
     for name, split in (("train", train), ("val", val)):
         share = budget * len(split) // (len(train) + len(val))
@@ -53,9 +57,17 @@ def load_data(
 
 
 def validation_loader(
-    data: TrainingData, model: Detector, image_size: int, batch_size: int, threads: int
+    data: TrainingData,
+    model: Detector,
+    image_size: int,
+    batch_size: int,
+    threads: int,
+    group: Group = SINGLE,
 ) -> ValLoader:
-    """Return the validation split in letterboxed batches; they hold twice the pictures, as nothing is kept to go back."""
+    """Return this rank's part of the validation split in letterboxed batches.
+
+    They hold twice the pictures of training's, as nothing is kept to go back.
+    """
     return ValLoader(
         data.val,
         data.val_images,
@@ -63,6 +75,8 @@ def validation_loader(
         batch_size=batch_size * 2,
         stride=int(model.stride.max()),
         workers=threads,
+        rank=group.rank,
+        world_size=group.world_size,
     )
 
 

@@ -21,6 +21,8 @@ class Compute:
     device: torch.device
     bfloat16: bool
     """Autocast of convolutions and matrix products to bfloat16; weights, statistics and loss stay float32."""
+    cores: int
+    """Cores that this process may use."""
 
     @property
     def on_cpu(self) -> bool:
@@ -35,7 +37,7 @@ class Compute:
 
     def loader_threads(self, asked: int) -> int:
         """Return how many threads prepare batches: on the CPU one, as more would take the model's own cores."""
-        return min(asked, 1 if self.on_cpu else container_cpu_count())
+        return min(asked, 1 if self.on_cpu else self.cores)
 
     def describe(self) -> str:
         """Say the device and the format in a few words."""
@@ -45,20 +47,24 @@ class Compute:
         return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}), {number_format}"
 
 
-def select_compute(device: str, amp: str, say: Callable[[str], None]) -> Compute:
+def select_compute(device: str, amp: str, say: Callable[[str], None], processes: int = 1) -> Compute:
     """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
+
+    `processes` that train together on this host divide the cores among themselves.
 
     Raises UsageError naming what is there when the device is not.
     """
     chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
+    cores = max(container_cpu_count() // processes, 1)
     if chosen.type == "cpu":
-        torch.set_num_threads(container_cpu_count())
+        torch.set_num_threads(cores)
     else:
+        torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for the fastest kernels pays
     has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
     if amp == "on" and not has_bfloat16:
         say("--amp on: this hardware has no bfloat16, going on in float32")
-    return Compute(chosen, amp != "off" and has_bfloat16)
+    return Compute(chosen, amp != "off" and has_bfloat16, cores)
 
 
 def _select_device(device: str) -> torch.device:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from app.config.train_config import TrainConfig
 from app.data.loader import Batch
@@ -65,13 +66,18 @@ class Place:
             return None
         try:
             rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            local = environment.get("LOCAL_RANK", str(rank)), environment.get("LOCAL_WORLD_SIZE", str(world_size))
+            local = (
+                environment.get("LOCAL_RANK", str(rank)),
+                environment.get("LOCAL_WORLD_SIZE", str(world_size)),
+            )
             port = int(environment["MASTER_PORT"])
             place = cls(rank, world_size, int(local[0]), int(local[1]), environment["MASTER_ADDR"], port,
                         rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True")  # fmt: skip
         except ValueError:
             given = ", ".join(f"{name}={environment[name]!r}" for name in names)
-            raise UsageError(f"{given}: not a place in a group of processes; start through torchrun") from None
+            raise UsageError(
+                f"{given}: not a place in a group of processes; start through torchrun"
+            ) from None
         if not 0 <= rank < world_size:
             raise UsageError(f"RANK={rank}: must be from 0 to below WORLD_SIZE={world_size}")
         return place
@@ -278,7 +284,7 @@ def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
         meeting = _connect(place, serves=place.serves)
         dist.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore(prefix, meeting),
+            store=PrefixStore(prefix, meeting),
             rank=place.rank,
             world_size=place.world_size,
             timeout=timedelta(seconds=COLLECTIVE_S),
@@ -287,7 +293,7 @@ def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
     except dist.DistError as error:
         raise UsageError(_cannot_meet(place, error)) from None
     # A connection of its own: the thread must not wait behind the training's own use of the store.
-    pulse = dist.PrefixStore(prefix, _connect(place, serves=False, timeout=10))
+    pulse = PrefixStore(prefix, _connect(place, serves=False, timeout=10))
     who = f"process {os.getpid()} on {socket.gethostname()}"
     heartbeat = Heartbeat(pulse, place.rank, place.world_size, who, _give_up(place.rank))
     heartbeat.first()
@@ -296,9 +302,13 @@ def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
     return heartbeat, control
 
 
-def _connect(place: Place, *, serves: bool, timeout: int = JOIN_S) -> dist.TCPStore:
-    return dist.TCPStore(
-        place.address, place.port, is_master=serves, timeout=timedelta(seconds=timeout), wait_for_workers=False
+def _connect(place: Place, *, serves: bool, timeout: int = JOIN_S) -> TCPStore:
+    return TCPStore(
+        place.address,
+        place.port,
+        is_master=serves,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
     )
 
 

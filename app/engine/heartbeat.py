@@ -7,6 +7,7 @@ or cut off stands still; a rank that ends by itself leaves its reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -84,10 +85,8 @@ class Heartbeat:
     def end(self, exit_code: int, message: str = "") -> None:
         """Leave word of how this rank ends, and stop beating."""
         self._over.set()
-        try:
+        with contextlib.suppress(RuntimeError):  # nobody may be left to read it
             self._write({"who": self._who, "ended": exit_code, "message": message})
-        except RuntimeError:
-            pass  # nobody is left to read it
         if self._thread.is_alive():
             self._thread.join(BEAT_S)
 
@@ -102,7 +101,9 @@ class Heartbeat:
             return Loss(
                 0, f"{self._name(0)} is gone: its rendezvous no longer answers; resume on what is left", 1
             )
-        waiting = [rank for rank in range(self.world_size) if rank != self.rank and "ended" not in self._lives[rank]]
+        waiting = [
+            rank for rank in range(self.world_size) if rank != self.rank and "ended" not in self._lives[rank]
+        ]
         quiet = max(waiting, key=lambda rank: now - self._silent_since[rank], default=None)
         if quiet is None or now - self._silent_since[quiet] <= silence:
             return None

@@ -54,3 +54,13 @@ class Progress:
             line = f"\r{line}{padding}"
         self._stream.write(line + end)
         self._stream.flush()
+
+
+class Silence(Progress):
+    """Say and show nothing: of several processes that train together, one speaks."""
+
+    def _write(self, line: str, end: str) -> None:
+        pass
+
+    def show(self, line: Callable[[], str]) -> None:
+        """Leave the line unmade."""

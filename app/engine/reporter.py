@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.engine.progress import Progress, duration
+from app.engine.progress import Progress, Silence, duration
 from app.engine.results import EpochRow
 from app.outputs.worker_status import WorkerStatus
 from app.tracking.events import RUN_ARTIFACTS, EventLog
@@ -125,3 +125,33 @@ class Reporter:
         """Return the seconds left: the rest of this epoch, and the mean epoch for each to come."""
         recent = self._epoch_seconds[-10:] or [this_epoch]
         return this_epoch - elapsed + epochs_left * sum(recent) / len(recent)
+
+
+class SilentReporter(Reporter):
+    """Tell nobody anything, for the ranks that are not the main one."""
+
+    def __init__(self, label: RunLabel) -> None:
+        self.label, self.progress = label, Silence()
+
+    def started(self, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Tell nothing."""
+
+    def epoch_began(self) -> None:
+        """Tell nothing."""
+
+    def iteration(
+        self,
+        epoch: int,
+        epochs: int,
+        done: int,
+        total: int,
+        images: int,
+        losses: Callable[[], tuple[float, ...]],
+    ) -> None:
+        """Tell nothing."""
+
+    def epoch_ended(self, row: EpochRow, epochs: int, images: int, best: bool) -> None:
+        """Tell nothing."""
+
+    def ended(self, status: str, reason: str = "") -> None:
+        """Tell nothing."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
@@ -17,12 +18,13 @@ from app.engine import pictures
 from app.engine.checkpoint import save_checkpoint
 from app.engine.data import TrainingData, validation_loader
 from app.engine.device import Compute
+from app.engine.distributed import SINGLE, Group
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, write_results
 from app.engine.stop_signal import StopSignal
 from app.engine.validator import Validation, to_input, validate
-from app.errors import CheckpointError, StarlingError
+from app.errors import CheckpointError, StarlingError, Stopped, UsageError
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
 from app.outputs.run_dir import RunDir
@@ -61,13 +63,23 @@ class Trainer:
         reporter: Reporter,
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
+        group: Group = SINGLE,
     ) -> None:
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
-        self._image_size = image_size
+        self._image_size, self._group = image_size, group
+        self._draws = group.is_main and not config.noplots
+        if config.sync_bn:
+            detector = _with_synchronised_norms(detector, compute)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze(self.model, config.freeze)
         self.average = ExponentialMovingAverage(self.model)
+        self._forward = group.wrap(self.model, compute)
+        self._statistics = [
+            value
+            for name, value in self.model.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        ]
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
         gains = LossGains.scaled(hyp, nc=detector.nc, levels=len(detector.stride), image_size=image_size)
         self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
@@ -83,8 +95,10 @@ class Trainer:
             seed=config.seed,
             workers=threads,
             pin_memory=not compute.on_cpu,
+            rank=group.rank,
+            world_size=group.world_size,
         )
-        self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads)
+        self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads, group)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
         self.epoch = 0
         self.iteration = 0
@@ -105,8 +119,8 @@ class Trainer:
             self._reporter.epoch_began()
             self._fit_epoch()
             self._score_epoch()
-            if self._stop.requested and self.epoch < self.config.epochs:
-                self._stop_here()
+            if self.epoch < self.config.epochs:
+                self._stop_if_asked()
             if self._out_of_patience():
                 self._reporter.say(
                     f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
@@ -115,9 +129,10 @@ class Trainer:
         return self._finish()
 
     def _begin(self) -> None:
-        write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
-        write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
-        if not self.config.noplots and self.epoch == 0:
+        if self._group.is_main:
+            write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
+            write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
+        if self._draws and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
 
     def _fit_epoch(self) -> None:
@@ -125,32 +140,37 @@ class Trainer:
         images = 0
         epoch_start = self.epoch * len(self.loader)
         for batch in self.loader.epoch(self.epoch, start=self.iteration):
-            if self.epoch == 0 and self.iteration < pictures.PREVIEWS and not self.config.noplots:
+            if self.epoch == 0 and self.iteration < pictures.PREVIEWS and self._draws:
                 path = self.run.path / f"train_batch{self.iteration}.jpg"
                 pictures.draw_train_batch(batch, self.data.train, path)
             self._iterate(batch, epoch_start + self.iteration)
             self.iteration += 1
-            images += len(batch.indices)
+            images += batch.whole
             self._reporter.iteration(
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
-            if self._stop.requested and self._last_step == epoch_start + self.iteration - 1:
-                self._stop_here()
+            if self._last_step == epoch_start + self.iteration - 1:
+                self._stop_if_asked()
         self._images_in_epoch = images
 
-    def _stop_here(self) -> None:
-        """Save, whatever `--nosave` says, and raise Stopped."""
-        self._save_last()
-        self._stop.raise_if_requested()
+    def _stop_if_asked(self) -> None:
+        """Where any rank was asked to stop: save, whatever `--nosave` says, and raise Stopped on all."""
+        signum = self._group.highest(self._stop.signum or 0)
+        if signum:
+            self._save_last()
+            self._group.barrier()  # nobody leaves before it is saved, or torchrun would hurry the one who saves
+            raise Stopped(signum)
 
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position)
         with self.compute.autocast():
-            predictions = self.model(to_input(batch.images, self.compute))
-        total, parts = self.loss(predictions, batch.targets.to(self.compute.device, non_blocking=True))
-        total.backward()
-        self._loss_sum += parts
+            predictions = self._forward(to_input(batch.images, self.compute))
+        targets = batch.targets.to(self.compute.device, non_blocking=True)
+        total, parts = self.loss(predictions, targets, self._group.share(batch))
+        (total * self._group.world_size).backward()  # gradients are averaged, and have to add up
+        self._group.average(self._statistics)
+        self._loss_sum += self._group.sum(parts)
         if position - self._last_step >= self.schedule.accumulate(position):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
@@ -173,14 +193,17 @@ class Trainer:
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
-            validation = validate(self.average.model, self.val_loader, self.loss, self.compute)
+            validation = validate(
+                self.average.model, self.val_loader, self.loss, self.compute, group=self._group
+            )
         row = self._row(losses, validation)
         best = row.validated and (not self._best_rows() or row.fitness > self.best.fitness)
         self.rows.append(row)
         self.epoch, self.iteration = self.epoch + 1, 0
         self._loss_sum.zero_()
-        write_results(self.run.results_csv, self.rows)
-        self._save_epoch(best=best, last=last)
+        if self._group.is_main:
+            write_results(self.run.results_csv, self.rows)
+            self._save_epoch(best=best, last=last)
         self._reporter.epoch_ended(row, self.config.epochs, self._images_in_epoch, best)
         self._on_epoch(row)
 
@@ -219,7 +242,8 @@ class Trainer:
             save_checkpoint(self.run.weights / f"epoch{self.epoch - 1}.pt", self.weights())
 
     def _save_last(self) -> None:
-        save_checkpoint(self.run.last, self.state())
+        if self._group.is_main:
+            save_checkpoint(self.run.last, self.state())
 
     def weights(self) -> dict[str, Any]:
         """Return what inference and fine-tuning need: the averaged weights in half precision."""
@@ -283,24 +307,37 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
-        if not self.run.best.is_file():  # a candidate that went on in a folder of its own
+        if (
+            self._group.is_main and not self.run.best.is_file()
+        ):  # a candidate that went on in a folder of its own
             save_checkpoint(self.run.best, self.weights())
         if not self.config.noplots:
-            pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
-            validation = validate(
-                self._best_model(), self.val_loader, None, self.compute, previews=pictures.PREVIEWS
-            )
-            self._say_classes(validation)
-            pictures.draw_validation(validation, self.data.val, self.run.path)
+            self._draw_best()
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
+
+    def _draw_best(self) -> None:
+        """Validate the best epoch once more, by all ranks, for its figures and pictures."""
+        validation = validate(
+            self._best_model(),
+            self.val_loader,
+            None,
+            self.compute,
+            previews=pictures.PREVIEWS,
+            group=self._group,
+        )
+        self._say_classes(validation)
+        if self._draws:
+            pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
+            pictures.draw_validation(validation, self.data.val, self.run.path)
 
     def _best_model(self) -> Detector:
         """Return the averaged weights of the best epoch."""
         from app.engine.start import read_weights
 
         model = self.average.model
-        if self.run.best.is_file() and self.best.epoch != self.epoch - 1:
+        if self._group.is_main and self.run.best.is_file() and self.best.epoch != self.epoch - 1:
             model.load_state_dict(read_weights(self.run.best).state)
+        self._group.copy_from_main(model.state_dict().values())
         return model
 
     def _say_classes(self, validation: Validation) -> None:
@@ -317,6 +354,16 @@ class Trainer:
                 f"{self.data.names[index]:>{width}}  {int(m.labels[row]):>7}  {m.precision_by_class[row]:6.3f}  "
                 f"{m.recall_by_class[row]:6.3f}  {m.ap[row, 0]:6.3f}  {m.ap[row].mean():8.3f}"
             )
+
+
+def _with_synchronised_norms(detector: Detector, compute: Compute) -> Detector:
+    """Return the detector with BatchNorm over the pictures of all ranks; raises UsageError on the CPU."""
+    if compute.on_cpu:
+        raise UsageError(
+            "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
+        )
+    converted: Detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+    return converted
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:

@@ -20,8 +20,10 @@ from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import TrainingData, load_data, validation_loader
 from app.engine.device import Compute, select_compute
-from app.engine.progress import Progress
-from app.engine.reporter import Reporter, RunLabel
+from app.engine.distributed import SINGLE, Group, Place, joined
+from app.engine.progress import Progress, Silence
+from app.engine.relaunch import relaunch
+from app.engine.reporter import Reporter, RunLabel, SilentReporter
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
@@ -46,17 +48,21 @@ class Workshop:
     compute: Compute
     image_size: int
     data: TrainingData
+    group: Group = SINGLE
 
 
-def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None]) -> Workshop:
+def open_workshop(
+    config: TrainConfig, start: Start, say: Callable[[str], None], group: Group = SINGLE
+) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
-    compute = select_compute(config.device, config.amp, say)
-    say(compute.describe())
+    compute = select_compute(group.device(config), config.amp, say, group.local_world_size)
+    several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
+    say((several if group.world_size > 1 else "") + compute.describe())
     image_size = _fit_stride(
         config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
     )
-    data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
-    return Workshop(config, start, compute, image_size, data)
+    data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say, group.local_world_size)
+    return Workshop(config, start, compute, image_size, data, group)
 
 
 def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
@@ -96,17 +102,63 @@ class _Job:
 
 
 def train(command: TrainCommand) -> None:
-    """Train once, or go on with an interrupted training."""
-    progress = Progress()
+    """Train once, or go on with an interrupted training: alone, or as one of several processes."""
+    place = Place.from_environment()
+    if place is None and (processes := _processes_asked(command)) > 1:
+        code = relaunch(command.arguments, processes)
+        if code:
+            raise SystemExit(code)  # the processes have said why
+        return
+    progress = Progress() if place is None or place.rank == 0 else Silence()
     job = (
         _resumed_job(command, progress.say)
         if command.config.resume
         else _fresh_job(command.config, progress.say)
     )
+    with joined(job.config, place) as group:
+        _check_same_state(job, group)
+        workshop = open_workshop(job.config, job.start, progress.say, group)
+        if group.is_main:
+            _lead(job, workshop, progress)
+        else:
+            _follow(job, workshop)
+
+
+def _processes_asked(command: TrainCommand) -> int:
+    """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
+    config = command.config
+    if config.resume and "device" not in command.given:
+        config = TrainConfig.from_mapping(load_checkpoint(find_last(config.resume))["config"])
+    return len(config.devices)
+
+
+def _check_same_state(job: _Job, group: Group) -> None:
+    """Raise CheckpointError where this rank would go on from another state than rank 0."""
+    own = (
+        None if job.state is None else [str(job.folder), *(job.state[key] for key in ("epoch", "iteration"))]
+    )
+    main = group.from_main(own)
+    if own != main:
+        raise CheckpointError(
+            f"--resume found {own} (folder, epoch, iteration) here and {main} on rank 0; "
+            "give every node the same last.pt by its path"
+        )
+
+
+def _follow(job: _Job, workshop: Workshop) -> None:
+    """Train as one of the ranks that neither print nor write."""
+    run = RunDir(workshop.group.from_main(job.folder or Path()))
+    label = RunLabel(job.run_uuid, job.config.run_project, run.path.name)
+    with StopSignal() as stop:
+        train_in(workshop, job.config, job.hyp, run, SilentReporter(label), stop, job.state)
+
+
+def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
+    """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
     config = job.config
-    workshop = open_workshop(config, job.start, progress.say)
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
+        workshop.group.from_main(run.path)
         progress.say(f"run: {run.path}")
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridge = start_bridge(log, warn=progress.say)
@@ -166,10 +218,12 @@ def train_in(
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
         detector = workshop.start.build(workshop.data.names, hyp.anchors, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
-                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch)  # fmt: skip
+                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
+                          group=workshop.group)  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
-        result = trainer.fit()
+        with workshop.group.watch():
+            result = trainer.fit()
     except Stopped as error:
         reporter.ended("killed", f"{error}; resume with --resume {run.last}")
         raise
@@ -179,6 +233,8 @@ def train_in(
     except BaseException as error:
         reporter.ended("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        workshop.group.training_is_over()
     reporter.ended("finished")
     return result
 

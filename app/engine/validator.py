@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from app.boxes import non_max_suppression, xywhn_to_xyxy
 from app.data.letterbox import boxes_to_original
 from app.data.loader import Batch
 from app.engine.device import Compute
+from app.engine.distributed import SINGLE, Group
 from app.loss import DetectionLoss
 from app.metrics import ConfusionMatrix, Metrics, average_precision, match_detections
 from app.model.detector import Detector
@@ -48,6 +49,20 @@ class Validation:
     previews: list[Preview] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """One picture's detections and labels, matched."""
+
+    position: tuple[int, int]
+    """Number of the batch, place in it: the order of one process, whichever rank did it."""
+    correct: Tensor
+    """[m,10] bool."""
+    scored: Tensor
+    """[m,2] confidence, class."""
+    actual: Tensor
+    """[n] class."""
+
+
 @torch.no_grad()
 def validate(
     model: Detector,
@@ -57,15 +72,15 @@ def validate(
     *,
     previews: int = 0,
     after_batch: Callable[[int], None] = lambda images: None,
+    group: Group = SINGLE,
 ) -> Validation:
     """Return metrics of `model` (in eval mode) over `batches`, matched in each picture's own pixels.
 
-    `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far.
+    `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far. The ranks of a `group`
+    each do their part of every batch; all get the figures of the whole, the previews are the rank's own.
     """
     started = time.monotonic()
-    correct: list[Tensor] = []
-    scored: list[Tensor] = []
-    actual: list[Tensor] = []
+    pictures: list[_Scored] = []
     confusion = ConfusionMatrix(model.nc)
     loss_sum = torch.zeros(3, device=compute.device)
     drawn: list[Preview] = []
@@ -75,27 +90,43 @@ def validate(
         with compute.autocast():
             decoded, raw = model(images)
         if loss is not None:
-            loss_sum += loss(raw, batch.targets.to(compute.device))[1]
+            loss_sum += loss(raw, batch.targets.to(compute.device), group.share(batch))[1]
+        iterations += 1
+        if batch.padding:
+            continue
         detections = non_max_suppression(
             decoded, CONFIDENCE, IOU, multi_label=model.nc > 1, max_detections=MAX_DETECTIONS
         )
         for index, found in enumerate(detections):
             labels, found_original = _in_original_pixels(batch, index, found.cpu())
             confusion.add(found_original, labels)
-            correct.append(match_detections(found_original, labels))
-            scored.append(found_original[:, 4:])
-            actual.append(labels[:, 0])
+            correct = match_detections(found_original, labels)
+            position = (iterations, group.rank + index * group.world_size)
+            pictures.append(_Scored(position, correct, found_original[:, 4:], labels[:, 0]))
         if len(drawn) < previews:
             drawn.append(_preview(batch, detections))
-        done += len(batch.indices)
-        iterations += 1
+        done += batch.whole
         after_batch(done)
-    confidence, predicted = torch.cat(scored).numpy().T
-    metrics = average_precision(torch.cat(correct).numpy(), confidence, predicted, torch.cat(actual).numpy())
-    mean = (loss_sum / iterations).tolist() if loss is not None else [float("nan")] * 3
-    return Validation(
-        metrics, (mean[0], mean[1], mean[2]), confusion, done, time.monotonic() - started, drawn
-    )
+    mean = (group.sum(loss_sum) / iterations).tolist() if loss is not None else [float("nan")] * 3
+    parts = group.gather((pictures, confusion.counts))
+    whole = None
+    if group.is_main:
+        for _, counts in parts[1:]:
+            confusion.counts += counts
+        metrics = _score([picture for part, _ in parts for picture in part])
+        whole = Validation(metrics, (mean[0], mean[1], mean[2]), confusion, done, time.monotonic() - started)
+    whole = group.from_main(whole)
+    assert whole is not None, "rank 0 always has one"
+    return replace(whole, previews=drawn)
+
+
+def _score(pictures: list[_Scored]) -> Metrics:
+    """Return the metrics of all pictures; in one process's order, so that equal confidences rank alike."""
+    pictures = sorted(pictures, key=lambda picture: picture.position)
+    confidence, predicted = torch.cat([picture.scored for picture in pictures]).numpy().T
+    correct = torch.cat([picture.correct for picture in pictures]).numpy()
+    actual = torch.cat([picture.actual for picture in pictures]).numpy()
+    return average_precision(correct, confidence, predicted, actual)
 
 
 def to_input(images: Tensor, compute: Compute) -> Tensor:

@@ -14,6 +14,7 @@ from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
+from app.engine.distributed import Place
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -30,7 +31,7 @@ from app.engine.training import (
     train_in,
     warn_of_idle,
 )
-from app.errors import CheckpointError
+from app.errors import CheckpointError, UsageError
 from app.outputs.run_dir import RunDir, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
@@ -50,6 +51,11 @@ COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze
 
 def search(config: TrainConfig) -> None:
     """Work on the search that `--project` and `--name` name until its budget is met."""
+    if Place.from_environment() is not None:
+        raise UsageError(
+            "--evolve under torchrun: the workers of a search train candidates of their own and meet in the study; "
+            "start one worker a device without torchrun, or all at once with `launcher up --gpus`"
+        )
     progress = Progress()
     seed_hyp = read_hyp(config)
     warn_of_idle(seed_hyp, progress.say)

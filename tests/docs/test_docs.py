@@ -86,7 +86,8 @@ def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> N
 
 def test_no_page_names_a_flag_that_no_command_has() -> None:
     known = {*train_flags(), *launcher_flags(), *track_flags(), *NOT_YET}
-    known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--show"}  # of docker and torchrun
+    known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--nnodes", "--node_rank"}
+    known |= {"--master_addr", "--master_port", "--standalone", "--show"}  # of docker and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}
     assert not unknown
