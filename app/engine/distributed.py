@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from app.config.train_config import TrainConfig
 from app.data.loader import Batch
 from app.engine.device import Compute
-from app.engine.heartbeat import Heartbeat, Loss, end_process
+from app.engine.heartbeat import STORE_S, Heartbeat, Loss, end_process
 from app.errors import StarlingError, UsageError
 from app.loss import Share
 
@@ -92,7 +92,7 @@ class Place:
         if len(devices) != self.local_world_size:
             raise UsageError(
                 f"--device {config.device}: {len(devices)} devices for the {self.local_world_size} processes of this "
-                "host; name one a process, or leave --device out"
+                "host; name one for each with --device"
             )
         return devices[self.local_rank]
 
@@ -293,7 +293,7 @@ def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
     except dist.DistError as error:
         raise UsageError(_cannot_meet(place, error)) from None
     # A connection of its own: the thread must not wait behind the training's own use of the store.
-    pulse = PrefixStore(prefix, _connect(place, serves=False, timeout=10))
+    pulse = PrefixStore(prefix, _connect(place, serves=False, timeout=STORE_S))
     who = f"process {os.getpid()} on {socket.gethostname()}"
     heartbeat = Heartbeat(pulse, place.rank, place.world_size, who, _give_up(place.rank))
     heartbeat.first()

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BEAT_S = 1.0
+STORE_S = 10
+"""Longest wait for an answer of the store."""
 SUSPECT_S = 5.0
 """Silence that is enough once a collective has failed."""
 LOST_S = 20.0
 """Silence that is enough by itself."""
 GRACE_S = 10.0
 """Seconds the training itself has to find out, before the process is ended from outside of it."""
-VERDICT_S = 25.0
+VERDICT_S = 12.0
 """Longest wait for a name after a collective has failed."""
 
 
@@ -88,7 +90,8 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # nobody may be left to read it
             self._write({"who": self._who, "ended": exit_code, "message": message})
         if self._thread.is_alive():
-            self._thread.join(BEAT_S)
+            # A thread inside torch's store when the interpreter ends would abort the process.
+            self._thread.join(STORE_S + BEAT_S)
 
     def find_lost(self, silence: float) -> Loss | None:
         """Return a rank that ended in a failure, else the one silent for longest if for more than `silence` seconds."""

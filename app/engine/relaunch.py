@@ -27,7 +27,12 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    port = int(os.environ.get("MASTER_PORT") or 0)
+    given = os.environ.get("MASTER_PORT") or "0"
+    if not given.isdecimal() or int(given) > 65535:
+        raise UsageError(
+            f"MASTER_PORT={given}: not a port; set it to a free one, or unset it and one is chosen"
+        )
+    port = int(given)
     _check_free(port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

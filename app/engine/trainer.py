@@ -73,8 +73,8 @@ class Trainer:
             detector = _with_synchronised_norms(detector, compute)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze(self.model, config.freeze)
-        self.average = ExponentialMovingAverage(self.model)
         self._forward = group.wrap(self.model, compute)
+        self.average = ExponentialMovingAverage(self.model)
         self._statistics = [
             value
             for name, value in self.model.named_buffers()
