@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
 from app.data.loader import Batch, TrainLoader
 from app.engine import pictures
-from app.engine.checkpoint import save_checkpoint
+from app.engine.checkpoint import load_checkpoint, save_checkpoint
 from app.engine.data import TrainingData, validation_loader
 from app.engine.device import Compute
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, write_results
+from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
 from app.engine.validator import Validation, to_input, validate
 from app.errors import CheckpointError, StarlingError
@@ -28,6 +30,8 @@ from app.model.detector import Detector
 from app.outputs.run_dir import RunDir
 
 GRADIENT_NORM = 10.0
+ROLLBACK_RATE = 0.1
+"""What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
 
 
@@ -61,7 +65,9 @@ class Trainer:
         reporter: Reporter,
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
+        rollbacks: int = 1,
     ) -> None:
+        """Prepare a fresh training; `rollbacks` is how often a loss that is no number is answered by going back."""
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
         self._image_size = image_size
@@ -93,6 +99,11 @@ class Trainer:
         self._images_in_epoch = 0
         self._last_step = -1
         self._loss_sum = torch.zeros(3, device=compute.device)
+        self._watch = LossWatch(compute.device)
+        self._rollbacks_left = rollbacks
+        self._rate_scale = 1.0
+        """Learning rates are multiplied by it; below 1 after a rollback."""
+        self._beginning: dict[str, Any] | None = None
 
     def fit(self) -> TrainResult:
         """Train to the last epoch, or until patience runs out.
@@ -104,6 +115,9 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._reporter.epoch_began()
             self._fit_epoch()
+            if self._has_diverged():
+                self._roll_back()
+                continue
             self._score_epoch()
             if self._stop.requested and self.epoch < self.config.epochs:
                 self._stop_here()
@@ -119,6 +133,8 @@ class Trainer:
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
+        if self._rollbacks_left and self.epoch == self.iteration == 0:
+            self._beginning = copy.deepcopy(self.state())
 
     def _fit_epoch(self) -> None:
         self.model.train()
@@ -134,9 +150,41 @@ class Trainer:
             self._reporter.iteration(
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
-            if self._stop.requested and self._last_step == epoch_start + self.iteration - 1:
+            stepped = self._last_step == epoch_start + self.iteration - 1
+            if self._stop.requested and stepped and not self._has_diverged():
                 self._stop_here()
         self._images_in_epoch = images
+
+    def _has_diverged(self) -> bool:
+        """Return whether a loss of this epoch, or a weight by now, is no number."""
+        return self._watch.first_bad() is not None or not is_finite(self.model)
+
+    def _roll_back(self) -> None:
+        """Go back to the last good state at a tenth of the rate; raise Diverged where that was tried before."""
+        position = self._watch.first_bad()
+        step = self.epoch * len(self.loader) + self.iteration - 1 if position is None else position
+        where = f"epoch {self.epoch + 1}, iteration {step}"
+        if not self._rollbacks_left:
+            raise Diverged(
+                f"{where}: the loss is no longer a number; lower lr0 (now {self.hyp.lr0 * self._rate_scale:g}) or "
+                "check the labels. The checkpoints on disk are intact"
+            )
+        left, scale = self._rollbacks_left - 1, self._rate_scale * ROLLBACK_RATE
+        self.restore(self._last_good_state())
+        self._rollbacks_left, self._rate_scale = left, scale
+        self._reporter.say(
+            f"{where}: the loss is no longer a number; back to the end of epoch {self.epoch} with the learning rate "
+            f"times {scale:g}"
+        )
+
+    def _last_good_state(self) -> dict[str, Any]:
+        """Return what `last.pt` of this very run holds, else how the run began."""
+        if self.run.last.is_file():
+            state = load_checkpoint(self.run.last)
+            if state["run_uuid"] == self._reporter.label.uuid:
+                return state
+        assert self._beginning is not None, "a run that began here remembers how"
+        return self._beginning
 
     def _stop_here(self) -> None:
         """Save, whatever `--nosave` says, and raise Stopped."""
@@ -145,12 +193,13 @@ class Trainer:
 
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
-        self.schedule.apply(self.optimizer, self.epoch, position)
+        self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
         with self.compute.autocast():
             predictions = self.model(to_input(batch.images, self.compute))
         total, parts = self.loss(predictions, batch.targets.to(self.compute.device, non_blocking=True))
         total.backward()
         self._loss_sum += parts
+        self._watch.look(total, position)
         if position - self._last_step >= self.schedule.accumulate(position):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
@@ -165,11 +214,6 @@ class Trainer:
     def _score_epoch(self) -> None:
         """Validate where asked, record the row, save, and tell."""
         losses = self._mean_losses()
-        if not all(map(math.isfinite, losses)):
-            raise Diverged(
-                f"epoch {self.epoch + 1}: the loss is no longer a number (box, obj, cls = {losses}); "
-                f"lower lr0 (now {self.hyp.lr0:g}) or check the labels. Earlier checkpoints are intact"
-            )
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
@@ -247,6 +291,8 @@ class Trainer:
             "iteration": self.iteration,
             "last_step": self._last_step,
             "loss_sum": self._loss_sum,
+            "rate_scale": self._rate_scale,
+            "rollbacks_left": self._rollbacks_left,
             **self._description(),
         }
 
@@ -273,11 +319,13 @@ class Trainer:
         self.average.updates = state["ema_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         for key, parameter in self.model.named_parameters():
-            if key in state["gradients"]:
-                parameter.grad = state["gradients"][key].to(parameter)
+            gradient = state["gradients"].get(key)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         self.epoch, self.iteration = state["epoch"], state["iteration"]
         self._last_step = state["last_step"]
         self._loss_sum.copy_(state["loss_sum"])
+        self._rate_scale, self._rollbacks_left = state["rate_scale"], state["rollbacks_left"]
+        self._watch.reset()
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]
 
     # --- the end ----------------------------------------------------------------------------------------

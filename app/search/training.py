@@ -167,7 +167,10 @@ class _Trainings:
             check_bridge(self._bridge)
 
         try:
-            result = train_in(self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch)
+            # No rollback: a candidate that needs a lower rate than its own is not the one that was asked for.
+            result = train_in(
+                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, rollbacks=0
+            )
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
         finally:

@@ -1,0 +1,95 @@
+"""A loss that becomes NaN: once, the training goes back and slows down; twice, it stops and keeps what it had."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app import settings, train
+from app.engine import trainer
+from app.engine.checkpoint import load_checkpoint
+from app.engine.soundness import LossWatch, is_finite
+from app.loss import DetectionLoss
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(runs: Path) -> None:
+    """Keep the bridge out: it has tests of its own."""
+    settings.update({"mlflow": False})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Make the loss NaN in the given training calls, counted from 1."""
+    count = 0
+
+    class Poisoned(DetectionLoss):
+        def forward(self, predictions: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal count
+            total, parts = super().forward(predictions, targets)
+            if not total.requires_grad:  # validation
+                return total, parts
+            count += 1
+            return (total * float("nan") if count in calls else total), parts
+
+    monkeypatch.setattr(trainer, "DetectionLoss", Poisoned)
+
+
+def rates(run: Path) -> list[float]:
+    with open(run / "results.csv") as file:
+        return [float(row["x/lr0"]) for row in csv.DictReader(file)]
+
+
+def test_a_nan_loss_goes_back_to_the_last_epoch_at_a_tenth_of_the_rate(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 4)  # the second iteration of the second epoch
+    assert train.main([*tiny_args, "--noplots", "--epochs", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "epoch 2, iteration 3: the loss is no longer a number; back to the end of epoch 1" in said
+    run = runs / "train" / "exp"
+    assert len(rates(run)) == 3
+    assert rates(run)[1] < 0.11 * rates(run)[0]
+    assert load_checkpoint(run / "weights" / "last.pt")["rate_scale"] == pytest.approx(0.1)
+
+
+def test_a_nan_in_the_first_epoch_goes_back_to_the_beginning(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1)
+    assert train.main([*tiny_args, "--noplots"]) == 0
+    state = load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 4, 6)  # both iterations of the second epoch's second try are behind the first NaN
+    assert train.main([*tiny_args, "--noplots", "--epochs", "3"]) == 1
+    error = capsys.readouterr().err
+    assert "iteration 3" in error
+    assert "lower lr0 (now 0.001)" in error
+    weights = runs / "train" / "exp" / "weights"
+    for name in ("best.pt", "last.pt"):
+        assert load_checkpoint(weights / name)["rows"][-1][0] == 0
+
+
+def test_the_watch_remembers_the_first_bad_iteration_only() -> None:
+    watch = LossWatch(torch.device("cpu"))
+    for position, loss in enumerate([1.0, float("inf"), float("nan"), 1.0]):
+        watch.look(torch.tensor(loss), position)
+    assert watch.first_bad() == 1
+    watch.reset()
+    assert watch.first_bad() is None
+
+
+def test_one_infinite_weight_is_noticed() -> None:
+    model = nn.Linear(3, 3)
+    assert is_finite(model)
+    with torch.no_grad():
+        model.weight[1, 2] = float("inf")
+    assert not is_finite(model)
