@@ -12,6 +12,8 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW")
 Cache = Literal["auto", "ram", "disk", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
+AUTO_BATCH = -1
+
 DEFAULT_PROJECT = "runs/train"
 DEFAULT_SEARCH_PROJECT = "runs/evolve"
 DEFAULT_NAME = "exp"
@@ -32,7 +34,7 @@ class TrainConfig:
     epochs: int = 100
     """Epochs in all, those before a resume counted."""
     batch_size: int = 16
-    """Images in one iteration over all devices."""
+    """Images in one iteration over all devices; -1: as many as the GPU has room for."""
     imgsz: int = 640
     """Training image side in pixels; rounded up to the layout's largest stride."""
     resume: str = ""
@@ -77,6 +79,8 @@ class TrainConfig:
     """bfloat16 autocast: auto (where the hardware has it), on, off."""
     strict: bool = False
     """Stop at the first unusable picture or label instead of leaving it out."""
+    json: bool = False
+    """End with one JSON object on standard output."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -84,12 +88,8 @@ class TrainConfig:
         """Check every value that can be checked without touching a file."""
         if self.epochs < 1:
             raise ConfigError("--epochs", self.epochs, "must be at least 1")
-        if self.batch_size < 1:
-            raise ConfigError(
-                "--batch-size",
-                self.batch_size,
-                "must be at least 1; automatic batch (-1) is not available yet",
-            )
+        if self.batch_size < 1 and self.batch_size != AUTO_BATCH:
+            raise ConfigError("--batch-size", self.batch_size, "must be at least 1, or -1 to fill the GPU")
         if self.imgsz < 32:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:

@@ -86,7 +86,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "how long, how large": (
         Flag("--epochs", help="epochs in all [%(default)s]"),
-        Flag("--batch-size", "--batch", help="images in one iteration [%(default)s]"),
+        Flag(
+            "--batch-size",
+            "--batch",
+            help="images in one iteration; -1: as many as the GPU has room for [%(default)s]",
+        ),
         Flag(
             "--imgsz",
             "--img",
@@ -142,6 +146,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--noval", help="validate after the final epoch only"),
         Flag("--noplots", help="draw no pictures"),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
+        Flag("--json", help="end with one JSON object: precision, recall, mAP50, mAP50_95 and more"),
         Flag("--debug", help="show tracebacks"),
     ),
 }
@@ -177,6 +182,7 @@ RESUMABLE = frozenset(
         "exist_ok",
         "resume",
         "debug",
+        "json",
     }
 )
 """Flags that a resume may change; any other would make it a different training."""

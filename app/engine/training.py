@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 
 from app.config.hyp import Hyp
 from app.config.shipped import find_config
-from app.config.train_config import TrainConfig
+from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
+from app.engine.autobatch import choose_batch
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import TrainingData, load_data, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
+from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
@@ -42,6 +45,7 @@ class Workshop:
     """What a worker sets up once and keeps from training to training."""
 
     config: TrainConfig
+    """With the batch size chosen where it was left open."""
     start: Start
     compute: Compute
     image_size: int
@@ -52,9 +56,10 @@ def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None])
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
-    image_size = _fit_stride(
-        config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
-    )
+    probe = Start(start.layout, None).build(("any",), None, say)
+    image_size = _fit_stride(config.imgsz, int(probe.stride.max()), say)
+    if config.batch_size == AUTO_BATCH:
+        config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
     return Workshop(config, start, compute, image_size, data)
 
@@ -103,8 +108,8 @@ def train(command: TrainCommand) -> None:
         if command.config.resume
         else _fresh_job(command.config, progress.say)
     )
-    config = job.config
-    workshop = open_workshop(config, job.start, progress.say)
+    workshop = open_workshop(job.config, job.start, progress.say)
+    config = workshop.config
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
@@ -112,7 +117,8 @@ def train(command: TrainCommand) -> None:
         bridge = start_bridge(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
-        reporter = Reporter(label, run.path, progress=progress, status=status, events=log)
+        reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
+                            memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
         try:
             result = train_in(
                 workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: check_bridge(bridge)
@@ -124,6 +130,23 @@ def train(command: TrainCommand) -> None:
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
         f"results in {run.path}"
     )
+    if config.json:
+        print(json.dumps(summary(best, run)), flush=True)
+
+
+def summary(best: EpochRow, run: RunDir) -> dict[str, Any]:
+    """Return what `--json` prints of the best epoch."""
+    precision, recall, map50, map5095 = best.metrics
+    return {
+        "precision": precision,
+        "recall": recall,
+        "mAP50": map50,
+        "mAP50_95": map5095,
+        "fitness": best.fitness,
+        "epoch": best.epoch + 1,
+        "run": str(run.path),
+        "weights": str(run.best),
+    }
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:

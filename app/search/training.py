@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 import zlib
@@ -55,6 +56,7 @@ def search(config: TrainConfig) -> None:
     warn_of_idle(seed_hyp, progress.say)
     workshop = open_workshop(config, find_start(config.weights, config.cfg), progress.say)
     directory = project_dir(config.run_project, runs_root()) / config.run_name
+    config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
@@ -78,6 +80,23 @@ def search(config: TrainConfig) -> None:
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
+    if config.json:
+        print(json.dumps(_as_json(summary, directory)), flush=True)
+
+
+def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
+    metrics = summary.best.metrics
+    return {
+        **{key: metrics[key] for key in ("precision", "recall")},
+        "mAP50": metrics["map50"],
+        "mAP50_95": metrics["map5095"],
+        "fitness": summary.best.fitness,
+        "candidate": summary.best.number,
+        "finished": summary.progress.finished,
+        "hyp": summary.best.hyp,
+        "run": str(directory),
+        "weights": str(RunDir(directory).best),
+    }
 
 
 def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
@@ -159,7 +178,7 @@ class _Trainings:
         label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"candidate {candidate.number}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS)  # fmt: skip
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=self._workshop.compute.memory_bytes)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
         def on_epoch(row: EpochRow) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,23 @@ def test_training_writes_the_classic_files(tiny_args: list[str], runs: Path) -> 
     assert not missing
     assert [row["epoch"] for row in rows(run)] == ["0", "1"]
     assert float(rows(run)[1]["train/box_loss"]) > 0
+
+
+def test_json_is_the_last_line_and_names_the_figures(
+    tiny_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"precision", "recall", "mAP50", "mAP50_95"} <= figures.keys()
+    assert Path(figures["weights"]).is_file()
+
+
+def test_automatic_batch_on_the_cpu_is_sixteen_and_said(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots", "--epochs", "1", "--batch", "-1"]) == 0
+    assert "the batch is 16" in capsys.readouterr().out
+    assert "batch_size: 16" in (runs / "train" / "exp" / "opt.yaml").read_text()
 
 
 def test_a_second_training_gets_a_folder_of_its_own(tiny_args: list[str], runs: Path) -> None:
