@@ -72,7 +72,7 @@ class Flag:
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "what to train": (
         Flag("--weights", help="weights to start from; '' trains from scratch [%(default)s]"),
-        Flag("--cfg", help="layout YAML: yolov5n.yaml to yolov5x.yaml, or a path [the weights' own]"),
+        Flag("--cfg", help="layout YAML: yolov5n.yaml and its like (docs/train.md), or a path [the weights' own]"),
         Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
