@@ -17,6 +17,7 @@ from app.config.train_config import TrainConfig
 from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
+from app.engine.anchors import AnchorFitter
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import TrainingData, load_data, validation_loader
 from app.engine.device import Compute, select_compute
@@ -27,6 +28,7 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.model.detector import Detector
 from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -46,9 +48,11 @@ class Workshop:
     compute: Compute
     image_size: int
     data: TrainingData
+    anchors: AnchorFitter | None
+    """None under `--noautoanchor`."""
 
 
-def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None]) -> Workshop:
+def open_workshop(config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None]) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
@@ -56,7 +60,8 @@ def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None])
         config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
     )
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
-    return Workshop(config, start, compute, image_size, data)
+    anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
+    return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors)
 
 
 def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
@@ -104,7 +109,7 @@ def train(command: TrainCommand) -> None:
         else _fresh_job(command.config, progress.say)
     )
     config = job.config
-    workshop = open_workshop(config, job.start, progress.say)
+    workshop = open_workshop(config, job.start, job.hyp, progress.say)
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
@@ -164,7 +169,7 @@ def train_in(
     reporter.started(_params(config, hyp), _tags(workshop))
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
-        detector = workshop.start.build(workshop.data.names, hyp.anchors, reporter.say)
+        detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch)  # fmt: skip
         if state is not None:
@@ -181,6 +186,19 @@ def train_in(
         raise
     reporter.ended("finished")
     return result
+
+
+def _build_detector(
+    workshop: Workshop, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> Detector:
+    """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
+    if state is not None:  # its layout holds the anchors it was trained with
+        return Start(state["layout"], None).build(workshop.data.names, None, say)
+    detector = workshop.start.build(workshop.data.names, hyp.anchors, say)
+    if workshop.anchors is not None:
+        provisional = workshop.start.anchors_are_provisional(hyp.anchors)
+        workshop.anchors.fit(detector, provisional=provisional, say=say)
+    return detector
 
 
 def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:

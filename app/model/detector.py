@@ -31,8 +31,7 @@ class Detector(nn.Module):
         super().__init__()
         self.model = nn.ModuleList(layers)
         self.sources = tuple(tuple(s) for s in sources)
-        self.layout = layout
-        """The layout's mapping with `nc` and `anchors` as built: enough to build this detector again."""
+        self._mapping = layout
         self.names: tuple[str, ...] = tuple(f"class{i}" for i in range(self.head.nc))
         # A map is kept only where a later row than the next one reads it.
         self._kept = frozenset(s for i, row in enumerate(self.sources) for s in row if s != i - 1)
@@ -43,6 +42,16 @@ class Detector(nn.Module):
         head = self.model[-1]
         assert isinstance(head, Detect)
         return head
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The layout's mapping with the head's own `nc` and `anchors`: enough to build this detector again."""
+        return {**self._mapping, "nc": self.nc, "anchors": self.anchors_px.flatten(1).tolist()}
+
+    @property
+    def anchors_px(self) -> Tensor:
+        """[levels, anchors, 2] width and height of the head's anchors in pixels."""
+        return self.head.anchors * self.stride.view(-1, 1, 1)
 
     @property
     def nc(self) -> int:
@@ -114,8 +123,7 @@ def build_detector(
     anchors_px = _anchors_px(chosen, [port.stride for port in maps])
     layers.append(Detect(nc, anchors_px, [port.stride for port in maps], [port.channels for port in maps]))
 
-    record = {**mapping, "nc": nc, "anchors": anchors_px.flatten(1).tolist()}
-    detector = Detector(layers, [row.sources for row in plan.rows], record)
+    detector = Detector(layers, [row.sources for row in plan.rows], mapping)
     if names is not None:
         if len(names) != nc:
             raise ConfigError("names", tuple(names), f"{len(names)} names for {nc} classes")
