@@ -43,6 +43,8 @@ class TrainConfig:
     """Keep the final checkpoint only."""
     noval: bool = False
     """Validate after the final epoch only."""
+    noautoanchor: bool = False
+    """Train with the anchors as they are, however they fit the labels."""
     noplots: bool = False
     """Draw no pictures."""
     evolve: int = 0

@@ -31,7 +31,6 @@ NOT_YET = frozenset(
         "--image-weights",
         "--sync-bn",
         "--bucket",
-        "--noautoanchor",
         "--local_rank",
     }
 )
@@ -72,7 +71,10 @@ class Flag:
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "what to train": (
         Flag("--weights", help="weights to start from; '' trains from scratch [%(default)s]"),
-        Flag("--cfg", help="layout YAML: yolov5n.yaml to yolov5x.yaml, or a path [the weights' own]"),
+        Flag(
+            "--cfg",
+            help="layout YAML: yolov5n.yaml and its like (docs/train.md), or a path [the weights' own]",
+        ),
         Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
@@ -127,6 +129,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             help="keep decoded images: ram, disk (one file shared by all containers), off "
             "[auto: ram if they fit; bare: ram]",
         ),
+        Flag("--noautoanchor", help="keep the anchors, even where they do not fit the labels"),
         Flag("--strict", help="stop at the first unusable picture or label"),
     ),
     "searching hyperparameters": (

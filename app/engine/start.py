@@ -33,16 +33,30 @@ class Start:
 
     layout: dict[str, Any]
     weights: Weights | None
+    layout_given: bool = False
+    """Whether `--cfg` names the layout; then its anchors count, not those of the weights."""
+
+    def anchors_are_provisional(self, anchors: float | None) -> bool:
+        """Return whether `build` can only fill anchors in, for AutoAnchor to find."""
+        from_weights = self.weights is not None and not self.layout_given
+        named = isinstance(self.layout.get("anchors"), list | tuple)
+        return anchors is not None or not (named or from_weights)
 
     def build(self, names: tuple[str, ...], anchors: float | None, say: Callable[[str], None]) -> Detector:
-        """Return a fresh detector for these classes, carrying what fits of the weights."""
+        """Return a fresh detector for these classes, carrying what fits of the weights.
+
+        `anchors` is a number a level, in place of the layout's and the weights' own.
+        """
         detector = build_detector(
             self.layout, len(names), anchors=None if anchors is None else round(anchors)
         )
         detector.names = names
         if self.weights is not None:
+            exclude = ("anchors",) if self.layout_given or anchors is not None else ()
             # Other classes than the weights' leave the head's convolutions fresh: that is fine-tuning.
-            report = load_weights(detector, self.weights.state, partial=True, source=str(self.weights.source))
+            report = load_weights(
+                detector, self.weights.state, partial=True, exclude=exclude, source=str(self.weights.source)
+            )
             say(f"weights: {self.weights.source}: {report.describe()}")
         return detector
 
@@ -51,7 +65,7 @@ def find_start(weights: str, cfg: str) -> Start:
     """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
     loaded = read_weights(find_weights(weights)) if weights else None
     if cfg:
-        return Start(read_yaml(find_config("layouts", cfg)), loaded)
+        return Start(read_yaml(find_config("layouts", cfg)), loaded, layout_given=True)
     if loaded is None:
         raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
     if loaded.layout is None:

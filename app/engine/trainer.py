@@ -267,8 +267,9 @@ class Trainer:
 
     def weights(self) -> dict[str, Any]:
         """Return what inference and fine-tuning need: the averaged weights in half precision."""
+        # Anchors stay exact: they are a few numbers, and the layout beside them holds the same ones.
         half = {
-            key: value.half() if value.is_floating_point() else value
+            key: value.half() if value.is_floating_point() and not key.endswith("anchors") else value
             for key, value in self.average.model.state_dict().items()
         }
         return {"kind": "weights", "ema": half, **self._description()}

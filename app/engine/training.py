@@ -18,6 +18,7 @@ from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
+from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import TrainingData, load_data, validation_loader
@@ -30,6 +31,7 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.model.detector import Detector
 from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -50,9 +52,11 @@ class Workshop:
     compute: Compute
     image_size: int
     data: TrainingData
+    anchors: AnchorFitter | None
+    """None under `--noautoanchor`."""
 
 
-def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None]) -> Workshop:
+def open_workshop(config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None]) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
@@ -61,7 +65,8 @@ def open_workshop(config: TrainConfig, start: Start, say: Callable[[str], None])
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
-    return Workshop(config, start, compute, image_size, data)
+    anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
+    return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors)
 
 
 def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
@@ -108,7 +113,7 @@ def train(command: TrainCommand) -> None:
         if command.config.resume
         else _fresh_job(command.config, progress.say)
     )
-    workshop = open_workshop(job.config, job.start, progress.say)
+    workshop = open_workshop(job.config, job.start, job.hyp, progress.say)
     config = workshop.config
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
@@ -188,7 +193,7 @@ def train_in(
     reporter.started(_params(config, hyp), _tags(workshop))
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
-        detector = workshop.start.build(workshop.data.names, hyp.anchors, reporter.say)
+        detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch, rollbacks=rollbacks)  # fmt: skip
         if state is not None:
@@ -205,6 +210,19 @@ def train_in(
         raise
     reporter.ended("finished")
     return result
+
+
+def _build_detector(
+    workshop: Workshop, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> Detector:
+    """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
+    if state is not None:  # its layout holds the anchors it was trained with
+        return Start(state["layout"], None).build(workshop.data.names, None, say)
+    detector = workshop.start.build(workshop.data.names, hyp.anchors, say)
+    if workshop.anchors is not None:
+        provisional = workshop.start.anchors_are_provisional(hyp.anchors)
+        workshop.anchors.fit(detector, provisional=provisional, say=say)
+    return detector
 
 
 def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:

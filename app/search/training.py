@@ -45,7 +45,7 @@ from app.tracking.process import BridgeHandle, start_bridge
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 
-COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights")
+COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor")
 """Settings that the fitness depends on: every worker of a search has the same ones."""
 
 
@@ -54,7 +54,7 @@ def search(config: TrainConfig) -> None:
     progress = Progress()
     seed_hyp = read_hyp(config)
     warn_of_idle(seed_hyp, progress.say)
-    workshop = open_workshop(config, find_start(config.weights, config.cfg), progress.say)
+    workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
     directory = project_dir(config.run_project, runs_root()) / config.run_name
     config = workshop.config
     worker = worker_name()
