@@ -72,7 +72,7 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
     found = worst.images
     if not found:
         return
-    pictures = [_reduced(store[mistakes.index]) for mistakes in found]
+    pictures = [_fitted(store[mistakes.index]) for mistakes in found]
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     images = np.full((len(found), height, width, 3), FILL, np.uint8)
     boxes, kinds, texts = [], [], []
@@ -88,11 +88,9 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
     plot_batch(images, boxes, kinds, None, KINDS, titles, path, texts=texts)
 
 
-def _reduced(picture: np.ndarray) -> np.ndarray:
-    """Return a picture whose longest side is at most TILE."""
+def _fitted(picture: np.ndarray) -> np.ndarray:
+    """Return a picture whose longest side is TILE, so that every tile is as large as can be."""
     height, width = picture.shape[:2]
     scale = TILE / max(height, width)
-    if scale >= 1:
-        return picture
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
