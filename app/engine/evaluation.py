@@ -202,6 +202,9 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     report = {**_figures(validation), "ms_per_image": _rounded(milliseconds), "run": str(folder)}
     if config.save_json:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
+    twins = len(data) - len({path.stem for path in data.images})
+    if twins and (config.writes_labels or config.save_json):
+        say(f"{twins} pictures have the name of another in another folder; their rows cannot be told apart by it")
     say(f"results in {folder}")
     return report
 

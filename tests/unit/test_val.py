@@ -41,7 +41,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def peer_args(tiny_data: Path) -> list[str]:
     """Return the flags of a validation of the peer's checkpoint on four pictures."""
-    return ["--weights", str(PEER), "--data", str(tiny_data), "--img", "320", "--device", "cpu", "--json"]
+    return ["--weights", str(PEER), "--data", str(tiny_data), "--img", "224", "--device", "cpu", "--json"]
 
 
 def report_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
