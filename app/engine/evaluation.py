@@ -204,7 +204,9 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
     twins = len(data) - len({path.stem for path in data.images})
     if twins and (config.writes_labels or config.save_json):
-        say(f"{twins} pictures have the name of another in another folder; their rows cannot be told apart by it")
+        say(
+            f"{twins} pictures have the name of another in another folder; their rows cannot be told apart by it"
+        )
     say(f"results in {folder}")
     return report
 
@@ -233,17 +235,18 @@ def study(config: ValConfig) -> dict[str, Any]:
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     lines, best = [], None
     for weights, label, model in zip(config.weights, _labels(config.weights), models, strict=True):
-        rows = []
+        rows: list[dict[str, Any]] = []
+        table = folder / f"study_{Path(config.data).stem}_{label}.txt"
         for size in STUDY_SIZES:
             fitted = fit_stride(size, int(model.stride.max()), say)
             validation, milliseconds = bench.validate(model, fitted)
             figures = _figures(validation)
             rows.append({"imgsz": fitted, **figures, "ms_per_image": _rounded(milliseconds)})
+            write_atomic(table, _study_table(weights, rows))  # now: the largest sizes may be more than fits
             total = sum(milliseconds.values())
             say(f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image")
             if best is None or figures["mAP50_95"] > best["mAP50_95"]:
                 best = {**rows[-1], "weights": weights}
-        write_atomic(folder / f"study_{Path(config.data).stem}_{label}.txt", _study_table(weights, rows))
         lines.append(StudyLine(
             label,
             [row["imgsz"] for row in rows],
