@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
 
+from app.config.flags import CommandParser, Flag
 from app.config.train_config import CACHES, OPTIMIZERS, TrainConfig
-from app.errors import UsageError, suggest
+from app.errors import UsageError
 
 EXAMPLES = """\
 examples:
@@ -35,37 +35,6 @@ NOT_YET = frozenset(
     }
 )
 """Flags of the classic trainer that are refused, by name, until they do what they say."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one message, with the flag that may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError in place of printing the usage and exiting."""
-        flag = next((word.split("=", 1)[0] for word in message.split() if word.startswith("--")), "")
-        if flag in NOT_YET and "unrecognized" in message:
-            raise UsageError(
-                f"{flag} is not available yet; leave it out (docs/coming-from-yolov5.md lists these)"
-            )
-        hint = suggest(flag, self._option_string_actions) if "unrecognized" in message else ""
-        raise UsageError(f"{message}{hint}; see train.py --help")
-
-
-class Flag:
-    """One flag; its type, default and place come from the field of TrainConfig that its first name means."""
-
-    def __init__(self, *names: str, help: str, **options: Any) -> None:
-        self.names, self.help, self.options = names, help, options
-        self.field = names[0].lstrip("-").replace("-", "_")
-
-    def add_to(self, group: argparse._ArgumentGroup, default: Any) -> None:
-        """Add the flag to a group of the parser."""
-        options: dict[str, Any] = {"dest": self.field, "help": self.help, "default": default}
-        if isinstance(default, bool):
-            options["action"] = "store_true"
-        elif isinstance(default, int | float):
-            options["type"] = type(default)
-        group.add_argument(*self.names, **{**options, **self.options})
 
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
@@ -156,19 +125,16 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 """The flags by the heading that --help shows them under."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of `train.py`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="train.py",
         description="Train a detector, or search its hyperparameters together with every other worker.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = TrainConfig()
-    for heading, flags in FLAGS.items():
-        group = parser.add_argument_group(heading)
-        for flag in flags:
-            flag.add_to(group, getattr(default, flag.field))
+    parser.not_yet = NOT_YET
+    parser.add_flags(FLAGS, TrainConfig())
     return parser
 
 
@@ -215,11 +181,5 @@ class TrainCommand:
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
     """Return what the command line asks for; raises UsageError for what cannot work."""
-    unset = object()
-    parser = build_parser()
-    names = [field.name for field in fields(TrainConfig)]
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
-    given = {key: value for key, value in values.items() if value is not unset}
-    if "freeze" in given:
-        given["freeze"] = tuple(given["freeze"])
+    given = build_parser().parse_given(argv, TrainConfig)
     return TrainCommand(config=TrainConfig(**given), given=frozenset(given))

@@ -47,7 +47,7 @@ def load_data(
         stores.append(store)
         boxes = sum(len(rows) for rows in split.labels)
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
-        for line in _left_out(split):
+        for line in left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
 
@@ -66,7 +66,15 @@ def validation_loader(
     )
 
 
-def _left_out(split: Dataset, shown: int = 5) -> list[str]:
+def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
+    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
+    fitted = max(-(-size // stride), 2) * stride
+    if fitted != size:
+        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
+    return fitted
+
+
+def left_out(split: Dataset, shown: int = 5) -> list[str]:
     """Name what was left out, and why; users must not find out from a bad mAP."""
     lines = []
     if split.problems:

@@ -18,12 +18,13 @@ from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, save_checkpoint
 from app.engine.data import TrainingData, validation_loader
 from app.engine.device import Compute
+from app.engine.mistakes import WorstImages, draw_worst
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, write_results
 from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
-from app.engine.validator import Validation, to_input, validate
+from app.engine.validator import Validation, class_table, to_input, validate
 from app.errors import CheckpointError, StarlingError
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
@@ -336,11 +337,18 @@ class Trainer:
             save_checkpoint(self.run.best, self.weights())
         if not self.config.noplots:
             pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
+            worst = WorstImages()
             validation = validate(
-                self._best_model(), self.val_loader, None, self.compute, previews=pictures.PREVIEWS
+                self._best_model(),
+                self.val_loader,
+                None,
+                self.compute,
+                previews=pictures.PREVIEWS,
+                on_image=worst.add,
             )
             self._say_classes(validation)
             pictures.draw_validation(validation, self.data.val, self.run.path)
+            draw_worst(worst, self.data.val, self.data.val_images, self.run.path / "worst.jpg")
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
 
     def _best_model(self) -> Detector:
@@ -354,18 +362,9 @@ class Trainer:
 
     def _say_classes(self, validation: Validation) -> None:
         """Print the best epoch's figures for all classes and for each."""
-        m = validation.metrics
-        width = max([len(name) for name in self.data.names] + [5])
         self._reporter.say(f"best epoch: {self.best.epoch + 1}")
-        self._reporter.say(f"{'class':>{width}}  {'labels':>7}  {'P':>6}  {'R':>6}  {'mAP50':>6}  mAP50-95")
-        self._reporter.say(
-            f"{'all':>{width}}  {int(m.labels.sum()):>7}  {m.precision:6.3f}  {m.recall:6.3f}  {m.map50:6.3f}  {m.map5095:8.3f}"
-        )
-        for row, index in enumerate(m.classes):
-            self._reporter.say(
-                f"{self.data.names[index]:>{width}}  {int(m.labels[row]):>7}  {m.precision_by_class[row]:6.3f}  "
-                f"{m.recall_by_class[row]:6.3f}  {m.ap[row, 0]:6.3f}  {m.ap[row].mean():8.3f}"
-            )
+        for line in class_table(validation.metrics, self.data.names):
+            self._reporter.say(line)
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:

@@ -21,8 +21,9 @@ from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.checkpoint import load_checkpoint
-from app.engine.data import TrainingData, load_data, validation_loader
+from app.engine.data import TrainingData, fit_stride, load_data, validation_loader
 from app.engine.device import Compute, select_compute
+from app.engine.mistakes import WorstImages, draw_worst
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -32,7 +33,7 @@ from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
 from app.model.detector import Detector
-from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
+from app.outputs.run_dir import RunDir, create_run_dir, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
@@ -61,20 +62,12 @@ def open_workshop(config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[st
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
     probe = Start(start.layout, None).build(("any",), None, say)
-    image_size = _fit_stride(config.imgsz, int(probe.stride.max()), say)
+    image_size = fit_stride(config.imgsz, int(probe.stride.max()), say)
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
     return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors)
-
-
-def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
-    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
-    fitted = max(-(-size // stride), 2) * stride
-    if fitted != size:
-        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
-    return fitted
 
 
 def read_hyp(config: TrainConfig) -> Hyp:
@@ -115,7 +108,7 @@ def train(command: TrainCommand) -> None:
     )
     workshop = open_workshop(job.config, job.start, job.hyp, progress.say)
     config = workshop.config
-    run = RunDir(job.folder) if job.folder else _new_run(config)
+    run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
@@ -236,8 +229,12 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
     batches = validation_loader(
         workshop.data, detector, workshop.image_size, workshop.config.batch_size, threads
     )
-    validation = validate(model, batches, None, workshop.compute, previews=pictures.PREVIEWS)
+    worst = WorstImages()
+    validation = validate(
+        model, batches, None, workshop.compute, previews=pictures.PREVIEWS, on_image=worst.add
+    )
     pictures.draw_validation(validation, workshop.data.val, folder)
+    draw_worst(worst, workshop.data.val, workshop.data.val_images, folder / "worst.jpg")
 
 
 def check_bridge(bridge: BridgeHandle | None) -> None:
@@ -266,20 +263,8 @@ def find_last(resume: str) -> Path:
     return found[-1]
 
 
-def _new_run(config: TrainConfig) -> RunDir:
-    parent = project_dir(config.run_project, runs_root())
-    try:
-        if config.exist_ok:
-            path = parent / config.run_name
-            path.mkdir(parents=True, exist_ok=True)
-        else:
-            path = next_free_dir(parent, config.run_name)
-    except OSError as error:
-        raise UsageError(
-            f"{parent}: results cannot be written here ({error.strerror}); "
-            "check the folder's owner, or choose another --project"
-        ) from None
-    return RunDir(path)
+def _new_run(config: TrainConfig) -> Path:
+    return create_run_dir(config.run_project, config.run_name, runs_root(), exist_ok=config.exist_ok)
 
 
 def _params(config: TrainConfig, hyp: Hyp) -> dict[str, Any]:

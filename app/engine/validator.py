@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,13 +14,21 @@ from app.boxes import non_max_suppression, xywhn_to_xyxy
 from app.data.letterbox import boxes_to_original
 from app.data.loader import Batch
 from app.engine.device import Compute
+from app.engine.inference import Predictor
 from app.loss import DetectionLoss
 from app.metrics import ConfusionMatrix, Metrics, average_precision, match_detections
-from app.model.detector import Detector
 
 CONFIDENCE = 0.001
 IOU = 0.6
 MAX_DETECTIONS = 300
+LOADING, PRE_PROCESS, INFERENCE, SUPPRESSION, SCORING = (
+    "loading",
+    "pre-process",
+    "inference",
+    "NMS",
+    "scoring",
+)
+"""Stages of a batch, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +56,38 @@ class Validation:
     previews: list[Preview] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredImage:
+    """What was found in one picture and what is there, in the picture's own pixels."""
+
+    index: int
+    """Position in the dataset."""
+    original_hw: tuple[int, int]
+    labels: Tensor
+    """[n,5] class, xyxy."""
+    detections: Tensor
+    """[m,6] xyxy, confidence, class; the most confident first."""
+
+
 @torch.no_grad()
 def validate(
-    model: Detector,
+    model: Predictor,
     batches: Iterable[Batch],
     loss: DetectionLoss | None,
     compute: Compute,
     *,
+    confidence: float = CONFIDENCE,
+    iou: float = IOU,
+    max_detections: int = MAX_DETECTIONS,
     previews: int = 0,
     after_batch: Callable[[int], None] = lambda images: None,
+    on_image: Callable[[ScoredImage], None] = lambda image: None,
+    lap: Callable[[str], None] = lambda stage: None,
 ) -> Validation:
     """Return metrics of `model` (in eval mode) over `batches`, matched in each picture's own pixels.
 
-    `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far.
+    `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far, `on_image` each
+    picture's boxes, `lap` the name of each stage as it ends.
     """
     started = time.monotonic()
     correct: list[Tensor] = []
@@ -71,31 +98,56 @@ def validate(
     drawn: list[Preview] = []
     done = iterations = 0
     for batch in batches:
+        lap(LOADING)
         images = to_input(batch.images, compute)
+        lap(PRE_PROCESS)
         with compute.autocast():
             decoded, raw = model(images)
+        lap(INFERENCE)
         if loss is not None:
             loss_sum += loss(raw, batch.targets.to(compute.device))[1]
         detections = non_max_suppression(
-            decoded, CONFIDENCE, IOU, multi_label=model.nc > 1, max_detections=MAX_DETECTIONS
+            decoded, confidence, iou, multi_label=model.nc > 1, max_detections=max_detections
         )
+        lap(SUPPRESSION)
         for index, found in enumerate(detections):
             labels, found_original = _in_original_pixels(batch, index, found.cpu())
             confusion.add(found_original, labels)
             correct.append(match_detections(found_original, labels))
             scored.append(found_original[:, 4:])
             actual.append(labels[:, 0])
+            on_image(ScoredImage(batch.indices[index], batch.original_hw[index], labels, found_original))
         if len(drawn) < previews:
             drawn.append(_preview(batch, detections))
         done += len(batch.indices)
         iterations += 1
         after_batch(done)
-    confidence, predicted = torch.cat(scored).numpy().T
-    metrics = average_precision(torch.cat(correct).numpy(), confidence, predicted, torch.cat(actual).numpy())
+        lap(SCORING)
+    scores, predicted = torch.cat(scored).numpy().T
+    metrics = average_precision(torch.cat(correct).numpy(), scores, predicted, torch.cat(actual).numpy())
     mean = (loss_sum / iterations).tolist() if loss is not None else [float("nan")] * 3
     return Validation(
         metrics, (mean[0], mean[1], mean[2]), confusion, done, time.monotonic() - started, drawn
     )
+
+
+def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True) -> list[str]:
+    """Return lines with the figures of all classes together, and with `classes` of each that has labels."""
+    rows: list[tuple[str, int, float, float, float, float]] = [
+        ("all", int(metrics.labels.sum()), metrics.precision, metrics.recall, metrics.map50, metrics.map5095)
+    ]
+    if classes:
+        for row, index in enumerate(metrics.classes):
+            ap = metrics.ap[row]
+            precision, recall = metrics.precision_by_class[row], metrics.recall_by_class[row]
+            rows.append((names[index], int(metrics.labels[row]), precision, recall, ap[0], ap.mean()))
+    width = max(len("class"), *(len(row[0]) for row in rows))
+    lines = [f"{'class':>{width}}  {'labels':>7}  {'P':>6}  {'R':>6}  {'mAP50':>6}  mAP50-95"]
+    for name, labels, precision, recall, map50, map5095 in rows:
+        lines.append(
+            f"{name:>{width}}  {labels:>7}  {precision:6.3f}  {recall:6.3f}  {map50:6.3f}  {map5095:8.3f}"
+        )
+    return lines
 
 
 def to_input(images: Tensor, compute: Compute) -> Tensor:

@@ -59,6 +59,25 @@ def next_free_dir(parent: Path, name: str) -> Path:
             number = max(number, 1) + 1
 
 
+def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = False) -> Path:
+    """Create and return the folder of a new run; with `exist_ok` the one of that name, there or not.
+
+    Raises UsageError where the project leaves `root` or cannot be written.
+    """
+    parent = project_dir(project, root)
+    try:
+        if not exist_ok:
+            return next_free_dir(parent, name)
+        path = parent / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    except OSError as error:
+        raise UsageError(
+            f"{parent}: results cannot be written here ({error.strerror}); "
+            "check the folder's owner, or choose another --project"
+        ) from None
+
+
 def _suffix(folder: str, name: str) -> int:
     """Return 1 for `name` itself, N for `nameN`, 0 for anything else."""
     if folder == name:

@@ -86,6 +86,7 @@ def plot_batch(
     titles: Sequence[str] | None,
     path: Path,
     *,
+    texts: Sequence[Sequence[str]] | None = None,
     max_images: int = 16,
     max_side: int = 1920,
 ) -> None:
@@ -93,7 +94,7 @@ def plot_batch(
 
     `images` is uint8 RGB, [B,H,W,3] or [B,3,H,W]. `boxes_xyxy`, `classes` and `scores` have one array an image:
     [n,4] in pixels of the image as given, [n], [n]. Without `scores` they are labels, else detections. `titles`
-    are written above the images. The first `max_images` are drawn; no side exceeds `max_side` pixels.
+    are written above the images, `texts` at the boxes in place of class and score. The first `max_images` are drawn; no side exceeds `max_side` pixels.
 
     Raises ValueError for a batch that is empty or of another shape.
     """
@@ -115,7 +116,10 @@ def plot_batch(
             interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
         )
         image_scores = None if scores is None else np.asarray(scores[index], np.float64).reshape(-1)
-        seen |= _draw_boxes(tile, boxes_xyxy[index], classes[index], image_scores, names, grid.scale, pen)
+        image_texts = None if texts is None else texts[index]
+        seen |= _draw_boxes(
+            tile, boxes_xyxy[index], classes[index], image_scores, image_texts, names, grid.scale, pen
+        )
         if titles is not None:
             title = pen.fit(style.class_name(titles, index, longest=200), grid.tile_hw[1] - 8)
             pen.write(
@@ -171,6 +175,7 @@ def _draw_boxes(
     boxes_xyxy: np.ndarray,
     classes: np.ndarray,
     scores: np.ndarray | None,
+    texts: Sequence[str] | None,
     names: Sequence[str],
     scale: float,
     pen: _Pen,
@@ -191,7 +196,10 @@ def _draw_boxes(
     taken: list[tuple[int, int, int, int]] = []
     for i in order[::-1]:
         kind = int(kinds[i])
-        text = style.class_name(names, kind, longest=20) + ("" if scores is None else f" {scores[i]:.2f}")
+        if texts is not None:
+            text = style.class_name(texts, i, longest=26)
+        else:
+            text = style.class_name(names, kind, longest=20) + ("" if scores is None else f" {scores[i]:.2f}")
         size = (pen.width(text) + 6, pen.height)
         place = _free_place(corners[i].tolist(), size, (width, height), taken)
         if place is None:

@@ -10,8 +10,10 @@ import click
 import pytest
 
 from app import settings, track
+from app.config import val_flags as val_command
 from app.config.hyp import Hyp
 from app.config.train_flags import NOT_YET, build_parser
+from app.plots import __main__ as plots
 from launcher.cli import cli as launcher
 from tests.conftest import REPOSITORY
 
@@ -21,15 +23,22 @@ DOCS = {
 ALL = "\n".join(DOCS.values())
 
 
-def train_flags() -> list[str]:
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return sorted(
-        {
-            flag
-            for action in build_parser()._actions
-            for flag in action.option_strings
-            if flag.startswith("--")
-        }
+        {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
     )
+
+
+def train_flags() -> list[str]:
+    return flags_of(build_parser())
+
+
+def val_flags() -> list[str]:
+    return flags_of(val_command.build_parser())
+
+
+def plots_flags() -> list[str]:
+    return flags_of(plots.build_parser())
 
 
 def launcher_flags() -> list[str]:
@@ -55,6 +64,16 @@ def track_flags() -> list[str]:
 @pytest.mark.parametrize("flag", set(train_flags()) - {"--help"})
 def test_every_flag_of_train_is_in_the_training_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["train.md"]
+
+
+@pytest.mark.parametrize("flag", set(val_flags()) - {"--help"})
+def test_every_flag_of_val_is_in_the_validating_page(flag: str) -> None:
+    assert f"`{flag}`" in DOCS["val.md"]
+
+
+def test_the_flags_of_plots_are_in_the_validating_page() -> None:
+    assert plots_flags() == ["--help", "--out"]
+    assert "--out" in DOCS["val.md"]
 
 
 @pytest.mark.parametrize("flag", set(launcher_flags()) - {"--help"})
@@ -85,7 +104,7 @@ def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> N
 
 
 def test_no_page_names_a_flag_that_no_command_has() -> None:
-    known = {*train_flags(), *launcher_flags(), *track_flags(), *NOT_YET}
+    known = {*train_flags(), *launcher_flags(), *track_flags(), *val_flags(), *plots_flags(), *NOT_YET}
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--show"}  # of docker and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}

@@ -21,6 +21,7 @@ from tests.conftest import REPOSITORY, TINY_LAYOUT
 PICTURES = [
     "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
     "results.png", "confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png",
+    "worst.jpg",
 ]  # fmt: skip
 
 
