@@ -33,6 +33,9 @@ class CommandParser(argparse.ArgumentParser):
     not_yet: frozenset[str] = frozenset()
     """Flags that are refused, by name, until they do what they say."""
 
+    refused: Mapping[str, str] = {}
+    """Flags that users know from elsewhere, and why they are not here."""
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError in place of printing the usage and exiting."""
         flag = next((word.split("=", 1)[0] for word in message.split() if word.startswith("--")), "")
@@ -40,6 +43,8 @@ class CommandParser(argparse.ArgumentParser):
             raise UsageError(
                 f"{flag} is not available yet; leave it out (docs/coming-from-yolov5.md lists these)"
             )
+        if flag in self.refused and "unrecognized" in message:
+            raise UsageError(f"{flag}: {self.refused[flag]}")
         hint = suggest(flag, self._option_string_actions) if "unrecognized" in message else ""
         raise UsageError(f"{message}{hint}; see {self.prog} --help")
 

@@ -187,6 +187,11 @@ def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
     return tuple(entries)
 
 
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the class names of a dataset's YAML, whether or not its pictures are there."""
+    return _class_names(path, read_yaml(path))
+
+
 def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
     names, nc = mapping.get("names"), mapping.get("nc")
     if nc is not None and (isinstance(nc, bool) or not isinstance(nc, int) or not 1 <= nc <= _MAX_CLASSES):

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from app import settings, track
+from app.config import detect_flags, export_config
 from app.config import val_flags as val_command
 from app.config.hyp import Hyp
 from app.config.train_flags import NOT_YET, build_parser
@@ -39,6 +40,11 @@ def val_flags() -> list[str]:
 
 def plots_flags() -> list[str]:
     return flags_of(plots.build_parser())
+
+
+def detect_and_export_flags() -> list[tuple[str, str]]:
+    parsers = {"detect.md": detect_flags.build_parser(), "export.md": export_config.build_parser()}
+    return [(page, flag) for page, parser in parsers.items() for flag in flags_of(parser) if flag != "--help"]
 
 
 def launcher_flags() -> list[str]:
@@ -76,6 +82,11 @@ def test_the_flags_of_plots_are_in_the_validating_page() -> None:
     assert "--out" in DOCS["val.md"]
 
 
+@pytest.mark.parametrize(("page", "flag"), detect_and_export_flags())
+def test_every_flag_of_detect_and_export_is_in_its_page(page: str, flag: str) -> None:
+    assert f"`{flag}`" in DOCS[page]
+
+
 @pytest.mark.parametrize("flag", set(launcher_flags()) - {"--help"})
 def test_every_flag_of_the_launcher_is_in_the_launching_page(flag: str) -> None:
     assert flag in DOCS["launch.md"]
@@ -105,6 +116,7 @@ def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> N
 
 def test_no_page_names_a_flag_that_no_command_has() -> None:
     known = {*train_flags(), *launcher_flags(), *track_flags(), *val_flags(), *plots_flags(), *NOT_YET}
+    known |= {*(flag for _, flag in detect_and_export_flags()), *export_config.REFUSED}
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--show"}  # of docker and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from app.errors import DataError
-from app.plots import batches, curves, labels, overlay, results, style
+from app.plots import batches, curves, drawing, labels, overlay, results, style
 from app.plots.__main__ import main as plots_main
 
 HARD_NAMES = ("$x_1$", "_hidden", "Größe", "红细胞", "50 $", r"a\$b$", "two\nlines", "", "n" * 200)
@@ -143,7 +143,7 @@ def test_detections_with_hard_names_scores_and_wild_boxes_are_drawn(tmp_path: Pa
 def test_texts_never_cover_each_other() -> None:
     taken: list[tuple[int, int, int, int]] = []
     for _ in range(20):
-        place = batches._free_place((50, 50, 90, 90), (40, 15), (200, 200), taken)
+        place = drawing.free_place((50, 50, 90, 90), (40, 15), (200, 200), taken)
         if place is None:
             break
         box = (*place, place[0] + 40, place[1] + 15)
