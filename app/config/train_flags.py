@@ -30,7 +30,6 @@ NOT_YET = frozenset(
         "--multi-scale",
         "--image-weights",
         "--sync-bn",
-        "--bucket",
         "--noautoanchor",
         "--local_rank",
     }
@@ -74,6 +73,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--weights", help="weights to start from; '' trains from scratch [%(default)s]"),
         Flag("--cfg", help="layout YAML: yolov5n.yaml to yolov5x.yaml, or a path [the weights' own]"),
         Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
+        Flag("--download", help="fetch the dataset first, as its description says, unless it is there"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
         Flag(
@@ -142,6 +142,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--noval", help="validate after the final epoch only"),
         Flag("--noplots", help="draw no pictures"),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
+        Flag("--bucket", metavar="URL", help="copy results there at the end: gs://, s3://, az:// [no]"),
         Flag("--debug", help="show tracebacks"),
     ),
 }
@@ -176,6 +177,8 @@ RESUMABLE = frozenset(
         "save_period",
         "exist_ok",
         "resume",
+        "download",
+        "bucket",
         "debug",
     }
 )

@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument(
         "--into", type=Path, default=DATASETS_FOLDER, metavar="DIR", help="folder of datasets [%(default)s]"
     )
-    convert = commands.add_parser("convert", help="run a description's `convert:` steps on data that is there")
+    convert = commands.add_parser(
+        "convert", help="run a description's `convert:` steps on data that is there"
+    )
     convert.add_argument("name", help="dataset YAML, shipped name or path")
     convert.add_argument("folder", type=Path, help="the dataset's folder")
     return parser

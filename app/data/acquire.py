@@ -60,7 +60,9 @@ def read_steps(path: Path) -> list[Step]:
         return []
     if not isinstance(value, list):
         raise ConfigError(
-            f"{path}: download", str(value)[:60], "must be a list of steps (docs/data.md); a script is never run"
+            f"{path}: download",
+            str(value)[:60],
+            "must be a list of steps (docs/data.md); a script is never run",
         )
     return [_step(f"{path}: download[{number}]", item) for number, item in enumerate(value)]
 
@@ -83,7 +85,9 @@ def acquire(
         say(f"{root}: is there already; nothing is fetched")
         return root
     if not any(isinstance(step, Fetch) for step in steps):
-        raise DataError(f"{path}: says no place to fetch it from; get the data yourself, and put it at {root}")
+        raise DataError(
+            f"{path}: says no place to fetch it from; get the data yourself, and put it at {root}"
+        )
     archives, building = root.parent / ".downloads" / root.name, root.with_name(f".{root.name}.building")
     try:
         with only_one(root, say):
@@ -93,12 +97,20 @@ def acquire(
             building.mkdir()
             run_steps(steps, building, class_names(path, mapping), archives=archives, say=say, show=show)
             description = {key: value for key, value in mapping.items() if key != "download"}
-            write_yaml(building / path.name, {**description, "path": "."}, comment=f"Written beside its data, from {path.name}")
+            write_yaml(
+                building / path.name,
+                {**description, "path": "."},
+                comment=f"Written beside its data, from {path.name}",
+            )
             building.rename(root)
     except FetchError as error:
-        raise DataError(f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself") from None
+        raise DataError(
+            f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself"
+        ) from None
     except OSError as error:
-        raise DataError(f"{error.filename or root}: {error.strerror or error}; make room, or choose another folder") from None
+        raise DataError(
+            f"{error.filename or root}: {error.strerror or error}; make room, or choose another folder"
+        ) from None
     shutil.rmtree(archives, ignore_errors=True)
     say(f"{root}: ready; its own description is {root / path.name}")
     return root
@@ -160,7 +172,9 @@ def _step(where: str, item: object) -> Step:
 def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
     name = item["convert"]
     if name not in CONVERTERS:
-        raise ConfigError(f"{where}.convert", name, f"must be one of {', '.join(CONVERTERS)}{suggest(name, CONVERTERS)}")
+        raise ConfigError(
+            f"{where}.convert", name, f"must be one of {', '.join(CONVERTERS)}{suggest(name, CONVERTERS)}"
+        )
     arguments = {key: value for key, value in item.items() if key != "convert"}
     parameters = inspect.signature(CONVERTERS[name]).parameters.values()
     wanted = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
@@ -174,7 +188,9 @@ def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
 def _fetch_step(where: str, item: Mapping[str, str]) -> Fetch:
     for key in item:
         if key not in _FETCH_KEYS:
-            raise ConfigError(where, key, f"unknown{suggest(key, _FETCH_KEYS)}; known: {', '.join(_FETCH_KEYS)}")
+            raise ConfigError(
+                where, key, f"unknown{suggest(key, _FETCH_KEYS)}; known: {', '.join(_FETCH_KEYS)}"
+            )
     if "url" not in item:
         raise ConfigError(where, sorted(item), "must have `url:` or `convert:`")
     if PurePosixPath(check_url(item["url"])).name in ("", ".", "..") or "?" in item["url"]:

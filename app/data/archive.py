@@ -33,7 +33,9 @@ class _Entry:
     open: Callable[[], IO[bytes]]
 
 
-def unpack(archive: Path, folder: Path, *, strip: str = "", show: Callable[[int], None] = lambda n: None) -> int:
+def unpack(
+    archive: Path, folder: Path, *, strip: str = "", show: Callable[[int], None] = lambda n: None
+) -> int:
     """Unpack all plain files of `archive` below `folder`, and return how many.
 
     `strip` is a leading folder that is left off where an entry has it. `show` gets the number of files so far.
@@ -58,7 +60,14 @@ def unpack(archive: Path, folder: Path, *, strip: str = "", show: Callable[[int]
             show(count)
     except FileExistsError as error:
         raise DataError(f"{archive}: {error.filename} would be written twice; refused") from None
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise DataError(f"{archive}: cannot be unpacked: {error}; delete it and fetch it again") from None
     return count
 
@@ -77,7 +86,9 @@ def _zip_entries(archive: Path) -> Iterator[_Entry]:
     with zipfile.ZipFile(archive) as file:
         needed, free = sum(item.file_size for item in file.infolist()), shutil.disk_usage(archive.parent).free
         if needed > free:
-            raise DataError(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
+            raise DataError(
+                f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room"
+            )
         for item in file.infolist():
             kind = stat.S_IFMT(item.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

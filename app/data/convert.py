@@ -104,7 +104,9 @@ def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str)
                 try:
                     name, some = _wheat_boxes(row)
                 except (KeyError, ValueError, SyntaxError, TypeError):
-                    raise DataError(f"{path}:{number}: not a row of a Global Wheat CSV; check the file") from None
+                    raise DataError(
+                        f"{path}:{number}: not a row of a Global Wheat CSV; check the file"
+                    ) from None
                 boxes[name].extend(some)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; check the file") from None
@@ -148,7 +150,9 @@ def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) 
             _write_labels(target, rows.get(image["id"], []), int(image["width"]), int(image["height"]))
         return len(content["images"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not COCO annotations: {type(error).__name__}: {error}; fetch it again") from None
+        raise DataError(
+            f"{path}: not COCO annotations: {type(error).__name__}: {error}; fetch it again"
+        ) from None
 
 
 CONVERTERS: dict[str, Callable[..., int]] = {
@@ -165,7 +169,9 @@ def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None
         raise DataError(f"{path}: {len(found)} categories, the description has {len(names)}; make them agree")
     for number, (there, here) in enumerate(zip(found, names, strict=True)):
         if there.strip().casefold() != here.strip().casefold():
-            raise DataError(f"{path}: class {number} is {there!r}, the description says {here!r}; make them agree")
+            raise DataError(
+                f"{path}: class {number} is {there!r}, the description says {here!r}; make them agree"
+            )
 
 
 def _class_of(path: Path, name: str, names: Sequence[str]) -> int:

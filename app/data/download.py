@@ -119,8 +119,12 @@ def check_url(url: str) -> str:
     """Return `url` if it is HTTPS, or plain HTTP to this very machine; raises UsageError otherwise."""
     parts = urllib.parse.urlsplit(url)
     if parts.username or parts.password:
-        raise UsageError(f"a download URL with a password ({parts.hostname}): leave it out; it would be logged")
-    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname))):
+        raise UsageError(
+            f"a download URL with a password ({parts.hostname}): leave it out; it would be logged"
+        )
+    if parts.hostname and (
+        parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname))
+    ):
         return url
     raise UsageError(f"{url}: only https:// is fetched (http:// from this machine itself); fix the URL")
 
@@ -158,12 +162,19 @@ def _receive_all(
             _receive(download, part, show, clock)
             return
         except (_Broken, OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EROFS,
+                errno.EACCES,
+            ):
                 raise FetchError(f"{part}: {error.strerror}; make room or choose another folder") from None
             kept = _size(part)
             permanent = isinstance(error, urllib.error.HTTPError) and error.code not in _TRANSIENT
             # Not a byte and no server: the machine is offline or the name is wrong; waiting mends neither.
-            offline = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
+            offline = isinstance(error, urllib.error.URLError) and not isinstance(
+                error, urllib.error.HTTPError
+            )
             if permanent or attempt == ATTEMPTS or (offline and attempt == 1):
                 rest = f"; {_megabytes(kept)} are kept, the same command goes on from there" if kept else ""
                 raise FetchError(f"{download.url}: {_reason(error)}{rest}") from None
@@ -226,7 +237,9 @@ def _copy(
     while chunk := response.read1(_CHUNK):
         got += len(chunk)
         if got > download.max_bytes or (total is not None and got > total):
-            raise FetchError(f"{download.url}: sends more than {min(download.max_bytes, total or got)} bytes; refused")
+            raise FetchError(
+                f"{download.url}: sends more than {min(download.max_bytes, total or got)} bytes; refused"
+            )
         file.write(chunk)
         show(line)
     return got
@@ -237,7 +250,9 @@ def _check_answer(
 ) -> None:
     """Refuse, before a byte is written, what cannot be the file. Raises FetchError."""
     if response.headers.get_content_type() == "text/html":
-        raise FetchError(f"{download.url}: answered with a web page, not a file; is there a login or a proxy?")
+        raise FetchError(
+            f"{download.url}: answered with a web page, not a file; is there a login or a proxy?"
+        )
     if total is None:
         return
     if total > download.max_bytes:
@@ -317,7 +332,9 @@ def _open(url: str, headers: Mapping[str, str], timeout_s: float) -> http.client
     request = urllib.request.Request(
         url, headers={"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
     )
-    response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(request, timeout=timeout_s)
+    response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(
+        request, timeout=timeout_s
+    )
     return response
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
+from app.data.acquire import acquire
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.limits import container_memory_limit
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
+from app.engine.progress import Progress
 from app.model.detector import Detector
 
 CACHE_SHARE = 0.5
@@ -33,9 +35,10 @@ def load_data(
     config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None]
 ) -> TrainingData:
     """Read the splits that `--data` describes; raises DataError or UsageError saying what and where."""
-    description = DatasetDescription.from_yaml(
-        find_config("datasets", config.data), single_cls=config.single_cls
-    )
+    path = find_config("datasets", config.data)
+    if config.download:
+        acquire(path, say=say, show=Progress().show)
+    description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
     budget = int(container_memory_limit() * CACHE_SHARE)
     stores = []

@@ -27,6 +27,7 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.outputs.bucket import upload
 from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -124,6 +125,17 @@ def train(command: TrainCommand) -> None:
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
         f"results in {run.path}"
     )
+    upload_results(config, run.path, progress.say)
+
+
+def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Copy the results to `--bucket`, if one is given."""
+    if config.bucket:
+        upload(
+            folder,
+            f"{config.bucket}/{config.run_project.removeprefix('runs/').strip('/')}/{folder.name}",
+            say=say,
+        )
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:

@@ -28,6 +28,7 @@ from app.engine.training import (
     open_workshop,
     read_hyp,
     train_in,
+    upload_results,
     warn_of_idle,
 )
 from app.errors import CheckpointError
@@ -78,6 +79,7 @@ def search(config: TrainConfig) -> None:
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
+    upload_results(config, directory, progress.say)
 
 
 def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
