@@ -131,11 +131,9 @@ def train(command: TrainCommand) -> None:
 def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Copy the results to `--bucket`, if one is given."""
     if config.bucket:
-        upload(
-            folder,
-            f"{config.bucket}/{config.run_project.removeprefix('runs/').strip('/')}/{folder.name}",
-            say=say,
-        )
+        project = config.run_project.removeprefix("runs/")
+        below = Path(project).name if Path(project).is_absolute() else project
+        upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:

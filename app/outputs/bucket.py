@@ -46,9 +46,9 @@ def check_bucket(url: str) -> str:
 def result_files(folder: Path) -> Iterator[Path]:
     """Yield the files of a run that are results: its own files and `weights/*.pt`, without locks and leftovers."""
     for path in sorted([*folder.glob("*"), *folder.glob("weights/*.pt")]):
-        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
-            if not path.name.endswith(_TEMPORARY):
-                yield path
+        hidden = path.name.startswith(".") or path.name.endswith(_TEMPORARY)
+        if path.is_file() and not path.is_symlink() and not hidden:
+            yield path
 
 
 def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
