@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -112,6 +113,8 @@ def acquire(
             f"{error.filename or root}: {error.strerror or error}; make room, or choose another folder"
         ) from None
     shutil.rmtree(archives, ignore_errors=True)
+    with suppress(OSError):  # another dataset is on its way
+        archives.parent.rmdir()
     say(f"{root}: ready; its own description is {root / path.name}")
     return root
 

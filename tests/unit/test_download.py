@@ -125,7 +125,9 @@ def get(download: Download, said: list[str] | None = None) -> str:
     return fetch(download, say=lines.append, show=lambda line: lines.append(line()), sleep=lambda s: None)
 
 
-def test_file_arrives_whole_with_its_digest_beside_it_and_no_leftovers(server: Server, tmp_path: Path) -> None:
+def test_file_arrives_whole_with_its_digest_beside_it_and_no_leftovers(
+    server: Server, tmp_path: Path
+) -> None:
     server.files["a.bin"] = BODY
     said: list[str] = []
     assert get(wanted(server, tmp_path, sha256=DIGEST, size=len(BODY)), said) == DIGEST
@@ -175,7 +177,9 @@ def test_file_that_cannot_be_resumed_or_changed_meanwhile_comes_whole(
     assert get(wanted(server, tmp_path)) == DIGEST
 
 
-def test_part_without_anything_to_tell_that_it_is_the_same_file_is_dropped(server: Server, tmp_path: Path) -> None:
+def test_part_without_anything_to_tell_that_it_is_the_same_file_is_dropped(
+    server: Server, tmp_path: Path
+) -> None:
     server.files["a.bin"] = BODY
     server.etag = ""
     server.break_after = [1000]
@@ -219,7 +223,13 @@ def test_busy_server_is_asked_again_and_a_missing_file_is_not(server: Server, tm
 
 @pytest.mark.parametrize(
     "url",
-    ["http://example.com/a.bin", "file:///etc/passwd", "ftp://example.com/a", "https://me:secret@example.com/a", "a.bin"],
+    [
+        "http://example.com/a.bin",
+        "file:///etc/passwd",
+        "ftp://example.com/a",
+        "https://me:secret@example.com/a",
+        "a.bin",
+    ],
 )
 def test_only_https_is_fetched_and_no_password_is_taken(url: str) -> None:
     with pytest.raises(UsageError) as error:
@@ -287,7 +297,9 @@ def test_checksum_mismatch_of_weights_is_refused(mirror: Server) -> None:
     assert find_weights("yolov5s").is_file()
 
 
-@pytest.mark.parametrize(("digest", "fits"), [(f"sha256:{DIGEST}", True), (f"sha256:{'0' * 64}", False), (None, True)])
+@pytest.mark.parametrize(
+    ("digest", "fits"), [(f"sha256:{DIGEST}", True), (f"sha256:{'0' * 64}", False), (None, True)]
+)
 def test_digest_and_size_of_the_release_are_held_against_the_file(
     mirror: Server, monkeypatch: pytest.MonkeyPatch, digest: str | None, fits: bool
 ) -> None:
@@ -435,7 +447,7 @@ def test_dataset_is_fetched_when_asked_for_and_trains_from_its_own_folder_too(
     root = Path("../datasets/tiny").resolve()
     assert len(Dataset.load(DatasetDescription.from_yaml(Path("tiny.yaml")), "train")) == 2
     assert len(Dataset.load(DatasetDescription.from_yaml(root / "tiny.yaml"), "val")) == 2
-    assert sorted(path.name for path in root.parent.iterdir()) == [".downloads", ".tiny.lock", "tiny"]
+    assert sorted(path.name for path in root.parent.iterdir()) == [".tiny.lock", "tiny"]
     mirror.asked.clear()
     assert data_command.main(["download", "tiny.yaml"]) == 0
     assert mirror.asked == []
@@ -458,7 +470,9 @@ def test_train_fetches_a_dataset_under_its_flag_only(
 
 
 def test_dataset_that_cannot_be_unpacked_leaves_no_folder(mirror: Server, tmp_path: Path) -> None:
-    mirror.files["tiny.zip"] = zip_of(tmp_path / "evil.zip", {"ok.txt": b"", "../../evil.txt": b"x"}).read_bytes()
+    mirror.files["tiny.zip"] = zip_of(
+        tmp_path / "evil.zip", {"ok.txt": b"", "../../evil.txt": b"x"}
+    ).read_bytes()
     Path("tiny.yaml").write_text(TINY)
     assert data_command.main(["download", "tiny.yaml"]) == 3
     assert not Path("../datasets/tiny").exists()
