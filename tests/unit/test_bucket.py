@@ -94,3 +94,25 @@ def test_train_command_copies_its_results(tiny_args: list[str], tmp_path: Path) 
     assert main([*tiny_args, "--epochs", "1", "--noplots", "--bucket", f"file://{bucket}"]) == 0
     assert (bucket / "train/exp/results.csv").is_file()
     assert (bucket / "train/exp/weights/best.pt").is_file()
+
+
+def test_search_copies_its_views_and_its_winner(tiny_args: list[str], tmp_path: Path) -> None:
+    from app.train import main
+
+    bucket = tmp_path / "bucket"
+    args = [
+        *tiny_args,
+        "--epochs",
+        "1",
+        "--noplots",
+        "--evolve",
+        "1",
+        "--name",
+        "s",
+        "--bucket",
+        f"file://{bucket}",
+    ]
+    assert main(args) == 0
+    for name in ("evolve.csv", "hyp_evolve.yaml", "weights/best.pt"):
+        assert (bucket / "evolve/s" / name).is_file()
+    assert not list(bucket.rglob("*.lock"))
