@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.data.labels import label_path
 from app.errors import DataError, suggest
 
 Box = tuple[float, float, float, float]
@@ -192,6 +191,8 @@ def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> 
         if right > left and bottom > top:
             values = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
             lines[f"{number} " + " ".join(f"{value:.6f}" for value in values)] = None
+    from app.data.labels import label_path  # NumPy; a host that only fetches has none
+
     path = label_path(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not through write_atomic: a dataset has up to millions of these, and its folder appears as a whole by one rename.

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from app import settings, track
-from app.config.shipped import SHIPPED
 from app.config.hyp import Hyp
+from app.config.shipped import SHIPPED
 from app.config.train_flags import NOT_YET, build_parser
 from app.data.__main__ import build_parser as data_parser
 from launcher.cli import cli as launcher

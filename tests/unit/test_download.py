@@ -8,6 +8,8 @@ import io
 import json
 import re
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -29,7 +31,7 @@ from app.engine.official import OFFICIAL, official_name, official_weights, weigh
 from app.engine.progress import Progress
 from app.engine.start import find_weights
 from app.errors import CheckpointError, DataError, UsageError
-from tests.conftest import MINI_SET
+from tests.conftest import MINI_SET, REPOSITORY
 
 BODY = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -52,6 +54,9 @@ class Server(ThreadingHTTPServer):
         self.statuses: list[int] = []
         """Statuses that the next connections answer with."""
         self.asked: list[tuple[str, str | None]] = []
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients that refuse an answer hang up on it."""
 
     @property
     def url(self) -> str:
@@ -262,6 +267,14 @@ def test_two_that_want_the_same_file_fetch_it_once(server: Server, tmp_path: Pat
 
 
 # Published weights
+
+
+def test_command_that_fetches_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, app.data.__main__; print({'torch', 'numpy', 'cv2'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("name", ["yolov5s", "yolov5s.pt"])
