@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from app.errors import ConfigError, UsageError
+from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
@@ -29,6 +30,8 @@ class TrainConfig:
     """Layout YAML; empty: the one the weights carry."""
     data: str = "coco128.yaml"
     """Dataset YAML."""
+    download: bool = False
+    """Fetch the dataset first, as its description says, unless it is there."""
     hyp: str = "hyp.scratch-low.yaml"
     """Hyperparameter YAML."""
     epochs: int = 100
@@ -79,6 +82,8 @@ class TrainConfig:
     """Seed of everything random."""
     amp: str = "auto"
     """bfloat16 autocast: auto (where the hardware has it), on, off."""
+    bucket: str = ""
+    """URL of a folder in object storage that results are copied to at the end."""
     strict: bool = False
     """Stop at the first unusable picture or label instead of leaving it out."""
     json: bool = False
@@ -111,6 +116,8 @@ class TrainConfig:
             )
         if self.name:
             check_name(self.name)
+        if self.bucket:
+            check_bucket(self.bucket)
 
     @property
     def run_project(self) -> str:

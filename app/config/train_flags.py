@@ -30,7 +30,6 @@ NOT_YET = frozenset(
         "--multi-scale",
         "--image-weights",
         "--sync-bn",
-        "--bucket",
         "--local_rank",
     }
 )
@@ -45,6 +44,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             help="layout YAML: yolov5n.yaml and its like (docs/train.md), or a path [the weights' own]",
         ),
         Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
+        Flag("--download", help="fetch the dataset first, as its description says, unless it is there"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
         Flag(
@@ -119,6 +119,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--noplots", help="draw no pictures"),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
         Flag("--json", help="end with one JSON object: precision, recall, mAP50, mAP50_95 and more"),
+        Flag("--bucket", metavar="URL", help="copy results there at the end: gs://, s3://, az:// [no]"),
         Flag("--debug", help="show tracebacks"),
     ),
 }
@@ -150,6 +151,8 @@ RESUMABLE = frozenset(
         "save_period",
         "exist_ok",
         "resume",
+        "download",
+        "bucket",
         "debug",
         "json",
     }

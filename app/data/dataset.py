@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
 from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
 from app.data.labels import LabelFile, label_path, read_labels
@@ -23,7 +24,7 @@ _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
 _TOLERATED_KEYS = frozenset(
     ("author", "channels", "description", "kpt_shape", "license", "minival", "roboflow", "url", "version")
 )
-"""Keys that exporters write and that change nothing here. `download` is never run either."""
+"""Keys that exporters write and that change nothing here. `download` is read by app.data.acquire, when asked for."""
 _MAX_CLASSES = 100_000
 _MAX_LIST_BYTES = 1 << 30
 
@@ -70,7 +71,8 @@ class DatasetDescription:
         if not entries:
             raise ConfigError(str(path), None, "names no pictures; give `train:` and `val:`")
         names = _class_names(path, mapping)
-        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0])
+        fetchable = isinstance(mapping.get("download"), list)
+        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0], fetchable)
         return cls(
             path_yaml=path,
             root=root,
@@ -213,7 +215,7 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _find_root(path_yaml: Path, given: object, first_entry: str) -> Path:
+def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool = False) -> Path:
     """Return the folder that splits are relative to.
 
     A relative `path` is tried from the YAML's folder, from the working folder, and from `../datasets`, which
@@ -231,9 +233,10 @@ def _find_root(path_yaml: Path, given: object, first_entry: str) -> Path:
         if root.is_dir():
             return root
     tried = ", ".join(str(root) for root in candidates)
+    name = path_yaml.name if path_yaml.is_relative_to(SHIPPED) else path_yaml
+    fetch = f"; or fetch it: python -m app.data download {name} (or --download)" if fetchable else ""
     raise DataError(
-        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`. "
-        "Nothing is downloaded"
+        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`{fetch}"
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from app.data.download import download
 from app.data.images import IMAGE_SUFFIXES, decode_image
+from app.data.remote_source import download
 from app.errors import DataError, UsageError
 
 VIDEO_SUFFIXES = frozenset(

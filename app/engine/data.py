@@ -8,10 +8,13 @@ from pathlib import Path
 
 from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
+from app.data.acquire import acquire
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.limits import container_memory_limit
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
+from app.engine.progress import Progress
+from app.errors import DataError
 from app.model.detector import Detector
 
 CACHE_SHARE = 0.5
@@ -33,9 +36,7 @@ def load_data(
     config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None]
 ) -> TrainingData:
     """Read the splits that `--data` describes; raises DataError or UsageError saying what and where."""
-    description = DatasetDescription.from_yaml(
-        find_config("datasets", config.data), single_cls=config.single_cls
-    )
+    description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
     budget = int(container_memory_limit() * CACHE_SHARE)
     stores = []
@@ -50,6 +51,18 @@ def load_data(
         for line in left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
+    """Read the description; under `--download` fetch a dataset that is not there."""
+    path = find_config("datasets", config.data)
+    try:
+        return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
+    except DataError:
+        if not config.download:
+            raise
+    acquire(path, say=say, show=Progress().show)
+    return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
 
 
 def validation_loader(

@@ -12,7 +12,9 @@ import torch
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint
-from app.errors import CheckpointError, UsageError
+from app.engine.official import OFFICIAL, official_name, official_weights
+from app.engine.progress import Progress
+from app.errors import CheckpointError, UsageError, suggest
 from app.model.detector import Detector, build_detector
 from app.model.weights import load_weights
 
@@ -74,14 +76,20 @@ def find_start(weights: str, cfg: str) -> Start:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file named with or without `.pt`."""
+    """Return the path of a weights file named with or without `.pt`; published ones are fetched by their bare name.
+
+    Raises CheckpointError with the remedy where there is none.
+    """
     given = Path(name).expanduser()
     for path in (given, given.with_name(given.name + ".pt")):
         if path.is_file():
             return path
+    official = official_name(name)
+    if official is not None:
+        return official_weights(official, Progress())
     raise CheckpointError(
-        f"--weights {name}: no such file here ({given.absolute()}); give the path of a .pt file, "
-        "or train from scratch with --weights '' --cfg yolov5s.yaml"
+        f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
+        "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"
     )
 
 

@@ -33,6 +33,7 @@ from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
 from app.model.detector import Detector
+from app.outputs.bucket import upload
 from app.outputs.run_dir import RunDir, create_run_dir, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -128,8 +129,17 @@ def train(command: TrainCommand) -> None:
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
         f"results in {run.path}"
     )
+    upload_results(config, run.path, progress.say)
     if config.json:
         print(json.dumps(summary(best, run)), flush=True)
+
+
+def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Copy the results to `--bucket`, if one is given."""
+    if config.bucket:
+        project = config.run_project.removeprefix("runs/")
+        below = Path(project).name if Path(project).is_absolute() else project
+        upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
 
 
 def summary(best: EpochRow, run: RunDir) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from app.engine.training import (
     open_workshop,
     read_hyp,
     train_in,
+    upload_results,
     warn_of_idle,
 )
 from app.errors import CheckpointError
@@ -80,6 +81,7 @@ def search(config: TrainConfig) -> None:
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
+    upload_results(config, directory, progress.say)
     if config.json:
         print(json.dumps(_as_json(summary, directory)), flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import click
 import pytest
@@ -13,7 +14,9 @@ from app import settings, track
 from app.config import detect_flags, export_config
 from app.config import val_flags as val_command
 from app.config.hyp import Hyp
+from app.config.shipped import SHIPPED
 from app.config.train_flags import NOT_YET, build_parser
+from app.data.__main__ import build_parser as data_parser
 from app.plots import __main__ as plots
 from launcher.cli import cli as launcher
 from tests.conftest import REPOSITORY
@@ -22,12 +25,6 @@ DOCS = {
     path.name: path.read_text() for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
 }
 ALL = "\n".join(DOCS.values())
-
-
-def flags_of(parser: argparse.ArgumentParser) -> list[str]:
-    return sorted(
-        {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    )
 
 
 def train_flags() -> list[str]:
@@ -57,8 +54,12 @@ def launcher_flags() -> list[str]:
 
 
 def track_flags() -> list[str]:
+    return flags_of(track.build_parser())
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     found = set()
-    parsers = [track.build_parser()]
+    parsers = [parser]
     while parsers:
         for action in parsers.pop()._actions:
             found.update(flag for flag in action.option_strings if flag.startswith("--"))
@@ -97,6 +98,16 @@ def test_every_flag_of_track_is_in_the_tracking_page(flag: str) -> None:
     assert flag in DOCS["track.md"]
 
 
+@pytest.mark.parametrize("flag", set(flags_of(data_parser())) - {"--help"})
+def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
+    assert f"`{flag}" in DOCS["data.md"]
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_dataset_is_in_the_data_page(path: Path) -> None:
+    assert f"`{path.name}`" in DOCS["data.md"]
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(Hyp)])
 def test_every_hyperparameter_is_in_the_training_page(name: str) -> None:
     assert f"`{name}`" in DOCS["train.md"]
@@ -116,7 +127,11 @@ def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> N
 
 def test_no_page_names_a_flag_that_no_command_has() -> None:
     known = {*train_flags(), *launcher_flags(), *track_flags(), *val_flags(), *plots_flags(), *NOT_YET}
-    known |= {*(flag for _, flag in detect_and_export_flags()), *export_config.REFUSED}
+    known |= {
+        *(flag for _, flag in detect_and_export_flags()),
+        *export_config.REFUSED,
+        *flags_of(data_parser()),
+    }
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--show"}  # of docker and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}

@@ -24,7 +24,7 @@ import torch
 
 from app.config.detect_flags import parse_args
 from app.data import sources
-from app.data.download import download
+from app.data.remote_source import download
 from app.detect import main
 from app.engine import detecting
 from app.engine.detection_files import folder_name
