@@ -56,9 +56,8 @@ def open_workshop(config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[st
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
-    image_size = _fit_stride(
-        config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
-    )
+    multiple = start.build(("any",), None, lambda line: None).image_multiple
+    image_size = _fit_stride(config.imgsz, multiple, say)
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
     return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors)
