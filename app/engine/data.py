@@ -74,7 +74,7 @@ def validation_loader(
         data.val_images,
         image_size=image_size,
         batch_size=batch_size * 2,
-        stride=int(model.stride.max()),
+        stride=model.image_multiple,
         workers=threads,
     )
 

@@ -63,7 +63,7 @@ def open_workshop(config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[st
     compute = select_compute(config.device, config.amp, say)
     say(compute.describe())
     probe = Start(start.layout, None).build(("any",), None, say)
-    image_size = fit_stride(config.imgsz, int(probe.stride.max()), say)
+    image_size = fit_stride(config.imgsz, probe.image_multiple, say)
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say)

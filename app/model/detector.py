@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -25,13 +26,19 @@ class Detector(nn.Module):
     """A detector: layers in the order of their layout, a `Detect` head at the end."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], sources: Sequence[Sequence[int]], layout: dict[str, Any]
+        self,
+        layers: Sequence[nn.Module],
+        sources: Sequence[Sequence[int]],
+        layout: dict[str, Any],
+        image_multiple: int,
     ) -> None:
         """Join built `layers`; `sources[i]` are the rows that layer i reads, -1 the image."""
         super().__init__()
         self.model = nn.ModuleList(layers)
         self.sources = tuple(tuple(s) for s in sources)
         self._mapping = layout
+        self.image_multiple = image_multiple
+        """What an image's sides must be multiples of: the largest stride of any layer, the head's or not."""
         self.names: tuple[str, ...] = tuple(f"class{i}" for i in range(self.head.nc))
         # A map is kept only where a later row than the next one reads it.
         self._kept = frozenset(s for i, row in enumerate(self.sources) for s in row if s != i - 1)
@@ -66,7 +73,7 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return raw predictions a level; in eval mode (decoded, raw). See `Detect`.
 
-        `images` is [B,3,H,W] in 0..1, H and W multiples of the largest stride.
+        `images` is [B,3,H,W] in 0..1, H and W multiples of `image_multiple`.
         """
         x: Any = images
         kept: dict[int, Tensor] = {}
@@ -123,7 +130,8 @@ def build_detector(
     anchors_px = _anchors_px(chosen, [port.stride for port in maps])
     layers.append(Detect(nc, anchors_px, [port.stride for port in maps], [port.channels for port in maps]))
 
-    detector = Detector(layers, [row.sources for row in plan.rows], mapping)
+    multiple = math.ceil(max(port.stride for port in ports))
+    detector = Detector(layers, [row.sources for row in plan.rows], mapping, multiple)
     if names is not None:
         if len(names) != nc:
             raise ConfigError("names", tuple(names), f"{len(names)} names for {nc} classes")

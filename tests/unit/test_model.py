@@ -199,6 +199,14 @@ def test_every_kind_of_layout_learns_answers_and_fuses(name: str) -> None:
         torch.testing.assert_close(detector.fused()(images)[0], decoded, atol=1e-2, rtol=1e-3)
 
 
+def test_images_are_multiples_of_the_deepest_stride_even_where_the_head_stops_above_it() -> None:
+    layout = {**read_layout(SHIPPED / "layouts" / "yolov5-p34.yaml"), "width_multiple": 0.06}
+    detector = build_detector(layout, nc=1)
+    assert detector.stride.tolist() == [8, 16]
+    assert detector.image_multiple == 32
+    detector(torch.rand(2, 3, 64, 96))
+
+
 def test_half_of_a_ghost_convolution_is_derived_from_the_other_half() -> None:
     ghost = GhostConv(4, 6, kernel=3, stride=2).eval()
     x = torch.rand(1, 4, 8, 8)
