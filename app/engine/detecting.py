@@ -65,7 +65,7 @@ def detect(config: DetectConfig) -> None:
     detector = PictureDetector(
         model,
         compute,
-        fit_size(config.size_hw, int(model.stride.max()), progress.say),
+        fit_size(config.size_hw, model.image_multiple, progress.say),
         Thresholds(
             confidence=config.conf_thres,
             iou=config.iou_thres,

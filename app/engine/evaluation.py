@@ -122,7 +122,7 @@ class _Bench:
             ImageStore(self.data, size, "off"),  # one pass: nothing is kept
             image_size=size,
             batch_size=self.config.batch_size,
-            stride=int(model.stride.max()),
+            stride=model.image_multiple,
             rect=self.config.task != "speed",
             workers=self.compute.loader_threads(self.config.workers),
             pin_memory=not self.compute.on_cpu,
@@ -178,7 +178,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     bench = _open_bench(config)
     data, say = bench.data, bench.progress.say
     model = bench.model(config.weights)
-    size = fit_stride(config.imgsz, int(model.stride.max()), say)
+    size = fit_stride(config.imgsz, model.image_multiple, say)
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     worst, coco = WorstImages(), CocoPredictions(data)
     sinks = [worst.add]
@@ -238,7 +238,7 @@ def study(config: ValConfig) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         table = folder / f"study_{Path(config.data).stem}_{label}.txt"
         for size in STUDY_SIZES:
-            fitted = fit_stride(size, int(model.stride.max()), say)
+            fitted = fit_stride(size, model.image_multiple, say)
             validation, milliseconds = bench.validate(model, fitted)
             figures = _figures(validation)
             rows.append({"imgsz": fitted, **figures, "ms_per_image": _rounded(milliseconds)})

@@ -113,7 +113,7 @@ def _prepare(config: ExportConfig, say: Callable[[str], None]) -> _Job:
     if config.half and compute.on_cpu:
         raise UsageError("--half: float16 is exported on a GPU, and none is here; leave --half out")
     detector = load_detector(config.weights, say)
-    height, width = fit_size(config.size_hw, int(detector.stride.max()), say)
+    height, width = fit_size(config.size_hw, detector.image_multiple, say)
     # Fixed noise: unlike grey, it makes every anchor answer something of its own.
     images = torch.rand((config.batch_size, 3, height, width), generator=torch.Generator().manual_seed(0))
     module = _Decoded(detector).to(compute.device).eval()
@@ -124,7 +124,7 @@ def _prepare(config: ExportConfig, say: Callable[[str], None]) -> _Job:
         shape = list(module(images).shape)
     names = dict(enumerate(detector.names))
     metadata = {
-        "stride": str(int(detector.stride.max())),
+        "stride": str(detector.image_multiple),
         "names": repr(names),
         "imgsz": json.dumps([height, width]),
         "batch": str(config.batch_size),

@@ -24,15 +24,12 @@ class Predictor(Protocol):
     """What validation and detection ask of a model; a `Detector` in eval mode is one."""
 
     names: tuple[str, ...]
+    image_multiple: int
+    """What an image's sides must be multiples of."""
 
     @property
     def nc(self) -> int:
         """Number of classes."""
-        ...
-
-    @property
-    def stride(self) -> Tensor:
-        """[levels] pixels between two cells."""
         ...
 
     def __call__(self, images: Tensor) -> Any:
@@ -47,16 +44,12 @@ class _Wrapper(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
         self.names: tuple[str, ...] = models[0].names  # type: ignore[assignment]
+        self.image_multiple = max(int(model.image_multiple) for model in models)  # type: ignore[arg-type]
 
     @property
     def nc(self) -> int:
         """Number of classes."""
         return len(self.names)
-
-    @property
-    def stride(self) -> Tensor:
-        """[1] the largest stride of the models: sides of images are multiples of it."""
-        return torch.stack([model.stride.max() for model in self.models]).max()[None]  # type: ignore[operator, union-attr]
 
 
 class Ensemble(_Wrapper):
@@ -74,7 +67,7 @@ class Augmented(_Wrapper):
         """Return the decoded predictions of all views in the frame of `images`, and no raw ones."""
         decoded = []
         for scale, mirrored in AUGMENTED_VIEWS:
-            seen = self.models[0](_view(images, scale, mirrored, int(self.stride)))[0].clone()
+            seen = self.models[0](_view(images, scale, mirrored, self.image_multiple))[0].clone()
             seen[..., :4] /= scale
             if mirrored:
                 seen[..., 0] = images.shape[3] - seen[..., 0]

@@ -53,7 +53,7 @@ class PictureDetector:
     ) -> None:
         """Keep a model that is on its device; `size_hw` is what pictures are letterboxed into, in pixels."""
         self._model = model
-        self._stride = int(model.stride.max())
+        self._stride = model.image_multiple
         self._compute = compute
         self._size_hw = size_hw
         self._thresholds = thresholds

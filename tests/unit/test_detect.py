@@ -273,7 +273,7 @@ class BrightSpot(torch.nn.Module):
     """A detector that boxes the brightest pixel: 10 x 20 pixels, whatever the size of the image."""
 
     names = ("spot",)
-    stride = torch.tensor([32.0])
+    image_multiple = 32
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
         flat = images.sum(1).flatten(1).argmax(1)

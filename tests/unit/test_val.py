@@ -268,7 +268,7 @@ class SpotFinder(nn.Module):
 
     names = ("a", "b")
     nc = 2
-    stride = torch.tensor([32.0])
+    image_multiple = 32
 
     def __init__(self) -> None:
         super().__init__()
