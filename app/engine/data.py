@@ -9,6 +9,7 @@ from pathlib import Path
 from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.findings import REPORT, write_report
 from app.data.limits import container_memory_limit
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
@@ -66,12 +67,21 @@ def validation_loader(
     )
 
 
+def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
+    """Write all that is wrong with pictures and labels to labels_report.csv in `folder`, and say so."""
+    # A picture may be in both splits.
+    count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
+    if count:
+        say(f"pictures and labels: {count} things to look at, all in {folder / REPORT}")
+
+
 def _left_out(split: Dataset, shown: int = 5) -> list[str]:
     """Name what was left out, and why; users must not find out from a bad mAP."""
     lines = []
     if split.problems:
         lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
-    for line in (*split.problems[:shown], *split.notes[:shown]):
-        lines.append(f"    {line}")
-    more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
+    for finding in (*split.problems[:shown], *split.notes[:shown], *split.unpaired[:shown]):
+        lines.append(f"    {finding}")
+    found = (split.problems, split.notes, split.unpaired)
+    more = sum(max(len(findings) - shown, 0) for findings in found)
     return [*lines, f"    and {more} more"] if more else lines

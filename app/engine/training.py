@@ -18,7 +18,7 @@ from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
-from app.engine.data import TrainingData, load_data, validation_loader
+from app.engine.data import TrainingData, load_data, report_findings, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
@@ -108,6 +108,7 @@ def train(command: TrainCommand) -> None:
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
+        report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridge = start_bridge(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())

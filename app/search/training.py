@@ -14,6 +14,7 @@ from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
+from app.engine.data import report_findings
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -58,6 +59,7 @@ def search(config: TrainConfig) -> None:
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
+    report_findings(workshop.data, directory, progress.say)
     with StopSignal() as stop:
         bridge = start_bridge(log, warn=progress.say)
         trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)
