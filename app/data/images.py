@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.data.letterbox import Size
 from app.errors import DataError
@@ -189,7 +189,7 @@ def _check_size(width: int, height: int) -> None:
         raise UnusableImageError(f"{width} x {height} pixels", f"each side must have {MIN_SIDE} or more")
 
 
-def _pixels(image: Image.Image) -> Literal["plain", "deep", "converted"]:
+def _pixels(image: ImageFile.ImageFile) -> Literal["plain", "deep", "converted"]:
     if image.mode.startswith("I;16") or ";16" in str(image.tile):
         return "deep"
     if image.format == "TIFF" and "A" in image.mode:
