@@ -23,6 +23,7 @@ from app.data.dataset import Dataset
 from app.data.labels import Polygon
 from app.data.letterbox import FILL, Size
 from app.data.outlines import Outlines, choose_pastes, cut, through
+from app.data.streams import picture_stream
 
 Array = np.ndarray[Any, Any]
 
@@ -34,9 +35,6 @@ MIN_OUTLINED_AREA_LEFT = 0.01
 """The same where a polygon tells what is left of the object itself."""
 MAX_ASPECT = 100.0
 """... or when it became this thin."""
-
-_ORDER = 0xFFFF_FFFF
-"""Index of the random stream that orders an epoch; no dataset has so many pictures."""
 
 # Where each uniform number of a view is in its row of draws.
 _U_MOSAIC, _U_MIXUP, _U_FIRST, _U_PARTNER, _U_CENTRE = 0, 1, 2, 3, 6
@@ -79,17 +77,6 @@ class View:
     """Scale factor of the matrix, for the area that a box had before it was cut."""
 
 
-def random_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Return the random numbers of one item: Philox (Salmon et al., SC 2011) keyed by seed, epoch and index."""
-    key = np.array((seed & 0xFFFF_FFFF_FFFF_FFFF, (epoch & 0xFFFF_FFFF) << 32 | index), np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> Array:
-    """Return the order of an epoch: a permutation of range(length), int64."""
-    return random_stream(seed, epoch, _ORDER).permutation(length)
-
-
 def training_item(
     dataset: Dataset,
     store: PictureSource,
@@ -111,7 +98,7 @@ def training_item(
     """
     hw = (image_size, image_size) if isinstance(image_size, int) else image_size
     out = np.empty((*hw, 3), np.uint8) if out is None else out
-    stream = random_stream(seed, epoch, (index + repeat * len(dataset.images)) % _ORDER)
+    stream = picture_stream(seed, epoch, index + repeat * len(dataset.images))
     draws = stream.random((2, _DRAWS))
     first, second = draws.tolist()
     flips = _flip_matrix(hyp, first, hw)

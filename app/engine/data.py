@@ -41,10 +41,10 @@ def load_data(
     budget = int(container_memory_limit() * CACHE_SHARE)
     stores = []
     for name, split in (("train", train), ("val", val)):
-        share = budget * len(split) // (len(train) + len(val))
-        store = ImageStore(
-            split, image_size, config.cache, memory_limit_bytes=share, cache_folder=cache_folder
-        )
+        parts = len(split) if config.cache == "val" else len(train) + len(val)
+        share = budget * len(split) // parts
+        mode = config.cache if config.cache != "val" else "ram" if name == "val" else "off"
+        store = ImageStore(split, image_size, mode, memory_limit_bytes=share, cache_folder=cache_folder)
         stores.append(store)
         boxes = sum(len(rows) for rows in split.labels)
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")

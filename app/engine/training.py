@@ -76,10 +76,16 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return Hyp.from_mapping(values, str(path))
 
 
-def warn_of_idle(hyp: Hyp, say: Callable[[str], None]) -> None:
-    """Name a hyperparameter that is set and does nothing."""
-    if hyp.copy_paste:
-        say("copy_paste has no effect: labels are kept as boxes, and it needs polygons")
+def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Name what is set and does nothing."""
+    if config.rect and hyp.mosaic:
+        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole pictures in their own shapes")
+    if hyp.copy_paste and not data.train.polygons:
+        say("copy_paste has no effect: no training label is a polygon")
+    elif hyp.copy_paste and (config.rect or not hyp.mosaic):
+        say("copy_paste has no effect: objects are pasted into mosaics only")
+    if config.image_weights and config.noval:
+        say("--image-weights goes by the number of labels alone: --noval leaves no mAP to go by")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ def train(command: TrainCommand) -> None:
     )
     config = job.config
     workshop = open_workshop(config, job.start, progress.say)
+    warn_of_idle(config, job.hyp, workshop.data, progress.say)
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
@@ -129,7 +136,6 @@ def train(command: TrainCommand) -> None:
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
     hyp = read_hyp(config)
-    warn_of_idle(hyp, say)
     return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 

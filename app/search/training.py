@@ -45,7 +45,8 @@ from app.tracking.process import BridgeHandle, start_bridge
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 
-COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights")
+COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights",
+            "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
 """Settings that the fitness depends on: every worker of a search has the same ones."""
 
 
@@ -53,8 +54,8 @@ def search(config: TrainConfig) -> None:
     """Work on the search that `--project` and `--name` name until its budget is met."""
     progress = Progress()
     seed_hyp = read_hyp(config)
-    warn_of_idle(seed_hyp, progress.say)
     workshop = open_workshop(config, find_start(config.weights, config.cfg), progress.say)
+    warn_of_idle(config, seed_hyp, workshop.data, progress.say)
     directory = project_dir(config.run_project, runs_root()) / config.run_name
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)

@@ -13,8 +13,9 @@ import pytest
 
 from app.config.hyp import Hyp
 from app.data import augment
-from app.data.augment import epoch_order, training_item
+from app.data.augment import training_item
 from app.data.outlines import choose_pastes, cut
+from app.data.streams import epoch_order, random_stream
 
 SIDE = 96
 SHAPES = [(96, 72), (60, 96), (96, 96), (48, 96), (96, 50)]
@@ -76,7 +77,7 @@ def test_an_unpainted_canvas_gives_the_picture_that_a_painted_one_does() -> None
         pictures.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
     dataset, _ = _squares()
     for hyp in (PLAIN, ROTATED, TILTED):
-        draws = augment.random_stream(3, 1, 2).random(augment._DRAWS).tolist()
+        draws = random_stream(3, 1, 2).random(augment._DRAWS).tolist()
         view = augment._mosaic(dataset, pictures, hyp, SIDE, draws, 2)
         out = np.empty((SIDE, SIDE, 3), np.uint8)
         augment._render(view, None, dataset, out)
@@ -185,7 +186,7 @@ def test_the_canvas_centre_lands_within_the_translation_whatever_else_moves() ->
     hyp = Hyp(degrees=40.0, shear=10.0, scale=0.5, perspective=0.001, translate=0.2)
     landings = []
     for epoch in range(200):
-        draws = augment.random_stream(0, epoch, 0).random(augment._DRAWS).tolist()
+        draws = random_stream(0, epoch, 0).random(augment._DRAWS).tolist()
         matrix, _ = augment._canvas_matrix(hyp, draws, (2 * SIDE, 2 * SIDE), (SIDE, SIDE))
         x, y, w = matrix @ (SIDE, SIDE, 1)
         landings.append((x / w / SIDE, y / w / SIDE))
@@ -275,7 +276,7 @@ def test_copy_paste_without_polygons_changes_nothing() -> None:
 def test_no_paste_hides_three_tenths_of_an_object() -> None:
     outline = np.array([[0, 0], [10, 0], [10, 10]], float)
     boxes = np.array([[0, 0, 10, 10], [92, 0, 102, 10], [0, 40, 10, 50]], np.float32)
-    stream = augment.random_stream(0, 0, 0)
+    stream = random_stream(0, 0, 0)
     chosen = choose_pastes(boxes, [outline, None, outline], 1.0, 100, stream)
     # The first lands on 90..100 and would hide .8 of the second; the third lands on nothing.
     assert [(index, box.tolist()) for index, box in chosen] == [(2, [90, 40, 100, 50])]
