@@ -179,7 +179,7 @@ class Dataset:
             if any(item.label_file.polygons for item in usable)
             else [],
             notes=[note for item in scanned for note in item.label_file.notes],
-            unpaired=[*_unlabelled(scanned), *_orphans(scanned)],
+            unpaired=[*_unlabelled(usable), *_orphans(scanned)],
             skipped=len(scanned) - len(usable),
             digest=_digest(description, usable),
             stamps=np.array([(header.file_size, header.modified_ns) for header in headers], np.int64),
@@ -319,8 +319,8 @@ def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Sc
             yield item
 
 
-def _unlabelled(scanned: list[_Scanned]) -> Iterator[Finding]:
-    for item in scanned:
+def _unlabelled(usable: list[_Scanned]) -> Iterator[Finding]:
+    for item in usable:
         if item.label_file.missing:
             remedy = f"write {label_path(item.path)}, empty if nothing is in the picture"
             yield Finding(str(item.path), None, "no label file, so taken for background", remedy)

@@ -45,6 +45,8 @@ _TURNS = {
 
 # The limit above is the one that counts; Pillow's own warning at half of it would only be noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# A damaged tag is either harmless or found out by _checked.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 _CONVERT = "convert it to 8-bit RGB"

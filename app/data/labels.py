@@ -14,7 +14,9 @@ import numpy as np
 from app.data.findings import Finding
 
 MAX_BYTES = 64 << 20
-"""A million rows take about 40 MB; a larger file is not one picture's labels."""
+"""A larger file is not one picture's labels."""
+MAX_ROWS = 100_000
+"""Nor is one of more rows; as targets of one batch they would fill any memory."""
 
 _MAX_NAMED = 1000
 """Faulty rows named per file; the rest are counted."""
@@ -85,6 +87,10 @@ def parse_labels(text: str, nc: int, source: str) -> LabelFile:
         fields = line.split()
         if not fields:
             continue
+        if len(rows) == MAX_ROWS:
+            what = f"more than {MAX_ROWS:,} rows"
+            problems.append(Finding(source, number, what, "check that it is one picture's label file"))
+            break
         row = _parse_row(fields, nc)
         if isinstance(row, _Fault):
             faults += 1

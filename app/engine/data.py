@@ -80,8 +80,11 @@ def _left_out(split: Dataset, shown: int = 5) -> list[str]:
     lines = []
     if split.problems:
         lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
-    for finding in (*split.problems[:shown], *split.notes[:shown], *split.unpaired[:shown]):
+    for finding in (*split.problems[:shown], *split.notes[:shown]):
         lines.append(f"    {finding}")
-    found = (split.problems, split.notes, split.unpaired)
-    more = sum(max(len(findings) - shown, 0) for findings in found)
-    return [*lines, f"    and {more} more"] if more else lines
+    more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
+    if more:
+        lines.append(f"    and {more} more")
+    if split.unpaired:
+        lines.append(f"  {len(split.unpaired)} pictures without a label file, or the other way round")
+    return lines
