@@ -84,8 +84,9 @@ def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callabl
         say("copy_paste has no effect: no training label is a polygon")
     elif hyp.copy_paste and (config.rect or not hyp.mosaic):
         say("copy_paste has no effect: objects are pasted into mosaics only")
-    if config.image_weights and config.noval:
-        say("--image-weights goes by the number of labels alone: --noval leaves no mAP to go by")
+    if config.image_weights and (config.noval or config.evolve):
+        said = "a search validates" if config.evolve else "--noval validates"
+        say(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
 
 
 @dataclass(frozen=True, slots=True)

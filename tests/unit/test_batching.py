@@ -16,6 +16,7 @@ from PIL import Image
 
 from app import settings, train
 from app.config.hyp import Hyp
+from app.config.train_config import TrainConfig
 from app.data.batching import Batching, BatchPlan, picture_weights, plan_epoch
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.loader import Batch, TrainLoader
@@ -23,6 +24,7 @@ from app.data.store import ImageStore
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import load_data
 from app.engine.device import Compute
+from app.engine.training import warn_of_idle
 from app.engine.validator import to_input
 from app.errors import ConfigError
 from tests.conftest import REPOSITORY
@@ -211,9 +213,25 @@ def test_multi_scale_draws_every_size_in_strides_and_scales_on_the_device(datase
     assert to_input(images, cpu).shape == (2, 3, 64, 64)
 
 
-def test_cache_val_keeps_the_pictures_of_validation_only(tiny_data: Path, tmp_path: Path) -> None:
-    from app.config.train_config import TrainConfig
+@pytest.mark.parametrize(
+    ("flags", "hyp", "said"),
+    [
+        ({}, {"copy_paste": 0.5}, "no training label is a polygon"),
+        ({"rect": True}, {}, "mosaic 1 has no effect"),
+        ({"image_weights": True, "noval": True}, {}, "--noval validates only the last epoch"),
+        ({"image_weights": True, "evolve": 3}, {}, "a search validates only the last epoch"),
+        ({"rect": True}, {"mosaic": 0.0}, ""),
+    ],
+)
+def test_what_is_set_and_does_nothing_is_named(
+    tiny_data: Path, tmp_path: Path, flags: dict[str, bool], hyp: dict[str, float], said: str
+) -> None:
+    config, lines = TrainConfig(data=str(tiny_data), **flags), []
+    warn_of_idle(config, Hyp(**hyp), load_data(config, 64, tmp_path, lambda line: None), lines.append)
+    assert (said in lines[0]) if said else not lines
 
+
+def test_cache_val_keeps_the_pictures_of_validation_only(tiny_data: Path, tmp_path: Path) -> None:
     data = load_data(TrainConfig(data=str(tiny_data), cache="val"), 64, tmp_path, lambda line: None)
     assert (data.train_images.mode, data.val_images.mode) == ("off", "ram")
 
