@@ -10,7 +10,7 @@ from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
-Cache = Literal["auto", "ram", "disk", "off"]
+Cache = Literal["auto", "ram", "disk", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
 AUTO_BATCH = -1
@@ -53,7 +53,7 @@ class TrainConfig:
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
     cache: Cache = "auto"
-    """Where decoded images are kept: auto, ram, disk, off."""
+    """Where decoded images are kept: auto, ram, disk, val (those of validation in ram), off."""
     device: str = ""
     """`cpu`, `0`, or empty: the first GPU if there is one."""
     single_cls: bool = False
@@ -80,6 +80,14 @@ class TrainConfig:
     """Keep a checkpoint every so many epochs; below 1: no."""
     seed: int = 0
     """Seed of everything random."""
+    rect: bool = False
+    """Train on batches of like aspect, each in its own shape, without mosaics."""
+    quad: bool = False
+    """Train on a quarter of the images at twice the side."""
+    image_weights: bool = False
+    """Draw training pictures by how rare and how badly found their classes are."""
+    multi_scale: bool = False
+    """Train at half to one and a half of the image size, another each iteration."""
     amp: str = "auto"
     """bfloat16 autocast: auto (where the hardware has it), on, off."""
     bucket: str = ""
@@ -97,6 +105,8 @@ class TrainConfig:
             raise ConfigError("--epochs", self.epochs, "must be at least 1")
         if self.batch_size < 1 and self.batch_size != AUTO_BATCH:
             raise ConfigError("--batch-size", self.batch_size, "must be at least 1, or -1 to fill the GPU")
+        if self.quad and self.batch_size % 4:
+            raise ConfigError("--batch-size", self.batch_size, "must be a multiple of 4 with --quad")
         if self.imgsz < 32:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:

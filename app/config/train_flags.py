@@ -25,10 +25,6 @@ examples:
 
 NOT_YET = frozenset(
     {
-        "--rect",
-        "--quad",
-        "--multi-scale",
-        "--image-weights",
         "--sync-bn",
         "--local_rank",
     }
@@ -82,6 +78,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--optimizer", choices=OPTIMIZERS, help="[%(default)s]"),
         Flag("--cos-lr", help="cosine learning rate in place of linear"),
         Flag("--label-smoothing", metavar="EPS", help="[%(default)s]"),
+        Flag("--rect", help="batches of like aspect in their own shapes, no mosaics"),
+        Flag("--multi-scale", help="another image size each iteration, .5 to 1.5 of --imgsz"),
+        Flag("--quad", help="a quarter of the images at twice the side: one picture enlarged, or four"),
+        Flag("--image-weights", help="show rare and badly found classes more often"),
         Flag("--seed", help="[%(default)s]"),
         Flag("--device", help="cpu, or a GPU's number [the first GPU, else cpu]"),
         Flag(
@@ -95,7 +95,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             nargs="?",
             const="ram",
             choices=CACHES,
-            help="keep decoded images: ram, disk (one file shared by all containers), off "
+            help="keep decoded images: ram, disk (one file shared by all containers), val (ram, validation only), off "
             "[auto: ram if they fit; bare: ram]",
         ),
         Flag("--noautoanchor", help="keep the anchors, even where they do not fit the labels"),

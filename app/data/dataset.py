@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
+from app.data.findings import Finding
 from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
-from app.data.labels import LabelFile, label_path, read_labels
+from app.data.labels import LabelFile, Polygon, label_path, read_labels
 from app.data.limits import container_cpu_count
 from app.errors import ConfigError, DataError, suggest
 
@@ -96,10 +97,15 @@ class Dataset:
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64: upright height and width in pixels."""
     names: tuple[str, ...]
-    problems: list[str]
+    polygons: list[tuple[Polygon | None, ...]] = field(default_factory=list)
+    """A picture's polygons, parallel to its label rows (None: the row is a box), or an empty tuple where it has
+    none; the list is empty where no picture of the split has one."""
+    problems: list[Finding]
     """Pictures left out, and why; the number of them is `skipped`."""
-    notes: list[str]
+    notes: list[Finding]
     """Label rows left out without harm."""
+    unpaired: list[Finding] = field(default_factory=list)
+    """Pictures without a label file, which are background, and label files without a picture."""
     skipped: int
     digest: str
     """Hex SHA-256 of names, labels, and the pictures' relative paths, sizes in pixels and in bytes."""
@@ -110,6 +116,11 @@ class Dataset:
     def nc(self) -> int:
         """Number of classes."""
         return len(self.names)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All that is wrong with the split, by file."""
+        return sorted((*self.problems, *self.notes, *self.unpaired), key=lambda f: (f.file, f.line or 0))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -152,7 +163,7 @@ class Dataset:
         cls,
         description: DatasetDescription,
         usable: list[_Scanned],
-        problems: list[str],
+        problems: list[Finding],
         scanned: list[_Scanned],
     ) -> Self:
         labels = [item.label_file.rows for item in usable]
@@ -166,7 +177,11 @@ class Dataset:
             shapes_hw=np.array([header.hw for header in headers], np.int64),
             names=description.names,
             problems=problems,
+            polygons=[item.label_file.polygons for item in usable]
+            if any(item.label_file.polygons for item in usable)
+            else [],
             notes=[note for item in scanned for note in item.label_file.notes],
+            unpaired=[*_unlabelled(usable), *_orphans(scanned)],
             skipped=len(scanned) - len(usable),
             digest=_digest(description, usable),
             stamps=np.array([(header.file_size, header.modified_ns) for header in headers], np.int64),
@@ -178,7 +193,7 @@ class _Scanned:
     path: Path
     header: ImageHeader | None
     label_file: LabelFile
-    problems: tuple[str, ...]
+    problems: tuple[Finding, ...]
 
 
 def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
@@ -299,7 +314,10 @@ def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Sc
         try:
             header = read_header(path)
         except UnusableImageError as error:
-            return _Scanned(path=path, header=None, label_file=label_file, problems=(f"{path}: {error}",))
+            problem = Finding(str(path), None, error.problem, error.remedy)
+            return _Scanned(
+                path=path, header=None, label_file=label_file, problems=(problem, *label_file.problems)
+            )
         return _Scanned(path=path, header=header, label_file=label_file, problems=label_file.problems)
 
     with ThreadPoolExecutor(min(container_cpu_count() * 2, 16), "scan") as pool:
@@ -307,6 +325,45 @@ def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Sc
             if progress is not None and (done % 64 == 0 or done == len(paths)):
                 progress(done, len(paths))
             yield item
+
+
+def _unlabelled(usable: list[_Scanned]) -> Iterator[Finding]:
+    for item in usable:
+        if item.label_file.missing:
+            remedy = f"write {label_path(item.path)}, empty if nothing is in the picture"
+            yield Finding(str(item.path), None, "no label file, so taken for background", remedy)
+
+
+def _orphans(scanned: list[_Scanned]) -> Iterator[Finding]:
+    """Find the label files beside those of the split's pictures that belong to no picture on disk.
+
+    A split may list a part of a folder, so it is the folder that is asked for the picture. Text files that
+    lie among the pictures themselves may be anything (lists, licences) and are not judged.
+    """
+    folders: dict[Path, set[Path]] = {}
+    for item in scanned:
+        folders.setdefault(label_path(item.path).parent, set()).add(item.path.parent)
+    for labels, pictures in sorted(folders.items()):
+        if labels in pictures:
+            continue
+        stems = {
+            stem
+            for folder in pictures
+            for stem, suffix in map(os.path.splitext, _names(folder))
+            if suffix.lower() in IMAGE_SUFFIXES
+        }
+        for name in sorted(_names(labels)):
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".txt" and stem not in stems and name != "classes.txt":  # which annotators write
+                problem = "a label file without a picture, not used"
+                yield Finding(str(labels / name), None, problem, "add the picture or remove the file")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:
@@ -320,9 +377,11 @@ def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:
         rows = item.label_file.rows
         digest.update(f"\n{relative}\0{height}\0{width}\0{item.header.file_size}\0{len(rows)}\0".encode())
         digest.update(np.ascontiguousarray(rows).tobytes())
+        for polygon in item.label_file.polygons:
+            digest.update(b"-" if polygon is None else polygon.tobytes())
     return digest.hexdigest()
 
 
-def _many(head: str, problems: list[str], shown: int = 10) -> str:
+def _many(head: str, problems: list[Finding], shown: int = 10) -> str:
     more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
-    return "\n  ".join([f"{head} ({len(problems)}):", *problems[:shown], *more])
+    return "\n  ".join([f"{head} ({len(problems)}):", *map(str, problems[:shown]), *more])

@@ -10,6 +10,7 @@ from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
 from app.data.acquire import acquire
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.findings import REPORT, write_report
 from app.data.limits import container_memory_limit
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
@@ -41,10 +42,10 @@ def load_data(
     budget = int(container_memory_limit() * CACHE_SHARE)
     stores = []
     for name, split in (("train", train), ("val", val)):
-        share = budget * len(split) // (len(train) + len(val))
-        store = ImageStore(
-            split, image_size, config.cache, memory_limit_bytes=share, cache_folder=cache_folder
-        )
+        parts = len(split) if config.cache == "val" else len(train) + len(val)
+        share = budget * len(split) // parts
+        mode = config.cache if config.cache != "val" else "ram" if name == "val" else "off"
+        store = ImageStore(split, image_size, mode, memory_limit_bytes=share, cache_folder=cache_folder)
         stores.append(store)
         boxes = sum(len(rows) for rows in split.labels)
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
@@ -87,12 +88,24 @@ def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
     return fitted
 
 
+def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
+    """Write all that is wrong with pictures and labels to labels_report.csv in `folder`, and say so."""
+    # A picture may be in both splits.
+    count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
+    if count:
+        say(f"pictures and labels: {count} things to look at, all in {folder / REPORT}")
+
+
 def left_out(split: Dataset, shown: int = 5) -> list[str]:
     """Name what was left out, and why; users must not find out from a bad mAP."""
     lines = []
     if split.problems:
         lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
-    for line in (*split.problems[:shown], *split.notes[:shown]):
-        lines.append(f"    {line}")
+    for finding in (*split.problems[:shown], *split.notes[:shown]):
+        lines.append(f"    {finding}")
     more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
-    return [*lines, f"    and {more} more"] if more else lines
+    if more:
+        lines.append(f"    and {more} more")
+    if split.unpaired:
+        lines.append(f"  {len(split.unpaired)} pictures without a label file, or the other way round")
+    return lines

@@ -13,6 +13,7 @@ import torch
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
+from app.data.batching import Batching
 from app.data.loader import Batch, TrainLoader
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -90,6 +91,7 @@ class Trainer:
             seed=config.seed,
             workers=threads,
             pin_memory=not compute.on_cpu,
+            batching=Batching.from_config(config, int(detector.stride.max())),
         )
         self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
@@ -196,9 +198,9 @@ class Trainer:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
         with self.compute.autocast():
-            predictions = self.model(to_input(batch.images, self.compute))
+            predictions = self.model(to_input(batch.images, self.compute, batch.scaled_hw))
         total, parts = self.loss(predictions, batch.targets.to(self.compute.device, non_blocking=True))
-        total.backward()
+        (total * batch.loss_scale).backward()
         self._loss_sum += parts
         self._watch.look(total, position)
         if position - self._last_step >= self.schedule.accumulate(position):
@@ -219,6 +221,7 @@ class Trainer:
         validation = None
         if last or not self.config.noval:
             validation = validate(self.average.model, self.val_loader, self.loss, self.compute)
+            self.loader.class_maps = validation.metrics.map_by_class(self.model.nc).tolist()
         row = self._row(losses, validation)
         best = row.validated and (not self._best_rows() or row.fitness > self.best.fitness)
         self.rows.append(row)
@@ -295,6 +298,7 @@ class Trainer:
             "loss_sum": self._loss_sum,
             "rate_scale": self._rate_scale,
             "rollbacks_left": self._rollbacks_left,
+            "class_maps": self.loader.class_maps,
             **self._description(),
         }
 
@@ -328,6 +332,7 @@ class Trainer:
         self._loss_sum.copy_(state["loss_sum"])
         self._rate_scale, self._rollbacks_left = state["rate_scale"], state["rollbacks_left"]
         self._watch.reset()
+        self.loader.class_maps = state.get("class_maps")
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]
 
     # --- the end ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.checkpoint import load_checkpoint
-from app.engine.data import TrainingData, fit_stride, load_data, validation_loader
+from app.engine.data import TrainingData, fit_stride, load_data, report_findings, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.mistakes import WorstImages, draw_worst
 from app.engine.progress import Progress
@@ -80,10 +80,17 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return Hyp.from_mapping(values, str(path))
 
 
-def warn_of_idle(hyp: Hyp, say: Callable[[str], None]) -> None:
-    """Name a hyperparameter that is set and does nothing."""
-    if hyp.copy_paste:
-        say("copy_paste has no effect: labels are kept as boxes, and it needs polygons")
+def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Name what is set and does nothing."""
+    if config.rect and hyp.mosaic:
+        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole pictures in their own shapes")
+    if hyp.copy_paste and not data.train.polygons:
+        say("copy_paste has no effect: no training label is a polygon")
+    elif hyp.copy_paste and (config.rect or not hyp.mosaic):
+        say("copy_paste has no effect: objects are pasted into mosaics only")
+    if config.image_weights and (config.noval or config.evolve):
+        said = "a search validates" if config.evolve else "--noval validates"
+        say(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +116,11 @@ def train(command: TrainCommand) -> None:
     )
     workshop = open_workshop(job.config, job.start, job.hyp, progress.say)
     config = workshop.config
+    warn_of_idle(config, job.hyp, workshop.data, progress.say)
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         progress.say(f"run: {run.path}")
+        report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridge = start_bridge(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
@@ -159,7 +168,6 @@ def summary(best: EpochRow, run: RunDir) -> dict[str, Any]:
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
     hyp = read_hyp(config)
-    warn_of_idle(hyp, say)
     return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 

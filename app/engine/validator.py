@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from app.boxes import non_max_suppression, xywhn_to_xyxy
-from app.data.letterbox import boxes_to_original
+from app.data.letterbox import Size, boxes_to_original
 from app.data.loader import Batch
 from app.engine.device import Compute
 from app.engine.inference import Predictor
@@ -150,13 +151,16 @@ def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True)
     return lines
 
 
-def to_input(images: Tensor, compute: Compute) -> Tensor:
-    """Return uint8 [B,3,H,W] as float32 0..1 on the device, channels last."""
-    return (
+def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:
+    """Return uint8 [B,3,H,W] as float32 0..1 on the device, channels last, resized to `scaled_hw` if given."""
+    pixels = (
         images.to(compute.device, non_blocking=True)
         .to(torch.float32, memory_format=torch.channels_last)
         .div_(255)
     )
+    if scaled_hw is None:
+        return pixels
+    return functional.interpolate(pixels, scaled_hw, mode="bilinear", align_corners=False)
 
 
 def _in_original_pixels(batch: Batch, index: int, detections: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint
+from app.engine.data import report_findings
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -46,7 +47,8 @@ from app.tracking.process import BridgeHandle, start_bridge
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 
-COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor")
+COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor",
+            "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
 """Settings that the fitness depends on: every worker of a search has the same ones."""
 
 
@@ -54,13 +56,14 @@ def search(config: TrainConfig) -> None:
     """Work on the search that `--project` and `--name` name until its budget is met."""
     progress = Progress()
     seed_hyp = read_hyp(config)
-    warn_of_idle(seed_hyp, progress.say)
     workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
+    warn_of_idle(config, seed_hyp, workshop.data, progress.say)
     directory = project_dir(config.run_project, runs_root()) / config.run_name
     config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
+    report_findings(workshop.data, directory, progress.say)
     with StopSignal() as stop:
         bridge = start_bridge(log, warn=progress.say)
         trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)

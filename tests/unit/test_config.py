@@ -165,7 +165,7 @@ def test_a_configuration_survives_its_plain_form() -> None:
     assert TrainConfig.from_mapping(config.as_dict()) == config
 
 
-@pytest.mark.parametrize("line", ["--quad", "--multi-scale", "--sync-bn"])
+@pytest.mark.parametrize("line", ["--sync-bn"])
 def test_a_flag_that_is_not_here_yet_is_refused_not_ignored(line: str) -> None:
     with pytest.raises(UsageError, match="not available yet"):
         parse_args(line.split())
