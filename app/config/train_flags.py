@@ -142,6 +142,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--noval", help="validate after the final epoch only"),
         Flag("--noplots", help="draw no pictures"),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
+        Flag(
+            "--save-minutes",
+            metavar="N",
+            help="save after so many minutes within an epoch too; 0: after each step [%(default)s]",
+        ),
         Flag("--debug", help="show tracebacks"),
     ),
 }
@@ -174,6 +179,7 @@ RESUMABLE = frozenset(
         "noplots",
         "nosave",
         "save_period",
+        "save_minutes",
         "exist_ok",
         "resume",
         "debug",

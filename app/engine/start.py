@@ -11,10 +11,10 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
-from app.engine.checkpoint import is_own_checkpoint, load_checkpoint
+from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.errors import CheckpointError, UsageError
 from app.model.detector import Detector, build_detector
-from app.model.weights import load_weights
+from app.model.weights import LoadReport, load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Start:
 
     layout: dict[str, Any]
     weights: Weights | None
+    own_layout: bool = False
+    """Whether the layout is the weights' own, so that all of them must fit, but for a head of other classes."""
 
     def build(self, names: tuple[str, ...], anchors: float | None, say: Callable[[str], None]) -> Detector:
         """Return a fresh detector for these classes, carrying what fits of the weights."""
@@ -43,8 +45,22 @@ class Start:
         if self.weights is not None:
             # Other classes than the weights' leave the head's convolutions fresh: that is fine-tuning.
             report = load_weights(detector, self.weights.state, partial=True, source=str(self.weights.source))
+            if self.own_layout:
+                self._check_all_fit(detector, report, anchors)
             say(f"weights: {self.weights.source}: {report.describe()}")
         return detector
+
+    def _check_all_fit(self, detector: Detector, report: LoadReport, anchors: float | None) -> None:
+        """Raise CheckpointError naming what did not fit, unless the head was asked to have another shape."""
+        assert self.weights is not None
+        head = f"model.{len(detector.model) - 1}."
+        reshaped = anchors is not None or detector.names != self.weights.names
+        misfits = [name for name in report.wrong_shape if not (reshaped and name.startswith(head))]
+        if report.missing or misfits:
+            raise CheckpointError(
+                f"{self.weights.source}: does not fit its own layout: {report.describe()}; use another file, "
+                "or name a layout with --cfg to take what fits"
+            )
 
 
 def find_start(weights: str, cfg: str) -> Start:
@@ -56,7 +72,7 @@ def find_start(weights: str, cfg: str) -> Start:
         raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
     if loaded.layout is None:
         raise UsageError(f"--weights {loaded.source}: the file carries no layout: name it with --cfg")
-    return Start(loaded.layout, loaded)
+    return Start(loaded.layout, loaded, own_layout=True)
 
 
 def find_weights(name: str) -> Path:
@@ -75,6 +91,7 @@ def read_weights(path: Path) -> Weights:
     """Return the weights of one of our checkpoints, or of a foreign one, as float32 tensors."""
     if is_own_checkpoint(path):
         content = load_checkpoint(path)
+        require(path, content, ("ema", "layout", "names"))
         state = {key: _float32(value) for key, value in content["ema"].items()}
         return Weights(path, state, content["layout"], tuple(content["names"]))
     from app.model.foreign import read_foreign_checkpoint
