@@ -154,10 +154,10 @@ class Trainer:
         self._images_in_epoch = images
 
     def _after_step(self) -> None:
-        if self._stop.requested:
-            self._stop_here()
         if not self.config.nosave and self._clock() - self._saved_at >= 60 * self.config.save_minutes:
             self._save_last()
+        if self._stop.requested:
+            self._stop_here()
 
     def _after_validated(self, images: int) -> None:
         if self._stop.requested:  # the resume begins with this validation

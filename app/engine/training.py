@@ -229,7 +229,7 @@ def find_last(resume: str) -> Path:
         path = Path(resume).expanduser()
         return path / "weights" / "last.pt" if path.is_dir() else path
     found = sorted(
-        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path)),
+        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),
         key=lambda path: path.stat().st_mtime,
     )
     if not found:
@@ -238,8 +238,9 @@ def find_last(resume: str) -> Path:
 
 
 def _resumes(path: Path) -> bool:
-    """Whether a checkpoint is the newest of a run, or the one before it; candidates belong to their search."""
-    return path.name in ("last.pt", "last.previous.pt") and "candidates" not in path.parts
+    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
+    own = "candidates" not in path.parts and path.parts[0] != "mlflow"
+    return own and path.name in ("last.pt", "last.previous.pt")
 
 
 def _new_run(config: TrainConfig) -> RunDir:
