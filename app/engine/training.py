@@ -112,7 +112,7 @@ def train(command: TrainCommand) -> None:
     workshop = open_workshop(config, job.start, progress.say)
     run = RunDir(job.folder) if job.folder else _new_run(config)
     with run_lock(run.path), StopSignal() as stop:
-        for folder in (run.path, run.weights):
+        for folder in (run.path, folder_below(run.path, run.weights.name)):
             sweep(folder)
         if job.state is None:
             run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before

@@ -20,8 +20,8 @@ def run_trainer(args: list[str], runs: str, output: str, fault: Fault) -> None:
     words = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(words, 1)
     os.dup2(words, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     from app import settings, train
 
     settings.update({"mlflow": False})

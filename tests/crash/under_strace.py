@@ -6,6 +6,7 @@ the k-th of the action itself is the one. So torch is imported once, not once fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -44,10 +45,8 @@ def harmless(call: str, count: int, scratch: Path) -> None:
         elif call == "rename":
             os.rename(scratch, scratch)
         elif call in ("link", "unlink"):
-            try:
+            with contextlib.suppress(OSError):
                 os.link(scratch, scratch) if call == "link" else os.unlink(other)
-            except OSError:
-                pass
         elif call == "flock":
             import fcntl
 
