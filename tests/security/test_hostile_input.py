@@ -116,12 +116,14 @@ JSON = st.recursive(
 def _look_at(journal: bytes, folder: Path) -> None:
     """Do what every command does with a study; only our own errors may come out."""
     (folder / JOURNAL).write_bytes(journal)
+    message = str(folder)
     try:
         study = SearchStudy.read(folder)
         study.progress()
         study.finished()
     except StarlingError as error:
-        assert str(folder) in str(error)
+        message = str(error)
+    assert str(folder) in message
 
 
 @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -155,10 +157,12 @@ def test_a_record_nested_beyond_reason_is_our_own_error(tmp_path: Path) -> None:
 
 def _read(path: Path) -> None:
     for reader in (read_weights, load_checkpoint, is_own_checkpoint):
+        message = path.name
         try:
             reader(path)
         except StarlingError as error:
-            assert path.name in str(error)
+            message = str(error)
+        assert path.name in message
 
 
 def _rewritten(whole: bytes, change: dict[str, bytes]) -> bytes:
@@ -183,13 +187,13 @@ def test_a_checkpoint_with_any_bytes_changed_is_read_or_our_own_error(tmp_path: 
         content = archive.read(pickle_name)
     generator = random.Random(0)
     path = tmp_path / "fuzz.pt"
-    for _ in range(150):
+    for _ in range(150 if kind == "ours" else 40):
         damaged = bytearray(content)
         for _ in range(generator.randint(1, 4)):
             damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         path.write_bytes(_rewritten(whole, {"data.pkl": bytes(damaged)}))
         _read(path)
-    for _ in range(40):
+    for _ in range(20):
         start = generator.randrange(len(whole))
         path.write_bytes(whole[:start] + os.urandom(generator.randint(0, 40)) + whole[start + 20 :])
         _read(path)
