@@ -78,6 +78,8 @@ class TrainConfig:
     """N: the first N layers; several numbers: those layers."""
     save_period: int = -1
     """Keep a checkpoint every so many epochs; below 1: no."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; 0: after each step."""
     seed: int = 0
     """Seed of everything random."""
     rect: bool = False
@@ -115,6 +117,8 @@ class TrainConfig:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:
             raise ConfigError("--patience", self.patience, "must be 0 (off) or more")
+        if not self.save_minutes >= 0:
+            raise ConfigError("--save-minutes", self.save_minutes, "must be 0 (after each step) or more")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError("--label-smoothing", self.label_smoothing, "must be from 0 to below 1")
         if any(layer < 0 for layer in self.freeze):

@@ -11,12 +11,12 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
-from app.engine.checkpoint import is_own_checkpoint, load_checkpoint
+from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.engine.official import OFFICIAL, official_name, official_weights
 from app.engine.progress import Progress
 from app.errors import CheckpointError, UsageError, suggest
 from app.model.detector import Detector, build_detector
-from app.model.weights import load_weights
+from app.model.weights import LoadReport, load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,22 @@ class Start:
             report = load_weights(
                 detector, self.weights.state, partial=True, exclude=exclude, source=str(self.weights.source)
             )
+            if not self.layout_given:
+                self._check_all_fit(detector, report, anchors)
             say(f"weights: {self.weights.source}: {report.describe()}")
         return detector
+
+    def _check_all_fit(self, detector: Detector, report: LoadReport, anchors: float | None) -> None:
+        """Raise CheckpointError naming what did not fit, unless the head was asked to have another shape."""
+        assert self.weights is not None
+        head = f"model.{len(detector.model) - 1}."
+        reshaped = anchors is not None or detector.names != self.weights.names
+        misfits = [name for name in report.wrong_shape if not (reshaped and name.startswith(head))]
+        if report.missing or misfits:
+            raise CheckpointError(
+                f"{self.weights.source}: does not fit its own layout: {report.describe()}; use another file, "
+                "or name a layout with --cfg to take what fits"
+            )
 
 
 def find_start(weights: str, cfg: str) -> Start:
@@ -97,6 +111,7 @@ def read_weights(path: Path) -> Weights:
     """Return the weights of one of our checkpoints, or of a foreign one, as float32 tensors."""
     if is_own_checkpoint(path):
         content = load_checkpoint(path)
+        require(path, content, ("ema", "layout", "names"))
         state = {key: _float32(value) for key, value in content["ema"].items()}
         return Weights(path, state, content["layout"], tuple(content["names"]))
     from app.model.foreign import read_foreign_checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from app.config.yaml_reader import write_yaml
 from app.data.batching import Batching
 from app.data.loader import Batch, TrainLoader
 from app.engine import pictures
-from app.engine.checkpoint import load_checkpoint, save_checkpoint
+from app.engine.best_weights import holds_best
+from app.engine.checkpoint import load_checkpoint, require, save_checkpoint
 from app.engine.data import TrainingData, validation_loader
 from app.engine.device import Compute
 from app.engine.mistakes import WorstImages, draw_worst
@@ -29,12 +31,18 @@ from app.engine.validator import Validation, class_table, to_input, validate
 from app.errors import CheckpointError, StarlingError
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
+from app.model.weights import load_weights
 from app.outputs.run_dir import RunDir
 
 GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
 """What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
+RESUMED = (
+    *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
+    *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left"),
+)
+"""What a resumable checkpoint holds for the trainer."""
 
 
 class Diverged(StarlingError):
@@ -68,6 +76,7 @@ class Trainer:
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
         rollbacks: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare a fresh training; `rollbacks` is how often a loss that is no number is answered by going back."""
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
@@ -107,6 +116,12 @@ class Trainer:
         self._rate_scale = 1.0
         """Learning rates are multiplied by it; below 1 after a rollback."""
         self._beginning: dict[str, Any] | None = None
+        self._clock = clock
+        self._saved_at = clock()
+        self._saved_position: tuple[int, int] | None = None
+        """Epoch and iteration of the checkpoint that this process saved last."""
+        self._kept: EpochRow | None = None
+        """The row whose weights are in best.pt."""
 
     def fit(self) -> TrainResult:
         """Train to the last epoch, or until patience runs out.
@@ -153,10 +168,22 @@ class Trainer:
             self._reporter.iteration(
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
-            stepped = self._last_step == epoch_start + self.iteration - 1
-            if self._stop.requested and stepped and not self._has_diverged():
-                self._stop_here()
+            if self._last_step == epoch_start + self.iteration - 1:
+                self._after_step()
         self._images_in_epoch = images
+
+    def _after_step(self) -> None:
+        due = not self.config.nosave and self._clock() - self._saved_at >= 60 * self.config.save_minutes
+        if (due or self._stop.requested) and self._has_diverged():
+            return  # never saved; the end of the epoch goes back
+        if due:
+            self._save_last()
+        if self._stop.requested:
+            self._stop_here()
+
+    def _after_validated(self, images: int) -> None:
+        if self._stop.requested:  # the resume begins with this validation
+            self._stop_here()
 
     def _has_diverged(self) -> bool:
         """Return whether a loss of this epoch, or a weight by now, is no number."""
@@ -191,7 +218,8 @@ class Trainer:
 
     def _stop_here(self) -> None:
         """Save, whatever `--nosave` says, and raise Stopped."""
-        self._save_last()
+        if self._saved_position != (self.epoch, self.iteration):  # the grace is short, one save is enough
+            self._save_last()
         self._stop.raise_if_requested()
 
     def _iterate(self, batch: Batch, position: int) -> None:
@@ -220,10 +248,16 @@ class Trainer:
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
-            validation = validate(self.average.model, self.val_loader, self.loss, self.compute)
+            validation = validate(
+                self.average.model,
+                self.val_loader,
+                self.loss,
+                self.compute,
+                after_batch=self._after_validated,
+            )
             self.loader.class_maps = validation.metrics.map_by_class(self.model.nc).tolist()
         row = self._row(losses, validation)
-        best = row.validated and (not self._best_rows() or row.fitness > self.best.fitness)
+        best = row.validated and (self._kept is None or row.fitness > self._kept.fitness)
         self.rows.append(row)
         self.epoch, self.iteration = self.epoch + 1, 0
         self._loss_sum.zero_()
@@ -258,16 +292,24 @@ class Trainer:
     # --- saving -----------------------------------------------------------------------------------------
 
     def _save_epoch(self, *, best: bool, last: bool) -> None:
-        if best:
-            save_checkpoint(self.run.best, self.weights())
+        # In this order a kill between the two leaves a checkpoint that the best can be made from again.
         if last or not self.config.nosave:
             self._save_last()
+        if best:
+            self._save_best(self.rows[-1])
         period = self.config.save_period
         if period > 0 and self.epoch % period == 0:
             save_checkpoint(self.run.weights / f"epoch{self.epoch - 1}.pt", self.weights())
 
     def _save_last(self) -> None:
-        save_checkpoint(self.run.last, self.state())
+        # After a resume the one before `last.pt` may be the only whole one: the first save leaves it.
+        previous = None if self._saved_position is None else self.run.previous
+        save_checkpoint(self.run.last, self.state(), previous=previous)
+        self._saved_position, self._saved_at = (self.epoch, self.iteration), self._clock()
+
+    def _save_best(self, row: EpochRow) -> None:
+        save_checkpoint(self.run.best, self.weights())
+        self._kept = row
 
     def weights(self) -> dict[str, Any]:
         """Return what inference and fine-tuning need: the averaged weights in half precision."""
@@ -315,15 +357,19 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
+        require(self.run.last, state, RESUMED)
         if tuple(state["names"]) != self.data.names:
             raise CheckpointError(
                 f"the checkpoint was trained on the classes {', '.join(state['names'])}, "
                 f"the dataset has {', '.join(self.data.names)}; resume with the dataset it was trained on"
             )
-        self.model.load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["ema"])
+        for model, tensors in ((self.model, state["model"]), (self.average.model, state["ema"])):
+            load_weights(model, tensors, source=str(self.run.last))
         self.average.updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.run.last}: the optimizer's state does not fit ({error})") from None
         for key, parameter in self.model.named_parameters():
             gradient = state["gradients"].get(key)
             parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
@@ -334,11 +380,25 @@ class Trainer:
         self._watch.reset()
         self.loader.class_maps = state.get("class_maps")
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Find out which row's weights best.pt holds, and mend what a kill between two saves left."""
+        if not self._best_rows() or holds_best(self.run.best, self.rows):
+            self._kept = self.best if self._best_rows() else None
+        elif (self.best.epoch, 0) == (self.epoch - 1, self.iteration):
+            self._reporter.say(f"{self.run.best}: written anew from the checkpoint, whose epoch is the best")
+            self._save_best(self.best)
+        else:
+            self._reporter.say(
+                f"{self.run.best}: the weights of the best epoch ({self.best.epoch + 1}) are not there; "
+                "the file will hold the best of the epochs to come"
+            )
 
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
-        if not self.run.best.is_file():  # a candidate that went on in a folder of its own
+        if self._kept is None:  # a candidate that went on in a folder of its own
             save_checkpoint(self.run.best, self.weights())
         if not self.config.noplots:
             pictures.draw_results(self.run.results_csv, self.run.path / "results.png")

@@ -20,7 +20,8 @@ from app.config.yaml_reader import read_yaml
 from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
-from app.engine.checkpoint import load_checkpoint
+from app.engine.best_weights import holds_best
+from app.engine.checkpoint import load_newest, require
 from app.engine.data import TrainingData, fit_stride, load_data, report_findings, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.mistakes import WorstImages, draw_worst
@@ -33,13 +34,16 @@ from app.engine.trainer import Trainer, TrainResult
 from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
 from app.model.detector import Detector
+from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
-from app.outputs.run_dir import RunDir, create_run_dir, runs_root
+from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
 from app.tracking.process import BridgeHandle, start_bridge
 
+RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
+"""What a resumable checkpoint holds for setting the training up again."""
 CACHE_FOLDER = ".cache"
 """Below the runs folder, so that every container of the host shares it."""
 
@@ -119,6 +123,10 @@ def train(command: TrainCommand) -> None:
     warn_of_idle(config, job.hyp, workshop.data, progress.say)
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
+        for folder in (run.path, folder_below(run.path, run.weights.name)):
+            sweep(folder)
+        if job.state is None:
+            run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
         report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
@@ -174,17 +182,21 @@ def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
 def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
     last = find_last(command.config.resume)
-    state = load_checkpoint(last)
-    if state["kind"] != "resumable" or last.parent.name != "weights":
+    state, taken = load_newest(last, say)
+    if state.get("kind") != "resumable" or last.parent.name != "weights":
         raise CheckpointError(
             f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
             f"start a new run from it with --weights {last}"
         )
+    require(taken, state, RESUMED)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
-    if state["epoch"] >= config.epochs:
+    rows = [EpochRow.from_list(values) for values in state["rows"]]
+    if state["epoch"] >= config.epochs and holds_best(last.with_name("best.pt"), rows):
         raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
     folder = last.parent.parent
-    say(f"resuming {folder} at epoch {state['epoch'] + 1}/{config.epochs}")
+    say(
+        f"resuming {folder} at epoch {min(state['epoch'] + 1, config.epochs)}/{config.epochs}, from {taken.name}"
+    )
     hyp = Hyp.from_mapping(state["hyp"], str(last))
     return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state)
 
@@ -273,12 +285,18 @@ def find_last(resume: str) -> Path:
         path = Path(resume).expanduser()
         return path / "weights" / "last.pt" if path.is_dir() else path
     found = sorted(
-        (path for path in runs_root().rglob("weights/last.pt") if "candidates" not in path.parts),
+        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),
         key=lambda path: path.stat().st_mtime,
     )
     if not found:
         raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
-    return found[-1]
+    return found[-1].with_name("last.pt")
+
+
+def _resumes(path: Path) -> bool:
+    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
+    own = "candidates" not in path.parts and path.parts[0] != "mlflow"
+    return own and path.name in ("last.pt", "last.previous.pt")
 
 
 def _new_run(config: TrainConfig) -> Path:

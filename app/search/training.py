@@ -6,7 +6,7 @@ import json
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine import pictures
-from app.engine.checkpoint import load_checkpoint
+from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
@@ -23,6 +23,7 @@ from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, TrainResult
 from app.engine.training import (
+    RESUMED,
     Workshop,
     check_bridge,
     draw_weights,
@@ -34,7 +35,7 @@ from app.engine.training import (
     warn_of_idle,
 )
 from app.errors import CheckpointError
-from app.outputs.run_dir import RunDir, project_dir, runs_root
+from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
@@ -58,7 +59,7 @@ def search(config: TrainConfig) -> None:
     seed_hyp = read_hyp(config)
     workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
     warn_of_idle(config, seed_hyp, workshop.data, progress.say)
-    directory = project_dir(config.run_project, runs_root()) / config.run_name
+    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
     config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
@@ -177,7 +178,7 @@ class _Trainings:
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
-        state = _newest_state(candidate)
+        state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
         run = RunDir(candidate.directory)
         label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
@@ -210,13 +211,16 @@ def _outcome(result: TrainResult) -> Outcome:
                    box_loss=box, obj_loss=obj, cls_loss=cls)  # fmt: skip
 
 
-def _newest_state(candidate: Candidate) -> Mapping[str, Any] | None:
+def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[str, Any] | None:
     """Return the checkpoint of an interrupted attempt at this candidate, if one is whole."""
     for folder in candidate.resumes_from:
         try:
-            return load_checkpoint(RunDir(folder).last)
-        except CheckpointError:
-            continue
+            state, _ = load_newest(RunDir(folder).last, say)
+            require(RunDir(folder).last, state, RESUMED)
+            return state
+        except CheckpointError as error:
+            if RunDir(folder).last.exists():
+                say(f"{error}; not taken")
     return None
 
 
@@ -233,7 +237,7 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
 def _fitness_of(path: Path) -> float:
     try:
         rows = [EpochRow.from_list(values) for values in load_checkpoint(path)["rows"]]
-    except CheckpointError:
+    except (CheckpointError, LookupError, TypeError, ValueError):
         return float("-inf")
     return max((row.fitness for row in rows if row.validated), default=float("-inf"))
 
