@@ -246,7 +246,7 @@ def test_a_training_with_all_of_them_resumes_to_the_same_weights(tiny_args: list
         "--image-weights",
         "--multi-scale",
         "--epochs",
-        "3",
+        "12",  # enough that the signal below is never too late
     ]
     assert train.main([*common, "--name", "whole"]) == 0
     command = [sys.executable, "app/train.py", *common, "--name", "cut"]
@@ -254,7 +254,7 @@ def test_a_training_with_all_of_them_resumes_to_the_same_weights(tiny_args: list
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("epoch 2/4"):  # the first validation is done
+        if line.startswith("epoch 2/12"):  # the first validation is done
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
