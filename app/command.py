@@ -5,12 +5,29 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from app.errors import StarlingError
 
+Parsed = TypeVar("Parsed")
 
-def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
-    """Run `body` and return the exit code: 0, or the error's; a bug keeps its traceback."""
+
+def run_command(
+    parse: Callable[[], Parsed], run: Callable[[Parsed], None], debug: Callable[[Parsed], bool]
+) -> int:
+    """Parse, run what was parsed, and return the exit code: 0, or the error's; a bug keeps its traceback.
+
+    `debug` says of what was parsed whether errors show their tracebacks.
+    """
+    try:
+        parsed = parse()
+    except StarlingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return _run(lambda: run(parsed), debug=debug(parsed))
+
+
+def _run(body: Callable[[], None], *, debug: bool) -> int:
     try:
         body()
     except StarlingError as error:

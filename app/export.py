@@ -11,17 +11,11 @@ if __package__ in (None, ""):  # run by its path: what is importable is the pack
 
 from app.command import run_command
 from app.config.export_config import ExportConfig, parse_args
-from app.errors import StarlingError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, export, and return the exit code."""
-    try:
-        config = parse_args(argv)
-    except StarlingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return run_command(lambda: _run(config), debug=config.debug)
+    return run_command(lambda: parse_args(argv), _run, debug=lambda config: config.debug)
 
 
 def _run(config: ExportConfig) -> None:

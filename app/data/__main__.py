@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Download or convert, and return the exit code."""
     given = build_parser().parse_args(arguments)
     body = _download if given.command == "download" else _convert
-    return run_command(lambda: body(given))
+    return run_command(lambda: given, body, debug=lambda given: False)
 
 
 def _download(given: argparse.Namespace) -> None:
