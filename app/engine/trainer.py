@@ -100,7 +100,7 @@ class Trainer:
             seed=config.seed,
             workers=threads,
             pin_memory=not compute.on_cpu,
-            batching=Batching.from_config(config, int(detector.stride.max())),
+            batching=Batching.from_config(config, detector.image_multiple),
         )
         self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
@@ -203,8 +203,8 @@ class Trainer:
         self.restore(self._last_good_state())
         self._rollbacks_left, self._rate_scale = left, scale
         self._reporter.say(
-            f"{where}: the loss is no longer a number; back to the end of epoch {self.epoch} with the learning rate "
-            f"times {scale:g}"
+            f"{where}: the loss is no longer a number; going on from epoch {self.epoch + 1}, iteration "
+            f"{self.epoch * len(self.loader) + self.iteration}, with the learning rate times {scale:g}"
         )
 
     def _last_good_state(self) -> dict[str, Any]:

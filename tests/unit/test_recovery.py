@@ -49,7 +49,7 @@ def test_a_nan_loss_goes_back_to_the_last_epoch_at_a_tenth_of_the_rate(
     poison(monkeypatch, 4)  # the second iteration of the second epoch
     assert train.main([*tiny_args, "--noplots", "--epochs", "3"]) == 0
     said = capsys.readouterr().out
-    assert "epoch 2, iteration 3: the loss is no longer a number; back to the end of epoch 1" in said
+    assert "epoch 2, iteration 3: the loss is no longer a number; going on from epoch 2, iteration 2" in said
     run = runs / "train" / "exp"
     assert len(rates(run)) == 3
     assert rates(run)[1] < 0.11 * rates(run)[0]
