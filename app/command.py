@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from app.errors import StarlingError
+from app.errors import StarlingError, is_out_of_memory
 
 Parsed = TypeVar("Parsed")
 
@@ -44,7 +44,9 @@ def _run(body: Callable[[], None], *, debug: bool) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
         return 1
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         if debug:
             traceback.print_exc()
         print(f"error: out of memory ({error}); lower --batch or --imgsz, or --cache off", file=sys.stderr)

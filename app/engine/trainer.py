@@ -17,6 +17,7 @@ from app.config.yaml_reader import write_yaml
 from app.data.batching import Batching
 from app.data.loader import Batch, TrainLoader
 from app.engine import pictures
+from app.engine.back_off import split
 from app.engine.best_weights import holds_best
 from app.engine.checkpoint import load_checkpoint, require, save_checkpoint
 from app.engine.data import TrainingData, validation_loader
@@ -28,7 +29,7 @@ from app.engine.results import EpochRow, write_results
 from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
 from app.engine.validator import Validation, class_table, to_input, validate
-from app.errors import CheckpointError, StarlingError
+from app.errors import CheckpointError, StarlingError, is_out_of_memory
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
 from app.model.weights import load_weights
@@ -40,7 +41,7 @@ ROLLBACK_RATE = 0.1
 NOT_VALIDATED = (math.nan,) * 4
 RESUMED = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
-    *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left"),
+    *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
 )
 """What a resumable checkpoint holds for the trainer."""
 
@@ -76,9 +77,14 @@ class Trainer:
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
         rollbacks: int = 1,
+        back_off: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare a fresh training; `rollbacks` is how often a loss that is no number is answered by going back."""
+        """Prepare a fresh training.
+
+        `rollbacks` is how often a loss that is no number is answered by going back; `back_off` lets a batch that
+        does not fit into memory go through in parts.
+        """
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
         self._image_size = image_size
@@ -116,6 +122,9 @@ class Trainer:
         self._rate_scale = 1.0
         """Learning rates are multiplied by it; below 1 after a rollback."""
         self._beginning: dict[str, Any] | None = None
+        self._back_off = back_off
+        self._parts = 1
+        """Parts that a batch goes through in; above 1 after memory ran out."""
         self._clock = clock
         self._saved_at = clock()
         self._saved_position: tuple[int, int] | None = None
@@ -225,18 +234,44 @@ class Trainer:
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
-        with self.compute.autocast():
-            predictions = self.model(to_input(batch.images, self.compute, batch.scaled_hw))
-        total, parts = self.loss(predictions, batch.targets.to(self.compute.device, non_blocking=True))
-        (total * batch.loss_scale).backward()
-        self._loss_sum += parts
-        self._watch.look(total, position)
+        losses = self._learn(batch, position)
+        while losses is None:
+            losses = self._learn(batch, position)
+        self._loss_sum += losses
         if position - self._last_step >= self.schedule.accumulate(position):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.average.update()
             self._last_step = position
+
+    def _learn(self, batch: Batch, position: int) -> torch.Tensor | None:
+        """Run one batch forward and backward and return its [3] losses; None where it must be tried in smaller parts."""
+        losses = torch.zeros(3, device=self.compute.device)
+        try:
+            for part in split(batch, self._parts) if self._parts > 1 else (batch,):
+                with self.compute.autocast():
+                    predictions = self.model(to_input(part.images, self.compute, part.scaled_hw))
+                targets = part.targets.to(self.compute.device, non_blocking=True)
+                total, part_losses = self.loss(predictions, targets)
+                (total * part.loss_scale).backward()
+                self._watch.look(total, position)
+                losses += part_losses * (len(part.indices) / len(batch.indices))
+        except (RuntimeError, MemoryError) as error:
+            if not self._back_off or not is_out_of_memory(error) or self._parts >= len(batch.indices):
+                raise
+        else:
+            return losses
+        # Outside the handler, whose traceback would keep the tensors that are to go.
+        self._parts *= 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.compute.on_cpu:
+            torch.cuda.empty_cache()
+        self._reporter.say(
+            f"out of memory: from here each batch of {self.config.batch_size} goes through in {self._parts} parts; "
+            "a smaller --batch or --imgsz is faster"
+        )
+        return None
 
     def _mean_losses(self) -> tuple[float, float, float]:
         box, obj, cls = (self._loss_sum / max(self.iteration, 1)).tolist()
@@ -339,6 +374,7 @@ class Trainer:
             "last_step": self._last_step,
             "loss_sum": self._loss_sum,
             "rate_scale": self._rate_scale,
+            "parts": self._parts,
             "rollbacks_left": self._rollbacks_left,
             "class_maps": self.loader.class_maps,
             **self._description(),
@@ -377,6 +413,7 @@ class Trainer:
         self._last_step = state["last_step"]
         self._loss_sum.copy_(state["loss_sum"])
         self._rate_scale, self._rollbacks_left = state["rate_scale"], state["rollbacks_left"]
+        self._parts = state["parts"]
         self._watch.reset()
         self.loader.class_maps = state.get("class_maps")
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]

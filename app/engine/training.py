@@ -210,7 +210,7 @@ def train_in(
     stop: StopSignal,
     state: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Any], None] = lambda row: None,
-    rollbacks: int = 1,
+    recover: bool = True,
 ) -> TrainResult:
     """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
     reporter.started(_params(config, hyp), _tags(workshop))
@@ -218,7 +218,7 @@ def train_in(
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
         detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
-                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch, rollbacks=rollbacks)  # fmt: skip
+                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch, rollbacks=int(recover), back_off=recover)  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
         result = trainer.fit()

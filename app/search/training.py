@@ -192,9 +192,9 @@ class _Trainings:
             check_bridge(self._bridge)
 
         try:
-            # No rollback: a candidate that needs a lower rate than its own is not the one that was asked for.
+            # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
             result = train_in(
-                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, rollbacks=0
+                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, recover=False
             )
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
