@@ -46,13 +46,6 @@ def xyxy_to_xywhn(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return xyxy_to_xywh(boxes_xyxy) / boxes_xyxy.new_tensor([width, height, width, height])
 
 
-def clip_xyxy(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Move corners that lie outside an image of `size_hw` pixels onto its border."""
-    height, width = size_hw
-    limit = boxes_xyxy.new_tensor([width, height, width, height])
-    return torch.minimum(boxes_xyxy.clamp(min=0), limit)
-
-
 def iou_aligned_xywh(a_xywh: Tensor, b_xywh: Tensor, kind: IouKind = "iou") -> Tensor:
     """Return the overlap of boxes in pairs: [...,4] and [...,4] -> [...].
 
@@ -81,11 +74,6 @@ def iou_aligned_xywh(a_xywh: Tensor, b_xywh: Tensor, kind: IouKind = "iou") -> T
     with torch.no_grad():
         alpha = aspect / (aspect - iou + (1 + _EPS))
     return iou - distance - aspect * alpha
-
-
-def iou_aligned(a_xyxy: Tensor, b_xyxy: Tensor, kind: IouKind = "iou") -> Tensor:
-    """Return the overlap of corner boxes in pairs: [...,4] and [...,4] -> [...]; see `iou_aligned_xywh`."""
-    return iou_aligned_xywh(xyxy_to_xywh(a_xyxy), xyxy_to_xywh(b_xyxy), kind)
 
 
 def iou_matrix(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-from app.errors import StarlingError
+from app.errors import StarlingError, is_out_of_memory
+
+Parsed = TypeVar("Parsed")
 
 
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -17,8 +20,22 @@ def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
-    """Run `body` and return the exit code: 0, or the error's; a bug keeps its traceback."""
+def run_command(
+    parse: Callable[[], Parsed], run: Callable[[Parsed], None], debug: Callable[[Parsed], bool]
+) -> int:
+    """Parse, run what was parsed, and return the exit code: 0, or the error's; a bug keeps its traceback.
+
+    `debug` says of what was parsed whether errors show their tracebacks.
+    """
+    try:
+        parsed = parse()
+    except StarlingError as error:
+        say_error(f"error: {error}")
+        return error.exit_code
+    return _run(lambda: run(parsed), debug=debug(parsed))
+
+
+def _run(body: Callable[[], None], *, debug: bool) -> int:
     try:
         body()
     except StarlingError as error:
@@ -35,7 +52,9 @@ def run_command(body: Callable[[], None], *, debug: bool = False) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
         return 1
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         if debug:
             traceback.print_exc()
         print(f"error: out of memory ({error}); lower --batch or --imgsz, or --cache off", file=sys.stderr)

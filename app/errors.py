@@ -51,3 +51,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
     close = get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that device or host memory ran out, whatever raised it.
+
+    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -44,6 +44,22 @@ def match_detections(
     return first.any(1)
 
 
+def find_mistakes(
+    detections: Tensor, labels: Tensor, iou: float = IOU_THRESHOLDS[0]
+) -> tuple[Tensor, Tensor]:
+    """Return which labels [n] bool are missed and which detections [m] bool are false, at one IoU.
+
+    Takes what `match_detections` takes; a second box on a label that is found is false.
+    """
+    right = match_detections(detections, labels, (iou,))[:, 0]
+    missed = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    if right.any():
+        hits = detections[right]
+        same_class = hits[:, 5:6] == labels[:, 0][None]
+        missed[(iou_matrix(hits[:, :4], labels[:, 1:5]) * same_class).argmax(1)] = False
+    return missed, ~right
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
     """What the four curve plots draw; C classes, 1000 points."""

@@ -9,19 +9,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from app.command import run_command, say_error
+from app.command import run_command
 from app.config.train_flags import TrainCommand, parse_args
-from app.errors import StarlingError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train or search, and return the exit code."""
-    try:
-        command = parse_args(argv)
-    except StarlingError as error:
-        say_error(f"error: {error}")
-        return error.exit_code
-    return run_command(lambda: _run(command), debug=command.config.debug)
+    return run_command(lambda: parse_args(argv), _run, debug=lambda command: command.config.debug)
 
 
 def _run(command: TrainCommand) -> None:

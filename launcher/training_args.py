@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,8 @@ _MISSING: dict[str, type[LauncherError]] = {
     "--hyp": UsageError,
     "--cfg": UsageError,
 }
+_PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
+"""Bare names of weights that the trainer can fetch."""
 _IMAGE_ROOT = PurePosixPath("/usr/src")
 """Paths below it are the image's own; the host has no say in them."""
 
@@ -168,6 +171,8 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None
         return path
     if option == "--weights" and path.with_name(f"{path.name}.pt").is_file():
         return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
+    if option == "--weights" and _PUBLISHED.fullmatch(given):
+        return _kept_weights(given)
     known = _shipped(option)
     name = PurePosixPath(given).name
     if {name, f"{name}.yaml"} & set(known) and not (path.is_absolute() and given.startswith(("~", "/home"))):
@@ -180,6 +185,21 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None
         "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
     raise _MISSING[option](f"{option} {given}: no such file{hint}; {remedy}")
+
+
+def _kept_weights(given: str) -> Path:
+    """Return published weights as the trainer keeps them on this host; replicas have no folder to keep them in."""
+    name = given if given.endswith(".pt") else f"{given}.pt"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = (
+        Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights").expanduser().absolute()
+    )
+    if (folder / name).is_file():
+        return folder / name
+    raise CheckpointError(
+        f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
+        f"python -m app.data download {name}"
+    )
 
 
 def _shipped(option: str) -> list[str]:

@@ -22,6 +22,10 @@ _FRACTIONS = (
 )
 
 
+_LARGEST = 10**300
+"""A whole number in a YAML may be longer than any float."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyp:
     """One set of hyperparameters; the defaults are those of `hyp.scratch-low.yaml`."""
@@ -110,6 +114,8 @@ class Hyp:
                 raise UsageError(f"{source}: unknown hyperparameter {key!r}{suggest(key, known)}")
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise UsageError(f"{source}: {key}={value!r} must be a number")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise UsageError(f"{source}: {key} is too large a number")
             values[key] = None if value is None else float(value)
         try:
             return cls(**values)  # type: ignore[arg-type]

@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from app.errors import ConfigError, UsageError
+from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
-Cache = Literal["auto", "ram", "disk", "off"]
+Cache = Literal["auto", "ram", "disk", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
+
+AUTO_BATCH = -1
 
 DEFAULT_PROJECT = "runs/train"
 DEFAULT_SEARCH_PROJECT = "runs/evolve"
@@ -27,12 +30,14 @@ class TrainConfig:
     """Layout YAML; empty: the one the weights carry."""
     data: str = "coco128.yaml"
     """Dataset YAML."""
+    download: bool = False
+    """Fetch the dataset first, as its description says, unless it is there."""
     hyp: str = "hyp.scratch-low.yaml"
     """Hyperparameter YAML."""
     epochs: int = 100
     """Epochs in all, those before a resume counted."""
     batch_size: int = 16
-    """Images in one iteration over all devices."""
+    """Images in one iteration over all devices; -1: as many as the GPU has room for."""
     imgsz: int = 640
     """Training image side in pixels; rounded up to the layout's largest stride."""
     resume: str = ""
@@ -41,12 +46,14 @@ class TrainConfig:
     """Keep the final checkpoint only."""
     noval: bool = False
     """Validate after the final epoch only."""
+    noautoanchor: bool = False
+    """Train with the anchors as they are, however they fit the labels."""
     noplots: bool = False
     """Draw no pictures."""
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
     cache: Cache = "auto"
-    """Where decoded images are kept: auto, ram, disk, off."""
+    """Where decoded images are kept: auto, ram, disk, val (those of validation in ram), off."""
     device: str = ""
     """`cpu`, `0`, or empty: the first GPU if there is one. Several by commas: one process each."""
     sync_bn: bool = False
@@ -75,12 +82,26 @@ class TrainConfig:
     """N: the first N layers; several numbers: those layers."""
     save_period: int = -1
     """Keep a checkpoint every so many epochs; below 1: no."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; 0: after each step."""
     seed: int = 0
     """Seed of everything random."""
+    rect: bool = False
+    """Train on batches of like aspect, each in its own shape, without mosaics."""
+    quad: bool = False
+    """Train on a quarter of the images at twice the side."""
+    image_weights: bool = False
+    """Draw training pictures by how rare and how badly found their classes are."""
+    multi_scale: bool = False
+    """Train at half to one and a half of the image size, another each iteration."""
     amp: str = "auto"
     """bfloat16 autocast: auto (where the hardware has it), on, off."""
+    bucket: str = ""
+    """URL of a folder in object storage that results are copied to at the end."""
     strict: bool = False
     """Stop at the first unusable picture or label instead of leaving it out."""
+    json: bool = False
+    """End with one JSON object on standard output."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -88,12 +109,10 @@ class TrainConfig:
         """Check every value that can be checked without touching a file."""
         if self.epochs < 1:
             raise ConfigError("--epochs", self.epochs, "must be at least 1")
-        if self.batch_size < 1:
-            raise ConfigError(
-                "--batch-size",
-                self.batch_size,
-                "must be at least 1; automatic batch (-1) is not available yet",
-            )
+        if self.batch_size < 1 and self.batch_size != AUTO_BATCH:
+            raise ConfigError("--batch-size", self.batch_size, "must be at least 1, or -1 to fill the GPU")
+        if self.quad and self.batch_size % 4:
+            raise ConfigError("--batch-size", self.batch_size, "must be a multiple of 4 with --quad")
         if self.imgsz < 32:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:
@@ -102,6 +121,8 @@ class TrainConfig:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:
             raise ConfigError("--patience", self.patience, "must be 0 (off) or more")
+        if not self.save_minutes >= 0:
+            raise ConfigError("--save-minutes", self.save_minutes, "must be 0 (after each step) or more")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError("--label-smoothing", self.label_smoothing, "must be from 0 to below 1")
         if any(layer < 0 for layer in self.freeze):
@@ -109,6 +130,8 @@ class TrainConfig:
         self._check_devices()
         if self.name:
             check_name(self.name)
+        if self.bucket:
+            check_bucket(self.bucket)
 
     def _check_devices(self) -> None:
         """Check a list of devices by itself; whether they exist is found out later."""
@@ -135,6 +158,10 @@ class TrainConfig:
 
     def check_split(self, processes: int) -> None:
         """Raise UsageError, naming the nearest batch that works, where so many processes cannot share the batch evenly."""
+        if self.batch_size == AUTO_BATCH:
+            raise UsageError(
+                f"--batch-size {AUTO_BATCH}: is measured on one device; give the batch of all {processes} processes together"
+            )
         if self.batch_size % processes:
             nearest = max(round(self.batch_size / processes), 1) * processes
             raise UsageError(

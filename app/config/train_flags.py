@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
 
+from app.config.flags import CommandParser, Flag
 from app.config.train_config import CACHES, OPTIMIZERS, TrainConfig
-from app.errors import UsageError, suggest
+from app.errors import UsageError
 
 EXAMPLES = """\
 examples:
@@ -24,55 +24,15 @@ examples:
 """
 
 
-NOT_YET = frozenset(
-    {
-        "--rect",
-        "--quad",
-        "--multi-scale",
-        "--image-weights",
-        "--bucket",
-        "--noautoanchor",
-    }
-)
-"""Flags of the classic trainer that are refused, by name, until they do what they say."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one message, with the flag that may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError in place of printing the usage and exiting."""
-        flag = next((word.split("=", 1)[0] for word in message.split() if word.startswith("--")), "")
-        if flag in NOT_YET and "unrecognized" in message:
-            raise UsageError(
-                f"{flag} is not available yet; leave it out (docs/coming-from-yolov5.md lists these)"
-            )
-        hint = suggest(flag, self._option_string_actions) if "unrecognized" in message else ""
-        raise UsageError(f"{message}{hint}; see train.py --help")
-
-
-class Flag:
-    """One flag; its type, default and place come from the field of TrainConfig that its first name means."""
-
-    def __init__(self, *names: str, help: str, **options: Any) -> None:
-        self.names, self.help, self.options = names, help, options
-        self.field = names[0].lstrip("-").replace("-", "_")
-
-    def add_to(self, group: argparse._ArgumentGroup, default: Any) -> None:
-        """Add the flag to a group of the parser."""
-        options: dict[str, Any] = {"dest": self.field, "help": self.help, "default": default}
-        if isinstance(default, bool):
-            options["action"] = "store_true"
-        elif isinstance(default, int | float):
-            options["type"] = type(default)
-        group.add_argument(*self.names, **{**options, **self.options})
-
-
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "what to train": (
         Flag("--weights", help="weights to start from; '' trains from scratch [%(default)s]"),
-        Flag("--cfg", help="layout YAML: yolov5n.yaml to yolov5x.yaml, or a path [the weights' own]"),
+        Flag(
+            "--cfg",
+            help="layout YAML: yolov5n.yaml and its like (docs/train.md), or a path [the weights' own]",
+        ),
         Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
+        Flag("--download", help="fetch the dataset first, as its description says, unless it is there"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
         Flag(
@@ -85,7 +45,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "how long, how large": (
         Flag("--epochs", help="epochs in all [%(default)s]"),
-        Flag("--batch-size", "--batch", help="images in one iteration [%(default)s]"),
+        Flag(
+            "--batch-size",
+            "--batch",
+            help="images in one iteration; -1: as many as the GPU has room for [%(default)s]",
+        ),
         Flag(
             "--imgsz",
             "--img",
@@ -106,6 +70,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--optimizer", choices=OPTIMIZERS, help="[%(default)s]"),
         Flag("--cos-lr", help="cosine learning rate in place of linear"),
         Flag("--label-smoothing", metavar="EPS", help="[%(default)s]"),
+        Flag("--rect", help="batches of like aspect in their own shapes, no mosaics"),
+        Flag("--multi-scale", help="another image size each iteration, .5 to 1.5 of --imgsz"),
+        Flag("--quad", help="a quarter of the images at twice the side: one picture enlarged, or four"),
+        Flag("--image-weights", help="show rare and badly found classes more often"),
         Flag("--seed", help="[%(default)s]"),
         Flag("--device", help="cpu, or a GPU's number; 0,1: one training on both [the first GPU, else cpu]"),
         Flag("--sync-bn", help="BatchNorm over the pictures of all GPUs of one training"),
@@ -121,9 +89,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             nargs="?",
             const="ram",
             choices=CACHES,
-            help="keep decoded images: ram, disk (one file shared by all containers), off "
+            help="keep decoded images: ram, disk (one file shared by all containers), val (ram, validation only), off "
             "[auto: ram if they fit; bare: ram]",
         ),
+        Flag("--noautoanchor", help="keep the anchors, even where they do not fit the labels"),
         Flag("--strict", help="stop at the first unusable picture or label"),
     ),
     "searching hyperparameters": (
@@ -143,25 +112,28 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--noval", help="validate after the final epoch only"),
         Flag("--noplots", help="draw no pictures"),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
+        Flag(
+            "--save-minutes",
+            metavar="N",
+            help="save after so many minutes within an epoch too; 0: after each step [%(default)s]",
+        ),
+        Flag("--json", help="end with one JSON object: precision, recall, mAP50, mAP50_95 and more"),
+        Flag("--bucket", metavar="URL", help="copy results there at the end: gs://, s3://, az:// [no]"),
         Flag("--debug", help="show tracebacks"),
     ),
 }
 """The flags by the heading that --help shows them under."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of `train.py`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="train.py",
         description="Train a detector, or search its hyperparameters together with every other worker.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = TrainConfig()
-    for heading, flags in FLAGS.items():
-        group = parser.add_argument_group(heading)
-        for flag in flags:
-            flag.add_to(group, getattr(default, flag.field))
+    parser.add_flags(FLAGS, TrainConfig())
     return parser
 
 
@@ -175,9 +147,13 @@ RESUMABLE = frozenset(
         "noplots",
         "nosave",
         "save_period",
+        "save_minutes",
         "exist_ok",
         "resume",
+        "download",
+        "bucket",
         "debug",
+        "json",
     }
 )
 """Flags that a resume may change; any other would make it a different training."""
@@ -209,13 +185,6 @@ class TrainCommand:
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
     """Return what the command line asks for; raises UsageError for what cannot work."""
-    unset = object()
     arguments = tuple(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    names = [field.name for field in fields(TrainConfig)]
-    values = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset))))
-    given = {key: value for key, value in values.items() if value is not unset}
-    if "freeze" in given:
-        given["freeze"] = tuple(given["freeze"])
-    given.pop("local_rank", None)
+    given = build_parser().parse_given(arguments, TrainConfig)
     return TrainCommand(config=TrainConfig(**given), given=frozenset(given), arguments=arguments)

@@ -6,15 +6,17 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
+from app.data.findings import Finding
 from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
-from app.data.labels import LabelFile, label_path, read_labels
+from app.data.labels import LabelFile, Polygon, label_path, read_labels
 from app.data.limits import container_cpu_count
 from app.errors import ConfigError, DataError, suggest
 
@@ -23,7 +25,7 @@ _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
 _TOLERATED_KEYS = frozenset(
     ("author", "channels", "description", "kpt_shape", "license", "minival", "roboflow", "url", "version")
 )
-"""Keys that exporters write and that change nothing here. `download` is never run either."""
+"""Keys that exporters write and that change nothing here. `download` is read by app.data.acquire, when asked for."""
 _MAX_CLASSES = 100_000
 _MAX_LIST_BYTES = 1 << 30
 
@@ -70,7 +72,8 @@ class DatasetDescription:
         if not entries:
             raise ConfigError(str(path), None, "names no pictures; give `train:` and `val:`")
         names = _class_names(path, mapping)
-        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0])
+        fetchable = isinstance(mapping.get("download"), list)
+        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0], fetchable)
         return cls(
             path_yaml=path,
             root=root,
@@ -94,10 +97,15 @@ class Dataset:
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64: upright height and width in pixels."""
     names: tuple[str, ...]
-    problems: list[str]
+    polygons: list[tuple[Polygon | None, ...]] = field(default_factory=list)
+    """A picture's polygons, parallel to its label rows (None: the row is a box), or an empty tuple where it has
+    none; the list is empty where no picture of the split has one."""
+    problems: list[Finding]
     """Pictures left out, and why; the number of them is `skipped`."""
-    notes: list[str]
+    notes: list[Finding]
     """Label rows left out without harm."""
+    unpaired: list[Finding] = field(default_factory=list)
+    """Pictures without a label file, which are background, and label files without a picture."""
     skipped: int
     digest: str
     """Hex SHA-256 of names, labels, and the pictures' relative paths, sizes in pixels and in bytes."""
@@ -108,6 +116,11 @@ class Dataset:
     def nc(self) -> int:
         """Number of classes."""
         return len(self.names)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All that is wrong with the split, by file."""
+        return sorted((*self.problems, *self.notes, *self.unpaired), key=lambda f: (f.file, f.line or 0))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -150,7 +163,7 @@ class Dataset:
         cls,
         description: DatasetDescription,
         usable: list[_Scanned],
-        problems: list[str],
+        problems: list[Finding],
         scanned: list[_Scanned],
     ) -> Self:
         labels = [item.label_file.rows for item in usable]
@@ -164,7 +177,11 @@ class Dataset:
             shapes_hw=np.array([header.hw for header in headers], np.int64),
             names=description.names,
             problems=problems,
+            polygons=[item.label_file.polygons for item in usable]
+            if any(item.label_file.polygons for item in usable)
+            else [],
             notes=[note for item in scanned for note in item.label_file.notes],
+            unpaired=[*_unlabelled(usable), *_orphans(scanned)],
             skipped=len(scanned) - len(usable),
             digest=_digest(description, usable),
             stamps=np.array([(header.file_size, header.modified_ns) for header in headers], np.int64),
@@ -176,7 +193,7 @@ class _Scanned:
     path: Path
     header: ImageHeader | None
     label_file: LabelFile
-    problems: tuple[str, ...]
+    problems: tuple[Finding, ...]
 
 
 def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
@@ -185,6 +202,11 @@ def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
         if not isinstance(entry, str) or not entry or "\0" in entry:
             raise ConfigError(f"{path}: {split}", entry, "must be a folder, a .txt list, or a list of these")
     return tuple(entries)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the class names of a dataset's YAML, whether or not its pictures are there."""
+    return _class_names(path, read_yaml(path))
 
 
 def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
@@ -208,7 +230,7 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _find_root(path_yaml: Path, given: object, first_entry: str) -> Path:
+def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool = False) -> Path:
     """Return the folder that splits are relative to.
 
     A relative `path` is tried from the YAML's folder, from the working folder, and from `../datasets`, which
@@ -226,9 +248,10 @@ def _find_root(path_yaml: Path, given: object, first_entry: str) -> Path:
         if root.is_dir():
             return root
     tried = ", ".join(str(root) for root in candidates)
+    name = path_yaml.name if path_yaml.is_relative_to(SHIPPED) else path_yaml
+    fetch = f"; or fetch it: python -m app.data download {name} (or --download)" if fetchable else ""
     raise DataError(
-        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`. "
-        "Nothing is downloaded"
+        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`{fetch}"
     )
 
 
@@ -291,7 +314,10 @@ def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Sc
         try:
             header = read_header(path)
         except UnusableImageError as error:
-            return _Scanned(path=path, header=None, label_file=label_file, problems=(f"{path}: {error}",))
+            problem = Finding(str(path), None, error.problem, error.remedy)
+            return _Scanned(
+                path=path, header=None, label_file=label_file, problems=(problem, *label_file.problems)
+            )
         return _Scanned(path=path, header=header, label_file=label_file, problems=label_file.problems)
 
     with ThreadPoolExecutor(min(container_cpu_count() * 2, 16), "scan") as pool:
@@ -299,6 +325,45 @@ def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Sc
             if progress is not None and (done % 64 == 0 or done == len(paths)):
                 progress(done, len(paths))
             yield item
+
+
+def _unlabelled(usable: list[_Scanned]) -> Iterator[Finding]:
+    for item in usable:
+        if item.label_file.missing:
+            remedy = f"write {label_path(item.path)}, empty if nothing is in the picture"
+            yield Finding(str(item.path), None, "no label file, so taken for background", remedy)
+
+
+def _orphans(scanned: list[_Scanned]) -> Iterator[Finding]:
+    """Find the label files beside those of the split's pictures that belong to no picture on disk.
+
+    A split may list a part of a folder, so it is the folder that is asked for the picture. Text files that
+    lie among the pictures themselves may be anything (lists, licences) and are not judged.
+    """
+    folders: dict[Path, set[Path]] = {}
+    for item in scanned:
+        folders.setdefault(label_path(item.path).parent, set()).add(item.path.parent)
+    for labels, pictures in sorted(folders.items()):
+        if labels in pictures:
+            continue
+        stems = {
+            stem
+            for folder in pictures
+            for stem, suffix in map(os.path.splitext, _names(folder))
+            if suffix.lower() in IMAGE_SUFFIXES
+        }
+        for name in sorted(_names(labels)):
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".txt" and stem not in stems and name != "classes.txt":  # which annotators write
+                problem = "a label file without a picture, not used"
+                yield Finding(str(labels / name), None, problem, "add the picture or remove the file")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:
@@ -312,9 +377,11 @@ def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:
         rows = item.label_file.rows
         digest.update(f"\n{relative}\0{height}\0{width}\0{item.header.file_size}\0{len(rows)}\0".encode())
         digest.update(np.ascontiguousarray(rows).tobytes())
+        for polygon in item.label_file.polygons:
+            digest.update(b"-" if polygon is None else polygon.tobytes())
     return digest.hexdigest()
 
 
-def _many(head: str, problems: list[str], shown: int = 10) -> str:
+def _many(head: str, problems: list[Finding], shown: int = 10) -> str:
     more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
-    return "\n  ".join([f"{head} ({len(problems)}):", *problems[:shown], *more])
+    return "\n  ".join([f"{head} ({len(problems)}):", *map(str, problems[:shown]), *more])

@@ -11,11 +11,11 @@ import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.data.letterbox import Size
 from app.errors import DataError
@@ -27,6 +27,9 @@ MAX_PIXELS = 178_956_970
 """Half a gigabyte as RGB; larger pictures are taken for attacks or mistakes."""
 
 _MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"))
+"""Pillow's names of the pixels that OpenCV decodes to 8-bit RGB as they are meant."""
+_CONVERTED_MODES = frozenset(("CMYK", "YCbCr", "RGBa", "La"))
+"""Those that Pillow converts: OpenCV takes every CMYK for inverted, which only Adobe's JPEGs are."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: (None, 1),
@@ -42,10 +45,20 @@ _TURNS = {
 
 # The limit above is the one that counts; Pillow's own warning at half of it would only be noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# A damaged tag is either harmless or found out by _checked.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+_CONVERT = "convert it to 8-bit RGB"
+_REPLACE = "replace the picture or remove it"
 
 
 class UnusableImageError(DataError):
-    """A picture that cannot be trained on; the message is the reason, without the path."""
+    """A picture that cannot be trained on; problem and remedy, without the path."""
+
+    def __init__(self, problem: str, remedy: str = _REPLACE) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +69,8 @@ class ImageHeader:
     """Height and width in pixels after the EXIF rotation."""
     orientation: int
     """EXIF orientation, 1 (upright) to 8."""
+    pixels: Literal["plain", "deep", "converted"]
+    """How the pixels become RGB: by OpenCV, from 16 bits a channel, or by Pillow."""
     file_size: int
     """Bytes on disk."""
     modified_ns: int
@@ -65,8 +80,8 @@ class ImageHeader:
 def read_header(path: Path) -> ImageHeader:
     """Return the checked header of the picture at `path`.
 
-    Raises UnusableImageError with the reason: not a picture, truncated, animated, CMYK, 16 bit, too small or
-    too large. Truncation is seen by the end mark of JPEG and PNG; other formats are decoded once to know.
+    Raises UnusableImageError with the reason: not a picture, truncated, animated, pixels of 32 bits, too small
+    or too large. Truncation is seen by the end mark of JPEG and PNG; other formats are decoded once to know.
     """
     try:
         status = path.stat()
@@ -81,7 +96,7 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def decode_image(path: Path) -> np.ndarray[Any, Any]:
-    """Return the picture as upright RGB, uint8 [H,W,3].
+    """Return the picture as upright RGB, uint8 [H,W,3]; transparency is dropped, 16 bits are rounded to 8.
 
     Raises DataError naming the path when it cannot be decoded whole; never returns a part of a picture.
     """
@@ -92,18 +107,51 @@ def decode_image(path: Path) -> np.ndarray[Any, Any]:
     try:
         header = _checked(io.BytesIO(content), len(content), 0)
     except UnusableImageError as error:
-        raise DataError(f"{path}: {error}; replace the picture or remove it") from None
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error:
-        image = None
+        raise DataError(f"{path}: {error}") from None
+    image = _DECODERS[header.pixels](content)
     if image is None:
-        raise DataError(f"{path}: cannot be decoded; replace the picture or remove it")
+        raise DataError(f"{path}: cannot be decoded; {_REPLACE}")
     image = _upright(image, header)
     if image.shape[:2] != header.hw:
         raise DataError(f"{path}: header says {header.hw}, pixels are {image.shape[:2]}; replace the picture")
     return image
+
+
+def _decode_plain(content: bytes) -> np.ndarray[Any, Any] | None:
+    return _imdecode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def _decode_deep(content: bytes) -> np.ndarray[Any, Any] | None:
+    """Return 16 bits a channel rounded to 8, so that 65535 is white; OpenCV by itself would cut them off."""
+    image = _imdecode(content, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        return None
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels < 3:
+        return cv2.cvtColor(
+            np.ascontiguousarray(image.reshape(*image.shape[:2], -1)[..., 0]), cv2.COLOR_GRAY2RGB
+        )
+    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGB if channels == 4 else cv2.COLOR_BGR2RGB)
+
+
+def _decode_converted(content: bytes) -> np.ndarray[Any, Any] | None:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.array(image.convert("RGB"))
+    except Exception:  # as in _checked
+        return None
+
+
+_DECODERS = {"plain": _decode_plain, "deep": _decode_deep, "converted": _decode_converted}
+
+
+def _imdecode(content: bytes, flags: int) -> np.ndarray[Any, Any] | None:
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:
+        return None
 
 
 def _checked(file: IO[bytes], file_size: int, modified_ns: int) -> ImageHeader:
@@ -112,15 +160,14 @@ def _checked(file: IO[bytes], file_size: int, modified_ns: int) -> ImageHeader:
             width, height = image.size
             _check_size(width, height)
             if image.format not in ("MPO", "JPEG") and getattr(image, "is_animated", False):
-                raise UnusableImageError("animated or of several pages; export one frame")
-            if image.mode not in _MODES or ";16" in str(image.tile):
-                raise UnusableImageError(f"{_describe(image)} pixels; convert it to 8-bit RGB")
+                raise UnusableImageError("animated or of several pages", "export one frame")
+            pixels = _pixels(image)
             orientation = _orientation(image)
             _check_end(image, file, file_size)
     except UnusableImageError:
         raise
     except Image.DecompressionBombError:
-        raise UnusableImageError(f"claims more than {MAX_PIXELS:,} pixels; scale it down") from None
+        raise UnusableImageError(f"claims more than {MAX_PIXELS:,} pixels", "scale it down") from None
     except UnidentifiedImageError:
         raise UnusableImageError("not a picture of a known format") from None
     except Exception as error:
@@ -129,19 +176,31 @@ def _checked(file: IO[bytes], file_size: int, modified_ns: int) -> ImageHeader:
     if orientation >= 5:
         height, width = width, height
     return ImageHeader(
-        hw=(height, width), orientation=orientation, file_size=file_size, modified_ns=modified_ns
+        hw=(height, width),
+        orientation=orientation,
+        pixels=pixels,
+        file_size=file_size,
+        modified_ns=modified_ns,
     )
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnusableImageError(f"claims {width} x {height} pixels, over {MAX_PIXELS:,}; scale it down")
+        raise UnusableImageError(f"claims {width} x {height} pixels, over {MAX_PIXELS:,}", "scale it down")
     if min(width, height) < MIN_SIDE:
-        raise UnusableImageError(f"{width} x {height} pixels; each side must have {MIN_SIDE} or more")
+        raise UnusableImageError(f"{width} x {height} pixels", f"each side must have {MIN_SIDE} or more")
 
 
-def _describe(image: Image.Image) -> str:
-    return image.mode if image.mode == "CMYK" else f"16-bit or {image.mode}"
+def _pixels(image: ImageFile.ImageFile) -> Literal["plain", "deep", "converted"]:
+    if image.mode.startswith("I;16") or ";16" in str(image.tile):
+        return "deep"
+    if image.format == "TIFF" and "A" in image.mode:
+        return "converted"  # OpenCV multiplies the colours of a TIFF by its transparency
+    if image.mode in _MODES:
+        return "plain"
+    if image.mode in _CONVERTED_MODES:
+        return "converted"
+    raise UnusableImageError(f"pixels of mode {image.mode}", _CONVERT)
 
 
 def _orientation(image: Image.Image) -> int:

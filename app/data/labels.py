@@ -1,21 +1,28 @@
 """Label rows: one text file a picture, one object a row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
 
-All coordinates are parts of the picture's width and height, 0 to 1. A polygon becomes the box around it.
+All coordinates are parts of the picture's width and height, 0 to 1. A polygon is kept beside the box around it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_BYTES = 64 << 20
-"""A million rows take about 40 MB; a larger file is not one picture's labels."""
+from app.data.findings import Finding
 
-_MAX_NAMED = 5
+MAX_BYTES = 64 << 20
+"""A larger file is not one picture's labels."""
+MAX_ROWS = 100_000
+"""Nor is one of more rows; as targets of one batch they would fill any memory."""
+
+_MAX_NAMED = 1000
 """Faulty rows named per file; the rest are counted."""
+
+Polygon = np.ndarray[Any, Any]
+"""[k,2] float32: the corners, x and y, each 0 to 1 of a picture, or pixels where the name says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +31,14 @@ class LabelFile:
 
     rows: np.ndarray[Any, Any]
     """[n,5] float32: class, x and y of the centre, width, height, each 0 to 1. Empty for background."""
-    problems: tuple[str, ...] = ()
-    """Rows that cannot be true, as `file:line: what; remedy`. The picture is not to be used."""
-    notes: tuple[str, ...] = ()
+    polygons: tuple[Polygon | None, ...] = ()
+    """One a row, None where the row is a box; empty where no row is a polygon."""
+    problems: tuple[Finding, ...] = ()
+    """Rows that cannot be true. The picture is not to be used."""
+    notes: tuple[Finding, ...] = ()
     """Rows left out without harm: repetitions and boxes of no size."""
+    missing: bool = False
+    """Whether there is no such file."""
 
 
 def label_path(image: Path) -> Path:
@@ -53,66 +64,96 @@ def read_labels(path: Path, nc: int) -> LabelFile:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        return LabelFile(rows=np.zeros((0, 5), np.float32))
+        return LabelFile(rows=np.zeros((0, 5), np.float32), missing=True)
     except OSError as error:
-        return _unusable(f"{path}: cannot be read: {error.strerror}; check its permissions")
+        return _unusable(path, f"cannot be read: {error.strerror}", "check its permissions")
     if len(content) > MAX_BYTES:
-        return _unusable(f"{path}: larger than {MAX_BYTES >> 20} MiB; check that it is a label file")
+        return _unusable(path, f"larger than {MAX_BYTES >> 20} MiB", "check that it is a label file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return _unusable(f"{path}: not UTF-8 text; check that it is a label file")
+        return _unusable(path, "not UTF-8 text", "check that it is a label file")
     return parse_labels(text, nc, str(path))
 
 
 def parse_labels(text: str, nc: int, source: str) -> LabelFile:
     """Parse the text of a label file; `source` is its name in messages."""
     rows: dict[tuple[float, ...], int] = {}
-    problems: list[str] = []
-    notes: list[str] = []
-    faults = 0
+    polygons: list[Polygon | None] = []
+    problems: list[Finding] = []
+    notes: list[Finding] = []
+    faults = left_out = 0
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.split()
         if not fields:
             continue
+        if len(rows) == MAX_ROWS:
+            what = f"more than {MAX_ROWS:,} rows"
+            problems.append(Finding(source, number, what, "check that it is one picture's label file"))
+            break
         row = _parse_row(fields, nc)
-        if isinstance(row, str):
+        if isinstance(row, _Fault):
             faults += 1
             if faults <= _MAX_NAMED:
-                problems.append(f"{source}:{number}: {row}")
-        elif row[3] <= 0 or row[4] <= 0:
-            notes.append(f"{source}:{number}: a box of no size, left out")
-        elif row in rows:
-            notes.append(f"{source}:{number}: the same as line {rows[row]}, left out")
+                problems.append(Finding(source, number, row.problem, row.remedy))
+        elif row[3] <= 0 or row[4] <= 0 or row in rows:
+            left_out += 1
+            what = f"the same as line {rows[row]}" if row in rows else "a box of no size"
+            if left_out <= _MAX_NAMED:
+                notes.append(Finding(source, number, f"{what}, left out", "remove the row"))
         else:
             rows[row] = number
+            polygons.append(_polygon(fields) if len(fields) > 5 else None)
     if faults > _MAX_NAMED:
-        problems.append(f"{source}: {faults - _MAX_NAMED} more faulty rows")
-    array = np.array(list(rows), np.float32).reshape(-1, 5)
-    return LabelFile(rows=array, problems=tuple(problems), notes=_shortened(notes, source))
+        more = f"{faults - _MAX_NAMED} more faulty rows"
+        problems.append(Finding(source, None, more, "check that it is a label file"))
+    if left_out > _MAX_NAMED:
+        notes.append(Finding(source, None, f"{left_out - _MAX_NAMED} more rows left out", "remove them"))
+    return LabelFile(
+        rows=np.array(list(rows), np.float32).reshape(-1, 5),
+        polygons=tuple(polygons) if any(polygon is not None for polygon in polygons) else (),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
 
 
-def _parse_row(fields: list[str], nc: int) -> tuple[float, ...] | str:
+class _Fault(NamedTuple):
+    problem: str
+    remedy: str
+
+
+def _parse_row(fields: list[str], nc: int) -> tuple[float, ...] | _Fault:
     """Return (class, x, y, w, h), or what is wrong with the row."""
     columns = len(fields)
     if columns != 5 and (columns < 7 or columns % 2 == 0):
-        return f"{columns} columns; a box has 5 (class x y w h), a polygon class and 3 or more points"
+        return _Fault(
+            f"{columns} columns", "a box has 5 (class x y w h), a polygon class and 3 or more points"
+        )
     try:
         values = [float(field) for field in fields]
     except ValueError:
-        return f"{_first_non_number(fields)!r} is not a number; write class and coordinates as numbers"
+        return _Fault(
+            f"{_first_non_number(fields)!r} is not a number", "write class and coordinates as numbers"
+        )
     number = values[0]
     if number < 0 or not number.is_integer():  # which NaN and infinity are not
-        return f"class {fields[0]} is not a whole number from 0"
+        return _Fault(f"class {fields[0][:40]} is not a whole number from 0", "write the class's number")
     if number >= nc:
-        return f"class {fields[0]} but the dataset has {nc} (0 to {nc - 1}); fix the row or the YAML's names"
+        return _Fault(
+            f"class {fields[0][:40]} but the dataset has {nc} (0 to {nc - 1})",
+            "fix the row or the YAML's names",
+        )
     for position, value in enumerate(values[1:], start=1):
         if not 0.0 <= value <= 1.0:
             name = "xywh"[position - 1] if columns == 5 else "xy"[(position - 1) % 2]
-            return f"{name}={fields[position]} outside [0,1]; normalise it or drop the row"
+            return _Fault(f"{name}={fields[position][:40]} outside [0,1]", "normalise it or drop the row")
     if columns == 5:
         return tuple(values)
     return number, *_box_around(values[1::2], values[2::2])
+
+
+def _polygon(fields: list[str]) -> Polygon:
+    return np.array([float(field) for field in fields[1:]], np.float32).reshape(-1, 2)
 
 
 def _box_around(xs: list[float], ys: list[float]) -> tuple[float, float, float, float]:
@@ -129,11 +170,5 @@ def _first_non_number(fields: list[str]) -> str:
     return ""
 
 
-def _shortened(notes: list[str], source: str) -> tuple[str, ...]:
-    if len(notes) <= _MAX_NAMED:
-        return tuple(notes)
-    return (*notes[:_MAX_NAMED], f"{source}: {len(notes) - _MAX_NAMED} more rows left out")
-
-
-def _unusable(problem: str) -> LabelFile:
-    return LabelFile(rows=np.zeros((0, 5), np.float32), problems=(problem,))
+def _unusable(path: Path, problem: str, remedy: str) -> LabelFile:
+    return LabelFile(rows=np.zeros((0, 5), np.float32), problems=(Finding(str(path), None, problem, remedy),))

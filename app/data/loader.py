@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from app.config.hyp import Hyp
-from app.data.augment import epoch_order, training_item
+from app.data.augment import training_item
+from app.data.batching import Batching, BatchPlan, Slot, plan_epoch, rectangle
 from app.data.dataset import Dataset
-from app.data.letterbox import Letterbox, Size, apply_letterbox, letterbox_geometry
+from app.data.letterbox import FILL, Letterbox, Size, apply_letterbox, letterbox_geometry
 from app.data.store import ImageStore, stored_ratio
 from app.errors import ConfigError
 
@@ -39,14 +41,18 @@ class Batch:
     targets: Tensor
     """[n,6] float32: position of the picture in the batch, class, x and y of the centre, width, height, 0 to 1."""
     indices: tuple[int, ...]
-    """Positions of the pictures in the dataset."""
+    """Positions of the pictures in the dataset, one an image: the first, where quad joins four."""
     geometry: tuple[Letterbox, ...] | None
     """How each picture lies in its letterbox, from the original; None where augmentation moved it."""
     original_hw: tuple[Size, ...]
     whole: int
-    """Pictures of the batch over all processes that share it."""
+    """Images of the batch over all processes that share it."""
     padding: bool = False
-    """Whether the batch has no picture for this process: the one here, without labels, only keeps it in step."""
+    """Whether the batch has no image for this process: the one here, without labels, only keeps it in step."""
+    scaled_hw: Size | None = None
+    """What the images are to be resized to on the device, as multi-scale asks; targets stay as they are."""
+    loss_scale: float = 1.0
+    """What the loss is to be multiplied by: pictures an image, as quad joins them."""
 
     @property
     def share(self) -> float:
@@ -54,16 +60,20 @@ class Batch:
         return 0.0 if self.padding else len(self.indices) / self.whole
 
 
+Item = TypeVar("Item")
 _Work = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""Fills one picture [H,W,3] of a batch, given its dataset index, and returns its labels [n,5]."""
+"""Fills one image [H,W,3] of a batch, given its position in it, and returns its labels [n,5]."""
 
 
 class TrainLoader:
     """Augmented batches; each epoch visits every picture once, in an order of its own.
 
     Order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor an
-    interruption changes a byte.
+    interruption changes a byte. With image weights pictures are drawn instead, by `class_maps` too.
     """
+
+    class_maps: list[float] | None
+    """The last validation's mAP of each class; its owner sets it between epochs and keeps it for a resume."""
 
     def __init__(
         self,
@@ -76,6 +86,7 @@ class TrainLoader:
         seed: int,
         workers: int,
         pin_memory: bool = False,
+        batching: Batching | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -86,7 +97,11 @@ class TrainLoader:
         `rank` of `world_size` processes gets its part.
         """
         _check(batch_size, workers, image_size, store)
-        self.dataset, self.store, self.hyp = dataset, store, hyp
+        self.batching = batching or Batching()
+        self.batching.check(batch_size)
+        self.class_maps = None
+        self.dataset, self.store = dataset, store
+        self.hyp = replace(hyp, mosaic=0.0) if self.batching.rect else hyp
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.workers, self.pin_memory = workers, pin_memory
         self.rank, self.world_size = rank, world_size
@@ -100,20 +115,19 @@ class TrainLoader:
 
         A worker's error is raised here. Closing the iterator, or dropping it, ends its threads.
         """
-        order = epoch_order(self.seed, epoch, len(self.dataset)).tolist()
-        side = self.image_size
-
-        def fill(index: int, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return training_item(
-                self.dataset, self.store, self.hyp, side, seed=self.seed, epoch=epoch, index=index, out=out
-            )[1]
-
-        plans = [
-            _Plan.part(order[first : first + self.batch_size], self.rank, self.world_size, (side, side), fill)
-            for first in range(start * self.batch_size, len(order), self.batch_size)
-        ]
+        planned = plan_epoch(
+            self.batching,
+            self.dataset,
+            self.class_maps,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+        )[start:]
+        plans = [self._plan(plan, epoch) for plan in planned]
         shapes = self.dataset.shapes_hw
-        for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
+        prepared = _prepared(plans, self.workers, self.pin_memory)
+        for (plan, images, targets), of in zip(prepared, planned, strict=True):
             yield Batch(
                 images=images,
                 targets=targets,
@@ -122,7 +136,56 @@ class TrainLoader:
                 original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
                 whole=plan.whole,
                 padding=plan.padding,
+                scaled_hw=of.scaled_hw,
+                loss_scale=sum(len(slot.visits) for slot in of.slots) / len(of.slots),
             )
+
+    def _plan(self, plan: BatchPlan, epoch: int) -> _Plan:
+        slots, padding = _part(plan.slots, self.rank, self.world_size)
+        return _Plan(
+            indices=tuple(slot.visits[0].picture for slot in slots),
+            hw=plan.hw,
+            fill=partial(self._fill, slots, plan.picture_hw, epoch),
+            whole=len(plan.slots),
+            padding=padding,
+        )
+
+    def _fill(
+        self, slots: tuple[Slot, ...], hw: Size, epoch: int, position: int, out: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Fill one image and return its labels [n,5]: a picture of `hw`, one enlarged, or four side by side."""
+        slot, (height, width) = slots[position], hw
+
+        def item(number: int, place: np.ndarray[Any, Any] | None) -> tuple[np.ndarray[Any, Any], ...]:
+            index, repeat = slot.visits[number]
+            return training_item(
+                self.dataset,
+                self.store,
+                self.hyp,
+                hw,
+                seed=self.seed,
+                epoch=epoch,
+                index=index,
+                repeat=repeat,
+                out=place,
+            )
+
+        if out.shape[:2] == hw:
+            return item(0, out)[1]
+        if slot.enlarged:
+            image, labels = item(0, None)
+            cv2.resize(image, (2 * width, 2 * height), dst=out, interpolation=cv2.INTER_LINEAR)
+            return labels
+        out[:] = FILL  # where an epoch ends in less than four
+        found = []
+        for number in range(len(slot.visits)):
+            row, column = divmod(number, 2)
+            place = out[row * height : (row + 1) * height, column * width : (column + 1) * width]
+            labels = item(number, place)[1]
+            labels[:, 1:5] /= 2
+            labels[:, 1:3] += (column / 2, row / 2)
+            found.append(labels)
+        return np.concatenate(found)
 
 
 class ValLoader:
@@ -165,7 +228,7 @@ class ValLoader:
         for first in range(0, len(dataset), batch_size):
             indices = order[first : first + batch_size]
             side = math.ceil(image_size / stride) * stride
-            hw = self._rectangle(aspect[indices], pad) if rect else (side, side)
+            hw = rectangle(aspect[indices], image_size, stride, pad) if rect else (side, side)
             self.batches.append((tuple(indices.tolist()), hw))
 
     def __len__(self) -> int:
@@ -175,9 +238,7 @@ class ValLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches, in the same order each time."""
         shapes = self.dataset.shapes_hw
-        plans = [
-            _Plan.part(indices, self.rank, self.world_size, hw, self._fill) for indices, hw in self.batches
-        ]
+        plans = [self._plan(indices, hw) for indices, hw in self.batches]
         for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
             yield Batch(
                 images=images,
@@ -189,19 +250,10 @@ class ValLoader:
                 padding=plan.padding,
             )
 
-    def _rectangle(self, aspects: np.ndarray[Any, Any], pad: float) -> Size:
-        """Return the shape of a batch whose pictures have these height/width ratios."""
-        flattest, tallest = float(aspects.min()), float(aspects.max())
-        height, width = 1.0, 1.0
-        if tallest < 1:
-            height = tallest
-        elif flattest > 1:
-            width = 1 / flattest
-        strides = self.image_size / self.stride
-        return (
-            math.ceil(height * strides + pad) * self.stride,
-            math.ceil(width * strides + pad) * self.stride,
-        )
+    def _plan(self, whole: tuple[int, ...], hw: Size) -> _Plan:
+        indices, padding = _part(whole, self.rank, self.world_size)
+        fill = partial(self._fill, indices)
+        return _Plan(indices=indices, hw=hw, fill=fill, whole=len(whole), padding=padding)
 
     def _letterbox(self, index: int, hw: Size) -> Letterbox:
         height, width = self.store.shapes_hw[index].tolist()
@@ -213,8 +265,10 @@ class ValLoader:
         geometry = self._letterbox(index, hw)
         return replace(geometry, ratio=geometry.ratio * stored_ratio((height, width), self.image_size))
 
-    def _fill(self, index: int, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        height, width = out.shape[:2]
+    def _fill(
+        self, indices: tuple[int, ...], position: int, out: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        index, (height, width) = indices[position], out.shape[:2]
         geometry = self._letterbox(index, (height, width))
         apply_letterbox(self.store[index], geometry, out)
         labels = self.dataset.labels[index].copy()
@@ -233,20 +287,18 @@ class _Plan:
     hw: Size
     fill: _Work
     whole: int
+    """Images of the batch over all processes."""
     padding: bool
+    """Whether there is none for this process."""
 
-    @classmethod
-    def part(cls, indices: Sequence[int], rank: int, world_size: int, hw: Size, fill: _Work) -> Self:
-        """Return every `world_size`th picture of a batch from the `rank`th on; parts differ by one at most."""
-        own = tuple(indices[rank::world_size])
-        padding = not own
-        return cls(
-            indices=tuple(indices[:1]) if padding else own,
-            hw=hw,
-            fill=fill,
-            whole=len(indices),
-            padding=padding,
-        )
+
+def _part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item, ...], bool]:
+    """Return every `world_size`th item of a batch from the `rank`th on; parts differ by one at most.
+
+    Where that is none, return the batch's first, to keep in step with, and True.
+    """
+    own = tuple(items[rank::world_size])
+    return own or tuple(items[:1]), not own
 
 
 def _prepared(
@@ -299,7 +351,7 @@ def _allocate(plan: _Plan, pin_memory: bool) -> Tensor:
 def _fill_slice(
     plan: _Plan, pixels: np.ndarray[Any, Any], first: int, end: int
 ) -> list[np.ndarray[Any, Any]]:
-    return [plan.fill(plan.indices[position], pixels[position]) for position in range(first, end)]
+    return [plan.fill(position, pixels[position]) for position in range(first, end)]
 
 
 def _assembled(plan: _Plan, pixels: Tensor, labels: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
 
 StoreMode = Literal["auto", "ram", "disk", "off"]
 _MODES = ("auto", "ram", "disk", "off")
-_FORMAT = "starling-pixels-1"
+_FORMAT = "starling-pixels-2"
 """Changes whenever the stored bytes of the same pictures would."""
 _MAGIC = 64
 """Bytes of the file's head: the hex key, which is its content's name."""

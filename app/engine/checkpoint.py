@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,35 @@ import torch
 
 from app.errors import CheckpointError
 from app.outputs.atomic import write_atomic
+from app.outputs.run_dir import previous_of
 
 FORMAT = "starling-1"
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:
     """Write `state` (tensors, numbers, text, lists, dicts) so that `path` is always whole.
 
-    Raises CheckpointError with the path when it cannot be written; the old file is intact then.
+    `previous` gets the checkpoint that `path` held. Raises CheckpointError with the path when it cannot be written; the old file is intact then.
     """
     content = {"format": FORMAT, **state}
     content["digest"] = _digest(content)
     try:
-        write_atomic(path, lambda file: torch.save(content, file))
-    except OSError as error:
+        write_atomic(path, lambda file: torch.save(content, file), previous=previous)
+    except (OSError, RuntimeError) as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
         raise CheckpointError(
-            f"{path}: the checkpoint could not be saved ({error.strerror}); the previous one is intact. "
+            f"{path}: the checkpoint could not be saved ({cause.strerror}); the previous one is intact. "
             "Free some space or choose another --project"
         ) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError behind `error`: torch raises RuntimeErrors of its own while one passes through."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -41,16 +51,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; check the path")
     try:
+        _refuse_inflation(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # a damaged or hostile file makes torch raise nearly anything
         raise CheckpointError(
             f"{path}: not a checkpoint of this trainer, or damaged ({_first_line(error)})"
         ) from None
@@ -63,14 +66,57 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_newest(last: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """Return the state in `last`, or in the checkpoint before it where `last` is damaged; and which it was.
+
+    Raises CheckpointError, the one about `last`, where neither can be read.
+    """
+    try:
+        return load_checkpoint(last), last
+    except CheckpointError as error:
+        previous = previous_of(last)
+        try:
+            state = load_checkpoint(previous)
+        except CheckpointError:
+            raise error from None
+        say(f"{error}; taking the one saved before it, {previous}")
+        return state, previous
+
+
+def require(path: Path, content: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise CheckpointError naming the entries that a checkpoint lacks."""
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; use another checkpoint")
+
+
+def _refuse_inflation(path: Path) -> None:
+    """Raise ValueError for entries that would grow when read; what torch saves is stored as it is."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("compressed entries")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("entries that are together larger than the file")
+
+
 def is_own_checkpoint(path: Path) -> bool:
     """Return whether the file says that this trainer wrote it, without loading anything."""
     try:
+        _refuse_inflation(path)
         with zipfile.ZipFile(path) as archive:
             name = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
             return FORMAT.encode() in archive.read(name)
-    except (OSError, StopIteration, zipfile.BadZipFile, EOFError, ValueError):
-        return False
+    except (
+        OSError,
+        StopIteration,
+        zipfile.BadZipFile,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ):
+        return False  # the last two: a zip of an unknown method, or with a password
 
 
 def _first_line(error: BaseException) -> str:

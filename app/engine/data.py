@@ -6,13 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.config.hyp import Hyp
 from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
+from app.data.acquire import acquire
+from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.findings import REPORT, write_report
 from app.data.limits import container_memory_limit
-from app.data.loader import ValLoader
+from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
+from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
+from app.engine.progress import Progress
+from app.errors import DataError
 from app.model.detector import Detector
 
 CACHE_SHARE = 0.5
@@ -37,31 +44,66 @@ def load_data(
 
     `processes` of this host divide its memory among themselves.
     """
-    description = DatasetDescription.from_yaml(
-        find_config("datasets", config.data), single_cls=config.single_cls
-    )
+    description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
     budget = int(container_memory_limit() * CACHE_SHARE / processes)
     stores = []
     for name, split in (("train", train), ("val", val)):
-        share = budget * len(split) // (len(train) + len(val))
-        store = ImageStore(
-            split, image_size, config.cache, memory_limit_bytes=share, cache_folder=cache_folder
-        )
+        parts = len(split) if config.cache == "val" else len(train) + len(val)
+        share = budget * len(split) // parts
+        mode = config.cache if config.cache != "val" else "ram" if name == "val" else "off"
+        store = ImageStore(split, image_size, mode, memory_limit_bytes=share, cache_folder=cache_folder)
         stores.append(store)
         boxes = sum(len(rows) for rows in split.labels)
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
-        for line in _left_out(split):
+        for line in left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
+    """Read the description; under `--download` fetch a dataset that is not there."""
+    path = find_config("datasets", config.data)
+    try:
+        return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
+    except DataError:
+        if not config.download:
+            raise
+    acquire(path, say=say, show=Progress().show)
+    return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
+
+
+def training_loader(
+    data: TrainingData,
+    model: Detector,
+    config: TrainConfig,
+    hyp: Hyp,
+    image_size: int,
+    compute: Compute,
+    group: Group = SINGLE,
+) -> TrainLoader:
+    """Return this rank's part of the augmented training batches."""
+    return TrainLoader(
+        data.train,
+        data.train_images,
+        hyp=hyp,
+        image_size=image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=compute.loader_threads(config.workers),
+        pin_memory=not compute.on_cpu,
+        batching=Batching.from_config(config, model.image_multiple),
+        rank=group.rank,
+        world_size=group.world_size,
+    )
 
 
 def validation_loader(
     data: TrainingData,
     model: Detector,
+    config: TrainConfig,
     image_size: int,
-    batch_size: int,
-    threads: int,
+    compute: Compute,
     group: Group = SINGLE,
 ) -> ValLoader:
     """Return this rank's part of the validation split in letterboxed batches.
@@ -72,20 +114,40 @@ def validation_loader(
         data.val,
         data.val_images,
         image_size=image_size,
-        batch_size=batch_size * 2,
-        stride=int(model.stride.max()),
-        workers=threads,
+        batch_size=config.batch_size * 2,
+        stride=model.image_multiple,
+        workers=compute.loader_threads(config.workers),
         rank=group.rank,
         world_size=group.world_size,
     )
 
 
-def _left_out(split: Dataset, shown: int = 5) -> list[str]:
+def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
+    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
+    fitted = max(-(-size // stride), 2) * stride
+    if fitted != size:
+        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
+    return fitted
+
+
+def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
+    """Write all that is wrong with pictures and labels to labels_report.csv in `folder`, and say so."""
+    # A picture may be in both splits.
+    count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
+    if count:
+        say(f"pictures and labels: {count} things to look at, all in {folder / REPORT}")
+
+
+def left_out(split: Dataset, shown: int = 5) -> list[str]:
     """Name what was left out, and why; users must not find out from a bad mAP."""
     lines = []
     if split.problems:
         lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
-    for line in (*split.problems[:shown], *split.notes[:shown]):
-        lines.append(f"    {line}")
+    for finding in (*split.problems[:shown], *split.notes[:shown]):
+        lines.append(f"    {finding}")
     more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
-    return [*lines, f"    and {more} more"] if more else lines
+    if more:
+        lines.append(f"    and {more} more")
+    if split.unpaired:
+        lines.append(f"  {len(split.unpaired)} pictures without a label file, or the other way round")
+    return lines

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from app.data.limits import container_cpu_count
@@ -38,6 +39,12 @@ class Compute:
     def loader_threads(self, asked: int) -> int:
         """Return how many threads prepare batches: on the CPU one, as more would take the model's own cores."""
         return min(asked, 1 if self.on_cpu else self.cores)
+
+    def memory_bytes(self) -> int:
+        """Return the memory taken so far: the GPU's peak, or this process's on the CPU."""
+        if self.on_cpu:
+            return int(psutil.Process().memory_info().rss)
+        return torch.cuda.max_memory_reserved(self.device)
 
     def describe(self) -> str:
         """Say the device and the format in a few words."""

@@ -131,9 +131,9 @@ class Group:
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
 
-    def highest(self, value: int) -> int:
-        """Return the highest value of all ranks, the same on each."""
-        return value
+    def highest(self, *values: int) -> tuple[int, ...]:
+        """Return for each value the highest of all ranks, the same on each."""
+        return values
 
     def gather(self, value: Value) -> list[Value]:
         """Return every rank's value, by rank, on rank 0; nothing elsewhere."""
@@ -203,11 +203,11 @@ class ProcessGroup(Group):
             dist.broadcast(dense, src=0)
             tensor.copy_(dense)
 
-    def highest(self, value: int) -> int:
-        """Return the highest value of all ranks, the same on each."""
-        tensor = torch.tensor(value)
+    def highest(self, *values: int) -> tuple[int, ...]:
+        """Return for each value the highest of all ranks, the same on each."""
+        tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
-        return int(tensor)
+        return tuple(tensor.tolist())
 
     def gather(self, value: Value) -> list[Value]:
         """Return every rank's value, by rank, on rank 0; nothing elsewhere."""

@@ -78,15 +78,15 @@ class Schedule:
         ramp = np.interp(iteration, [0, self.warmup_iterations], [1, NOMINAL_BATCH / self.batch_size])
         return max(1, round(float(ramp)))
 
-    def apply(self, optimizer: torch.optim.Optimizer, epoch: int, iteration: int) -> None:
-        """Set the learning rate and momentum of each group for one iteration."""
+    def apply(self, optimizer: torch.optim.Optimizer, epoch: int, iteration: int, scale: float = 1.0) -> None:
+        """Set the learning rate (times `scale`) and momentum of each group for one iteration."""
         target = self.hyp.lr0 * self.factor(epoch)
         warmup = self.warmup_iterations
         share = min(iteration / warmup, 1.0) if warmup else 1.0
         momentum = self.hyp.warmup_momentum + share * (self.hyp.momentum - self.hyp.warmup_momentum)
         for index, group in enumerate(optimizer.param_groups):
             start = self.hyp.warmup_bias_lr if index == BIASES else 0.0
-            group["lr"] = start + share * (target - start)
+            group["lr"] = scale * (start + share * (target - start))
             if "momentum" in group:
                 group["momentum"] = momentum
             else:

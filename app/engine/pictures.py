@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from app.data.dataset import Dataset
-from app.data.loader import Batch
-from app.engine.validator import Preview, Validation
+from app.data.loader import Batch, ValLoader
+from app.engine.data import TrainingData
+from app.engine.device import Compute
+from app.engine.distributed import SINGLE, Group
+from app.engine.mistakes import WorstImages, draw_worst
+from app.engine.validator import Preview, Validation, validate
+from app.model.detector import Detector
 
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3
@@ -23,6 +28,24 @@ def draw_labels(data: Dataset, folder: Path) -> None:
     labels = np.concatenate(data.labels) if data.labels else np.zeros((0, 5), np.float32)
     plot_labels(labels, data.names, folder / "labels.jpg")
     plot_labels_correlogram(labels, data.names, folder / "labels_correlogram.jpg")
+
+
+def draw_final(
+    model: Detector,
+    batches: ValLoader,
+    data: TrainingData,
+    compute: Compute,
+    folder: Path,
+    group: Group = SINGLE,
+) -> Validation:
+    """Validate a finished `model` (in eval mode) on all ranks, draw what it finds, and return the figures."""
+    worst = WorstImages()
+    validation = validate(model, batches, None, compute, previews=PREVIEWS, on_image=worst.add, group=group)
+    found = WorstImages.merged(group.gather(worst))
+    if group.is_main:
+        draw_validation(validation, data.val, folder)
+        draw_worst(found, data.val, data.val_images, folder / "worst.jpg")
+    return validation
 
 
 def draw_train_batch(batch: Batch, data: Dataset, path: Path) -> None:

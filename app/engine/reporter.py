@@ -39,6 +39,7 @@ class Reporter:
         status: WorkerStatus,
         events: EventLog,
         artifacts: Mapping[str, str] = RUN_ARTIFACTS,
+        memory_bytes: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label = label
@@ -47,6 +48,7 @@ class Reporter:
         self._status = status
         self._events = events
         self._artifacts = artifacts
+        self._memory_bytes = memory_bytes
         self._clock = clock
         self._status_at = -STATUS_EVERY_S
         self._epoch_started = clock()
@@ -84,7 +86,7 @@ class Reporter:
             box, obj, cls = losses()
             return (
                 f"epoch {epoch + 1}/{epochs}  {done}/{total}  box {box:.4f}  obj {obj:.4f}  cls {cls:.4f}  "
-                f"{rate:.0f} img/s  left {duration(left)}"
+                f"{rate:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB  left {duration(left)}"
             )
 
         self.progress.show(line)
@@ -104,7 +106,7 @@ class Reporter:
             precision, recall, map50, map5095 = row.metrics
             line += f"  P {precision:.3f}  R {recall:.3f}  mAP50 {map50:.3f}  mAP50-95 {map5095:.3f}"
             line += " *" if best else ""
-        line += f"  {images / seconds:.0f} img/s"
+        line += f"  {images / seconds:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB"
         self.say(
             line + (f"  left {duration(left)}" if row.epoch + 1 < epochs else f"  took {duration(seconds)}")
         )

@@ -11,10 +11,12 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
-from app.engine.checkpoint import is_own_checkpoint, load_checkpoint
-from app.errors import CheckpointError, UsageError
+from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
+from app.engine.official import OFFICIAL, official_name, official_weights
+from app.engine.progress import Progress
+from app.errors import CheckpointError, UsageError, suggest
 from app.model.detector import Detector, build_detector
-from app.model.weights import load_weights
+from app.model.weights import LoadReport, load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +35,53 @@ class Start:
 
     layout: dict[str, Any]
     weights: Weights | None
+    layout_given: bool = False
+    """Whether `--cfg` names the layout; then its anchors count, not those of the weights."""
+
+    def anchors_are_provisional(self, anchors: float | None) -> bool:
+        """Return whether `build` can only fill anchors in, for AutoAnchor to find."""
+        from_weights = self.weights is not None and not self.layout_given
+        named = isinstance(self.layout.get("anchors"), list | tuple)
+        return anchors is not None or not (named or from_weights)
 
     def build(self, names: tuple[str, ...], anchors: float | None, say: Callable[[str], None]) -> Detector:
-        """Return a fresh detector for these classes, carrying what fits of the weights."""
+        """Return a fresh detector for these classes, carrying what fits of the weights.
+
+        `anchors` is a number a level, in place of the layout's and the weights' own.
+        """
         detector = build_detector(
             self.layout, len(names), anchors=None if anchors is None else round(anchors)
         )
         detector.names = names
         if self.weights is not None:
+            exclude = ("anchors",) if self.layout_given or anchors is not None else ()
             # Other classes than the weights' leave the head's convolutions fresh: that is fine-tuning.
-            report = load_weights(detector, self.weights.state, partial=True, source=str(self.weights.source))
+            report = load_weights(
+                detector, self.weights.state, partial=True, exclude=exclude, source=str(self.weights.source)
+            )
+            if not self.layout_given:
+                self._check_all_fit(detector, report, anchors)
             say(f"weights: {self.weights.source}: {report.describe()}")
         return detector
+
+    def _check_all_fit(self, detector: Detector, report: LoadReport, anchors: float | None) -> None:
+        """Raise CheckpointError naming what did not fit, unless the head was asked to have another shape."""
+        assert self.weights is not None
+        head = f"model.{len(detector.model) - 1}."
+        reshaped = anchors is not None or detector.names != self.weights.names
+        misfits = [name for name in report.wrong_shape if not (reshaped and name.startswith(head))]
+        if report.missing or misfits:
+            raise CheckpointError(
+                f"{self.weights.source}: does not fit its own layout: {report.describe()}; use another file, "
+                "or name a layout with --cfg to take what fits"
+            )
 
 
 def find_start(weights: str, cfg: str) -> Start:
     """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
     loaded = read_weights(find_weights(weights)) if weights else None
     if cfg:
-        return Start(read_yaml(find_config("layouts", cfg)), loaded)
+        return Start(read_yaml(find_config("layouts", cfg)), loaded, layout_given=True)
     if loaded is None:
         raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
     if loaded.layout is None:
@@ -60,14 +90,20 @@ def find_start(weights: str, cfg: str) -> Start:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file named with or without `.pt`."""
+    """Return the path of a weights file named with or without `.pt`; published ones are fetched by their bare name.
+
+    Raises CheckpointError with the remedy where there is none.
+    """
     given = Path(name).expanduser()
     for path in (given, given.with_name(given.name + ".pt")):
         if path.is_file():
             return path
+    official = official_name(name)
+    if official is not None:
+        return official_weights(official, Progress())
     raise CheckpointError(
-        f"--weights {name}: no such file here ({given.absolute()}); give the path of a .pt file, "
-        "or train from scratch with --weights '' --cfg yolov5s.yaml"
+        f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
+        "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"
     )
 
 
@@ -75,6 +111,7 @@ def read_weights(path: Path) -> Weights:
     """Return the weights of one of our checkpoints, or of a foreign one, as float32 tensors."""
     if is_own_checkpoint(path):
         content = load_checkpoint(path)
+        require(path, content, ("ema", "layout", "names"))
         state = {key: _float32(value) for key, value in content["ema"].items()}
         return Weights(path, state, content["layout"], tuple(content["names"]))
     from app.model.foreign import read_foreign_checkpoint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,24 +15,35 @@ from torch import nn
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
-from app.data.loader import Batch, TrainLoader
+from app.data.loader import Batch
 from app.engine import pictures
-from app.engine.checkpoint import save_checkpoint
-from app.engine.data import TrainingData, validation_loader
+from app.engine.back_off import split
+from app.engine.checkpoint import load_checkpoint, require
+from app.engine.data import TrainingData, training_loader, validation_loader
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, write_results
+from app.engine.saving import Saver
+from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
-from app.engine.validator import Validation, to_input, validate
-from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.engine.validator import Validation, class_table, to_input, validate
+from app.errors import CheckpointError, StarlingError, Stopped, is_out_of_memory
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
+from app.model.weights import load_weights
 from app.outputs.run_dir import RunDir
 
 GRADIENT_NORM = 10.0
+ROLLBACK_RATE = 0.1
+"""What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
+RESUMED = (
+    *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
+    *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
+)
+"""What a resumable checkpoint holds for the trainer."""
 
 
 class Diverged(StarlingError):
@@ -63,42 +76,33 @@ class Trainer:
         reporter: Reporter,
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
+        rollbacks: int = 1,
+        back_off: bool = True,
+        clock: Callable[[], float] = time.monotonic,
         group: Group = SINGLE,
     ) -> None:
+        """Prepare a fresh training.
+
+        `rollbacks` is how often a loss that is no number is answered by going back; `back_off` lets a batch that
+        does not fit into memory go through in parts, which several processes cannot: they must stay in step.
+        """
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
         self._image_size, self._group = image_size, group
-        self._draws = group.is_main and not config.noplots
         if config.sync_bn:
-            detector = _with_synchronised_norms(detector, compute)
+            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze(self.model, config.freeze)
         self._forward = group.wrap(self.model, compute)
+        self._statistics = _running_statistics(self.model)
         self.average = ExponentialMovingAverage(self.model)
-        self._statistics = [
-            value
-            for name, value in self.model.named_buffers()
-            if name.endswith(("running_mean", "running_var"))
-        ]
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
         gains = LossGains.scaled(hyp, nc=detector.nc, levels=len(detector.stride), image_size=image_size)
         self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
             compute.device
         )
-        threads = compute.loader_threads(config.workers)
-        self.loader = TrainLoader(
-            data.train,
-            data.train_images,
-            hyp=hyp,
-            image_size=image_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            workers=threads,
-            pin_memory=not compute.on_cpu,
-            rank=group.rank,
-            world_size=group.world_size,
-        )
-        self.val_loader = validation_loader(data, self.model, image_size, config.batch_size, threads, group)
+        self.loader = training_loader(data, detector, config, hyp, image_size, compute, group)
+        self.val_loader = validation_loader(data, detector, config, image_size, compute, group)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
         self.epoch = 0
         self.iteration = 0
@@ -107,6 +111,17 @@ class Trainer:
         self._images_in_epoch = 0
         self._last_step = -1
         self._loss_sum = torch.zeros(3, device=compute.device)
+        self._watch = LossWatch(compute.device)
+        self._rollbacks_left = rollbacks
+        self._rate_scale = 1.0
+        """Learning rates are multiplied by it; below 1 after a rollback."""
+        self._beginning: dict[str, Any] | None = None
+        self._back_off = back_off and group.world_size == 1
+        self._parts = 1
+        """Parts that a batch goes through in; above 1 after memory ran out."""
+        self._saver = Saver(
+            config, run, self.state, self.weights, reporter.say, writes=group.is_main, clock=clock
+        )
 
     def fit(self) -> TrainResult:
         """Train to the last epoch, or until patience runs out.
@@ -118,6 +133,9 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._reporter.epoch_began()
             self._fit_epoch()
+            if self._has_diverged():
+                self._roll_back()
+                continue
             self._score_epoch()
             if self.epoch < self.config.epochs:
                 self._stop_if_asked()
@@ -129,11 +147,14 @@ class Trainer:
         return self._finish()
 
     def _begin(self) -> None:
-        if self._group.is_main:
-            write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
-            write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
-        if self._draws and self.epoch == 0:
+        if not self._group.is_main:
+            return
+        write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
+        write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
+        if not self.config.noplots and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
+        if self._rollbacks_left and self.epoch == self.iteration == 0:
+            self._beginning = copy.deepcopy(self.state())
 
     def _fit_epoch(self) -> None:
         self.model.train()
@@ -150,33 +171,112 @@ class Trainer:
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
             if self._last_step == epoch_start + self.iteration - 1:
-                self._stop_if_asked()
+                self._after_step()
         self._images_in_epoch = images
 
+    @property
+    def _draws(self) -> bool:
+        return self._group.is_main and not self.config.noplots
+
+    def _after_step(self) -> None:
+        due, signum = self._group.highest(self._saver.due(), self._stop.signum or 0)
+        if not (due or signum) or self._has_diverged():
+            return  # what has diverged is never saved; the end of the epoch goes back
+        if due:
+            self._saver.save_last((self.epoch, self.iteration))
+        self._stop_if_asked()  # now too: a save takes its time
+
+    def _after_validated(self, images: int) -> None:
+        self._stop_if_asked()  # the resume begins with this validation
+
     def _stop_if_asked(self) -> None:
-        """Where any rank was asked to stop: save, whatever `--nosave` says, and raise Stopped on all."""
-        signum = self._group.highest(self._stop.signum or 0)
+        (signum,) = self._group.highest(self._stop.signum or 0)
         if signum:
-            self._save_last()
-            self._group.barrier()  # nobody leaves before it is saved, or torchrun would hurry the one who saves
-            raise Stopped(signum)
+            self._stop_here(signum)
+
+    def _stop_here(self, signum: int) -> None:
+        """Save, whatever `--nosave` says, and raise Stopped, on all ranks."""
+        if self._saver.saved != (self.epoch, self.iteration):  # the grace is short, one save is enough
+            self._saver.save_last((self.epoch, self.iteration))
+        self._group.barrier()  # nobody leaves before it is saved, or torchrun would hurry the one who saves
+        raise Stopped(signum)
+
+    def _has_diverged(self) -> bool:
+        """Return whether a loss of this epoch, or a weight by now, is no number on any rank."""
+        (bad,) = self._group.highest(self._watch.first_bad() is not None or not is_finite(self.model))
+        return bool(bad)
+
+    def _roll_back(self) -> None:
+        """Go back to the last good state at a tenth of the rate; raise Diverged where that was tried before."""
+        position = self._watch.first_bad()
+        step = self.epoch * len(self.loader) + self.iteration - 1 if position is None else position
+        where = f"epoch {self.epoch + 1}, iteration {step}"
+        if not self._rollbacks_left:
+            raise Diverged(
+                f"{where}: the loss is no longer a number; lower lr0 (now {self.hyp.lr0 * self._rate_scale:g}) or "
+                "check the labels. The checkpoints on disk are intact"
+            )
+        left, scale = self._rollbacks_left - 1, self._rate_scale * ROLLBACK_RATE
+        self.restore(self._group.from_main(self._last_good_state() if self._group.is_main else {}))
+        self._rollbacks_left, self._rate_scale = left, scale
+        self._reporter.say(
+            f"{where}: the loss is no longer a number; going on from epoch {self.epoch + 1}, iteration "
+            f"{self.epoch * len(self.loader) + self.iteration}, with the learning rate times {scale:g}"
+        )
+
+    def _last_good_state(self) -> dict[str, Any]:
+        """Return what `last.pt` of this very run holds, else how the run began."""
+        if self.run.last.is_file():
+            state = load_checkpoint(self.run.last)
+            if state["run_uuid"] == self._reporter.label.uuid:
+                return state
+        assert self._beginning is not None, "a run that began here remembers how"
+        return self._beginning
 
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
-        self.schedule.apply(self.optimizer, self.epoch, position)
-        with self.compute.autocast():
-            predictions = self._forward(to_input(batch.images, self.compute))
-        targets = batch.targets.to(self.compute.device, non_blocking=True)
-        total, parts = self.loss(predictions, targets, self._group.share(batch))
-        (total * self._group.world_size).backward()  # gradients are averaged, and have to add up
+        self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
+        losses = self._learn(batch)
+        while losses is None:
+            losses = self._learn(batch)
+        losses = self._group.sum(losses)
+        self._watch.look(losses.sum(), position)
+        self._loss_sum += losses
         self._group.average(self._statistics)
-        self._loss_sum += self._group.sum(parts)
         if position - self._last_step >= self.schedule.accumulate(position):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.average.update()
             self._last_step = position
+
+    def _learn(self, batch: Batch) -> torch.Tensor | None:
+        """Run one batch forward and backward and return its [3] losses; None where it must be tried in smaller parts."""
+        losses = torch.zeros(3, device=self.compute.device)
+        try:
+            for part in split(batch, self._parts) if self._parts > 1 else (batch,):
+                with self.compute.autocast():
+                    predictions = self._forward(to_input(part.images, self.compute, part.scaled_hw))
+                targets = part.targets.to(self.compute.device, non_blocking=True)
+                total, part_losses = self.loss(predictions, targets, self._group.share(part))
+                # Several processes average their gradients, which have to add up.
+                (total * (part.loss_scale * self._group.world_size)).backward()
+                losses += part_losses * (len(part.indices) / len(batch.indices))
+        except (RuntimeError, MemoryError) as error:
+            if not self._back_off or not is_out_of_memory(error) or self._parts >= len(batch.indices):
+                raise
+        else:
+            return losses
+        # Outside the handler, whose traceback would keep the tensors that are to go.
+        self._parts *= 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.compute.on_cpu:
+            torch.cuda.empty_cache()
+        self._reporter.say(
+            f"out of memory: from here each batch of {self.config.batch_size} goes through in {self._parts} parts; "
+            "a smaller --batch or --imgsz is faster"
+        )
+        return None
 
     def _mean_losses(self) -> tuple[float, float, float]:
         box, obj, cls = (self._loss_sum / max(self.iteration, 1)).tolist()
@@ -185,25 +285,26 @@ class Trainer:
     def _score_epoch(self) -> None:
         """Validate where asked, record the row, save, and tell."""
         losses = self._mean_losses()
-        if not all(map(math.isfinite, losses)):
-            raise Diverged(
-                f"epoch {self.epoch + 1}: the loss is no longer a number (box, obj, cls = {losses}); "
-                f"lower lr0 (now {self.hyp.lr0:g}) or check the labels. Earlier checkpoints are intact"
-            )
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
             validation = validate(
-                self.average.model, self.val_loader, self.loss, self.compute, group=self._group
+                self.average.model,
+                self.val_loader,
+                self.loss,
+                self.compute,
+                after_batch=self._after_validated,
+                group=self._group,
             )
+            self.loader.class_maps = validation.metrics.map_by_class(self.model.nc).tolist()
         row = self._row(losses, validation)
-        best = row.validated and (not self._best_rows() or row.fitness > self.best.fitness)
+        best = self._saver.is_best(row)
         self.rows.append(row)
         self.epoch, self.iteration = self.epoch + 1, 0
         self._loss_sum.zero_()
         if self._group.is_main:
             write_results(self.run.results_csv, self.rows)
-            self._save_epoch(best=best, last=last)
+        self._saver.save_epoch(row, best=best, last=last)
         self._reporter.epoch_ended(row, self.config.epochs, self._images_in_epoch, best)
         self._on_epoch(row)
 
@@ -230,25 +331,13 @@ class Trainer:
             return False
         return self.epoch - 1 - self.best.epoch >= self.config.patience
 
-    # --- saving -----------------------------------------------------------------------------------------
-
-    def _save_epoch(self, *, best: bool, last: bool) -> None:
-        if best:
-            save_checkpoint(self.run.best, self.weights())
-        if last or not self.config.nosave:
-            self._save_last()
-        period = self.config.save_period
-        if period > 0 and self.epoch % period == 0:
-            save_checkpoint(self.run.weights / f"epoch{self.epoch - 1}.pt", self.weights())
-
-    def _save_last(self) -> None:
-        if self._group.is_main:
-            save_checkpoint(self.run.last, self.state())
+    # --- state ------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Any]:
         """Return what inference and fine-tuning need: the averaged weights in half precision."""
+        # Anchors stay exact: they are a few numbers, and the layout beside them holds the same ones.
         half = {
-            key: value.half() if value.is_floating_point() else value
+            key: value.half() if value.is_floating_point() and not key.endswith("anchors") else value
             for key, value in self.average.model.state_dict().items()
         }
         return {"kind": "weights", "ema": half, **self._description()}
@@ -271,6 +360,10 @@ class Trainer:
             "iteration": self.iteration,
             "last_step": self._last_step,
             "loss_sum": self._loss_sum,
+            "rate_scale": self._rate_scale,
+            "parts": self._parts,
+            "rollbacks_left": self._rollbacks_left,
+            "class_maps": self.loader.class_maps,
             **self._description(),
         }
 
@@ -287,48 +380,44 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
+        require(self.run.last, state, RESUMED)
         if tuple(state["names"]) != self.data.names:
             raise CheckpointError(
                 f"the checkpoint was trained on the classes {', '.join(state['names'])}, "
                 f"the dataset has {', '.join(self.data.names)}; resume with the dataset it was trained on"
             )
-        self.model.load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["ema"])
+        for model, tensors in ((self.model, state["model"]), (self.average.model, state["ema"])):
+            load_weights(model, tensors, source=str(self.run.last))
         self.average.updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.run.last}: the optimizer's state does not fit ({error})") from None
         for key, parameter in self.model.named_parameters():
-            if key in state["gradients"]:
-                parameter.grad = state["gradients"][key].to(parameter)
+            gradient = state["gradients"].get(key)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         self.epoch, self.iteration = state["epoch"], state["iteration"]
         self._last_step = state["last_step"]
         self._loss_sum.copy_(state["loss_sum"])
+        self._rate_scale, self._rollbacks_left = state["rate_scale"], state["rollbacks_left"]
+        self._parts = state["parts"]
+        self._watch.reset()
+        self.loader.class_maps = state.get("class_maps")
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]
+        self._saver.restored(self.rows, (self.epoch, self.iteration))
 
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
-        if (
-            self._group.is_main and not self.run.best.is_file()
-        ):  # a candidate that went on in a folder of its own
-            save_checkpoint(self.run.best, self.weights())
+        self._saver.finish()
         if not self.config.noplots:
-            self._draw_best()
+            if self._draws:
+                pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
+            validation = pictures.draw_final(
+                self._best_model(), self.val_loader, self.data, self.compute, self.run.path, self._group
+            )
+            self._say_classes(validation)
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
-
-    def _draw_best(self) -> None:
-        """Validate the best epoch once more, by all ranks, for its figures and pictures."""
-        validation = validate(
-            self._best_model(),
-            self.val_loader,
-            None,
-            self.compute,
-            previews=pictures.PREVIEWS,
-            group=self._group,
-        )
-        self._say_classes(validation)
-        if self._draws:
-            pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
-            pictures.draw_validation(validation, self.data.val, self.run.path)
 
     def _best_model(self) -> Detector:
         """Return the averaged weights of the best epoch."""
@@ -342,28 +431,15 @@ class Trainer:
 
     def _say_classes(self, validation: Validation) -> None:
         """Print the best epoch's figures for all classes and for each."""
-        m = validation.metrics
-        width = max([len(name) for name in self.data.names] + [5])
         self._reporter.say(f"best epoch: {self.best.epoch + 1}")
-        self._reporter.say(f"{'class':>{width}}  {'labels':>7}  {'P':>6}  {'R':>6}  {'mAP50':>6}  mAP50-95")
-        self._reporter.say(
-            f"{'all':>{width}}  {int(m.labels.sum()):>7}  {m.precision:6.3f}  {m.recall:6.3f}  {m.map50:6.3f}  {m.map5095:8.3f}"
-        )
-        for row, index in enumerate(m.classes):
-            self._reporter.say(
-                f"{self.data.names[index]:>{width}}  {int(m.labels[row]):>7}  {m.precision_by_class[row]:6.3f}  "
-                f"{m.recall_by_class[row]:6.3f}  {m.ap[row, 0]:6.3f}  {m.ap[row].mean():8.3f}"
-            )
+        for line in class_table(validation.metrics, self.data.names):
+            self._reporter.say(line)
 
 
-def _with_synchronised_norms(detector: Detector, compute: Compute) -> Detector:
-    """Return the detector with BatchNorm over the pictures of all ranks; raises UsageError on the CPU."""
-    if compute.on_cpu:
-        raise UsageError(
-            "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
-        )
-    converted: Detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-    return converted
+def _running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Return the means and variances that BatchNorm keeps, which ranks average as they do gradients."""
+    kept = ("running_mean", "running_var")
+    return [value for name, value in model.named_buffers() if name.endswith(kept)]
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:

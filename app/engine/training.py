@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,36 @@ import torch
 
 from app.config.hyp import Hyp
 from app.config.shipped import find_config
-from app.config.train_config import TrainConfig
+from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
 from app.engine import pictures
-from app.engine.checkpoint import load_checkpoint
-from app.engine.data import TrainingData, load_data, validation_loader
+from app.engine.anchors import AnchorFitter
+from app.engine.autobatch import choose_batch
+from app.engine.best_weights import holds_best
+from app.engine.checkpoint import load_newest, require
+from app.engine.data import TrainingData, fit_stride, load_data, report_findings, validation_loader
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.progress import Progress, Silence
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel, SilentReporter
+from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Trainer, TrainResult
-from app.engine.validator import validate
 from app.errors import CheckpointError, StarlingError, Stopped, UsageError
-from app.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
+from app.model.detector import Detector
+from app.outputs.atomic import sweep
+from app.outputs.bucket import upload
+from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
 from app.tracking.process import BridgeHandle, start_bridge
 
+RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
+"""What a resumable checkpoint holds for setting the training up again."""
 CACHE_FOLDER = ".cache"
 """Below the runs folder, so that every container of the host shares it."""
 
@@ -44,33 +53,35 @@ class Workshop:
     """What a worker sets up once and keeps from training to training."""
 
     config: TrainConfig
+    """With the batch size chosen where it was left open."""
     start: Start
     compute: Compute
     image_size: int
     data: TrainingData
+    anchors: AnchorFitter | None
+    """None under `--noautoanchor`."""
     group: Group = SINGLE
+    """The processes that train one model together."""
 
 
 def open_workshop(
-    config: TrainConfig, start: Start, say: Callable[[str], None], group: Group = SINGLE
+    config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
 ) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(group.device(config), config.amp, say, group.local_world_size)
+    if config.sync_bn and compute.on_cpu:
+        raise UsageError(
+            "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
+        )
     several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
     say((several if group.world_size > 1 else "") + compute.describe())
-    image_size = _fit_stride(
-        config.imgsz, int(start.build(("any",), None, lambda line: None).stride.max()), say
-    )
+    probe = Start(start.layout, None).build(("any",), None, say)
+    image_size = fit_stride(config.imgsz, probe.image_multiple, say)
+    if config.batch_size == AUTO_BATCH:
+        config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
     data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say, group.local_world_size)
-    return Workshop(config, start, compute, image_size, data, group)
-
-
-def _fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
-    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
-    fitted = max(-(-size // stride), 2) * stride
-    if fitted != size:
-        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
-    return fitted
+    anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
+    return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors, group)
 
 
 def read_hyp(config: TrainConfig) -> Hyp:
@@ -82,10 +93,17 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return Hyp.from_mapping(values, str(path))
 
 
-def warn_of_idle(hyp: Hyp, say: Callable[[str], None]) -> None:
-    """Name a hyperparameter that is set and does nothing."""
-    if hyp.copy_paste:
-        say("copy_paste has no effect: labels are kept as boxes, and it needs polygons")
+def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Name what is set and does nothing."""
+    if config.rect and hyp.mosaic:
+        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole pictures in their own shapes")
+    if hyp.copy_paste and not data.train.polygons:
+        say("copy_paste has no effect: no training label is a polygon")
+    elif hyp.copy_paste and (config.rect or not hyp.mosaic):
+        say("copy_paste has no effect: objects are pasted into mosaics only")
+    if config.image_weights and (config.noval or config.evolve):
+        said = "a search validates" if config.evolve else "--noval validates"
+        say(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +135,7 @@ def train(command: TrainCommand) -> None:
     )
     with joined(job.config, place) as group:
         _check_same_state(job, group)
-        workshop = open_workshop(job.config, job.start, progress.say, group)
+        workshop = open_workshop(job.config, job.start, job.hyp, progress.say, group)
         if group.is_main:
             _lead(job, workshop, progress)
         else:
@@ -128,7 +146,8 @@ def _processes_asked(command: TrainCommand) -> int:
     """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
     config = command.config
     if config.resume and "device" not in command.given:
-        config = TrainConfig.from_mapping(load_checkpoint(find_last(config.resume))["config"])
+        state, _ = load_newest(find_last(config.resume), lambda line: None)
+        config = TrainConfig.from_mapping(state.get("config", {}))
     return len(config.devices)
 
 
@@ -150,21 +169,28 @@ def _follow(job: _Job, workshop: Workshop) -> None:
     run = RunDir(workshop.group.from_main(job.folder or Path()))
     label = RunLabel(job.run_uuid, job.config.run_project, run.path.name)
     with StopSignal() as stop:
-        train_in(workshop, job.config, job.hyp, run, SilentReporter(label), stop, job.state)
+        train_in(workshop, workshop.config, job.hyp, run, SilentReporter(label), stop, job.state)
 
 
 def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
     """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
-    config = job.config
-    run = RunDir(job.folder) if job.folder else _new_run(config)
+    config = workshop.config
+    warn_of_idle(config, job.hyp, workshop.data, progress.say)
+    run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         workshop.group.from_main(run.path)
+        for folder in (run.path, folder_below(run.path, run.weights.name)):
+            sweep(folder)
+        if job.state is None:
+            run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
+        report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridge = start_bridge(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
-        reporter = Reporter(label, run.path, progress=progress, status=status, events=log)
+        reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
+                            memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
         try:
             result = train_in(
                 workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: check_bridge(bridge)
@@ -176,28 +202,57 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
         f"results in {run.path}"
     )
+    upload_results(config, run.path, progress.say)
+    if config.json:
+        print(json.dumps(summary(best, run)), flush=True)
+
+
+def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Copy the results to `--bucket`, if one is given."""
+    if config.bucket:
+        project = config.run_project.removeprefix("runs/")
+        below = Path(project).name if Path(project).is_absolute() else project
+        upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
+
+
+def summary(best: EpochRow, run: RunDir) -> dict[str, Any]:
+    """Return what `--json` prints of the best epoch."""
+    precision, recall, map50, map5095 = best.metrics
+    return {
+        "precision": precision,
+        "recall": recall,
+        "mAP50": map50,
+        "mAP50_95": map5095,
+        "fitness": best.fitness,
+        "epoch": best.epoch + 1,
+        "run": str(run.path),
+        "weights": str(run.best),
+    }
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
     hyp = read_hyp(config)
-    warn_of_idle(hyp, say)
     return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 
 def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
     last = find_last(command.config.resume)
-    state = load_checkpoint(last)
-    if state["kind"] != "resumable" or last.parent.name != "weights":
+    state, taken = load_newest(last, say)
+    if state.get("kind") != "resumable" or last.parent.name != "weights":
         raise CheckpointError(
             f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
             f"start a new run from it with --weights {last}"
         )
+    require(taken, state, RESUMED)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
-    if state["epoch"] >= config.epochs:
+    rows = [EpochRow.from_list(values) for values in state["rows"]]
+    if state["epoch"] >= config.epochs and holds_best(last.with_name("best.pt"), rows):
         raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
     folder = last.parent.parent
-    say(f"resuming {folder} at epoch {state['epoch'] + 1}/{config.epochs}")
+    say(
+        f"resuming {folder} at epoch {min(state['epoch'] + 1, config.epochs)}/{config.epochs}, from {taken.name}"
+    )
     hyp = Hyp.from_mapping(state["hyp"], str(last))
     return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state)
 
@@ -211,15 +266,16 @@ def train_in(
     stop: StopSignal,
     state: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Any], None] = lambda row: None,
+    recover: bool = True,
 ) -> TrainResult:
     """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
     reporter.started(_params(config, hyp), _tags(workshop))
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
-        detector = workshop.start.build(workshop.data.names, hyp.anchors, reporter.say)
+        detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
-                          group=workshop.group)  # fmt: skip
+                          rollbacks=int(recover), back_off=recover, group=workshop.group)  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
         with workshop.group.watch():
@@ -239,6 +295,19 @@ def train_in(
     return result
 
 
+def _build_detector(
+    workshop: Workshop, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> Detector:
+    """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
+    if state is not None:  # its layout holds the anchors it was trained with
+        return Start(state["layout"], None).build(workshop.data.names, None, say)
+    detector = workshop.start.build(workshop.data.names, hyp.anchors, say)
+    if workshop.anchors is not None:
+        provisional = workshop.start.anchors_are_provisional(hyp.anchors)
+        workshop.anchors.fit(detector, provisional=provisional, say=say)
+    return detector
+
+
 def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
     """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
     trained = read_weights(weights)
@@ -246,12 +315,10 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
         workshop.data.names, None, lambda line: None
     )
     model = detector.to(workshop.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    threads = workshop.compute.loader_threads(workshop.config.workers)
     batches = validation_loader(
-        workshop.data, detector, workshop.image_size, workshop.config.batch_size, threads
+        workshop.data, detector, workshop.config, workshop.image_size, workshop.compute
     )
-    validation = validate(model, batches, None, workshop.compute, previews=pictures.PREVIEWS)
-    pictures.draw_validation(validation, workshop.data.val, folder)
+    pictures.draw_final(model, batches, workshop.data, workshop.compute, folder)
 
 
 def check_bridge(bridge: BridgeHandle | None) -> None:
@@ -272,28 +339,22 @@ def find_last(resume: str) -> Path:
         path = Path(resume).expanduser()
         return path / "weights" / "last.pt" if path.is_dir() else path
     found = sorted(
-        (path for path in runs_root().rglob("weights/last.pt") if "candidates" not in path.parts),
+        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),
         key=lambda path: path.stat().st_mtime,
     )
     if not found:
         raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
-    return found[-1]
+    return found[-1].with_name("last.pt")
 
 
-def _new_run(config: TrainConfig) -> RunDir:
-    parent = project_dir(config.run_project, runs_root())
-    try:
-        if config.exist_ok:
-            path = parent / config.run_name
-            path.mkdir(parents=True, exist_ok=True)
-        else:
-            path = next_free_dir(parent, config.run_name)
-    except OSError as error:
-        raise UsageError(
-            f"{parent}: results cannot be written here ({error.strerror}); "
-            "check the folder's owner, or choose another --project"
-        ) from None
-    return RunDir(path)
+def _resumes(path: Path) -> bool:
+    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
+    own = "candidates" not in path.parts and path.parts[0] != "mlflow"
+    return own and path.name in ("last.pt", "last.previous.pt")
+
+
+def _new_run(config: TrainConfig) -> Path:
+    return create_run_dir(config.run_project, config.run_name, runs_root(), exist_ok=config.exist_ok)
 
 
 def _params(config: TrainConfig, hyp: Hyp) -> dict[str, Any]:

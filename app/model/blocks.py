@@ -86,13 +86,29 @@ class C3(nn.Module):
         self.cv1 = Conv(c_in, hidden)
         self.cv2 = Conv(c_in, hidden)
         self.cv3 = Conv(2 * hidden, c_out)
-        self.m = nn.Sequential(
+        self.m: nn.Module = nn.Sequential(
             *(Bottleneck(hidden, hidden, shortcut, groups, expansion=1.0) for _ in range(number))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the input's height and width."""
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
+
+
+class SPP(nn.Module):
+    """Pool at several scales side by side (He et al. 2014, arXiv 1406.4729)."""
+
+    def __init__(self, c_in: int, c_out: int, kernels: Sequence[int] = (5, 9, 13)) -> None:
+        super().__init__()
+        hidden = c_in // 2
+        self.cv1 = Conv(c_in, hidden)
+        self.cv2 = Conv(hidden * (len(kernels) + 1), c_out)
+        self.m = nn.ModuleList(nn.MaxPool2d(kernel, stride=1, padding=kernel // 2) for kernel in kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's height and width."""
+        x = self.cv1(x)
+        return self.cv2(torch.cat((x, *(pool(x) for pool in self.m)), dim=1))
 
 
 class SPPF(nn.Module):

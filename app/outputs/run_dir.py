@@ -22,7 +22,7 @@ def project_dir(project: str, root: Path) -> Path:
     An absolute `project` stands as it is. Any other lands below `root`, with one leading `runs/` taken
     off, so that `--project runs/train` and `--project train` name the same folder.
 
-    Raises UsageError for a project that would climb out of `root`.
+    Raises UsageError for a project that would climb out of `root`, by its name or through a link.
     """
     if PurePosixPath(project).is_absolute():
         return Path(project)
@@ -33,7 +33,18 @@ def project_dir(project: str, root: Path) -> Path:
         raise UsageError(
             f"--project {project}: leaves the runs folder {root}; give a name, or an absolute path"
         )
-    return root.joinpath(*parts)
+    return folder_below(root, *parts)
+
+
+def folder_below(parent: Path, *parts: str) -> Path:
+    """Return `parent/…` with `parts`; raises UsageError where a link among them leads out of `parent`."""
+    path = parent.joinpath(*parts)
+    if not path.resolve().is_relative_to(parent.resolve()):
+        raise UsageError(
+            f"{path}: a link that leads out of {parent}, to {path.resolve()}; "
+            "remove the link, or give that place as an absolute --project"
+        )
+    return path
 
 
 def check_name(name: str) -> str:
@@ -59,12 +70,36 @@ def next_free_dir(parent: Path, name: str) -> Path:
             number = max(number, 1) + 1
 
 
+def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = False) -> Path:
+    """Create and return the folder of a new run; with `exist_ok` the one of that name, there or not.
+
+    Raises UsageError where the project leaves `root` or cannot be written.
+    """
+    parent = project_dir(project, root)
+    try:
+        if not exist_ok:
+            return next_free_dir(parent, name)
+        path = folder_below(parent, name)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    except OSError as error:
+        raise UsageError(
+            f"{parent}: results cannot be written here ({error.strerror}); "
+            "check the folder's owner, or choose another --project"
+        ) from None
+
+
 def _suffix(folder: str, name: str) -> int:
     """Return 1 for `name` itself, N for `nameN`, 0 for anything else."""
     if folder == name:
         return 1
     match = re.fullmatch(re.escape(name) + r"([1-9]\d*)", folder)
     return int(match[1]) if match else 0
+
+
+def previous_of(last: Path) -> Path:
+    """Return where the checkpoint before `last` is kept: `last.previous.pt` beside `last.pt`."""
+    return last.with_name(f"{last.stem}.previous{last.suffix}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +117,11 @@ class RunDir:
     def last(self) -> Path:
         """The newest resumable checkpoint."""
         return self.weights / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The resumable checkpoint before the newest, should that one be damaged."""
+        return previous_of(self.last)
 
     @property
     def best(self) -> Path:

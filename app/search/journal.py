@@ -47,6 +47,18 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def understood(journal: Path) -> Iterator[None]:
+    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the file."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{journal}: holds a record that is not one of a study ({error!r}); restore the file from a copy, "
+            "or start a search under another --name"
+        ) from error
+
+
 class StudyStorage(Protocol):
     """Where a study lives, and the one lock that makes several steps on it a single one."""
 
@@ -71,13 +83,8 @@ class JournalStudyStorage:
         self._lock_path = directory / LOCK
         self._say = say
         path = directory / JOURNAL
-        try:
+        with understood(path):
             self._storage = JournalStorage(SafeJournalBackend(path, create=create))
-        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise CheckpointError(
-                f"{path}: holds a record that is not one of a study ({error!r}); restore the file from a copy, "
-                "or start a search under another --name"
-            ) from error
 
     @property
     def optuna(self) -> BaseStorage:
@@ -196,7 +203,7 @@ class SafeJournalBackend(BaseJournalBackend):
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
             raise CheckpointError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from app.errors import StarlingError
+from app.errors import StarlingError, is_out_of_memory
 
 METRIC_COLUMNS = {
     "precision": "metrics/precision",
@@ -127,16 +127,11 @@ class SearchSummary:
 def failure_reason(error: Exception) -> str | None:
     """Return why a candidate failed if the fault is its own, else None.
 
-    Its own are CandidateFailed and running out of device or host memory. torch raises `OutOfMemoryError` on
-    CUDA and a plain RuntimeError on the CPU; both are recognised without importing it.
+    Its own are CandidateFailed and running out of device or host memory.
     """
     if isinstance(error, CandidateFailed):
         return str(error)
-    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    by_text = isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
-    )
-    if by_type or by_text:
+    if is_out_of_memory(error):
+        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
         return f"out of memory: {text or type(error).__name__}; lower --batch or --imgsz"
     return None

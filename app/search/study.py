@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.errors import ConfigError, UsageError
-from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, writing
+from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
 from app.search.ledger import Ending, Ledger
 from app.search.outcome import Candidate, Finished, LeaseLost, Outcome, Progress, SearchFailed
@@ -147,11 +147,12 @@ class SearchStudy:
         storage = JournalStudyStorage(directory, create=False)
         if name not in _names(storage):
             raise absent
-        study = optuna.load_study(study_name=name, storage=storage.optuna)
-        definition = study.user_attrs.get(_DEFINITION)
-        if definition is None:
-            raise absent
-        return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
+        with understood(directory / JOURNAL):
+            study = optuna.load_study(study_name=name, storage=storage.optuna)
+            definition = study.user_attrs.get(_DEFINITION)
+            if definition is None:
+                raise absent
+            return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
 
     @property
     def budget(self) -> int:
@@ -197,17 +198,22 @@ class SearchStudy:
 
     def finished(self) -> list[Finished]:
         """Return the finished candidates in the order of their numbers."""
-        return [self._as_finished(trial) for trial in self._trials() if trial.state is TrialState.COMPLETE]
+        with understood(self.directory / JOURNAL):
+            return [
+                self._as_finished(trial) for trial in self._trials() if trial.state is TrialState.COMPLETE
+            ]
 
     def progress(self) -> Progress:
         """Return how far the search is."""
         self._trials()
-        return self._progress()
+        with understood(self.directory / JOURNAL):
+            return self._progress()
 
     def _trials(self) -> list[FrozenTrial]:
         """Return every trial by number, after counting what is new. They are the storage's own: not to be changed."""
-        trials = self._study.get_trials(deepcopy=False)
-        self._ledger.update(trials)
+        with understood(self.directory / JOURNAL):
+            trials = self._study.get_trials(deepcopy=False)
+            self._ledger.update(trials)
         return trials
 
     def _progress(self) -> Progress:

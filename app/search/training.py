@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine import pictures
-from app.engine.checkpoint import load_checkpoint
+from app.engine.checkpoint import load_checkpoint, load_newest, require
+from app.engine.data import report_findings
 from app.engine.distributed import Place
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
@@ -22,6 +24,7 @@ from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, TrainResult
 from app.engine.training import (
+    RESUMED,
     Workshop,
     check_bridge,
     draw_weights,
@@ -29,10 +32,11 @@ from app.engine.training import (
     open_workshop,
     read_hyp,
     train_in,
+    upload_results,
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
-from app.outputs.run_dir import RunDir, project_dir, runs_root
+from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
@@ -45,7 +49,8 @@ from app.tracking.process import BridgeHandle, start_bridge
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 
-COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights")
+COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor",
+            "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
 """Settings that the fitness depends on: every worker of a search has the same ones."""
 
 
@@ -58,12 +63,14 @@ def search(config: TrainConfig) -> None:
         )
     progress = Progress()
     seed_hyp = read_hyp(config)
-    warn_of_idle(seed_hyp, progress.say)
-    workshop = open_workshop(config, find_start(config.weights, config.cfg), progress.say)
-    directory = project_dir(config.run_project, runs_root()) / config.run_name
+    workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
+    warn_of_idle(config, seed_hyp, workshop.data, progress.say)
+    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
+    config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
+    report_findings(workshop.data, directory, progress.say)
     with StopSignal() as stop:
         bridge = start_bridge(log, warn=progress.say)
         trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)
@@ -84,6 +91,24 @@ def search(config: TrainConfig) -> None:
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
+    upload_results(config, directory, progress.say)
+    if config.json:
+        print(json.dumps(_as_json(summary, directory)), flush=True)
+
+
+def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
+    metrics = summary.best.metrics
+    return {
+        **{key: metrics[key] for key in ("precision", "recall")},
+        "mAP50": metrics["map50"],
+        "mAP50_95": metrics["map5095"],
+        "fitness": summary.best.fitness,
+        "candidate": summary.best.number,
+        "finished": summary.progress.finished,
+        "hyp": summary.best.hyp,
+        "run": str(directory),
+        "weights": str(RunDir(directory).best),
+    }
 
 
 def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
@@ -159,13 +184,13 @@ class _Trainings:
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
-        state = _newest_state(candidate)
+        state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
         run = RunDir(candidate.directory)
         label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"candidate {candidate.number}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS)  # fmt: skip
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=self._workshop.compute.memory_bytes)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
         def on_epoch(row: EpochRow) -> None:
@@ -173,7 +198,10 @@ class _Trainings:
             check_bridge(self._bridge)
 
         try:
-            result = train_in(self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch)
+            # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
+            result = train_in(
+                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, recover=False
+            )
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
         finally:
@@ -189,13 +217,16 @@ def _outcome(result: TrainResult) -> Outcome:
                    box_loss=box, obj_loss=obj, cls_loss=cls)  # fmt: skip
 
 
-def _newest_state(candidate: Candidate) -> Mapping[str, Any] | None:
+def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[str, Any] | None:
     """Return the checkpoint of an interrupted attempt at this candidate, if one is whole."""
     for folder in candidate.resumes_from:
         try:
-            return load_checkpoint(RunDir(folder).last)
-        except CheckpointError:
-            continue
+            state, _ = load_newest(RunDir(folder).last, say)
+            require(RunDir(folder).last, state, RESUMED)
+            return state
+        except CheckpointError as error:
+            if RunDir(folder).last.exists():
+                say(f"{error}; not taken")
     return None
 
 
@@ -212,7 +243,7 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
 def _fitness_of(path: Path) -> float:
     try:
         rows = [EpochRow.from_list(values) for values in load_checkpoint(path)["rows"]]
-    except CheckpointError:
+    except (CheckpointError, LookupError, TypeError, ValueError):
         return float("-inf")
     return max((row.fitness for row in rows if row.validated), default=float("-inf"))
 

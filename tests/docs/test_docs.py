@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import click
 import pytest
 
 from app import settings, track
+from app.config import detect_flags, export_config
+from app.config import val_flags as val_command
 from app.config.hyp import Hyp
-from app.config.train_flags import NOT_YET, build_parser
+from app.config.shipped import SHIPPED
+from app.config.train_flags import build_parser
+from app.data.__main__ import build_parser as data_parser
+from app.plots import __main__ as plots
 from launcher.cli import cli as launcher
 from tests.conftest import REPOSITORY
 
@@ -22,14 +28,20 @@ ALL = "\n".join(DOCS.values())
 
 
 def train_flags() -> list[str]:
-    return sorted(
-        {
-            flag
-            for action in build_parser()._actions
-            for flag in action.option_strings
-            if flag.startswith("--")
-        }
-    )
+    return flags_of(build_parser())
+
+
+def val_flags() -> list[str]:
+    return flags_of(val_command.build_parser())
+
+
+def plots_flags() -> list[str]:
+    return flags_of(plots.build_parser())
+
+
+def detect_and_export_flags() -> list[tuple[str, str]]:
+    parsers = {"detect.md": detect_flags.build_parser(), "export.md": export_config.build_parser()}
+    return [(page, flag) for page, parser in parsers.items() for flag in flags_of(parser) if flag != "--help"]
 
 
 def launcher_flags() -> list[str]:
@@ -42,8 +54,12 @@ def launcher_flags() -> list[str]:
 
 
 def track_flags() -> list[str]:
+    return flags_of(track.build_parser())
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     found = set()
-    parsers = [track.build_parser()]
+    parsers = [parser]
     while parsers:
         for action in parsers.pop()._actions:
             found.update(flag for flag in action.option_strings if flag.startswith("--"))
@@ -57,6 +73,21 @@ def test_every_flag_of_train_is_in_the_training_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["train.md"]
 
 
+@pytest.mark.parametrize("flag", set(val_flags()) - {"--help"})
+def test_every_flag_of_val_is_in_the_validating_page(flag: str) -> None:
+    assert f"`{flag}`" in DOCS["val.md"]
+
+
+def test_the_flags_of_plots_are_in_the_validating_page() -> None:
+    assert plots_flags() == ["--help", "--out"]
+    assert "--out" in DOCS["val.md"]
+
+
+@pytest.mark.parametrize(("page", "flag"), detect_and_export_flags())
+def test_every_flag_of_detect_and_export_is_in_its_page(page: str, flag: str) -> None:
+    assert f"`{flag}`" in DOCS[page]
+
+
 @pytest.mark.parametrize("flag", set(launcher_flags()) - {"--help"})
 def test_every_flag_of_the_launcher_is_in_the_launching_page(flag: str) -> None:
     assert flag in DOCS["launch.md"]
@@ -65,6 +96,16 @@ def test_every_flag_of_the_launcher_is_in_the_launching_page(flag: str) -> None:
 @pytest.mark.parametrize("flag", set(track_flags()) - {"--help"})
 def test_every_flag_of_track_is_in_the_tracking_page(flag: str) -> None:
     assert flag in DOCS["track.md"]
+
+
+@pytest.mark.parametrize("flag", set(flags_of(data_parser())) - {"--help"})
+def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
+    assert f"`{flag}" in DOCS["data.md"]
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_dataset_is_in_the_data_page(path: Path) -> None:
+    assert f"`{path.name}`" in DOCS["data.md"]
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Hyp)])
@@ -85,9 +126,14 @@ def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> N
 
 
 def test_no_page_names_a_flag_that_no_command_has() -> None:
-    known = {*train_flags(), *launcher_flags(), *track_flags(), *NOT_YET}
-    known |= {"--sig-proxy", "--ipc", "--build-arg", "--nproc_per_node", "--nnodes", "--node_rank"}
-    known |= {"--master_addr", "--master_port", "--standalone", "--show"}  # of docker and torchrun
+    known = {*train_flags(), *launcher_flags(), *track_flags(), *val_flags(), *plots_flags()}
+    known |= {
+        *(flag for _, flag in detect_and_export_flags()),
+        *export_config.REFUSED,
+        *flags_of(data_parser()),
+    }
+    known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
+    known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--standalone"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}
     assert not unknown

@@ -13,7 +13,9 @@ import pytest
 
 from app.config.hyp import Hyp
 from app.data import augment
-from app.data.augment import epoch_order, training_item
+from app.data.augment import training_item
+from app.data.outlines import choose_pastes, cut
+from app.data.streams import epoch_order, random_stream
 
 SIDE = 96
 SHAPES = [(96, 72), (60, 96), (96, 96), (48, 96), (96, 50)]
@@ -32,7 +34,9 @@ def _squares() -> tuple[Any, list[np.ndarray]]:
         pictures.append(picture)
         box = ((left + side / 2) / width, (top + side / 2) / height, side / width, side / height)
         labels.append(np.array([[number, *box]], np.float32))
-    return SimpleNamespace(images=[Path(str(i)) for i in range(len(SHAPES))], labels=labels), pictures
+    return SimpleNamespace(
+        images=[Path(str(i)) for i in range(len(SHAPES))], labels=labels, polygons=[]
+    ), pictures
 
 
 def _item(hyp: Hyp, index: int = 0, epoch: int = 0, seed: int = 5, side: int = SIDE) -> tuple[Any, Any]:
@@ -73,10 +77,10 @@ def test_an_unpainted_canvas_gives_the_picture_that_a_painted_one_does() -> None
         pictures.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
     dataset, _ = _squares()
     for hyp in (PLAIN, ROTATED, TILTED):
-        draws = augment.random_stream(3, 1, 2).random(augment._DRAWS).tolist()
+        draws = random_stream(3, 1, 2).random(augment._DRAWS).tolist()
         view = augment._mosaic(dataset, pictures, hyp, SIDE, draws, 2)
         out = np.empty((SIDE, SIDE, 3), np.uint8)
-        augment._render(view, None, dataset, SIDE, out)
+        augment._render(view, None, dataset, out)
         canvas = np.full((2 * SIDE, 2 * SIDE, 3), 114, np.uint8)
         for tile in view.tiles:
             picture = pictures[tile.picture]
@@ -121,7 +125,7 @@ def test_labels_lie_within_the_frame_and_keep_large_class_numbers() -> None:
 
 def test_a_box_hardly_in_view_is_dropped() -> None:
     boxes = np.array([[0, -1, 10, 50, 50], [0, -46, 10, 4, 50], [0, 10, 10, 11.5, 50], [0, 0, 0, 90, 0.5]])
-    labels = augment._transform_labels(boxes.astype(np.float32), np.eye(3), True, 1.0, SIDE)
+    labels = augment._transform_labels(boxes.astype(np.float32), np.eye(3), True, 1.0, (SIDE, SIDE))
     assert len(labels) == 1
     assert np.allclose(labels[0, 1:] * SIDE, [25, 30, 50, 40])
 
@@ -138,7 +142,7 @@ def test_without_mosaic_and_motion_the_picture_is_centred_on_grey() -> None:
 def test_colour_jitter_changes_colours_and_not_their_places() -> None:
     flat = np.full((8, 8, 3), (200, 90, 40), np.uint8)
     grey = np.full((8, 8, 3), 120, np.uint8)
-    dataset = SimpleNamespace(images=[Path("a")], labels=[np.zeros((0, 5), np.float32)])
+    dataset = SimpleNamespace(images=[Path("a")], labels=[np.zeros((0, 5), np.float32)], polygons=[])
     still = Hyp(mosaic=0.0, translate=0.0, scale=0.0, fliplr=0.0)
     coloured, _ = training_item(dataset, [flat], still, 8, seed=1, epoch=0, index=0)
     assert len(np.unique(coloured.reshape(-1, 3), axis=0)) == 1
@@ -182,8 +186,8 @@ def test_the_canvas_centre_lands_within_the_translation_whatever_else_moves() ->
     hyp = Hyp(degrees=40.0, shear=10.0, scale=0.5, perspective=0.001, translate=0.2)
     landings = []
     for epoch in range(200):
-        draws = augment.random_stream(0, epoch, 0).random(augment._DRAWS).tolist()
-        matrix, _ = augment._canvas_matrix(hyp, draws, 2 * SIDE, SIDE)
+        draws = random_stream(0, epoch, 0).random(augment._DRAWS).tolist()
+        matrix, _ = augment._canvas_matrix(hyp, draws, (2 * SIDE, 2 * SIDE), (SIDE, SIDE))
         x, y, w = matrix @ (SIDE, SIDE, 1)
         landings.append((x / w / SIDE, y / w / SIDE))
     low, high = np.min(landings, 0), np.max(landings, 0)
@@ -202,3 +206,115 @@ def test_a_mosaic_fetches_each_of_its_four_pictures_once() -> None:
 
     training_item(dataset, Counting(), PLAIN, SIDE, seed=1, epoch=0, index=0)
     assert len(fetched) == 4
+
+
+def _triangles(labelled: bool = True) -> tuple[Any, list[np.ndarray]]:
+    """Return a black picture with one white triangle in its left half, and labels that outline it."""
+    corners = np.array([[0.1, 0.2], [0.4, 0.5], [0.15, 0.8]], np.float32)
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    cv2.fillPoly(picture, [np.rint(corners * SIDE).astype(np.int32)], (255, 255, 255))
+    low, high = corners.min(0), corners.max(0)
+    rows = np.array([[3, *((low + high) / 2), *(high - low)]], np.float32)
+    dataset = SimpleNamespace(
+        images=[Path("a")] * 4, labels=[rows] * 4, polygons=[(corners,)] * 4 if labelled else []
+    )
+    return dataset, [picture] * 4
+
+
+def _blobs(image: np.ndarray) -> list[tuple[int, int, int, int]]:
+    count, _, stats, _ = cv2.connectedComponentsWithStats((image[..., 0] > 180).astype(np.uint8))
+    return [(x, y, x + w, y + h) for x, y, w, h, _ in stats[1:count].tolist()]
+
+
+@pytest.mark.parametrize("base", [PLAIN, ROTATED, TILTED], ids=["aligned", "affine", "perspective"])
+def test_a_label_with_a_polygon_frames_what_is_seen_of_it_after_any_turn(base: Hyp) -> None:
+    dataset, pictures = _triangles()
+    for epoch in range(20):
+        image, labels = training_item(
+            dataset, pictures, replace(base, mosaic=0.0), SIDE, seed=1, epoch=epoch, index=0
+        )
+        centre, half = labels[:, 1:3] * SIDE, labels[:, 3:5] * SIDE / 2
+        (box,) = np.concatenate((centre - half, centre + half), 1)
+        nearest = min(np.abs(np.subtract(blob, box)).max() for blob in _blobs(image))
+        assert nearest <= 2.5, (epoch, box, _blobs(image))
+
+
+@pytest.mark.parametrize("base", [PLAIN, ROTATED, TILTED], ids=["aligned", "affine", "perspective"])
+def test_copy_paste_paints_mirrored_objects_and_labels_each_where_it_is(base: Hyp) -> None:
+    dataset, pictures = _triangles()
+    plain = pasted = 0
+    for epoch in range(20):
+        image, labels = training_item(
+            dataset, pictures, replace(base, copy_paste=1.0), SIDE, seed=1, epoch=epoch, index=0
+        )
+        _, before = training_item(dataset, pictures, base, SIDE, seed=1, epoch=epoch, index=0)
+        plain, pasted = plain + len(before), pasted + len(labels)
+        assert (labels[:, 0] == 3).all()
+        centre, half = labels[:, 1:3] * SIDE, labels[:, 3:5] * SIDE / 2
+        for blob in _blobs(image):  # touching objects are one blob: their labels lie within it
+            if (blob[2] - blob[0]) * (blob[3] - blob[1]) < 40:
+                continue
+            assert (
+                ((centre > (blob[0] - 3, blob[1] - 3)) & (centre < (blob[2] + 3, blob[3] + 3))).all(1).any()
+            )
+        for x, y in centre[(half > 6).all(1)].round().astype(int):
+            assert image[max(y - 6, 0) : y + 6, max(x - 6, 0) : x + 6, 0].max() > 180
+    assert pasted > 1.3 * plain
+
+
+def test_copy_paste_without_polygons_changes_nothing() -> None:
+    dataset, pictures = _triangles(labelled=False)
+    for hyp in (PLAIN, ROTATED):
+        image, labels = training_item(dataset, pictures, hyp, SIDE, seed=1, epoch=0, index=0)
+        again, labels_again = training_item(
+            dataset, pictures, replace(hyp, copy_paste=1.0), SIDE, seed=1, epoch=0, index=0
+        )
+        assert np.array_equal(image, again)
+        assert np.array_equal(labels, labels_again)
+
+
+def test_no_paste_hides_three_tenths_of_an_object() -> None:
+    outline = np.array([[0, 0], [10, 0], [10, 10]], float)
+    boxes = np.array([[0, 0, 10, 10], [92, 0, 102, 10], [0, 40, 10, 50]], np.float32)
+    stream = random_stream(0, 0, 0)
+    chosen = choose_pastes(boxes, [outline, None, outline], 1.0, 100, stream)
+    # The first lands on 90..100 and would hide .8 of the second; the third lands on nothing.
+    assert [(index, box.tolist()) for index, box in chosen] == [(2, [90, 40, 100, 50])]
+    assert not choose_pastes(boxes, [outline, None, outline], 0.0, 100, stream)
+
+
+def test_a_sliver_is_kept_where_a_polygon_tells_and_dropped_where_only_a_box_does() -> None:
+    box = np.array([[0, -95, 10, 5, 60]], np.float32)
+    outline = np.array([[-95, 10], [5, 10], [5, 60], [-95, 60]], float)
+    assert len(augment._transform_labels(box, np.eye(3), True, 1.0, (SIDE, SIDE), [outline])) == 1
+    assert len(augment._transform_labels(box, np.eye(3), True, 1.0, (SIDE, SIDE))) == 0
+
+
+def test_a_polygon_is_cut_at_the_frame_exactly() -> None:
+    triangle = np.array([[-10, 5], [10, 5], [10, 25]], float)
+    part = cut(triangle, (20, 20))
+    assert part.min(0).tolist() == [0, 5]
+    assert part.max(0).tolist() == [10, 20]
+    assert len(cut(triangle - 100, (20, 20))) == 0
+    assert np.array_equal(cut(triangle + 20, (60, 60)), triangle + 20)
+
+
+def test_a_picture_shown_again_in_an_epoch_looks_different() -> None:
+    dataset, pictures = _squares()
+    first, again = (
+        training_item(dataset, pictures, Hyp(), SIDE, seed=1, epoch=0, index=0, repeat=repeat)[0]
+        for repeat in (0, 1)
+    )
+    assert not np.array_equal(first, again)
+
+
+def test_a_rectangle_is_filled_without_a_mosaic() -> None:
+    still = replace(PLAIN, mosaic=0.0, translate=0.0, scale=0.0)
+    dataset, pictures = _squares()
+    image, labels = training_item(dataset, pictures, still, (48, 96), seed=1, epoch=0, index=3)
+    assert np.array_equal(image, pictures[3])
+    assert np.allclose(labels, dataset.labels[3], atol=1e-6)
+    mirrored, _ = training_item(
+        dataset, pictures, replace(still, fliplr=1.0, flipud=1.0), (48, 96), seed=1, epoch=0, index=3
+    )
+    assert np.array_equal(mirrored, image[::-1, ::-1])

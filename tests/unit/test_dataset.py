@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.findings import write_report
 from app.errors import DataError, UsageError
 
 
@@ -128,7 +130,7 @@ def test_unusable_pairs_are_skipped_counted_and_named(folder: Path) -> None:
     dataset = Dataset.load(description, "train")
     assert [path.name for path in dataset.images] == ["c.png"]
     assert dataset.skipped == 3
-    text = "\n".join(dataset.problems)
+    text = "\n".join(map(str, dataset.problems))
     for part in ("a.txt:2: x=7", "b.txt:1: class 9", "broken.jpg: "):
         assert part in text
     with pytest.raises(DataError, match=r"--strict \(3\)"):
@@ -161,6 +163,43 @@ def test_digest_follows_the_content_and_not_the_place(folder: Path, tmp_path: Pa
     assert digest(moved) == first
     (moved / "labels" / "train" / "a.txt").write_text("0 .5 .5 .3 .2\n")  # an edit of the same size
     assert digest(moved) != first
+
+
+def test_every_finding_has_its_row_in_the_report(folder: Path) -> None:
+    pictures, labels = folder / "images" / "train", folder / "labels" / "train"
+    (pictures / "broken.jpg").write_bytes(b"")
+    (labels / "broken.txt").touch()
+    (labels / "a.txt").write_text("0 .5 .5 .1 .1\n0 .5 .5 .1 .1\n")
+    (labels / "b.txt").write_text("9 .5 .5 .1 .1\n0 7 .5 .1 .1\n")
+    (labels / "c.txt").unlink()
+    (labels / "nobody.txt").write_text("0 .5 .5 .1 .1\n")
+    (labels / "classes.txt").write_text("x\ny\nz\n")
+    dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
+    assert write_report(folder / "report.csv", dataset.findings) == 6
+    with open(folder / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(Path(row["file"]).name, row["line"], row["problem"]) for row in rows] == [
+        ("broken.jpg", "", "empty file"),
+        ("c.png", "", "no label file, so taken for background"),
+        ("a.txt", "2", "the same as line 1, left out"),
+        ("b.txt", "1", "class 9 but the dataset has 3 (0 to 2)"),
+        ("b.txt", "2", "x=7 outside [0,1]"),
+        ("nobody.txt", "", "a label file without a picture, not used"),
+    ]
+    assert all(row["remedy"] for row in rows)
+
+
+def test_labels_of_pictures_that_a_list_leaves_out_are_no_orphans(folder: Path) -> None:
+    (folder / "some.txt").write_text("images/train/a.png\n")
+    description = _describe(folder, "train: some.txt\nnames: [x, y, z]\n")
+    assert not Dataset.load(description, "train").findings
+
+
+def test_text_files_among_the_pictures_are_not_taken_for_labels(folder: Path) -> None:
+    _picture(folder / "flat" / "a.png", labels=None)
+    (folder / "flat" / "a.txt").write_text("0 .5 .5 .1 .1\n")
+    (folder / "flat" / "README.txt").write_text("hello\n")
+    assert not Dataset.load(_describe(folder, "train: flat\nnames: [x]\n"), "train").findings
 
 
 def test_progress_ends_at_the_total(folder: Path) -> None:

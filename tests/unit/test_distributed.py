@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from app import train
+from app.config.train_config import TrainConfig
 from app.engine.checkpoint import load_checkpoint
 from app.engine.distributed import Place
 from app.engine.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
@@ -29,6 +30,7 @@ STILL_NORMS = """\
 import sys
 import torch
 from app import train
+from app.config.train_config import TrainConfig
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 sys.exit(train.main(sys.argv[1:]))
 """
@@ -501,3 +503,39 @@ def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole() -> None:
         total, parts = total + one[0], parts + one[1]
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(parts, whole_parts)
+
+
+BREAKS = """\
+# The trainer in which rank 1 alone sees a loss that is no number, once.
+import os
+import sys
+from app import train
+from app.config.train_config import TrainConfig
+from app.loss import DetectionLoss
+healthy, calls = DetectionLoss.forward, []
+def forward(self, *given):
+    calls.append(1)
+    total, parts = healthy(self, *given)
+    broken = os.environ["RANK"] == "1" and len(calls) == 2
+    return (total * float("nan"), parts * float("nan")) if broken else (total, parts)
+DetectionLoss.forward = forward
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_rank_sends_all_back(
+    tiny_args: list[str], runs: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS)
+    done = run(torchrun(str(script), *tiny_args, "--noplots"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the loss is no longer a number; going on from") == 1
+    (folder,) = (runs / "train").iterdir()
+    assert len(rows(folder)) == 2
+
+
+def test_a_batch_that_is_to_be_measured_needs_a_single_device() -> None:
+    with pytest.raises(UsageError, match="is measured on one device"):
+        TrainConfig(device="0,1", batch_size=-1)

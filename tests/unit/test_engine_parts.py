@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from app.config.hyp import Hyp
+from app.engine.autobatch import fit_batch
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
 from app.engine.device import select_compute
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
@@ -201,3 +202,18 @@ def test_a_gpu_that_is_not_there_is_named_with_the_remedy() -> None:
 
 def test_amp_can_be_turned_off() -> None:
     assert not select_compute("cpu", "off", print).bfloat16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "used", "free", "batch"),
+    [
+        ([1, 2, 4], [3, 5, 9], 100, 39),  # 1 + 2 an image; 80 of 100
+        ([1, 2, 4], [30, 50, 90], 20, 1),
+        ([1], [5], 100, 16),
+        ([1, 2], [5, 5], 100, 16),
+    ],
+)
+def test_the_automatic_batch_fills_four_fifths_of_the_free_memory(
+    sizes: list[int], used: list[int], free: int, batch: int
+) -> None:
+    assert fit_batch(sizes, used, free) == batch

@@ -72,6 +72,68 @@ def test_exif_rotation_is_applied_to_header_and_pixels_alike(
     assert abs(image - upright).mean() < 12  # lossy formats
 
 
+def _pixels(picture: Image.Image) -> np.ndarray:
+    return np.array(picture.convert("RGB"), int)
+
+
+def _check(path: Path, expected: np.ndarray, tolerance: int = 0) -> None:
+    decoded = decode_image(path)
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == expected.shape == (*read_header(path).hw, 3)
+    assert np.abs(decoded - expected).max() <= tolerance
+
+
+BEST_JPEG = {"quality": 100, "subsampling": 0}
+
+
+@pytest.mark.parametrize("kind", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_printing_inks_become_the_colours_they_mean(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{kind}"
+    _gradient().convert("CMYK").save(path, exif=exif, **(BEST_JPEG if kind == "jpg" else {}))
+    _check(path, np.rot90(_pixels(_gradient()), -1 if orientation == 6 else 0), tolerance=2)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+@pytest.mark.parametrize("channels", ["grey", "colour", "transparent"])
+def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path, kind: str, channels: str) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (20, 30, 4)).astype(np.uint16)
+    deep[0, 0], deep[0, 1] = 65535, 256  # 256 of 65535 is one of 255, not none
+    stored = {"grey": deep[..., 0], "colour": deep[..., 2::-1], "transparent": deep[..., (2, 1, 0, 3)]}
+    path = tmp_path / f"a.{kind}"
+    cv2.imwrite(str(path), stored[channels])
+    expected = np.rint(deep[..., :3] / 257).astype(int)
+    _check(path, expected[..., :1].repeat(3, 2) if channels == "grey" else expected)
+
+
+def test_a_turned_deep_picture_stands_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.array(_gradient().convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.tif", exif=exif)
+    _check(tmp_path / "a.tif", np.rot90(grey, -1)[..., None].repeat(3, 2).astype(int))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "bmp", "gif"])
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_grey_black_and_white_and_palettes_become_rgb(tmp_path: Path, kind: str, mode: str) -> None:
+    picture = _gradient().quantize(64) if mode == "P" else _gradient().convert(mode)
+    picture.save(tmp_path / f"a.{kind}")
+    _check(tmp_path / f"a.{kind}", _pixels(picture))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_is_dropped_and_colours_stay(tmp_path: Path, kind: str, mode: str) -> None:
+    pixels = np.array(_gradient().convert(mode))
+    pixels[..., -1] = np.arange(pixels.shape[1])
+    picture = Image.fromarray(pixels, mode)
+    picture.save(tmp_path / f"a.{kind}", **({"lossless": True, "exact": True} if kind == "webp" else {}))
+    _check(tmp_path / f"a.{kind}", _pixels(_gradient().convert(mode)))
+
+
 def _write_unusable(folder: Path) -> dict[str, str]:
     whole = folder / "whole.jpg"
     _gradient(100, 100).save(whole)
@@ -82,11 +144,8 @@ def _write_unusable(folder: Path) -> dict[str, str]:
     (folder / "truncated.png").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("not a picture")
-    _gradient().convert("CMYK").save(folder / "cmyk.jpg")
-    sixteen = np.zeros((20, 20, 3), np.uint16)
-    cv2.imwrite(str(folder / "sixteen.png"), sixteen)
-    cv2.imwrite(str(folder / "sixteen_grey.png"), sixteen[..., 0])
-    cv2.imwrite(str(folder / "sixteen.tif"), sixteen)
+    _gradient().convert("I").save(folder / "integers.tif")
+    _gradient().convert("F").save(folder / "floats.tif")
     frames = [_gradient(), _gradient().rotate(90)]
     for name in ("animated.gif", "animated.png", "animated.webp"):
         frames[0].save(folder / name, save_all=True, append_images=frames[1:])
@@ -100,10 +159,8 @@ def _write_unusable(folder: Path) -> dict[str, str]:
         "truncated.png": "truncated",
         "empty.jpg": "empty",
         "text.jpg": "not a picture",
-        "cmyk.jpg": "CMYK",
-        "sixteen.png": "16-bit",
-        "sixteen_grey.png": "16-bit",
-        "sixteen.tif": "16-bit",
+        "integers.tif": "mode I; convert it to 8-bit RGB",
+        "floats.tif": "mode F; convert it to 8-bit RGB",
         "animated.gif": "animated",
         "animated.png": "animated",
         "animated.webp": "animated",

@@ -380,3 +380,18 @@ def test_behind_sudo_the_caller_is_who_typed_it(monkeypatch: pytest.MonkeyPatch)
 def test_runs_must_be_a_folder_of_its_own(runs: str) -> None:
     with pytest.raises(UsageError, match="--runs"):
         check_runs(Path(runs))
+
+
+@pytest.mark.parametrize("given", ["yolov5s", "yolov5s.pt"])
+def test_published_weights_are_mounted_from_the_hosts_cache_and_asked_for_when_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("STARLING_WEIGHTS", str(tmp_path / "kept"))
+    with pytest.raises(CheckpointError, match=r"python -m app\.data download yolov5s\.pt"):
+        prepare(["--weights", given], tmp_path)
+    kept = tmp_path / "kept" / "yolov5s.pt"
+    kept.parent.mkdir()
+    kept.touch()
+    args = prepare(["--weights", given], tmp_path)
+    assert args.words == ("--weights", str(kept))
+    assert [mount.source for mount in args.mounts] == [str(kept)]

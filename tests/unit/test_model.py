@@ -14,8 +14,10 @@ from app.config.shipped import SHIPPED
 from app.errors import CheckpointError, ConfigError
 from app.model.blocks import Conv
 from app.model.detector import build_detector
+from app.model.ghost import GhostConv
 from app.model.head import Detect
 from app.model.layout import read_layout
+from app.model.transformer import TransformerBlock
 from app.model.weights import load_weights
 
 TINY: dict[str, Any] = {
@@ -139,6 +141,12 @@ def test_a_detector_on_the_meta_device_has_sizes_without_numbers() -> None:
         (with_row("head", 1, [[-1, 3], 1, "Concat", [1]]), "strides"),
         (with_row("head", 0, [-1, 1, "nn.Upsample", ["None", 2, "bilinear"]]), "nearest"),
         (with_row("head", 3, [-1, 1, "Conv", [8]]), "must be Detect"),
+        (with_row("backbone", 2, [-1, 1, "SPP", [64, [4]]]), "odd kernels"),
+        (with_row("backbone", 2, [-1, 1, "SPP", [64, 5]]), "list of kernels"),
+        (with_row("backbone", 2, [-1, 1, "SPP", [64.5, [5]]]), "SPP takes channels"),
+        (with_row("backbone", 2, [-1, 1, "nn.ZeroPad2d", [0, 1, 0, 1]]), "left, right, above, below"),
+        (with_row("backbone", 2, [-1, 1, "nn.MaxPool2d", [2, 0]]), "do not fit"),
+        (with_row("backbone", 2, [-1, 1, "GhostConv", [64, 1, 0]]), "at least 1"),
         (tiny(anchors=[[10, 13]]), "1 rows for the 2 levels"),
         (tiny(anchors=[[10, 13], [10]]), "pairs"),
         (tiny(width_multiple=0), "width_multiple"),
@@ -163,6 +171,59 @@ def test_every_shipped_layout_builds(path: Path) -> None:
     with torch.device("meta"):
         detector = build_detector(path, nc=1)
     assert detector.layout["backbone"] == read_layout(path)["backbone"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"yolov5-{kind}" for kind in ("p2", "p34", "p6", "p7", "fpn", "bifpn", "panet")),
+     *("yolov5s-ghost", "yolov5s-transformer", "yolov5s-LeakyReLU", "yolov3", "yolov3-spp", "yolov3-tiny")],
+)  # fmt: skip
+def test_every_kind_of_layout_learns_answers_and_fuses(name: str) -> None:
+    torch.manual_seed(0)
+    layout = {
+        **read_layout(SHIPPED / "layouts" / f"{name}.yaml"),
+        "width_multiple": 0.06,
+        "depth_multiple": 0.1,
+    }
+    detector = build_detector(layout, nc=3).train()
+    side = 2 * int(detector.stride.max())
+    images = torch.rand(2, 3, side, side)
+    raw = detector(images)
+    cells = [tuple(level.shape) for level in raw]
+    assert cells == [(2, 3, side // int(s), side // int(s), 8) for s in detector.stride]
+    sum(level.square().mean() for level in raw).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+    with torch.no_grad():
+        decoded = detector.eval()(images)[0]
+        assert decoded.shape == (2, sum(3 * h * w for _, _, h, w, _ in cells), 8)
+        torch.testing.assert_close(detector.fused()(images)[0], decoded, atol=1e-2, rtol=1e-3)
+
+
+def test_images_are_multiples_of_the_deepest_stride_even_where_the_head_stops_above_it() -> None:
+    layout = {**read_layout(SHIPPED / "layouts" / "yolov5-p34.yaml"), "width_multiple": 0.06}
+    detector = build_detector(layout, nc=1)
+    assert detector.stride.tolist() == [8, 16]
+    assert detector.image_multiple == 32
+    detector(torch.rand(2, 3, 64, 96))
+
+
+def test_half_of_a_ghost_convolution_is_derived_from_the_other_half() -> None:
+    ghost = GhostConv(4, 6, kernel=3, stride=2).eval()
+    x = torch.rand(1, 4, 8, 8)
+    y = ghost(x)
+    assert y.shape == (1, 6, 4, 4)
+    assert torch.equal(y[:, :3], ghost.cv1(x))
+    assert torch.equal(y[:, 3:], ghost.cv2(y[:, :3]))
+    assert ghost.cv2.conv.groups == 3
+
+
+def test_attention_lets_every_cell_see_every_other() -> None:
+    torch.manual_seed(0)
+    block = TransformerBlock(8)
+    x = torch.rand(1, 8, 3, 4, requires_grad=True)
+    block(x)[0, 0, 0, 0].backward()
+    assert x.grad is not None
+    assert (x.grad.abs().sum(dim=(0, 1)) > 0).all()
 
 
 def test_weights_of_the_same_layout_all_load() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from app.errors import DataError
-from app.plots import batches, curves, labels, results, style
+from app.plots import batches, curves, drawing, labels, overlay, results, style
+from app.plots.__main__ import main as plots_main
 
 HARD_NAMES = ("$x_1$", "_hidden", "Größe", "红细胞", "50 $", r"a\$b$", "two\nlines", "", "n" * 200)
 RESULTS_HEADER = (
@@ -142,7 +143,7 @@ def test_detections_with_hard_names_scores_and_wild_boxes_are_drawn(tmp_path: Pa
 def test_texts_never_cover_each_other() -> None:
     taken: list[tuple[int, int, int, int]] = []
     for _ in range(20):
-        place = batches._free_place((50, 50, 90, 90), (40, 15), (200, 200), taken)
+        place = drawing.free_place((50, 50, 90, 90), (40, 15), (200, 200), taken)
         if place is None:
             break
         box = (*place, place[0] + 40, place[1] + 15)
@@ -325,3 +326,36 @@ def test_drawing_leaves_no_pyplot_and_importing_costs_no_matplotlib() -> None:
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+# Several runs
+
+
+def write_run(folder: Path, epochs: int) -> Path:
+    folder.mkdir(parents=True)
+    rows = [f"{epoch},{0.1 / (epoch + 1):.4f},{epoch / 50}" for epoch in range(epochs)]
+    (folder / "results.csv").write_text("\n".join(["epoch,train/box_loss,metrics/mAP_0.5", *rows, ""]))
+    return folder
+
+
+def test_several_runs_are_laid_over_each_other_in_colours_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write_run(tmp_path / project / "exp", epochs) for project, epochs in (("a", 20), ("b", 12))]
+    out = tmp_path / "both.png"
+    assert plots_main([*map(str, folders), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    picture = read(out)
+    assert all(near(picture, style.class_colour(index)) > 500 for index in (0, 1))
+    assert overlay.run_labels(folders) == ["a/exp", "b/exp"]
+
+
+def test_a_run_without_results_is_named_in_place_of_an_empty_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = write_run(tmp_path / "empty", 0)
+    assert plots_main([str(empty), "--out", str(tmp_path / "out.png")]) == 3
+    assert "no epoch yet" in capsys.readouterr().err
+    assert plots_main([str(tmp_path / "absent"), "--out", str(tmp_path / "out.png")]) == 3
+    assert not (tmp_path / "out.png").exists()
+    assert plots_main([str(empty), "--out", "out.pdf"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tests.conftest import REPOSITORY, TINY_LAYOUT
 PICTURES = [
     "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
     "results.png", "confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png",
+    "worst.jpg",
 ]  # fmt: skip
 
 
@@ -46,6 +48,23 @@ def test_training_writes_the_classic_files(tiny_args: list[str], runs: Path) -> 
     assert float(rows(run)[1]["train/box_loss"]) > 0
 
 
+def test_json_is_the_last_line_and_names_the_figures(
+    tiny_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"precision", "recall", "mAP50", "mAP50_95"} <= figures.keys()
+    assert Path(figures["weights"]).is_file()
+
+
+def test_automatic_batch_on_the_cpu_is_sixteen_and_said(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*tiny_args, "--noplots", "--epochs", "1", "--batch", "-1"]) == 0
+    assert "the batch is 16" in capsys.readouterr().out
+    assert "batch_size: 16" in (runs / "train" / "exp" / "opt.yaml").read_text()
+
+
 def test_a_second_training_gets_a_folder_of_its_own(tiny_args: list[str], runs: Path) -> None:
     for _ in range(2):
         assert train.main([*tiny_args, "--epochs", "1", "--noplots"]) == 0
@@ -70,9 +89,7 @@ def test_resumed_training_ends_with_the_same_weights_as_one_left_alone(
     tiny_args: list[str], runs: Path
 ) -> None:
     common = [*tiny_args, "--noplots", "--batch", "3"]
-    assert train.main([*common, "--epochs", "3", "--name", "whole"]) == 0
-    assert train.main([*common, "--epochs", "3", "--name", "cut", "--save-period", "1"]) == 0
-    # What an interruption after epoch 1 leaves: the checkpoint of a run of three that has done two.
+    assert train.main([*common, "--epochs", "12", "--name", "whole"]) == 0
     _interrupt_after(common, runs, epochs=2)
     assert train.main(["--resume", str(runs / "train" / "stopped" / "weights" / "last.pt")]) == 0
     whole, resumed = (
@@ -87,16 +104,16 @@ def test_resumed_training_ends_with_the_same_weights_as_one_left_alone(
 
 def _interrupt_after(common: list[str], runs: Path, epochs: int) -> None:
     """Train a run named `stopped` and stop it by SIGTERM once so many epochs are done."""
-    command = [sys.executable, "app/train.py", *common, "--epochs", "3", "--name", "stopped"]
+    command = [sys.executable, "app/train.py", *common, "--epochs", "12", "--name", "stopped"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(f"epoch {epochs - 1}/3"):
+        if line.startswith(f"epoch {epochs}/12"):
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
     assert process.wait(60) == 143
-    assert len(rows(runs / "train" / "stopped")) < 3
+    assert len(rows(runs / "train" / "stopped")) < 12
 
 
 def test_sigterm_in_mid_epoch_saves_a_checkpoint_and_exits_143(tiny_args: list[str], runs: Path) -> None:
@@ -189,7 +206,8 @@ def test_early_stop_ends_a_training_that_no_longer_improves(
         (["--batch", "0"], 2, "at least 1"),
         (["--name", "../x"], 2, "one folder name"),
         (["--resume", "missing.pt"], 4, "no such checkpoint"),
-        (["--rect"], 2, "not available yet"),
+        (["--sync-bn", "--device", "cpu"], 2, "between GPUs only"),
+        (["--quad", "--batch", "6"], 2, "multiple of 4"),
         (["--epoochs", "3"], 2, "did you mean '--epochs'"),
         (["--optimizer", "LBFGS"], 2, "invalid choice"),
     ],

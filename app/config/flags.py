@@ -1,0 +1,57 @@
+"""What every command line here shares: one flag of a table, and a parser whose errors are ours."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from app.errors import UsageError, suggest
+
+
+class Flag:
+    """One flag; its type, default and place come from the configuration's field that its first name means."""
+
+    def __init__(self, *names: str, help: str, **options: Any) -> None:
+        self.names, self.help, self.options = names, help, options
+        self.field = names[0].lstrip("-").replace("-", "_")
+
+    def add_to(self, group: argparse._ArgumentGroup, default: Any) -> None:
+        """Add the flag to a group of the parser."""
+        options: dict[str, Any] = {"dest": self.field, "help": self.help, "default": default}
+        if isinstance(default, bool):
+            options["action"] = "store_true"
+        elif isinstance(default, int | float):
+            options["type"] = type(default)
+        group.add_argument(*self.names, **{**options, **self.options})
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one message, with the flag that may have been meant."""
+
+    refused: Mapping[str, str] = {}
+    """Flags that users know from elsewhere, and why they are not here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError in place of printing the usage and exiting."""
+        flag = next((word.split("=", 1)[0] for word in message.split() if word.startswith("--")), "")
+        if flag in self.refused and "unrecognized" in message:
+            raise UsageError(f"{flag}: {self.refused[flag]}")
+        hint = suggest(flag, self._option_string_actions) if "unrecognized" in message else ""
+        raise UsageError(f"{message}{hint}; see {self.prog} --help")
+
+    def add_flags(self, flags: Mapping[str, Sequence[Flag]], default: Any) -> None:
+        """Add a table of flags by heading; defaults are the fields of `default`, a configuration."""
+        for heading, rows in flags.items():
+            group = self.add_argument_group(heading)
+            for flag in rows:
+                flag.add_to(group, getattr(default, flag.field))
+
+    def parse_given(self, argv: Sequence[str] | None, config: type) -> dict[str, Any]:
+        """Return what `argv` sets, by field of `config`, lists as tuples; what it leaves alone is absent."""
+        unset = object()
+        names = [field.name for field in fields(config)]
+        values = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+        given = {key: value for key, value in values.items() if value is not unset}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}

@@ -1,0 +1,73 @@
+"""Get what is published, by name; nothing else in this project fetches anything unasked.
+
+python -m app.data download coco128.yaml          a dataset, into ../datasets/coco128
+python -m app.data download VOC.yaml --into DIR   into DIR/VOC
+python -m app.data download yolov5s.pt            weights, into ~/.cache/starling/weights
+python -m app.data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.command import run_command
+from app.config.shipped import find_config
+from app.config.yaml_reader import read_yaml
+from app.data.acquire import DATASETS_FOLDER, Convert, acquire, class_names, read_steps, run_steps
+from app.engine.official import official_name, official_weights
+from app.engine.progress import Progress
+from app.errors import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m app.data`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    download = commands.add_parser("download", help="fetch datasets and weights by name")
+    download.add_argument("names", nargs="+", metavar="NAME", help="coco128.yaml, a path, or yolov5s.pt")
+    download.add_argument(
+        "--into", type=Path, default=DATASETS_FOLDER, metavar="DIR", help="folder of datasets [%(default)s]"
+    )
+    convert = commands.add_parser(
+        "convert", help="run a description's `convert:` steps on data that is there"
+    )
+    convert.add_argument("name", help="dataset YAML, shipped name or path")
+    convert.add_argument("folder", type=Path, help="the dataset's folder")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Download or convert, and return the exit code."""
+    given = build_parser().parse_args(arguments)
+    body = _download if given.command == "download" else _convert
+    return run_command(lambda: given, body, debug=lambda given: False)
+
+
+def _download(given: argparse.Namespace) -> None:
+    progress = Progress()
+    for name in given.names:
+        weights = official_name(name)
+        if weights is not None:
+            progress.say(str(official_weights(weights, progress)))
+        else:
+            acquire(find_config("datasets", name), into=given.into, say=progress.say, show=progress.show)
+
+
+def _convert(given: argparse.Namespace) -> None:
+    path = find_config("datasets", given.name)
+    steps = [step for step in read_steps(path) if isinstance(step, Convert)]
+    if not steps:
+        raise DataError(f"{path}: has no `convert:` steps; its labels are ready as they are published")
+    if not given.folder.is_dir():
+        raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
+    names = class_names(path, read_yaml(path))
+    run_steps(steps, given.folder.absolute(), names, archives=given.folder, say=Progress().say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

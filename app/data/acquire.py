@@ -1,0 +1,213 @@
+"""Get a public dataset that a description names: fetch, unpack and convert it as the `download:` steps say.
+
+Steps are data, never code: `{url, sha256, extract_to, strip}` fetches and unpacks an archive, `{convert: NAME, …}`
+calls a converter of `app.data.convert` by its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.config.yaml_reader import read_yaml, write_yaml
+from app.data.archive import unpack
+from app.data.convert import CONVERTERS
+from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
+from app.errors import ConfigError, DataError, suggest
+
+DATASETS_FOLDER = Path("../datasets")
+"""Where datasets go: next to the current folder, as the classic trainer keeps them."""
+
+MAX_BYTES = 64 << 30
+"""The largest archive of the shipped descriptions has 19 GB."""
+_FETCH_KEYS = ("url", "sha256", "extract_to", "strip")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetch:
+    """An archive to fetch and unpack."""
+
+    url: str
+    sha256: str | None
+    extract_to: PurePosixPath
+    """Folder below the dataset's own."""
+    strip: str
+    """Leading folder of the archive's entries that is left off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convert:
+    """A converter to run in the dataset's folder."""
+
+    name: str
+    arguments: Mapping[str, str]
+
+
+Step = Fetch | Convert
+
+
+def read_steps(path: Path) -> list[Step]:
+    """Return the `download:` steps of a description; none where it has none.
+
+    Raises ConfigError for what is not a list of steps: a script, as other trainers' descriptions have, is never run.
+    """
+    value = read_yaml(path).get("download")
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ConfigError(
+            f"{path}: download",
+            str(value)[:60],
+            "must be a list of steps (docs/data.md); a script is never run",
+        )
+    return [_step(f"{path}: download[{number}]", item) for number, item in enumerate(value)]
+
+
+def acquire(
+    path: Path,
+    *,
+    into: Path = DATASETS_FOLDER,
+    say: Callable[[str], None] = print,
+    show: Show = lambda line: None,
+) -> Path:
+    """Put the dataset that the description at `path` names below `into`, unless it is there; return its folder.
+
+    The folder appears whole or not at all. It holds a copy of the description with `path: .`, which works wherever
+    the folder is moved or mounted. Raises DataError where it cannot be had, UsageError for a wrong description.
+    """
+    steps, mapping = read_steps(path), read_yaml(path)
+    root = into.expanduser().absolute().resolve() / dataset_name(path, mapping)
+    if root.is_dir():
+        say(f"{root}: is there already; nothing is fetched")
+        return root
+    if not any(isinstance(step, Fetch) for step in steps):
+        raise DataError(
+            f"{path}: says no place to fetch it from; get the data yourself, and put it at {root}"
+        )
+    archives, building = root.parent / ".downloads" / root.name, root.with_name(f".{root.name}.building")
+    try:
+        with only_one(root, say):
+            if root.is_dir():  # another process was faster
+                return root
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            run_steps(steps, building, class_names(path, mapping), archives=archives, say=say, show=show)
+            description = {key: value for key, value in mapping.items() if key != "download"}
+            write_yaml(
+                building / path.name,
+                {**description, "path": "."},
+                comment=f"Written beside its data, from {path.name}",
+            )
+            building.rename(root)
+    except FetchError as error:
+        raise DataError(
+            f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root}: {error.strerror or error}; make room, or choose another folder"
+        ) from None
+    shutil.rmtree(archives, ignore_errors=True)
+    with suppress(OSError):  # another dataset is on its way
+        archives.parent.rmdir()
+    say(f"{root}: ready; its own description is {root / path.name}")
+    return root
+
+
+def run_steps(
+    steps: Sequence[Step],
+    root: Path,
+    names: Sequence[str],
+    *,
+    archives: Path,
+    say: Callable[[str], None],
+    show: Show = lambda line: None,
+) -> None:
+    """Run the steps in order, with the dataset's folder `root`; archives are kept in `archives`."""
+    for step in steps:
+        if isinstance(step, Convert):
+            say(f"converting: {step.name} {' '.join(step.arguments.values())}")
+            say(f"converted: {CONVERTERS[step.name](root, names, **step.arguments)} pictures")
+            continue
+        url = mirrored(step.url)
+        archive = archives / PurePosixPath(url).name
+        if not archive.is_file():
+            say(f"fetching {url}")
+            wanted = Download(url=url, target=archive, max_bytes=MAX_BYTES, sha256=step.sha256)
+            say(f"{archive.name}: SHA-256 {fetch(wanted, say=say, show=show)}")
+        count = unpack(
+            archive,
+            root / step.extract_to,
+            strip=step.strip,
+            show=lambda n, archive=archive: show(lambda: f"{archive.name}: {n} files unpacked"),  # type: ignore[misc]
+        )
+        say(f"{archive.name}: {count} files unpacked")
+
+
+def dataset_name(path: Path, mapping: Mapping[str, Any]) -> str:
+    """Return the folder name of a dataset: the last part of its `path:`, else the description's own name."""
+    given = mapping.get("path")
+    name = PurePosixPath(given).name if isinstance(given, str) else ""
+    return name if name not in ("", ".", "..") else path.stem
+
+
+def class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the description's class names in order, for the converters that look classes up by name."""
+    names = mapping.get("names")
+    if isinstance(names, dict):
+        names = [names[number] for number in sorted(names)]
+    if not isinstance(names, list):
+        raise ConfigError(f"{path}: names", names, "give the class names; the labels are converted by them")
+    return tuple(str(name) for name in names)
+
+
+def _step(where: str, item: object) -> Step:
+    if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
+        raise ConfigError(where, item, "must be `url:` or `convert:` with text values")
+    return _convert_step(where, item) if "convert" in item else _fetch_step(where, item)
+
+
+def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
+    name = item["convert"]
+    if name not in CONVERTERS:
+        raise ConfigError(
+            f"{where}.convert", name, f"must be one of {', '.join(CONVERTERS)}{suggest(name, CONVERTERS)}"
+        )
+    arguments = {key: value for key, value in item.items() if key != "convert"}
+    parameters = inspect.signature(CONVERTERS[name]).parameters.values()
+    wanted = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    if arguments.keys() != wanted:
+        raise ConfigError(where, sorted(arguments), f"`convert: {name}` takes {', '.join(sorted(wanted))}")
+    for key, value in arguments.items():
+        _inside(f"{where}.{key}", value)
+    return Convert(name=name, arguments=arguments)
+
+
+def _fetch_step(where: str, item: Mapping[str, str]) -> Fetch:
+    for key in item:
+        if key not in _FETCH_KEYS:
+            raise ConfigError(
+                where, key, f"unknown{suggest(key, _FETCH_KEYS)}; known: {', '.join(_FETCH_KEYS)}"
+            )
+    if "url" not in item:
+        raise ConfigError(where, sorted(item), "must have `url:` or `convert:`")
+    if PurePosixPath(check_url(item["url"])).name in ("", ".", "..") or "?" in item["url"]:
+        raise ConfigError(f"{where}.url", item["url"], "must end in the archive's name")
+    return Fetch(
+        url=item["url"],
+        sha256=item.get("sha256"),
+        extract_to=_inside(f"{where}.extract_to", item.get("extract_to", ".")),
+        strip=item.get("strip", ""),
+    )
+
+
+def _inside(where: str, value: str) -> PurePosixPath:
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or "\0" in value:
+        raise ConfigError(where, value, "must be a folder inside the dataset's own")
+    return path

@@ -1,0 +1,264 @@
+"""Label formats of public datasets, converted to one text file a picture: `class x y width height`, 0 to 1.
+
+Each converter works inside one dataset's folder and adds files only: pictures and annotations stay as they came.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+import os
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.errors import DataError, suggest
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels, counted from the picture's corner."""
+Row = tuple[int, Box]
+"""Class number and box."""
+
+_MAX_XML_BYTES = 4 << 20
+
+
+def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, into: str) -> int:
+    """Convert the pictures that one split of a Pascal VOC folder lists, and return how many.
+
+    `source` holds JPEGImages, Annotations and ImageSets/Main; the pictures appear in `images/<into>` as hard links
+    where the file system has them, their labels in `labels/<into>`. Objects marked as difficult are left out, as in
+    the challenge's own scores. Corners count from 1 and are inclusive (VOC2012 development kit, 2.3).
+    """
+    folder = root / source
+    stems = _lines(folder / "ImageSets" / "Main" / f"{split}.txt")
+    for stem in stems:
+        image = _below(folder, f"JPEGImages/{stem}.jpg")
+        rows, width, height = _voc_rows(_below(folder, f"Annotations/{stem}.xml"), names)
+        target = root / "images" / into / image.name
+        _link(image, target)
+        _write_labels(target, rows, width, height)
+    return len(stems)
+
+
+def _voc_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
+    """Return the rows of a VOC annotation, and the picture's width and height."""
+    content = _read(path, _MAX_XML_BYTES)
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise DataError(f"{path}: declares entities, which no annotation needs; refused")
+    rows: list[Row] = []
+    try:
+        tree = ElementTree.fromstring(content)
+        width, height = (int(_text(tree, f"size/{side}")) for side in ("width", "height"))
+        for item in tree.iter("object"):
+            if (item.findtext("difficult") or "0").strip() == "1":
+                continue
+            left, top, right, bottom = (
+                float(_text(item, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
+            rows.append((_class_of(path, _text(item, "name"), names), (left - 1, top - 1, right, bottom)))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: not a VOC annotation: {error}; fetch the dataset again") from None
+    return rows, width, height
+
+
+def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
+    """Write `<source>/labels` for a VisDrone-DET folder of images and annotations; return the pictures converted.
+
+    An annotation row is left, top, width, height, score, category, truncation, occlusion. Rows of score 0 and
+    category 0 (regions to ignore) and category 11 (others) are left out; categories 1 to 10 become 0 to 9.
+    """
+    annotations = sorted((root / source / "annotations").glob("*.txt"))
+    if not annotations:
+        raise DataError(f"{root / source}: no annotations/*.txt there; fetch the dataset again")
+    for path in annotations:
+        rows: list[Row] = []
+        for number, line in enumerate(_lines(path), start=1):
+            try:
+                left, top, width, height, score, category = (int(v) for v in line.rstrip(",").split(",")[:6])
+            except ValueError:
+                raise DataError(f"{path}:{number}: not a VisDrone row: {line[:60]!r}") from None
+            if score and 1 <= category <= len(names):
+                rows.append((category - 1, (left, top, left + width, top + height)))
+        image = root / source / "images" / f"{path.stem}.jpg"
+        _write_labels(image, rows, *_size_of(image))
+    return len(annotations)
+
+
+def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
+    """Convert a Global Wheat CSV for the pictures in `images`, and return how many it lists.
+
+    Two layouts: `image_name,BoxesString,domain`, corners of boxes separated by `;` (GWHD 2021), and a row a box with
+    `image_id,width,height,bbox,source`, bbox as `[left, top, width, height]` (GWHD 2020).
+    """
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    path = _below(root, source)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                try:
+                    name, some = _wheat_boxes(row)
+                except (KeyError, ValueError, SyntaxError, TypeError):
+                    raise DataError(
+                        f"{path}:{number}: not a row of a Global Wheat CSV; check the file"
+                    ) from None
+                boxes[name].extend(some)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}; check the file") from None
+    for name, some in boxes.items():
+        image = _below(root, f"{images}/{name}")
+        _write_labels(image, [(0, box) for box in some], *_size_of(image))
+    return len(boxes)
+
+
+def _wheat_boxes(row: Mapping[str, str]) -> tuple[str, list[Box]]:
+    if "BoxesString" in row:
+        texts = [text for text in row["BoxesString"].split(";") if text.strip() and text.strip() != "no_box"]
+        return row["image_name"], [_four(text.split()) for text in texts]
+    left, top, width, height = _four(ast.literal_eval(row["bbox"]))
+    name = row["image_id"]
+    return (name if PurePosixPath(name).suffix else f"{name}.jpg"), [(left, top, left + width, top + height)]
+
+
+def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
+    """Convert a COCO-style JSON (`instances_*.json`) for the pictures in `images`; return how many it lists.
+
+    Categories become classes in the order of their ids, which must name the description's classes. Crowd regions
+    are left out. Source: cocodataset.org, data format, object detection.
+    """
+    path = _below(root, source)
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
+        _check_names(path, [str(category["name"]) for category in categories], names)
+        classes = {category["id"]: number for number, category in enumerate(categories)}
+        rows: dict[int, list[Row]] = defaultdict(list)
+        for item in content["annotations"]:
+            if not item.get("iscrowd"):
+                left, top, width, height = _four(item["bbox"])
+                rows[item["image_id"]].append(
+                    (classes[item["category_id"]], (left, top, left + width, top + height))
+                )
+        for image in content["images"]:
+            target = _below(root, f"{images}/{image['file_name']}")
+            _write_labels(target, rows.get(image["id"], []), int(image["width"]), int(image["height"]))
+        return len(content["images"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not COCO annotations: {type(error).__name__}: {error}; fetch it again"
+        ) from None
+
+
+CONVERTERS: dict[str, Callable[..., int]] = {
+    "voc": convert_voc,
+    "visdrone": convert_visdrone,
+    "wheat": convert_wheat,
+    "coco": convert_coco,
+}
+"""Converters by the name that a description's `convert:` step gives."""
+
+
+def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
+    if len(found) != len(names):
+        raise DataError(f"{path}: {len(found)} categories, the description has {len(names)}; make them agree")
+    for number, (there, here) in enumerate(zip(found, names, strict=True)):
+        if there.strip().casefold() != here.strip().casefold():
+            raise DataError(
+                f"{path}: class {number} is {there!r}, the description says {here!r}; make them agree"
+            )
+
+
+def _class_of(path: Path, name: str, names: Sequence[str]) -> int:
+    try:
+        return list(names).index(name)
+    except ValueError:
+        raise DataError(f"{path}: class {name!r} is not in the description{suggest(name, names)}") from None
+
+
+def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
+    """Write the label file of a picture: boxes cut to the picture, those that lie outside or have no area left out."""
+    if width < 1 or height < 1:
+        raise DataError(f"{image}: annotated as {width}×{height} pixels; fetch the dataset again")
+    lines: dict[str, None] = {}
+    for number, (left, top, right, bottom) in rows:
+        left, right = (min(max(x, 0.0), width) / width for x in (left, right))
+        top, bottom = (min(max(y, 0.0), height) / height for y in (top, bottom))
+        if right > left and bottom > top:
+            values = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+            lines[f"{number} " + " ".join(f"{value:.6f}" for value in values)] = None
+    from app.data.labels import label_path  # NumPy; a host that only fetches has none
+
+    path = label_path(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not through write_atomic: a dataset has up to millions of these, and its folder appears as a whole by one rename.
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except FileExistsError:
+        raise DataError(f"{path}: is there already; labels are never replaced: move it away first") from None
+
+
+def _size_of(image: Path) -> tuple[int, int]:
+    from app.data.images import UnusableImageError, read_header  # OpenCV is slow to import
+
+    try:
+        height, width = read_header(image).hw
+    except UnusableImageError as error:
+        raise DataError(f"{image}: {error}; fetch the dataset again") from None
+    return width, height
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a picture a second name; a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise DataError(f"{source}: is not there; fetch the dataset again") from None
+    except FileExistsError:
+        raise DataError(f"{target}: is there already; move it away first") from None
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _below(root: Path, name: str) -> Path:
+    """Return a path below `root`; raises DataError for a name, out of an annotation, that leads elsewhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise DataError(f"{name!r} leads out of {root}; refused")
+    return root / path
+
+
+def _four(values: Iterable[Any]) -> Box:
+    left, top, right, bottom = (float(value) for value in values)
+    if not all(math.isfinite(value) for value in (left, top, right, bottom)):
+        raise ValueError("a box that is not finite")
+    return left, top, right, bottom
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f"no <{path}>")
+    return text.strip()
+
+
+def _lines(path: Path) -> list[str]:
+    text = _read(path, 1 << 30).decode("utf-8-sig", "replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; fetch the dataset again") from None
+    if len(content) > limit:
+        raise DataError(f"{path}: over {limit >> 20} MiB, so not what it should be; fetch the dataset again")
+    return content

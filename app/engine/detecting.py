@@ -1,0 +1,257 @@
+"""One `detect.py` run, from its sources to its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from app.config.detect_config import DetectConfig
+from app.config.shipped import find_config
+from app.data.dataset import DatasetDescription, read_class_names
+from app.data.sources import Frame, Source, find_sources, frames
+from app.engine.detection_files import DetectionFiles, SourceFiles
+from app.engine.device import select_compute
+from app.engine.inference import Predictor, load_predictor
+from app.engine.predictor import PictureDetector, Thresholds, fit_size
+from app.engine.progress import Progress, duration
+from app.engine.stop_signal import StopSignal
+from app.errors import DataError, UsageError
+from app.outputs.run_dir import create_run_dir, runs_root
+
+NAMED_CLASSES = 6
+"""Classes named in a line before it only counts them."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run has seen and found."""
+
+    sources: int
+    done: int = 0
+    """Sources finished, unusable ones included."""
+    frames: int = 0
+    found: Counter[int] = field(default_factory=Counter)
+    """Detections by class number."""
+    skipped: list[str] = field(default_factory=list)
+    """Sources that could not be read, and why."""
+
+    def describe(self, found: Counter[int], names: tuple[str, ...]) -> str:
+        """Return `44 RBC, 3 WBC`, the most frequent first."""
+        parts = [f"{count} {names[index]}" for index, count in found.most_common(NAMED_CLASSES)]
+        more = len(found) - NAMED_CLASSES
+        return ", ".join([*parts, *([f"{more} classes more"] if more > 0 else [])]) or "nothing"
+
+
+def detect(config: DetectConfig) -> None:
+    """Look at every source and write what was asked for. Raises Stopped after a signal, results so far kept."""
+    progress = Progress()
+    source = config.source or _sample_pictures(progress)
+    sources = find_sources(source)
+    compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
+    if config.half and not compute.bfloat16:
+        progress.say("--half: this hardware has no bfloat16, going on in float32")
+    model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
+    names = _names(config, model)
+    _check_classes(config, names)
+    detector = PictureDetector(
+        model,
+        compute,
+        fit_size(config.size_hw, model.image_multiple, progress.say),
+        Thresholds(
+            confidence=config.conf_thres,
+            iou=config.iou_thres,
+            max_detections=config.max_det,
+            classes=config.classes,
+            agnostic=config.agnostic_nms,
+        ),
+    )
+    folder = _run_folder(config, sources)
+    progress.say(f"{compute.describe()}; run: {folder}")
+    run = _Run(config, folder, names, detector, progress, len(sources))
+    with StopSignal() as stop:
+        run.look_at_all(sources, stop)
+    run.tell(stop)
+
+
+class _Run:
+    """The loop over sources and frames, and what is said of it."""
+
+    def __init__(
+        self,
+        config: DetectConfig,
+        folder: Path,
+        names: tuple[str, ...],
+        detector: PictureDetector,
+        progress: Progress,
+        sources: int,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._names = names
+        self._detector = detector
+        self._progress = progress
+        self._files = DetectionFiles(folder, names, config)
+        self._tally = Tally(sources)
+        self._window = _Window(progress) if config.view_img else None
+        self._began = time.monotonic()
+
+    def look_at_all(self, sources: list[Source], stop: StopSignal) -> None:
+        """Look at each source; one that cannot be read is named and left out, as long as another can."""
+        for source in sources:
+            if stop.requested:
+                return
+            try:
+                with self._files.open(source) as outputs:
+                    self._look_at(source, outputs, stop)
+            except DataError as error:
+                if len(sources) == 1:
+                    raise
+                self._progress.say(f"left out: {error}")
+                self._tally.skipped.append(source.shown)
+            self._tally.done += 1
+        if self._tally.frames == 0:
+            raise DataError(
+                f"--source {self._config.source}: none of {len(sources)} could be read; see above"
+            )
+
+    def _look_at(self, source: Source, outputs: SourceFiles, stop: StopSignal) -> None:
+        with closing(frames(source, self._folder / "downloads", self._config.vid_stride)) as stream:
+            for place, frame in enumerate(stream, 1):
+                detections = self._detector(frame.image)
+                drawn = None
+                if self._files.keeps_pictures or self._window:
+                    drawn = self._files.draw(frame.image, detections)
+                outputs.add(frame, detections, drawn)
+                if self._window and drawn is not None:
+                    self._window.show(drawn, source.shown)
+                found = Counter(detections[:, 5].astype(int).tolist())
+                self._tally.found.update(found)
+                self._tally.frames += 1
+                self._show(source, frame, place, found)
+                if stop.requested:
+                    return
+
+    def _show(self, source: Source, frame: Frame, place: int, found: Counter[int]) -> None:
+        """Show one line that the next replaces: where, what, how fast, and the time left if it can be known."""
+        tally = self._tally
+        seconds = max(time.monotonic() - self._began, 1e-9)
+
+        def line() -> str:
+            inside = f" frame {place}/{frame.total or '?'}" if source.kind != "picture" else ""
+            text = f"{tally.done + 1}/{tally.sources} {source.shown}{inside}  {tally.describe(found, self._names)}"
+            text += f"  {tally.frames / seconds:.1f} img/s"
+            if frame.total:
+                part = tally.done + min(place / frame.total, 1.0)
+                text += f"  left {duration(seconds * (tally.sources - part) / part)}"
+            return text
+
+        self._progress.show(line)
+
+    def tell(self, stop: StopSignal) -> None:
+        """Print what was found and where it is; raises Stopped if a signal ended the run."""
+        tally = self._tally
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        self._progress.say(
+            f"{tally.frames} {'picture' if tally.frames == 1 else 'pictures'} in {duration(seconds)}, "
+            f"{sum(tally.found.values())} detections: {tally.describe(tally.found, self._names)}"
+        )
+        self._progress.say(self._detector.seconds.describe(tally.frames))
+        if tally.skipped:
+            self._progress.say(
+                f"{len(tally.skipped)} of {tally.sources} sources could not be read and are left out"
+            )
+        self._progress.say(f"results in {self._folder}")
+        if self._config.json:
+            self._progress.say(json.dumps(self._summary(seconds, stop), ensure_ascii=False))
+        stop.raise_if_requested()
+
+    def _summary(self, seconds: float, stop: StopSignal) -> dict[str, Any]:
+        tally, files = self._tally, self._files
+        return {
+            "run": str(self._folder),
+            "sources": tally.sources,
+            "skipped": tally.skipped,
+            "frames": tally.frames,
+            "detections": sum(tally.found.values()),
+            "classes": {self._names[index]: count for index, count in sorted(tally.found.items())},
+            "seconds": round(seconds, 3),
+            "stopped": stop.requested,
+            "annotated": [str(path) for path in files.annotated],
+            "labels": str(files.labels) if files.labels else None,
+            "csv": str(files.csv) if files.csv else None,
+            "crops": str(files.crops) if files.crops else None,
+        }
+
+
+class _Window:
+    """A window that shows pictures, or one line that says why there is none."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._open = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+        if not self._open:
+            progress.say("--view-img: no display here (DISPLAY is not set); look at the run folder's files")
+
+    def show(self, image: np.ndarray[Any, Any], title: str) -> None:
+        """Show an RGB picture until the next one."""
+        if not self._open:
+            return
+        try:
+            cv2.imshow(title, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+            cv2.waitKey(1)
+        except cv2.error:
+            self._open = False
+            self._progress.say("--view-img: OpenCV is built without windows; look at the run folder's files")
+
+
+def _sample_pictures(progress: Progress) -> str:
+    """Return the folder of the pictures that the project carries; raises UsageError where it lies elsewhere."""
+    try:
+        description = DatasetDescription.from_yaml(find_config("datasets", "bccd.yaml"))
+    except DataError:
+        raise UsageError(
+            "--source is missing: give a picture, video, folder, glob, URL, .txt list, webcam number or stream"
+        ) from None
+    folder = description.splits["val"][0]
+    progress.say(f"no --source: looking at the pictures this project carries, {folder}")
+    return str(folder)
+
+
+def _names(config: DetectConfig, model: Predictor) -> tuple[str, ...]:
+    """Return the class names, those of --data before those of the weights."""
+    if not config.data:
+        return model.names
+    names = read_class_names(find_config("datasets", config.data))
+    if len(names) != model.nc:
+        raise UsageError(
+            f"--data {config.data}: {len(names)} names, but the weights know {model.nc} classes; leave it out, or fix it"
+        )
+    return names
+
+
+def _check_classes(config: DetectConfig, names: tuple[str, ...]) -> None:
+    for index in config.classes or ():
+        if index >= len(names):
+            raise UsageError(f"--classes {index}: the weights know classes 0 to {len(names) - 1}")
+
+
+def _run_folder(config: DetectConfig, sources: list[Source]) -> Path:
+    """Create the run folder; raises UsageError where outputs would replace what is looked at."""
+    folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
+    for source in sources:
+        if source.remote or source.kind == "stream":
+            continue
+        if folder.resolve() in Path(str(source.address)).resolve().parents:
+            raise UsageError(
+                f"--exist-ok: {source.address} lies in the run folder {folder} and could be replaced; choose another --name"
+            )
+    return folder

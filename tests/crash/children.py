@@ -1,0 +1,169 @@
+"""Trainers in processes of their own that a test may kill, each with one fault set up beforehand."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Fault = tuple[str, ...]
+"""Name of one of FAULTS, and its arguments."""
+
+
+def run_trainer(args: list[str], runs: str, output: str, fault: Fault) -> None:
+    """Be a trainer: `train.py` with these arguments, its words in `output`, after setting the fault up."""
+    os.environ["STARLING_RUNS"] = runs
+    words = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    from app import settings, train
+
+    settings.update({"mlflow": False})
+    if fault:
+        FAULTS[fault[0]](*fault[1:])
+    code = train.main(args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_iteration(count: str) -> None:
+    """Be killed after so many iterations of this process, in the middle of whatever follows them."""
+    from app.engine.trainer import Trainer
+
+    whole, done = Trainer._iterate, [0]
+
+    def iterate(self: Trainer, *args: object) -> None:
+        whole(self, *args)  # type: ignore[arg-type]
+        done[0] += 1
+        if done[0] == int(count):
+            _die()
+
+    Trainer._iterate = iterate  # type: ignore[method-assign]
+
+
+def die_before_best(count: str) -> None:
+    """Be killed where `best.pt` is about to be written for the given time."""
+    from app.engine import saving
+
+    whole, done = saving.save_checkpoint, [0]
+
+    def save(path: Path, *args: object, **options: object) -> None:
+        done[0] += path.name == "best.pt"
+        if path.name == "best.pt" and done[0] == int(count):
+            _die()
+        whole(path, *args, **options)  # type: ignore[arg-type]
+
+    saving.save_checkpoint = save  # type: ignore[assignment]
+
+
+def slow_iterations(marker: str) -> None:
+    """Touch `marker` after the first iteration; take a tenth of a second for each one."""
+    from app.engine.trainer import Trainer
+
+    whole = Trainer._iterate
+
+    def iterate(self: Trainer, *args: object) -> None:
+        whole(self, *args)  # type: ignore[arg-type]
+        Path(marker).touch()
+        time.sleep(0.1)
+
+    Trainer._iterate = iterate  # type: ignore[method-assign]
+
+
+def slow_saves(folder: str, seconds: str, first: str = "1") -> None:
+    """Note each save of `last.pt` as a file in `folder`, and let it take so long from save `first` on."""
+    from app.engine import saving
+    from app.outputs import atomic
+
+    whole_save, whole_fsync, saves = saving.save_checkpoint, os.fsync, [0]
+
+    def save(path: Path, *args: object, **options: object) -> None:
+        if path.name != "last.pt":
+            return whole_save(path, *args, **options)  # type: ignore[arg-type]
+        saves[0] += 1
+        number = saves[0]
+
+        def fsync(descriptor: int) -> None:
+            (Path(folder) / f"began-{number}").touch()
+            deadline = time.monotonic() + (float(seconds) if number >= int(first) else 0)
+            while time.monotonic() < deadline:  # a signal cuts a sleep short
+                time.sleep(0.02)
+            whole_fsync(descriptor)
+
+        atomic.os.fsync = fsync  # type: ignore[attr-defined]
+        try:
+            whole_save(path, *args, **options)  # type: ignore[arg-type]
+        finally:
+            atomic.os.fsync = whole_fsync  # type: ignore[attr-defined]
+        (Path(folder) / f"done-{number}").touch()
+
+    saving.save_checkpoint = save  # type: ignore[assignment]
+
+
+def slow_validation(marker: str) -> None:
+    """Touch `marker` at the first validation and take a tenth of a second for every batch of it, many times."""
+    from app.engine import trainer
+
+    whole = trainer.validate
+
+    def validate(model: object, batches: object, *args: object, **options: object) -> object:
+        def slow() -> object:
+            Path(marker).touch()
+            for _ in range(100):
+                for batch in batches:  # type: ignore[attr-defined]
+                    time.sleep(0.1)
+                    yield batch
+
+        return whole(model, slow(), *args, **options)  # type: ignore[arg-type]
+
+    trainer.validate = validate  # type: ignore[assignment]
+
+
+def full_disk(limit: str) -> None:
+    """Let no file grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+
+
+def failing_disk() -> None:
+    """Let every fsync of a checkpoint fail, as a dying disk does."""
+    from app.engine import saving
+    from app.outputs import atomic
+
+    whole_save, whole_fsync = saving.save_checkpoint, os.fsync
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    def save(*args: object, **options: object) -> None:
+        atomic.os.fsync = fail  # type: ignore[attr-defined]
+        try:
+            whole_save(*args, **options)  # type: ignore[arg-type]
+        finally:
+            atomic.os.fsync = whole_fsync  # type: ignore[attr-defined]
+
+    saving.save_checkpoint = save  # type: ignore[assignment]
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        die_at_iteration,
+        die_before_best,
+        slow_iterations,
+        slow_saves,
+        slow_validation,
+        full_disk,
+        failing_disk,
+    )
+}
