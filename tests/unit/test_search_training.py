@@ -48,7 +48,7 @@ def test_two_workers_share_one_budget_and_never_train_the_same_candidate(
     search_args: list[str], runs: Path
 ) -> None:
     workers = [worker(search_args) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in workers]
+    outputs = [process.communicate(timeout=240)[0] for process in workers]
     assert [process.returncode for process in workers] == [0, 0], outputs
     rows = trainings(runs)
     assert len(rows) == 4
@@ -92,14 +92,14 @@ def test_a_stopped_workers_candidate_goes_on_from_its_checkpoint(search_args: li
     long = [*search_args, "--evolve", "1", "--epochs", "12"]
     first = worker(long)
     last = runs / "blood" / "search" / "candidates" / "0000" / "weights" / "last.pt"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=240)
     assert first.returncode == 143, output
     second = worker(long)
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=240)
     assert second.returncode == 0, output
     assert "takes over" in output
     assert "epoch 1/12" not in output, "the second worker began again"
@@ -110,7 +110,7 @@ def test_a_diverging_candidate_fails_alone(search_args: list[str], runs: Path) -
     hyp = runs.parent / "wild.yaml"
     hyp.write_text("lr0: 1.0e+30\n")
     process = worker([*search_args, "--evolve", "1", "--epochs", "3", "--hyp", str(hyp)])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert "candidate 0: failed" in output
     assert "no longer a number" in output
     assert SearchStudy.read(runs / "blood" / "search").progress().failed >= 1
