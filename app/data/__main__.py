@@ -11,23 +11,17 @@ python -m app.data cache --remove                 remove those that no training 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from app.command import run_command
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
 from app.data.acquire import DATASETS_FOLDER, Convert, acquire, class_names, read_steps, run_steps
-from app.data.pixel_folder import CACHE_FOLDER, KeptFile, kept_files, remove_idle
 from app.engine.official import official_name, official_weights
 from app.engine.progress import Progress
 from app.errors import DataError
-from app.outputs.run_dir import runs_root
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,27 +81,9 @@ def _convert(given: argparse.Namespace) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    folder = given.folder.absolute() if given.folder else runs_root() / CACHE_FOLDER
-    removed = remove_idle(folder) if given.remove else []
-    kept = kept_files(folder)
-    if given.json:
-        print(json.dumps({"folder": str(folder), "files": _plain(kept), "removed": _plain(removed)}))
-        return
-    for file in removed:
-        print(f"removed  {_line(file)}")
-    for file in kept:
-        print(f"{'in use' if file.in_use else 'idle':<7}  {_line(file)}")
-    print(f"{folder}: {len(kept)} files, {sum(file.nbytes for file in kept) / 2**30:.2f} GiB")
+    from app.data.cache_command import show_cache  # with numpy, which fetching does without
 
-
-def _plain(files: list[KeptFile]) -> list[dict[str, Any]]:
-    return [{**asdict(file), "path": str(file.path)} for file in files]
-
-
-def _line(file: KeptFile) -> str:
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used_at))
-    content = f"{file.pictures} pictures at {file.image_size} px" if file.pictures else "damaged or outdated"
-    return f"{file.path.name[:12]}…  {file.nbytes / 2**30:8.2f} GiB  used {used}  {content}"
+    show_cache(given.folder, remove=given.remove, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -553,7 +553,7 @@ def test_limits_are_read_from_cgroup_v2(tmp_path: Path) -> None:
             "proc/self/cgroup": "0::/\n",
             "sys/fs/cgroup/memory.max": "536870912\n",
             "sys/fs/cgroup/memory.current": "1000\n",
-            "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 400\n",
+            "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 300\nactive_file 100\n",
             "sys/fs/cgroup/cpu.max": "50000 100000\n",
         },
     )
@@ -571,11 +571,14 @@ def test_limits_are_read_from_cgroup_v1_and_a_tighter_parent_counts(tmp_path: Pa
             f"{base}/a/b/memory.limit_in_bytes": "9223372036854771712\n",
             f"{base}/a/memory.limit_in_bytes": "300000000\n",
             f"{base}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{base}/a/b/memory.usage_in_bytes": "1000\n",
+            f"{base}/a/b/memory.stat": "inactive_file 1\ntotal_inactive_file 300\ntotal_active_file 100\n",
             "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "100000\n",
             "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
         },
     )
     assert container_memory_limit(tmp_path) == 300000000
+    assert container_memory_used(tmp_path) == 600
     assert container_cpu_count(tmp_path) == 1
 
 
