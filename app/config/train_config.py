@@ -10,7 +10,7 @@ from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
-Cache = Literal["auto", "ram", "disk", "val", "off"]
+Cache = Literal["auto", "ram", "disk", "device", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
 AUTO_BATCH = -1
@@ -53,7 +53,7 @@ class TrainConfig:
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
     cache: Cache = "auto"
-    """Where decoded images are kept: auto, ram, disk, val (those of validation in ram), off."""
+    """Where decoded images are kept: auto, ram, disk, device, val (those of validation in ram), off."""
     device: str = ""
     """`cpu`, `0`, or empty: the first GPU if there is one. Several by commas: one process each."""
     sync_bn: bool = False

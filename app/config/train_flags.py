@@ -89,8 +89,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             nargs="?",
             const="ram",
             choices=CACHES,
-            help="keep decoded images: ram, disk (one file shared by all containers), val (ram, validation only), off "
-            "[auto: ram if they fit; bare: ram]",
+            help="keep decoded images: disk (one file shared by all containers), ram, device (GPU memory), val (ram, "
+            "validation only), off [auto: disk, else ram; bare: ram]",
         ),
         Flag("--noautoanchor", help="keep the anchors, even where they do not fit the labels"),
         Flag("--strict", help="stop at the first unusable picture or label"),

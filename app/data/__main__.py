@@ -4,13 +4,15 @@ python -m app.data download coco128.yaml          a dataset, into ../datasets/co
 python -m app.data download VOC.yaml --into DIR   into DIR/VOC
 python -m app.data download yolov5s.pt            weights, into ~/.cache/starling/weights
 python -m app.data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
+python -m app.data cache                          list the files of decoded pictures, below the runs folder
+python -m app.data cache --remove                 remove those that no training uses
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.command import run_command
@@ -38,14 +40,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("name", help="dataset YAML, shipped name or path")
     convert.add_argument("folder", type=Path, help="the dataset's folder")
+    cache = commands.add_parser("cache", help="list or remove files of decoded pictures")
+    cache.add_argument(
+        "folder", nargs="?", type=Path, metavar="DIR", help="folder of the files [.cache in the runs folder]"
+    )
+    cache.add_argument("--remove", action="store_true", help="remove the files that no process uses")
+    cache.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
+_Body = Callable[[argparse.Namespace], None]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Download or convert, and return the exit code."""
+    """Do what the command says, and return the exit code."""
     given = build_parser().parse_args(arguments)
-    body = _download if given.command == "download" else _convert
-    return run_command(lambda: given, body, debug=lambda given: False)
+    bodies: dict[str, _Body] = {"download": _download, "convert": _convert, "cache": _cache}
+    return run_command(lambda: given, bodies[given.command], debug=lambda given: False)
 
 
 def _download(given: argparse.Namespace) -> None:
@@ -67,6 +78,12 @@ def _convert(given: argparse.Namespace) -> None:
         raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
     names = class_names(path, read_yaml(path))
     run_steps(steps, given.folder.absolute(), names, archives=given.folder, say=Progress().say)
+
+
+def _cache(given: argparse.Namespace) -> None:
+    from app.data.cache_command import show_cache  # with numpy, which fetching does without
+
+    show_cache(given.folder, remove=given.remove, as_json=given.json)
 
 
 if __name__ == "__main__":

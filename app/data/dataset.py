@@ -184,7 +184,7 @@ class Dataset:
             unpaired=[*_unlabelled(usable), *_orphans(scanned)],
             skipped=len(scanned) - len(usable),
             digest=_digest(description, usable),
-            stamps=np.array([(header.file_size, header.modified_ns) for header in headers], np.int64),
+            stamps=np.array([(header.file_size, header.changed_ns) for header in headers], np.int64),
         )
 
 

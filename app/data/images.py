@@ -7,6 +7,7 @@ The header is read with Pillow, which allocates nothing for the pixels, so that 
 from __future__ import annotations
 
 import io
+import os
 import stat
 import warnings
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ class ImageHeader:
     """How the pixels become RGB: by OpenCV, from 16 bits a channel, or by Pillow."""
     file_size: int
     """Bytes on disk."""
-    modified_ns: int
-    """Time of the last change, in nanoseconds of the file system's clock."""
+    changed_ns: int
+    """When the file last changed, in nanoseconds of the file system's clock; see `file_stamp`."""
 
 
 def read_header(path: Path) -> ImageHeader:
@@ -90,9 +91,17 @@ def read_header(path: Path) -> ImageHeader:
         if status.st_size == 0:
             raise UnusableImageError("empty file")
         with open(path, "rb") as file:
-            return _checked(file, status.st_size, status.st_mtime_ns)
+            return _checked(file, *file_stamp(status))
     except OSError as error:
         raise UnusableImageError(f"cannot be read: {error.strerror or error}") from None
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return a file's bytes and the time of its last change in nanoseconds, which nobody can set.
+
+    Not the time of modification, which archives restore: two versions of a set may well agree in it and in bytes.
+    """
+    return status.st_size, status.st_ctime_ns
 
 
 def decode_image(path: Path) -> np.ndarray[Any, Any]:
@@ -154,7 +163,7 @@ def _imdecode(content: bytes, flags: int) -> np.ndarray[Any, Any] | None:
         return None
 
 
-def _checked(file: IO[bytes], file_size: int, modified_ns: int) -> ImageHeader:
+def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
     try:
         with Image.open(file) as image:
             width, height = image.size
@@ -180,7 +189,7 @@ def _checked(file: IO[bytes], file_size: int, modified_ns: int) -> ImageHeader:
         orientation=orientation,
         pixels=pixels,
         file_size=file_size,
-        modified_ns=modified_ns,
+        changed_ns=changed_ns,
     )
 
 

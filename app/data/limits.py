@@ -19,7 +19,7 @@ def container_memory_limit(root: Path = _ROOT) -> int:
 
 
 def container_memory_used(root: Path = _ROOT) -> int:
-    """Return the bytes charged to this container that cannot be reclaimed at once; 0 if unknown."""
+    """Return the bytes charged to this container that are not files' pages, which give way; 0 if unknown."""
     for path in _candidates(root, "memory", "memory.current", "memory.usage_in_bytes"):
         used = _read_int(path)
         if used is not None:
@@ -77,11 +77,14 @@ def _quota(path: Path) -> float | None:
 
 
 def _reclaimable(stat: Path) -> int:
+    """Return the bytes of files, mapped ones too: a shared picture cache is charged to whoever touched it first."""
+    values: dict[str, int] = {}
     for line in _read_text(stat).splitlines():
         name, _, number = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file") and number.isdigit():
-            return int(number)
-    return 0
+        if number.isdigit():
+            values[name] = int(number)
+    prefix = "total_" if "total_inactive_file" in values else ""  # cgroup v1: groups below included
+    return values.get(f"{prefix}inactive_file", 0) + values.get(f"{prefix}active_file", 0)
 
 
 def _machine_memory(root: Path) -> int | None:

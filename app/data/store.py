@@ -1,50 +1,60 @@
-"""Pictures at training size: decoded once, kept as uint8 RGB in memory or in one file shared by a host."""
+"""Pictures at training size: decoded once, kept as uint8 RGB in one file shared by a host, or in memory."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import shutil
 import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
 
 from app.data.dataset import Dataset, Progress
-from app.data.images import decode_image
 from app.data.letterbox import Size
-from app.data.limits import container_cpu_count, container_memory_limit, container_memory_used
-from app.errors import ConfigError, DataError
-from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
+from app.data.limits import container_memory_limit, container_memory_used
+from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, in_threads, write_pixels
+from app.data.pixel_folder import Say, discard, shared_pixels
+from app.data.resized import PictureChangedError, ResizedPictures, read_only
+from app.errors import ConfigError
 
-StoreMode = Literal["auto", "ram", "disk", "off"]
-_MODES = ("auto", "ram", "disk", "off")
-_FORMAT = "starling-pixels-2"
-"""Changes whenever the stored bytes of the same pictures would."""
-_MAGIC = 64
-"""Bytes of the file's head: the hex key, which is its content's name."""
+StoreMode = Literal["auto", "ram", "disk", "device", "off"]
+_WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
+    "auto": ("disk", "ram"),
+    "disk": ("disk", "ram"),
+    "device": ("disk", "ram"),
+    "ram": ("ram", "disk"),
+    "off": (),
+}
+"""Ways of keeping pictures by the mode asked for, tried in order; after them nothing is kept."""
+
+
+class FlatPixels(NamedTuple):
+    """All pictures one after another, as one array."""
+
+    pixels: np.ndarray[Any, Any]
+    """[nbytes] uint8, read-only."""
+    offsets: np.ndarray[Any, Any]
+    """[N+1] int64: picture i is `pixels[offsets[i]:offsets[i + 1]]`, rows of RGB."""
+    shapes_hw: np.ndarray[Any, Any]
+    """[N,2] int64."""
 
 
 class ImageStore:
     """`store[i]` is picture i of the dataset, uint8 RGB [H,W,3] with its longest side at `image_size`.
 
-    Arrays are read-only and may be used from any number of threads. Modes: `ram` keeps decoded pictures in
-    this process, filled as they are asked for; `disk` maps one file that all processes and containers of
-    the host share, so that its pages are in memory once; `off` decodes each time; `auto` is `ram` when the
-    whole set fits the budget, else `off`. `ram` over the budget becomes `off` too, and `reason` says so.
+    Arrays are read-only and may be used from any number of threads. Modes: `disk` maps one file that all processes
+    and containers of the host share, so that its pages are in memory once; `ram` keeps decoded pictures in this
+    process, filled as they are asked for; `off` decodes each time; `device` is `disk` for a trainer that copies
+    `flat()` to its GPU; `auto` is `disk` where the file can be kept and memory could hold it, else `ram`.
+    What cannot be had is replaced, `disk` and `ram` by each other and then by `off`, and `reason` says so.
     """
 
     mode: StoreMode
-    """The mode in use, never `auto`."""
+    """How pictures are kept: `disk`, `ram` or `off`."""
+    on_device: bool
+    """Whether `device` was asked for and fits."""
     reason: str
-    """Why, for the log."""
+    """Why, for the log: one line with the remedy."""
 
     def __init__(
         self,
@@ -54,143 +64,168 @@ class ImageStore:
         memory_limit_bytes: int | None = None,
         *,
         cache_folder: Path | None = None,
+        device_free_bytes: int | None = None,
         progress: Progress | None = None,
+        say: Say = lambda line: None,
     ) -> None:
         """Prepare the store; only `disk` reads pictures now, unless its file is there already.
 
-        `memory_limit_bytes` bounds `ram`; by default half of what the container has left.
+        `memory_limit_bytes` bounds `ram`, by default half of what the container has left; `device_free_bytes` is
+        what pictures may take of the GPU's memory, None without a GPU. `progress` is told of pictures decoded into
+        the file, `say` of what happens on the way.
         """
-        if mode not in _MODES:
-            raise ConfigError("cache", mode, f"must be one of {', '.join(_MODES)}")
+        if mode not in get_args(StoreMode):
+            raise ConfigError("cache", mode, f"must be one of {', '.join(get_args(StoreMode))}")
         if image_size < 1:
             raise ConfigError("image_size", image_size, "must be at least 1")
-        if mode == "disk" and cache_folder is None:
+        if mode in ("disk", "device") and cache_folder is None:
             raise ConfigError("cache", mode, "needs a cache folder")
+        if memory_limit_bytes is None:
+            memory_limit_bytes = max(container_memory_limit() - container_memory_used(), 0) // 2
         self.dataset = dataset
         self.image_size = image_size
-        self.shapes_hw = _stored_shapes(dataset.shapes_hw, image_size)
+        self._originals = ResizedPictures(dataset, image_size, say)
+        self.shapes_hw = self._originals.shapes_hw
         self._offsets = np.concatenate(([0], np.cumsum(self.shapes_hw.prod(1) * 3)))
         self.nbytes = int(self._offsets[-1])
-        self.mode, self.reason = self._choose(mode, memory_limit_bytes)
-        self._kept: list[np.ndarray[Any, Any] | None] = [None] * len(dataset)
+        self._asked: StoreMode = mode
+        self._budget, self._folder = memory_limit_bytes, cache_folder
+        self._progress, self._say = progress, say
         self._locks = [threading.Lock() for _ in range(64)]
-        self._mapped: np.ndarray[Any, Any] | None = None
-        if self.mode == "disk":
-            assert cache_folder is not None
-            self._mapped = self._map(cache_folder, progress)
+        self._telling = threading.Lock()
+        self._damaged: list[PixelFile] = []
+        self._file: PixelFile | None = None
+        self._memory: np.ndarray[Any, Any] | None = None
+        self._present = bytearray(len(dataset))
+        self._settle()
+        self._choose_device(device_free_bytes)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> np.ndarray[Any, Any]:
-        if self._mapped is not None:
-            start, end = self._offsets[index], self._offsets[index + 1]
-            return self._mapped[start:end].reshape(*self.shapes_hw[index], 3)
-        if self.mode == "off":
-            return self._decode(index)
-        image = self._kept[index]
-        if image is None:
+        file = self._file
+        if file is not None:
+            pixels = file.picture(index)
+            return self._shaped(index, pixels) if pixels is not None else self._instead(index, file)
+        if self._memory is None:
+            return self._originals[index]
+        pixels = self._memory[self._offsets[index] : self._offsets[index + 1]]
+        if not self._present[index]:
             with self._locks[index % len(self._locks)]:  # two threads never decode the same picture
-                image = self._kept[index]
-                if image is None:
-                    image = self._kept[index] = self._decode(index)
-        return image
+                if not self._present[index]:
+                    pixels[:] = self._originals[index].reshape(-1)
+                    self._present[index] = 1
+        return self._shaped(index, pixels)
 
     def key(self) -> str:
-        """Return the hex SHA-256 that names the stored pixels: dataset, file stamps, size, format."""
-        digest = hashlib.sha256(f"{_FORMAT}\n{self.dataset.digest}\n{self.image_size}\n".encode())
-        digest.update(np.ascontiguousarray(self.dataset.stamps).tobytes())
-        return digest.hexdigest()
+        """Return the hex SHA-256 that names the stored pixels."""
+        return self._originals.key
 
-    def _choose(self, mode: StoreMode, budget: int | None) -> tuple[StoreMode, str]:
-        if mode in ("disk", "off"):
-            return mode, "asked for"
-        if budget is None:
-            budget = max(container_memory_limit() - container_memory_used(), 0) // 2
-        size = f"{self.nbytes / 2**30:.2f} GiB of pictures, {budget / 2**30:.2f} GiB to spend"
-        return ("ram", size) if self.nbytes <= budget else ("off", f"{size}; try the disk cache")
+    def flat(self) -> FlatPixels | None:
+        """Return all pictures as one array, checked and complete; None where nothing is kept.
 
-    def _decode(self, index: int) -> np.ndarray[Any, Any]:
-        image = decode_image(self.dataset.images[index])
-        if image.shape[:2] != tuple(self.dataset.shapes_hw[index]):
-            raise DataError(f"{self.dataset.images[index]}: changed since the start; start again")
-        height, width = (int(side) for side in self.shapes_hw[index])
-        if image.shape[:2] != (height, width):
-            # Area averaging keeps small objects that sampling at four points would skip.
-            shrinks = height < image.shape[0]
-            how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            image = cv2.resize(image, (width, height), interpolation=how)
-        image.flags.writeable = False
-        return image
-
-    def _map(self, folder: Path, progress: Progress | None) -> np.ndarray[Any, Any]:
-        """Return the mapped pixels, building the file first if no process of this host has.
-
-        One process builds under a lock and renames a finished file into place, so a kill leaves at most a
-        temporary file, which the next builder removes.
+        The array is the mapped file or this process's memory, not a copy of it.
         """
-        path = folder / f"{self.key()}.pixels"
-        try:
-            if not self._is_whole(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                with _locked(folder / f"{self.key()}.lock"):
-                    if not self._is_whole(path):
-                        self._build(path, progress)
-            return np.memmap(path, np.uint8, "r", offset=_MAGIC)
-        except OSError as error:
-            raise DataError(
-                f"{path}: the cache cannot be kept: {error.strerror or error}; free space or use --cache ram"
-            ) from None
+        if self._file is not None and not self._file.is_intact():
+            self._forget(self._file)
+            self._settle()
+        if self._file is not None:
+            return FlatPixels(self._file.pixels, self._offsets, self.shapes_hw)
+        if self._memory is None:
+            return None
+        for _ in in_threads(lambda index: (self[index], None)[1], self._originals.costs()):
+            pass
+        return FlatPixels(read_only(self._memory), self._offsets, self.shapes_hw)
 
-    def _is_whole(self, path: Path) -> bool:
-        try:
-            with open(path, "rb") as file:
-                return (
-                    os.fstat(file.fileno()).st_size == _MAGIC + self.nbytes
-                    and file.read(_MAGIC) == self.key().encode()
-                )
-        except FileNotFoundError:
-            return False
+    def _settle(self) -> None:
+        """Keep pictures in the first way that works, and note why others do not."""
+        self._file = self._memory = None
+        self.mode, refused = "off", []
+        for way in _WAYS[self._asked]:
+            problem = self._share() if way == "disk" else self._reserve()
+            if problem is None:
+                self.mode = way
+                break
+            refused.append(problem)
+        kept = {
+            "disk": f"{_gib(self.nbytes)} in one file for all processes of this host, in {self._folder}",
+            "ram": f"{_gib(self.nbytes)} in this process's memory",
+            "off": "decoded each time",
+        }[self.mode]
+        self.reason = "; ".join((kept, *filter(None, refused)))
 
-    def _build(self, path: Path, progress: Progress | None) -> None:
-        for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
-            leftover.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < self.nbytes + (64 << 20):
-            raise DataError(
-                f"{path.parent}: the cache needs {self.nbytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
-                "free space or use --cache off"
+    def _share(self) -> str | None:
+        """Map the shared file, building it if need be; return what is in the way, empty where none was asked for."""
+        if self._folder is None:
+            return ""
+        memory = container_memory_limit()
+        if self._asked in ("auto", "ram") and self.nbytes > memory:
+            return (
+                f"a shared file of {_gib(self.nbytes)} would not stay in {_gib(memory)} of memory; "
+                "--cache disk keeps one all the same, for a fast disk"
             )
+        layout = PixelLayout(self.key(), self.image_size, self._offsets)
 
-        def write(file: IO[bytes]) -> None:
-            file.write(self.key().encode())
-            for done, image in enumerate(self._decode_all(), start=1):
-                file.write(np.ascontiguousarray(image).data)
-                if progress is not None:
-                    progress(done, len(self))
+        def build(path: Path) -> None:
+            cv2.setNumThreads(1)  # as in the loader: the parallelism is over pictures
+            write_pixels(path, layout, self._originals.unchanged, self._originals.costs(), self._progress)
 
-        write_atomic(path, write)
-
-    def _decode_all(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield every picture in order, decoded in threads, a bounded number ahead."""
-        workers = container_cpu_count()
-        waiting: deque[Future[np.ndarray[Any, Any]]] = deque()
-        pool = ThreadPoolExecutor(workers, "decode")
         try:
-            for index in range(len(self)):
-                waiting.append(pool.submit(self._decode, index))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            self._file = shared_pixels(self._folder, layout, build, say=self._say)
+        except OSError as error:
+            where, why = error.filename or self._folder, error.strerror or error
+            return f"no shared file: {where}: {why}; make room there or make it writable"
+        except PictureChangedError as error:
+            return f"no shared file: {error} changed while it was decoded; start again when the pictures are ready"
+        return None
 
+    def _reserve(self) -> str | None:
+        """Reserve memory for all pictures, which is taken as they are filled in; return what is in the way."""
+        if self.nbytes > self._budget:
+            remedy = "--cache disk keeps them in a file" if self._asked == "ram" else "raise the memory limit"
+            return f"{_gib(self.nbytes)} of pictures do not fit the {_gib(self._budget)} to spend; {remedy}"
+        try:
+            self._memory = np.empty(self.nbytes, np.uint8)
+        except MemoryError:
+            return f"{_gib(self.nbytes)} of memory are refused; raise the memory limit"
+        self._present = bytearray(len(self))
+        return None
 
-def _stored_shapes(shapes_hw: np.ndarray[Any, Any], image_size: int) -> np.ndarray[Any, Any]:
-    """Return [N,2] int64 shapes scaled so that the longest side is `image_size`."""
-    longest = shapes_hw.max(1, keepdims=True)
-    return np.maximum(np.rint(shapes_hw * (image_size / longest)), 1).astype(np.int64)
+    def _choose_device(self, free: int | None) -> None:
+        self.on_device = False
+        if self._asked != "device" or self.mode == "off":
+            return
+        if free is None:
+            problem = "there is none"
+        elif self.nbytes > free:
+            problem = (
+                f"{_gib(self.nbytes)} do not fit the {_gib(free)} to spend there; lower --batch or --imgsz"
+            )
+        else:
+            self.on_device = True
+            self.reason = f"on the GPU, from {self.reason}"
+            return
+        self.reason = f"not on a GPU: {problem}; {self.reason}"
+
+    def _instead(self, index: int, file: PixelFile) -> np.ndarray[Any, Any]:
+        """Return a picture that is damaged in the file, decoded anew."""
+        self._forget(file)
+        return self._originals[index]
+
+    def _forget(self, file: PixelFile) -> None:
+        """Take a damaged file out of the folder, so that the next start builds it anew; say so once."""
+        with self._telling:
+            if file in self._damaged:
+                return
+            self._damaged.append(file)
+            assert self._folder is not None
+            path = self._folder / f"{self.key()}{SUFFIX}"
+            discard(path, file)
+            self._say(f"{path}: damaged, so removed; its damaged pictures are decoded anew")
+
+    def _shaped(self, index: int, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return read_only(pixels.reshape(*self.shapes_hw[index], 3))
 
 
 def stored_ratio(original_hw: Size, image_size: int) -> float:
@@ -198,9 +233,5 @@ def stored_ratio(original_hw: Size, image_size: int) -> float:
     return image_size / max(original_hw)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock; the kernel releases it with the process."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

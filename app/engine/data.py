@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
-from app.engine.progress import Progress
+from app.engine.progress import Progress, duration
 from app.errors import DataError
 from app.model.detector import Detector
 
@@ -38,11 +39,18 @@ class TrainingData:
 
 
 def load_data(
-    config: TrainConfig, image_size: int, cache_folder: Path, say: Callable[[str], None], processes: int = 1
+    config: TrainConfig,
+    image_size: int,
+    cache_folder: Path,
+    say: Callable[[str], None],
+    processes: int = 1,
+    *,
+    device_free_bytes: int | None = None,
 ) -> TrainingData:
     """Read the splits that `--data` describes; raises DataError or UsageError saying what and where.
 
-    `processes` of this host divide its memory among themselves.
+    `processes` of this host divide its memory among themselves. `device_free_bytes` is what pictures may take of
+    the GPU's memory; None without a GPU.
     """
     description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
@@ -52,13 +60,39 @@ def load_data(
         parts = len(split) if config.cache == "val" else len(train) + len(val)
         share = budget * len(split) // parts
         mode = config.cache if config.cache != "val" else "ram" if name == "val" else "off"
-        store = ImageStore(split, image_size, mode, memory_limit_bytes=share, cache_folder=cache_folder)
+        store = ImageStore(
+            split,
+            image_size,
+            mode,
+            memory_limit_bytes=share,
+            cache_folder=cache_folder,
+            device_free_bytes=device_free_bytes,
+            progress=_show_decoding(name),
+            say=say,
+        )
+        if device_free_bytes is not None and store.on_device:
+            device_free_bytes -= store.nbytes
         stores.append(store)
         boxes = sum(len(rows) for rows in split.labels)
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
         for line in left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def _show_decoding(name: str) -> Callable[[int, int], None]:
+    """Return what shows how far the decoding of a split is, and at its end says how long it took."""
+    progress, began = Progress(), time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        taken = time.monotonic() - began
+        if done == total:
+            progress.say(f"{name}: {total} pictures decoded in {duration(taken)}")
+            return
+        left = duration(taken / done * (total - done))
+        progress.show(lambda: f"{name}: {done}/{total} pictures decoded, {left} left")
+
+    return show
 
 
 def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:

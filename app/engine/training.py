@@ -17,6 +17,7 @@ from app.config.shipped import find_config
 from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import TrainCommand
 from app.config.yaml_reader import read_yaml
+from app.data.pixel_folder import CACHE_FOLDER
 from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
@@ -44,8 +45,6 @@ from app.tracking.process import BridgeHandle, start_bridge
 
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
-CACHE_FOLDER = ".cache"
-"""Below the runs folder, so that every container of the host shares it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,6 @@ PARSERS: dict[str, argparse.ArgumentParser] = {
     "detect.py": detect_flags.build_parser(),
     "export.py": export_config.build_parser(),
 }
-COMING = frozenset({"--sync-bn", "--local_rank"})
-"""Flags of train.py that the page may name before its parser knows them."""
-
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
@@ -57,7 +54,7 @@ def test_every_flag_and_alias_has_one_row(command: str) -> None:
 
 @pytest.mark.parametrize("command", PARSERS)
 def test_no_row_is_of_a_flag_that_the_command_does_not_know(command: str) -> None:
-    known = set(actions(command)) | ({(flag,) for flag in COMING} if command == "train.py" else set())
+    known = set(actions(command))
     assert [flags for flags, _, _ in table(command) if flags not in known] == []
 
 

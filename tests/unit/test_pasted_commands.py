@@ -31,11 +31,7 @@ from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.engine.start import find_start
 from app.engine.training import open_workshop, read_hyp
-from app.errors import UsageError
 from tests.conftest import REPOSITORY
-
-SEVERAL_DEVICES = False
-"""Whether one training runs on several devices. True, from the change on that brings it, runs the lines that need it."""
 
 LINES = Path(__file__).with_name("pasted_commands.txt")
 IMAGE_SIZE = "64"
@@ -129,10 +125,6 @@ def as_words(value: Any) -> list[str]:
 @pytest.mark.parametrize("pasted", COMMANDS, ids=by_line)
 def test_every_word_of_a_line_arrives_in_the_configuration(pasted: Pasted) -> None:
     build_parser, parse = PARSERS[pasted.tool]
-    if not SEVERAL_DEVICES and re.search(r"--sync-bn|--device \d,", pasted.line):
-        with pytest.raises(UsageError, match="not available yet"):
-            parse(pasted.arguments)
-        return
     config = parse(pasted.arguments)
     for field, words in given_values(build_parser(), pasted.arguments):
         value = getattr(config, field)
@@ -158,18 +150,8 @@ def test_the_guides_short_spellings_mean_the_whole_flags() -> None:
     assert train_flags.parse_args(["--freez", "0", "2", "4"]).config.freeze == (0, 2, 4)
 
 
-def test_local_rank_is_understood_from_the_change_on_that_brings_several_devices() -> None:
-    words = ["--local_rank", "0"]
-    if SEVERAL_DEVICES:
-        assert train_flags.parse_args(words).config.epochs == 100
-    else:
-        with pytest.raises(UsageError, match="--local_rank is not available yet"):
-            train_flags.parse_args(words)
-
-
-def test_the_switch_of_this_file_agrees_with_the_command_line() -> None:
-    known = "--local_rank" in train_flags.build_parser()._option_string_actions
-    assert known == SEVERAL_DEVICES, f"set SEVERAL_DEVICES = {known}"
+def test_local_rank_of_an_old_starter_is_taken_and_changes_nothing() -> None:
+    assert train_flags.parse_args(["--local_rank", "3"]).config == train_flags.parse_args([]).config
 
 
 # --- a folder like a user's -------------------------------------------------------------------------------
@@ -385,7 +367,6 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SEVERAL_DEVICES, reason="one training on several devices is not here yet")
 @pytest.mark.parametrize("pasted", TWO, ids=by_line)
 def test_a_line_trains_one_model_on_several_devices(pasted: Pasted, folder: Path) -> None:
     shutil.copyfile("narrow/yolov5s.yaml", "yolov5s.yaml")
