@@ -68,7 +68,9 @@ def open_workshop(
     config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
 ) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
-    compute = select_compute(group.device(config), config.amp, say, group.local_world_size)
+    compute = select_compute(
+        group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
+    )
     if config.sync_bn and compute.on_cpu:
         raise UsageError(
             "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
