@@ -17,7 +17,7 @@ from torch import Tensor
 from app.data.device_tables import Tables, load_tables
 from app.data.letterbox import FILL
 from app.data.paint import PictureSource
-from app.data.plan import ItemPlan, QuadPlan
+from app.data.plan import ItemPlan, QuadPlan, Region, Sample
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,6 +27,8 @@ Kernel = Literal["auto", "torch", "triton"]
 
 _COPY_BYTES = 64 << 20
 """Pictures are brought to the device in parts of about this size."""
+_LEVELS = 0.5
+"""Mean difference, of 255, at which two kernels paint the same."""
 _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1}
 """Output pixels, an item at least, that torch's painting works on at once: a processor's cache holds no more."""
 
@@ -51,7 +53,7 @@ class DevicePainter:
         """Take the pictures: RGB of i in rows from byte `offsets[i]` of `pixels` [n] uint8, `shapes_hw[i]` pixels.
 
         Images come as `dtype`: 0 to 255 in uint8, 0 to 1 in a float one. `auto` takes Triton on a CUDA device where
-        it works (it needs a C compiler at run time), else torch.
+        it works (it needs a C compiler at run time) and paints the first picture as torch does, else torch.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 1:
             raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, must be [n] uint8")
@@ -62,7 +64,7 @@ class DevicePainter:
         self.pixels, self.offsets, self.shapes_hw = pixels, offsets, shapes_hw
         self.dtype = dtype
         self._triton: ModuleType | None = None
-        self.kernel, self.reason = self._choose(kernel)
+        self.kernel, self.reason = self._choose(kernel, pixels.device.type)
 
     @classmethod
     def from_store(
@@ -120,25 +122,38 @@ class DevicePainter:
             self._triton.paint_with_triton(tables, self.pixels, out)
         return out.permute(0, 3, 1, 2)
 
-    def _choose(self, kernel: Kernel) -> tuple[Literal["torch", "triton"], str]:
+    def _choose(self, kernel: Kernel, device_type: str) -> tuple[Literal["torch", "triton"], str]:
         if kernel == "torch":
             return "torch", "asked for"
-        if kernel == "auto" and self.pixels.device.type != "cuda":
-            return "torch", f"the device is {self.pixels.device.type}"
+        if kernel == "auto" and device_type != "cuda":
+            return "torch", f"the device is {device_type}"
         try:
-            from app.data import triton_paint
-
-            self._triton = triton_paint
-            self._paint(
-                [ItemPlan(hw=(1, 1), layers=((),), share=1.0, gains=None, labels=np.zeros((0, 5)))],
-                self.dtype,
-            )
+            self._try_triton()
         except Exception as error:  # no package, no compiler, no fitting driver: each raises another kind
+            self._triton = None
             if kernel == "triton":
                 raise
-            self._triton = None
             return "torch", f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
         return "triton", "asked for" if kernel == "triton" else "it works here"
+
+    def _try_triton(self) -> None:
+        """Take the Triton kernel; raises whatever is wrong with it, or that it paints otherwise than torch does."""
+        from app.data import triton_paint
+
+        height, width = self.shapes_hw[0].tolist()
+        whole = Region(0, 0, width, height)
+        plan = ItemPlan(
+            hw=(height, width),
+            layers=((Sample(0, whole, np.eye(3), whole, None, False),),),
+            share=1.0,
+            gains=np.array((1.02, 0.8, 1.1), np.float32),
+            labels=np.zeros((0, 5), np.float32),
+        )
+        expected = self._paint([plan], self.dtype).float()
+        self._triton = triton_paint
+        difference = (self._paint([plan], self.dtype).float() - expected).abs().mean().item()
+        if not difference * (1 if self.dtype == torch.uint8 else 255) < _LEVELS:
+            raise RuntimeError("the kernel paints otherwise than torch does")
 
 
 def paint_with_torch(tables: Tables, pixels: Tensor, out: Tensor) -> None:
@@ -212,14 +227,19 @@ def _gather(ints: Tensor, chosen: Tensor, from_x: Tensor, from_y: Tensor, pixels
     zero = torch.zeros_like(base)
     columns = [torch.clamp(left.long() + step, zero, last_x) * 3 + base for step in (0, 1)]
     rows = [torch.clamp(top.long() + step, zero, last_y) * stride for step in (0, 1)]
-    channels = torch.arange(3, device=pixels.device)
+    triples = pixels.as_strided((len(pixels) - 2, 3), (1, 1))  # the three bytes from each byte on
 
     def pixel(row: Tensor, column: Tensor) -> Tensor:
-        return pixels[(row + column).unsqueeze(-1) + channels].float()
+        return triples.index_select(0, (row + column).view(-1)).view(*chosen.shape, 3).float()
 
-    upper, lower = (torch.lerp(pixel(row, columns[0]), pixel(row, columns[1]), share_x) for row in rows)
-    colour = torch.round(torch.lerp(upper, lower, share_y))
+    upper, lower = (_between(pixel(row, columns[0]), pixel(row, columns[1]), share_x) for row in rows)
+    colour = torch.round(_between(upper, lower, share_y))
     return torch.where((chosen >= 0).unsqueeze(-1), colour, float(FILL))
+
+
+def _between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """Return what torch.lerp does, by which the CPU is slowed down here."""
+    return start + share * (end - start)
 
 
 def _jitter_colour(image: Tensor, colours: Tensor) -> Tensor:
@@ -231,8 +251,8 @@ def _jitter_colour(image: Tensor, colours: Tensor) -> Tensor:
     red, green, blue = image.to(torch.int32).unbind(-1)
     value = torch.maximum(torch.maximum(red, green), blue)
     range_ = value - torch.minimum(torch.minimum(red, green), blue)
-    per_value = (2 * (255 << 12) + value) // (2 * value).clamp(min=1)
-    per_range = (2 * (30 << 12) + range_) // (2 * range_).clamp(min=1)
+    per_value = torch.round((255 << 12) / value.clamp(min=1)).to(torch.int32)
+    per_range = torch.round((30 << 12) / range_.clamp(min=1)).to(torch.int32)
     saturation = (range_ * per_value + 2048) >> 12
     hue = torch.where(
         value == red,
@@ -246,19 +266,7 @@ def _jitter_colour(image: Tensor, colours: Tensor) -> Tensor:
     h = torch.floor(torch.where(h >= 180, h - 180, h)) * (6 / 180)
     s = torch.floor(torch.clamp(saturation * gains[:, 1], max=255)) * (1 / 255)
     v = torch.floor(torch.clamp(value * gains[:, 2], max=255)) * (1 / 255)
-    sector = torch.floor(h)
-    share = h - sector
-    low, falling, rising = v * (1 - s), v * (1 - s * share), v * (1 - s * (1 - share))
-    red = _by_sector(sector, v, falling, low, low, rising, v)
-    green = _by_sector(sector, rising, v, v, falling, low, low)
-    blue = _by_sector(sector, low, low, rising, v, v, falling)
-    jittered = torch.floor(torch.stack((red, green, blue), -1) * 255)
+    # How much of the saturation each channel loses, by the hue in sixths of the circle.
+    lost = torch.stack((2 - (h - 3).abs(), (h - 2).abs() - 1, (h - 4).abs() - 1), -1).clamp(0, 1)
+    jittered = torch.floor(v.unsqueeze(-1) * (1 - s.unsqueeze(-1) * lost) * 255)
     return torch.where(colours[:, 0].view(-1, 1, 1, 1) > 0, jittered, image)
-
-
-def _by_sector(sector: Tensor, *values: Tensor) -> Tensor:
-    """Return values[sector] at each pixel; the sectors are the six sides of the hue's circle."""
-    chosen = values[5]
-    for number in range(4, -1, -1):
-        chosen = torch.where(sector == number, values[number], chosen)
-    return chosen

@@ -234,19 +234,13 @@ def _jitter(red, green, blue, hue_gain, saturation_gain, value_gain):
     h = tl.floor(tl.where(h >= 180.0, h - 180.0, h)) * (6 / 180)
     s = tl.floor(tl.minimum(saturation.to(tl.float32) * saturation_gain, 255.0)) * (1 / 255)
     v = tl.floor(tl.minimum(value.to(tl.float32) * value_gain, 255.0)) * (1 / 255)
-    sector = tl.floor(h)
-    share = h - sector
-    low, falling, rising = v * (1 - s), v * (1 - s * share), v * (1 - s * (1 - share))
-    red = _by_sector(sector, v, falling, low, low, rising, v)
-    green = _by_sector(sector, rising, v, v, falling, low, low)
-    blue = _by_sector(sector, low, low, rising, v, v, falling)
+    # How much of the saturation each channel loses, by the hue in sixths of the circle.
+    red = v * (1 - s * _clamped(2 - tl.abs(h - 3)))
+    green = v * (1 - s * _clamped(tl.abs(h - 2) - 1))
+    blue = v * (1 - s * _clamped(tl.abs(h - 4) - 1))
     return tl.floor(red * 255), tl.floor(green * 255), tl.floor(blue * 255)
 
 
 @triton.jit
-def _by_sector(sector, zero, one, two, three, four, five):
-    chosen = tl.where(sector == 4, four, five)
-    chosen = tl.where(sector == 3, three, chosen)
-    chosen = tl.where(sector == 2, two, chosen)
-    chosen = tl.where(sector == 1, one, chosen)
-    return tl.where(sector == 0, zero, chosen)
+def _clamped(value):
+    return tl.minimum(tl.maximum(value, 0.0), 1.0)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -15,7 +17,7 @@ import torch
 
 from app.config.hyp import Hyp
 from app.data.device_paint import DevicePainter
-from app.data.device_tables import load_tables
+from app.data.device_tables import Tables, load_tables
 from app.data.letterbox import letterbox_geometry
 from app.data.paint import outline_mask, paint_item
 from app.data.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
@@ -218,12 +220,68 @@ def test_without_a_gpu_torch_paints_and_the_painter_says_why() -> None:
     assert (painter.kernel, painter.reason) == ("torch", "the device is cpu")
 
 
+def test_a_triton_that_fails_or_paints_otherwise_leaves_the_painting_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans, pictures = plans_of("colour", 1)
+    painter = DevicePainter.from_store(pictures, CPU)
+    expected = painter.paint(plans)
+
+    def fail(tables: Tables, pixels: torch.Tensor, out: torch.Tensor) -> None:
+        raise OSError("no C compiler\nin sight")
+
+    def paint_grey(tables: Tables, pixels: torch.Tensor, out: torch.Tensor) -> None:
+        out.fill_(114)
+
+    for paint, why in ((fail, "OSError: no C compiler"), (paint_grey, "paints otherwise than torch does")):
+        double = ModuleType("app.data.triton_paint")
+        double.paint_with_triton = paint  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "app.data.triton_paint", double)
+        monkeypatch.setattr("app.data.triton_paint", double, raising=False)
+        kernel, reason = painter._choose("auto", "cuda")
+        assert kernel == "torch"
+        assert reason.endswith(why)
+        assert torch.equal(painter.paint(plans), expected)
+        with pytest.raises((OSError, RuntimeError), match=why.split(": ")[-1]):
+            DevicePainter.from_store(pictures, CPU, kernel="triton")
+
+
+@pytest.mark.parametrize(("layers", "turned", "dtype"), [(1, False, "bf16"), (2, True, "u8")])
+def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(
+    layers: int, turned: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from app.data.triton_paint import BLOCK_HEIGHT, BLOCK_WIDTH, paint_kernel
+
+    flags = dict.fromkeys(("TURNED", "EDGED", "MASKED"), turned)
+    constants = {"LAYERS": layers, **flags, "COLOURED": True, "NORMALISED": dtype != "u8"}
+    constants |= {"ROWS": BLOCK_HEIGHT, "COLUMNS": BLOCK_WIDTH}
+    kinds = {"pixels": "*u8", "ints": "*i64", "floats": "*fp32", "colours": "*fp32", "masks": "*u8"}
+    kinds |= {"out": f"*{dtype}", "height": "i32", "width": "i32", "slots": "i32"}
+    source = ASTSource(
+        fn=paint_kernel,
+        signature={**kinds, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(paint_kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared == 0
+
+
 IN_THE_INTERPRETER = """
 import sys
 import torch
+from app.data import triton_paint
 from app.data.device_paint import DevicePainter
 from tests.unit.test_device_paint import plans_of
 
+triton_paint.BLOCK_HEIGHT = 64  # fewer programs, as the interpreter's time is by the program
 torch.set_num_threads(1)
 for name, dtype in zip(sys.argv[1:], (torch.uint8, torch.float32), strict=True):
     plans, pictures = plans_of(name, 1)
