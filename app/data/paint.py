@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from app.data.letterbox import FILL
-from app.data.plan import ItemPlan, Region, Sample
+from app.data.plan import ItemPlan, QuadPlan, Region, Sample
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +41,20 @@ def paint_item(plan: ItemPlan, store: PictureSource, out: Array) -> None:
         cv2.addWeighted(out, plan.share, other, 1 - plan.share, 0.0, dst=out)
     if plan.gains is not None:
         _jitter_colour(out, plan.gains)
+
+
+def paint_quad(plan: QuadPlan, store: PictureSource, out: Array) -> None:
+    """Paint `plan` into `out` [2h,2w,3], twice the size of its items."""
+    height, width = plan.items[0].hw
+    if plan.enlarged:
+        small = np.empty((height, width, 3), np.uint8)
+        paint_item(plan.items[0], store, small)
+        cv2.resize(small, (2 * width, 2 * height), dst=out, interpolation=cv2.INTER_LINEAR)
+        return
+    out[:] = FILL  # where an epoch ends in less than four
+    for number, item in enumerate(plan.items):
+        top, left = (number >> 1) * height, (number & 1) * width
+        paint_item(item, store, out[top : top + height, left : left + width])
 
 
 def outline_mask(outline: Array, frame: Region, pasted: bool) -> Array:

@@ -1,4 +1,4 @@
-"""Pictures with texture, labels with polygons, and one case of each kind of augmentation, for several tests."""
+"""Pictures with texture, labels with polygons, and one case of each kind of augmentation, for several tests, and one item from plan to pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from app.config.hyp import Hyp
+from app.data.paint import paint_item
+from app.data.plan import plan_item
 
 Array = np.ndarray[Any, Any]
 
@@ -69,3 +71,23 @@ def textured(scale: int = 1) -> tuple[Any, Pictures]:
         polygons.append((corners, None))
     images = [Path(str(number)) for number in range(len(SHAPES))]
     return SimpleNamespace(images=images, labels=labels, polygons=polygons), pictures
+
+
+def training_item(
+    dataset: Any,
+    store: Any,
+    hyp: Hyp,
+    image_size: int | tuple[int, int],
+    *,
+    seed: int,
+    epoch: int,
+    index: int,
+    repeat: int = 0,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return one augmented picture [h,w,3] uint8 RGB, in `out` if given, and its labels [n,5] class, xywhn."""
+    hw = (image_size, image_size) if isinstance(image_size, int) else image_size
+    out = np.empty((*hw, 3), np.uint8) if out is None else out
+    plan = plan_item(dataset, store.shapes_hw, hyp, hw, seed=seed, epoch=epoch, index=index, repeat=repeat)
+    paint_item(plan, store, out)
+    return out, plan.labels

@@ -13,13 +13,12 @@ import pytest
 
 from app.config.hyp import Hyp
 from app.data import paint, plan
-from app.data.augment import training_item
 from app.data.item_labels import labels_in_view
 from app.data.letterbox import apply_letterbox, letterbox_geometry
 from app.data.outlines import choose_pastes, cut
 from app.data.plan import QuadPlan, plan_item, plan_letterbox
 from app.data.streams import epoch_order, random_stream
-from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured
+from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured, training_item
 
 GOLDEN = Path(__file__).with_name("augment_golden.npz")
 """Every fourth pixel each way, and the labels, of two items a case; made before plans and painting were parted."""
