@@ -96,6 +96,10 @@ class TrainConfig:
     """Train at half to one and a half of the image size, another each iteration."""
     amp: str = "auto"
     """bfloat16 autocast: auto (where the hardware has it), on, off."""
+    compile: bool = False
+    """Train on the model as one compiled program; a CUDA graph on GPUs."""
+    deterministic: bool = False
+    """Choose GPU kernels that give the same numbers each time, which may be slower."""
     bucket: str = ""
     """URL of a folder in object storage that results are copied to at the end."""
     strict: bool = False

@@ -83,6 +83,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             choices=("auto", "on", "off"),
             help="bfloat16 autocast [%(default)s: where the hardware has it]",
         ),
+        Flag("--compile", help="compile the model first (minutes), for faster iterations; needs g++"),
+        Flag(
+            "--deterministic",
+            help="GPU kernels that give the same numbers in every run, where there are some",
+        ),
         Flag("--workers", help="most loader threads [%(default)s, at most one a core]"),
         Flag(
             "--cache",
@@ -144,6 +149,7 @@ RESUMABLE = frozenset(
         "device",
         "workers",
         "cache",
+        "compile",
         "noplots",
         "nosave",
         "save_period",
@@ -187,4 +193,5 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
     """Return what the command line asks for; raises UsageError for what cannot work."""
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     given = build_parser().parse_given(arguments, TrainConfig)
+    given.pop("local_rank", None)
     return TrainCommand(config=TrainConfig(**given), given=frozenset(given), arguments=arguments)

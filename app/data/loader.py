@@ -1,35 +1,33 @@
-"""Batches for training and validation, prepared in threads.
+"""Batches for training and validation: which pictures, how they lie, and what belongs to them.
 
-Threads suffice because decoding, warping and colour conversion run in OpenCV, which releases the
-interpreter's lock; so there are no worker processes, nothing goes through /dev/shm, and one copy of the
-decoded pictures serves all of them.
+Threads prepare them, which suffices because decoding, warping and colour conversion run in OpenCV, which
+releases the interpreter's lock; so there are no worker processes, nothing goes through /dev/shm, and one copy
+of the decoded pictures serves all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from app.config.hyp import Hyp
-from app.data.augment import training_item
 from app.data.batching import Batching, BatchPlan, Slot, plan_epoch, rectangle
 from app.data.dataset import Dataset
-from app.data.letterbox import FILL, Letterbox, Size, apply_letterbox, letterbox_geometry
+from app.data.letterbox import Letterbox, Size, apply_letterbox, letterbox_geometry
+from app.data.paint import paint_item, paint_quad
+from app.data.plan import QuadPlan, plan_item, plan_letterbox
+from app.data.prepare import Painter, Planned, Work, part, prepared
 from app.data.store import ImageStore, stored_ratio
 from app.errors import ConfigError
 
-PREFETCH = 3
-"""Batches being prepared or waiting, beside the one in use."""
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,7 +35,7 @@ class Batch:
     """Pictures and their labels."""
 
     images: Tensor
-    """[B,3,H,W] uint8 RGB, channels last in memory."""
+    """[B,3,H,W] RGB, channels last in memory: uint8, or 0 to 1 where a painter has put them on the device."""
     targets: Tensor
     """[n,6] float32: position of the picture in the batch, class, x and y of the centre, width, height, 0 to 1."""
     indices: tuple[int, ...]
@@ -54,15 +52,17 @@ class Batch:
     loss_scale: float = 1.0
     """What the loss is to be multiplied by: pictures an image, as quad joins them."""
 
+    def pixels(self) -> Array:
+        """Return the images [B,3,H,W] as uint8 on the CPU, for drawing."""
+        images = self.images
+        if images.is_floating_point():
+            images = (images.float() * 255).round().to(torch.uint8)
+        return images.cpu().numpy()
+
     @property
     def share(self) -> float:
         """This process's part of the whole batch, 0 to 1."""
         return 0.0 if self.padding else len(self.indices) / self.whole
-
-
-Item = TypeVar("Item")
-_Work = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""Fills one image [H,W,3] of a batch, given its position in it, and returns its labels [n,5]."""
 
 
 class TrainLoader:
@@ -89,12 +89,13 @@ class TrainLoader:
         batching: Batching | None = None,
         rank: int = 0,
         world_size: int = 1,
+        painter: Painter | None = None,
     ) -> None:
         """Prepare a loader; threads start with each epoch and end with it.
 
         `workers` is the number of threads; 0 prepares each batch when it is asked for. `pin_memory` puts
         batches into page-locked memory, for copies to a GPU that do not wait. Of every batch of `batch_size`,
-        `rank` of `world_size` processes gets its part.
+        `rank` of `world_size` processes gets its part. A `painter` paints the images on its device.
         """
         _check(batch_size, workers, image_size, store)
         self.batching = batching or Batching()
@@ -104,7 +105,7 @@ class TrainLoader:
         self.hyp = replace(hyp, mosaic=0.0) if self.batching.rect else hyp
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.workers, self.pin_memory = workers, pin_memory
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.painter = rank, world_size, painter
 
     def __len__(self) -> int:
         """Return the iterations of an epoch; the last batch may be smaller."""
@@ -124,68 +125,58 @@ class TrainLoader:
             seed=self.seed,
             epoch=epoch,
         )[start:]
-        plans = [self._plan(plan, epoch) for plan in planned]
+        works = [self._work(plan, epoch) for plan in planned]
         shapes = self.dataset.shapes_hw
-        prepared = _prepared(plans, self.workers, self.pin_memory)
-        for (plan, images, targets), of in zip(prepared, planned, strict=True):
+        batches = prepared(works, self.workers, pin_memory=self.pin_memory, painter=self.painter)
+        for (work, images, targets), plan in zip(batches, planned, strict=True):
             yield Batch(
                 images=images,
                 targets=targets,
-                indices=plan.indices,
+                indices=work.indices,
                 geometry=None,
-                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
-                whole=plan.whole,
-                padding=plan.padding,
-                scaled_hw=of.scaled_hw,
-                loss_scale=sum(len(slot.visits) for slot in of.slots) / len(of.slots),
+                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in work.indices),
+                whole=work.whole,
+                padding=work.padding,
+                scaled_hw=plan.scaled_hw,
+                loss_scale=sum(len(slot.visits) for slot in plan.slots) / len(plan.slots),
             )
 
-    def _plan(self, plan: BatchPlan, epoch: int) -> _Plan:
-        slots, padding = _part(plan.slots, self.rank, self.world_size)
-        return _Plan(
+    def _work(self, plan: BatchPlan, epoch: int) -> Work:
+        slots, padding = part(plan.slots, self.rank, self.world_size)
+        return Work(
             indices=tuple(slot.visits[0].picture for slot in slots),
             hw=plan.hw,
-            fill=partial(self._fill, slots, plan.picture_hw, epoch),
+            fill=partial(self._fill, slots, plan, epoch),
             whole=len(plan.slots),
             padding=padding,
         )
 
     def _fill(
-        self, slots: tuple[Slot, ...], hw: Size, epoch: int, position: int, out: np.ndarray[Any, Any]
-    ) -> np.ndarray[Any, Any]:
-        """Fill one image and return its labels [n,5]: a picture of `hw`, one enlarged, or four side by side."""
-        slot, (height, width) = slots[position], hw
-
-        def item(number: int, place: np.ndarray[Any, Any] | None) -> tuple[np.ndarray[Any, Any], ...]:
-            index, repeat = slot.visits[number]
-            return training_item(
+        self, slots: tuple[Slot, ...], plan: BatchPlan, epoch: int, position: int, out: Array | None
+    ) -> Planned:
+        """Plan one image, and paint it into `out` if there is one: a picture, one enlarged, or four side by side."""
+        slot = slots[position]
+        items = tuple(
+            plan_item(
                 self.dataset,
-                self.store,
+                self.store.shapes_hw,
                 self.hyp,
-                hw,
+                plan.picture_hw,
                 seed=self.seed,
                 epoch=epoch,
-                index=index,
-                repeat=repeat,
-                out=place,
+                index=visit.picture,
+                repeat=visit.repeat,
             )
-
-        if out.shape[:2] == hw:
-            return item(0, out)[1]
-        if slot.enlarged:
-            image, labels = item(0, None)
-            cv2.resize(image, (2 * width, 2 * height), dst=out, interpolation=cv2.INTER_LINEAR)
-            return labels
-        out[:] = FILL  # where an epoch ends in less than four
-        found = []
-        for number in range(len(slot.visits)):
-            row, column = divmod(number, 2)
-            place = out[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            labels = item(number, place)[1]
-            labels[:, 1:5] /= 2
-            labels[:, 1:3] += (column / 2, row / 2)
-            found.append(labels)
-        return np.concatenate(found)
+            for visit in (slot.visits[:1] if slot.enlarged else slot.visits)
+        )
+        if plan.hw == plan.picture_hw:
+            if out is not None:
+                paint_item(items[0], self.store, out)
+            return items[0]
+        quad = QuadPlan(items=items, enlarged=slot.enlarged)
+        if out is not None:
+            paint_quad(quad, self.store, out)
+        return quad
 
 
 class ValLoader:
@@ -209,10 +200,12 @@ class ValLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        painter: Painter | None = None,
     ) -> None:
         """Plan the batches; `pad` is in strides. Threads start with each iteration and end with it.
 
-        Of every batch, `rank` of `world_size` processes gets its part, in the shape of the whole.
+        Of every batch, `rank` of `world_size` processes gets its part, in the shape of the whole. A `painter`
+        paints the images on its device.
         """
         _check(batch_size, workers, image_size, store)
         if stride < 1:
@@ -220,7 +213,7 @@ class ValLoader:
         self.dataset, self.store = dataset, store
         self.image_size, self.batch_size, self.stride = image_size, batch_size, stride
         self.workers, self.pin_memory = workers, pin_memory
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.painter = rank, world_size, painter
         shapes = dataset.shapes_hw
         aspect = shapes[:, 0] / shapes[:, 1]
         order = np.argsort(aspect, kind="stable") if rect else np.arange(len(dataset))
@@ -238,22 +231,23 @@ class ValLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches, in the same order each time."""
         shapes = self.dataset.shapes_hw
-        plans = [self._plan(indices, hw) for indices, hw in self.batches]
-        for plan, images, targets in _prepared(plans, self.workers, self.pin_memory):
+        works = [self._work(indices, hw) for indices, hw in self.batches]
+        batches = prepared(works, self.workers, pin_memory=self.pin_memory, painter=self.painter)
+        for work, images, targets in batches:
             yield Batch(
                 images=images,
                 targets=targets,
-                indices=plan.indices,
-                geometry=tuple(self._geometry(i, plan.hw) for i in plan.indices),
-                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in plan.indices),
-                whole=plan.whole,
-                padding=plan.padding,
+                indices=work.indices,
+                geometry=tuple(self._geometry(i, work.hw) for i in work.indices),
+                original_hw=tuple((int(shapes[i, 0]), int(shapes[i, 1])) for i in work.indices),
+                whole=work.whole,
+                padding=work.padding,
             )
 
-    def _plan(self, whole: tuple[int, ...], hw: Size) -> _Plan:
-        indices, padding = _part(whole, self.rank, self.world_size)
-        fill = partial(self._fill, indices)
-        return _Plan(indices=indices, hw=hw, fill=fill, whole=len(whole), padding=padding)
+    def _work(self, whole: tuple[int, ...], hw: Size) -> Work:
+        indices, padding = part(whole, self.rank, self.world_size)
+        fill = partial(self._fill, indices, hw)
+        return Work(indices=indices, hw=hw, fill=fill, whole=len(whole), padding=padding)
 
     def _letterbox(self, index: int, hw: Size) -> Letterbox:
         height, width = self.store.shapes_hw[index].tolist()
@@ -265,104 +259,13 @@ class ValLoader:
         geometry = self._letterbox(index, hw)
         return replace(geometry, ratio=geometry.ratio * stored_ratio((height, width), self.image_size))
 
-    def _fill(
-        self, indices: tuple[int, ...], position: int, out: np.ndarray[Any, Any]
-    ) -> np.ndarray[Any, Any]:
-        index, (height, width) = indices[position], out.shape[:2]
-        geometry = self._letterbox(index, (height, width))
-        apply_letterbox(self.store[index], geometry, out)
-        labels = self.dataset.labels[index].copy()
-        out_wh = np.array((width, height), np.float32)
-        resized_wh = np.array(geometry.resized_hw[::-1], np.float32)
-        labels[:, 1:3] = (labels[:, 1:3] * resized_wh + geometry.pad_wh) / out_wh
-        labels[:, 3:5] *= resized_wh / out_wh
-        return labels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What one batch is to hold."""
-
-    indices: tuple[int, ...]
-    hw: Size
-    fill: _Work
-    whole: int
-    """Images of the batch over all processes."""
-    padding: bool
-    """Whether there is none for this process."""
-
-
-def _part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item, ...], bool]:
-    """Return every `world_size`th item of a batch from the `rank`th on; parts differ by one at most.
-
-    Where that is none, return the batch's first, to keep in step with, and True.
-    """
-    own = tuple(items[rank::world_size])
-    return own or tuple(items[:1]), not own
-
-
-def _prepared(
-    plans: Sequence[_Plan], workers: int, pin_memory: bool
-) -> Iterator[tuple[_Plan, Tensor, Tensor]]:
-    """Yield (plan, images, targets) in order, prepared at most PREFETCH batches ahead."""
-    cv2.setNumThreads(1)  # the parallelism is over pictures; OpenCV's own pool would fight it for the cores
-    if workers == 0:
-        for plan in plans:
-            pixels = _allocate(plan, pin_memory)
-            yield plan, *_assembled(plan, pixels, _fill_slice(plan, pixels.numpy(), 0, len(plan.indices)))
-        return
-    pool = ThreadPoolExecutor(workers, "loader")
-    waiting: deque[tuple[_Plan, Tensor, list[Future[list[np.ndarray[Any, Any]]]]]] = deque()
-    try:
-        for plan in plans:
-            waiting.append(_submit(pool, plan, workers, pin_memory))
-            if len(waiting) > PREFETCH:
-                yield _finish(*waiting.popleft())
-        while waiting:
-            yield _finish(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(
-    pool: ThreadPoolExecutor, plan: _Plan, workers: int, pin_memory: bool
-) -> tuple[_Plan, Tensor, list[Future[list[np.ndarray[Any, Any]]]]]:
-    """Share one batch among all workers, so that the batch needed next is also the one ready next."""
-    pixels = _allocate(plan, pin_memory)
-    count = len(plan.indices)
-    share = math.ceil(count / workers)
-    parts = [
-        pool.submit(_fill_slice, plan, pixels.numpy(), first, min(first + share, count))
-        for first in range(0, count, share)
-    ]
-    return plan, pixels, parts
-
-
-def _finish(
-    plan: _Plan, pixels: Tensor, parts: list[Future[list[np.ndarray[Any, Any]]]]
-) -> tuple[_Plan, Tensor, Tensor]:
-    return plan, *_assembled(plan, pixels, [labels for part in parts for labels in part.result()])
-
-
-def _allocate(plan: _Plan, pin_memory: bool) -> Tensor:
-    return torch.empty((len(plan.indices), *plan.hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
-
-
-def _fill_slice(
-    plan: _Plan, pixels: np.ndarray[Any, Any], first: int, end: int
-) -> list[np.ndarray[Any, Any]]:
-    return [plan.fill(position, pixels[position]) for position in range(first, end)]
-
-
-def _assembled(plan: _Plan, pixels: Tensor, labels: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """Return images as [B,3,H,W] without copying, and the labels as one table, empty for padding."""
-    if plan.padding:
-        labels = [rows[:0] for rows in labels]
-    targets = np.empty((sum(map(len, labels)), 6), np.float32)
-    targets[:, 0] = np.repeat(np.arange(len(labels), dtype=np.float32), [len(rows) for rows in labels])
-    if len(targets):
-        targets[:, 1:] = np.concatenate(labels)
-    return pixels.permute(0, 3, 1, 2), torch.from_numpy(targets)
+    def _fill(self, indices: tuple[int, ...], hw: Size, position: int, out: Array | None) -> Planned:
+        index = indices[position]
+        geometry = self._letterbox(index, hw)
+        if out is not None:
+            apply_letterbox(self.store[index], geometry, out)
+        height, width = self.store.shapes_hw[index].tolist()
+        return plan_letterbox(index, (height, width), geometry, self.dataset.labels[index])
 
 
 def _check(batch_size: int, workers: int, image_size: int, store: ImageStore) -> None:

@@ -29,6 +29,8 @@ def cut(points: Polygon, hw: Size) -> Polygon:
     neither its box nor its filling.
     """
     height, width = hw
+    if (points >= 0).all() and (points <= (width, height)).all():
+        return points
     for axis, limit in ((0, width), (1, height)):
         points = _beyond(points, axis, 0.0, 1)
         points = _beyond(points, axis, float(limit), -1)

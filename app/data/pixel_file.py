@@ -144,17 +144,6 @@ class PixelFile:
             self._checked[index] = 1
         return pixels
 
-    def is_intact(self) -> bool:
-        """Check every picture that was not used yet, in threads."""
-        sound = bytearray(len(self._layout))
-
-        def check(index: int) -> None:
-            sound[index] = self.picture(index) is not None
-
-        for _ in in_threads(check, [0] * len(self._layout)):
-            pass
-        return all(sound)
-
 
 def write_pixels(
     path: Path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from app.data.dataset import Dataset, Progress
 from app.data.letterbox import Size
 from app.data.limits import container_memory_limit, container_memory_used
-from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, in_threads, write_pixels
+from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from app.data.pixel_folder import Say, discard, shared_pixels
 from app.data.resized import PictureChangedError, ResizedPictures, read_only
 from app.errors import ConfigError
@@ -28,31 +28,21 @@ _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
 """Ways of keeping pictures by the mode asked for, tried in order; after them nothing is kept."""
 
 
-class FlatPixels(NamedTuple):
-    """All pictures one after another, as one array."""
-
-    pixels: np.ndarray[Any, Any]
-    """[nbytes] uint8, read-only."""
-    offsets: np.ndarray[Any, Any]
-    """[N+1] int64: picture i is `pixels[offsets[i]:offsets[i + 1]]`, rows of RGB."""
-    shapes_hw: np.ndarray[Any, Any]
-    """[N,2] int64."""
-
-
 class ImageStore:
     """`store[i]` is picture i of the dataset, uint8 RGB [H,W,3] with its longest side at `image_size`.
 
     Arrays are read-only and may be used from any number of threads. Modes: `disk` maps one file that all processes
     and containers of the host share, so that its pages are in memory once; `ram` keeps decoded pictures in this
     process, filled as they are asked for; `off` decodes each time; `device` is `disk` for a trainer that copies
-    `flat()` to its GPU; `auto` is `disk` where the file can be kept and memory could hold it, else `ram`.
+    all of them to its GPU; `auto` is `disk` where the file can be kept and memory could hold it, else `ram`, and on
+    the GPU too where they fit.
     What cannot be had is replaced, `disk` and `ram` by each other and then by `off`, and `reason` says so.
     """
 
     mode: StoreMode
     """How pictures are kept: `disk`, `ram` or `off`."""
     on_device: bool
-    """Whether `device` was asked for and fits."""
+    """Whether the trainer is to copy the pictures to its GPU: `device` or `auto` was asked for, and they fit."""
     reason: str
     """Why, for the log: one line with the remedy."""
 
@@ -122,22 +112,6 @@ class ImageStore:
         """Return the hex SHA-256 that names the stored pixels."""
         return self._originals.key
 
-    def flat(self) -> FlatPixels | None:
-        """Return all pictures as one array, checked and complete; None where nothing is kept.
-
-        The array is the mapped file or this process's memory, not a copy of it.
-        """
-        if self._file is not None and not self._file.is_intact():
-            self._forget(self._file)
-            self._settle()
-        if self._file is not None:
-            return FlatPixels(self._file.pixels, self._offsets, self.shapes_hw)
-        if self._memory is None:
-            return None
-        for _ in in_threads(lambda index: (self[index], None)[1], self._originals.costs()):
-            pass
-        return FlatPixels(read_only(self._memory), self._offsets, self.shapes_hw)
-
     def _settle(self) -> None:
         """Keep pictures in the first way that works, and note why others do not."""
         self._file = self._memory = None
@@ -194,7 +168,10 @@ class ImageStore:
 
     def _choose_device(self, free: int | None) -> None:
         self.on_device = False
-        if self._asked != "device" or self.mode == "off":
+        if self._asked not in ("auto", "device") or self.mode == "off":
+            return
+        fits = free is not None and self.nbytes <= free
+        if self._asked == "auto" and not fits:
             return
         if free is None:
             problem = "there is none"

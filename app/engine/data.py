@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from app.config.hyp import Hyp
 from app.config.shipped import find_config
@@ -13,6 +15,7 @@ from app.config.train_config import TrainConfig
 from app.data.acquire import acquire
 from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.device_paint import DevicePainter
 from app.data.findings import REPORT, write_report
 from app.data.limits import container_memory_limit
 from app.data.loader import TrainLoader, ValLoader
@@ -23,6 +26,8 @@ from app.engine.progress import Progress, duration
 from app.errors import DataError
 from app.model.detector import Detector
 
+DEVICE_SHARE = {"auto": 0.25, "device": 0.6}
+"""Share of the GPU's free memory that decoded pictures may take, by `--cache`."""
 CACHE_SHARE = 0.5
 """Share of the container's memory that decoded images may take; the rest is for training."""
 
@@ -36,6 +41,9 @@ class TrainingData:
     train_images: ImageStore
     val_images: ImageStore
     names: tuple[str, ...]
+    train_painter: DevicePainter | None = None
+    """Paints training images on the GPU, where the pictures lie there."""
+    val_painter: DevicePainter | None = None
 
 
 def load_data(
@@ -78,6 +86,23 @@ def load_data(
         for line in left_out(split):
             say(line)
     return TrainingData(train, val, stores[0], stores[1], description.names)
+
+
+def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], None]) -> TrainingData:
+    """Return the data with its pictures on the GPU too, as far as their stores say that they fit."""
+    dtype = torch.bfloat16 if compute.bfloat16 else torch.float32
+    painters: list[DevicePainter | None] = [None, None]
+    for number, store in enumerate((data.train_images, data.val_images)):
+        if not store.on_device:
+            continue
+        try:
+            painters[number] = painter = DevicePainter.from_store(store, compute.device, dtype=dtype)
+        except torch.OutOfMemoryError:
+            say("decoded pictures do not fit into the GPU's memory after all; augmenting on the CPU")
+            break
+        if number == 0:
+            say(f"augmentation on the GPU, painted by {painter.kernel}: {painter.reason}")
+    return replace(data, train_painter=painters[0], val_painter=painters[1])
 
 
 def _show_decoding(name: str) -> Callable[[int, int], None]:
@@ -129,6 +154,7 @@ def training_loader(
         batching=Batching.from_config(config, model.image_multiple),
         rank=group.rank,
         world_size=group.world_size,
+        painter=data.train_painter,
     )
 
 
@@ -153,6 +179,7 @@ def validation_loader(
         workers=compute.loader_threads(config.workers),
         rank=group.rank,
         world_size=group.world_size,
+        painter=data.val_painter,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class Compute:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def picture_bytes(self, share: float) -> int | None:
+        """Return the bytes that decoded pictures may take of what is free on the GPU; None on the CPU."""
+        if self.on_cpu:
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(free * share)
+
     def loader_threads(self, asked: int) -> int:
         """Return how many threads prepare batches: on the CPU one, as more would take the model's own cores."""
         return min(asked, 1 if self.on_cpu else self.cores)
@@ -54,10 +62,13 @@ class Compute:
         return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}), {number_format}"
 
 
-def select_compute(device: str, amp: str, say: Callable[[str], None], processes: int = 1) -> Compute:
+def select_compute(
+    device: str, amp: str, say: Callable[[str], None], processes: int = 1, *, deterministic: bool = False
+) -> Compute:
     """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
 
-    `processes` that train together on this host divide the cores among themselves.
+    `processes` that train together on this host divide the cores among themselves. `deterministic` takes GPU
+    kernels that give the same numbers in every run, where there are some.
 
     Raises UsageError naming what is there when the device is not.
     """
@@ -67,7 +78,11 @@ def select_compute(device: str, amp: str, say: Callable[[str], None], processes:
         torch.set_num_threads(cores)
     else:
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for the fastest kernels pays
+        # Shapes repeat, so the search for the fastest kernels pays; which ones win differs from run to run.
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
     if amp == "on" and not has_bfloat16:
         say("--amp on: this hardware has no bfloat16, going on in float32")

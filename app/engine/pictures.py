@@ -50,7 +50,7 @@ def draw_final(
 
 def draw_train_batch(batch: Batch, data: Dataset, path: Path) -> None:
     """Draw one augmented batch with its targets."""
-    _draw_targets(batch.indices, batch.images.numpy(), batch.targets.numpy(), data, path)
+    _draw_targets(batch.indices, batch.pixels(), batch.targets.numpy(), data, path)
 
 
 def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None:

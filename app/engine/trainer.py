@@ -19,6 +19,7 @@ from app.data.loader import Batch
 from app.engine import pictures
 from app.engine.back_off import split
 from app.engine.checkpoint import load_checkpoint, require
+from app.engine.compiling import CompiledForward
 from app.engine.data import TrainingData, training_loader, validation_loader
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
@@ -94,6 +95,8 @@ class Trainer:
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze(self.model, config.freeze)
         self._forward = group.wrap(self.model, compute)
+        if config.compile:
+            self._forward = CompiledForward(self._forward, compute, reporter.say)
         self._statistics = _running_statistics(self.model)
         self.average = ExponentialMovingAverage(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)

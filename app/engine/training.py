@@ -23,7 +23,15 @@ from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.best_weights import holds_best
 from app.engine.checkpoint import load_newest, require
-from app.engine.data import TrainingData, fit_stride, load_data, report_findings, validation_loader
+from app.engine.data import (
+    DEVICE_SHARE,
+    TrainingData,
+    bring_to_device,
+    fit_stride,
+    load_data,
+    report_findings,
+    validation_loader,
+)
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.progress import Progress, Silence
@@ -67,7 +75,9 @@ def open_workshop(
     config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
 ) -> Workshop:
     """Choose the device and load the data; what can be wrong with either is found here."""
-    compute = select_compute(group.device(config), config.amp, say, group.local_world_size)
+    compute = select_compute(
+        group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
+    )
     if config.sync_bn and compute.on_cpu:
         raise UsageError(
             "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
@@ -78,7 +88,15 @@ def open_workshop(
     image_size = fit_stride(config.imgsz, probe.image_multiple, say)
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
-    data = load_data(config, image_size, runs_root() / CACHE_FOLDER, say, group.local_world_size)
+    data = load_data(
+        config,
+        image_size,
+        runs_root() / CACHE_FOLDER,
+        say,
+        group.local_world_size,
+        device_free_bytes=compute.picture_bytes(DEVICE_SHARE.get(config.cache, 0.0)),
+    )
+    data = bring_to_device(data, compute, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
     return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors, group)
 

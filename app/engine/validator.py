@@ -183,12 +183,13 @@ def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True)
 
 
 def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:
-    """Return uint8 [B,3,H,W] as float32 0..1 on the device, channels last, resized to `scaled_hw` if given."""
-    pixels = (
-        images.to(compute.device, non_blocking=True)
-        .to(torch.float32, memory_format=torch.channels_last)
-        .div_(255)
-    )
+    """Return images [B,3,H,W] as 0..1 on the device, channels last, resized to `scaled_hw` if given.
+
+    uint8 becomes float32; what a painter has put there already stays as it is.
+    """
+    pixels = images.to(compute.device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        pixels = pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
     if scaled_hw is None:
         return pixels
     return functional.interpolate(pixels, scaled_hw, mode="bilinear", align_corners=False)
@@ -208,7 +209,7 @@ def _in_original_pixels(batch: Batch, index: int, detections: Tensor) -> tuple[T
 def _preview(batch: Batch, detections: list[Tensor]) -> Preview:
     return Preview(
         batch.indices,
-        batch.images.numpy(),
+        batch.pixels(),
         batch.targets.numpy(),
         [found.cpu().numpy() for found in detections],
     )

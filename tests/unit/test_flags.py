@@ -19,7 +19,7 @@ from app import detect, export, settings, train, val
 from app.config import detect_flags, export_config, train_flags, val_flags
 from app.config.yaml_reader import read_yaml
 from app.data.loader import ValLoader
-from app.engine import device, evaluation, exporter, trainer
+from app.engine import device, evaluation, exporter, saving
 from app.engine.checkpoint import load_checkpoint
 from app.engine.data import load_data
 from app.engine.device import Compute, select_compute
@@ -236,13 +236,13 @@ def test_nosave_writes_the_last_checkpoint_once_and_the_best_all_the_same(
     tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[str] = []
-    save = trainer.save_checkpoint
+    save = saving.save_checkpoint
 
     def noting(path: Path, *given: Any, **named: Any) -> None:
         saved.append(path.name)
         save(path, *given, **named)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", noting)
+    monkeypatch.setattr(saving, "save_checkpoint", noting)
     assert train.main([*tiny_args, "--noplots", "--epochs", "3", "--nosave"]) == 0
     assert saved.count("last.pt") == 1
     assert "best.pt" in saved
@@ -521,6 +521,22 @@ def test_a_gpus_number_takes_that_gpu_and_nothing_takes_the_first(monkeypatch: p
     }  # fmt: skip
     with pytest.raises(UsageError, match="GPUs 0 to 1 are visible here"):
         select_compute("2", "auto", print)
+
+
+def test_deterministic_takes_kernels_by_rule_where_else_the_fastest_are_sought(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two_gpus(monkeypatch)
+    before_benchmark = torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for deterministic in (True, False):
+            select_compute("0", "auto", print, deterministic=deterministic)
+            assert torch.backends.cudnn.benchmark is not deterministic
+            assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = before_benchmark
 
 
 @pytest.mark.parametrize("command", MAINS)

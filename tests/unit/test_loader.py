@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from app.config.hyp import Hyp
-from app.data import loader as loader_module
+from app.data import prepare
+from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
+from app.data.device_paint import DevicePainter
 from app.data.letterbox import boxes_to_original
-from app.data.loader import PREFETCH, Batch, TrainLoader, ValLoader
+from app.data.loader import Batch, TrainLoader, ValLoader
+from app.data.prepare import PREFETCH
 from app.data.store import ImageStore
 from app.errors import ConfigError, DataError
 
@@ -114,8 +117,8 @@ def test_an_error_in_a_thread_is_raised_where_the_batch_is_asked_for(dataset: Da
 
 def test_only_a_few_batches_are_prepared_ahead(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     allocated: list[int] = []
-    allocate = loader_module._allocate
-    monkeypatch.setattr(loader_module, "_allocate", lambda *args: allocated.append(1) or allocate(*args))
+    allocate = prepare._allocate
+    monkeypatch.setattr(prepare, "_allocate", lambda *args: allocated.append(1) or allocate(*args))
     batches = _train(dataset, batch_size=1).epoch(0)
     next(batches)
     assert len(allocated) == PREFETCH + 1
@@ -165,3 +168,39 @@ def test_settings_that_cannot_work_are_refused(dataset: Dataset) -> None:
         TrainLoader(
             dataset, ImageStore(dataset, 32), hyp=Hyp(), image_size=64, batch_size=1, seed=0, workers=0
         )
+
+
+@pytest.mark.parametrize("quad", [False, True], ids=["pictures", "quad"])
+def test_batches_painted_on_the_device_are_those_painted_in_threads(dataset: Dataset, quad: bool) -> None:
+    store = ImageStore(dataset, SIZE)
+
+    def batches(painter: DevicePainter | None) -> list[Batch]:
+        loader = TrainLoader(
+            dataset, store, hyp=Hyp(degrees=5.0, mixup=0.5), image_size=SIZE, batch_size=4, seed=7, workers=2,
+            batching=Batching(quad=quad), painter=painter,
+        )  # fmt: skip
+        return list(loader.epoch(2))
+
+    painter = DevicePainter.from_store(store, torch.device("cpu"), dtype=torch.float32)
+    for painted, expected in zip(batches(painter), batches(None), strict=True):
+        assert torch.equal(painted.targets, expected.targets)
+        assert painted.indices == expected.indices
+        assert painted.images.dtype == torch.float32
+        assert painted.images.is_contiguous(memory_format=torch.channels_last)
+        assert (painted.images - expected.images / 255).abs().mean() < 1 / 255
+
+
+def test_letterboxes_painted_on_the_device_are_those_of_validation(dataset: Dataset) -> None:
+    store = ImageStore(dataset, SIZE)
+    painter = DevicePainter.from_store(store, torch.device("cpu"))
+
+    def batches(chosen: DevicePainter | None) -> list[Batch]:
+        return list(
+            ValLoader(dataset, store, image_size=SIZE, batch_size=4, stride=32, workers=1, painter=chosen)
+        )
+
+    for painted, expected in zip(batches(painter), batches(None), strict=True):
+        assert torch.equal(painted.targets, expected.targets)
+        assert painted.geometry == expected.geometry
+        assert painted.images.shape == expected.images.shape
+        assert (painted.images.float() - expected.images).abs().mean() < 1

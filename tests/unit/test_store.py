@@ -445,34 +445,6 @@ def test_a_link_is_neither_read_nor_written_through(dataset: Dataset, tmp_path: 
     assert outside.read_text() == "a file of the user's"
 
 
-@pytest.mark.parametrize("mode", ["disk", "ram"])
-def test_flat_pixels_are_all_pictures_one_after_another(
-    dataset: Dataset, tmp_path: Path, mode: StoreMode
-) -> None:
-    store = _on_disk(dataset, tmp_path, mode)
-    flat = store.flat()
-    assert flat is not None
-    assert (flat.pixels.shape, flat.pixels.dtype) == ((store.nbytes,), np.uint8)
-    assert not flat.pixels.flags.writeable
-    truth = ImageStore(dataset, 32, "off")
-    assert truth.flat() is None
-    for index in range(len(dataset)):
-        part = flat.pixels[flat.offsets[index] : flat.offsets[index + 1]]
-        assert np.array_equal(part.reshape(*flat.shapes_hw[index], 3), truth[index])
-        assert np.shares_memory(part, store[index])
-
-
-def test_flat_pixels_of_a_damaged_file_are_those_of_a_new_one(dataset: Dataset, tmp_path: Path) -> None:
-    _on_disk(dataset, tmp_path)
-    path = _file(tmp_path)
-    whole = path.read_bytes()
-    _flip(path, len(whole) - 1)
-    flat = _on_disk(dataset, tmp_path).flat()
-    assert flat is not None
-    assert flat.pixels.tobytes() == whole[-flat.pixels.size :]
-    assert path.read_bytes() == whole
-
-
 def test_device_is_the_shared_file_and_says_whether_the_gpu_may_have_it(
     dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -489,6 +461,15 @@ def test_device_is_the_shared_file_and_says_whether_the_gpu_may_have_it(
     assert stores[None].reason.startswith("not on a GPU: there is none")
     assert stores[size - 1].reason.startswith("not on a GPU: 0.00 GiB do not fit")
     assert stores[size].reason.startswith("on the GPU")
+
+
+def test_auto_takes_the_gpu_where_there_is_room_and_is_silent_where_there_is_none(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    size = store_bytes(dataset)
+    stores = [_on_disk(dataset, tmp_path, "auto", device_free_bytes=free) for free in (None, size - 1, size)]
+    assert [store.on_device for store in stores] == [False, False, True]
+    assert ["GPU" in store.reason for store in stores] == [False, False, True]
 
 
 def test_the_data_command_lists_files_and_removes_those_not_in_use(

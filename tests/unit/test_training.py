@@ -16,6 +16,7 @@ import torch
 
 from app import train
 from app.engine.checkpoint import load_checkpoint
+from app.engine.device import Compute
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 
 PICTURES = [
@@ -234,3 +235,25 @@ def test_help_does_not_import_torch() -> None:
     code += "sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("cache", ["auto", "device"])
+def test_a_training_whose_pictures_lie_on_the_device_is_augmented_there(
+    tiny_args: list[str],
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cache: str,
+) -> None:
+    # A GPU's memory is made up; the painter, its pictures and the training are real, on the CPU.
+    assert train.main([*tiny_args, "--noplots", "--name", "plain"]) == 0
+    monkeypatch.setattr(Compute, "picture_bytes", lambda self, share: int(share * 2**30))
+    assert train.main([*tiny_args, "--name", "device", "--cache", cache]) == 0
+    assert "augmentation on the GPU, painted by torch" in capsys.readouterr().out
+    assert (runs / "train" / "device" / "train_batch0.jpg").is_file()
+    plain, device = (
+        load_checkpoint(runs / "train" / name / "weights" / "last.pt")["rows"][0]
+        for name in ("plain", "device")
+    )
+    assert plain[1:4] != device[1:4], "the same kernels painted both"
+    assert plain[1:4] == pytest.approx(device[1:4], rel=0.01)

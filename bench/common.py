@@ -1,0 +1,147 @@
+"""What the benchmarks of training share: the machine in a line, the model's own rate, and the whole loop's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from app.config.hyp import Hyp
+from app.config.train_config import TrainConfig
+from app.engine.device import Compute
+from app.engine.optimizer import ExponentialMovingAverage, build_optimizer
+from app.engine.reporter import RunLabel, SilentReporter
+from app.engine.results import EpochRow
+from app.engine.start import find_start
+from app.engine.stop_signal import StopSignal
+from app.engine.training import Workshop, open_workshop, read_hyp, train_in
+from app.loss import DetectionLoss, LossGains
+from app.model.detector import build_detector
+from app.outputs.run_dir import RunDir
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def machine() -> str:
+    """Return processor, GPU and torch in a line."""
+    name = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{len(os.sched_getaffinity(0))} cores of {name}; {gpu}; torch {torch.__version__}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration of a model alone on made-up input: forward, loss, backward, optimizer, moving average."""
+
+    layout: str
+    image_size: int
+    batch: int
+    compute: Compute
+    channels_last: bool = True
+
+    def rate(self, seconds: float, warm_up: int = 3) -> float:
+        """Return images a second, over at least `seconds` after `warm_up` iterations."""
+        run = self._iteration()
+        for _ in range(warm_up):
+            run()
+        self._wait()
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            for _ in range(4):
+                run()
+            done += 4
+            self._wait()
+        return self.batch * done / (time.perf_counter() - started)
+
+    def _wait(self) -> None:
+        if not self.compute.on_cpu:
+            torch.cuda.synchronize(self.compute.device)
+
+    def _iteration(self) -> Any:
+        torch.manual_seed(0)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        hyp, device = Hyp(), self.compute.device
+        model = build_detector(self.layout, 3).to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
+        average = ExponentialMovingAverage(model)
+        optimizer = build_optimizer(model, "SGD", hyp, self.batch)
+        gains = LossGains.scaled(hyp, nc=3, levels=len(model.stride), image_size=self.image_size)
+        loss = DetectionLoss(model.stride, model.head.anchors, 3, gains).to(device)
+        side = self.image_size
+        images = torch.rand(self.batch, 3, side, side).to(device, memory_format=layout)
+        targets = made_up_targets(self.batch).to(device)
+
+        def run() -> None:
+            with self.compute.autocast():
+                raw = model(images)
+            total, _ = loss(raw, targets)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update()
+
+        return run
+
+
+def made_up_targets(batch: int, each: int = 12) -> torch.Tensor:
+    """Return [batch·each, 6] image, class, xywhn."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(batch * each, 6, generator=generator)
+    targets[:, 0] = torch.arange(batch).repeat_interleave(each)
+    targets[:, 1] = (targets[:, 1] * 3).floor()
+    targets[:, 2:4] = targets[:, 2:4] * 0.8 + 0.1
+    targets[:, 4:] = targets[:, 4:] * 0.25 + 0.03
+    return targets
+
+
+@contextlib.contextmanager
+def runs_below(folder: Path) -> Iterator[None]:
+    """Let everything that a training writes land below `folder`."""
+    before = os.environ.get("STARLING_RUNS")
+    os.environ["STARLING_RUNS"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("STARLING_RUNS")
+        if before is not None:
+            os.environ["STARLING_RUNS"] = before
+
+
+class Loop:
+    """The product's own training loop with all default augmentation: data loaded once, one training a measurement."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.hyp = read_hyp(config)
+        with runs_below(folder):
+            self.workshop: Workshop = open_workshop(
+                config, find_start(config.weights, config.cfg), self.hyp, lambda line: None
+            )
+
+    def rates(self) -> list[float]:
+        """Return images a second of each epoch but the first, which warms up, and the last, which validates."""
+        ends: list[float] = []
+
+        def note(row: EpochRow) -> None:
+            ends.append(time.perf_counter())
+
+        run = RunDir(self.folder / "run")
+        run.weights.mkdir(parents=True, exist_ok=True)
+        with runs_below(self.folder), StopSignal() as stop:
+            train_in(self.workshop, self.config, self.hyp, run, SilentReporter(RunLabel("", "", "run")), stop,
+                     on_epoch=note)  # fmt: skip
+        images = len(self.workshop.data.train)
+        return [images / (end - start) for start, end in pairwise(ends[:-1])]
