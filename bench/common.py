@@ -7,13 +7,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,14 +54,17 @@ class Step:
 
     def rate(self, seconds: float, warm_up: int = 3) -> float:
         """Return images a second, over at least `seconds` after `warm_up` iterations."""
-        run = self._iteration()
+        run = self.prepare()
+        side, device = self.image_size, self.compute.device
+        images = torch.rand(self.batch, 3, side, side).to(device, memory_format=self._memory_format)
+        targets = made_up_targets(self.batch).to(device)
         for _ in range(warm_up):
-            run()
+            run(images, targets)
         self._wait()
         done, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             for _ in range(4):
-                run()
+                run(images, targets)
             done += 4
             self._wait()
         return self.batch * done / (time.perf_counter() - started)
@@ -70,20 +73,21 @@ class Step:
         if not self.compute.on_cpu:
             torch.cuda.synchronize(self.compute.device)
 
-    def _iteration(self) -> Any:
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def prepare(self) -> Callable[[Tensor, Tensor], None]:
+        """Return what runs one iteration on images [B,3,H,W] in 0..1 and targets [n,6]."""
         torch.manual_seed(0)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         hyp, device = Hyp(), self.compute.device
-        model = build_detector(self.layout, 3).to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
+        model = build_detector(self.layout, 3).to(device).to(memory_format=self._memory_format).train()  # type: ignore[call-overload]
         average = ExponentialMovingAverage(model)
         optimizer = build_optimizer(model, "SGD", hyp, self.batch)
         gains = LossGains.scaled(hyp, nc=3, levels=len(model.stride), image_size=self.image_size)
         loss = DetectionLoss(model.stride, model.head.anchors, 3, gains).to(device)
-        side = self.image_size
-        images = torch.rand(self.batch, 3, side, side).to(device, memory_format=layout)
-        targets = made_up_targets(self.batch).to(device)
 
-        def run() -> None:
+        def run(images: Tensor, targets: Tensor) -> None:
             with self.compute.autocast():
                 raw = model(images)
             total, _ = loss(raw, targets)
@@ -96,7 +100,7 @@ class Step:
         return run
 
 
-def made_up_targets(batch: int, each: int = 12) -> torch.Tensor:
+def made_up_targets(batch: int, each: int = 12) -> Tensor:
     """Return [batch·each, 6] image, class, xywhn."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.rand(batch * each, 6, generator=generator)
@@ -131,7 +135,7 @@ class Loop:
                 config, find_start(config.weights, config.cfg), self.hyp, lambda line: None
             )
 
-    def rates(self) -> list[float]:
+    def rates(self, *, compiled: bool = False) -> list[float]:
         """Return images a second of each epoch but the first, which warms up, and the last, which validates."""
         ends: list[float] = []
 
@@ -141,7 +145,7 @@ class Loop:
         run = RunDir(self.folder / "run")
         run.weights.mkdir(parents=True, exist_ok=True)
         with runs_below(self.folder), StopSignal() as stop:
-            train_in(self.workshop, self.config, self.hyp, run, SilentReporter(RunLabel("", "", "run")), stop,
+            train_in(self.workshop, replace(self.config, compile=compiled), self.hyp, run, SilentReporter(RunLabel("", "", "run")), stop,
                      on_epoch=note)  # fmt: skip
         images = len(self.workshop.data.train)
         return [images / (end - start) for start, end in pairwise(ends[:-1])]

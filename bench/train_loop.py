@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             data=args.data, weights="", cfg=args.cfg, imgsz=args.img, batch_size=args.batch, epochs=args.epochs,
-            device="cpu", noval=True, nosave=True, noplots=True, noautoanchor=True, compile=args.compile,
+            device="cpu", noval=True, nosave=True, noplots=True, noautoanchor=True,
         )  # fmt: skip
         loop = Loop(config, Path(folder))
         trained = loop.workshop.compute
@@ -71,7 +71,7 @@ def main() -> int:
             reference = Step(args.cfg, args.img, args.batch, plain, channels_last=False)
             rates["float32, contiguous"].append(reference.rate(args.seconds))
             rates["as trained"].append(Step(args.cfg, args.img, args.batch, trained).rate(args.seconds))
-            rates["whole loop"].extend(loop.rates())
+            rates["whole loop"].extend(loop.rates(compiled=args.compile))
         cpu = loader_seconds(loop)
     median = {name: statistics.median(values) for name, values in rates.items()}
     ratio = median["whole loop"] / median["float32, contiguous"]
