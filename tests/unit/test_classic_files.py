@@ -151,6 +151,9 @@ def test_a_file_before_1_6_is_refused_wherever_it_is_cut(old_form: Path) -> None
         old_form.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"classic\.pt"):
             read_foreign_checkpoint(old_form)
+    assert length == len(whole) - 1
+    with pytest.raises(CheckpointError, match=r"classic\.pt: the file is cut short"):
+        read_foreign_checkpoint(old_form)
 
 
 def test_a_global_in_a_file_before_1_6_is_refused_by_name_in_each_of_its_pickles(tmp_path: Path) -> None:
