@@ -81,6 +81,37 @@ def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
         assert load_checkpoint(weights / name)["rows"][-1][0] == 0
 
 
+def test_a_resume_keeps_the_lowered_rate_and_knows_that_the_second_chance_is_gone(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 4, 7)  # the second is the resume's first: six are before it
+    assert train.main([*tiny_args, "--noplots", "--noval"]) == 0
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    assert train.main(["--resume", str(last), "--epochs", "4"]) == 1
+    assert "lower lr0 (now 0.001)" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_no_number_goes_back_though_every_loss_was_one(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, count = trainer.Trainer._iterate, 0
+
+    def iterate(self: trainer.Trainer, batch: Batch, position: int) -> None:
+        nonlocal count
+        whole(self, batch, position)
+        count += 1
+        if count == 4:  # the last iteration of the second epoch: no loss sees it
+            with torch.no_grad():
+                next(self.model.parameters())[0, 0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer.Trainer, "_iterate", iterate)
+    assert train.main([*tiny_args, "--noplots", "--noval"]) == 0
+    assert "epoch 2, iteration 3: the loss is no longer a number" in capsys.readouterr().out
+    state = load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")
+    assert state["rollbacks_left"] == 0
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
 def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     """Let training on more images at once fail as torch does on the CPU."""
     forward = Detector.forward
