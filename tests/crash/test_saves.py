@@ -154,3 +154,16 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next_training(tiny_args: li
     leftover.touch()
     assert train.main([*tiny_args, "--noplots", "--noval", "--epochs", "1", "--exist-ok"]) == 0
     assert not leftover.exists()
+
+
+def test_a_new_training_in_an_old_folder_never_falls_back_to_the_old_ones_checkpoint(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*tiny_args, "--noplots", "--noval", "--exist-ok"]
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    assert train.main(quick) == 0
+    assert load_checkpoint(previous_of(last))["epoch"] == 1
+    assert train.main([*quick, "--epochs", "1", "--nosave"]) == 0  # saves once
+    os.truncate(last, 1000)
+    assert train.main(["--resume", str(last), "--epochs", "3"]) == 4
+    assert "last.pt: not a checkpoint" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,35 @@ def test_a_nan_in_the_first_epoch_goes_back_to_the_beginning(
     assert train.main([*tiny_args, "--noplots"]) == 0
     state = load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_nan_never_goes_back_to_the_checkpoint_of_an_earlier_run_in_the_folder(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*tiny_args, "--noplots", "--noval", "--exist-ok"]
+    assert train.main([*quick, "--epochs", "1"]) == 0
+    poison(monkeypatch, 1)
+    assert train.main(quick) == 0
+    assert "iteration 0: the loss is no longer a number; going on from epoch 1, iteration 0" in (
+        capsys.readouterr().out
+    )
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sound = trainer.save_checkpoint, []
+
+    def save(path: Path, state: dict[str, Any], **options: Any) -> None:
+        sound.append(all(torch.isfinite(value).all() for value in state["ema"].values()))
+        whole(path, state, **options)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    poison(monkeypatch, 2)
+    saving = ["--noplots", "--noval", "--batch", "2", "--save-minutes", "0"]
+    assert train.main([*tiny_args, *saving]) == 0
+    assert len(sound) > 4
+    assert all(sound)
 
 
 def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
