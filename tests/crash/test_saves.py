@@ -146,6 +146,8 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     assert "last.previous.pt" in capsys.readouterr().out
     resumed = load_checkpoint(weights / "last.pt")
     assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    # The damaged one never takes the place of the one that was whole.
+    assert load_checkpoint(weights / "last.previous.pt")["iteration"] == 2
 
 
 def test_leftovers_of_a_killed_save_are_swept_by_the_next_training(tiny_args: list[str], runs: Path) -> None:
