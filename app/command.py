@@ -52,11 +52,14 @@ def _run(body: Callable[[], None], *, debug: bool) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         if debug:
             traceback.print_exc()
-        print(f"error: out of memory ({error}); lower --batch or --imgsz, or --cache off", file=sys.stderr)
+        print(
+            f"error: out of memory ({error}); lower --batch or --imgsz, take fewer --workers, or --cache off",
+            file=sys.stderr,
+        )
         return 1
     return 0

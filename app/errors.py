@@ -53,12 +53,18 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+_CV2_NO_MEMORY = -4
+"""OpenCV's `Error::StsNoMem`."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that device or host memory ran out, whatever raised it.
 
-    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU.
+    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU, OpenCV its one error with a code.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if type(error).__module__ == "cv2" and getattr(error, "code", None) == _CV2_NO_MEMORY:
         return True
     words = ("out of memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from launcher.engines.base import ReplicaState
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("replica", "device", "state", "candidate", "epoch", "best fitness", "time left")
 
+_LONGEST_REASON = 120
+"""Characters of a trainer's own words in a line; `--json` has them all."""
 _EXITS = {
     1: "error",
     2: "usage or configuration error",
@@ -108,9 +111,11 @@ def words_for(state: ReplicaState) -> str:
 
 
 def _state_words(row: Row) -> str:
-    """Return the state, with the trainer's own phase while it runs."""
-    phase = row.progress.phase
+    """Return the state, with the trainer's own phase while it runs, and its own reason where it failed."""
+    phase, message = row.progress.phase, row.progress.message
     words = words_for(row.state)
+    if row.state.phase == "exited" and not row.state.finished and phase == "failed" and message:
+        return f"{words}: {shorten(message, _LONGEST_REASON, placeholder=' …')}"
     return f"{words}, {phase}" if row.state.phase == "running" and phase and words == "running" else words
 
 

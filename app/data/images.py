@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.data.letterbox import Size
-from app.errors import DataError
+from app.errors import DataError, is_out_of_memory
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
 MIN_SIDE = 10
@@ -107,7 +107,8 @@ def file_stamp(status: os.stat_result) -> tuple[int, int]:
 def decode_image(path: Path) -> np.ndarray[Any, Any]:
     """Return the picture as upright RGB, uint8 [H,W,3]; transparency is dropped, 16 bits are rounded to 8.
 
-    Raises DataError naming the path when it cannot be decoded whole; never returns a part of a picture.
+    Raises DataError naming the path when it cannot be decoded whole; never returns a part of a picture. Where there
+    is no memory for it, which is no fault of the picture's, raises MemoryError naming the path.
     """
     try:
         content = path.read_bytes()
@@ -117,10 +118,16 @@ def decode_image(path: Path) -> np.ndarray[Any, Any]:
         header = _checked(io.BytesIO(content), len(content), 0)
     except UnusableImageError as error:
         raise DataError(f"{path}: {error}") from None
-    image = _DECODERS[header.pixels](content)
-    if image is None:
-        raise DataError(f"{path}: cannot be decoded; {_REPLACE}")
-    image = _upright(image, header)
+    try:
+        image = _DECODERS[header.pixels](content)
+        if image is None:
+            raise DataError(f"{path}: cannot be decoded; {_REPLACE}")
+        image = _upright(image, header)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = header.hw
+        raise MemoryError(f"{path}: no room to decode its {width} x {height} pixels") from None
     if image.shape[:2] != header.hw:
         raise DataError(f"{path}: header says {header.hw}, pixels are {image.shape[:2]}; replace the picture")
     return image
@@ -149,6 +156,8 @@ def _decode_converted(content: bytes) -> np.ndarray[Any, Any] | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.array(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception:  # as in _checked
         return None
 
@@ -159,7 +168,9 @@ _DECODERS = {"plain": _decode_plain, "deep": _decode_deep, "converted": _decode_
 def _imdecode(content: bytes, flags: int) -> np.ndarray[Any, Any] | None:
     try:
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error:
+    except cv2.error as error:
+        if is_out_of_memory(error):
+            raise
         return None
 
 
@@ -173,7 +184,7 @@ def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
             pixels = _pixels(image)
             orientation = _orientation(image)
             _check_end(image, file, file_size)
-    except UnusableImageError:
+    except (UnusableImageError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise UnusableImageError(f"claims more than {MAX_PIXELS:,} pixels", "scale it down") from None

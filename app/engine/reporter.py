@@ -14,6 +14,8 @@ from app.outputs.worker_status import WorkerStatus
 from app.tracking.events import RUN_ARTIFACTS, EventLog
 
 STATUS_EVERY_S = 2.0
+_PHASES = {"finished": "done", "failed": "failed", "killed": "stopped"}
+"""How a run ended -> what its worker's status says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Reporter:
         """Tell that the run begins or goes on."""
         self._event("run_start", project=self.label.project, name=self.label.name, parent=self.label.parent,
                     params=params, tags=tags, dir=self._run_path)  # fmt: skip
-        self._status.update(phase="starting", run_dir=str(self._run_path))
+        self._status.update(phase="starting", run_dir=str(self._run_path), message=None)
 
     def epoch_began(self) -> None:
         """Start the epoch's clock."""
@@ -119,6 +121,8 @@ class Reporter:
         """Tell why the run is over (finished, failed or killed), and which files it leaves."""
         self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
         self._event("run_end", status=status, reason=reason)
+        if self.label.parent is None:  # a candidate's end is not its worker's
+            self._status.update(phase=_PHASES[status], message=reason or None)
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append(kind, run=self.label.uuid, **fields)

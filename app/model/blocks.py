@@ -95,6 +95,53 @@ class C3(nn.Module):
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
 
 
+class BottleneckCSP(nn.Module):
+    """The cross-stage partial block of 2020, normalised where its two ways meet (Wang et al. 2019, arXiv 1911.11929)."""
+
+    def __init__(self, c_in: int, c_out: int, number: int = 1, shortcut: bool = True) -> None:
+        super().__init__()
+        hidden = c_out // 2
+        self.cv1 = Conv(c_in, hidden)
+        self.cv2 = nn.Conv2d(c_in, hidden, 1, bias=False)
+        self.cv3 = nn.Conv2d(hidden, hidden, 1, bias=False)
+        self.cv4 = Conv(2 * hidden, c_out)
+        self.bn = nn.BatchNorm2d(2 * hidden, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.act: nn.Module = ACTIVATIONS[DEFAULT_ACTIVATION]()
+        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, expansion=1.0) for _ in range(number)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's height and width."""
+        joined = torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), dim=1)
+        return self.cv4(self.act(self.bn(joined)))
+
+
+class Focus(nn.Module):
+    """Fold each square of 2x2 cells into the channels, then convolve: [B,c,H,W] -> [B,c_out,H/2,W/2].
+
+    H and W are even. The channels of the upper left cells come first, then lower left, upper right, lower right, as in
+    YOLOX (Ge et al. 2021, arXiv 2107.08430), which took the block over.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv(4 * c_in, c_out, kernel, stride, padding, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of half the input's height and width, over `stride`."""
+        upper, lower = x[..., ::2, :], x[..., 1::2, :]
+        return self.conv(
+            torch.cat((upper[..., ::2], lower[..., ::2], upper[..., 1::2], lower[..., 1::2]), dim=1)
+        )
+
+
 class SPP(nn.Module):
     """Pool at several scales side by side (He et al. 2014, arXiv 1406.4729)."""
 

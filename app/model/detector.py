@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.config.shipped import find_config
 from app.errors import ConfigError
-from app.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION, Concat, Conv
+from app.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION, BottleneckCSP, Concat, Conv
 from app.model.head import Detect
 from app.model.layout import check_anchors, parse_layout, read_layout
 from app.model.rows import BLOCKS, Port
@@ -125,7 +125,8 @@ def build_detector(
         built = BLOCKS[row.module](row, plan, inputs)
         layers.append(built.module)
         ports.append(built.port)
-    _set_activation(layers, plan.activation)
+    _set_activation(layers, Conv, plan.activation)
+    _set_activation(layers, BottleneckCSP, plan.csp_activation)
     maps = [ports[s] for s in plan.rows[-1].sources]
     anchors_px = _anchors_px(chosen, [port.stride for port in maps])
     layers.append(Detect(nc, anchors_px, [port.stride for port in maps], [port.channels for port in maps]))
@@ -139,13 +140,15 @@ def build_detector(
     return detector
 
 
-def _set_activation(layers: Sequence[nn.Module], activation: str) -> None:
-    """Give every activated convolution the layout's activation, here and in no other detector."""
+def _set_activation(
+    layers: Sequence[nn.Module], kind: type[Conv] | type[BottleneckCSP], activation: str
+) -> None:
+    """Give every activated block of this kind the layout's activation, here and in no other detector."""
     if activation == DEFAULT_ACTIVATION:
         return
     for layer in layers:
         for module in layer.modules():
-            if isinstance(module, Conv) and not isinstance(module.act, nn.Identity):
+            if isinstance(module, kind) and not isinstance(module.act, nn.Identity):
                 module.act = ACTIVATIONS[activation]()
 
 

@@ -1,12 +1,11 @@
 """Read a checkpoint of another YOLOv5 trainer without running any of it.
 
-Such a file is a zip with a pickle of whole module objects, which `inert_pickle` reads as data, and one entry of raw
-numbers for each storage.
+Such a file holds a pickle of whole module objects, which `inert_pickle` reads as data, and the raw numbers of each
+storage, which `torch_file` finds.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from app.errors import CheckpointError
 from app.model.blocks import DEFAULT_ACTIVATION
-from app.model.inert_pickle import Record, TensorRef, read_pickle
+from app.model.inert_pickle import Record, TensorRef
+from app.model.torch_file import TorchFile, open_torch_file
 
-MAX_PICKLE_BYTES = 64 * 2**20
-"""The largest official checkpoint's pickle is under 1 MiB."""
 MAX_DEPTH = 64
 """Modules inside modules."""
 MAX_CLASSES = 100_000
@@ -36,7 +34,7 @@ class ForeignCheckpoint:
     names: tuple[str, ...]
     """Class names; empty where the file has none."""
     layout: dict[str, Any] | None
-    """The layout's mapping, with the `activation` that the modules show."""
+    """The layout's mapping, with the `activation` and `csp_activation` that the modules show."""
     anchors: Tensor | None
     """[levels, anchors, 2] in stride units."""
     strides: tuple[float, ...] | None
@@ -56,50 +54,29 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
     detector.
     """
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            return _Archive(archive, path, size).checkpoint()
+        with open_torch_file(path) as file:
+            return _Reader(file).checkpoint()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from None
-    except zipfile.BadZipFile:
-        raise CheckpointError(
-            f"{path}: not a checkpoint in zip form; files of torch before 1.6 must be saved again by a newer one"
-        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {error}") from None
 
 
-class _Archive:
+class _Reader:
     """One open checkpoint file."""
 
-    def __init__(self, archive: zipfile.ZipFile, path: Path, size: int) -> None:
-        self._archive = archive
-        self._path = path
-        # Entries may overlap and tensors share a storage; neither may grow past the file.
-        self._bytes_left = size
-        self._elements_left = size
+    def __init__(self, file: TorchFile) -> None:
+        self._file = file
+        # Tensors share a storage; together they may not grow past the file.
+        self._elements_left = file.size
         self._storages: dict[str, Tensor] = {}
-        pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise CheckpointError(f"{path}: a zip without a pickle of torch; not a checkpoint")
-        self._root = pickles[0].removesuffix("data.pkl")
 
     def checkpoint(self) -> ForeignCheckpoint:
-        """Return what the file holds; raises CheckpointError naming the file."""
-        try:
-            content = self._read("data.pkl", MAX_PICKLE_BYTES)
-            if (
-                self._root + "byteorder" in self._archive.namelist()
-                and self._read("byteorder", 16) != b"little"
-            ):
-                raise CheckpointError("written on a big-endian machine, which is not supported")
-            return self._describe(read_pickle(content))
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._path}: {error}") from None
-        except Exception as error:
-            raise CheckpointError(f"{self._path}: damaged, or not a checkpoint: {error}") from None
-
-    def _describe(self, top: Any) -> ForeignCheckpoint:
-        top = top if isinstance(top, dict) else {"model": top}
-        model = top.get("ema") or top.get("model") or top.get("state_dict") or top
+        """Return what the file holds; raises CheckpointError."""
+        top = self._file.content if isinstance(self._file.content, dict) else {"model": self._file.content}
+        model = _weights(top)
         state = model.state if isinstance(model, Record) else {}
         refs = dict(_tensors(model)) if isinstance(model, Record) else _plain_tensors(model)
         if not refs:
@@ -122,31 +99,24 @@ class _Archive:
         """Return a copy of a tensor, float32 where it is floating-point."""
         storage = self._storages.get(ref.storage.key)
         if storage is None:
-            expected = ref.storage.numel * ref.storage.dtype.itemsize
-            content = self._read(f"data/{ref.storage.key}", expected)
-            if len(content) != expected:
-                raise CheckpointError(f"storage {ref.storage.key} is cut short; copy the file again")
+            content = self._file.read_storage(ref.storage)
             storage = torch.empty(0, dtype=ref.storage.dtype)
             if content:  # frombuffer refuses an empty buffer
                 storage = torch.frombuffer(bytearray(content), dtype=ref.storage.dtype)
             self._storages[ref.storage.key] = storage
-        if storage.dtype != ref.storage.dtype or len(storage) != ref.storage.numel:
-            raise CheckpointError(f"storage {ref.storage.key} is described in two ways")
         self._elements_left -= prod(ref.size)
         if self._elements_left < 0:
             raise CheckpointError("its tensors are together larger than the file")
         view = storage.as_strided(ref.size, ref.stride, ref.offset)
         return view.to(torch.float32 if view.is_floating_point() else view.dtype, copy=True).contiguous()
 
-    def _read(self, name: str, limit: int) -> bytes:
-        """Return an entry's bytes; refuses compressed ones, which torch never writes, and any above `limit`."""
-        entry = self._archive.getinfo(self._root + name)
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
-            raise CheckpointError(f"the entry {name} is compressed or too large")
-        self._bytes_left -= entry.file_size
-        if self._bytes_left < 0:
-            raise CheckpointError("its entries are together larger than the file")
-        return self._archive.read(entry)
+
+def _weights(top: dict[str, Any]) -> Any:
+    """Return the module, or the state dict, whose weights count: the moving average where there is one."""
+    average = top.get("ema")
+    if isinstance(average, list | tuple) and average:
+        average = average[0]  # for a time it stood beside the number of its updates
+    return average or top.get("model") or top.get("state_dict") or top
 
 
 def _tensors(module: Record, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRef]]:
@@ -176,36 +146,42 @@ def _names(value: Any) -> tuple[str, ...]:
     """Return class names from a list, or from a mapping of 0, 1, 2, ... to names."""
     if value is None:
         return ()
-    ordered = [value[i] for i in range(len(value))] if isinstance(value, dict) else value
-    if not isinstance(ordered, list | tuple) or not all(isinstance(name, str) for name in ordered):
-        raise CheckpointError("class names are not a list of text")
+    ordered = [value.get(i) for i in range(len(value))] if isinstance(value, dict) else value
+    if not isinstance(ordered, list | tuple) or not all(type(name) in (str, int) for name in ordered):
+        raise CheckpointError("class names are neither a list of text nor one for each of 0, 1, 2, ...")
     if len(ordered) > MAX_CLASSES:
         raise CheckpointError(f"more than {MAX_CLASSES} classes")
-    return tuple(ordered)
+    return tuple(map(str, ordered))  # names that are numbers come out of a YAML as numbers
 
 
 def _layout(value: Any, model: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
     layout = {key: _plain(item) for key, item in value.items() if isinstance(key, str)}
-    shown = _activation(model)
-    if shown not in (None, DEFAULT_ACTIVATION):
-        layout["activation"] = shown
+    for key, block in (("activation", "Conv"), ("csp_activation", "BottleneckCSP")):
+        shown = _activation(model, block)
+        if shown not in (None, DEFAULT_ACTIVATION):
+            layout[key] = shown
     return layout
 
 
-def _activation(module: Record, depth: int = 0) -> str | None:
-    """Return the activation of the first convolution block, as a layout writes it."""
-    for name, child in (module.state.get("_modules") or {}).items():
-        if not isinstance(child, Record):
-            continue
-        if name == "act" and child.kind in ("SiLU", "Hardswish"):
-            return f"nn.{child.kind}()"
-        if name == "act" and child.kind == "LeakyReLU":
-            return f"nn.LeakyReLU({child.state.get('negative_slope')})"
-        found = _activation(child, depth + 1) if depth < MAX_DEPTH else None
-        if found:
-            return found
+def _activation(module: Record, block: str, depth: int = 0) -> str | None:
+    """Return the activation of the first such block that has one, as a layout writes it."""
+    children = {
+        name: child
+        for name, child in (module.state.get("_modules") or {}).items()
+        if isinstance(child, Record)
+    }
+    act = children.get("act") if module.kind == block else None
+    if act is not None and act.kind == "LeakyReLU":
+        return f"nn.LeakyReLU({act.state.get('negative_slope')})"
+    if act is not None and act.kind in ("SiLU", "Hardswish", "ReLU"):
+        return f"nn.{act.kind}()"
+    if depth < MAX_DEPTH:
+        for child in children.values():
+            found = _activation(child, block, depth + 1)
+            if found:
+                return found
     return None
 
 

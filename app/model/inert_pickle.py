@@ -20,14 +20,27 @@ import torch
 from app.errors import CheckpointError
 
 
-def read_pickle(content: bytes) -> Any:
-    """Return what a pickle holds: plain values, `Record`s for objects, `TensorRef`s for tensors.
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """One pickle, read."""
+
+    value: Any
+    """Plain values, `Record`s for objects, `TensorRef`s for tensors."""
+    storages: dict[str, Storage]
+    """Every storage that it names, by its key."""
+    end: int
+    """Where the next byte after it stands."""
+
+
+def read_pickle(content: bytes, start: int = 0) -> Pickled:
+    """Read the pickle that begins at byte `start`.
 
     Raises CheckpointError for an opcode or a global that a YOLOv5 checkpoint does not need; whatever the standard
     unpickler raises for a damaged one passes on.
     """
-    _check_opcodes(content)
-    return _Reader(io.BytesIO(content)).load()
+    end = _check_opcodes(content, start)
+    reader = _Reader(io.BytesIO(content[start:end]))
+    return Pickled(reader.load(), reader.storages, end)
 
 
 class Record:
@@ -119,11 +132,12 @@ _MODULES = {
     "models.common": "Bottleneck C3 Concat Conv SPPF Focus SPP BottleneckCSP DWConv GhostConv GhostBottleneck C3Ghost "
     "C3TR TransformerBlock TransformerLayer",
     "models.yolo": "Detect DetectionModel Model",
-    "torch.nn.modules.activation": "SiLU LeakyReLU Hardswish",
+    "torch.nn.modules.activation": "SiLU LeakyReLU Hardswish ReLU MultiheadAttention",
     "torch.nn.modules.batchnorm": "BatchNorm2d",
     "torch.nn.modules.container": "ModuleList Sequential",
     "torch.nn.modules.conv": "Conv2d",
-    "torch.nn.modules.linear": "Identity",
+    "torch.nn.modules.linear": "Identity Linear NonDynamicallyQuantizableLinear _LinearWithBias",
+    "torch.nn.modules.padding": "ZeroPad2d",
     "torch.nn.modules.pooling": "MaxPool2d",
     "torch.nn.modules.upsampling": "Upsample",
 }
@@ -147,6 +161,7 @@ GLOBALS: Mapping[tuple[str, str], Any] = {
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
     ("collections", "OrderedDict"): _Mapping,
+    ("torch", "DoubleStorage"): _StorageType(torch.float64),
     ("torch", "FloatStorage"): _StorageType(torch.float32),
     ("torch", "HalfStorage"): _StorageType(torch.float16),
     ("torch", "LongStorage"): _StorageType(torch.int64),
@@ -167,6 +182,10 @@ OPCODES = frozenset(_OPCODE_NAMES.split())
 class _Reader(pickle.Unpickler):
     """Builds records only; every way to a global or a storage goes through the two methods below."""
 
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a global."""
         try:
@@ -174,14 +193,21 @@ class _Reader(pickle.Unpickler):
         except KeyError:
             raise _refused(module, name) from None
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """Return the storage that a persistent id describes."""
-        kind, storage_type, key, _, numel = pid
+    def persistent_load(self, pid: Any) -> Storage | type[Record]:
+        """Return the storage that a persistent id describes, or the class (torch before 1.6 adds its source)."""
+        if pid[0] == "module" and isinstance(pid[1], type) and issubclass(pid[1], Record):
+            return pid[1]
+        kind, storage_type, key, _, numel, *view = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not re.fullmatch(r"\d+", key):
             raise ValueError("an unknown kind of persistent id")
+        if view not in ([], [None]):
+            raise ValueError("a storage that is a part of another")
         if type(numel) is not int or numel < 0:
             raise ValueError("a storage of impossible size")
-        return Storage(storage_type.dtype, key, numel)
+        storage = Storage(storage_type.dtype, key, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"storage {key} is described in two ways")
+        return storage
 
 
 def _refused(module: str, name: str) -> CheckpointError:
@@ -190,15 +216,21 @@ def _refused(module: str, name: str) -> CheckpointError:
     )
 
 
-def _check_opcodes(content: bytes) -> None:
-    """Refuse a pickle by its opcodes alone, before anything is built."""
-    for opcode, argument, _ in pickletools.genops(content):
+def _check_opcodes(content: bytes, start: int) -> int:
+    """Refuse a pickle by its opcodes alone, before anything is built; return where it ends."""
+    stream = io.BytesIO(content)
+    stream.seek(start)
+    largest = 0
+    for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name not in OPCODES:
             raise CheckpointError(f"the pickle uses {opcode.name}, which a YOLOv5 checkpoint does not need")
         if opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             if (module, name) not in GLOBALS:
                 raise _refused(module, name)
-        # The unpickler reserves a table as long as the largest number.
-        if opcode.name == "LONG_BINPUT" and argument is not None and argument > len(content):
-            raise CheckpointError("the pickle's memo is larger than the pickle")
+        if opcode.name == "LONG_BINPUT" and argument is not None:
+            largest = max(largest, argument)
+    # The unpickler reserves a table as long as the largest number.
+    if largest > stream.tell() - start:
+        raise CheckpointError("the pickle's memo is larger than the pickle")
+    return stream.tell()

@@ -13,7 +13,17 @@ from app.errors import ConfigError, suggest
 from app.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION
 
 REQUIRED_KEYS = ("depth_multiple", "width_multiple", "backbone", "head")
-KNOWN_KEYS = (*REQUIRED_KEYS, "nc", "anchors", "activation", "ch", "channels", "names", "yaml_file")
+KNOWN_KEYS = (
+    *REQUIRED_KEYS,
+    "nc",
+    "anchors",
+    "activation",
+    "csp_activation",
+    "ch",
+    "channels",
+    "names",
+    "yaml_file",
+)
 """`ch`, `names` and `yaml_file` stand in layouts kept inside other trainers' checkpoints; they change nothing."""
 MAX_ROWS = 200
 
@@ -41,6 +51,8 @@ class Layout:
     """Width and height pairs in pixels, one tuple a level; or a number of anchors a level."""
     activation: str
     """A key of `ACTIVATIONS`."""
+    csp_activation: str
+    """That of BottleneckCSP's own normalisation, which was another one in most files that have the block."""
     rows: tuple[Row, ...]
 
     def channels(self, count: int) -> int:
@@ -78,14 +90,12 @@ def parse_layout(mapping: Mapping[str, Any], modules: Sequence[str]) -> Layout:
     rows = tuple(_row(index, row, modules) for index, row in enumerate(plain_rows))
     if rows[-1].module != "Detect" or any(row.module == "Detect" for row in rows[:-1]):
         raise ConfigError("head", rows[-1].module, "the last row, and only it, must be Detect")
-    activation = mapping.get("activation", DEFAULT_ACTIVATION)
-    if activation not in ACTIVATIONS:
-        raise ConfigError("activation", activation, f"must be one of {', '.join(ACTIVATIONS)}")
     return Layout(
         depth=_multiple("depth_multiple", mapping["depth_multiple"]),
         width=_multiple("width_multiple", mapping["width_multiple"]),
         anchors=check_anchors(mapping.get("anchors", 3), len(rows[-1].sources)),
-        activation=activation,
+        activation=_activation(mapping, "activation"),
+        csp_activation=_activation(mapping, "csp_activation"),
         rows=rows,
     )
 
@@ -140,6 +150,13 @@ def _row(index: int, row: Any, modules: Sequence[str]) -> Row:
     if not absolute:
         raise ConfigError(where, sources, "from must name at least one row")
     return Row(index=index, sources=tuple(absolute), number=number, module=module, args=tuple(args))
+
+
+def _activation(mapping: Mapping[str, Any], key: str) -> str:
+    activation = mapping.get(key, DEFAULT_ACTIVATION)
+    if activation not in ACTIVATIONS:
+        raise ConfigError(key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
+    return str(activation)
 
 
 def _multiple(key: str, value: Any) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from app.errors import ConfigError
-from app.model.blocks import C3, SPP, SPPF, Bottleneck, Concat, Conv
+from app.model.blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, Focus
 from app.model.ghost import C3Ghost, GhostConv
 from app.model.layout import Layout, Row
 from app.model.transformer import HEADS, C3Transformer
@@ -71,18 +71,34 @@ def _repeat(row: Row, layout: Layout, first: nn.Module, again: Callable[[], nn.M
 def _build_conv(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
     """Args: channels, kernel [1], stride [1], padding [kernel // 2], groups [1]."""
     port = _single(row, inputs)
-    args = _integers(row, 1, 5)
-    c_out = _channels_out(row, layout, args[0])
-    kernel, stride, groups = _at(args, 1, 1), _at(args, 2, 1), _at(args, 4, 1)
-    padding = args[3] if len(args) > 3 else None
-    if not kernel or not stride or not groups or c_out % groups or port.channels % groups:
-        raise ConfigError(f"row {row.index}", row.args, "kernel, stride and groups do not fit")
+    c_out, kernel, stride, padding, groups = _convolution(row, layout, port.channels)
 
     def conv(c_in: int) -> nn.Module:
         return Conv(c_in, c_out, kernel, stride, padding, groups)
 
     module = _repeat(row, layout, conv(port.channels), lambda: conv(c_out))
     return Built(module, Port(c_out, port.stride * stride ** layout.repeats(row.number)))
+
+
+def _build_focus(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
+    """Args: those of Conv, which works on four times the channels at half the size."""
+    port = _single(row, inputs)
+    if row.number != 1:
+        raise ConfigError(f"row {row.index}", row.number, "Focus stands once: number must be 1")
+    c_out, kernel, stride, padding, groups = _convolution(row, layout, 4 * port.channels)
+    module = Focus(port.channels, c_out, kernel, stride, padding, groups)
+    return Built(module, Port(c_out, port.stride * 2 * stride))
+
+
+def _convolution(row: Row, layout: Layout, c_in: int) -> tuple[int, int, int, int | None, int]:
+    """Return channels out, kernel, stride, padding (None: half the kernel) and groups; raises ConfigError."""
+    args = _integers(row, 1, 5)
+    c_out = _channels_out(row, layout, args[0])
+    kernel, stride, groups = _at(args, 1, 1), _at(args, 2, 1), _at(args, 4, 1)
+    padding = args[3] if len(args) > 3 else None
+    if not kernel or not stride or not groups or c_out % groups or c_in % groups:
+        raise ConfigError(f"row {row.index}", row.args, "kernel, stride and groups do not fit")
+    return c_out, kernel, stride, padding, groups
 
 
 def _build_ghost_conv(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
@@ -118,6 +134,13 @@ def _build_c3(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
     """Args: channels, shortcut [true]; `number` is the bottlenecks inside."""
     port, c_out, shortcut = _cross_stage(row, layout, inputs)
     return Built(C3(port.channels, c_out, layout.repeats(row.number), shortcut), Port(c_out, port.stride))
+
+
+def _build_bottleneck_csp(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
+    """Args: channels, shortcut [true]; `number` is the bottlenecks inside."""
+    port, c_out, shortcut = _cross_stage(row, layout, inputs)
+    module = BottleneckCSP(port.channels, c_out, layout.repeats(row.number), shortcut)
+    return Built(module, Port(c_out, port.stride))
 
 
 def _build_c3_ghost(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
@@ -214,8 +237,10 @@ def _build_detect(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
 
 BLOCKS: dict[str, Builder] = {
     "Conv": _build_conv,
+    "Focus": _build_focus,
     "GhostConv": _build_ghost_conv,
     "Bottleneck": _build_bottleneck,
+    "BottleneckCSP": _build_bottleneck_csp,
     "C3": _build_c3,
     "C3Ghost": _build_c3_ghost,
     "C3TR": _build_c3_transformer,

@@ -155,6 +155,22 @@ def failing_disk() -> None:
     saving.save_checkpoint = save  # type: ignore[assignment]
 
 
+def scarce_memory(mebibytes: str) -> None:
+    """Let the process grow by so much once it trains; the kernel refuses it any more."""
+    from app.engine.trainer import Trainer
+
+    whole = Trainer.fit
+
+    def fit(self: Trainer) -> object:
+        status = Path("/proc/self/status").read_text()
+        used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+        limit = (used << 10) + (int(mebibytes) << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        return whole(self)
+
+    Trainer.fit = fit  # type: ignore[assignment,method-assign]
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
@@ -165,5 +181,6 @@ FAULTS: dict[str, Callable[..., None]] = {
         slow_validation,
         full_disk,
         failing_disk,
+        scarce_memory,
     )
 }

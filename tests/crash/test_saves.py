@@ -146,6 +146,8 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     assert "last.previous.pt" in capsys.readouterr().out
     resumed = load_checkpoint(weights / "last.pt")
     assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    # The damaged one never takes the place of the one that was whole.
+    assert load_checkpoint(weights / "last.previous.pt")["iteration"] == 2
 
 
 def test_leftovers_of_a_killed_save_are_swept_by_the_next_training(tiny_args: list[str], runs: Path) -> None:
@@ -154,3 +156,16 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next_training(tiny_args: li
     leftover.touch()
     assert train.main([*tiny_args, "--noplots", "--noval", "--epochs", "1", "--exist-ok"]) == 0
     assert not leftover.exists()
+
+
+def test_a_new_training_in_an_old_folder_never_falls_back_to_the_old_ones_checkpoint(
+    tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*tiny_args, "--noplots", "--noval", "--exist-ok"]
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    assert train.main(quick) == 0
+    assert load_checkpoint(previous_of(last))["epoch"] == 1
+    assert train.main([*quick, "--epochs", "1", "--nosave"]) == 0  # saves once
+    os.truncate(last, 1000)
+    assert train.main(["--resume", str(last), "--epochs", "3"]) == 4
+    assert "last.pt: not a checkpoint" in capsys.readouterr().err

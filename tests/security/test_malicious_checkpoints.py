@@ -13,6 +13,7 @@ import torch
 
 from app import train
 from app.engine.checkpoint import load_checkpoint, save_checkpoint
+from app.errors import CheckpointError
 from app.outputs.run_dir import previous_of
 from tests.crash.conftest import Start
 
@@ -118,6 +119,17 @@ def test_a_checkpoint_that_grows_when_read_is_refused(
     assert train.main([*tiny_args, "--weights", str(bomb)]) == 4
     assert train.main(["--resume", str(bomb)]) == 4
     assert capsys.readouterr().err.count("compressed") == 2
+
+
+def test_a_checkpoint_whose_entries_claim_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    bomb = tmp_path / "last.pt"
+    save_checkpoint(bomb, {"tensor": torch.ones(100)})
+    with zipfile.ZipFile(bomb, "a") as archive:
+        for entry in archive.infolist():  # the directory alone says so: overlapping entries look like this
+            entry.file_size = entry.compress_size = bomb.stat().st_size
+        archive.writestr("last/more", b"")
+    with pytest.raises(CheckpointError, match="together larger than the file"):
+        load_checkpoint(bomb)
 
 
 def _without(state: dict[str, object], part: str, name: str) -> None:

@@ -9,6 +9,7 @@ import struct
 import sys
 import types
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 
 from app.errors import CheckpointError
+from app.model import inert_pickle
 from app.model.detector import build_detector
 from app.model.foreign import read_foreign_checkpoint
-from app.model.inert_pickle import GLOBALS
+from app.model.inert_pickle import GLOBALS, read_pickle
 from app.model.weights import load_weights
 
 PEER = Path(__file__).parents[1] / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
@@ -198,6 +200,31 @@ def test_a_refused_global_is_named(tmp_path: Path) -> None:
         read_foreign_checkpoint(archive(tmp_path / "evil.pt", content))
 
 
+def test_each_of_the_two_passes_refuses_a_global_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = pickle.dumps(_Runs(os.getpid), 2)
+    named = r"the pickle names posix\.getpid"
+    with pytest.raises(CheckpointError, match=named):
+        inert_pickle._check_opcodes(content, 0)
+    monkeypatch.setattr(inert_pickle, "_check_opcodes", lambda content, start: len(content))
+    with pytest.raises(CheckpointError, match=named):
+        read_pickle(content)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "content"),
+    [
+        ("INST", b"(ios\nsystem\n."),
+        ("STACK_GLOBAL", b"\x80\x04X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93."),
+        ("EXT1", b"\x80\x02\x82\x01."),
+        ("PERSID", b"P0\n."),
+        ("OBJ", b"(cmodels.yolo\nModel\no."),
+    ],
+)
+def test_an_opcode_that_such_files_do_not_need_is_refused_by_name(opcode: str, content: bytes) -> None:
+    with pytest.raises(CheckpointError, match=f"the pickle uses {opcode}, "):
+        read_pickle(content)
+
+
 def test_the_table_holds_nothing_that_acts() -> None:
     for (module, name), stand_in in GLOBALS.items():
         origin = stand_in.__module__ if isinstance(stand_in, type) else type(stand_in).__module__
@@ -225,8 +252,8 @@ class _Referring(pickle.Pickler):
 
 
 class _Place:
-    def __init__(self, numel: int) -> None:
-        self.ids = ("storage", torch.FloatStorage, "0", "cpu", numel)
+    def __init__(self, numel: int, key: str = "0") -> None:
+        self.ids = ("storage", torch.FloatStorage, key, "cpu", numel)
 
 
 def _tensor_pickle(numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
@@ -261,13 +288,64 @@ def test_a_tensor_outside_its_storage_is_refused(
     tmp_path: Path, numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     path = archive(tmp_path / "bad.pt", _tensor_pickle(numel, offset, size, stride), {"data/0": bytes(16)})
-    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+    beyond = "impossible sizes|larger than its storage|cut short|too large"  # never a word of torch's own
+    with pytest.raises(CheckpointError, match=rf"bad\.pt: .*({beyond})"):
         read_foreign_checkpoint(path)
+
+
+def test_tensors_that_share_a_storage_may_not_be_together_larger_than_the_file(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    call = _Runs(torch._utils._rebuild_tensor_v2, _Place(1000), 0, (1000,), (1,), False, OrderedDict())
+    _Referring(file, 2).dump({f"{number}.weight": call for number in range(50)})
+    path = archive(tmp_path / "bomb.pt", file.getvalue(), {"data/0": bytes(4000)})
+    assert path.stat().st_size < 50 * 1000
+    with pytest.raises(CheckpointError, match=r"bomb\.pt: its tensors are together larger than the file"):
+        read_foreign_checkpoint(path)
+
+
+def test_entries_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Each entry's numbers reach over the entries behind it, and their sums are right."""
+    pickled, whole, raw = io.BytesIO(), tmp_path / "bomb.pt", io.BytesIO()
+    rebuild = torch._utils._rebuild_tensor_v2
+    keys = [str(number) for number in range(50)]
+    places = {key: _Runs(rebuild, _Place(1000, key), 0, (1,), (1,), False, OrderedDict()) for key in keys}
+    _Referring(pickled, 2).dump(places)
+    with zipfile.ZipFile(raw, "w") as file:
+        file.writestr("weights/data.pkl", pickled.getvalue())
+        for key in keys:
+            file.writestr(f"weights/data/{key}", b"")
+        file.writestr("weights/rest", bytes(4000))
+        for key in keys:
+            entry = file.getinfo(f"weights/data/{key}")
+            start = entry.header_offset + 30 + len(entry.filename)
+            entry.file_size = entry.compress_size = 4000
+            entry.CRC = zlib.crc32(raw.getvalue()[start : start + 4000])
+    whole.write_bytes(raw.getvalue())
+    # By us, or already by the archive's reader, which looks for it in newer Pythons.
+    with pytest.raises(CheckpointError, match=r"bomb\.pt: .*(together larger than the file|Overlapped)"):
+        read_foreign_checkpoint(whole)
+
+
+def test_a_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    rebuild = torch._utils._rebuild_tensor_v2
+    calls = [_Runs(rebuild, _Place(numel), 0, (1,), (1,), False, OrderedDict()) for numel in (4, 2)]
+    _Referring(file, 2).dump({"a.weight": calls[0], "b.weight": calls[1]})
+    path = archive(tmp_path / "two.pt", file.getvalue(), {"data/0": bytes(16)})
+    with pytest.raises(CheckpointError, match="storage 0 is described in two ways"):
+        read_foreign_checkpoint(path)
+
+
+def test_modules_nested_beyond_reason_are_refused(tmp_path: Path) -> None:
+    inner = b"cmodels.yolo\nModel\n)\x81}X\x08\x00\x00\x00_modules}X\x01\x00\x00\x00a"
+    content = b"\x80\x02" + inner * 100 + b"N" + b"ssb" * 100 + b"."
+    with pytest.raises(CheckpointError, match="nested deeper than 64"):
+        read_foreign_checkpoint(archive(tmp_path / "deep.pt", content))
 
 
 def test_a_huge_memo_index_is_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "memo.pt", b"\x80\x02}r\xff\xff\xff\x7f.")
-    with pytest.raises(CheckpointError, match="memo"):
+    with pytest.raises(CheckpointError, match="the pickle's memo is larger"):
         read_foreign_checkpoint(path)
 
 

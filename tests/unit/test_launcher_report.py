@@ -72,6 +72,17 @@ def test_progress_is_read_from_the_workers_file(tmp_path: Path) -> None:
     assert read_progress(tmp_path, "r", since=11.0) == Progress()
 
 
+def test_a_trainer_that_failed_says_why_beside_its_exit_code(tmp_path: Path) -> None:
+    failed, reason = replace(STATE, exit_code=1), "MemoryError: /data/big.png: no room to decode its pixels"
+    write(tmp_path, {"phase": "failed", "message": reason, "updated": 10})
+    assert Row(failed, read_progress(tmp_path, "r")).cells()[2] == f"exited 1: error: {reason}"
+    assert Row(failed, read_progress(tmp_path, "r", since=11.0)).cells()[2] == "exited 1: error"
+    killed = replace(STATE, exit_code=137, oom_killed=True)
+    assert Row(killed, Progress(phase="training")).cells()[2] == "OOM-KILLED at 20 GB"
+    write(tmp_path, {"phase": "failed", "message": "word " * 1000, "updated": 10})
+    assert len(Row(failed, read_progress(tmp_path, "r")).cells()[2]) < 150
+
+
 @pytest.mark.parametrize(
     "content", ["", "[1]", "{", '{"epoch": {}}', '{"epoch": NaN, "eta_s": 1e999}', "[" * 50_000]
 )

@@ -12,7 +12,7 @@ import torch
 
 from app.config.shipped import SHIPPED
 from app.errors import CheckpointError, ConfigError
-from app.model.blocks import Conv
+from app.model.blocks import BottleneckCSP, Conv, Focus
 from app.model.detector import build_detector
 from app.model.ghost import GhostConv
 from app.model.head import Detect
@@ -147,6 +147,9 @@ def test_a_detector_on_the_meta_device_has_sizes_without_numbers() -> None:
         (with_row("backbone", 2, [-1, 1, "nn.ZeroPad2d", [0, 1, 0, 1]]), "left, right, above, below"),
         (with_row("backbone", 2, [-1, 1, "nn.MaxPool2d", [2, 0]]), "do not fit"),
         (with_row("backbone", 2, [-1, 1, "GhostConv", [64, 1, 0]]), "at least 1"),
+        (with_row("backbone", 0, [-1, 2, "Focus", [32, 3]]), "stands once"),
+        (with_row("backbone", 0, [-1, 1, "Focus", [32, 3, 1, 1, 5]]), "do not fit"),
+        (tiny(csp_activation="nn.Tanh()"), "must be one of"),
         (tiny(anchors=[[10, 13]]), "1 rows for the 2 levels"),
         (tiny(anchors=[[10, 13], [10]]), "pairs"),
         (tiny(width_multiple=0), "width_multiple"),
@@ -215,6 +218,60 @@ def test_half_of_a_ghost_convolution_is_derived_from_the_other_half() -> None:
     assert torch.equal(y[:, :3], ghost.cv1(x))
     assert torch.equal(y[:, 3:], ghost.cv2(y[:, :3]))
     assert ghost.cv2.conv.groups == 3
+
+
+def test_focus_folds_squares_of_cells_into_channels_and_convolves() -> None:
+    torch.manual_seed(0)
+    focus = Focus(3, 5, kernel=3).eval()
+    x = torch.rand(2, 3, 8, 12)
+    folded = torch.empty(2, 12, 4, 6)
+    for row in range(4):
+        for column in range(6):
+            for place, (down, right) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+                cells = x[:, :, 2 * row + down, 2 * column + right]
+                folded[:, 3 * place : 3 * place + 3, row, column] = cells
+    assert torch.equal(focus(x), focus.conv(folded))
+    assert next(iter(focus.state_dict())) == "conv.conv.weight"
+
+
+def test_focus_is_a_convolution_of_twice_the_kernel_and_stride_2() -> None:
+    torch.manual_seed(0)
+    focus, x = Focus(3, 5, kernel=3).eval(), torch.rand(1, 3, 16, 16)
+    weight = torch.zeros(5, 3, 6, 6)
+    for place, (down, right) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        weight[:, :, down::2, right::2] = focus.conv.conv.weight[:, 3 * place : 3 * place + 3]
+    whole = torch.nn.functional.conv2d(x, weight, stride=2, padding=2)
+    torch.testing.assert_close(focus(x), focus.conv.act(focus.conv.bn(whole)))
+
+
+def test_the_older_cross_stage_block_normalises_both_of_its_ways_together() -> None:
+    torch.manual_seed(0)
+    block = BottleneckCSP(6, 8, number=2).train()
+    block(torch.rand(4, 6, 5, 5))  # statistics other than the initial ones
+    block.eval()
+    x = torch.rand(1, 6, 5, 5)
+    deep = torch.einsum("oihw,bixy->boxy", block.cv3.weight, block.m(block.cv1(x)))
+    short = torch.einsum("oihw,bixy->boxy", block.cv2.weight, x)
+    joined = torch.cat((deep, short), dim=1)
+    mean, variance = (t.view(1, -1, 1, 1) for t in (block.bn.running_mean, block.bn.running_var))
+    normal = (joined - mean) / (variance + 1e-3).sqrt()
+    torch.testing.assert_close(block(x), block.cv4(normal * normal.sigmoid()))
+
+
+def test_a_layout_of_2020_has_the_strides_of_its_rows_and_its_own_activations() -> None:
+    layout = tiny(activation="nn.Hardswish()", csp_activation="nn.LeakyReLU(0.1)")
+    layout["backbone"][0] = [-1, 1, "Focus", [32, 3]]
+    layout["backbone"][2] = [-1, 3, "BottleneckCSP", [64]]
+    detector = build_detector(layout, nc=2)
+    assert detector.stride.tolist() == [4, 8]
+    csp = detector.model[2]
+    assert isinstance(csp, BottleneckCSP)
+    assert [type(block.act).__name__ for block in (csp, csp.cv1)] == ["LeakyReLU", "Hardswish"]
+    images = torch.rand(2, 3, 32, 64)
+    sum(level.square().mean() for level in detector.train()(images)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+    fused = detector.fused()
+    torch.testing.assert_close(fused(images)[0], detector.eval()(images)[0], atol=1e-3, rtol=1e-4)
 
 
 def test_attention_lets_every_cell_see_every_other() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app import settings, train
 from app.data.loader import Batch
-from app.engine import trainer
+from app.engine import saving, trainer
 from app.engine.back_off import split
 from app.engine.checkpoint import load_checkpoint
 from app.engine.soundness import LossWatch, is_finite
@@ -70,6 +70,35 @@ def test_a_nan_in_the_first_epoch_goes_back_to_the_beginning(
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+def test_a_nan_never_goes_back_to_the_checkpoint_of_an_earlier_run_in_the_folder(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*tiny_args, "--noplots", "--noval", "--exist-ok"]
+    assert train.main([*quick, "--epochs", "1"]) == 0
+    poison(monkeypatch, 1)
+    assert train.main(quick) == 0
+    assert "iteration 0: the loss is no longer a number; going on from epoch 1, iteration 0" in (
+        capsys.readouterr().out
+    )
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sound = saving.save_checkpoint, []
+
+    def save(path: Path, state: dict[str, Any], **options: Any) -> None:
+        sound.append(all(torch.isfinite(value).all() for value in state["ema"].values()))
+        whole(path, state, **options)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save)
+    poison(monkeypatch, 2)
+    saving = ["--noplots", "--noval", "--batch", "2", "--save-minutes", "0"]
+    assert train.main([*tiny_args, *saving]) == 0
+    assert len(sound) > 4
+    assert all(sound)
+
+
 def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
     tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +110,37 @@ def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
     weights = runs / "train" / "exp" / "weights"
     for name in ("best.pt", "last.pt"):
         assert load_checkpoint(weights / name)["rows"][-1][0] == 0
+
+
+def test_a_resume_keeps_the_lowered_rate_and_knows_that_the_second_chance_is_gone(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 4, 7)  # the second is the resume's first: six are before it
+    assert train.main([*tiny_args, "--noplots", "--noval"]) == 0
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    assert train.main(["--resume", str(last), "--epochs", "4"]) == 1
+    assert "lower lr0 (now 0.001)" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_no_number_goes_back_though_every_loss_was_one(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, count = trainer.Trainer._iterate, 0
+
+    def iterate(self: trainer.Trainer, batch: Batch, position: int) -> None:
+        nonlocal count
+        whole(self, batch, position)
+        count += 1
+        if count == 4:  # the last iteration of the second epoch: no loss sees it
+            with torch.no_grad():
+                next(self.model.parameters())[0, 0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer.Trainer, "_iterate", iterate)
+    assert train.main([*tiny_args, "--noplots", "--noval"]) == 0
+    assert "epoch 2, iteration 3: the loss is no longer a number" in capsys.readouterr().out
+    state = load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")
+    assert state["rollbacks_left"] == 0
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> None:

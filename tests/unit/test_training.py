@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from app import train
-from app.engine.checkpoint import load_checkpoint
+from app.data.loader import TrainLoader
+from app.engine.checkpoint import load_checkpoint, save_checkpoint
 from app.engine.device import Compute
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 
@@ -131,6 +133,38 @@ def test_sigterm_in_mid_epoch_saves_a_checkpoint_and_exits_143(tiny_args: list[s
     assert process.returncode == 143, output
     assert "Traceback" not in output
     assert load_checkpoint(last)["epoch"] >= 1
+
+
+def test_a_resume_with_other_classes_than_the_checkpoints_is_exit_4(
+    tiny_args: list[str], tiny_data: Path, tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = tmp_path / "data.yaml"
+    described = "path: {0}\ntrain: images/train\nval: images/val\nnames: [{1}]\n"
+    description.write_text(described.format(tiny_data.parent, "RBC, WBC, Platelets"))
+    quick = [*tiny_args, "--data", str(description), "--noplots", "--noval"]
+    assert train.main([*quick, "--epochs", "1"]) == 0
+    description.write_text(described.format(tiny_data.parent, "RBC, Platelets, WBC"))
+    assert train.main(["--resume", str(runs / "train" / "exp"), "--epochs", "2"]) == 4
+    error = capsys.readouterr().err
+    assert "the classes RBC, WBC, Platelets, the dataset has RBC, Platelets, WBC" in error
+
+
+def test_a_resume_draws_pictures_by_the_class_maps_of_the_last_validation(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main([*tiny_args, "--noplots", "--image-weights", "--epochs", "1"]) == 0
+    last = runs / "train" / "exp" / "weights" / "last.pt"
+    maps = [0.9, 0.1, 0.5]  # this detector's own are all 0
+    save_checkpoint(last, {**load_checkpoint(last), "class_maps": maps})
+    whole, seen = TrainLoader.epoch, []
+
+    def epoch(self: TrainLoader, *args: Any, **options: Any) -> Any:
+        seen.append(self.class_maps)
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(TrainLoader, "epoch", epoch)
+    assert train.main(["--resume", str(last), "--epochs", "2"]) == 0
+    assert seen == [maps]
 
 
 def test_resume_of_a_finished_run_says_to_raise_the_epochs(

@@ -1,0 +1,161 @@
+"""Checkpoints as the classic trainer wrote them: whole module objects of its modules, which this project has not.
+
+The classes are empty and made here, under the names that stand in such files; what they hold is one of our detectors.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.model.detector import Detector, build_detector
+
+MODULES = ("models", "models.yolo", "models.common")
+KINDS = {
+    "C3Transformer": ("models.common", "C3TR"),
+    "Detect": ("models.yolo", "Detect"),
+    **{
+        name: ("models.common", name)
+        for name in (
+            *("Conv", "Bottleneck", "BottleneckCSP", "C3", "C3Ghost", "Focus", "SPP", "SPPF", "Concat"),
+            *("GhostConv", "GhostBottleneck", "TransformerBlock", "TransformerLayer"),
+        )
+    },
+}
+"""Our block -> its classic module and class."""
+OLD_LINE: dict[str, Any] = {
+    "nc": 3,
+    "depth_multiple": 0.33,
+    "width_multiple": 0.25,
+    "anchors": [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119]],
+    "backbone": [
+        [-1, 1, "Focus", [32, 3]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 3, "BottleneckCSP", [64]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 1, "SPP", [64, [5, 9, 13]]],
+        [-1, 3, "BottleneckCSP", [64, False]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+        [[-1, 2], 1, "Concat", [1]],
+        [-1, 3, "BottleneckCSP", [64, False]],
+        [[8, 5], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+"""The blocks of 2020, small: Focus first, BottleneckCSP throughout."""
+OLD_ACTIVATIONS = {"activation": "nn.Hardswish()", "csp_activation": "nn.LeakyReLU(0.1)"}
+"""Those of autumn 2020. No layout of the time says so: only the modules do."""
+
+
+def trained(layout: dict[str, Any] | str, nc: int = 3, names: tuple[str, ...] | None = None) -> Detector:
+    """Return a detector with weights and statistics unlike fresh ones, each of them exact in half precision."""
+    torch.manual_seed(0)
+    detector = build_detector(layout, nc=nc, names=names)
+    for key, value in detector.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith(("running_mean", "bias", "bn.weight")):
+            value.add_(0.1 * torch.rand_like(value))
+        if value.is_floating_point():
+            value.copy_(value.half().float())
+    return detector.eval()
+
+
+class ClassicFiles:
+    """Writes checkpoints while the classic modules can be imported, as when such a file was made."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(
+        self,
+        detector: Detector,
+        *,
+        top: str = "DetectionModel",
+        names: Any = None,
+        half: bool = True,
+        average: str = "none",
+        stripped: bool = True,
+        legacy: bool = False,
+    ) -> Path:
+        """Write one file; `average` is none, module or pair (with its updates)."""
+        path = self._folder / "classic.pt"
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the older form misses the source of our empty classes
+            for module in MODULES:
+                patch.setitem(sys.modules, module, types.ModuleType(module))
+            model = self._model(detector, top, names, half)
+            other = self._model(detector, top, names, half)
+            if average != "none":  # then the model itself is not the one to take
+                for parameter in model.parameters():
+                    parameter.data.zero_()
+            content = {
+                "epoch": -1 if stripped else 12,
+                "best_fitness": 0.5,
+                "training_results": None,
+                "model": model,
+                "ema": {"none": None, "module": other, "pair": (other, 40)}[average],
+                "updates": None if stripped else 40,
+                "optimizer": None if stripped else _momenta(model),
+                "wandb_id": None,
+                "date": "2020-10-29T12:00:00",
+            }
+            torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        return path
+
+    def _model(self, detector: Detector, top: str, names: Any, half: bool) -> nn.Module:
+        model = _class("models.yolo", top)()
+        model.model = nn.Sequential(*(_imitation(layer) for layer in detector.model))
+        model.names = list(detector.names) if names is None else names
+        model.yaml = {key: value for key, value in detector.layout.items() if "activation" not in key}
+        model.stride, model.nc, model.save = detector.stride.clone(), detector.nc, [2, 5, 8]
+        model.hyp = {"lr0": 0.01, "momentum": 0.937}
+        model.class_weights = torch.ones(detector.nc, dtype=torch.float64)
+        return model.half() if half else model
+
+
+def _class(module: str, name: str) -> type[nn.Module]:
+    """Return the empty class of that name, the same each time, as pickling asks for."""
+    if not hasattr(sys.modules[module], name):
+        setattr(sys.modules[module], name, type(name, (nn.Module,), {"__module__": module}))
+    return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
+
+
+def _imitation(module: nn.Module) -> nn.Module:
+    """Return a classic module with copies of the parameters and buffers that stand in our one's state dict."""
+    place = KINDS.get(type(module).__name__)
+    if place is None and not list(module.children()):
+        return deepcopy(module)
+    twin = nn.Module.__new__(type(module) if place is None else _class(*place))
+    nn.Module.__init__(twin)
+    for name, parameter in module.named_parameters(recurse=False):
+        twin.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            twin.register_buffer(name, buffer.clone())
+    for name, child in module.named_children():
+        twin.add_module(name, _imitation(child))
+    if place == ("models.yolo", "Detect"):
+        pixels = (module.anchors * module.stride.view(-1, 1, 1)).view(len(module.stride), 1, -1, 1, 1, 2)
+        twin.register_buffer("anchor_grid", pixels)
+        twin.stride = module.stride.clone()
+    twin.i, twin.f, twin.type = 0, -1, f"{type(twin).__module__}.{type(twin).__name__}"
+    return twin
+
+
+def _momenta(model: nn.Module) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer.state_dict()
