@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from app.errors import StarlingError, is_out_of_memory
 
@@ -15,9 +15,25 @@ Parsed = TypeVar("Parsed")
 
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
     """Print one line to stderr; of several processes that train together, rank 0 does."""
-    alone = int(environment.get("WORLD_SIZE") or 1) < 2
-    if alone or environment.get("RANK", "0") == "0":
+    if _alone(environment) or environment.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code.
+
+    One of several that train together ends without taking the interpreter down: torch's communication threads may
+    still want it, which aborts a process that has done all it should.
+    """
+    if _alone(os.environ):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _alone(environment: Mapping[str, str]) -> bool:
+    return int(environment.get("WORLD_SIZE") or 1) < 2
 
 
 def run_command(

@@ -9,7 +9,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from app.command import run_command
+from app.command import leave, run_command
 from app.config.train_flags import TrainCommand, parse_args
 
 
@@ -31,4 +31,4 @@ def _run(command: TrainCommand) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,6 +8,7 @@ CPUs; what the processes agree on besides (a stop, results, files) travels over 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import sys
@@ -273,6 +274,7 @@ def joined(config: TrainConfig, place: Place | None) -> Iterator[Group]:
         raise
     else:
         heartbeat.end(0)
+        gc.collect()  # the trainer's cycles hold torch's groups, whose threads end with them
         dist.destroy_process_group()
 
 

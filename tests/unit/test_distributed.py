@@ -32,7 +32,7 @@ import torch
 from app import train
 from app.config.train_config import TrainConfig
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-sys.exit(train.main(sys.argv[1:]))
+train.leave(train.main(sys.argv[1:]))
 """
 LOSSES = [
     "train/box_loss",
@@ -519,7 +519,7 @@ def forward(self, *given):
     broken = os.environ["RANK"] == "1" and len(calls) == 2
     return (total * float("nan"), parts * float("nan")) if broken else (total, parts)
 DetectionLoss.forward = forward
-sys.exit(train.main(sys.argv[1:]))
+train.leave(train.main(sys.argv[1:]))
 """
 
 

@@ -93,8 +93,8 @@ def test_weights_that_are_no_numbers_are_never_saved(
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
     poison(monkeypatch, 2)
-    saving = ["--noplots", "--noval", "--batch", "2", "--save-minutes", "0"]
-    assert train.main([*tiny_args, *saving]) == 0
+    often = ["--noplots", "--noval", "--batch", "2", "--save-minutes", "0"]
+    assert train.main([*tiny_args, *often]) == 0
     assert len(sound) > 4
     assert all(sound)
 
