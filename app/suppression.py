@@ -91,24 +91,26 @@ def _without(rest: Floats, kept: Floats, over: float) -> Floats:
     """Return the columns of a table that no kept one overlaps."""
     if not rest.shape[1]:
         return rest
+    inter, near = _near(kept, rest, over)
     free = np.ones(rest.shape[1], dtype=bool)
-    free[_pairs(kept, rest, over)[1]] = False
+    free[_pairs(kept, rest, inter, near, over)[1]] = False
     return rest.compress(free, axis=1)
 
 
 def _first_come(block: Floats, over: float) -> NDArray[np.bool_]:
     """Return which columns stay when each that stays takes those after it that it overlaps."""
-    first, second = _pairs(block, block, over)
-    later = first < second
-    stays = [True] * block.shape[1]
-    for one, other in zip(first[later].tolist(), second[later].tolist(), strict=True):
+    inter, near = _near(block, block, over)
+    near &= _LATER[: len(near), : len(near)]
+    stays = [True] * len(near)
+    first, second = _pairs(block, block, inter, near, over)
+    for one, other in zip(first.tolist(), second.tolist(), strict=True):
         if stays[one]:
             stays[other] = False
     return np.array(stays)
 
 
-def _pairs(a: Floats, b: Floats, over: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return which columns of two tables are of one group and overlap by more than `over`, row by row."""
+def _near(a: Floats, b: Floats, over: float) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return [k,n] what the columns of two tables share, and where that may be enough."""
     high, low, zeros = _memory(a.shape[1], b.shape[1])
     np.minimum(a[2:4, :, None], b[2:4, None], out=high)
     np.maximum(a[:2, :, None], b[:2, None], out=low)
@@ -116,15 +118,23 @@ def _pairs(a: Floats, b: Floats, over: float) -> tuple[NDArray[np.intp], NDArray
     # A table of zeros: with a number it takes several times longer.
     inter = np.maximum(high[0], zeros, out=high[0])
     inter *= high[1]  # below 0 where the height is: not over anything
-    # Who shares much of the union shares as much of the first box. Few do, so the rest is asked of these alone.
-    pair = np.flatnonzero(inter > (a[_AREA] * np.float32(over * _NEARLY))[:, None])
+    # Who shares much of the union shares as much of the first box.
+    return inter, inter > (a[_AREA] * np.float32(over * _NEARLY))[:, None]
+
+
+def _pairs(
+    a: Floats, b: Floats, inter: Floats, near: NDArray[np.bool_], over: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return which of the pairs that are near are of one group and overlap by more than `over`, row by row."""
+    pair = np.flatnonzero(near)  # few, so all else is asked of these alone
     first, second = np.divmod(pair, b.shape[1])
-    inter = inter.ravel()[pair]
-    wanted = inter / (a[_AREA, first] + b[_AREA, second] - inter) > over
+    shared = inter.ravel()[pair]
+    wanted = shared / (a[_AREA, first] + b[_AREA, second] - shared) > over
     wanted &= a[_GROUP, first] == b[_GROUP, second]
     return first[wanted], second[wanted]
 
 
+_LATER = np.triu(np.ones((HOST_BLOCK, HOST_BLOCK), dtype=bool), 1)
 _NEARLY = 0.999
 """Leaves room for rounding."""
 _own = threading.local()

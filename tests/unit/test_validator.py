@@ -22,6 +22,7 @@ from app.engine.validator import (
     SUPPRESSION,
     ScoredImage,
     Validation,
+    to_input,
     validate,
 )
 from app.metrics import ConfusionMatrix, average_precision, match_detections
@@ -141,6 +142,22 @@ def test_every_stage_of_every_batch_is_told() -> None:
     validate(Clairvoyant(), [batch([0]), batch([1])], None, CPU, lap=laps.append)
     of_a_batch = [LOADING, PRE_PROCESS, INFERENCE, LOSS, SCORING, SUPPRESSION, SCORING]
     assert laps == [*of_a_batch, *of_a_batch, SCORING]
+
+
+def test_the_model_sees_what_training_feeds_it_in_every_batch() -> None:
+    class Witness(Clairvoyant):
+        def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+            seen.append((images.clone(), images.is_contiguous(memory_format=torch.channels_last)))
+            return super().__call__(images)
+
+    seen: list[tuple[Tensor, bool]] = []
+    batches = [batch([0, 1, 2]), batch([3]), batch([4, 0, 1, 2])]
+    for given in batches:
+        given.images[:, :, 1:] = torch.randint(256, given.images[:, :, 1:].shape, dtype=torch.uint8)
+    validate(Witness(), batches, None, CPU)
+    for given, (pixels, channels_last) in zip(batches, seen, strict=True):
+        assert torch.equal(pixels, to_input(given.images, CPU))
+        assert channels_last
 
 
 def test_previews_hold_the_first_batches_in_their_letterbox() -> None:
