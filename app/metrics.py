@@ -32,16 +32,33 @@ def match_detections(
     `detections` [m,6] xyxy, confidence, class, the most confident first; `labels` [n,5] class, xyxy, in the same frame.
     Each detection claims the label it overlaps most; of several claims the first detection's counts.
     """
+    image = torch.zeros(len(detections), dtype=torch.long, device=detections.device)
+    return match_images(detections, image, labels[None], thresholds)
+
+
+def match_images(
+    detections: Tensor,
+    image: Tensor,
+    labels: Tensor,
+    thresholds: Sequence[float] | Tensor = IOU_THRESHOLDS,
+) -> Tensor:
+    """Return what `match_detections` does for the detections of several images at once.
+
+    `detections` [m,6], the most confident of an image first; `image` [m] says whose they are; `labels` [B,n,5] are
+    those of each image, with a class below 0 where there are fewer than n.
+    """
     limits = torch.as_tensor(thresholds, dtype=torch.float32, device=detections.device)
-    if not len(detections) or not len(labels):
+    if not len(detections) or not labels.shape[1]:
         return torch.zeros(len(detections), len(limits), dtype=torch.bool, device=detections.device)
-    same_class = detections[:, 5:6] == labels[:, 0][None]
-    overlap, label = (iou_matrix(detections[:, :4], labels[:, 1:5]) * same_class).max(1)
+    theirs = labels[image]  # [m,n,5]
+    same_class = detections[:, 5:6] == theirs[..., 0]
+    overlap, label = (iou_matrix(detections[:, None], theirs[..., 1:5])[:, 0] * same_class).max(1)
     claims = overlap[:, None] >= limits  # [m,T]
-    mine = torch.nn.functional.one_hot(label, len(labels)).bool()  # [m,n]
-    claimed = claims[:, None] & mine[..., None]  # [m,n,T]
-    first = claimed & (claimed.cumsum(0) == 1)
-    return first.any(1)
+    number = torch.arange(len(detections), device=detections.device)[:, None]
+    claimed = (image * labels.shape[1] + label)[:, None].expand_as(claims)
+    nobody = number.new_full((labels.shape[0] * labels.shape[1], len(limits)), len(detections))
+    first = nobody.scatter_reduce(0, claimed, number.where(claims, len(detections)), "amin")
+    return claims & (first.gather(0, claimed) == number)
 
 
 def find_mistakes(
@@ -225,25 +242,25 @@ class ConfusionMatrix:
 
         Pairs of any classes are made in the order of their overlap, each box in one pair at most.
         """
-        detections = detections[detections[:, 4] > self.confidence].cpu()
-        labels = labels.cpu()
-        found = detections[:, 5].long().numpy()
-        actual = labels[:, 0].long().numpy()
-        overlap = iou_matrix(labels[:, 1:5], detections[:, :4]).numpy()
-        rows, columns = np.nonzero(overlap > self.iou)
-        paired_labels: set[int] = set()
-        paired_detections: set[int] = set()
-        for pair in np.argsort(-overlap[rows, columns], kind="stable"):
-            label, detection = int(rows[pair]), int(columns[pair])
-            if label in paired_labels or detection in paired_detections:
-                continue
-            paired_labels.add(label)
-            paired_detections.add(detection)
-            self.counts[found[detection], actual[label]] += 1
-        for label in set(range(len(actual))) - paired_labels:
-            self.counts[self.nc, actual[label]] += 1
-        for detection in set(range(len(found))) - paired_detections:
-            self.counts[found[detection], self.nc] += 1
+        self.add_images(detections, torch.zeros(len(detections), dtype=torch.long), labels[None])
+
+    def add_images(self, detections: Tensor, image: Tensor, labels: Tensor) -> None:
+        """Count several images; takes what `match_images` takes."""
+        sure = detections[:, 4] > self.confidence
+        detections, image, labels = detections[sure].cpu(), image[sure.to(image.device)].cpu(), labels.cpu()
+        found, actual = detections[:, 5].long().numpy(), labels[..., 0].long().numpy()
+        overlap = iou_matrix(detections[:, None], labels[image][..., 1:5])[:, 0].numpy()
+        rows, columns = np.nonzero((overlap > self.iou) & (actual[image.numpy()] >= 0))
+        order = np.lexsort((rows, columns, -overlap[rows, columns]))
+        paired, missed = np.zeros(len(found), dtype=bool), actual >= 0
+        for row, owner, column in zip(
+            rows[order].tolist(), image.numpy()[rows[order]].tolist(), columns[order].tolist(), strict=True
+        ):
+            if missed[owner, column] and not paired[row]:
+                missed[owner, column], paired[row] = False, True
+                self.counts[found[row], actual[owner, column]] += 1
+        np.add.at(self.counts[self.nc], actual[missed], 1)
+        np.add.at(self.counts[:, self.nc], found[~paired], 1)
 
     def normalised(self) -> Floats:
         """Return [nc+1, nc+1] with each column a fraction of its actual class; an empty column is 0."""

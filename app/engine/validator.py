@@ -12,25 +12,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.boxes import non_max_suppression, xywhn_to_xyxy
-from app.data.letterbox import Size, boxes_to_original
+from app.data.letterbox import Size
 from app.data.loader import Batch
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.inference import Predictor
 from app.loss import DetectionLoss
-from app.metrics import ConfusionMatrix, Metrics, average_precision, match_detections
+from app.metrics import ConfusionMatrix, Metrics, average_precision, match_images
 
 CONFIDENCE = 0.001
 IOU = 0.6
 MAX_DETECTIONS = 300
-LOADING, PRE_PROCESS, INFERENCE, SUPPRESSION, SCORING = (
+LOADING, PRE_PROCESS, INFERENCE, LOSS, SUPPRESSION, SCORING = (
     "loading",
     "pre-process",
     "inference",
+    "loss",
     "NMS",
     "scoring",
 )
-"""Stages of a batch, in their order."""
+"""Stages of a batch; the last part of its scoring comes after the next one's loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,11 @@ class _Matched:
 
     position: tuple[int, int]
     """Number of the batch, place in it: the order of one process, whichever rank did it."""
-    correct: Tensor
+    correct: np.ndarray
     """[m,10] bool."""
-    scored: Tensor
+    scored: np.ndarray
     """[m,2] confidence, class."""
-    actual: Tensor
+    actual: np.ndarray
     """[n] class."""
 
 
@@ -97,7 +98,7 @@ def validate(
     max_detections: int = MAX_DETECTIONS,
     previews: int = 0,
     after_batch: Callable[[int], None] = lambda images: None,
-    on_image: Callable[[ScoredImage], None] = lambda image: None,
+    on_image: Callable[[ScoredImage], None] | None = None,
     lap: Callable[[str], None] = lambda stage: None,
     group: Group = SINGLE,
 ) -> Validation:
@@ -108,58 +109,129 @@ def validate(
     batch; all get the figures of the whole, while `on_image` and the previews are of the rank's own pictures.
     """
     started = time.monotonic()
-    matched: list[_Matched] = []
-    confusion = ConfusionMatrix(model.nc)
+    scores, inputs = _Scores(ConfusionMatrix(model.nc), previews, on_image), _Inputs(compute)
     loss_sum = torch.zeros(3, device=compute.device)
-    drawn: list[Preview] = []
     done = iterations = 0
+    found: _Found | None = None
+
+    def score() -> None:
+        nonlocal done, found
+        if found is not None:
+            scores.add(found)
+            done += found.batch.whole
+            found = None
+            after_batch(done)
+        lap(SCORING)
+
     for batch in batches:
         lap(LOADING)
-        images = to_input(batch.images, compute)
+        images = inputs.of(batch.images)
         lap(PRE_PROCESS)
         with compute.autocast():
             decoded, raw = model(images)
         lap(INFERENCE)
         if loss is not None:
-            loss_sum += loss(raw, batch.targets.to(compute.device), group.share(batch))[1]
-        iterations += 1
+            targets = batch.targets.to(compute.device, non_blocking=True)
+            loss_sum += loss(raw, targets, group.share(batch))[1]
+        lap(LOSS)
+        score()  # the last batch: the host's work, while a GPU has this one's forward pass to do
         detections = []
         if not batch.padding:
             detections = non_max_suppression(
                 decoded, confidence, iou, multi_label=model.nc > 1, max_detections=max_detections
             )
         lap(SUPPRESSION)
-        for index, found in enumerate(detections):
-            labels, found_original = _in_original_pixels(batch, index, found.cpu())
-            confusion.add(found_original, labels)
-            correct = match_detections(found_original, labels)
-            position = (iterations, group.rank + index * group.world_size)
-            matched.append(_Matched(position, correct, found_original[:, 4:], labels[:, 0]))
-            on_image(ScoredImage(batch.indices[index], batch.original_hw[index], labels, found_original))
-        if detections and len(drawn) < previews:
-            drawn.append(_preview(batch, detections))
-        done += batch.whole
-        after_batch(done)
+        iterations += 1
+        position = [(iterations, group.rank + index * group.world_size) for index in range(len(detections))]
+        found = _Found.of(batch, detections, position)
         lap(SCORING)
+    score()
     mean = (group.sum(loss_sum) / iterations).tolist() if loss is not None else [float("nan")] * 3
-    parts = group.gather((matched, confusion.counts))
+    parts = group.gather((scores.matched, scores.confusion.counts))
     whole = None
     if group.is_main:
         for _, counts in parts[1:]:
-            confusion.counts += counts
+            scores.confusion.counts += counts
         metrics = _score([picture for part, _ in parts for picture in part])
-        whole = Validation(metrics, (mean[0], mean[1], mean[2]), confusion, done, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        whole = Validation(metrics, (mean[0], mean[1], mean[2]), scores.confusion, done, seconds)
     whole = group.from_main(whole)
     assert whole is not None, "rank 0 always has one"
-    return replace(whole, previews=drawn)
+    return replace(whole, previews=scores.drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was found in one batch, all pictures in one table, on the host."""
+
+    batch: Batch
+    positions: list[tuple[int, int]]
+    """Of each picture, see `_Matched`."""
+    boxed: list[Tensor]
+    """[m,6] in letterboxed pixels, one a picture, on the device."""
+    detections: Tensor
+    """[m,6] in pixels of the pictures as they are on disk."""
+    image: Tensor
+    """[m] whose they are."""
+    correct: Tensor
+    """[m,10] bool."""
+    labels: Tensor
+    """[B,n,5] class, xyxy in the same pixels; class -1 where a picture has fewer."""
+
+    @classmethod
+    def of(cls, batch: Batch, boxed: list[Tensor], positions: list[tuple[int, int]]) -> _Found:
+        """Match detections with labels, on the device, and bring over what is needed of them."""
+        if not boxed:
+            nothing = torch.zeros(0)
+            return cls(batch, [], [], nothing, nothing, nothing, nothing)
+        device = boxed[0].device
+        frames, labels = _frames(batch), _labels(batch)
+        lengths = torch.tensor([len(rows) for rows in boxed])
+        image = torch.arange(len(boxed)).repeat_interleave(lengths)
+        detections, there = torch.cat(boxed), image.to(device, non_blocking=True)
+        detections = _to_original(detections, frames.to(device, non_blocking=True)[there])
+        correct = match_images(detections, there, labels.to(device, non_blocking=True))
+        return cls(batch, positions, boxed, detections.cpu(), image, correct.cpu(), labels)
+
+
+@dataclass(slots=True)
+class _Scores:
+    """What the pictures of one process say, added up."""
+
+    confusion: ConfusionMatrix
+    previews: int
+    on_image: Callable[[ScoredImage], None] | None
+    matched: list[_Matched] = field(default_factory=list)
+    drawn: list[Preview] = field(default_factory=list)
+
+    def add(self, found: _Found) -> None:
+        """Count one batch; nothing here waits for the device but a preview."""
+        if not found.boxed:
+            return
+        self.confusion.add_images(found.detections, found.image, found.labels)
+        lengths = [len(rows) for rows in found.boxed]
+        correct, scored = found.correct.numpy(), found.detections[:, 4:].numpy()
+        end = 0
+        for index, (position, length) in enumerate(zip(found.positions, lengths, strict=True)):
+            begin, end = end, end + length
+            labels = found.labels[index][found.labels[index, :, 0] >= 0]
+            self.matched.append(
+                _Matched(position, correct[begin:end], scored[begin:end], labels[:, 0].numpy())
+            )
+            if self.on_image is not None:
+                original_hw = found.batch.original_hw[index]
+                rows = found.detections[begin:end]
+                self.on_image(ScoredImage(found.batch.indices[index], original_hw, labels, rows))
+        if len(self.drawn) < self.previews:
+            self.drawn.append(_preview(found.batch, found.boxed))
 
 
 def _score(pictures: list[_Matched]) -> Metrics:
     """Return the metrics of all pictures; in one process's order, so that equal confidences rank alike."""
     pictures = sorted(pictures, key=lambda picture: picture.position)
-    confidence, predicted = torch.cat([picture.scored for picture in pictures]).numpy().T
-    correct = torch.cat([picture.correct for picture in pictures]).numpy()
-    actual = torch.cat([picture.actual for picture in pictures]).numpy()
+    confidence, predicted = np.concatenate([picture.scored for picture in pictures]).T
+    correct = np.concatenate([picture.correct for picture in pictures])
+    actual = np.concatenate([picture.actual for picture in pictures])
     return average_precision(correct, confidence, predicted, actual)
 
 
@@ -195,15 +267,53 @@ def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) ->
     return functional.interpolate(pixels, scaled_hw, mode="bilinear", align_corners=False)
 
 
-def _in_original_pixels(batch: Batch, index: int, detections: Tensor) -> tuple[Tensor, Tensor]:
-    """Return labels [n,5] class, xyxy and detections [m,6] in the pixels of the picture as it is on disk."""
+class _Inputs:
+    """Inputs of one batch after another, on a CPU in the same memory: fresh pages cost several times the work."""
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._memory = torch.empty(0)
+
+    def of(self, images: Tensor) -> Tensor:
+        """Return what `to_input` does; the last batch's is overwritten."""
+        if not self._compute.on_cpu:
+            return to_input(images, self._compute)
+        if len(self._memory) < images.numel():
+            self._memory = torch.empty(images.numel())
+        batch, channels, height, width = images.shape
+        pixels = self._memory[: images.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return pixels.copy_(images).div_(255)
+
+
+def _frames(batch: Batch) -> Tensor:
+    """Return [B,5] of each picture: padding x and y, ratio, and the width and height that it has on disk."""
     assert batch.geometry is not None, "validation batches carry their letterbox"
-    geometry, original_hw = batch.geometry[index], batch.original_hw[index]
+    return torch.tensor([
+        (*geometry.pad_wh, geometry.ratio, width, height)
+        for geometry, (height, width) in zip(batch.geometry, batch.original_hw, strict=True)
+    ])  # fmt: skip
+
+
+def _to_original(boxes_xyxy: Tensor, frames: Tensor) -> Tensor:
+    """Return boxes [n, 4 or more], each mapped from its letterbox to its picture of [n,5]; see `boxes_to_original`."""
+    pad, ratio, size_wh = frames[:, None, :2], frames[:, 2, None, None], frames[:, None, 3:]
+    corners = (boxes_xyxy[:, :4].unflatten(1, (2, 2)) - pad) / ratio
+    corners = torch.minimum(corners.clamp_(min=0), size_wh)
+    return torch.cat((corners.flatten(1), boxes_xyxy[:, 4:]), dim=1)
+
+
+def _labels(batch: Batch) -> Tensor:
+    """Return [B,n,5] class, xyxy in pixels of the pictures as they are on disk; class -1 where one has fewer."""
     height, width = batch.images.shape[2:]
-    targets = batch.targets[batch.targets[:, 0] == index]
-    boxes_xyxy = boxes_to_original(xywhn_to_xyxy(targets[:, 2:], (height, width)), geometry, original_hw)
-    labels = torch.cat((targets[:, 1:2], boxes_xyxy), dim=1)
-    return labels, boxes_to_original(detections, geometry, original_hw)
+    targets = batch.targets[batch.targets[:, 0].argsort(stable=True)]
+    image = targets[:, 0].long()
+    counts = image.bincount(minlength=len(batch.indices))
+    place = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    labels = torch.zeros(len(counts), int(counts.max()), 5)
+    labels[..., 0] = -1
+    boxes_xyxy = _to_original(xywhn_to_xyxy(targets[:, 2:], (height, width)), _frames(batch)[image])
+    labels[image, place] = torch.cat((targets[:, 1:2], boxes_xyxy), dim=1)
+    return labels
 
 
 def _preview(batch: Batch, detections: list[Tensor]) -> Preview:

@@ -60,12 +60,51 @@ def test_equal_boxes_overlap_fully_and_distant_ones_less_than_nothing() -> None:
 
 
 def test_suppression_of_a_growing_head_equals_suppression_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictions = random_predictions(1500, nc=3)
-    cut = non_max_suppression(predictions, 0.001, 0.6, multi_label=True, max_detections=50)[0]
-    monkeypatch.setattr(boxes, "FIRST_CHUNK", 10**6)
-    whole = non_max_suppression(predictions, 0.001, 0.6, multi_label=True, max_detections=50)[0]
-    assert len(cut) == 50
-    assert torch.equal(cut, whole)
+    predictions = torch.cat([random_predictions(500, nc=3, seed=seed) for seed in range(3)])
+    predictions[1, :, 4] *= 0.0012  # few candidates: this line is short
+    whole = non_max_suppression(predictions, 0.001, 0.3, multi_label=True, max_detections=200)
+    monkeypatch.setattr(boxes, "FIRST_HEAD", 40)
+    cut = non_max_suppression(predictions, 0.001, 0.3, multi_label=True, max_detections=200)
+    assert len(whole[0]) == 200
+    assert 0 < len(whole[1]) < 200
+    assert all(torch.equal(a, b) for a, b in zip(cut, whole, strict=True))
+
+
+def test_images_of_a_batch_do_not_touch_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions = torch.cat([random_predictions(200, nc=2, seed=seed) for seed in range(5)])
+    alone = [non_max_suppression(image[None], 0.1, 0.4, multi_label=True)[0] for image in predictions]
+    for together in (2, 32):
+        monkeypatch.setattr(boxes, "IMAGES_TOGETHER", together)
+        found = non_max_suppression(predictions, 0.1, 0.4, multi_label=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("head", [7, 2048])
+def test_equal_confidences_keep_the_order_of_the_predictions(
+    head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boxes, "FIRST_HEAD", head)
+    predictions = torch.tensor([[20.0 * i, 10, 10, 10, 0.5, 0.5, 0.5] for i in range(30)])[None]
+    found = non_max_suppression(predictions, 0.1, 0.5, multi_label=True)[0]
+    assert found[:, 0].tolist() == [20.0 * i - 5 for i in range(30) for _ in range(2)]
+    assert found[:, 5].tolist() == [0, 1] * 30
+    best = non_max_suppression(predictions, 0.1, 0.5, max_detections=4)[0]
+    assert best[:, 0].tolist() == [-5, 15, 35, 55]
+    assert best[:, 5].tolist() == [0] * 4
+
+
+def test_predictions_that_are_no_numbers_are_no_candidates() -> None:
+    predictions = random_predictions(50, nc=2)
+    predictions[0, ::2, 4] = torch.nan
+    found = non_max_suppression(predictions, 0.01, 0.99, multi_label=True)[0]
+    assert torch.equal(found, non_max_suppression(predictions[:, 1::2], 0.01, 0.99, multi_label=True)[0])
+
+
+def test_predictions_are_left_as_they_are() -> None:
+    predictions = random_predictions(50, nc=2)
+    before = predictions.clone()
+    non_max_suppression(predictions, 0.3, classes=[1], multi_label=True)
+    assert torch.equal(predictions, before)
 
 
 def test_suppression_agrees_with_torchvision_class_by_class() -> None:

@@ -18,6 +18,7 @@ STOREYS = [
     ["app.plots"],
     ["app.data", "app.model", "app.loss", "app.metrics"],
     ["app.boxes"],
+    ["app.suppression"],
     ["app.settings"],
     ["app.config"],
     ["app.outputs"],

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from app.metrics import ConfusionMatrix, average_precision, fitness, match_detections
+from app.boxes import iou_matrix
+from app.metrics import (
+    IOU_THRESHOLDS,
+    ConfusionMatrix,
+    average_precision,
+    fitness,
+    match_detections,
+    match_images,
+)
 
 LABEL = torch.tensor([[1.0, 10, 10, 50, 50]])
 EXACT = [10.0, 10, 50, 50, 0.9, 1]
@@ -35,6 +43,71 @@ def test_a_less_confident_detection_counts_where_the_first_overlaps_too_little()
 def test_images_without_labels_or_detections_have_nothing_correct() -> None:
     assert match_detections(torch.tensor([EXACT]), torch.zeros(0, 5)).tolist() == [[False] * 10]
     assert match_detections(torch.zeros(0, 6), LABEL).shape == (0, 10)
+
+
+def scene(seed: int, labels: int, found: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return detections [found,6], by falling confidence, near [labels,5] labels of two classes that crowd."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(labels, 2, generator=generator) * 60
+    boxes = torch.cat((low, low + 20 + torch.rand(labels, 2, generator=generator) * 20), dim=1)
+    classes = torch.randint(2, (labels, 1), generator=generator).float()
+    of = torch.randint(max(labels, 1), (found,), generator=generator)
+    near = boxes[of] if labels else torch.rand(found, 4, generator=generator) + torch.tensor([0.0, 0, 9, 9])
+    near = near + torch.randn(found, 4, generator=generator) * 2
+    confidence = torch.rand(found, 1, generator=generator).sort(0, descending=True)[0]
+    kind = torch.randint(2, (found, 1), generator=generator).float()
+    return torch.cat((near, confidence, kind), dim=1), torch.cat((classes, boxes), dim=1)
+
+
+SCENES = [
+    scene(seed, labels, found)
+    for seed, (labels, found) in enumerate([(6, 40), (0, 5), (9, 80), (3, 0), (0, 0)])
+]
+
+
+def together() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return detections, whose they are, and labels of all scenes."""
+    detections = torch.cat([found for found, _ in SCENES])
+    image = torch.arange(len(SCENES)).repeat_interleave(torch.tensor([len(found) for found, _ in SCENES]))
+    labels = torch.zeros(len(SCENES), max(len(labels) for _, labels in SCENES), 5)
+    labels[..., 0] = -1
+    for place, (_, rows) in enumerate(SCENES):
+        labels[place, : len(rows)] = rows
+    return detections, image, labels
+
+
+def claimed_one_by_one(detections: torch.Tensor, labels: torch.Tensor) -> list[list[bool]]:
+    """Return what `match_detections` promises, by taking each detection and threshold in turn."""
+    correct = [[False] * len(IOU_THRESHOLDS) for _ in detections]
+    for column, threshold in enumerate(IOU_THRESHOLDS):
+        taken: set[int] = set()
+        for row, detection in enumerate(detections):
+            overlap = iou_matrix(detection[None, :4], labels[:, 1:])[0] * (labels[:, 0] == detection[5])
+            if not len(overlap):
+                continue
+            label = int(overlap.argmax())
+            if overlap[label] >= torch.tensor(threshold) and label not in taken:
+                taken.add(label)
+                correct[row][column] = True
+    return correct
+
+
+def test_claims_come_out_as_if_taken_one_by_one() -> None:
+    matched = [match_detections(detections, labels) for detections, labels in SCENES]
+    assert [rows.tolist() for rows in matched] == [claimed_one_by_one(*images) for images in SCENES]
+    assert sum(int(rows.sum()) for rows in matched) > 20
+
+
+def test_images_matched_together_match_as_each_alone() -> None:
+    detections, image, labels = together()
+    correct = match_images(detections, image, labels)
+    alone = [match_detections(found, rows) for found, rows in SCENES]
+    assert torch.equal(correct, torch.cat(alone))
+
+
+def test_images_without_any_label_match_nothing_together() -> None:
+    detections, image, labels = together()
+    assert not match_images(detections, image, labels[:, :0]).any()
 
 
 def test_perfect_detections_score_one() -> None:
@@ -94,3 +167,21 @@ def test_confusion_of_empty_images_stays_empty() -> None:
     matrix = ConfusionMatrix(2)
     matrix.add(torch.zeros(0, 6), torch.zeros(0, 5))
     assert matrix.counts.sum() == 0
+
+
+def test_confusion_of_images_together_is_the_sum_of_each_alone() -> None:
+    whole, alone = ConfusionMatrix(2), ConfusionMatrix(2)
+    whole.add_images(*together())
+    for detections, labels in SCENES:
+        alone.add(detections, labels)
+    assert whole.counts.tolist() == alone.counts.tolist()
+    assert whole.counts[:2, :2].sum() > 5
+    assert whole.counts[2].sum() + whole.counts[:2, :2].sum() == 18  # every label once
+
+
+def test_confusion_pairs_by_overlap_each_box_once() -> None:
+    matrix = ConfusionMatrix(2)
+    label = torch.tensor([[0.0, 0, 0, 10, 10]])
+    looser, closer = [0.0, 0, 10, 8, 0.9, 0], [0.0, 0, 10, 9, 0.8, 1]
+    matrix.add(torch.tensor([looser, closer]), label)
+    assert matrix.counts.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
