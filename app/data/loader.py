@@ -8,7 +8,7 @@ of the decoded pictures serves all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from app.data.dataset import Dataset
 from app.data.letterbox import Letterbox, Size, apply_letterbox, letterbox_geometry
 from app.data.paint import paint_item, paint_quad
 from app.data.plan import QuadPlan, plan_item, plan_letterbox
-from app.data.prepare import Painter, Planned, Work, part, prepared
+from app.data.prepare import Painter, Planned, Prepared, Work, part, prepared
 from app.data.store import ImageStore, stored_ratio
 from app.errors import ConfigError
 
@@ -112,9 +112,9 @@ class TrainLoader:
         return math.ceil(len(self.dataset) / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from iteration `start` on, as a resumed run needs.
+        """Return the batches of `epoch` from iteration `start` on, as a resumed run needs.
 
-        A worker's error is raised here. Closing the iterator, or dropping it, ends its threads.
+        Threads begin at once. A worker's error is raised by the iterator; closing or dropping it ends its threads.
         """
         planned = plan_epoch(
             self.batching,
@@ -126,8 +126,11 @@ class TrainLoader:
             epoch=epoch,
         )[start:]
         works = [self._work(plan, epoch) for plan in planned]
-        shapes = self.dataset.shapes_hw
         batches = prepared(works, self.workers, pin_memory=self.pin_memory, painter=self.painter)
+        return self._batches(batches, planned)
+
+    def _batches(self, batches: Iterator[Prepared], planned: Sequence[BatchPlan]) -> Iterator[Batch]:
+        shapes = self.dataset.shapes_hw
         for (work, images, targets), plan in zip(batches, planned, strict=True):
             yield Batch(
                 images=images,

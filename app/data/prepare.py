@@ -51,6 +51,9 @@ class Work:
     """Whether there is none for this process."""
 
 
+Prepared = tuple[Work, Tensor, Tensor]
+
+
 def part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item, ...], bool]:
     """Return every `world_size`th item of a batch from the `rank`th on; parts differ by one at most.
 
@@ -62,34 +65,51 @@ def part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item,
 
 def prepared(
     works: Sequence[Work], workers: int, *, pin_memory: bool = False, painter: Painter | None = None
-) -> Iterator[tuple[Work, Tensor, Tensor]]:
-    """Yield (work, images [B,3,H,W] channels last, targets [n,6]) in order, prepared at most PREFETCH batches ahead.
+) -> Iterator[Prepared]:
+    """Return an iterator of (work, images [B,3,H,W] channels last, targets [n,6]) in order, prepared at most PREFETCH batches ahead.
 
-    `workers` threads share each batch; with 0 it is prepared when it is asked for. Images are uint8 in memory
-    (`pin_memory`: page-locked), or what a `painter` paints from the plans, on its device. A thread's error is
-    raised here; closing the iterator, or dropping it, ends the threads.
+    `workers` threads share each batch and begin at once; with 0 it is prepared when it is asked for. Images are
+    uint8 in memory (`pin_memory`: page-locked), or what a `painter` paints from the plans, on its device. A
+    thread's error is raised here; closing the iterator, or dropping it, ends the threads.
     """
     cv2.setNumThreads(1)  # the parallelism is over pictures; OpenCV's own pool would fight it for the cores
     if workers == 0:
-        for work in works:
-            pixels = None if painter else _allocate(work, pin_memory)
-            filled = _fill_slice(work, pixels, 0, len(work.indices))
-            yield work, *_assembled(work, pixels, filled, painter, pin_memory)
-        return
+        return _one_by_one(works, pin_memory, painter)
+    batches = _threaded(works, workers, pin_memory, painter)
+    next(batches)
+    return batches  # type: ignore[return-value]  # the None is taken
+
+
+def _one_by_one(works: Sequence[Work], pin_memory: bool, painter: Painter | None) -> Iterator[Prepared]:
+    for work in works:
+        pixels = None if painter else _allocate(work, pin_memory)
+        filled = _fill_slice(work, pixels, 0, len(work.indices))
+        yield work, *_assembled(work, pixels, filled, painter, pin_memory)
+
+
+def _threaded(
+    works: Sequence[Work], workers: int, pin_memory: bool, painter: Painter | None
+) -> Iterator[Prepared | None]:
+    """Yield None when the first batches are under way, then each that is done."""
     pool = ThreadPoolExecutor(workers, "loader")
     waiting: deque[tuple[Work, Tensor | None, list[Future[list[Planned]]]]] = deque()
 
-    def finish() -> tuple[Work, Tensor, Tensor]:
+    def begin(work: Work) -> None:
+        pixels = None if painter else _allocate(work, pin_memory)
+        waiting.append((work, pixels, _submit(pool, work, pixels, workers)))
+
+    def finish() -> Prepared:
         work, pixels, shares = waiting.popleft()
         filled = [item for share in shares for item in share.result()]
         return work, *_assembled(work, pixels, filled, painter, pin_memory)
 
     try:
-        for work in works:
-            pixels = None if painter else _allocate(work, pin_memory)
-            waiting.append((work, pixels, _submit(pool, work, pixels, workers)))
-            if len(waiting) > PREFETCH:
-                yield finish()
+        for work in works[:PREFETCH]:
+            begin(work)
+        yield None
+        for work in works[PREFETCH:]:
+            begin(work)
+            yield finish()
         while waiting:
             yield finish()
     finally:

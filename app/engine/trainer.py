@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,8 @@ class Trainer:
         self._back_off = back_off and group.world_size == 1
         self._parts = 1
         """Parts that a batch goes through in; above 1 after memory ran out."""
+        self._ahead: Iterator[Batch] | None = None
+        """The next epoch's batches, where the loader has begun them."""
         self._saver = Saver(
             config, run, self.state, self.weights, reporter.say, writes=group.is_main, clock=clock
         )
@@ -163,7 +165,7 @@ class Trainer:
         self.model.train()
         images = 0
         epoch_start = self.epoch * len(self.loader)
-        for batch in self.loader.epoch(self.epoch, start=self.iteration):
+        for batch in self._batches():
             if self.epoch == 0 and self.iteration < pictures.PREVIEWS and self._draws:
                 path = self.run.path / f"train_batch{self.iteration}.jpg"
                 pictures.draw_train_batch(batch, self.data.train, path)
@@ -176,6 +178,18 @@ class Trainer:
             if self._last_step == epoch_start + self.iteration - 1:
                 self._after_step()
         self._images_in_epoch = images
+
+    def _batches(self) -> Iterator[Batch]:
+        """Return what is left of this epoch, begun during the last validation where that could be."""
+        batches, self._ahead = self._ahead, None
+        if batches is None or self.iteration:
+            batches = self.loader.epoch(self.epoch, start=self.iteration)
+        return batches
+
+    def _begin_next(self) -> None:
+        """Let the loader begin the next epoch's first batches, which are ready when the validation is over."""
+        if not self.config.image_weights:  # those are drawn by what the validation says
+            self._ahead = self.loader.epoch(self.epoch + 1)
 
     @property
     def _draws(self) -> bool:
@@ -291,6 +305,8 @@ class Trainer:
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
+            if not last:
+                self._begin_next()
             validation = validate(
                 self.average.model,
                 self.val_loader,
@@ -412,6 +428,7 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
+        self._ahead = None  # an early stop has no use for it
         self._saver.finish()
         if not self.config.noplots:
             if self._draws:

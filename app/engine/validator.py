@@ -276,7 +276,7 @@ class _Inputs:
 
     def of(self, images: Tensor) -> Tensor:
         """Return what `to_input` does; the last batch's is overwritten."""
-        if not self._compute.on_cpu:
+        if not self._compute.on_cpu or images.is_floating_point():
             return to_input(images, self._compute)
         if len(self._memory) < images.numel():
             self._memory = torch.empty(images.numel())

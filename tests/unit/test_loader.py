@@ -204,3 +204,16 @@ def test_letterboxes_painted_on_the_device_are_those_of_validation(dataset: Data
         assert painted.geometry == expected.geometry
         assert painted.images.shape == expected.images.shape
         assert (painted.images.float() - expected.images).abs().mean() < 1
+
+
+def test_an_epoch_begins_before_its_first_batch_is_asked_for_and_ends_when_it_is_dropped(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    allocate = prepare._allocate
+    monkeypatch.setattr(prepare, "_allocate", lambda *args: begun.set() or allocate(*args))
+    batches = _train(dataset).epoch(0)
+    assert begun.is_set()
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    del batches
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
