@@ -26,6 +26,9 @@ from app.search.outcome import (
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
+DRAWING_SHARE = 0.02
+"""Most of a worker's time that evolve.png may take."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
@@ -106,7 +109,7 @@ def run_search(
             say(f"waiting for {progress.running} running of {progress.budget} candidates")
             remind_at = monotonic() + settings.remind_s
         sleep(settings.poll_s)
-    worker.refresh_views()
+    worker.refresh_views(last=True)
     return _summarise(study, worker.trained)
 
 
@@ -121,6 +124,8 @@ class _Worker:
         self._settings = settings
         self._say = say
         self._failures_in_a_row = 0
+        self._draw_at = 0.0
+        """When evolve.png may be drawn again."""
         self.trained = 0
 
     def train(self, claim: Claim) -> None:
@@ -145,12 +150,20 @@ class _Worker:
         else:
             self._succeeded(number, outcome)
 
-    def refresh_views(self) -> None:
-        """Derive the files anew; the study is the truth, so a failure here is only worth a line."""
+    def refresh_views(self, *, last: bool = False) -> None:
+        """Derive the files anew; the study is the truth, so a failure here is only worth a line.
+
+        The picture takes most of a second, so between short trainings it waits for a later one, or for the `last`.
+        """
+        began = time.monotonic()
+        picture = self._settings.picture and (last or began >= self._draw_at)
         try:
-            write_views(self._study, picture=self._settings.picture)
+            write_views(self._study, picture=picture)
         except Exception as error:
             self._say(f"{self._study.directory}: evolve files are behind the study: {error}")
+        if picture:
+            now = time.monotonic()
+            self._draw_at = now + (now - began) / DRAWING_SHARE
 
     def _succeeded(self, number: int, outcome: Outcome) -> None:
         self.trained += 1

@@ -15,6 +15,7 @@ import pytest
 
 from app.config.hyp import Hyp
 from app.errors import CheckpointError, ConfigError, Stopped, UsageError
+from app.search import worker as worker_module
 from app.search.journal import SafeJournalBackend
 from app.search.outcome import (
     Candidate,
@@ -387,3 +388,17 @@ def test_progress_and_study_are_shown_to_the_caller(tmp_path: Path) -> None:
     assert len(opened[0].uuid) == 32
     assert study_of(tmp_path).uuid == opened[0].uuid
     assert shown == [(0, 0), (1, 1), (2, 2), (3, None)]
+
+
+def test_the_picture_is_drawn_at_first_and_at_last_and_not_between_trainings_that_take_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[bool] = []
+
+    def views(study: SearchStudy, *, picture: bool) -> None:
+        drawn.append(picture)
+        time.sleep(0.05 * picture)
+
+    monkeypatch.setattr(worker_module, "write_views", views)
+    search(tmp_path, budget=5, settings=settings(picture=True))
+    assert drawn == [True, False, False, False, False, True]
