@@ -38,7 +38,17 @@ def test_a_data_thread_without_memory_ends_the_training_with_a_hint_and_the_stat
 ) -> None:
     picture = data.parent / "images" / "train" / "big.png"
     before = picture.read_bytes()
-    args = [*tiny_args, "--data", str(data), "--noplots", "--noautoanchor", "--workers", "2"]
+    args = [
+        *tiny_args,
+        "--data",
+        str(data),
+        "--noplots",
+        "--noautoanchor",
+        "--workers",
+        "2",
+        "--cache",
+        "off",
+    ]
     trainer = start([*args, "--epochs", "1"], ("scarce_memory", "150"))
     assert trainer.wait() == 1, trainer.output
     message = trainer.output.splitlines()[-1]
