@@ -17,20 +17,20 @@ from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
 from app.data.loader import Batch
 from app.engine import pictures
-from app.engine.back_off import split
 from app.engine.checkpoint import load_checkpoint, require
 from app.engine.compiling import CompiledForward
 from app.engine.data import TrainingData, training_loader, validation_loader
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
+from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, write_results
 from app.engine.saving import Saver
 from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
-from app.engine.validator import Validation, class_table, to_input, validate
-from app.errors import CheckpointError, StarlingError, Stopped, is_out_of_memory
+from app.engine.validator import Validation, class_table, validate
+from app.errors import CheckpointError, StarlingError, Stopped
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
 from app.model.weights import load_weights
@@ -94,15 +94,18 @@ class Trainer:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze(self.model, config.freeze)
-        self._forward = group.wrap(self.model, compute)
+        forward = group.wrap(self.model, compute)
         if config.compile:
-            self._forward = CompiledForward(self._forward, compute, reporter.say)
+            forward = CompiledForward(forward, compute, reporter.say)
         self._statistics = _running_statistics(self.model)
         self.average = ExponentialMovingAverage(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
         gains = LossGains.scaled(hyp, nc=detector.nc, levels=len(detector.stride), image_size=image_size)
         self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
             compute.device
+        )
+        self._learner = Learner(
+            forward, self.loss, self.optimizer, compute, group, reporter.say, back_off=back_off
         )
         self.loader = training_loader(data, detector, config, hyp, image_size, compute, group)
         self.val_loader = validation_loader(data, detector, config, image_size, compute, group)
@@ -119,9 +122,6 @@ class Trainer:
         self._rate_scale = 1.0
         """Learning rates are multiplied by it; below 1 after a rollback."""
         self._beginning: dict[str, Any] | None = None
-        self._back_off = back_off and group.world_size == 1
-        self._parts = 1
-        """Parts that a batch goes through in; above 1 after memory ran out."""
         self._ahead: Iterator[Batch] | None = None
         """The next epoch's batches, where the loader has begun them."""
         self._saver = Saver(
@@ -253,10 +253,7 @@ class Trainer:
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
-        losses = self._learn(batch)
-        while losses is None:
-            losses = self._learn(batch)
-        losses = self._group.sum(losses)
+        losses = self._group.sum(self._learner.learn(batch))
         self._watch.look(losses.sum(), position)
         self._loss_sum += losses
         self._group.average(self._statistics)
@@ -266,34 +263,6 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.average.update()
             self._last_step = position
-
-    def _learn(self, batch: Batch) -> torch.Tensor | None:
-        """Run one batch forward and backward and return its [3] losses; None where it must be tried in smaller parts."""
-        losses = torch.zeros(3, device=self.compute.device)
-        try:
-            for part in split(batch, self._parts) if self._parts > 1 else (batch,):
-                with self.compute.autocast():
-                    predictions = self._forward(to_input(part.images, self.compute, part.scaled_hw))
-                targets = part.targets.to(self.compute.device, non_blocking=True)
-                total, part_losses = self.loss(predictions, targets, self._group.share(part))
-                # Several processes average their gradients, which have to add up.
-                (total * (part.loss_scale * self._group.world_size)).backward()
-                losses += part_losses * (len(part.indices) / len(batch.indices))
-        except (RuntimeError, MemoryError) as error:
-            if not self._back_off or not is_out_of_memory(error) or self._parts >= len(batch.indices):
-                raise
-        else:
-            return losses
-        # Outside the handler, whose traceback would keep the tensors that are to go.
-        self._parts *= 2
-        self.optimizer.zero_grad(set_to_none=True)
-        if not self.compute.on_cpu:
-            torch.cuda.empty_cache()
-        self._reporter.say(
-            f"out of memory: from here each batch of {self.config.batch_size} goes through in {self._parts} parts; "
-            "a smaller --batch or --imgsz is faster"
-        )
-        return None
 
     def _mean_losses(self) -> tuple[float, float, float]:
         box, obj, cls = (self._loss_sum / max(self.iteration, 1)).tolist()
@@ -380,7 +349,7 @@ class Trainer:
             "last_step": self._last_step,
             "loss_sum": self._loss_sum,
             "rate_scale": self._rate_scale,
-            "parts": self._parts,
+            "parts": self._learner.parts,
             "rollbacks_left": self._rollbacks_left,
             "class_maps": self.loader.class_maps,
             **self._description(),
@@ -419,7 +388,7 @@ class Trainer:
         self._last_step = state["last_step"]
         self._loss_sum.copy_(state["loss_sum"])
         self._rate_scale, self._rollbacks_left = state["rate_scale"], state["rollbacks_left"]
-        self._parts = state["parts"]
+        self._learner.parts = state["parts"]
         self._watch.reset()
         self.loader.class_maps = state.get("class_maps")
         self.rows = [EpochRow.from_list(values) for values in state["rows"]]

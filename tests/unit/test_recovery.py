@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from app import settings, train
 from app.data.loader import Batch
 from app.engine import saving, trainer
-from app.engine.back_off import split
 from app.engine.checkpoint import load_checkpoint
+from app.engine.learner import split
 from app.engine.soundness import LossWatch, is_finite
 from app.loss import DetectionLoss
 from app.model.detector import Detector
@@ -161,8 +161,8 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts_and_a_resume_keeps_them
     limit_memory(monkeypatch, 1)
     assert train.main([*tiny_args, "--noplots"]) == 0
     said = capsys.readouterr().out
-    assert "each batch of 4 goes through in 2 parts" in said
-    assert "each batch of 4 goes through in 4 parts" in said
+    assert "from here a batch goes through in 2 parts" in said
+    assert "from here a batch goes through in 4 parts" in said
     last = runs / "train" / "exp" / "weights" / "last.pt"
     assert load_checkpoint(last)["parts"] == 4
     assert train.main(["--resume", str(last), "--epochs", "3"]) == 0
