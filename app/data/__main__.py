@@ -18,7 +18,16 @@ from pathlib import Path
 from app.command import run_command
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
-from app.data.acquire import DATASETS_FOLDER, Convert, acquire, class_names, read_steps, run_steps
+from app.data.acquire import (
+    DATASETS_FOLDER,
+    Convert,
+    Names,
+    acquire,
+    class_names,
+    read_steps,
+    run_steps,
+    write_description,
+)
 from app.engine.official import official_name, official_weights
 from app.engine.progress import Progress
 from app.errors import DataError
@@ -71,13 +80,18 @@ def _download(given: argparse.Namespace) -> None:
 
 def _convert(given: argparse.Namespace) -> None:
     path = find_config("datasets", given.name)
-    steps = [step for step in read_steps(path) if isinstance(step, Convert)]
-    if not steps:
+    steps = [step for step in read_steps(path) if isinstance(step, Convert | Names)]
+    if not any(isinstance(step, Convert) for step in steps):
         raise DataError(f"{path}: has no `convert:` steps; its labels are ready as they are published")
     if not given.folder.is_dir():
         raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
-    names = class_names(path, read_yaml(path))
-    run_steps(steps, given.folder.absolute(), names, archives=given.folder, say=Progress().say)
+    mapping, say = read_yaml(path), Progress().say
+    known = class_names(path, mapping, steps)
+    names = run_steps(steps, given.folder.absolute(), known, archives=given.folder, say=say)
+    own = given.folder / path.name
+    if not known and not own.exists():  # the names came with the data; a file of the user's stays as it is
+        write_description(given.folder, path, mapping, names)
+        say(f"{own}: the description with its class names; give it to --data")
 
 
 def _cache(given: argparse.Namespace) -> None:

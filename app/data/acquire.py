@@ -1,12 +1,14 @@
 """Get a public dataset that a description names: fetch, unpack and convert it as the `download:` steps say.
 
-Steps are data, never code: `{url, sha256, extract_to, strip}` fetches and unpacks an archive, `{convert: NAME, …}`
+Steps are data, never code: `{url, sha256, extract_to, strip}` fetches and unpacks an archive, `{url, sha256, save_to}`
+fetches a file and keeps it as it is, `{names: FILE}` takes the class names from a fetched file, `{convert: NAME, …}`
 calls a converter of `app.data.convert` by its name.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +18,7 @@ from typing import Any
 
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.data.archive import unpack
-from app.data.convert import CONVERTERS
+from app.data.convert import CONVERTERS, Converted, read_open_images_classes
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
 from app.errors import ConfigError, DataError, suggest
 
@@ -24,8 +26,8 @@ DATASETS_FOLDER = Path("../datasets")
 """Where datasets go: next to the current folder, as the classic trainer keeps them."""
 
 MAX_BYTES = 64 << 30
-"""The largest archive of the shipped descriptions has 19 GB."""
-_FETCH_KEYS = ("url", "sha256", "extract_to", "strip")
+"""The largest archive of the shipped descriptions has about 50 GB."""
+_FETCH_KEYS = ("url", "sha256", "extract_to", "strip", "save_to")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class Fetch:
     """Folder below the dataset's own."""
     strip: str
     """Leading folder of the archive's entries that is left off."""
+    save_to: PurePosixPath | None
+    """Folder, below the dataset's own, for a file that is not to be unpacked; None for an archive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +52,16 @@ class Convert:
     arguments: Mapping[str, str]
 
 
-Step = Fetch | Convert
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Names:
+    """Class names to take from a file in the dataset's folder: class descriptions as Open Images has them."""
+
+    source: PurePosixPath
+    count: int | None
+    """How many the description's `nc:` says there are."""
+
+
+Step = Fetch | Convert | Names
 
 
 def read_steps(path: Path) -> list[Step]:
@@ -56,7 +69,8 @@ def read_steps(path: Path) -> list[Step]:
 
     Raises ConfigError for what is not a list of steps: a script, as other trainers' descriptions have, is never run.
     """
-    value = read_yaml(path).get("download")
+    mapping = read_yaml(path)
+    value = mapping.get("download")
     if value is None:
         return []
     if not isinstance(value, list):
@@ -65,7 +79,8 @@ def read_steps(path: Path) -> list[Step]:
             str(value)[:60],
             "must be a list of steps (docs/data.md); a script is never run",
         )
-    return [_step(f"{path}: download[{number}]", item) for number, item in enumerate(value)]
+    nc = mapping.get("nc")
+    return [_step(f"{path}: download[{number}]", item, nc) for number, item in enumerate(value)]
 
 
 def acquire(
@@ -96,13 +111,9 @@ def acquire(
                 return root
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
-            run_steps(steps, building, class_names(path, mapping), archives=archives, say=say, show=show)
-            description = {key: value for key, value in mapping.items() if key != "download"}
-            write_yaml(
-                building / path.name,
-                {**description, "path": "."},
-                comment=f"Written beside its data, from {path.name}",
-            )
+            given = class_names(path, mapping, steps)
+            names = run_steps(steps, building, given, archives=archives, say=say, show=show)
+            write_description(building, path, mapping, names)
             building.rename(root)
     except FetchError as error:
         raise DataError(
@@ -119,6 +130,16 @@ def acquire(
     return root
 
 
+def write_description(folder: Path, path: Path, mapping: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Write a copy of the description at `path`, with these class names, into the folder of its data."""
+    description = {key: value for key, value in mapping.items() if key != "download"}
+    write_yaml(
+        folder / path.name,
+        {**description, "path": ".", "names": description.get("names") or list(names)},
+        comment=f"Written beside its data, from {path.name}",
+    )
+
+
 def run_steps(
     steps: Sequence[Step],
     root: Path,
@@ -127,12 +148,21 @@ def run_steps(
     archives: Path,
     say: Callable[[str], None],
     show: Show = lambda line: None,
-) -> None:
-    """Run the steps in order, with the dataset's folder `root`; archives are kept in `archives`."""
+) -> tuple[str, ...]:
+    """Run the steps in order, with the dataset's folder `root`; archives are kept in `archives`.
+
+    Returns the class names: `names`, or those that a step has taken from a file.
+    """
     for step in steps:
+        if isinstance(step, Names):
+            names = _read_names(root / step.source, step.count)
+            say(f"{step.source}: {len(names)} class names")
+            continue
         if isinstance(step, Convert):
             say(f"converting: {step.name} {' '.join(step.arguments.values())}")
-            say(f"converted: {CONVERTERS[step.name](root, names, **step.arguments)} pictures")
+            done = CONVERTERS[step.name](root, names, **step.arguments)
+            pictures, remark = done if isinstance(done, Converted) else (done, "")
+            say(f"converted: {pictures} pictures{f'; left out: {remark}' if remark else ''}")
             continue
         url = mirrored(step.url)
         archive = archives / PurePosixPath(url).name
@@ -140,6 +170,9 @@ def run_steps(
             say(f"fetching {url}")
             wanted = Download(url=url, target=archive, max_bytes=MAX_BYTES, sha256=step.sha256)
             say(f"{archive.name}: SHA-256 {fetch(wanted, say=say, show=show)}")
+        if step.save_to is not None:
+            _keep(archive, root / step.save_to)
+            continue
         count = unpack(
             archive,
             root / step.extract_to,
@@ -147,6 +180,26 @@ def run_steps(
             show=lambda n, archive=archive: show(lambda: f"{archive.name}: {n} files unpacked"),  # type: ignore[misc]
         )
         say(f"{archive.name}: {count} files unpacked")
+    return tuple(names)
+
+
+def _read_names(path: Path, count: int | None) -> tuple[str, ...]:
+    names = tuple(read_open_images_classes(path).values())
+    if count is not None and len(names) != count:
+        raise DataError(f"{path}: {len(names)} classes, the description's `nc:` is {count}; make them agree")
+    return names
+
+
+def _keep(file: Path, folder: Path) -> None:
+    """Put a fetched file into `folder`: a second name for it, or a copy where the file system has no hard links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / file.name
+    if target.exists():
+        raise DataError(f"{target}: would be written twice; refused")
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def dataset_name(path: Path, mapping: Mapping[str, Any]) -> str:
@@ -156,9 +209,16 @@ def dataset_name(path: Path, mapping: Mapping[str, Any]) -> str:
     return name if name not in ("", ".", "..") else path.stem
 
 
-def class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the description's class names in order, for the converters that look classes up by name."""
+def class_names(path: Path, mapping: Mapping[str, Any], steps: Sequence[Step]) -> tuple[str, ...]:
+    """Return the description's class names in order, for the converters that look classes up by name.
+
+    Empty where a step will take them from a file.
+    """
     names = mapping.get("names")
+    if any(isinstance(step, Names) for step in steps):
+        if names is not None:
+            raise ConfigError(f"{path}: names", "a list and a step", "must be one of them; remove the other")
+        return ()
     if isinstance(names, dict):
         names = [names[number] for number in sorted(names)]
     if not isinstance(names, list):
@@ -166,10 +226,18 @@ def class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _step(where: str, item: object) -> Step:
+def _step(where: str, item: object, nc: int | None) -> Step:
     if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
-        raise ConfigError(where, item, "must be `url:` or `convert:` with text values")
+        raise ConfigError(where, item, "must be `url:`, `names:` or `convert:` with text values")
+    if "names" in item:
+        return _names_step(where, item, nc)
     return _convert_step(where, item) if "convert" in item else _fetch_step(where, item)
+
+
+def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
+    if len(item) != 1:
+        raise ConfigError(where, sorted(item), "a `names:` step has nothing but the file of class names")
+    return Names(source=_inside(f"{where}.names", item["names"]), count=nc)
 
 
 def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
@@ -195,7 +263,9 @@ def _fetch_step(where: str, item: Mapping[str, str]) -> Fetch:
                 where, key, f"unknown{suggest(key, _FETCH_KEYS)}; known: {', '.join(_FETCH_KEYS)}"
             )
     if "url" not in item:
-        raise ConfigError(where, sorted(item), "must have `url:` or `convert:`")
+        raise ConfigError(where, sorted(item), "must have `url:`, `names:` or `convert:`")
+    if "save_to" in item and ("extract_to" in item or "strip" in item):
+        raise ConfigError(where, sorted(item), "`save_to:` keeps the file as it is; leave the others out")
     if PurePosixPath(check_url(item["url"])).name in ("", ".", "..") or "?" in item["url"]:
         raise ConfigError(f"{where}.url", item["url"], "must end in the archive's name")
     return Fetch(
@@ -203,6 +273,7 @@ def _fetch_step(where: str, item: Mapping[str, str]) -> Fetch:
         sha256=item.get("sha256"),
         extract_to=_inside(f"{where}.extract_to", item.get("extract_to", ".")),
         strip=item.get("strip", ""),
+        save_to=_inside(f"{where}.save_to", item["save_to"]) if "save_to" in item else None,
     )
 
 

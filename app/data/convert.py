@@ -10,12 +10,17 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
+import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.errors import DataError, suggest
 
@@ -25,6 +30,18 @@ Row = tuple[int, Box]
 """Class number and box."""
 
 _MAX_XML_BYTES = 4 << 20
+_MAX_CLASS_FILE_BYTES = 4 << 20
+_OPEN_IMAGES_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf")
+_BEYOND_EDGE = 0.01
+"""Parts of a picture that a corner may lie outside by rounding; further out it is in other units."""
+
+
+class Converted(NamedTuple):
+    """What a converter that may leave something out has to say."""
+
+    pictures: int
+    remark: str
+    """What was left out, and why; empty for nothing."""
 
 
 def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, into: str) -> int:
@@ -154,11 +171,138 @@ def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) 
         ) from None
 
 
-CONVERTERS: dict[str, Callable[..., int]] = {
+def convert_open_images(
+    root: Path, names: Sequence[str], *, source: str, images: str, classes: str
+) -> Converted:
+    """Convert an Open Images CSV of boxes for those of its pictures that are in `images` as `ImageID.jpg`.
+
+    `classes` is the CSV of class descriptions, in the order of `names`. Boxes around a group of objects are left
+    out, as crowds are. Rows are read one by one, and those of one picture may stand apart; the folder of labels
+    appears whole or not at all. Where `images` is not there at all, nothing is read. Source: the data formats page
+    of Open Images V6. Raises DataError, with file and line, for a row that cannot be true.
+    """
+    folder = _below(root, images)
+    if not folder.is_dir():
+        return Converted(0, f"{images} is not there, so {source} is not read")
+    described = read_open_images_classes(_below(root, classes))
+    _check_names(root / classes, list(described.values()), names)
+    numbers = {label: number for number, label in enumerate(described)}
+    pictures = elsewhere = 0
+    with _new_labels(folder) as labels:
+        rows = _open_images_rows(_below(root, source), numbers)
+        for image, some in groupby(rows, key=itemgetter(0)):
+            if not (folder / f"{image}.jpg").is_file():
+                elsewhere += sum(1 for _ in some)
+                continue
+            lines = _label_lines((row for _, row in some if row is not None), 1, 1)
+            pictures += _add_lines(labels / f"{image}.txt", lines)
+        if not pictures:
+            raise DataError(f"{folder}: no picture of {source} is there; they belong there as ImageID.jpg")
+    return Converted(pictures, f"{elsewhere} rows of pictures that are not in {images}" if elsewhere else "")
+
+
+def read_open_images_classes(path: Path) -> dict[str, str]:
+    """Return the class descriptions of Open Images, label -> name, in the order of the classes.
+
+    The file has a row `/m/0k4j,Car` a class; later releases have a heading. Raises DataError for anything else.
+    """
+    text = _read(path, _MAX_CLASS_FILE_BYTES).decode("utf-8-sig", "replace")
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        row = next(csv.reader([line]), [])
+        if not row or (number == 1 and row == ["LabelName", "DisplayName"]):
+            continue
+        if len(row) != 2 or not row[0].startswith("/") or not row[1].strip() or row[0] in found:
+            raise DataError(f"{path}:{number}: not a class description: {line[:60]!r}; fetch the file again")
+        found[row[0]] = row[1].strip()
+    if not found:
+        raise DataError(f"{path}: describes no classes; fetch the file again")
+    return found
+
+
+def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, Row | None]]:
+    """Yield picture and row for each line of a CSV of boxes; no row for a box around a group."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            lacking = [column for column in _OPEN_IMAGES_COLUMNS if column not in header]
+            if lacking:
+                raise DataError(f"{path}:1: no column {', '.join(lacking)}; is it the CSV of boxes?")
+            pick = itemgetter(*(header.index(column) for column in _OPEN_IMAGES_COLUMNS))
+            for fields in reader:
+                if not fields:
+                    continue
+                try:
+                    if len(fields) != len(header):
+                        raise ValueError(f"{len(fields)} columns, the heading has {len(header)}")
+                    row = _open_images_row(pick(fields), numbers)
+                except ValueError as error:
+                    raise DataError(f"{path}:{reader.line_num}: {error}; fetch the file again") from None
+                yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}; fetch the file again") from None
+
+
+def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple[str, Row | None]:
+    """Return picture and row of the columns' values, in their order. Raises ValueError saying what is wrong."""
+    image, label, *corners, group = values
+    if not re.fullmatch(r"[\w-]+", image, re.ASCII):
+        raise ValueError(f"{image[:40]!r} is no ImageID")
+    if label not in numbers:
+        raise ValueError(f"{label[:40]!r} is not among the class descriptions")
+    left, top, right, bottom = box = _four(corners)
+    if not (
+        -_BEYOND_EDGE <= left <= right <= 1 + _BEYOND_EDGE
+        and -_BEYOND_EDGE <= top <= bottom <= 1 + _BEYOND_EDGE
+    ):
+        raise ValueError(f"{','.join(corners)[:60]} is no box of corners from 0 to 1")
+    if group not in ("0", "1", "-1"):  # -1: not known
+        raise ValueError(f"IsGroupOf is {group[:40]!r}, must be 0, 1 or -1")
+    return image, None if group == "1" else (numbers[label], box)
+
+
+@contextmanager
+def _new_labels(images: Path) -> Iterator[Path]:
+    """Give a folder to write the labels of the pictures in `images` to; it gets its name when all are written."""
+    from app.data.labels import label_path
+
+    target = label_path(images / "picture.jpg").parent
+    if target == images:
+        raise DataError(f"{images}: must be below a folder named images; rename it")
+    if target.exists():
+        raise DataError(f"{target}: is there already; labels are never replaced: move it away first")
+    building = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        building.rename(target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror}; check its disk") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _add_lines(path: Path, lines: Iterable[str]) -> bool:
+    """Add lines, but none twice, to a label file in the making; return whether it is a new one."""
+    from app.data.labels import MAX_ROWS
+
+    new = not path.exists()
+    merged = dict.fromkeys([] if new else path.read_text("utf-8").splitlines())
+    for line in lines:
+        merged[line] = None
+        if len(merged) > MAX_ROWS:
+            raise DataError(f"{path.stem}: over {MAX_ROWS} boxes in one picture; fetch the annotations again")
+    path.write_text("".join(f"{line}\n" for line in merged), "utf-8")
+    return new
+
+
+CONVERTERS: dict[str, Callable[..., int | Converted]] = {
     "voc": convert_voc,
     "visdrone": convert_visdrone,
     "wheat": convert_wheat,
     "coco": convert_coco,
+    "openimages": convert_open_images,
 }
 """Converters by the name that a description's `convert:` step gives."""
 
@@ -184,13 +328,7 @@ def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> 
     """Write the label file of a picture: boxes cut to the picture, those that lie outside or have no area left out."""
     if width < 1 or height < 1:
         raise DataError(f"{image}: annotated as {width}×{height} pixels; fetch the dataset again")
-    lines: dict[str, None] = {}
-    for number, (left, top, right, bottom) in rows:
-        left, right = (min(max(x, 0.0), width) / width for x in (left, right))
-        top, bottom = (min(max(y, 0.0), height) / height for y in (top, bottom))
-        if right > left and bottom > top:
-            values = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
-            lines[f"{number} " + " ".join(f"{value:.6f}" for value in values)] = None
+    lines = dict.fromkeys(_label_lines(rows, width, height))
     from app.data.labels import label_path  # NumPy; a host that only fetches has none
 
     path = label_path(image)
@@ -201,6 +339,16 @@ def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> 
             file.write("".join(f"{line}\n" for line in lines))
     except FileExistsError:
         raise DataError(f"{path}: is there already; labels are never replaced: move it away first") from None
+
+
+def _label_lines(rows: Iterable[Row], width: int, height: int) -> Iterator[str]:
+    """Yield the lines of a label file, for the boxes that have an area inside the picture."""
+    for number, (left, top, right, bottom) in rows:
+        left, right = (min(max(x, 0.0), width) / width for x in (left, right))
+        top, bottom = (min(max(y, 0.0), height) / height for y in (top, bottom))
+        if right > left and bottom > top:
+            values = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+            yield f"{number} " + " ".join(f"{value:.6f}" for value in values)
 
 
 def _size_of(image: Path) -> tuple[int, int]:

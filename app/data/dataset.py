@@ -74,6 +74,8 @@ class DatasetDescription:
         names = _class_names(path, mapping)
         fetchable = isinstance(mapping.get("download"), list)
         root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0], fetchable)
+        if mapping.get("names") is None:
+            names = _names_beside(root / path.name, names)
         return cls(
             path_yaml=path,
             root=root,
@@ -228,6 +230,16 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
     if nc is not None and nc != len(names):
         raise ConfigError(f"{path}: nc", nc, f"but there are {len(names)} names; make them agree")
     return tuple(str(name) for name in names)
+
+
+def _names_beside(own: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names of the description that was written beside fetched data; `names` where there is none."""
+    if not own.is_file():
+        return names
+    found = read_class_names(own)
+    if len(found) != len(names):
+        raise ConfigError(f"{own}: names", len(found), f"but `nc:` is {len(names)}; make them agree")
+    return found
 
 
 def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool = False) -> Path:

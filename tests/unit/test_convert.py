@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -10,7 +12,14 @@ import numpy as np
 import pytest
 
 from app.data import __main__ as data_command
-from app.data.convert import convert_coco, convert_visdrone, convert_voc, convert_wheat
+from app.data.convert import (
+    Converted,
+    convert_coco,
+    convert_open_images,
+    convert_visdrone,
+    convert_voc,
+    convert_wheat,
+)
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.labels import read_labels
 from app.errors import DataError
@@ -191,6 +200,151 @@ def test_json_that_is_no_coco_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError):
         convert_coco(tmp_path, [], source="a.json", images="images")
+
+
+BOXES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction"
+
+
+def box_row(image: str, label: str, edges: str, group: int = 0) -> str:
+    """A row of the CSV; `edges` are XMin,XMax,YMin,YMax."""
+    return f"{image},xclick,{label},1,{edges},0,-1,{group},0"
+
+
+@pytest.fixture
+def open_images(tmp_path: Path) -> Path:
+    """Two pictures, a class file and a CSV: rows of `a` in two places, a group, and a picture that is not there."""
+    for name in ("a", "b"):
+        picture(tmp_path / "images/train" / f"{name}.jpg")
+    (tmp_path / "classes.csv").write_text('/m/01,Cat\n/m/02,"Dog, big"\n')
+    lines = [
+        BOXES,
+        box_row("a", "/m/02", "0,0.5,0,0.25"),
+        box_row("a", "/m/01", "0,1,0,1", group=1),
+        box_row("gone", "/m/01", "0,1,0,1"),
+        box_row("b", "/m/01", "0.2,0.2,0,1"),
+        box_row("a", "/m/01", "0.5,1.001,0.5,1"),
+        box_row("a", "/m/02", "0,0.5,0,0.25"),
+        box_row("gone", "/m/02", "0,1,0,1"),
+    ]
+    (tmp_path / "boxes.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def convert_open(root: Path, images: str = "images/train") -> Converted:
+    names = ["Cat", "Dog, big"]
+    return convert_open_images(root, names, source="boxes.csv", images=images, classes="classes.csv")
+
+
+def test_open_images_rows_of_one_picture_are_gathered_wherever_they_stand(open_images: Path) -> None:
+    assert convert_open(open_images) == Converted(2, "2 rows of pictures that are not in images/train")
+    assert rows(open_images / "labels/train/a.txt") == [
+        [1, 0.25, 0.125, 0.5, 0.25],
+        [0, 0.75, 0.75, 0.5, 0.5],
+    ]
+    assert rows(open_images / "labels/train/b.txt") == []
+    assert sorted(path.name for path in (open_images / "labels").rglob("*")) == ["a.txt", "b.txt", "train"]
+
+
+def test_open_images_split_without_its_folder_is_passed_over_and_one_without_its_pictures_is_refused(
+    open_images: Path,
+) -> None:
+    assert convert_open(open_images, "images/test") == Converted(
+        0, "images/test is not there, so boxes.csv is not read"
+    )
+    picture(open_images / "images/test/other.jpg")
+    with pytest.raises(DataError, match=r"no picture of boxes\.csv is there"):
+        convert_open(open_images, "images/test")
+    assert not (open_images / "labels").exists() or not list((open_images / "labels").iterdir())
+
+
+def test_open_images_labels_that_are_there_are_never_replaced(open_images: Path) -> None:
+    (open_images / "labels/train").mkdir(parents=True)
+    (open_images / "labels/train/a.txt").write_text("mine")
+    with pytest.raises(DataError, match="never replaced"):
+        convert_open(open_images)
+    assert (open_images / "labels/train/a.txt").read_text() == "mine"
+    assert [path.name for path in (open_images / "labels").iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (box_row("a", "/m/09", "0,1,0,1"), "'/m/09' is not among the class descriptions"),
+        (box_row("../a", "/m/01", "0,1,0,1"), "no ImageID"),
+        (box_row("a", "/m/01", "0,100,0,50"), "corners from 0 to 1"),
+        (box_row("a", "/m/01", "0.9,0.1,0,1"), "corners from 0 to 1"),
+        (box_row("a", "/m/01", "0,nan,0,1"), "not finite"),
+        (box_row("a", "/m/01", "0,x,0,1"), "could not convert"),
+        (box_row("a", "/m/01", "0,1,0,1", group=7), "IsGroupOf is '7'"),
+        ("gone,xclick,/m/01,1,0,1", "6 columns, the heading has 12"),
+    ],
+)
+def test_open_images_row_that_cannot_be_true_is_named_with_its_line_and_leaves_no_labels(
+    open_images: Path, row: str, reason: str
+) -> None:
+    with open(open_images / "boxes.csv", "a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(DataError, match=r"boxes\.csv:9: ") as error:
+        convert_open(open_images)
+    assert reason in str(error.value)
+    assert list((open_images / "labels").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "boxes.csv",
+            "ImageID,LabelName\na,/m/01\n",
+            "boxes.csv:1: no column XMin, YMin, XMax, YMax, IsGroupOf",
+        ),
+        ("boxes.csv", "", "boxes.csv:1: no column"),
+        ("classes.csv", "/m/01,Cat\nDog\n", "classes.csv:2: not a class description"),
+        ("classes.csv", "/m/01,Cat\n/m/01,Dog\n", "classes.csv:2: not a class description"),
+        ("classes.csv", '/m/02,"Dog, big"\n/m/01,Cat\n', "make them agree"),
+        ("classes.csv", "", "describes no classes"),
+    ],
+)
+def test_files_that_are_not_those_of_open_images_are_refused(
+    open_images: Path, name: str, content: str, reason: str
+) -> None:
+    (open_images / name).write_text(content)
+    with pytest.raises(DataError) as error:
+        convert_open(open_images)
+    assert reason in str(error.value)
+
+
+def test_open_images_are_read_one_by_one_in_memory_that_does_not_grow(open_images: Path) -> None:
+    def peak(count: int) -> int:
+        with open(open_images / "boxes.csv", "w") as file:
+            file.write(f"{BOXES}\n{box_row('a', '/m/01', '0,1,0,1')}\n")
+            file.writelines(f"{box_row(f'{n // 4:x}0', '/m/01', '0,1,0,1')}\n" for n in range(count))
+        tracemalloc.start()
+        assert convert_open(open_images) == Converted(
+            1, f"{count} rows of pictures that are not in images/train"
+        )
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        shutil.rmtree(open_images / "labels")
+        return highest
+
+    peak(100)  # imports
+    assert peak(20_000) < peak(1000) + 200_000  # the names of 5000 pictures alone are twice that
+
+
+def test_convert_command_writes_the_names_of_the_class_file_beside_the_data(open_images: Path) -> None:
+    description = (
+        "path: x\ntrain: images/train\nnc: 2\ndownload:\n  - {names: classes.csv}\n"
+        "  - {convert: openimages, source: boxes.csv, images: images/train, classes: classes.csv}\n"
+    )
+    given = open_images / "given" / "my.yaml"
+    given.parent.mkdir()
+    given.write_text(description)
+    assert data_command.main(["convert", str(given), str(open_images)]) == 0
+    loaded = DatasetDescription.from_yaml(open_images / "my.yaml")
+    assert loaded.names == ("Cat", "Dog, big")
+    assert [len(rows) for rows in Dataset.load(loaded, "train", strict=True).labels] == [2, 0]
+    assert given.read_text() == description
 
 
 def test_convert_command_makes_a_dataset_that_is_there_ready_to_train_on(

@@ -21,7 +21,7 @@ import pytest
 
 from app.config.shipped import SHIPPED
 from app.data import __main__ as data_command
-from app.data.acquire import Convert, acquire, read_steps
+from app.data.acquire import Fetch, acquire, read_steps
 from app.data.archive import unpack
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.download import MIRROR, Download, FetchError, check_url, fetch, record_path
@@ -511,6 +511,10 @@ def test_dataset_offline_costs_exit_code_3_and_says_where_to_put_it(
         "[{convert: voc, source: ../.., split: train, into: x}]",
         "[{convert: voc, source: a}]",
         "[just text]",
+        "[{url: 'https://example.com/a.csv', save_to: ../..}]",
+        "[{url: 'https://example.com/a.csv', save_to: a, strip: b}]",
+        "[{names: ../../a.csv}]",
+        "[{names: a.csv, convert: voc}]",
     ],
 )
 def test_steps_that_are_scripts_or_lead_outside_are_refused(tmp_path: Path, download: str) -> None:
@@ -534,10 +538,84 @@ def test_every_shipped_description_is_valid_and_has_its_classes(
     monkeypatch.chdir(tmp_path / "here")
     description = DatasetDescription.from_yaml(path)
     assert description.nc == len(set(description.names)) == CLASSES[path.stem]
-    assert all(isinstance(step, Convert) or step.url.startswith("https://") for step in read_steps(path))
+    assert all(step.url.startswith("https://") for step in read_steps(path) if isinstance(step, Fetch))
 
 
 def test_dataset_that_must_be_got_by_hand_says_so(tmp_path: Path) -> None:
-    for name in ("Objects365.yaml", "open-images-v6.yaml"):
-        with pytest.raises(DataError, match="get the data yourself"):
-            acquire(SHIPPED / "datasets" / name, into=tmp_path)
+    with pytest.raises(DataError, match="get the data yourself"):
+        acquire(SHIPPED / "datasets" / "Objects365.yaml", into=tmp_path)
+
+
+CLASS_FILE = "class-descriptions-boxable.csv"
+BOXES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf\n"
+
+
+def pictures_tar(folder: str, stem: str) -> bytes:
+    """A tar.gz as the bucket has it: one real picture under a leading folder."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as file:
+        file.add(next((MINI_SET / "images" / "val").glob("*.jpg")), f"{folder}/{stem}.jpg")
+    return packed.getvalue()
+
+
+@pytest.fixture
+def open_images(mirror: Server) -> Server:
+    """A mirror with all that the shipped steps of Open Images fetch, small."""
+    classes = ["/m/0k4j,Car", *(f"/m/{number:03d},Thing {number}" for number in range(600))]
+    mirror.files[CLASS_FILE] = "\n".join(classes).encode()
+    for name, stem in (("validation", "00a1"), ("oidv6-train", "00b2")):
+        rows = f"{stem},x,/m/0k4j,1,0,0.5,0,1,0,0,0\nffff,x,/m/001,1,0,0.5,0,1,0,0,0\n"
+        mirror.files[f"{name}-annotations-bbox.csv"] = (BOXES + rows).encode()
+    mirror.files["validation.tar.gz"] = pictures_tar("validation", "00a1")
+    mirror.files["train_0.tar.gz"] = pictures_tar("train_0", "00b2")
+    return mirror
+
+
+def test_shipped_steps_of_open_images_make_a_dataset_with_the_names_of_its_class_file(
+    open_images: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert data_command.main(["download", "open-images-v6.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows of pictures that are not in images/train" in said
+    assert "images/test is not there" in said
+    root = Path("../datasets/open-images-v6").resolve()
+    for path in (root / "open-images-v6.yaml", SHIPPED / "datasets" / "open-images-v6.yaml"):
+        description = DatasetDescription.from_yaml(path)
+        assert (description.root, description.nc, description.names[:2]) == (root, 601, ("Car", "Thing 0"))
+        for split in ("train", "val"):
+            dataset = Dataset.load(description, split, strict=True)
+            assert dataset.labels[0].tolist() == [[0, 0.25, 0.5, 0.5, 1]]
+            assert not dataset.unpaired
+    assert sorted(path.name for path in (root / "annotations").iterdir()) == [
+        CLASS_FILE, "oidv6-train-annotations-bbox.csv", "validation-annotations-bbox.csv",
+    ]  # fmt: skip
+    assert not (root.parent / ".downloads").exists()
+
+
+def test_class_file_of_another_number_of_classes_is_refused_before_pictures_are_fetched(
+    open_images: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_images.files[CLASS_FILE] = b"/m/0k4j,Car\n"
+    assert data_command.main(["download", "open-images-v6.yaml"]) == 3
+    assert "1 classes, the description's `nc:` is 601" in capsys.readouterr().err
+    assert [name for name, _ in open_images.asked if name.endswith((".gz", "bbox.csv"))] == []
+    assert not Path("../datasets/open-images-v6").exists()
+
+
+def test_description_beside_the_data_must_have_as_many_names_as_the_one_that_asks(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.yaml").write_text("path: .\ntrain: images\nnames: [x, y]\n")
+    (tmp_path / "a.yaml").write_text("path: set\ntrain: images\nnc: 3\n")
+    with pytest.raises(UsageError, match="`nc:` is 3; make them agree"):
+        DatasetDescription.from_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("path: set\ntrain: images\nnc: 2\n")
+    assert DatasetDescription.from_yaml(tmp_path / "a.yaml").names == ("x", "y")
+
+
+def test_names_are_given_in_the_description_or_by_a_step_and_not_by_both(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "train: a\nnames: [x]\ndownload:\n"
+        "  - {url: 'https://example.com/c.csv', save_to: .}\n  - {names: c.csv}\n"
+    )
+    with pytest.raises(UsageError, match="remove the other"):
+        acquire(tmp_path / "a.yaml", into=tmp_path / "into")
