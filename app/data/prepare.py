@@ -27,6 +27,10 @@ PREFETCH = 3
 """Batches being prepared or waiting, beside the one in use."""
 
 
+TARGET_ROWS = 256
+"""Targets for a GPU come in multiples of it."""
+
+
 class Painter(Protocol):
     """Paints plans on the training device: `app.data.device_paint.DevicePainter`."""
 
@@ -151,6 +155,14 @@ def _assembled(
         targets[:, 1:] = np.concatenate(labels)
     table = torch.from_numpy(targets)
     return images, table.pin_memory() if pin_memory else table
+
+
+def filled_up(targets: Tensor) -> Tensor:
+    """Return targets [n,6] with rows of image -1, which are none, up to a multiple of TARGET_ROWS.
+
+    A GPU's memory and kernels are chosen by shape: this leaves a few, in place of one a batch.
+    """
+    return torch.nn.functional.pad(targets, (0, 0, 0, -len(targets) % TARGET_ROWS), value=-1.0)
 
 
 def _painted(filled: list[Planned], painter: Painter | None) -> Tensor:

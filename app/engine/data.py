@@ -177,6 +177,7 @@ def validation_loader(
         batch_size=config.batch_size * 2,
         stride=model.image_multiple,
         workers=compute.loader_threads(config.workers),
+        pin_memory=not compute.on_cpu,
         rank=group.rank,
         world_size=group.world_size,
         painter=data.val_painter,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app.data.loader import Batch
+from app.data.prepare import filled_up
 from app.engine.device import Compute
 from app.engine.distributed import Group
 from app.engine.validator import to_input
@@ -59,6 +60,8 @@ class Learner:
                 with self._compute.autocast():
                     predictions = self._forward(to_input(part.images, self._compute, part.scaled_hw))
                 targets = part.targets.to(self._compute.device, non_blocking=True)
+                if not self._compute.on_cpu:
+                    targets = filled_up(targets)
                 total, part_losses = self._loss(predictions, targets, self._group.share(part))
                 # Several processes average their gradients, which have to add up.
                 (total * (part.loss_scale * self._group.world_size)).backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app.config.hyp import Hyp
+from app.data.prepare import TARGET_ROWS, filled_up
 from app.errors import ConfigError
 from app.loss import DetectionLoss, LossGains
 
@@ -36,6 +37,15 @@ def test_total_is_the_sum_of_parts_times_the_batch() -> None:
     assert total.ndim == 0
     assert total.item() == pytest.approx(parts.sum().item() * 2, rel=1e-6)
     assert not parts.requires_grad
+
+
+def test_targets_filled_up_for_a_gpu_lose_nothing_and_add_nothing() -> None:
+    filled = filled_up(TARGETS)
+    assert len(filled) == TARGET_ROWS
+    assert torch.equal(filled[: len(TARGETS)], TARGETS)
+    assert (filled[len(TARGETS) :, 0] < 0).all()
+    assert len(filled_up(filled)) == TARGET_ROWS
+    assert len(filled_up(TARGETS[:0])) == 0
 
 
 def test_rows_with_a_negative_image_are_padding() -> None:
