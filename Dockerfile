@@ -27,6 +27,16 @@ RUN python3 -m venv /opt/venv \
         -r /tmp/requirements/requirements.txt \
     && { /opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib >/dev/null || true; }
 
+# Triton's kernels and `--compile` are translated where they run: with C and C++, and the headers of this Python, which a
+# base with a Python of its own has already. COMPILER=0 leaves them out: the trainer goes on without, and says so.
+ARG COMPILER=1
+RUN if [ "$COMPILER" = 1 ]; then \
+        apt-get update -qq \
+        && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ \
+            $([ -x /usr/local/bin/python3 ] || echo python3-dev) >/dev/null \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # HOME and USER also serve user ids that /etc/passwd does not know (`docker run --user`); /tmp stays writable when
 # the root file system is read-only.
 ENV PATH=/opt/venv/bin:$PATH \

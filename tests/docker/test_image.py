@@ -48,6 +48,35 @@ def test_unknown_user_id_can_write_runs_and_has_a_name_and_a_home(trainer_image:
     assert answer.stdout.split() == ["starling", "/tmp"], answer.stderr
 
 
+def test_a_hardened_replica_can_translate_kernels_for_the_model_and_for_triton(trainer_image: str) -> None:
+    # As the launcher mounts it: what is translated into /tmp is also run from there.
+    limits = [
+        "--read-only",
+        "--tmpfs",
+        "/tmp:exec",
+        "--cap-drop",
+        "ALL",
+        "--security-opt",
+        "no-new-privileges",
+    ]
+    script = (
+        "import subprocess, sysconfig, torch\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.SiLU())\n"
+        "images = torch.rand(1, 3, 9, 9)\n"
+        "torch.testing.assert_close(torch.compile(model)(images), model(images))\n"
+        "headers = sysconfig.get_paths()['include']\n"  # Triton's launcher is a module of C
+        "source = b'#include <Python.h>'\n"
+        "command = ['gcc', '-I', headers, '-x', 'c', '-c', '-', '-o', '/tmp/module.o']\n"
+        "subprocess.run(command, input=source, check=True)\n"
+    )
+
+    answer = docker(
+        "run", "--rm", "--user", "54321:54321", *limits, trainer_image, "python", "-c", script, timeout_s=300
+    )
+
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_hardened_container_starts(trainer_image: str) -> None:
     limits = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 
