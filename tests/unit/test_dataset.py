@@ -18,7 +18,8 @@ def _picture(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", hw[::-1], (10, 20, 30)).save(path)
     if labels is not None:
-        label = Path(str(path.parent).replace("images", "labels")) / f"{path.stem}.txt"
+        folder = Path(*("labels" if part == "images" else part for part in path.parent.parts))
+        label = folder / f"{path.stem}.txt"
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text(labels)
 
