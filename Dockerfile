@@ -34,7 +34,7 @@ RUN if [ "$COMPILER" = 1 ]; then \
         apt-get update -qq \
         && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ \
             $([ -x /usr/local/bin/python3 ] || echo python3-dev) >/dev/null \
-        && rm -rf /var/lib/apt/lists/*; \
+        && rm -rf /var/lib/apt/lists/* /usr/src/python3*; \
     fi
 
 # HOME and USER also serve user ids that /etc/passwd does not know (`docker run --user`); /tmp stays writable when
