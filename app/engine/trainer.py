@@ -253,7 +253,12 @@ class Trainer:
     def _iterate(self, batch: Batch, position: int) -> None:
         """Run one batch forward and backward, and a step where enough of them are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
+        parts = self._learner.parts
         losses = self._group.sum(self._learner.learn(batch))
+        if self._learner.parts != parts:
+            self._last_step = (
+                position - 1
+            )  # what was gathered is gone: the step gathers its nominal batch anew
         self._watch.look(losses.sum(), position)
         self._loss_sum += losses
         self._group.average(self._statistics)

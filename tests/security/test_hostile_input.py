@@ -113,7 +113,7 @@ JSON = st.recursive(
 )
 
 
-def _look_at(journal: bytes, folder: Path) -> None:
+def _assert_taken_or_refused_by_name(journal: bytes, folder: Path) -> None:
     """Do what every command does with a study; only our own errors may come out."""
     (folder / JOURNAL).write_bytes(journal)
     message = str(folder)
@@ -136,7 +136,7 @@ def test_any_record_of_a_study_is_taken_or_our_own_error(
     key = data.draw(st.sampled_from([*record, "op_code", "trial_id", "study_id"]))
     record[key] = data.draw(JSON)
     text = "\n".join(json.dumps(each) for each in records) + "\n"
-    _look_at(text.encode(), tmp_path_factory.mktemp("fuzz"))
+    _assert_taken_or_refused_by_name(text.encode(), tmp_path_factory.mktemp("fuzz"))
 
 
 @hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -145,11 +145,13 @@ def test_any_bytes_in_a_study_are_taken_or_our_own_error(
     journal: bytes, tmp_path_factory: pytest.TempPathFactory, place: float, replacement: bytes, length: int
 ) -> None:
     position = int(place * len(journal))
-    _look_at(journal[:position] + replacement + journal[position + length :], tmp_path_factory.mktemp("fuzz"))
+    _assert_taken_or_refused_by_name(
+        journal[:position] + replacement + journal[position + length :], tmp_path_factory.mktemp("fuzz")
+    )
 
 
 def test_a_record_nested_beyond_reason_is_our_own_error(tmp_path: Path) -> None:
-    _look_at(b'{"op_code":' + b"[" * 200_000 + b"\n", tmp_path)
+    _assert_taken_or_refused_by_name(b'{"op_code":' + b"[" * 200_000 + b"\n", tmp_path)
 
 
 # Checkpoints

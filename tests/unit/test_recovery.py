@@ -169,6 +169,25 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts_and_a_resume_keeps_them
     assert "goes through in" not in capsys.readouterr().out
 
 
+def test_a_step_in_which_memory_runs_out_gathers_its_nominal_batch_anew(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Batches of 4, so 16 to a step, and two an epoch: the first step is due after iteration 15.
+    forward, calls = Detector.forward, []
+
+    def short_once(self: Detector, batch: Tensor) -> object:
+        calls.append(self.training)
+        if self.training and sum(calls) == 6:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Detector, "forward", short_once)
+    hyp = runs.parent / "still.yaml"
+    hyp.write_text("warmup_epochs: 0.0\n")
+    assert train.main([*tiny_args, "--noplots", "--noval", "--hyp", str(hyp), "--epochs", "12"]) == 0
+    assert load_checkpoint(runs / "train" / "exp" / "weights" / "last.pt")["last_step"] == 4 + 16
+
+
 def test_one_image_that_does_not_fit_is_an_error_with_the_remedy(
     tiny_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
