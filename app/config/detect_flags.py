@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from app.config.detect_config import DetectConfig
@@ -80,15 +79,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 
 def build_parser() -> CommandParser:
     """Return the parser of `detect.py`."""
-    parser = CommandParser(
-        prog="detect.py",
-        description="Find objects in pictures, videos and streams.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return CommandParser.of(
+        "detect.py",
+        "Find objects in pictures, videos and streams.",
+        EXAMPLES,
+        FLAGS,
+        DetectConfig(),
+        REFUSED,
     )
-    parser.refused = REFUSED
-    parser.add_flags(FLAGS, DetectConfig())
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> DetectConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,15 +102,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 
 def build_parser() -> CommandParser:
     """Return the parser of `export.py`."""
-    parser = CommandParser(
-        prog="export.py",
-        description="Write a detector as TorchScript and ONNX, checked against the original.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return CommandParser.of(
+        "export.py",
+        "Write a detector as TorchScript and ONNX, checked against the original.",
+        EXAMPLES,
+        FLAGS,
+        ExportConfig(),
+        REFUSED,
     )
-    parser.refused = REFUSED
-    parser.add_flags(FLAGS, ExportConfig())
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ExportConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from app.errors import UsageError, suggest
 
@@ -32,6 +32,27 @@ class CommandParser(argparse.ArgumentParser):
 
     refused: Mapping[str, str] = {}
     """Flags that users know from elsewhere, and why they are not here."""
+
+    @classmethod
+    def of(
+        cls,
+        prog: str,
+        description: str,
+        examples: str,
+        flags: Mapping[str, Sequence[Flag]],
+        default: Any,
+        refused: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Return the parser of one command: its flags by heading, with a configuration's values as defaults."""
+        parser = cls(
+            prog=prog,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.refused = refused or {}
+        parser.add_flags(flags, default)
+        return parser
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError in place of printing the usage and exiting."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,14 +131,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 
 def build_parser() -> CommandParser:
     """Return the parser of `train.py`."""
-    parser = CommandParser(
-        prog="train.py",
-        description="Train a detector, or search its hyperparameters together with every other worker.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return CommandParser.of(
+        "train.py",
+        "Train a detector, or search its hyperparameters together with every other worker.",
+        EXAMPLES,
+        FLAGS,
+        TrainConfig(),
     )
-    parser.add_flags(FLAGS, TrainConfig())
-    return parser
 
 
 RESUMABLE = frozenset(

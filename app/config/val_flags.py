@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from app.config.flags import CommandParser, Flag
@@ -66,14 +65,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 
 def build_parser() -> CommandParser:
     """Return the parser of `val.py`."""
-    parser = CommandParser(
-        prog="val.py",
-        description="Validate a detector: precision, recall, mAP, pictures; optionally its detections as files.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return CommandParser.of(
+        "val.py",
+        "Validate a detector: precision, recall, mAP, pictures; optionally its detections as files.",
+        EXAMPLES,
+        FLAGS,
+        ValConfig(),
     )
-    parser.add_flags(FLAGS, ValConfig())
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ValConfig:
