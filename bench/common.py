@@ -21,7 +21,8 @@ from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.engine.device import Compute
 from app.engine.optimizer import ExponentialMovingAverage, build_optimizer
-from app.engine.reporter import RunLabel, SilentReporter
+from app.engine.progress import Silence
+from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
 from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
@@ -144,8 +145,9 @@ class Loop:
 
         run = RunDir(self.folder / "run")
         run.weights.mkdir(parents=True, exist_ok=True)
+        silent = Reporter(RunLabel("", "", "run"), run.path, progress=Silence())
         with runs_below(self.folder), StopSignal() as stop:
-            train_in(self.workshop, replace(self.config, compile=compiled), self.hyp, run, SilentReporter(RunLabel("", "", "run")), stop,
+            train_in(self.workshop, replace(self.config, compile=compiled), self.hyp, run, silent, stop,
                      on_epoch=note)  # fmt: skip
         images = len(self.workshop.data.train)
         return [images / (end - start) for start, end in pairwise(ends[:-1])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.engine.progress import Progress, Silence, duration
+from app.engine.progress import Progress, duration
 from app.engine.results import EpochRow
 from app.outputs.worker_status import WorkerStatus
 from app.tracking.events import RUN_ARTIFACTS, EventLog
@@ -30,7 +30,7 @@ class RunLabel:
 
 
 class Reporter:
-    """Fan out what happens in one run. Keeps time with a monotonic clock; holds no training state."""
+    """Fan out what happens in one run, to as many as there are. Keeps monotonic time; holds no training state."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Reporter:
         run_path: Path,
         *,
         progress: Progress,
-        status: WorkerStatus,
-        events: EventLog,
+        status: WorkerStatus | None = None,
+        events: EventLog | None = None,
         artifacts: Mapping[str, str] = RUN_ARTIFACTS,
         memory_bytes: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
@@ -64,7 +64,7 @@ class Reporter:
         """Tell that the run begins or goes on."""
         self._event("run_start", project=self.label.project, name=self.label.name, parent=self.label.parent,
                     params=params, tags=tags, dir=self._run_path)  # fmt: skip
-        self._status.update(phase="starting", run_dir=str(self._run_path), message=None)
+        self._update(phase="starting", run_dir=str(self._run_path), message=None)
 
     def epoch_began(self) -> None:
         """Start the epoch's clock."""
@@ -94,7 +94,7 @@ class Reporter:
         self.progress.show(line)
         if self._clock() - self._status_at >= STATUS_EVERY_S:
             self._status_at = self._clock()
-            self._status.update(phase="training", epoch=epoch + 1, epochs=epochs, images_per_s=round(rate, 1),
+            self._update(phase="training", epoch=epoch + 1, epochs=epochs, images_per_s=round(rate, 1),
                                 eta_s=round(left))  # fmt: skip
 
     def epoch_ended(self, row: EpochRow, epochs: int, images: int, best: bool) -> None:
@@ -114,50 +114,26 @@ class Reporter:
         )
         self._event("metrics", step=row.epoch, values=row.values())
         fitness = row.fitness if row.validated else None
-        self._status.update(phase="training", epoch=row.epoch + 1, epochs=epochs, fitness=fitness,
+        self._update(phase="training", epoch=row.epoch + 1, epochs=epochs, fitness=fitness,
                             images_per_s=round(images / seconds, 1), eta_s=round(left))  # fmt: skip
 
     def ended(self, status: str, reason: str = "") -> None:
         """Tell why the run is over (finished, failed or killed), and which files it leaves."""
-        self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
+        if self._events is not None:
+            self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
         self._event("run_end", status=status, reason=reason)
         if self.label.parent is None:  # a candidate's end is not its worker's
-            self._status.update(phase=_PHASES[status], message=reason or None)
+            self._update(phase=_PHASES[status], message=reason or None)
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self._events.append(kind, run=self.label.uuid, **fields)
+        if self._events is not None:
+            self._events.append(kind, run=self.label.uuid, **fields)
+
+    def _update(self, **fields: Any) -> None:
+        if self._status is not None:
+            self._status.update(**fields)
 
     def _time_left(self, epochs_left: int, this_epoch: float, elapsed: float) -> float:
         """Return the seconds left: the rest of this epoch, and the mean epoch for each to come."""
         recent = self._epoch_seconds[-10:] or [this_epoch]
         return this_epoch - elapsed + epochs_left * sum(recent) / len(recent)
-
-
-class SilentReporter(Reporter):
-    """Tell nobody anything, for the ranks that are not the main one."""
-
-    def __init__(self, label: RunLabel) -> None:
-        self.label, self.progress = label, Silence()
-
-    def started(self, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Tell nothing."""
-
-    def epoch_began(self) -> None:
-        """Tell nothing."""
-
-    def iteration(
-        self,
-        epoch: int,
-        epochs: int,
-        done: int,
-        total: int,
-        images: int,
-        losses: Callable[[], tuple[float, ...]],
-    ) -> None:
-        """Tell nothing."""
-
-    def epoch_ended(self, row: EpochRow, epochs: int, images: int, best: bool) -> None:
-        """Tell nothing."""
-
-    def ended(self, status: str, reason: str = "") -> None:
-        """Tell nothing."""

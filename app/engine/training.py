@@ -36,7 +36,7 @@ from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.progress import Progress, Silence
 from app.engine.relaunch import relaunch
-from app.engine.reporter import Reporter, RunLabel, SilentReporter
+from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
@@ -186,7 +186,8 @@ def _follow(job: _Job, workshop: Workshop) -> None:
     run = RunDir(workshop.group.from_main(job.folder or Path()))
     label = RunLabel(job.run_uuid, job.config.run_project, run.path.name)
     with StopSignal() as stop:
-        train_in(workshop, workshop.config, job.hyp, run, SilentReporter(label), stop, job.state)
+        silent = Reporter(label, run.path, progress=Silence())
+        train_in(workshop, workshop.config, job.hyp, run, silent, stop, job.state)
 
 
 def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
