@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import enum
 from collections.abc import Iterator, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+from app.search.outcome import State
+
 PARENTS = 5
 """The best finished candidates that a parent is drawn from."""
-
-
-class Ending(enum.StrEnum):
-    """Why an attempt ended without a result."""
-
-    FAILED = "failed"
-    """The candidate's own fault: not tried again."""
-    LOST = "lost"
-    """Its worker died, froze or broke: tried again, a few times."""
-    STOPPED = "stopped"
-    """Its worker was asked to stop: goes on where it was, as often as it takes."""
 
 
 class Ranking:
@@ -99,7 +89,7 @@ class Ledger:
         self.last_reason = str(trial.user_attrs.get("reason", self.last_reason))
         ending = trial.user_attrs.get("ending")
         may_retry = trial.user_attrs.get("lost_before", 0) < self._max_retries
-        if ending == Ending.STOPPED or (ending == Ending.LOST and may_retry):
+        if ending == State.STOPPED or (ending == State.LOST and may_retry):
             self._orphans[trial.number] = trial
         else:
             self.failed += 1

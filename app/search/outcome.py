@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -99,6 +101,44 @@ class Finished:
     worker: str
     is_seed: bool
     """Whether its hyp is the one that the search started from."""
+
+
+class State(enum.StrEnum):
+    """Where an attempt at a candidate stands."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    PRUNED = "pruned"
+    """Ended before its last epoch, as it fell behind."""
+    FAILED = "failed"
+    """The candidate's own fault: not tried again."""
+    LOST = "lost"
+    """Its worker died, froze or broke: tried again, a few times."""
+    STOPPED = "stopped"
+    """Its worker was asked to stop: goes on where it was, as often as it takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One training that was begun, as the study remembers it: what reports and pictures are made from."""
+
+    number: int
+    root: int
+    """Number of the first attempt at the same candidate; its own unless that one was interrupted."""
+    state: State
+    hyp: dict[str, float]
+    worker: str
+    began: datetime | None
+    """By the clock of its worker's host, as `ended`."""
+    ended: datetime | None
+    fitness: float | None
+    """Of a finished training."""
+    metrics: Mapping[str, float]
+    """Of a finished training, by the fields of Outcome; else empty."""
+    curve: Mapping[int, float]
+    """Epochs trained to fitness, where it was validated on the way."""
+    reason: str
+    """Why it ended without a result; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,8 +19,17 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from app.errors import ConfigError, UsageError
 from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
-from app.search.ledger import Ending, Ledger
-from app.search.outcome import Candidate, Finished, LeaseLost, Outcome, Progress, SearchFailed
+from app.search.ledger import Ledger
+from app.search.outcome import (
+    Attempt,
+    Candidate,
+    Finished,
+    LeaseLost,
+    Outcome,
+    Progress,
+    SearchFailed,
+    State,
+)
 from app.search.sampler import EvolutionSampler
 
 VERSION = 1
@@ -189,7 +198,7 @@ class SearchStudy:
         outcome.check()
         self._end(claim, {"metrics": outcome.metrics()}, TrialState.COMPLETE, float(outcome.fitness))
 
-    def fail(self, claim: Claim, ending: Ending, reason: str) -> None:
+    def fail(self, claim: Claim, ending: State, reason: str) -> None:
         """Record that an attempt ended without a result; nothing to do if it was taken over meanwhile."""
         try:
             self._end(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL, None)
@@ -202,6 +211,11 @@ class SearchStudy:
             return [
                 self._as_finished(trial) for trial in self._trials() if trial.state is TrialState.COMPLETE
             ]
+
+    def attempts(self) -> list[Attempt]:
+        """Return every training that was begun, in the order of their numbers."""
+        with understood(self.directory / JOURNAL):
+            return [self._as_attempt(trial) for trial in self._trials()]
 
     def progress(self) -> Progress:
         """Return how far the search is."""
@@ -231,7 +245,7 @@ class SearchStudy:
         gone = [(n, reason) for n in self._ledger.running if (reason := self._watch.verdict(n))]
         for number, reason in gone:
             self._watch.revoke(number)
-            self._record(number, {"ending": str(Ending.LOST), "reason": reason}, TrialState.FAIL, None)
+            self._record(number, {"ending": str(State.LOST), "reason": reason}, TrialState.FAIL, None)
         return self._trials() if gone else trials
 
     def _claim(self, trials: Sequence[FrozenTrial], worker: str) -> Claim:
@@ -248,7 +262,7 @@ class SearchStudy:
                 "root": orphan.user_attrs["root"],
                 "retry_of": orphan.number,
                 "lost_before": orphan.user_attrs.get("lost_before", 0)
-                + (orphan.user_attrs["ending"] == Ending.LOST),
+                + (orphan.user_attrs["ending"] == State.LOST),
             }
         path = lease_path(self.directory, number)
         with writing(path):
@@ -315,6 +329,34 @@ class SearchStudy:
             worker=attributes["worker"],
             is_seed=attributes["root"] == 0,
         )
+
+    def _as_attempt(self, trial: FrozenTrial) -> Attempt:
+        attributes = trial.user_attrs
+        return Attempt(
+            number=trial.number,
+            root=attributes["root"],
+            state=_state_of(trial),
+            hyp={**self.seed_hyp, **trial.params},
+            worker=attributes["worker"],
+            began=trial.datetime_start,
+            ended=trial.datetime_complete,
+            fitness=None if trial.value is None else float(trial.value),
+            metrics=attributes.get("metrics", {}),
+            curve=dict(sorted(trial.intermediate_values.items())),
+            reason=str(attributes.get("reason", "")),
+        )
+
+
+def _state_of(trial: FrozenTrial) -> State:
+    """Return an attempt's state in our words; one that failed without a word of ours is lost."""
+    match trial.state:
+        case TrialState.COMPLETE:
+            return State.FINISHED
+        case TrialState.PRUNED:
+            return State.PRUNED
+        case TrialState.FAIL:
+            return State(trial.user_attrs.get("ending", State.LOST))
+    return State.RUNNING
 
 
 def _load_or_create(storage: StudyStorage, name: str, sampler: BaseSampler) -> optuna.Study:

@@ -12,7 +12,6 @@ from typing import Any
 from app.errors import ConfigError, Stopped
 from app.outputs.worker_status import worker_name
 from app.search.journal import JournalStudyStorage
-from app.search.ledger import Ending
 from app.search.outcome import (
     Candidate,
     LeaseLost,
@@ -21,6 +20,7 @@ from app.search.outcome import (
     Progress,
     SearchFailed,
     SearchSummary,
+    State,
     failure_reason,
 )
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
@@ -140,12 +140,12 @@ class _Worker:
             claim.lease.close()
             self._say(f"{error}; abandoned here")
         except (Stopped, KeyboardInterrupt) as error:
-            self._give_back(claim, Ending.STOPPED, str(error) or "interrupted")
+            self._give_back(claim, State.STOPPED, str(error) or "interrupted")
             raise
         except Exception as error:
             self._failed(claim, error)
         except BaseException as error:
-            self._give_back(claim, Ending.LOST, f"its worker broke: {type(error).__name__}")
+            self._give_back(claim, State.LOST, f"its worker broke: {type(error).__name__}")
             raise
         else:
             self._succeeded(number, outcome)
@@ -180,12 +180,12 @@ class _Worker:
         number = claim.candidate.number
         reason = failure_reason(error)
         if reason is None:
-            self._give_back(claim, Ending.LOST, f"its worker broke: {type(error).__name__}: {error}"[:500])
+            self._give_back(claim, State.LOST, f"its worker broke: {type(error).__name__}: {error}"[:500])
             raise error
         # The traceback holds the frames of the training, and with them its tensors.
         error.__traceback__ = None
         gc.collect()
-        self._study.fail(claim, Ending.FAILED, reason)
+        self._study.fail(claim, State.FAILED, reason)
         self._say(f"candidate {number}: failed: {reason}")
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._settings.failures_in_a_row:
@@ -193,7 +193,7 @@ class _Worker:
                 f"{self._failures_in_a_row} candidates in a row failed on this worker, the last with: {reason}"
             )
 
-    def _give_back(self, claim: Claim, ending: Ending, reason: str) -> None:
+    def _give_back(self, claim: Claim, ending: State, reason: str) -> None:
         """Leave the candidate to others, at once if the study can be written, else as a dead worker would."""
         try:
             self._study.fail(claim, ending, reason)

@@ -17,7 +17,7 @@ from optuna.trial import TrialState, create_trial
 
 from app.config.hyp import Hyp
 from app.search.journal import JournalStudyStorage, StudyStorage
-from app.search.outcome import LeaseLost, Outcome
+from app.search.outcome import LeaseLost, Outcome, State
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 
 Open = Callable[[Path], StudyStorage]
@@ -158,3 +158,23 @@ def test_storage_keeps_what_optuna_itself_writes(kind: str, tmp_path: Path) -> N
     assert [t.values for t in again.trials] == [t.values for t in study.trials]
     assert again.trials[0].user_attrs == {"note": "é \n \u2028"}
     assert again.best_value == 1.5
+
+
+def test_attempts_tell_how_each_training_ended(kind: str, tmp_path: Path) -> None:
+    study = join(kind, tmp_path, budget=4)
+    claims = [claim(study, f"w{n}") for n in range(4)]
+    study.finish(claims[0], OUTCOME)
+    study.fail(claims[1], State.FAILED, "the loss is nan")
+    study.fail(claims[2], State.STOPPED, "asked to stop")
+    again = claim(study, "w9")
+    told = join(kind, tmp_path).attempts()
+    assert [(a.number, a.root, a.state, a.worker, a.reason) for a in told] == [
+        (0, 0, State.FINISHED, "w0", ""),
+        (1, 1, State.FAILED, "w1", "the loss is nan"),
+        (2, 2, State.STOPPED, "w2", "asked to stop"),
+        (3, 3, State.RUNNING, "w3", ""),
+        (4, 2, State.RUNNING, "w9", ""),
+    ]
+    assert (told[0].fitness, told[0].metrics) == (0.25, OUTCOME.metrics())
+    assert told[4].hyp == told[2].hyp == again.candidate.hyp
+    assert all((a.ended is None) == (a.state is State.RUNNING) and a.began is not None for a in told)
