@@ -47,6 +47,14 @@ class Stopped(StarlingError):
         self.exit_code = 128 + signum
 
 
+class Pruned(StarlingError):
+    """A training of a search was ended before its last epoch, as it had fallen behind the others."""
+
+    def __init__(self, reason: str, epoch: int) -> None:
+        super().__init__(reason)
+        self.epoch = epoch
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
     close = get_close_matches(word, list(known), n=1)

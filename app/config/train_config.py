@@ -14,6 +14,7 @@ Cache = Literal["auto", "ram", "disk", "device", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
 AUTO_BATCH = -1
+AUTO_FINALISTS = -1
 
 DEFAULT_PROJECT = "runs/train"
 DEFAULT_SEARCH_PROJECT = "runs/evolve"
@@ -52,6 +53,10 @@ class TrainConfig:
     """Draw no pictures."""
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
+    prune: bool = False
+    """End trainings of the search that fall behind early."""
+    finalists: int = AUTO_FINALISTS
+    """Candidates trained again on fresh seeds before one is named; -1: 3 with `--prune`, else none."""
     cache: Cache = "auto"
     """Where decoded images are kept: auto, ram, disk, device, val (those of validation in ram), off."""
     device: str = ""
@@ -121,6 +126,10 @@ class TrainConfig:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:
             raise ConfigError("--evolve", self.evolve, "must be at least 1")
+        if self.finalists != AUTO_FINALISTS and (self.finalists < 0 or self.finalists == 1):
+            raise ConfigError(
+                "--finalists", self.finalists, "must be 0 (none) or at least 2, or there is no choice"
+            )
         if self.workers < 0:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:

@@ -107,6 +107,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             metavar="N",
             help="search until the study has N finished trainings, over all workers [bare: 300]",
         ),
+        Flag("--prune", help="end trainings that fall behind early; N is then what the search may cost"),
+        Flag(
+            "--finalists",
+            metavar="K",
+            help="train the best K candidates again on fresh seeds before one is named, within N [with --prune 3, else 0]",
+        ),
     ),
     "where results go": (
         Flag("--project", help="folder below runs/ [train; evolve for a search]"),

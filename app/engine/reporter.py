@@ -14,7 +14,7 @@ from app.outputs.worker_status import WorkerStatus
 from app.tracking.events import RUN_ARTIFACTS, EventLog
 
 STATUS_EVERY_S = 2.0
-_PHASES = {"finished": "done", "failed": "failed", "killed": "stopped"}
+_PHASES = {"finished": "done", "failed": "failed", "killed": "stopped", "pruned": "done"}
 """How a run ended -> what its worker's status says."""
 
 
@@ -118,7 +118,7 @@ class Reporter:
                             images_per_s=round(images / seconds, 1), eta_s=round(left))  # fmt: skip
 
     def ended(self, status: str, reason: str = "") -> None:
-        """Tell why the run is over (finished, failed or killed), and which files it leaves."""
+        """Tell why the run is over (finished, failed, killed or pruned), and which files it leaves."""
         if self._events is not None:
             self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
         self._event("run_end", status=status, reason=reason)

@@ -18,6 +18,11 @@ RATES = ("x/lr0", "x/lr1", "x/lr2")
 COLUMNS = ("epoch", *TRAIN_LOSSES, *METRICS, *VAL_LOSSES, *RATES)
 
 
+def fitness(map50: float, map5095: float) -> float:
+    """Return what training and search maximise."""
+    return 0.1 * map50 + 0.9 * map5095
+
+
 @dataclass(frozen=True, slots=True)
 class EpochRow:
     """One epoch's figures; metrics and validation losses are NaN for an epoch without validation."""
@@ -31,7 +36,7 @@ class EpochRow:
     @property
     def fitness(self) -> float:
         """What training and search maximise: .1 mAP50 + .9 mAP50-95; NaN without validation."""
-        return 0.1 * self.metrics[2] + 0.9 * self.metrics[3]
+        return fitness(self.metrics[2], self.metrics[3])
 
     @property
     def validated(self) -> bool:

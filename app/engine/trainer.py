@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from app.engine.distributed import SINGLE, Group
 from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
-from app.engine.results import EpochRow, write_results
+from app.engine.results import EpochRow, fitness, write_results
 from app.engine.saving import Saver
 from app.engine.soundness import LossWatch, is_finite
 from app.engine.stop_signal import StopSignal
@@ -61,6 +61,16 @@ class TrainResult:
     """Images through forward and backward."""
 
 
+@dataclass(frozen=True, slots=True)
+class Glances:
+    """Validations on the way that only a search looks at; they choose no best weights and stand in no row."""
+
+    epochs: Container[int]
+    """After how many epochs."""
+    tell: Callable[[int, float], None]
+    """Takes the epochs done and the fitness; whatever it raises ends the training."""
+
+
 class Trainer:
     """Train one detector. All that a resume needs is in `state()`; the rest follows from the position."""
 
@@ -77,6 +87,7 @@ class Trainer:
         reporter: Reporter,
         stop: StopSignal,
         on_epoch: Callable[[EpochRow], None] = lambda row: None,
+        glances: Glances | None = None,
         rollbacks: int = 1,
         back_off: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -88,7 +99,7 @@ class Trainer:
         does not fit into memory go through in parts, which several processes cannot: they must stay in step.
         """
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
-        self._reporter, self._stop, self._on_epoch = reporter, stop, on_epoch
+        self._reporter, self._stop, self._on_epoch, self._glances = reporter, stop, on_epoch, glances
         self._image_size, self._group = image_size, group
         if config.sync_bn:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
@@ -281,14 +292,7 @@ class Trainer:
         if last or not self.config.noval:
             if not last:
                 self._begin_next()
-            validation = validate(
-                self.average.model,
-                self.val_loader,
-                self.loss,
-                self.compute,
-                after_batch=self._after_validated,
-                group=self._group,
-            )
+            validation = self._validate()
             self.loader.class_maps = validation.metrics.map_by_class(self.model.nc).tolist()
         row = self._row(losses, validation)
         best = self._saver.is_best(row)
@@ -300,6 +304,19 @@ class Trainer:
         self._saver.save_epoch(row, best=best, last=last)
         self._reporter.epoch_ended(row, self.config.epochs, self._images_in_epoch, best)
         self._on_epoch(row)
+        if self._glances is not None and self.epoch in self._glances.epochs and not last:
+            metrics = (self._validate() if validation is None else validation).metrics
+            self._glances.tell(self.epoch, fitness(metrics.map50, metrics.map5095))
+
+    def _validate(self) -> Validation:
+        return validate(
+            self.average.model,
+            self.val_loader,
+            self.loss,
+            self.compute,
+            after_batch=self._after_validated,
+            group=self._group,
+        )
 
     def _row(self, losses: tuple[float, float, float], validation: Validation | None) -> EpochRow:
         metrics, val_losses = NOT_VALIDATED, NOT_VALIDATED[:3]

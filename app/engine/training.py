@@ -40,8 +40,8 @@ from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
-from app.engine.trainer import Trainer, TrainResult
-from app.errors import CheckpointError, StarlingError, Stopped, UsageError
+from app.engine.trainer import Glances, Trainer, TrainResult
+from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
@@ -285,6 +285,7 @@ def train_in(
     state: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Any], None] = lambda row: None,
     recover: bool = True,
+    glances: Glances | None = None,
 ) -> TrainResult:
     """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
     reporter.started(_params(config, hyp), _tags(workshop))
@@ -293,13 +294,16 @@ def train_in(
         detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
-                          rollbacks=int(recover), back_off=recover, group=workshop.group)  # fmt: skip
+                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group)  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
         with workshop.group.watch():
             result = trainer.fit()
     except Stopped as error:
         reporter.ended("killed", f"{error}; resume with --resume {run.last}")
+        raise
+    except Pruned as error:
+        reporter.ended("pruned", str(error))
         raise
     except StarlingError as error:
         reporter.ended("failed", str(error))

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from app.search.outcome import State
+from app.search.plan import FRESH_SEEDS, StudyPlan
 
 PARENTS = 5
 """The best finished candidates that a parent is drawn from."""
+FINALIST_OF, FRESH_SEED = "finalist_of", "fresh_seed"
+"""Attributes of a trial that trains a candidate again."""
 
 
 class Ranking:
@@ -49,19 +52,40 @@ class OpenTrials:
 class Ledger:
     """What a worker needs to know about all candidates before it claims one."""
 
-    def __init__(self, max_retries: int) -> None:
-        self._max_retries = max_retries
+    def __init__(self, max_retries: int, plan: StudyPlan) -> None:
+        self._max_retries, self._plan = max_retries, plan
         self._open = OpenTrials()
-        self._ranking = Ranking(1)
+        self._ranking = Ranking(max(plan.finalists, 1))
         self._orphans: dict[int, FrozenTrial] = {}
+        self._finals: dict[tuple[int, int], float] = {}
+        """Finalist and fresh seed to fitness, 0 while there is none: it runs or waits, or failed."""
+        self._finals_running: set[int] = set()
         self.finished = 0
         self.failed = 0
+        self.pruned = 0
+        self._epochs = 0
+        """Of trainings that ended as they should."""
         self.last_reason = "no reason given"
 
     @property
     def running(self) -> list[int]:
         """Numbers of the attempts that are being trained."""
         return self._open.running
+
+    @property
+    def exploring(self) -> bool:
+        """Whether a candidate is being trained that may yet become a finalist."""
+        return not self._finals_running.issuperset(self.running)
+
+    @property
+    def committed(self) -> int:
+        """Epochs of the budget that are spent, or may be by what is running."""
+        return self._epochs + len(self.running) * self._plan.epochs
+
+    @property
+    def spent(self) -> float:
+        """What the trainings that have ended cost, in trainings of full length."""
+        return self._epochs / self._plan.epochs
 
     @property
     def orphan(self) -> FrozenTrial | None:
@@ -74,16 +98,42 @@ class Ledger:
         best = self._ranking.trials()
         return float(best[0].value) if best else None
 
+    def next_final(self, finalists: int) -> tuple[FrozenTrial, int] | None:
+        """Return the next finalist and the number of its fresh seed; None if all have been taken up."""
+        best = self._ranking.trials()[:finalists]
+        pairs = ((trial, seed) for seed in range(FRESH_SEEDS) for trial in best)
+        return next(((t, seed) for t, seed in pairs if (t.number, seed) not in self._finals), None)
+
+    def again(self, number: int) -> tuple[float, ...]:
+        """Return a finalist's fitness on fresh seeds, in their order; 0 for one that failed or is not there yet."""
+        seeds = range(FRESH_SEEDS)
+        return tuple(self._finals[number, seed] for seed in seeds if (number, seed) in self._finals)
+
     def update(self, trials: Sequence[FrozenTrial]) -> None:
         """Count what is new in `trials`, which holds every trial of the study by number."""
         for trial, is_new in self._open.read(trials):
             if is_new and "retry_of" in trial.user_attrs:
                 self._orphans.pop(trial.user_attrs["retry_of"], None)
+            if FINALIST_OF in trial.user_attrs:
+                self._count_final(trial)
+            elif trial.state is TrialState.COMPLETE:
+                self._ranking.add(trial)
             if trial.state is TrialState.COMPLETE:
                 self.finished += 1
-                self._ranking.add(trial)
+                self._epochs += self._plan.epochs
+            elif trial.state is TrialState.PRUNED:
+                self.pruned += 1
+                self._epochs += int(trial.user_attrs["epochs"])
             elif trial.state is TrialState.FAIL:
                 self._count_failure(trial)
+
+    def _count_final(self, trial: FrozenTrial) -> None:
+        key = (int(trial.user_attrs[FINALIST_OF]), int(trial.user_attrs[FRESH_SEED]))
+        self._finals[key] = float(trial.value) if trial.state is TrialState.COMPLETE else 0.0
+        if trial.state.is_finished():
+            self._finals_running.discard(trial.number)
+        else:
+            self._finals_running.add(trial.number)
 
     def _count_failure(self, trial: FrozenTrial) -> None:
         self.last_reason = str(trial.user_attrs.get("reason", self.last_reason))

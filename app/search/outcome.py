@@ -50,6 +50,19 @@ class Candidate:
     """Folders of interrupted attempts at the same hyp, newest first; the first that holds a checkpoint is the
     one to resume from. They may still be written to by a worker that was frozen: read them, never write."""
 
+    glances: tuple[int, ...] = ()
+    """Epochs after which its fitness is wanted."""
+    train_seed: int | None = None
+    """Seed of the training; None: the search's own. Finalists have fresh ones."""
+    finalist_of: int | None = None
+    """The candidate that is trained again, to see whether it was luck."""
+
+    @property
+    def title(self) -> str:
+        """What people read in lines and tracking pages."""
+        again = "" if self.finalist_of is None else f" ({self.finalist_of} again, seed {self.train_seed})"
+        return f"candidate {self.number}{again}"
+
     @property
     def resumed(self) -> bool:
         """Whether an earlier attempt at this candidate was interrupted."""
@@ -82,8 +95,11 @@ class Outcome:
 class Report(Protocol):
     """Tell the search that the candidate is alive; to be called at least once an epoch."""
 
-    def __call__(self) -> None:
-        """Renew the lease; raises LeaseLost if another worker has taken the candidate over."""
+    def __call__(self, epoch: int | None = None, fitness: float | None = None) -> None:
+        """Renew the lease, and tell the fitness after so many epochs where the candidate has `glances`.
+
+        Raises LeaseLost if another worker has taken the candidate over, Pruned if it has fallen behind.
+        """
 
 
 Objective = Callable[[Candidate, Report], Outcome]
@@ -101,6 +117,15 @@ class Finished:
     worker: str
     is_seed: bool
     """Whether its hyp is the one that the search started from."""
+    finalist_of: int | None
+    """The candidate that was trained again on a fresh seed."""
+    again: tuple[float, ...] = ()
+    """Fitness on fresh seeds, of a candidate that was a finalist."""
+
+    @property
+    def judged(self) -> float:
+        """What it is judged by: the mean over fresh seeds where there are any, as a maximum is partly luck."""
+        return sum(self.again) / len(self.again) if self.again else self.fitness
 
 
 class State(enum.StrEnum):
@@ -139,6 +164,8 @@ class Attempt:
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
     """Why it ended without a result; else empty."""
+    finalist_of: int | None
+    """The candidate that was trained again on a fresh seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,9 +173,13 @@ class Progress:
     """How far the whole search is, over all workers."""
 
     budget: int
+    """In trainings of full length."""
     finished: int
     running: int
     failed: int
+    pruned: int
+    spent: float
+    """Of the budget; a pruned training counts as the part that it ran."""
     best_fitness: float | None
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from app.errors import ConfigError, UsageError
+from app.errors import ConfigError, Pruned, UsageError
 from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
-from app.search.ledger import Ledger
+from app.search.ledger import FINALIST_OF, FRESH_SEED, Ledger
 from app.search.outcome import (
     Attempt,
     Candidate,
@@ -30,9 +32,10 @@ from app.search.outcome import (
     SearchFailed,
     State,
 )
+from app.search.plan import FRESH_SEEDS, StudyPlan
 from app.search.sampler import EvolutionSampler
 
-VERSION = 1
+VERSION = 2
 """Of the records below; a study of another version is refused."""
 _DEFINITION, _BUDGET, _UUID = "definition", "budget", "uuid"
 _DIFFERENCES_SHOWN = 8
@@ -74,6 +77,21 @@ class Claim:
 
     candidate: Candidate
     lease: Lease
+    is_seed: bool
+    """Whether it trains the hyp that the search started from."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NextUp:
+    """What an attempt that is about to begin trains."""
+
+    params: dict[str, Any]
+    space: dict[str, Any]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    curve: dict[int, float] = field(default_factory=dict)
+    """Fitness on the way, of the attempt that it continues."""
+    ancestors: Sequence[int] = ()
+    """Numbers of the attempts that it continues, newest first."""
 
 
 class SearchStudy:
@@ -95,7 +113,9 @@ class SearchStudy:
         self._storage = storage
         self._study = study
         self._rules = rules
-        self._ledger = Ledger(rules.max_retries)
+        self.plan = StudyPlan.from_mapping(definition["plan"])
+        self._seed = int(definition["seed"])
+        self._ledger = Ledger(rules.max_retries, self.plan)
         self._study_id = storage.optuna.get_study_id_from_name(study.study_name)
         self._watch = LeaseWatch(directory, rules.lease_s, monotonic=monotonic)
 
@@ -108,6 +128,7 @@ class SearchStudy:
         budget: int,
         study_seed: int,
         signature: Mapping[str, Any],
+        plan: StudyPlan | None = None,
         name: str = "search",
         storage: StudyStorage | None = None,
         sampler: BaseSampler | None = None,
@@ -117,17 +138,24 @@ class SearchStudy:
     ) -> Self:
         """Join the study in `directory`, or start it; any number of workers may do so at once.
 
-        `budget` is the number of finished trainings in all; a joiner can raise it, never lower it. `signature` says
-        what the fitness depends on besides the hyp (data digest, configuration) and must hold JSON values.
+        `budget` is the number of finished trainings in all; a joiner can raise it, never lower it. Where the `plan`
+        cuts trainings short it is what so many of full length cost. `signature` says what the fitness depends on
+        besides the hyp (data digest, configuration) and must hold JSON values.
 
-        Raises UsageError where the study was started with another hyp, seed or signature, saying which.
+        Raises UsageError where the study was started with another hyp, seed, plan or signature, saying which.
         """
         if budget < 1:
             raise ConfigError("evolve", budget, "must be at least 1 finished training")
         hyp = {key: float(value) for key, value in seed_hyp.items() if value is not None}
         definition = json.loads(
             json.dumps(
-                {"version": VERSION, "seed": study_seed, "hyp": hyp, "signature": dict(signature)},
+                {
+                    "version": VERSION,
+                    "seed": study_seed,
+                    "hyp": hyp,
+                    "plan": (plan or StudyPlan()).as_dict(),
+                    "signature": dict(signature),
+                },
                 default=str,
             )
         )
@@ -165,7 +193,7 @@ class SearchStudy:
 
     @property
     def budget(self) -> int:
-        """Finished trainings that the search is to reach."""
+        """Trainings of full length that the search may spend."""
         return int(self._study.user_attrs.get(_BUDGET, 0))
 
     def lock(self) -> AbstractContextManager[None]:
@@ -175,23 +203,59 @@ class SearchStudy:
     def ask(self, worker: str) -> Claim | Turn:
         """Claim the next candidate: one to take over if there is, else a new one while the budget lasts.
 
-        Finished and running candidates together never exceed the budget, so it is met exactly.
+        What has ended and what is running together never exceed the budget, so it is met exactly; where trainings
+        are cut short, less than one may be left. The last part of it is the finalists', once all others have ended.
 
         Raises SearchFailed when so many candidates failed that more would be a waste.
         """
         with self._storage.lock():
             trials = self._reap()
+            next_up = self._next_up(trials)
+            if next_up is None:
+                return Turn.WAIT if self._ledger.running else Turn.DONE
             progress = self._progress()
-            if progress.finished >= progress.budget:
-                return Turn.DONE
             if progress.failed >= progress.budget + self._rules.spare_failures:
                 raise SearchFailed(
                     f"{self.directory}: {progress.failed} candidates failed, the last with: "
                     f"{self._ledger.last_reason}; correct that, then search under another --name"
                 )
-            if progress.finished + progress.running >= progress.budget:
-                return Turn.WAIT
-            return self._claim(trials, worker)
+            return self._claim(trials, next_up, worker)
+
+    def _next_up(self, trials: Sequence[FrozenTrial]) -> _NextUp | None:
+        """Return what is to be trained next; None if nothing is left, or for now. The study is locked."""
+        ledger, finalists = self._ledger, self.plan.finalists_of(self.budget)
+        room = (self.budget * self.plan.epochs - ledger.committed) // self.plan.epochs
+        if room and ledger.orphan is not None:
+            return self._again(trials, ledger.orphan)
+        if room > finalists * FRESH_SEEDS:
+            return self._new(len(trials))
+        if room and not ledger.exploring and (final := ledger.next_final(finalists)):
+            return self._final(*final)
+        return None
+
+    def report(self, claim: Claim, epoch: int, fitness: float) -> None:
+        """Record the fitness on the way. Raises Pruned where the candidate has fallen behind, LeaseLost if it is lost."""
+        number, halving = claim.candidate.number, self.plan.halving
+        try:
+            self._storage.optuna.set_trial_intermediate_value(self._trial_id(number), epoch, fitness)
+        except UpdateFinishedTrialError:
+            raise _lost(number) from None
+        # What everything is compared with is trained to the end.
+        if halving is None or claim.is_seed:
+            return
+        if reason := halving.verdict(self._trials(), number, epoch):
+            raise Pruned(reason, epoch)
+
+    def prune(self, claim: Claim, pruned: Pruned) -> None:
+        """Record that a candidate was ended early; nothing to do if it was taken over meanwhile."""
+        attributes = {"epochs": pruned.epoch, "reason": str(pruned)}
+        with contextlib.suppress(LeaseLost):
+            self._end(claim, attributes, TrialState.PRUNED, None)
+
+    def correlations(self) -> dict[int, float | None]:
+        """Return how well each rung foretells the end, -1 to 1; None where too few have finished to say."""
+        halving, trials = self.plan.halving, self._trials()
+        return {rung: halving.correlation(trials, rung) for rung in halving.rungs} if halving else {}
 
     def finish(self, claim: Claim, outcome: Outcome) -> None:
         """Record a result. Raises LeaseLost if the candidate was taken over, CandidateFailed for a NaN fitness."""
@@ -200,10 +264,8 @@ class SearchStudy:
 
     def fail(self, claim: Claim, ending: State, reason: str) -> None:
         """Record that an attempt ended without a result; nothing to do if it was taken over meanwhile."""
-        try:
+        with contextlib.suppress(LeaseLost):
             self._end(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL, None)
-        except LeaseLost:
-            return
 
     def finished(self) -> list[Finished]:
         """Return the finished candidates in the order of their numbers."""
@@ -236,6 +298,8 @@ class SearchStudy:
             finished=self._ledger.finished,
             running=len(self._ledger.running),
             failed=self._ledger.failed,
+            pruned=self._ledger.pruned,
+            spent=self._ledger.spent,
             best_fitness=self._ledger.best_fitness,
         )
 
@@ -248,22 +312,10 @@ class SearchStudy:
             self._record(number, {"ending": str(State.LOST), "reason": reason}, TrialState.FAIL, None)
         return self._trials() if gone else trials
 
-    def _claim(self, trials: Sequence[FrozenTrial], worker: str) -> Claim:
+    def _claim(self, trials: Sequence[FrozenTrial], next_up: _NextUp, worker: str) -> Claim:
         """Record the next attempt as running, in one append, and hold its lease. The study is locked."""
         number = len(trials)
-        orphan = self._ledger.orphan
-        if orphan is None:
-            params, space = self._sample(number)
-            attributes: dict[str, Any] = {"worker": worker, "root": number}
-        else:
-            params, space = orphan.params, orphan.distributions
-            attributes = {
-                "worker": worker,
-                "root": orphan.user_attrs["root"],
-                "retry_of": orphan.number,
-                "lost_before": orphan.user_attrs.get("lost_before", 0)
-                + (orphan.user_attrs["ending"] == State.LOST),
-            }
+        attributes = {"worker": worker, "root": number, **next_up.attributes}
         path = lease_path(self.directory, number)
         with writing(path):
             lease = Lease(path, worker)
@@ -271,20 +323,48 @@ class SearchStudy:
             # Whole or not at all: an ask that suggests gene by gene can be killed between two of them.
             self._study.add_trial(
                 create_trial(
-                    state=TrialState.RUNNING, params=params, distributions=space, user_attrs=attributes
+                    state=TrialState.RUNNING,
+                    params=next_up.params,
+                    distributions=next_up.space,
+                    intermediate_values=next_up.curve,
+                    user_attrs=attributes,
                 )
             )
         except BaseException:
             lease.close()
             raise
+        finalist_of, fresh_seed = attributes.get(FINALIST_OF), attributes.get(FRESH_SEED, 0)
+        halving = self.plan.halving if finalist_of is None else None
         candidate = Candidate(
             number=number,
-            hyp={**self.seed_hyp, **params},
-            directory=self._candidate_dir(number),
-            resumes_from=tuple(self._candidate_dir(n) for n in _ancestors(trials, orphan)),
+            hyp={**self.seed_hyp, **next_up.params},
+            directory=self.candidate_dir(number),
+            resumes_from=tuple(self.candidate_dir(n) for n in next_up.ancestors),
+            glances=halving.rungs if halving else (),
+            train_seed=None if finalist_of is None else self._seed + 1 + fresh_seed,
+            finalist_of=finalist_of,
         )
         lease.keep_alive(self._rules.lease_s / 4)
-        return Claim(candidate, lease)
+        return Claim(candidate, lease, is_seed=attributes["root"] == 0)
+
+    def _new(self, number: int) -> _NextUp:
+        """Propose a candidate."""
+        params, space = self._sample(number)
+        return _NextUp(params, space)
+
+    def _again(self, trials: Sequence[FrozenTrial], orphan: FrozenTrial) -> _NextUp:
+        """Go on with an attempt whose worker is gone."""
+        before = orphan.user_attrs
+        attributes = {key: before[key] for key in ("root", FINALIST_OF, FRESH_SEED) if key in before}
+        attributes["retry_of"] = orphan.number
+        attributes["lost_before"] = before.get("lost_before", 0) + (before["ending"] == State.LOST)
+        ancestors = _ancestors(trials, orphan)
+        return _NextUp(orphan.params, orphan.distributions, attributes, orphan.intermediate_values, ancestors)
+
+    def _final(self, finalist: FrozenTrial, fresh_seed: int) -> _NextUp:
+        """Train a candidate once more."""
+        attributes = {FINALIST_OF: finalist.number, FRESH_SEED: fresh_seed}
+        return _NextUp(finalist.params, finalist.distributions, attributes)
 
     def _sample(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return genes and limits of a new candidate, from the study's sampler."""
@@ -301,7 +381,7 @@ class SearchStudy:
             # The study decides, not the lease: an attempt that nobody ended is this worker's still.
             if self._storage.optuna.get_trial(self._trial_id(number)).state is not TrialState.RUNNING:
                 claim.lease.close()
-                raise LeaseLost(f"candidate {number} was taken over by another worker")
+                raise _lost(number)
             self._record(number, attributes, state, value)
             claim.lease.close()
 
@@ -316,7 +396,8 @@ class SearchStudy:
     def _trial_id(self, number: int) -> int:
         return self._storage.optuna.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
-    def _candidate_dir(self, number: int) -> Path:
+    def candidate_dir(self, number: int) -> Path:
+        """Return where attempt `number` writes."""
         return self.directory / "candidates" / f"{number:04d}"
 
     def _as_finished(self, trial: FrozenTrial) -> Finished:
@@ -328,6 +409,8 @@ class SearchStudy:
             metrics=attributes["metrics"],
             worker=attributes["worker"],
             is_seed=attributes["root"] == 0,
+            finalist_of=attributes.get(FINALIST_OF),
+            again=self._ledger.again(trial.number),
         )
 
     def _as_attempt(self, trial: FrozenTrial) -> Attempt:
@@ -340,11 +423,16 @@ class SearchStudy:
             worker=attributes["worker"],
             began=trial.datetime_start,
             ended=trial.datetime_complete,
-            fitness=None if trial.value is None else float(trial.value),
+            fitness=float(trial.value) if trial.state is TrialState.COMPLETE else None,
             metrics=attributes.get("metrics", {}),
             curve=dict(sorted(trial.intermediate_values.items())),
             reason=str(attributes.get("reason", "")),
+            finalist_of=attributes.get(FINALIST_OF),
         )
+
+
+def _lost(number: int) -> LeaseLost:
+    return LeaseLost(f"candidate {number} was taken over by another worker")
 
 
 def _state_of(trial: FrozenTrial) -> State:
@@ -369,13 +457,11 @@ def _names(storage: StudyStorage) -> list[str]:
     return [study.study_name for study in storage.optuna.get_all_studies()]
 
 
-def _ancestors(trials: Sequence[FrozenTrial], trial: FrozenTrial | None) -> list[int]:
+def _ancestors(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[int]:
     """Return the numbers of `trial` and of the attempts that it continued, newest first."""
-    numbers = []
-    while trial is not None:
-        numbers.append(trial.number)
-        before = trial.user_attrs.get("retry_of")
-        trial = None if before is None else trials[before]
+    numbers = [trial.number]
+    while (before := trials[numbers[-1]].user_attrs.get("retry_of")) is not None:
+        numbers.append(before)
     return numbers
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config.hyp import Hyp
-from app.config.train_config import TrainConfig
+from app.config.train_config import AUTO_FINALISTS, TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
@@ -22,7 +22,7 @@ from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
 from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
-from app.engine.trainer import Diverged, TrainResult
+from app.engine.trainer import Diverged, Glances, TrainResult
 from app.engine.training import (
     RESUMED,
     Workshop,
@@ -35,19 +35,24 @@ from app.engine.training import (
     upload_results,
     warn_of_idle,
 )
-from app.errors import CheckpointError, UsageError
+from app.errors import CheckpointError, Pruned, UsageError
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
+from app.search.plan import StudyPlan
 from app.search.study import SearchStudy
+from app.search.views import best_of
 from app.search.worker import run_search
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
 from app.tracking.process import BridgeHandle, start_bridge
 
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
+
+FINALISTS = 3
+"""With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
 
 COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor",
             "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
@@ -80,6 +85,7 @@ def search(config: TrainConfig) -> None:
                 seed_hyp=seed_hyp.as_dict(),
                 budget=config.evolve,
                 study_seed=config.seed,
+                plan=_plan(config),
                 signature=_signature(config, workshop),
                 objective=trainings.train,
                 say=progress.say,
@@ -109,6 +115,13 @@ def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
         "run": str(directory),
         "weights": str(RunDir(directory).best),
     }
+
+
+def _plan(config: TrainConfig) -> StudyPlan:
+    finalists = config.finalists
+    if finalists == AUTO_FINALISTS:
+        finalists = FINALISTS if config.prune else 0
+    return StudyPlan(epochs=config.epochs, prune=config.prune, finalists=finalists)
 
 
 def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
@@ -143,11 +156,13 @@ class _Trainings:
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": "", "name": config.run_name}
+        self._study: SearchStudy | None = None
         self._told = 0
         """Finished trainings when the trackers were last told."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
+        self._study = study
         self._search["uuid"] = study.uuid
         params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
         self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
@@ -172,7 +187,9 @@ class _Trainings:
 
     def finished(self) -> None:
         """Draw the winner's pictures, and tell the trackers that the whole search is done."""
+        assert self._study is not None, "opened before the first candidate"
         with locked(self._directory / "weights.lock"):
+            keep_winners_weights(self._study)
             best, drawn = RunDir(self._directory).best, self._directory / "confusion_matrix.png"
             # Every worker comes by at the end; the first one draws.
             if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
@@ -187,11 +204,15 @@ class _Trainings:
         state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
         run = RunDir(candidate.directory)
-        label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
-        prefix, self._progress.prefix = self._progress.prefix, f"candidate {candidate.number}  "
+        label = RunLabel(run_uuid, self._project, candidate.title, parent=self._search)
+        prefix, self._progress.prefix = self._progress.prefix, f"{candidate.title}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
                             artifacts=CANDIDATE_ARTIFACTS, memory_bytes=self._workshop.compute.memory_bytes)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
+
+        config = self._config
+        if candidate.train_seed is not None:
+            config = replace(config, seed=candidate.train_seed)
 
         def on_epoch(row: EpochRow) -> None:
             report()
@@ -200,13 +221,18 @@ class _Trainings:
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
             result = train_in(
-                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, recover=False
-            )
+                self._workshop, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
+                glances=Glances(candidate.glances, report),
+            )  # fmt: skip
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
+        except Pruned:
+            shutil.rmtree(run.weights, ignore_errors=True)
+            raise
         finally:
             self._progress.prefix = prefix
-        keep_best_weights(self._directory, run, result.best.fitness)
+        if candidate.finalist_of is None:
+            keep_best_weights(self._directory, run, result.best.fitness)
         return _outcome(result)
 
 
@@ -238,6 +264,23 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
             best.parent.mkdir(exist_ok=True)
             run.best.replace(best)
     shutil.rmtree(run.weights, ignore_errors=True)
+
+
+def keep_winners_weights(study: SearchStudy) -> None:
+    """Make `weights/best.pt` the winner's where finalists decided who that is, and drop the other finalists'.
+
+    Of its trainings on fresh seeds that left weights here the best is taken.
+    """
+    finished = study.finished()
+    winner = best_of(finished)
+    finals = [training for training in finished if training.finalist_of is not None]
+    runs = {training.number: RunDir(study.candidate_dir(training.number)) for training in finals}
+    mine = [t for t in finals if t.finalist_of == winner.number and runs[t.number].best.is_file()]
+    if mine:
+        taken = max(mine, key=lambda training: training.fitness)
+        runs[taken.number].best.replace(RunDir(study.directory).best)
+    for run in runs.values():
+        shutil.rmtree(run.weights, ignore_errors=True)
 
 
 def _fitness_of(path: Path) -> float:

@@ -17,8 +17,13 @@ CSV, YAML, PICTURE, LOCK = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "views
 
 
 def best_of(finished: Sequence[Finished]) -> Finished:
-    """Return the candidate of highest fitness, the earliest among equals."""
-    return max(finished, key=lambda candidate: (candidate.fitness, -candidate.number))
+    """Return the candidate of highest fitness, the earliest among equals; of finalists if there are any.
+
+    Those are judged by their trainings on fresh seeds alone.
+    """
+    candidates = [candidate for candidate in finished if candidate.finalist_of is None]
+    finalists = [candidate for candidate in candidates if candidate.again]
+    return max(finalists or candidates, key=lambda candidate: (candidate.judged, -candidate.number))
 
 
 def write_views(study: SearchStudy, *, picture: bool = True) -> None:
@@ -52,9 +57,10 @@ def csv_text(finished: Sequence[Finished]) -> str:
 def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
     best, progress = best_of(finished), study.progress()
     metrics = "\n".join(f"{column}: {best.metrics[name]:.5g}" for name, column in METRIC_COLUMNS.items())
+    again = "".join(f"fitness on a fresh seed: {value:.5g}\n" for value in best.again)
     comment = (
         f"Best of {progress.finished} finished trainings (budget {progress.budget}): candidate {best.number}\n"
-        f"fitness: {best.fitness:.5g}\n{metrics}\n"
+        f"fitness: {best.fitness:.5g}\n{again}{metrics}\n"
     )
     write_yaml(study.directory / YAML, best.hyp, comment=comment)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.errors import ConfigError, Stopped
+from app.errors import ConfigError, Pruned, Stopped
 from app.outputs.worker_status import worker_name
 from app.search.journal import JournalStudyStorage
 from app.search.outcome import (
@@ -18,11 +18,13 @@ from app.search.outcome import (
     Objective,
     Outcome,
     Progress,
+    Report,
     SearchFailed,
     SearchSummary,
     State,
     failure_reason,
 )
+from app.search.plan import StudyPlan
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
@@ -60,6 +62,7 @@ def run_search(
     seed_hyp: Mapping[str, float | None],
     budget: int,
     study_seed: int,
+    plan: StudyPlan | None = None,
     signature: Mapping[str, Any],
     objective: Objective,
     settings: WorkerSettings | None = None,
@@ -86,6 +89,7 @@ def run_search(
         seed_hyp=seed_hyp,
         budget=budget,
         study_seed=study_seed,
+        plan=plan,
         signature=signature,
         storage=JournalStudyStorage(directory, say=say),
         rules=settings.rules,
@@ -110,6 +114,9 @@ def run_search(
             remind_at = monotonic() + settings.remind_s
         sleep(settings.poll_s)
     worker.refresh_views(last=True)
+    for rung, correlation in study.correlations().items():
+        found = "too few have finished to say" if correlation is None else f"correlation {correlation:.2f}"
+        say(f"after {rung} epochs against the end: {found}")
     return _summarise(study, worker.trained)
 
 
@@ -130,12 +137,15 @@ class _Worker:
 
     def train(self, claim: Claim) -> None:
         """Train one candidate and record how it ended."""
-        number = claim.candidate.number
+        title = claim.candidate.title
         if claim.candidate.resumed:
-            self._say(f"candidate {number}: takes over from {claim.candidate.resumes_from[0].name}")
+            self._say(f"{title}: takes over from {claim.candidate.resumes_from[0].name}")
         try:
-            outcome = self._objective(claim.candidate, claim.lease.renew)
+            outcome = self._objective(claim.candidate, self._report_of(claim))
             self._study.finish(claim, outcome)
+        except Pruned as error:
+            self._study.prune(claim, error)
+            self._say(f"{title}: pruned: {error}; {self._so_far()}")
         except LeaseLost as error:
             claim.lease.close()
             self._say(f"{error}; abandoned here")
@@ -148,7 +158,17 @@ class _Worker:
             self._give_back(claim, State.LOST, f"its worker broke: {type(error).__name__}")
             raise
         else:
-            self._succeeded(number, outcome)
+            self._succeeded(title, outcome)
+
+    def _report_of(self, claim: Claim) -> Report:
+        """Return what the objective tells of its progress with."""
+
+        def report(epoch: int | None = None, fitness: float | None = None) -> None:
+            claim.lease.renew()
+            if epoch is not None and fitness is not None:
+                self._study.report(claim, epoch, fitness)
+
+        return report
 
     def refresh_views(self, *, last: bool = False) -> None:
         """Derive the files anew; the study is the truth, so a failure here is only worth a line.
@@ -165,14 +185,20 @@ class _Worker:
             now = time.monotonic()
             self._draw_at = now + (now - began) / DRAWING_SHARE
 
-    def _succeeded(self, number: int, outcome: Outcome) -> None:
+    def _succeeded(self, title: str, outcome: Outcome) -> None:
         self.trained += 1
         self._failures_in_a_row = 0
         self.refresh_views()
+        self._say(f"{title}: fitness {outcome.fitness:.5g}, {self._so_far()}")
+
+    def _so_far(self) -> str:
         progress = self._study.progress()
-        self._say(
-            f"candidate {number}: fitness {outcome.fitness:.5g}, best {progress.best_fitness:.5g}; "
-            f"{progress.finished}/{progress.budget} finished"
+        best = "no best yet" if progress.best_fitness is None else f"best {progress.best_fitness:.5g}"
+        if not self._study.plan.prune:
+            return f"{best}; {progress.finished}/{progress.budget} finished"
+        return (
+            f"{best}; {progress.spent:.1f} of {progress.budget} trainings' time spent, "
+            f"{progress.finished} finished, {progress.pruned} pruned"
         )
 
     def _failed(self, claim: Claim, error: Exception) -> None:

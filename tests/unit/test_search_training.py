@@ -11,10 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from optuna.trial import FrozenTrial
 
 from app import settings, train
 from app.config.yaml_reader import read_yaml
+from app.engine.checkpoint import load_checkpoint
+from app.search.outcome import State
+from app.search.pruning import Halving
 from app.search.study import SearchStudy
+from app.search.views import best_of
 from tests.conftest import REPOSITORY
 
 
@@ -68,6 +73,40 @@ def test_a_search_leaves_its_views_and_the_winners_weights_and_pictures(
     assert not list(search.glob("candidates/*/weights")), "weights of every candidate would fill the disk"
     best = max(trainings(runs), key=lambda row: float(row["metrics/mAP_0.5:0.95"]))
     assert read_yaml(search / "hyp_evolve.yaml")["lr0"] == float(best["lr0"])
+
+
+def test_pruned_search_keeps_only_the_winners_weights_and_meets_its_budget(
+    search_args: list[str],
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def every_other(halving: Halving, trials: list[FrozenTrial], number: int, epoch: int) -> str | None:
+        """Judge as trainings of seconds cannot be: all of them have next to no fitness."""
+        assert trials[number].intermediate_values[epoch] >= 0
+        return f"fitness of number {number}" if number % 2 else None
+
+    monkeypatch.setattr(Halving, "verdict", every_other)
+    asked = ["--epochs", "3", "--evolve", "12", "--prune", "--finalists", "2"]
+    assert train.main([*search_args, *asked]) == 0
+    search = runs / "blood" / "search"
+    study = SearchStudy.read(search)
+    progress, finished = study.progress(), study.finished()
+    assert progress.pruned > 0
+    assert 11 < progress.spent <= 12
+    finals = [training for training in finished if training.finalist_of is not None]
+    assert len(finals) == 4
+    rows = read_yaml(search / "hyp_evolve.yaml")
+    winner = best_of(finished)
+    assert rows["lr0"] == winner.hyp["lr0"]
+    kept = load_checkpoint(search / "weights" / "best.pt")
+    assert kept["hyp"]["lr0"] == winner.hyp["lr0"]
+    assert kept["config"]["seed"] in (1, 2)
+    assert not list(search.glob("candidates/*/weights"))
+    pruned = next(attempt for attempt in study.attempts() if attempt.state is State.PRUNED)
+    assert f"candidate {pruned.number}: pruned: fitness" in capsys.readouterr().out
+    events = [json.loads(line) for file in search.glob("workers/*/events.jsonl") for line in file.open()]
+    assert sum(event.get("status") == "pruned" for event in events) == progress.pruned
 
 
 def test_joining_later_with_a_larger_budget_goes_on_where_the_search_was(

@@ -1,0 +1,292 @@
+"""Trainings cut short, and the best of them once more: what `--prune` and `--finalists` promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from app.config.hyp import Hyp
+from app.errors import ConfigError, UsageError
+from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary, State
+from app.search.plan import FRESH_SEEDS, StudyPlan
+from app.search.pruning import ENOUGH, Halving
+from app.search.study import Claim, SearchStudy, Turn
+from app.search.views import YAML, best_of
+from app.search.worker import WorkerSettings, run_search
+
+SEED = Hyp().as_dict()
+EPOCHS = 30
+RUNGS = (4, 12)
+
+
+def outcome(fitness: float) -> Outcome:
+    """Return a result with this fitness."""
+    return Outcome(
+        fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2,
+        cls_loss=0.3,
+    )  # fmt: skip
+
+
+def quality(candidate: Candidate) -> float:
+    """Return what a candidate is worth: the better, the nearer its lr0 is to 0.02."""
+    return 1 - abs(candidate.hyp["lr0"] - 0.02) * 10
+
+
+def trained(epochs: dict[int, int], after: Callable[[Candidate], float] = quality) -> Any:
+    """Return an objective whose fitness rises to `after`, and which notes how many epochs each candidate had."""
+
+    def train(candidate: Candidate, report: Report) -> Outcome:
+        for epoch in range(1, EPOCHS + 1):
+            epochs[candidate.number] = epoch
+            if epoch in candidate.glances:
+                report(epoch, quality(candidate) * epoch / EPOCHS)
+        return outcome(after(candidate))
+
+    return train
+
+
+def search(directory: Path, objective: Any, budget: int, **plan: Any) -> SearchSummary:
+    """Work on a search alone."""
+    return run_search(
+        directory=directory,
+        seed_hyp=SEED,
+        budget=budget,
+        study_seed=7,
+        plan=StudyPlan(epochs=EPOCHS, **plan),
+        signature={},
+        objective=objective,
+        settings=WorkerSettings(name="w", poll_s=0.02, picture=False),
+        say=lambda line: None,
+    )
+
+
+def join(directory: Path, budget: int = 9, **plan: Any) -> SearchStudy:
+    """Open a search as a worker does."""
+    return SearchStudy.open_or_create(
+        directory, seed_hyp=SEED, budget=budget, study_seed=7, plan=StudyPlan(epochs=EPOCHS, **plan), signature={}
+    )  # fmt: skip
+
+
+def claim(study: SearchStudy) -> Claim:
+    """Claim what must be there."""
+    turn = study.ask("w")
+    assert isinstance(turn, Claim)
+    return turn
+
+
+def reached(values: list[float], epoch: int = 4, finals: list[float] | None = None) -> list[FrozenTrial]:
+    """Return trials that have these values at a rung; those that have a final value have finished."""
+    trials = []
+    for number, value in enumerate(values):
+        final = None if finals is None or number >= len(finals) else finals[number]
+        state = TrialState.RUNNING if final is None else TrialState.COMPLETE
+        trial = create_trial(state=state, value=final, intermediate_values={epoch: value})
+        trial.number = number
+        trials.append(trial)
+    return trials
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(300, (40, 120)), (30, (4, 12)), (10, (1, 4)), (5, (1, 2)), (2, (1,)), (1, ())]
+)
+def test_rungs_lie_early_and_never_at_the_end(epochs: int, rungs: tuple[int, ...]) -> None:
+    assert Halving(epochs).rungs == rungs
+
+
+def test_training_goes_on_from_a_rung_only_among_the_best_third() -> None:
+    halving, values = Halving(EPOCHS), [0.3, 0.6, 0.1, 0.5, 0.2, 0.4]
+    goes_on = [halving.verdict(reached(values), number, 4) is None for number in range(len(values))]
+    assert goes_on == [False, True, False, True, False, False]
+    assert "0.3 after 4 of 30 epochs; the best 2 of 6 so far have 0.5 or more" in str(
+        halving.verdict(reached(values), 0, 4)
+    )
+
+
+def test_second_training_goes_on_only_if_it_beats_the_first() -> None:
+    assert Halving(EPOCHS).verdict(reached([0.3, 0.2]), 1, 4) is not None
+    assert Halving(EPOCHS).verdict(reached([0.3, 0.4]), 1, 4) is None
+
+
+def test_attempts_that_were_lost_are_not_counted_at_a_rung() -> None:
+    trials = reached([0.9, 0.8, 0.7, 0.2])
+    for trial in trials[:3]:
+        trial.state = TrialState.FAIL
+    assert Halving(EPOCHS).verdict(trials, 3, 4) is None
+
+
+def test_rung_that_does_not_foretell_the_end_prunes_nobody() -> None:
+    rungs = [0.1 * n for n in range(ENOUGH + 1)]
+    agreeing, opposed = [0.5 + value for value in rungs[:-1]], [0.5 - value for value in rungs[:-1]]
+    worst = [*rungs[1:], 0.0]
+    halving = Halving(EPOCHS)
+    assert halving.verdict(reached(worst, finals=agreeing), ENOUGH, 4) is not None
+    assert halving.verdict(reached(worst, finals=opposed), ENOUGH, 4) is None
+    assert halving.correlation(reached(worst, finals=agreeing[: ENOUGH - 1]), 4) is None
+
+
+def test_correlation_is_found_although_only_the_better_third_has_finished() -> None:
+    random = np.random.default_rng(0)
+    early = random.normal(size=3000)
+    late = 0.7 * early + np.sqrt(1 - 0.7**2) * random.normal(size=3000)
+    best = early > np.quantile(early, 2 / 3)
+    order = np.argsort(~best, kind="stable")  # those that finished come first
+    trials = reached(early[order].tolist(), finals=late[best].tolist())
+    found = Halving(EPOCHS).correlation(trials, 4)
+    naive = np.corrcoef(np.argsort(np.argsort(early[best])), np.argsort(np.argsort(late[best])))[0, 1]
+    assert naive < 0.5
+    assert found == pytest.approx(0.7, abs=0.05)
+
+
+def test_budget_counts_what_was_trained_and_leaves_less_than_one_training(tmp_path: Path) -> None:
+    epochs: dict[int, int] = {}
+    summary = search(tmp_path, trained(epochs), budget=9, prune=True)
+    cost = sum(epochs.values()) / EPOCHS
+    assert summary.progress.spent == pytest.approx(cost)
+    assert 8 < cost <= 9
+    assert set(epochs.values()) == {*RUNGS, EPOCHS}
+    assert len(epochs) == summary.progress.pruned + summary.progress.finished > 9
+
+
+def test_seed_is_trained_to_the_end_however_bad(tmp_path: Path) -> None:
+    epochs: dict[int, int] = {}
+
+    def rising(candidate: Candidate, report: Report) -> Outcome:
+        train = trained(epochs, after=lambda candidate: float(candidate.number))
+        return train(candidate, report)
+
+    search(tmp_path, rising, budget=3, prune=True)
+    assert epochs[0] == EPOCHS
+    told = SearchStudy.read(tmp_path).attempts()
+    assert set(told[0].curve) == set(RUNGS)
+
+
+def test_pruned_candidate_keeps_its_curve_and_says_why(tmp_path: Path) -> None:
+    search(tmp_path, trained({}), budget=5, prune=True)
+    pruned = [attempt for attempt in SearchStudy.read(tmp_path).attempts() if attempt.state is State.PRUNED]
+    assert pruned
+    for attempt in pruned:
+        assert list(attempt.curve) in ([4], [4, 12])
+        assert f"after {max(attempt.curve)} of {EPOCHS} epochs" in attempt.reason
+        assert attempt.fitness is None
+
+
+def test_taken_over_candidate_keeps_what_its_first_worker_told(tmp_path: Path) -> None:
+    study = join(tmp_path, prune=True)
+    first = claim(study)
+    study.report(first, 4, 0.125)
+    study.fail(first, State.STOPPED, "asked to stop")
+    again = claim(study)
+    assert again.candidate.resumed
+    assert again.is_seed
+    assert study.attempts()[again.candidate.number].curve == {4: 0.125}
+
+
+def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Path) -> None:
+    epochs: dict[int, int] = {}
+    seen: list[Candidate] = []
+
+    def train(candidate: Candidate, report: Report) -> Outcome:
+        seen.append(candidate)
+        return trained(epochs)(candidate, report)
+
+    search(tmp_path, train, budget=20, prune=True, finalists=3)
+    finals = [candidate for candidate in seen if candidate.finalist_of is not None]
+    assert len(finals) == 3 * FRESH_SEEDS
+    assert finals == seen[-len(finals) :]
+    assert sorted(c.train_seed or 0 for c in finals) == [8, 8, 8, 9, 9, 9]
+    assert {epochs[candidate.number] for candidate in finals} == {EPOCHS}
+    study = SearchStudy.read(tmp_path)
+    ranked = sorted((c for c in study.finished() if c.finalist_of is None), key=lambda c: -c.fitness)
+    assert {c.finalist_of for c in finals} == {c.number for c in ranked[:3]}
+    assert {tuple(c.hyp.items()) for c in finals} == {tuple(c.hyp.items()) for c in ranked[:3]}
+    assert study.progress().spent <= 20
+
+
+def test_winner_is_who_does_best_on_fresh_seeds(tmp_path: Path) -> None:
+    def lucky(candidate: Candidate, report: Report) -> Outcome:
+        # What leads in the search falls back the most.
+        fresh = 0 if candidate.finalist_of is None else 2 * quality(candidate)
+        return outcome(quality(candidate) - fresh)
+
+    summary = search(tmp_path, lucky, budget=12, finalists=2)
+    candidates = [c for c in SearchStudy.read(tmp_path).finished() if c.finalist_of is None]
+    ranked = sorted(candidates, key=lambda c: -c.fitness)
+    assert len(candidates) == 12 - 2 * FRESH_SEEDS
+    assert summary.best.number == ranked[1].number
+    assert summary.best.judged == pytest.approx(-ranked[1].fitness)
+    text = (tmp_path / YAML).read_text()
+    assert text.count("fitness on a fresh seed") == FRESH_SEEDS
+    assert f"lr0: {ranked[1].hyp['lr0']:g}" in text
+
+
+def test_finalist_that_fails_on_a_fresh_seed_is_not_the_winner(tmp_path: Path) -> None:
+    def fragile(candidate: Candidate, report: Report) -> Outcome:
+        if (
+            candidate.finalist_of is not None
+            and candidate.train_seed == 9
+            and best["number"] == candidate.finalist_of
+        ):
+            raise CandidateFailed("the loss is nan")
+        if candidate.finalist_of is None and quality(candidate) > best["quality"]:
+            best.update(number=candidate.number, quality=quality(candidate))
+        return outcome(quality(candidate))
+
+    best: dict[str, float] = {"number": -1, "quality": -9.0}
+    summary = search(tmp_path, fragile, budget=12, finalists=2)
+    assert summary.best.number != best["number"]
+    assert 0.0 in next(c for c in SearchStudy.read(tmp_path).finished() if c.number == best["number"]).again
+
+
+def test_interrupted_final_goes_on_with_its_seed(tmp_path: Path) -> None:
+    study = join(tmp_path, budget=12, finalists=2)
+    while (mine := claim(study)).candidate.finalist_of is None:
+        study.finish(mine, outcome(quality(mine.candidate)))
+    study.fail(mine, State.STOPPED, "asked to stop")
+    again = claim(study)
+    assert (again.candidate.finalist_of, again.candidate.train_seed) == (
+        mine.candidate.finalist_of,
+        mine.candidate.train_seed,
+    )
+    assert again.candidate.resumed
+
+
+def test_finals_wait_until_every_candidate_has_ended(tmp_path: Path) -> None:
+    study = join(tmp_path, budget=12, finalists=2)
+    claims = [claim(study) for _ in range(8)]
+    for mine in claims[1:]:
+        study.finish(mine, outcome(quality(mine.candidate)))
+    assert study.ask("w") is Turn.WAIT
+    study.finish(claims[0], outcome(0.5))
+    assert claim(study).candidate.finalist_of is not None
+
+
+def test_small_search_has_no_finals() -> None:
+    plan = StudyPlan(finalists=3)
+    assert [plan.finalists_of(budget) for budget in (6, 11, 12, 17, 18, 60)] == [0, 0, 2, 2, 3, 3]
+
+
+def test_single_finalist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        StudyPlan(finalists=1)
+
+
+def test_joining_with_another_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
+    join(tmp_path, prune=True)
+    with pytest.raises(UsageError, match=r"plan\.prune: True in the study, False here"):
+        join(tmp_path)
+
+
+def test_best_is_the_highest_fitness_where_there_were_no_finals() -> None:
+    def finished(number: int, fitness: float, again: tuple[float, ...] = ()) -> Finished:
+        return Finished(number=number, hyp={}, fitness=fitness, metrics={}, worker="w", is_seed=False,
+                        finalist_of=None, again=again)  # fmt: skip
+
+    assert best_of([finished(0, 0.3), finished(1, 0.5), finished(2, 0.5)]).number == 1
+    assert (
+        best_of([finished(0, 0.6), finished(1, 0.5, (0.4, 0.2)), finished(2, 0.4, (0.35, 0.35))]).number == 2
+    )
