@@ -9,6 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from app.search.outcome import State
 
+IMPORTED = "imported"
+"""User attribute of a trial that holds a result of an older search: where it was read."""
 PARENTS = 5
 """The best finished candidates that a parent is drawn from."""
 
@@ -79,6 +81,8 @@ class Ledger:
         for trial, is_new in self._open.read(trials):
             if is_new and "retry_of" in trial.user_attrs:
                 self._orphans.pop(trial.user_attrs["retry_of"], None)
+            if IMPORTED in trial.user_attrs:
+                continue
             if trial.state is TrialState.COMPLETE:
                 self.finished += 1
                 self._ranking.add(trial)

@@ -139,6 +139,10 @@ class Attempt:
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
     """Why it ended without a result; else empty."""
+    epochs: int | None = None
+    """Epochs trained when it ended, with those of the attempts that it went on from; None if nobody noted them."""
+    finalist_of: int | None = None
+    """Number of the candidate whose hyp this one trains again on a fresh seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
