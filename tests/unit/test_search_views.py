@@ -89,7 +89,12 @@ def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> N
 
 
 def test_picture_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> None:
-    seed = {"lr0": 0.01, "momentum": 0.9, "fliplr": 0.5}  # few, as panels take time
+    seed = {
+        "lr0": 0.01,
+        "momentum": 0.9,
+        "scale": 0.5,
+        "fliplr": 0.5,
+    }  # fliplr stays; few, as panels take time
     run_search(
         directory=tmp_path,
         seed_hyp=seed,

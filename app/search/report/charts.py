@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
-from app.plots.style import shorten
+from app.plots.style import lower_end, shorten
 from app.search.outcome import Attempt, Finished, State
 from app.search.report.facts import Facts, WorkerTime, end_of
 from app.search.report.markup import Markup, element, join, text, void
-from app.search.report.svg import Scale, grid, label, line, path, picture, robust_low, shade, ticks
+from app.search.report.svg import Scale, grid, label, line, path, picture, shade, ticks
 from app.search.report.words import compact, duration, number
 
 WIDE = 600.0
@@ -24,7 +24,7 @@ MOST_MARKS = 4000
 def fitness_scale(facts: Facts, start: float, stop: float) -> Scale:
     """Return the scale of fitness that all charts share; nothing may have finished yet."""
     values = [candidate.fitness for candidate in facts.finished] or [0.0, 1.0]
-    low, high = robust_low(values), max(values)
+    low, high = lower_end(values), max(values)
     if not high > low:
         low, high = low - 0.05 * abs(low or 1), high + 0.05 * abs(high or 1)
     return Scale(low, high + 0.04 * (high - low), start, stop)

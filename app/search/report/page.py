@@ -151,7 +151,7 @@ def _progress(facts: Facts) -> Markup:
         "was lost or pruned counts too. Fitness is .1 mAP50 + .9 mAP50-95; what lies below the frame is drawn on its edge."
     )
     wide = element("div", progress_chart(facts), class_="wide")
-    narrow = element("div", progress_chart(facts, 360, name="progress-narrow"), class_="narrow")
+    narrow = element("div", progress_chart(facts, 330, name="progress-narrow"), class_="narrow")
     return _section("Best so far", _key(keys), wide, narrow, _soft(notes))
 
 

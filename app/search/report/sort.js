@@ -13,6 +13,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
+    button.title = "sort by this column";
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from app.search.report.markup import Markup, element, join, void
@@ -46,14 +46,6 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor >= rough)
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def robust_low(values: Sequence[float]) -> float:
-    """Return a lower end for an axis of fitness that a few collapsed trainings cannot flatten."""
-    ordered = sorted(values)
-    middle, best = ordered[len(ordered) // 2], ordered[-1]
-    tenth = ordered[len(ordered) // 10]
-    return max(ordered[0], min(tenth, middle) - 1.5 * (best - middle), min(tenth, middle) * 0.5)
 
 
 def shade(place: int, count: int) -> str:

@@ -105,7 +105,7 @@ def candidate_table(facts: Facts) -> Markup:
     ]
     heads = ("candidate", "state", "fitness", "mAP50", "mAP50-95", "P", "R", "epochs", "images", "took", "worker",
              "note")  # fmt: skip
-    caption = "Every training that was begun, best first; a click on a heading sorts."
+    caption = "Every training that was begun, best first."
     return table("candidates", caption, heads, rows, words=(1, 10, 11))
 
 
