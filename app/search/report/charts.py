@@ -144,7 +144,7 @@ def _best_line(
 
 def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
     """Draw a line a finished candidate over the axes of `genes` and its fitness; the winner bold, on top."""
-    width, height, top, bottom = 900.0, 360.0, 40.0, 316.0
+    width, height, top, bottom = 900.0, 374.0, 54.0, 330.0
     own = sorted(facts.finished, key=lambda candidate: (candidate.fitness, -candidate.number))[-MOST_LINES:]
     names = [*genes, "fitness"]
     xs = [50 + index * (width - 110) / (len(names) - 1) for index in range(len(names))]
@@ -161,12 +161,12 @@ def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
     axes = [
         join(
             line(x, top, x, bottom, "axis"),
-            label(x, top - 20, shorten(name, 16), anchor="middle", class_="name"),
+            label(x, top - 20 - 16 * (index % 2), shorten(name, 16), anchor="middle", class_="name"),
             label(x, top - 6, number(scale.high, 3), anchor="middle"),
             label(x, bottom + 16, ("≤ " if name == "fitness" else "") + number(scale.low, 3), anchor="middle"),
             label(x, bottom + 31, "log" if scale.log else "", anchor="middle", class_="faint"),
         )
-        for x, name, scale in zip(xs, names, scales, strict=True)
+        for index, (x, name, scale) in enumerate(zip(xs, names, scales, strict=True))
     ]  # fmt: skip
     return picture(
         width,

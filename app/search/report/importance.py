@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import optuna
-from optuna.distributions import FloatDistribution
-from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
-from optuna.trial import create_trial
-
 from app.search.outcome import Finished
 
 FEWEST = 50
@@ -32,6 +27,15 @@ def gene_importance(finished: Sequence[Finished], genes: Sequence[str]) -> dict[
     varied = [name for name in genes if len({candidate.hyp[name] for candidate in finished}) > 1]
     if len(finished) < FEWEST or not varied or len({candidate.fitness for candidate in finished}) < 2:
         return {}
+    return _by_forest(finished, varied)
+
+
+def _by_forest(finished: Sequence[Finished], varied: Sequence[str]) -> dict[str, float]:
+    import optuna  # its importances bring scikit-learn, which takes two seconds
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+    from optuna.trial import create_trial
+
     limits = {
         name: FloatDistribution(min(values), max(values))
         for name in varied
