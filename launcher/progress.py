@@ -26,6 +26,8 @@ class Progress:
     finished: int | None = None
     budget: int | None = None
     eta_s: float | None = None
+    search_ends_at: float | None = None
+    """Unix seconds: when the search as a whole is expected to end."""
     message: str | None = None
     updated: float | None = None
 
@@ -48,6 +50,7 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
         finished=_whole(values.get("finished")),
         budget=_whole(values.get("budget")),
         eta_s=_number(values.get("eta_s")),
+        search_ends_at=_number(values.get("search_ends_at")),
         message=_text(values.get("message")),
         updated=updated,
     )

@@ -77,10 +77,66 @@ class Row:
             "finished": progress.finished,
             "budget": progress.budget,
             "eta_s": progress.eta_s,
+            "search_ends_at": _iso(progress.search_ends_at),
             "trainer_phase": progress.phase,
             "message": progress.message,
             "updated": _iso(progress.updated),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One search, as its replicas tell of it: each knows what it last saw, so the one who has seen most is believed."""
+
+    fleet: str
+    finished: int
+    """The generation: finished trainings of the budget."""
+    budget: int
+    best_fitness: float | None
+    ends_at: float | None
+    """Unix seconds, expected; None where nobody trains, or too little is known."""
+
+    def words(self, now: float) -> str:
+        """Return `blood/search: 12/60 finished, best fitness 0.5123, about 2 h 05 min left`."""
+        words = f"{self.fleet}: {self.finished}/{self.budget} finished"
+        if self.best_fitness is not None:
+            words += f", best fitness {self.best_fitness:.4f}"
+        if self.ends_at is not None and self.finished < self.budget:
+            words += f", about {format_duration(max(self.ends_at - now, 0))} left"
+        return words
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "fleet": self.fleet,
+            "finished": self.finished,
+            "budget": self.budget,
+            "best_fitness": self.best_fitness,
+            "ends_at": _iso(self.ends_at),
+        }
+
+
+def searches_of(rows: Sequence[Row]) -> list[Search]:
+    """Return the searches that replicas work on, one a fleet, in the order of the rows."""
+    fleets: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.progress.finished is not None and row.progress.budget is not None:
+            fleets.setdefault(row.state.fleet, []).append(row)
+    return [_search(fleet, own) for fleet, own in fleets.items()]
+
+
+def _search(fleet: str, rows: Sequence[Row]) -> Search:
+    seen = [row.progress for row in rows]
+    newest = max(seen, key=lambda progress: (progress.finished or 0, progress.updated or 0.0))
+    bests = [progress.best_fitness for progress in seen if progress.best_fitness is not None]
+    alive = any(row.state.phase == "running" for row in rows)
+    return Search(
+        fleet=fleet,
+        finished=newest.finished or 0,
+        budget=max(progress.budget or 0 for progress in seen),
+        best_fitness=max(bests, default=None),
+        ends_at=newest.search_ends_at if alive else None,
+    )
 
 
 def words_for(state: ReplicaState) -> str:

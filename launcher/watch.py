@@ -26,16 +26,27 @@ def show_status(engine: Engine, names: Sequence[str], *, as_json: bool = False) 
     """Print one report and return `status`'s exit code."""
     rows = read_rows(engine, names)
     if as_json:
-        click.echo(json.dumps({"replicas": [row.as_dict() for row in rows]}, indent=2))
+        document = {
+            "replicas": [row.as_dict() for row in rows],
+            "searches": [search.as_dict() for search in report.searches_of(rows)],
+        }
+        click.echo(json.dumps(document, indent=2))
     elif not rows:
         click.echo("none")
     elif sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(report.as_table(rows))
+        _say_searches(rows)
     else:
         click.echo("\n".join(report.as_lines(rows)))
+        _say_searches(rows)
     return report.exit_code([row.state for row in rows])
+
+
+def _say_searches(rows: Sequence[report.Row]) -> None:
+    for search in report.searches_of(rows):
+        click.echo(search.words(time.time()))
 
 
 def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> None:
@@ -46,13 +57,16 @@ def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> Non
                 show_status(engine, names)
                 sys.stdout.flush()
                 time.sleep(interval_s)
+        from rich.console import Group
         from rich.live import Live
+        from rich.text import Text
 
         with Live(auto_refresh=False, screen=False) as live:
             while True:
                 rows = read_rows(engine, names)
                 title = time.strftime("%H:%M:%S") + ("" if rows else "  none")
-                live.update(report.as_table(rows, title), refresh=True)
+                searches = [Text(search.words(time.time())) for search in report.searches_of(rows)]
+                live.update(Group(report.as_table(rows, title), *searches), refresh=True)
                 time.sleep(interval_s)
     except KeyboardInterrupt:
         return

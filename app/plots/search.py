@@ -16,21 +16,31 @@ if TYPE_CHECKING:
     from matplotlib.collections import PathCollection
 
 COLUMNS = 6
+_BOTTOM = 0.75
+"""Inches below the panels: tick labels, and the names of what was never changed."""
 
 
 def plot_evolve(hyps: Mapping[str, Sequence[float]], fitness: Sequence[float], path: Path) -> None:
     """Draw `evolve.png`: one panel a hyperparameter, a dot a finished candidate, the best one marked.
 
     `hyps` maps a name to its values [n]; `fitness` is [n], in the order of the candidates, which the colour shows
-    from dark (first) to light. Panels of hyperparameters that were never changed say so.
+    from dark (first) to light. Hyperparameters that were never changed are named below the panels, without one of
+    their own unless all are such. Collapsed trainings lie on the lower edge: they would flatten the others.
     """
     scores = np.asarray(fitness, dtype=np.float64)
     best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else None
+    if best is not None:
+        scores = np.maximum(scores, style.lower_end(scores[np.isfinite(scores)].tolist()))
+    changed = {name: values for name, values in hyps.items() if len(set(values)) > 1}
+    fixed = {name: values[0] for name, values in hyps.items() if changed and name not in changed}
+    hyps = changed or hyps
     rows = max(math.ceil(len(hyps) / COLUMNS), 1)
     figure = style.new_figure(2.6 * COLUMNS, 2.15 * rows + 1.0)
     panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).ravel()
     top = 1.0 - 0.85 / (2.15 * rows + 1.0)
-    figure.subplots_adjust(left=0.05, right=0.98, top=top, bottom=0.28 / rows, wspace=0.2, hspace=0.7)
+    figure.subplots_adjust(
+        left=0.05, right=0.965, top=top, bottom=_BOTTOM / (2.15 * rows + 1.0), wspace=0.2, hspace=0.7
+    )
     dots = None
     for index, (axes, name) in enumerate(zip(panels, hyps, strict=False)):
         values = np.asarray(hyps[name], dtype=np.float64)
@@ -38,6 +48,9 @@ def plot_evolve(hyps: Mapping[str, Sequence[float]], fitness: Sequence[float], p
         dots = dots or drawn
     for axes in panels[len(hyps) :]:
         axes.set_visible(False)
+    if fixed:
+        words = "never changed: " + ",  ".join(f"{name} = {value:.4g}" for name, value in fixed.items())
+        figure.text(0.05, 0.012, words, fontsize=style.LABEL_SIZE, color="#666666", wrap=True, va="bottom")
     _key(figure, dots, len(scores), None if best is None else float(scores[best]))
     style.save_figure(figure, path)
 
@@ -65,7 +78,8 @@ def _panel(
         )
     if changed:
         axes.margins(x=0.08, y=0.1)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
+        axes.xaxis.set_major_formatter("{x:.4g}")
     else:
         axes.set_xticks(values[:1], [f"{value:.4g}" for value in values[:1]])
     axes.ticklabel_format(axis="y", useOffset=False)

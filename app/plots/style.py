@@ -113,6 +113,16 @@ def _glyphs() -> frozenset[int]:
     return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
 
 
+def lower_end(fitness: Sequence[float]) -> float:
+    """Return where an axis of fitness [n > 0] begins, so that a few collapsed trainings do not flatten the others.
+
+    Either the lowest value, or what lies as far below the lowest tenth as 1.5 times the way from the median up to the best.
+    """
+    ordered = sorted(fitness)
+    tenth, middle, best = ordered[len(ordered) // 10], ordered[len(ordered) // 2], ordered[-1]
+    return max(ordered[0], tenth - 1.5 * (best - middle))
+
+
 def share_map() -> Colormap:
     """Return blues from a tint that is told from white, for the smallest share, to dark for the whole."""
     from matplotlib import colormaps

@@ -10,6 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from app.search.outcome import State
 from app.search.plan import FRESH_SEEDS, StudyPlan
 
+IMPORTED = "imported"
+"""User attribute of a trial that holds a result of an older search: where it was read."""
 PARENTS = 5
 """The best finished candidates that a parent is drawn from."""
 FINALIST_OF, FRESH_SEED = "finalist_of", "fresh_seed"
@@ -83,9 +85,9 @@ class Ledger:
         return self._epochs + len(self.running) * self._plan.epochs
 
     @property
-    def spent(self) -> float:
-        """What the trainings that have ended cost, in trainings of full length."""
-        return self._epochs / self._plan.epochs
+    def part_trained(self) -> float:
+        """What the pruned trainings ran, in trainings of full length."""
+        return self._epochs / self._plan.epochs - self.finished
 
     @property
     def orphan(self) -> FrozenTrial | None:
@@ -114,6 +116,8 @@ class Ledger:
         for trial, is_new in self._open.read(trials):
             if is_new and "retry_of" in trial.user_attrs:
                 self._orphans.pop(trial.user_attrs["retry_of"], None)
+            if IMPORTED in trial.user_attrs:
+                continue
             if FINALIST_OF in trial.user_attrs:
                 self._count_final(trial)
             elif trial.state is TrialState.COMPLETE:

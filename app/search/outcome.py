@@ -117,7 +117,7 @@ class Finished:
     worker: str
     is_seed: bool
     """Whether its hyp is the one that the search started from."""
-    finalist_of: int | None
+    finalist_of: int | None = None
     """The candidate that was trained again on a fresh seed."""
     again: tuple[float, ...] = ()
     """Fitness on fresh seeds, of a candidate that was a finalist."""
@@ -164,8 +164,10 @@ class Attempt:
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
     """Why it ended without a result; else empty."""
-    finalist_of: int | None
-    """The candidate that was trained again on a fresh seed."""
+    epochs: int | None = None
+    """Epochs trained when it ended, with those of the attempts that it went on from; None if nobody noted them."""
+    finalist_of: int | None = None
+    """Number of the candidate whose hyp this one trains again on a fresh seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,10 +179,20 @@ class Progress:
     finished: int
     running: int
     failed: int
-    pruned: int
-    spent: float
-    """Of the budget; a pruned training counts as the part that it ran."""
     best_fitness: float | None
+    pruned: int = 0
+    part_trained: float = 0.0
+    """What the pruned ones ran, in trainings of full length."""
+
+    @property
+    def spent(self) -> float:
+        """What has ended, in trainings of full length; failures are not in it."""
+        return self.finished + self.part_trained
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget has no room for another training."""
+        return self.budget - self.spent < 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

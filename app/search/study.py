@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from app.errors import ConfigError, Pruned, UsageError
 from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
-from app.search.ledger import FINALIST_OF, FRESH_SEED, Ledger
+from app.search.ledger import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
 from app.search.outcome import (
     Attempt,
     Candidate,
@@ -37,7 +37,7 @@ from app.search.sampler import EvolutionSampler
 
 VERSION = 2
 """Of the records below; a study of another version is refused."""
-_DEFINITION, _BUDGET, _UUID = "definition", "budget", "uuid"
+_DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
 _DIFFERENCES_SHOWN = 8
 
 
@@ -108,6 +108,8 @@ class SearchStudy:
     ) -> None:
         self.directory = directory
         self.seed_hyp: dict[str, float] = dict(definition["hyp"])
+        self.signature: dict[str, Any] = dict(definition["signature"])
+        """What the fitness depends on besides the hyp, as it was given when the study began."""
         self.uuid = str(study.user_attrs.get(_UUID, ""))
         """The search's own id, the same for all workers; its candidates' runs are children of it."""
         self._storage = storage
@@ -196,6 +198,17 @@ class SearchStudy:
         """Trainings of full length that the search may spend."""
         return int(self._study.user_attrs.get(_BUDGET, 0))
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """What `describe` was given; empty before."""
+        return dict(self._study.user_attrs.get(_TRAINING, {}))
+
+    def describe(self, training: Mapping[str, Any]) -> None:
+        """Keep what the report tells of the trainings themselves: command and images. The first worker's stands."""
+        with self._storage.lock():
+            if _TRAINING not in self._study.user_attrs:
+                self._study.set_user_attr(_TRAINING, dict(training))
+
     def lock(self) -> AbstractContextManager[None]:
         """Exclude the other workers; not reentrant, and taken by ask, finish and fail themselves."""
         return self._storage.lock()
@@ -267,17 +280,32 @@ class SearchStudy:
         with contextlib.suppress(LeaseLost):
             self._end(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL, None)
 
+    def add_known(self, choose: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]]) -> int:
+        """Append finished trials marked with IMPORTED, which `choose` makes from those that are there; return how many.
+
+        They are parents for the sampler, and neither candidates of this search nor part of its budget.
+        """
+        with self._storage.lock():
+            known = choose(self._trials())
+            for trial in known:
+                self._study.add_trial(trial)
+        return len(known)
+
     def finished(self) -> list[Finished]:
         """Return the finished candidates in the order of their numbers."""
         with understood(self.directory / JOURNAL):
-            return [
-                self._as_finished(trial) for trial in self._trials() if trial.state is TrialState.COMPLETE
-            ]
+            own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
+            return [self._as_finished(trial) for trial in own if trial.state is TrialState.COMPLETE]
 
     def attempts(self) -> list[Attempt]:
         """Return every training that was begun, in the order of their numbers."""
         with understood(self.directory / JOURNAL):
-            return [self._as_attempt(trial) for trial in self._trials()]
+            own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
+            return [self._as_attempt(trial) for trial in own]
+
+    def imported(self) -> int:
+        """Return how many results of older searches were imported."""
+        return sum(IMPORTED in trial.user_attrs for trial in self._trials())
 
     def progress(self) -> Progress:
         """Return how far the search is."""
@@ -299,7 +327,7 @@ class SearchStudy:
             running=len(self._ledger.running),
             failed=self._ledger.failed,
             pruned=self._ledger.pruned,
-            spent=self._ledger.spent,
+            part_trained=self._ledger.part_trained,
             best_fitness=self._ledger.best_fitness,
         )
 
@@ -427,6 +455,7 @@ class SearchStudy:
             metrics=attributes.get("metrics", {}),
             curve=dict(sorted(trial.intermediate_values.items())),
             reason=str(attributes.get("reason", "")),
+            epochs=attributes.get("epochs"),
             finalist_of=attributes.get(FINALIST_OF),
         )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from app.engine.training import (
 from app.errors import CheckpointError, Pruned, UsageError
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
+from app.search.estimate import seconds_left
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
@@ -156,14 +159,19 @@ class _Trainings:
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": "", "name": config.run_name}
-        self._study: SearchStudy | None = None
         self._told = 0
         """Finished trainings when the trackers were last told."""
+        self._study: SearchStudy | None = None
+        self._estimate: tuple[SearchProgress | None, float | None] = (None, None)
+        """When the search is expected to end, by how far it was."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
-        self._study = study
-        self._search["uuid"] = study.uuid
+        self._search["uuid"], self._study = study.uuid, study
+        data = self._workshop.data
+        study.describe(
+            {"command": self._config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
+        )
         params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
         self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
                          dir=self._directory, params=params)  # fmt: skip
@@ -179,11 +187,19 @@ class _Trainings:
             finished=progress.finished,
             budget=progress.budget,
             best_fitness=progress.best_fitness,
+            search_ends_at=self._expected_end(progress),
         )
         if progress.best_fitness is not None and progress.finished != self._told:
             self._told = progress.finished
             values = {"search/best_fitness": progress.best_fitness, "search/failed": progress.failed}
             self._log.append("metrics", run=self._search["uuid"], step=progress.finished, values=values)
+
+    def _expected_end(self, progress: SearchProgress) -> float | None:
+        """Return the Unix time at which the search may end; worked out anew only where something has changed."""
+        if self._study is not None and self._estimate[0] != progress:
+            left = seconds_left(self._study.attempts(), progress, datetime.now())
+            self._estimate = progress, None if left is None else time.time() + left
+        return self._estimate[1]
 
     def finished(self) -> None:
         """Draw the winner's pictures, and tell the trackers that the whole search is done."""
@@ -197,7 +213,7 @@ class _Trainings:
                 draw_weights(self._workshop, best, self._directory)
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         self._log.append("run_end", run=self._search["uuid"], status="finished")
-        self._status.update(phase="done", candidate=None, eta_s=0)
+        self._status.update(phase="done", candidate=None, eta_s=0, search_ends_at=None)
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
@@ -299,5 +315,5 @@ def _say_summary(summary: SearchSummary, directory: Path, progress: Progress) ->
     )
     progress.say(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
     progress.say(
-        f"results in {directory}: hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
+        f"results in {directory}: report.html, hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
     )

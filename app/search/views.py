@@ -1,4 +1,4 @@
-"""Files derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png. None of them is ever read back."""
+"""Files derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png, report.html. None of them is ever read back."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def write_views(study: SearchStudy, *, picture: bool = True) -> None:
         _write_best(study, finished)
         if picture:
             _draw(finished, study.directory / PICTURE)
+            _report(study)
 
 
 def csv_text(finished: Sequence[Finished]) -> str:
@@ -63,6 +64,12 @@ def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
         f"fitness: {best.fitness:.5g}\n{again}{metrics}\n"
     )
     write_yaml(study.directory / YAML, best.hyp, comment=comment)
+
+
+def _report(study: SearchStudy) -> None:
+    from app.search.report import write_report  # as is what it takes the importance of genes from
+
+    write_report(study)
 
 
 def _draw(finished: Sequence[Finished], path: Path) -> None:

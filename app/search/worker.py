@@ -29,7 +29,7 @@ from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
 DRAWING_SHARE = 0.02
-"""Most of a worker's time that evolve.png may take."""
+"""Most of a worker's time that evolve.png and report.html may take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class WorkerSettings:
     failures_in_a_row: int = 5
     """Candidates that fail here one after the other before the worker gives up."""
     picture: bool = True
-    """Whether evolve.png is drawn."""
+    """Whether evolve.png is drawn and report.html is written."""
     rules: StudyRules = field(default_factory=StudyRules)
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class _Worker:
         self._say = say
         self._failures_in_a_row = 0
         self._draw_at = 0.0
-        """When evolve.png may be drawn again."""
+        """When evolve.png and report.html are due again."""
         self.trained = 0
 
     def train(self, claim: Claim) -> None:

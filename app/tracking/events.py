@@ -38,6 +38,7 @@ SEARCH_ARTIFACTS = {
     "opt.yaml": "config",
     "evolve.csv": "table",
     "hyp_evolve.yaml": "config",
+    "report.html": "report",
     "*.png": "plot",
     "*.jpg": "plot",
     "weights/best.pt": "weights",

@@ -95,6 +95,9 @@ def test_two_replicas_share_a_search_that_is_tracked_as_one(
         home, "logs", fleet, engine=engine
     )
     assert {replica["finished"] for replica in replicas} == {3}
+    (told,) = json.loads(launcher(home, "status", "--json", fleet, engine=engine).stdout)["searches"]
+    assert (told["fleet"], told["finished"], told["budget"]) == (fleet, 3, 3)
+    assert told["best_fitness"] == replicas[0]["best_fitness"]
 
     search = home / "runs" / fleet
     with open(search / "evolve.csv") as file:

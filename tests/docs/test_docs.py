@@ -18,6 +18,7 @@ from app.config.shipped import SHIPPED
 from app.config.train_flags import build_parser
 from app.data.__main__ import build_parser as data_parser
 from app.plots import __main__ as plots
+from app.search.__main__ import build_parser as search_parser
 from launcher.cli import cli as launcher
 from tests.conftest import REPOSITORY
 
@@ -103,6 +104,16 @@ def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["data.md"]
 
 
+@pytest.mark.parametrize("flag", set(flags_of(search_parser())) - {"--help"})
+def test_every_flag_of_the_search_command_is_in_the_search_page(flag: str) -> None:
+    assert f"`{flag}" in DOCS["search.md"]
+
+
+@pytest.mark.parametrize("command", ["show", "report", "import"])
+def test_every_search_command_is_in_the_search_page(command: str) -> None:
+    assert f"python -m app.search {command} " in DOCS["search.md"]
+
+
 @pytest.mark.parametrize("path", sorted((SHIPPED / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_dataset_is_in_the_data_page(path: Path) -> None:
     assert f"`{path.name}`" in DOCS["data.md"]
@@ -131,6 +142,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *(flag for _, flag in detect_and_export_flags()),
         *export_config.REFUSED,
         *flags_of(data_parser()),
+        *flags_of(search_parser()),
     }
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--standalone"}

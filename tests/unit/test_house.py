@@ -10,7 +10,15 @@ import pytest
 from tests.conftest import REPOSITORY
 
 STOREYS = [
-    ["app.train", "app.val", "app.detect", "app.export", "app.track", "app.data.__main__"],
+    [
+        "app.train",
+        "app.val",
+        "app.detect",
+        "app.export",
+        "app.track",
+        "app.data.__main__",
+        "app.search.__main__",
+    ],
     ["app.command"],
     ["app.search"],
     ["app.engine"],

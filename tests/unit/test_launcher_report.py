@@ -16,7 +16,16 @@ from launcher.env_file import read_env_file
 from launcher.errors import UsageError
 from launcher.fleet import _changed_words, select
 from launcher.progress import Progress, _number, _text, read_progress
-from launcher.report import COLUMNS, Row, as_lines, as_table, exit_code, format_duration, words_for
+from launcher.report import (
+    COLUMNS,
+    Row,
+    as_lines,
+    as_table,
+    exit_code,
+    format_duration,
+    searches_of,
+    words_for,
+)
 from launcher.sizes import GIB
 
 STATE = ReplicaState(
@@ -70,6 +79,29 @@ def test_progress_is_read_from_the_workers_file(tmp_path: Path) -> None:
     progress = read_progress(tmp_path, "r")
     assert Row(replace(STATE, phase="running"), progress).cells()[3:] == ("7", "3/10", "0.5000", "1 h 05 min")
     assert read_progress(tmp_path, "r", since=11.0) == Progress()
+
+
+def test_a_search_is_told_once_by_the_replica_that_has_seen_most_of_it() -> None:
+    running = replace(STATE, phase="running")
+    behind = Progress(finished=11, budget=60, best_fitness=0.5, search_ends_at=9e9, updated=20)
+    ahead = Progress(finished=12, budget=60, best_fitness=0.5123, search_ends_at=8500, updated=10)
+    training = Row(replace(running, fleet="x/y"), Progress(epoch=1, epochs=2))
+    (search,) = searches_of([Row(running, behind), Row(running, ahead), training])
+    assert search.words(1000) == "b/s: 12/60 finished, best fitness 0.5123, about 2 h 05 min left"
+    assert search.words(9000).endswith("about 0 s left")
+    (still,) = searches_of([Row(replace(STATE, exit_code=143), ahead)])
+    assert still.words(1000) == "b/s: 12/60 finished, best fitness 0.5123", "nobody trains, so it never ends"
+    (new,) = searches_of([Row(running, Progress(finished=0, budget=60))])
+    assert new.words(1000) == "b/s: 0/60 finished"
+    assert searches_of([training]) == []
+
+
+def test_when_a_search_may_end_is_read_from_the_workers_file(tmp_path: Path) -> None:
+    write(tmp_path, {"finished": 1, "budget": 2, "search_ends_at": 4000.5, "updated": 10})
+    row = Row(replace(STATE, phase="running"), read_progress(tmp_path, "r"))
+    assert row.as_dict()["search_ends_at"] == "1970-01-01T01:06:40+00:00"
+    write(tmp_path, {"finished": 1, "budget": 2, "search_ends_at": "soon", "updated": 10})
+    assert read_progress(tmp_path, "r").search_ends_at is None
 
 
 def test_a_trainer_that_failed_says_why_beside_its_exit_code(tmp_path: Path) -> None:

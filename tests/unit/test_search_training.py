@@ -67,7 +67,7 @@ def test_a_search_leaves_its_views_and_the_winners_weights_and_pictures(
 ) -> None:
     assert train.main([*search_args, "--evolve", "2"]) == 0
     search = runs / "blood" / "search"
-    files = ["evolve.csv", "hyp_evolve.yaml", "evolve.png", "weights/best.pt", "labels.jpg",
+    files = ["evolve.csv", "hyp_evolve.yaml", "evolve.png", "report.html", "weights/best.pt", "labels.jpg",
              "val_batch0_pred.jpg", "confusion_matrix.png", "candidates/0001/results.csv"]  # fmt: skip
     assert [name for name in files if not (search / name).is_file()] == []
     assert not list(search.glob("candidates/*/weights")), "weights of every candidate would fill the disk"
@@ -107,6 +107,17 @@ def test_pruned_search_keeps_only_the_winners_weights_and_meets_its_budget(
     assert f"candidate {pruned.number}: pruned: fitness" in capsys.readouterr().out
     events = [json.loads(line) for file in search.glob("workers/*/events.jsonl") for line in file.open()]
     assert sum(event.get("status") == "pruned" for event in events) == progress.pruned
+
+
+def test_the_report_knows_the_command_and_the_images_of_the_trainings(
+    search_args: list[str], runs: Path, tiny_data: Path
+) -> None:
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    study = SearchStudy.read(runs / "blood" / "search")
+    assert (study.training["train_images"], study.training["val_images"]) == (8, 4)
+    page = (runs / "blood" / "search" / "report.html").read_text()
+    assert f"--data {tiny_data} --img 64 --batch 4 --hyp runs/blood/search/hyp_evolve.yaml" in page
+    assert "images trained" in page
 
 
 def test_joining_later_with_a_larger_budget_goes_on_where_the_search_was(
@@ -176,3 +187,4 @@ def test_the_status_file_says_how_far_the_whole_search_is(search_args: list[str]
     assert status["finished"] == status["budget"] == 2
     assert status["best_fitness"] is not None
     assert status["phase"] == "done"
+    assert status["search_ends_at"] is None

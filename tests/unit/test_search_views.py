@@ -13,6 +13,7 @@ import pytest
 from app.config.hyp import Hyp
 from app.config.yaml_reader import read_yaml
 from app.plots.search import plot_evolve
+from app.plots.style import lower_end
 from app.search.__main__ import main
 from app.search.outcome import Candidate, Outcome, Report
 from app.search.study import SearchStudy
@@ -89,7 +90,12 @@ def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> N
 
 
 def test_picture_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> None:
-    seed = {"lr0": 0.01, "momentum": 0.9, "fliplr": 0.5}  # few, as panels take time
+    seed = {
+        "lr0": 0.01,
+        "momentum": 0.9,
+        "scale": 0.5,
+        "fliplr": 0.5,
+    }  # fliplr stays; few, as panels take time
     run_search(
         directory=tmp_path,
         seed_hyp=seed,
@@ -130,3 +136,20 @@ def test_show_of_a_folder_without_a_search_is_exit_2(
 ) -> None:
     assert main(["show", str(tmp_path)]) == 2
     assert "holds no search" in capsys.readouterr().err
+
+
+def test_collapsed_trainings_do_not_flatten_the_picture_and_an_ordinary_spread_is_shown_whole() -> None:
+    ordinary = [0.30, 0.32, 0.33, 0.34, 0.36]
+    assert lower_end(ordinary) == 0.30
+    assert lower_end([*ordinary * 4, 0.001]) == pytest.approx(0.30 - 1.5 * 0.03)
+    assert lower_end([0.5]) == 0.5
+
+
+def test_what_never_changed_has_no_panel_unless_nothing_did(tmp_path: Path) -> None:
+    moving = {f"g{n}": [0.1, 0.2] for n in range(6)}
+    fixed = {f"f{n}": [1.0, 1.0] for n in range(6)}
+    heights = []
+    for number, hyps in enumerate(({**moving, **fixed}, moving, {**moving, "g6": [1.0, 2.0]}, fixed)):
+        plot_evolve(hyps, [0.3, 0.4], tmp_path / f"{number}.png")
+        heights.append(cv2.imread(str(tmp_path / f"{number}.png")).shape[0])
+    assert heights[0] == heights[1] == heights[3] < heights[2]
