@@ -246,7 +246,7 @@ def test_what_failed_is_in_the_price_of_a_training_and_what_was_pruned_by_its_pa
     cheap = seconds_left([attempt(0), running], progress, BEGAN)
     dear = seconds_left([attempt(0), attempt(1, state=State.FAILED), running], progress, BEGAN)
     assert (cheap, dear) == (10 * 60, 20 * 60)
-    third = attempt(1, state=State.PRUNED, ended=BEGAN + timedelta(minutes=5))
+    third = attempt(1, state=State.PRUNED, began=BEGAN, ended=BEGAN + timedelta(minutes=5))
     part = Progress(budget=3, finished=1, running=1, failed=0, best_fitness=0.3, pruned=1, part_trained=0.5)
     assert seconds_left([attempt(0), third, running], part, BEGAN) == 10 * 60
 
