@@ -12,6 +12,8 @@ from app.outputs.run_dir import check_name
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 Cache = Literal["auto", "ram", "disk", "device", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
+Sampler = Literal["classic", "fast", "random", "qmc", "gp"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 AUTO_BATCH = -1
 
@@ -52,6 +54,10 @@ class TrainConfig:
     """Draw no pictures."""
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
+    sampler: Sampler = "classic"
+    """How a search proposes candidates: classic, fast, random, qmc or gp."""
+    space: str = "classic.yaml"
+    """What a search changes, and within which bounds: a space YAML."""
     cache: Cache = "auto"
     """Where decoded images are kept: auto, ram, disk, device, val (those of validation in ram), off."""
     device: str = ""
@@ -121,6 +127,7 @@ class TrainConfig:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:
             raise ConfigError("--evolve", self.evolve, "must be at least 1")
+        self._check_search()
         if self.workers < 0:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:
@@ -136,6 +143,15 @@ class TrainConfig:
             check_name(self.name)
         if self.bucket:
             check_bucket(self.bucket)
+
+    def _check_search(self) -> None:
+        """Refuse what only a search knows where there is none."""
+        if self.sampler not in SAMPLERS:
+            raise ConfigError("--sampler", self.sampler, f"must be one of {', '.join(SAMPLERS)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("sampler", "space") and not self.evolve and value != field.default:
+                raise ConfigError(f"--{field.name}", value, "means a search; add --evolve N")
 
     def _check_devices(self) -> None:
         """Check a list of devices by itself; whether they exist is found out later."""

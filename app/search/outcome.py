@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,8 @@ class Candidate:
     """Every hyperparameter, searched or not."""
     directory: Path
     """Where this attempt writes: `<search>/candidates/0007`. No other worker ever writes there."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched, such as `batch_size`; empty unless asked for."""
     resumes_from: tuple[Path, ...] = ()
     """Folders of interrupted attempts at the same hyp, newest first; the first that holds a checkpoint is the
     one to resume from. They may still be written to by a worker that was frozen: read them, never write."""
@@ -101,6 +103,8 @@ class Finished:
     worker: str
     is_seed: bool
     """Whether its hyp is the one that the search started from."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched; empty unless asked for."""
 
 
 class State(enum.StrEnum):
@@ -139,6 +143,8 @@ class Attempt:
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
     """Why it ended without a result; else empty."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched; empty unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

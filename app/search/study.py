@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from app.config.train_config import Sampler
 from app.errors import ConfigError, UsageError
 from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
@@ -30,9 +30,11 @@ from app.search.outcome import (
     SearchFailed,
     State,
 )
-from app.search.sampler import EvolutionSampler
+from app.search.samplers.knowledge import SAMPLER
+from app.search.samplers.proposer import Proposer
+from app.search.space import Space, split_values
 
-VERSION = 1
+VERSION = 2
 """Of the records below; a study of another version is refused."""
 _DEFINITION, _BUDGET, _UUID = "definition", "budget", "uuid"
 _DIFFERENCES_SHOWN = 8
@@ -87,6 +89,7 @@ class SearchStudy:
         definition: Mapping[str, Any],
         rules: StudyRules,
         monotonic: Callable[[], float],
+        proposer: Proposer | None = None,
     ) -> None:
         self.directory = directory
         self.seed_hyp: dict[str, float] = dict(definition["hyp"])
@@ -95,6 +98,7 @@ class SearchStudy:
         self._storage = storage
         self._study = study
         self._rules = rules
+        self._proposer = proposer
         self._ledger = Ledger(rules.max_retries)
         self._study_id = storage.optuna.get_study_id_from_name(study.study_name)
         self._watch = LeaseWatch(directory, rules.lease_s, monotonic=monotonic)
@@ -110,7 +114,9 @@ class SearchStudy:
         signature: Mapping[str, Any],
         name: str = "search",
         storage: StudyStorage | None = None,
-        sampler: BaseSampler | None = None,
+        space: Space | None = None,
+        seed_settings: Mapping[str, int | str] | None = None,
+        sampler: Sampler = "classic",
         rules: StudyRules | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         new_uuid: Callable[[], str] = lambda: uuid.uuid4().hex,
@@ -118,23 +124,33 @@ class SearchStudy:
         """Join the study in `directory`, or start it; any number of workers may do so at once.
 
         `budget` is the number of finished trainings in all; a joiner can raise it, never lower it. `signature` says
-        what the fitness depends on besides the hyp (data digest, configuration) and must hold JSON values.
+        what the fitness depends on besides the hyp (data digest, configuration) and must hold JSON values. `space`
+        is what the search changes, by default the classic genes; `seed_settings` are the values that its settings
+        start from. `sampler` is this worker's own.
 
-        Raises UsageError where the study was started with another hyp, seed or signature, saying which.
+        Raises UsageError where the study was started with another hyp, seed, space or signature, saying which.
         """
         if budget < 1:
             raise ConfigError("evolve", budget, "must be at least 1 finished training")
         hyp = {key: float(value) for key, value in seed_hyp.items() if value is not None}
+        space = (space or Space()).starting_from(hyp)
         definition = json.loads(
             json.dumps(
-                {"version": VERSION, "seed": study_seed, "hyp": hyp, "signature": dict(signature)},
+                {
+                    "version": VERSION,
+                    "seed": study_seed,
+                    "hyp": hyp,
+                    "space": space.as_dict(),
+                    "signature": dict(signature),
+                },
                 default=str,
             )
         )
+        proposer = Proposer.of(sampler, space, {**hyp, **(seed_settings or {})}, study_seed)
         directory = directory.absolute()
         storage = storage or JournalStudyStorage(directory)
         with storage.lock():
-            study = _load_or_create(storage, name, sampler or EvolutionSampler(hyp, study_seed))
+            study = _load_or_create(storage, name)
             attributes = study.user_attrs
             if _UUID not in attributes:
                 study.set_user_attr(_UUID, new_uuid())
@@ -144,7 +160,7 @@ class SearchStudy:
                 raise UsageError(_describe_difference(directory, attributes[_DEFINITION], definition))
             if budget > attributes.get(_BUDGET, 0):
                 study.set_user_attr(_BUDGET, budget)
-        return cls(directory, storage, study, definition, rules or StudyRules(), monotonic)
+        return cls(directory, storage, study, definition, rules or StudyRules(), monotonic, proposer)
 
     @classmethod
     def read(cls, directory: Path, *, name: str = "search", rules: StudyRules | None = None) -> Self:
@@ -253,12 +269,15 @@ class SearchStudy:
         number = len(trials)
         orphan = self._ledger.orphan
         if orphan is None:
-            params, space = self._sample(number)
-            attributes: dict[str, Any] = {"worker": worker, "root": number}
+            assert self._proposer is not None, "opened to be read only"
+            proposal = self._proposer.propose(number, trials)
+            params, limits = proposal.values, proposal.limits
+            attributes: dict[str, Any] = {"worker": worker, "root": number, SAMPLER: proposal.sampler}
         else:
-            params, space = orphan.params, orphan.distributions
+            params, limits = orphan.params, orphan.distributions
             attributes = {
                 "worker": worker,
+                SAMPLER: orphan.user_attrs[SAMPLER],
                 "root": orphan.user_attrs["root"],
                 "retry_of": orphan.number,
                 "lost_before": orphan.user_attrs.get("lost_before", 0)
@@ -271,27 +290,22 @@ class SearchStudy:
             # Whole or not at all: an ask that suggests gene by gene can be killed between two of them.
             self._study.add_trial(
                 create_trial(
-                    state=TrialState.RUNNING, params=params, distributions=space, user_attrs=attributes
+                    state=TrialState.RUNNING, params=params, distributions=limits, user_attrs=attributes
                 )
             )
         except BaseException:
             lease.close()
             raise
+        hyp, settings = split_values(params)
         candidate = Candidate(
             number=number,
-            hyp={**self.seed_hyp, **params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             directory=self._candidate_dir(number),
             resumes_from=tuple(self._candidate_dir(n) for n in _ancestors(trials, orphan)),
         )
         lease.keep_alive(self._rules.lease_s / 4)
         return Claim(candidate, lease)
-
-    def _sample(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return genes and limits of a new candidate, from the study's sampler."""
-        trial = create_trial(state=TrialState.RUNNING)
-        trial.number = number
-        space = self._study.sampler.infer_relative_search_space(self._study, trial)
-        return self._study.sampler.sample_relative(self._study, trial, space), space
 
     def _end(
         self, claim: Claim, attributes: Mapping[str, Any], state: TrialState, value: float | None
@@ -321,9 +335,11 @@ class SearchStudy:
 
     def _as_finished(self, trial: FrozenTrial) -> Finished:
         attributes = trial.user_attrs
+        hyp, settings = split_values(trial.params)
         return Finished(
             number=trial.number,
-            hyp={**self.seed_hyp, **trial.params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             fitness=float(trial.value),
             metrics=attributes["metrics"],
             worker=attributes["worker"],
@@ -332,11 +348,13 @@ class SearchStudy:
 
     def _as_attempt(self, trial: FrozenTrial) -> Attempt:
         attributes = trial.user_attrs
+        hyp, settings = split_values(trial.params)
         return Attempt(
             number=trial.number,
             root=attributes["root"],
             state=_state_of(trial),
-            hyp={**self.seed_hyp, **trial.params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             worker=attributes["worker"],
             began=trial.datetime_start,
             ended=trial.datetime_complete,
@@ -359,10 +377,10 @@ def _state_of(trial: FrozenTrial) -> State:
     return State.RUNNING
 
 
-def _load_or_create(storage: StudyStorage, name: str, sampler: BaseSampler) -> optuna.Study:
+def _load_or_create(storage: StudyStorage, name: str) -> optuna.Study:
     if name in _names(storage):
-        return optuna.load_study(study_name=name, storage=storage.optuna, sampler=sampler)
-    return optuna.create_study(study_name=name, storage=storage.optuna, sampler=sampler, direction="maximize")
+        return optuna.load_study(study_name=name, storage=storage.optuna)
+    return optuna.create_study(study_name=name, storage=storage.optuna, direction="maximize")
 
 
 def _names(storage: StudyStorage) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from app.engine.distributed import Place
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
-from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, TrainResult
 from app.engine.training import (
@@ -29,7 +27,6 @@ from app.engine.training import (
     check_bridge,
     draw_weights,
     finish_bridge,
-    open_workshop,
     read_hyp,
     train_in,
     upload_results,
@@ -41,8 +38,10 @@ from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
+from app.search.space import Space, changed, read_space, settings_flags
 from app.search.study import SearchStudy
 from app.search.worker import run_search
+from app.search.workshops import Workshops, check_layouts, layout_digest, searched_layouts
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
 from app.tracking.process import BridgeHandle, start_bridge
 
@@ -63,31 +62,36 @@ def search(config: TrainConfig) -> None:
         )
     progress = Progress()
     seed_hyp = read_hyp(config)
-    workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
-    warn_of_idle(config, seed_hyp, workshop.data, progress.say)
+    space, seed_settings = read_space(config)
+    check_layouts(space, config)
+    workshops = Workshops(config, seed_hyp, progress.say)
+    config = workshops.usual.config
+    warn_of_idle(config, seed_hyp, workshops.usual.data, progress.say)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
-    config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
-    report_findings(workshop.data, directory, progress.say)
+    report_findings(workshops.usual.data, directory, progress.say)
     with StopSignal() as stop:
         bridge = start_bridge(log, warn=progress.say)
-        trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)
+        trainings = _Trainings(config, workshops, directory, log, bridge, progress, stop)
         try:
             summary = run_search(
                 directory=directory,
                 seed_hyp=seed_hyp.as_dict(),
                 budget=config.evolve,
                 study_seed=config.seed,
-                signature=_signature(config, workshop),
+                signature=_signature(config, workshops.usual, space),
+                space=space,
+                seed_settings=seed_settings,
+                sampler=config.sampler,
                 objective=trainings.train,
                 say=progress.say,
                 on_open=trainings.joined,
                 on_progress=trainings.progressed,
                 check_stop=stop.raise_if_requested,
             )
-            trainings.finished()
+            trainings.finished(summary)
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
@@ -106,18 +110,20 @@ def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
         "candidate": summary.best.number,
         "finished": summary.progress.finished,
         "hyp": summary.best.hyp,
+        "settings": summary.best.settings,
         "run": str(directory),
         "weights": str(RunDir(directory).best),
     }
 
 
-def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
+def _signature(config: TrainConfig, workshop: Workshop, space: Space) -> dict[str, Any]:
     """Return what two workers must share for their fitnesses to be comparable."""
     values = config.as_dict()
     return {
         **{key: values[key] for key in COMPARED},
         "image_size": workshop.image_size,
-        "layout": f"{zlib.crc32(repr(workshop.start.layout).encode()):08x}",
+        "layout": layout_digest(workshop.start.layout),
+        "layouts": searched_layouts(space),
         "train": workshop.data.train.digest,
         "val": workshop.data.val.digest,
     }
@@ -129,7 +135,7 @@ class _Trainings:
     def __init__(
         self,
         config: TrainConfig,
-        workshop: Workshop,
+        workshops: Workshops,
         directory: Path,
         log: EventLog,
         bridge: BridgeHandle | None,
@@ -138,7 +144,7 @@ class _Trainings:
     ) -> None:
         # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
         self._config = replace(config, noval=True, noplots=True, patience=0)
-        self._workshop, self._directory, self._log, self._bridge = workshop, directory, log, bridge
+        self._workshops, self._directory, self._log, self._bridge = workshops, directory, log, bridge
         self._progress, self._stop = progress, stop
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
@@ -170,27 +176,30 @@ class _Trainings:
             values = {"search/best_fitness": progress.best_fitness, "search/failed": progress.failed}
             self._log.append("metrics", run=self._search["uuid"], step=progress.finished, values=values)
 
-    def finished(self) -> None:
+    def finished(self, summary: SearchSummary) -> None:
         """Draw the winner's pictures, and tell the trackers that the whole search is done."""
         with locked(self._directory / "weights.lock"):
             best, drawn = RunDir(self._directory).best, self._directory / "confusion_matrix.png"
             # Every worker comes by at the end; the first one draws.
             if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
-                pictures.draw_labels(self._workshop.data.train, self._directory)
-                draw_weights(self._workshop, best, self._directory)
+                workshop = self._workshops.of(summary.best.settings)
+                pictures.draw_labels(workshop.data.train, self._directory)
+                draw_weights(workshop, best, self._directory)
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         self._log.append("run_end", run=self._search["uuid"], status="finished")
         self._status.update(phase="done", candidate=None, eta_s=0)
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
+        workshop = self._workshops.of(candidate.settings)
+        config = changed(self._config, candidate.settings)
         state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
         run = RunDir(candidate.directory)
         label = RunLabel(run_uuid, self._project, f"candidate {candidate.number}", parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"candidate {candidate.number}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=self._workshop.compute.memory_bytes)  # fmt: skip
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
         def on_epoch(row: EpochRow) -> None:
@@ -200,7 +209,7 @@ class _Trainings:
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
             result = train_in(
-                self._workshop, self._config, hyp, run, reporter, self._stop, state, on_epoch, recover=False
+                workshop, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False
             )
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
@@ -255,6 +264,8 @@ def _say_summary(summary: SearchSummary, directory: Path, progress: Progress) ->
         f"search finished: {summary.progress.finished} trainings, {summary.trained_here} of them here"
     )
     progress.say(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
+    if best.settings:
+        progress.say(f"trained with {settings_flags(best.settings)}")
     progress.say(
         f"results in {directory}: hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.config.train_config import Sampler
 from app.errors import ConfigError, Stopped
 from app.outputs.worker_status import worker_name
 from app.search.journal import JournalStudyStorage
@@ -23,6 +24,7 @@ from app.search.outcome import (
     State,
     failure_reason,
 )
+from app.search.space import Space
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
@@ -62,6 +64,9 @@ def run_search(
     study_seed: int,
     signature: Mapping[str, Any],
     objective: Objective,
+    space: Space | None = None,
+    seed_settings: Mapping[str, int | str] | None = None,
+    sampler: Sampler = "classic",
     settings: WorkerSettings | None = None,
     say: Callable[[str], None] = print,
     on_open: Callable[[SearchStudy], None] = lambda study: None,
@@ -87,6 +92,9 @@ def run_search(
         budget=budget,
         study_seed=study_seed,
         signature=signature,
+        space=space,
+        seed_settings=seed_settings,
+        sampler=sampler,
         storage=JournalStudyStorage(directory, say=say),
         rules=settings.rules,
         monotonic=monotonic,
