@@ -31,7 +31,7 @@ from app.search.outcome import (
     State,
 )
 from app.search.samplers.knowledge import SAMPLER
-from app.search.samplers.proposer import Proposer
+from app.search.samplers.proposer import SEED, Proposer
 from app.search.space import Space, split_values
 
 VERSION = 2
@@ -343,7 +343,7 @@ class SearchStudy:
             fitness=float(trial.value),
             metrics=attributes["metrics"],
             worker=attributes["worker"],
-            is_seed=attributes["root"] == 0,
+            is_seed=attributes.get(SAMPLER) == SEED,
         )
 
     def _as_attempt(self, trial: FrozenTrial) -> Attempt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from app.search.space import (
     settings_flags,
     split_values,
 )
+from tests.conftest import REPOSITORY
 
 CONFIG = TrainConfig(evolve=1)
 LR0 = {"lower": 0.001, "upper": 0.1, "log": True}
@@ -231,3 +234,9 @@ def test_every_place_of_a_setting_is_one_of_its_choices(count: int, place: float
 @given(gene=GENE, value=st.floats(-1e3, 3e3))
 def test_a_classic_mutant_lies_inside_limits_of_more_than_five_decimals_too(gene: Gene, value: float) -> None:
     assert gene.lower <= gene.clamp(value) <= gene.upper
+
+
+def test_parsing_a_command_line_imports_no_optuna() -> None:
+    line = "import sys; from app.config.train_flags import parse_args; parse_args(['--evolve', '--sampler', 'gp'])"
+    check = "; sys.exit(any(name in sys.modules for name in ('optuna', 'scipy', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", line + check], cwd=REPOSITORY).returncode == 0

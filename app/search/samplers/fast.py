@@ -1,9 +1,10 @@
 """A sampler made for few trainings, many genes and a good place to start from.
 
-Candidates begin around the seed: a point drawn anywhere in 28 dimensions is bad in some of them. Then each proposal is the
-best of many mutants of the best candidates, judged by what is known: by the ratio of two Parzen densities (Bergstra et al.,
-"Algorithms for Hyper-Parameter Optimization", 2011, over all axes together), or by a regression on a few dozen results.
-Optuna's own multivariate TPE draws every gene of a candidate anew, a fifth of its range wide while good ones are few.
+Candidates begin around the seed: a point drawn anywhere in 28 dimensions is bad in some of them. Then each proposal is
+the best of many mutants of the best candidates, judged by what is known: by a regression on a few dozen results, or by the
+ratio of two Parzen densities over all axes together (TPE; Bergstra et al., "Algorithms for Hyper-Parameter Optimization",
+2011). Optuna's own TPE draws all genes of a candidate anew, a fifth of their range wide while the good are few, and finds
+less with a few dozen results of 28 genes.
 """
 
 from __future__ import annotations
