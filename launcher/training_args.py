@@ -12,16 +12,18 @@ from pathlib import Path, PurePosixPath
 from launcher.dataset_yaml import dataset_folders
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.space_yaml import space_layouts
 
 _SHORTEST = {
     "--weights": "--we",
     "--cfg": "--cf",
     "--data": "--da",
     "--hyp": "--hy",
-    "--project": "--pr",
+    "--project": "--pro",
     "--name": "--na",
     "--device": "--dev",
     "--evolve": "--ev",
+    "--space": "--sp",
     "--resume": "--re",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
@@ -29,13 +31,16 @@ _SHORTEST = {
 _TAKES_NO_VALUE = {"--evolve": True, "--resume": True}
 """Options whose value may be left out."""
 
-_SHIPPED_FOLDER = {"--cfg": "layouts", "--data": "datasets", "--hyp": "hyps"}
+_SHIPPED_FOLDER = {"--cfg": "layouts", "--data": "datasets", "--hyp": "hyps", "--space": "spaces"}
 _MISSING: dict[str, type[LauncherError]] = {
     "--data": DataError,
     "--weights": CheckpointError,
     "--hyp": UsageError,
     "--cfg": UsageError,
+    "--space": UsageError,
 }
+_NAMED_BY = {"--data": dataset_folders, "--space": space_layouts}
+"""Options whose files name others that replicas need."""
 _PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
 """Bare names of weights that the trainer can fetch."""
 _IMAGE_ROOT = PurePosixPath("/usr/src")
@@ -74,14 +79,14 @@ def prepare_args(
         )
     values = _Words(words)
     mounts: list[Mount] = []
-    for option in ("--data", "--weights", "--hyp", "--cfg"):
+    for option in ("--data", "--weights", "--hyp", "--cfg", "--space"):
         given = values.get(option)
         if given:
             path = _existing(option, given, cwd, isolated)
             if path is not None:
                 values.set(option, str(path))
-                folders = dataset_folders(path) if option == "--data" else ()
-                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *folders)]
+                named = _NAMED_BY[option](path) if option in _NAMED_BY else ()
+                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *named)]
     _place_resume(values, cwd, runs, runs_inside)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")

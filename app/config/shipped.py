@@ -1,4 +1,4 @@
-"""Find a layout, hyperparameter file or dataset description: the user's file first, else the shipped one."""
+"""Find a layout, hyperparameter file, dataset description or search space: the user's file first, else the shipped one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from app.errors import DataError, UsageError, suggest
 
-Kind = Literal["layouts", "hyps", "datasets"]
+Kind = Literal["layouts", "hyps", "datasets", "spaces"]
 
 SHIPPED = Path(__file__).resolve().parent
 
@@ -15,13 +15,14 @@ CLASSIC_FOLDERS: dict[Kind, tuple[str, ...]] = {
     "layouts": ("models", "models/hub", "models/segment"),
     "hyps": ("data/hyps",),
     "datasets": ("data",),
+    "spaces": (),
 }
 """Where guides for the classic trainer say these files are, relative to its root."""
 
 CLASSIC_ROOT = "/usr/src/app"
 """The classic image's root; `/usr/src/app/data/hyps/hyp.finetune.yaml` is a path that users paste."""
 
-_OPTION = {"layouts": "--cfg", "hyps": "--hyp", "datasets": "--data"}
+_OPTION = {"layouts": "--cfg", "hyps": "--hyp", "datasets": "--data", "spaces": "--space"}
 
 
 def find_config(kind: Kind, name: str) -> Path:

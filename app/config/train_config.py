@@ -12,6 +12,8 @@ from app.outputs.run_dir import check_name
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 Cache = Literal["auto", "ram", "disk", "device", "val", "off"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
+Sampler = Literal["classic", "fast", "random", "qmc", "gp"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 AUTO_BATCH = -1
 AUTO_FINALISTS = -1
@@ -53,6 +55,10 @@ class TrainConfig:
     """Draw no pictures."""
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
+    sampler: Sampler = "classic"
+    """How a search proposes candidates: classic, fast, random, qmc or gp."""
+    space: str = "classic.yaml"
+    """What a search changes, and within which bounds: a space YAML."""
     prune: bool = False
     """End trainings of the search that fall behind early."""
     finalists: int = AUTO_FINALISTS
@@ -126,10 +132,7 @@ class TrainConfig:
             raise ConfigError("--imgsz", self.imgsz, "must be at least 32 pixels")
         if self.evolve < 0:
             raise ConfigError("--evolve", self.evolve, "must be at least 1")
-        if self.finalists != AUTO_FINALISTS and (self.finalists < 0 or self.finalists == 1):
-            raise ConfigError(
-                "--finalists", self.finalists, "must be 0 (none) or at least 2, or there is no choice"
-            )
+        self._check_search()
         if self.workers < 0:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:
@@ -145,6 +148,23 @@ class TrainConfig:
             check_name(self.name)
         if self.bucket:
             check_bucket(self.bucket)
+
+    def _check_search(self) -> None:
+        """Refuse what only a search knows where there is none."""
+        if self.sampler not in SAMPLERS:
+            raise ConfigError("--sampler", self.sampler, f"must be one of {', '.join(SAMPLERS)}")
+        if self.finalists != AUTO_FINALISTS and (self.finalists < 0 or self.finalists == 1):
+            raise ConfigError(
+                "--finalists", self.finalists, "must be 0 (none) or at least 2, or there is no choice"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if (
+                field.name in ("sampler", "space", "prune", "finalists")
+                and not self.evolve
+                and value != field.default
+            ):
+                raise ConfigError(f"--{field.name}", value, "means a search; add --evolve N")
 
     def _check_devices(self) -> None:
         """Check a list of devices by itself; whether they exist is found out later."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from app.config.flags import CommandParser, Flag
-from app.config.train_config import CACHES, OPTIMIZERS, TrainConfig
+from app.config.train_config import CACHES, OPTIMIZERS, SAMPLERS, TrainConfig
 from app.errors import UsageError
 
 EXAMPLES = """\
@@ -107,6 +107,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             metavar="N",
             help="search until the study has N finished trainings, over all workers [bare: 300]",
         ),
+        Flag(
+            "--sampler",
+            choices=SAMPLERS,
+            help="how candidates are proposed: docs/search.md says when to take which [%(default)s]",
+        ),
+        Flag("--space", help="YAML of what is searched and how far, shipped name or path [%(default)s]"),
         Flag("--prune", help="end trainings that fall behind early; N is then what the search may cost"),
         Flag(
             "--finalists",

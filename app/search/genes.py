@@ -1,9 +1,13 @@
-"""The hyperparameters that evolution may change, and how far."""
+"""The hyperparameters that a search may change, and how far."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+DIGITS = 5
+"""Digits of a proposed value within a gene's limits: more than a fitness can tell apart, and short enough to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,28 +16,54 @@ class Gene:
 
     name: str
     gain: float
-    """How strongly a mutation moves it; 0 keeps the parent's value."""
+    """How strongly a classic mutation moves it; 0 keeps the parent's value. The other samplers do not look at it."""
     lower: float
     upper: float
+    log: bool = False
+    """Whether equal factors count alike, not equal differences. The classic step multiplies anyway."""
 
     def clamp(self, value: float) -> float:
         """Return `value` inside the limits, rounded to five decimals, as the classic step does."""
-        return round(min(max(value, self.lower), self.upper), 5)
+        return min(max(round(value, 5), self.lower), self.upper)
+
+    def at(self, place: float) -> float:
+        """Return the value at `place`, from 0 (lower limit) to 1 (upper limit), rounded to a readable one."""
+        if place <= 0:
+            return self.lower
+        if place >= 1:
+            return self.upper
+        width = self.upper - self.lower
+        if self.log:
+            low, high = math.log(self.lower), math.log(self.upper)
+            value = math.exp(low + (high - low) * place)
+            width = min(width, value)
+        else:
+            value = self.lower + width * place
+        rounded = round(value, DIGITS - 1 - math.floor(math.log10(width)))
+        return min(max(rounded, self.lower), self.upper)
+
+    def place(self, value: float) -> float:
+        """Return where `value` lies between the limits, from 0 to 1: the inverse of `at`, but for its rounding."""
+        value = min(max(value, self.lower), self.upper)
+        if self.log:
+            low, high = math.log(self.lower), math.log(self.upper)
+            return (math.log(value) - low) / (high - low)
+        return (value - self.lower) / (self.upper - self.lower)
 
 
 GENES: tuple[Gene, ...] = (
-    Gene("lr0", 1, 1e-5, 0.1),
-    Gene("lrf", 1, 0.01, 1.0),
+    Gene("lr0", 1, 1e-5, 0.1, log=True),
+    Gene("lrf", 1, 0.01, 1.0, log=True),
     Gene("momentum", 0.3, 0.6, 0.98),
     Gene("weight_decay", 1, 0.0, 0.001),
     Gene("warmup_epochs", 1, 0.0, 5.0),
     Gene("warmup_momentum", 1, 0.0, 0.95),
     Gene("warmup_bias_lr", 1, 0.0, 0.2),
-    Gene("box", 1, 0.02, 0.2),
-    Gene("cls", 1, 0.2, 4.0),
-    Gene("cls_pw", 1, 0.5, 2.0),
-    Gene("obj", 1, 0.2, 4.0),
-    Gene("obj_pw", 1, 0.5, 2.0),
+    Gene("box", 1, 0.02, 0.2, log=True),
+    Gene("cls", 1, 0.2, 4.0, log=True),
+    Gene("cls_pw", 1, 0.5, 2.0, log=True),
+    Gene("obj", 1, 0.2, 4.0, log=True),
+    Gene("obj_pw", 1, 0.5, 2.0, log=True),
     Gene("iou_t", 0, 0.1, 0.7),
     Gene("anchor_t", 1, 2.0, 8.0),
     Gene("anchors", 2, 2.0, 10.0),
@@ -52,7 +82,7 @@ GENES: tuple[Gene, ...] = (
     Gene("mixup", 1, 0.0, 1.0),
     Gene("copy_paste", 1, 0.0, 1.0),
 )
-"""The classic 29, in their order."""
+"""The classic 29, in their order; `classic.yaml` says the same."""
 
 
 def genes_of(hyp: Mapping[str, float], genes: Sequence[Gene] = GENES) -> tuple[Gene, ...]:

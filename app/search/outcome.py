@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,8 @@ class Candidate:
     """Every hyperparameter, searched or not."""
     directory: Path
     """Where this attempt writes: `<search>/candidates/0007`. No other worker ever writes there."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched, such as `batch_size`; empty unless asked for."""
     resumes_from: tuple[Path, ...] = ()
     """Folders of interrupted attempts at the same hyp, newest first; the first that holds a checkpoint is the
     one to resume from. They may still be written to by a worker that was frozen: read them, never write."""
@@ -117,6 +119,8 @@ class Finished:
     worker: str
     is_seed: bool
     """Whether its hyp is the one that the search started from."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched; empty unless asked for."""
     finalist_of: int | None = None
     """The candidate that was trained again on a fresh seed."""
     again: tuple[float, ...] = ()
@@ -164,6 +168,8 @@ class Attempt:
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
     """Why it ended without a result; else empty."""
+    settings: dict[str, int | str] = field(default_factory=dict)
+    """Settings of the training that are searched; empty unless asked for."""
     epochs: int | None = None
     """Epochs trained when it ended, with those of the attempts that it went on from; None if nobody noted them."""
     finalist_of: int | None = None

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from app.config.train_config import Sampler
 from app.errors import ConfigError, Pruned, UsageError
 from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
 from app.search.leases import Lease, LeaseWatch, lease_path
@@ -33,7 +33,9 @@ from app.search.outcome import (
     State,
 )
 from app.search.plan import FRESH_SEEDS, StudyPlan
-from app.search.sampler import EvolutionSampler
+from app.search.samplers.knowledge import SAMPLER
+from app.search.samplers.proposer import SEED, Proposer
+from app.search.space import Space, split_values
 
 VERSION = 2
 """Of the records below; a study of another version is refused."""
@@ -105,6 +107,7 @@ class SearchStudy:
         definition: Mapping[str, Any],
         rules: StudyRules,
         monotonic: Callable[[], float],
+        proposer: Proposer | None = None,
     ) -> None:
         self.directory = directory
         self.seed_hyp: dict[str, float] = dict(definition["hyp"])
@@ -115,6 +118,7 @@ class SearchStudy:
         self._storage = storage
         self._study = study
         self._rules = rules
+        self._proposer = proposer
         self.plan = StudyPlan.from_mapping(definition["plan"])
         self._seed = int(definition["seed"])
         self._ledger = Ledger(rules.max_retries, self.plan)
@@ -133,7 +137,9 @@ class SearchStudy:
         plan: StudyPlan | None = None,
         name: str = "search",
         storage: StudyStorage | None = None,
-        sampler: BaseSampler | None = None,
+        space: Space | None = None,
+        seed_settings: Mapping[str, int | str] | None = None,
+        sampler: Sampler = "classic",
         rules: StudyRules | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         new_uuid: Callable[[], str] = lambda: uuid.uuid4().hex,
@@ -142,13 +148,16 @@ class SearchStudy:
 
         `budget` is the number of finished trainings in all; a joiner can raise it, never lower it. Where the `plan`
         cuts trainings short it is what so many of full length cost. `signature` says what the fitness depends on
-        besides the hyp (data digest, configuration) and must hold JSON values.
+        besides the hyp (data digest, configuration) and must hold JSON values. `space` is what the search changes, by
+        default the classic genes; `seed_settings` are the values that its settings start from. `sampler` is this
+        worker's own.
 
-        Raises UsageError where the study was started with another hyp, seed, plan or signature, saying which.
+        Raises UsageError where the study was started with another hyp, seed, space, plan or signature, saying which.
         """
         if budget < 1:
             raise ConfigError("evolve", budget, "must be at least 1 finished training")
         hyp = {key: float(value) for key, value in seed_hyp.items() if value is not None}
+        space = (space or Space()).starting_from(hyp)
         definition = json.loads(
             json.dumps(
                 {
@@ -156,15 +165,17 @@ class SearchStudy:
                     "seed": study_seed,
                     "hyp": hyp,
                     "plan": (plan or StudyPlan()).as_dict(),
+                    "space": space.as_dict(),
                     "signature": dict(signature),
                 },
                 default=str,
             )
         )
+        proposer = Proposer.of(sampler, space, {**hyp, **(seed_settings or {})}, study_seed)
         directory = directory.absolute()
         storage = storage or JournalStudyStorage(directory)
         with storage.lock():
-            study = _load_or_create(storage, name, sampler or EvolutionSampler(hyp, study_seed))
+            study = _load_or_create(storage, name)
             attributes = study.user_attrs
             if _UUID not in attributes:
                 study.set_user_attr(_UUID, new_uuid())
@@ -174,7 +185,7 @@ class SearchStudy:
                 raise UsageError(_describe_difference(directory, attributes[_DEFINITION], definition))
             if budget > attributes.get(_BUDGET, 0):
                 study.set_user_attr(_BUDGET, budget)
-        return cls(directory, storage, study, definition, rules or StudyRules(), monotonic)
+        return cls(directory, storage, study, definition, rules or StudyRules(), monotonic, proposer)
 
     @classmethod
     def read(cls, directory: Path, *, name: str = "search", rules: StudyRules | None = None) -> Self:
@@ -241,7 +252,7 @@ class SearchStudy:
         if room and ledger.orphan is not None:
             return self._again(trials, ledger.orphan)
         if room > finalists * FRESH_SEEDS:
-            return self._new(len(trials))
+            return self._new(trials)
         if room and not ledger.exploring and (final := ledger.next_final(finalists)):
             return self._final(*final)
         return None
@@ -361,11 +372,13 @@ class SearchStudy:
         except BaseException:
             lease.close()
             raise
+        hyp, settings = split_values(next_up.params)
         finalist_of, fresh_seed = attributes.get(FINALIST_OF), attributes.get(FRESH_SEED, 0)
         halving = self.plan.halving if finalist_of is None else None
         candidate = Candidate(
             number=number,
-            hyp={**self.seed_hyp, **next_up.params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             directory=self.candidate_dir(number),
             resumes_from=tuple(self.candidate_dir(n) for n in next_up.ancestors),
             glances=halving.rungs if halving else (),
@@ -373,17 +386,18 @@ class SearchStudy:
             finalist_of=finalist_of,
         )
         lease.keep_alive(self._rules.lease_s / 4)
-        return Claim(candidate, lease, is_seed=attributes["root"] == 0)
+        return Claim(candidate, lease, is_seed=attributes.get(SAMPLER) == SEED)
 
-    def _new(self, number: int) -> _NextUp:
+    def _new(self, trials: Sequence[FrozenTrial]) -> _NextUp:
         """Propose a candidate."""
-        params, space = self._sample(number)
-        return _NextUp(params, space)
+        assert self._proposer is not None, "opened to be read only"
+        proposal = self._proposer.propose(len(trials), trials)
+        return _NextUp(proposal.values, proposal.limits, {SAMPLER: proposal.sampler})
 
     def _again(self, trials: Sequence[FrozenTrial], orphan: FrozenTrial) -> _NextUp:
         """Go on with an attempt whose worker is gone."""
         before = orphan.user_attrs
-        attributes = {key: before[key] for key in ("root", FINALIST_OF, FRESH_SEED) if key in before}
+        attributes = {key: before[key] for key in ("root", SAMPLER, FINALIST_OF, FRESH_SEED) if key in before}
         attributes["retry_of"] = orphan.number
         attributes["lost_before"] = before.get("lost_before", 0) + (before["ending"] == State.LOST)
         ancestors = _ancestors(trials, orphan)
@@ -393,13 +407,6 @@ class SearchStudy:
         """Train a candidate once more."""
         attributes = {FINALIST_OF: finalist.number, FRESH_SEED: fresh_seed}
         return _NextUp(finalist.params, finalist.distributions, attributes)
-
-    def _sample(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return genes and limits of a new candidate, from the study's sampler."""
-        trial = create_trial(state=TrialState.RUNNING)
-        trial.number = number
-        space = self._study.sampler.infer_relative_search_space(self._study, trial)
-        return self._study.sampler.sample_relative(self._study, trial, space), space
 
     def _end(
         self, claim: Claim, attributes: Mapping[str, Any], state: TrialState, value: float | None
@@ -430,24 +437,28 @@ class SearchStudy:
 
     def _as_finished(self, trial: FrozenTrial) -> Finished:
         attributes = trial.user_attrs
+        hyp, settings = split_values(trial.params)
         return Finished(
             number=trial.number,
-            hyp={**self.seed_hyp, **trial.params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             fitness=float(trial.value),
             metrics=attributes["metrics"],
             worker=attributes["worker"],
-            is_seed=attributes["root"] == 0,
+            is_seed=attributes.get(SAMPLER) == SEED,
             finalist_of=attributes.get(FINALIST_OF),
             again=self._ledger.again(trial.number),
         )
 
     def _as_attempt(self, trial: FrozenTrial) -> Attempt:
         attributes = trial.user_attrs
+        hyp, settings = split_values(trial.params)
         return Attempt(
             number=trial.number,
             root=attributes["root"],
             state=_state_of(trial),
-            hyp={**self.seed_hyp, **trial.params},
+            hyp={**self.seed_hyp, **hyp},
+            settings=settings,
             worker=attributes["worker"],
             began=trial.datetime_start,
             ended=trial.datetime_complete,
@@ -476,10 +487,10 @@ def _state_of(trial: FrozenTrial) -> State:
     return State.RUNNING
 
 
-def _load_or_create(storage: StudyStorage, name: str, sampler: BaseSampler) -> optuna.Study:
+def _load_or_create(storage: StudyStorage, name: str) -> optuna.Study:
     if name in _names(storage):
-        return optuna.load_study(study_name=name, storage=storage.optuna, sampler=sampler)
-    return optuna.create_study(study_name=name, storage=storage.optuna, sampler=sampler, direction="maximize")
+        return optuna.load_study(study_name=name, storage=storage.optuna)
+    return optuna.create_study(study_name=name, storage=storage.optuna, direction="maximize")
 
 
 def _names(storage: StudyStorage) -> list[str]:

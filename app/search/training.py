@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +21,6 @@ from app.engine.distributed import Place
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
-from app.engine.start import find_start
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, TrainResult
 from app.engine.training import (
@@ -31,7 +29,6 @@ from app.engine.training import (
     check_bridge,
     draw_weights,
     finish_bridge,
-    open_workshop,
     read_hyp,
     train_in,
     upload_results,
@@ -45,9 +42,11 @@ from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
 from app.search.plan import StudyPlan
+from app.search.space import Space, changed, read_space, settings_flags
 from app.search.study import SearchStudy
 from app.search.views import best_of
 from app.search.worker import run_search
+from app.search.workshops import Workshops, check_layouts, layout_digest, searched_layouts
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
 from app.tracking.process import BridgeHandle, start_bridge
 
@@ -71,17 +70,19 @@ def search(config: TrainConfig) -> None:
         )
     progress = Progress()
     seed_hyp = read_hyp(config)
-    workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
-    warn_of_idle(config, seed_hyp, workshop.data, progress.say)
+    space, seed_settings = read_space(config)
+    check_layouts(space, config)
+    workshops = Workshops(config, seed_hyp, progress.say)
+    config = workshops.usual.config
+    warn_of_idle(config, seed_hyp, workshops.usual.data, progress.say)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
-    config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
-    report_findings(workshop.data, directory, progress.say)
+    report_findings(workshops.usual.data, directory, progress.say)
     with StopSignal() as stop:
         bridge = start_bridge(log, warn=progress.say)
-        trainings = _Trainings(config, workshop, directory, log, bridge, progress, stop)
+        trainings = _Trainings(config, workshops, directory, log, bridge, progress, stop)
         try:
             summary = run_search(
                 directory=directory,
@@ -89,14 +90,17 @@ def search(config: TrainConfig) -> None:
                 budget=config.evolve,
                 study_seed=config.seed,
                 plan=_plan(config),
-                signature=_signature(config, workshop),
+                signature=_signature(config, workshops.usual, space),
+                space=space,
+                seed_settings=seed_settings,
+                sampler=config.sampler,
                 objective=trainings.train,
                 say=progress.say,
                 on_open=trainings.joined,
                 on_progress=trainings.progressed,
                 check_stop=stop.raise_if_requested,
             )
-            trainings.finished()
+            trainings.finished(summary)
         finally:
             finish_bridge(bridge, stop)
     _say_summary(summary, directory, progress)
@@ -115,6 +119,7 @@ def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
         "candidate": summary.best.number,
         "finished": summary.progress.finished,
         "hyp": summary.best.hyp,
+        "settings": summary.best.settings,
         "run": str(directory),
         "weights": str(RunDir(directory).best),
     }
@@ -127,13 +132,14 @@ def _plan(config: TrainConfig) -> StudyPlan:
     return StudyPlan(epochs=config.epochs, prune=config.prune, finalists=finalists)
 
 
-def _signature(config: TrainConfig, workshop: Workshop) -> dict[str, Any]:
+def _signature(config: TrainConfig, workshop: Workshop, space: Space) -> dict[str, Any]:
     """Return what two workers must share for their fitnesses to be comparable."""
     values = config.as_dict()
     return {
         **{key: values[key] for key in COMPARED},
         "image_size": workshop.image_size,
-        "layout": f"{zlib.crc32(repr(workshop.start.layout).encode()):08x}",
+        "layout": layout_digest(workshop.start.layout),
+        "layouts": searched_layouts(space),
         "train": workshop.data.train.digest,
         "val": workshop.data.val.digest,
     }
@@ -145,7 +151,7 @@ class _Trainings:
     def __init__(
         self,
         config: TrainConfig,
-        workshop: Workshop,
+        workshops: Workshops,
         directory: Path,
         log: EventLog,
         bridge: BridgeHandle | None,
@@ -154,7 +160,7 @@ class _Trainings:
     ) -> None:
         # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
         self._config = replace(config, noval=True, noplots=True, patience=0)
-        self._workshop, self._directory, self._log, self._bridge = workshop, directory, log, bridge
+        self._workshops, self._directory, self._log, self._bridge = workshops, directory, log, bridge
         self._progress, self._stop = progress, stop
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
@@ -168,7 +174,7 @@ class _Trainings:
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
         self._search["uuid"], self._study = study.uuid, study
-        data = self._workshop.data
+        data = self._workshops.usual.data
         study.describe(
             {"command": self._config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
         )
@@ -201,7 +207,7 @@ class _Trainings:
             self._estimate = progress, None if left is None else time.time() + left
         return self._estimate[1]
 
-    def finished(self) -> None:
+    def finished(self, summary: SearchSummary) -> None:
         """Draw the winner's pictures, and tell the trackers that the whole search is done."""
         assert self._study is not None, "opened before the first candidate"
         with locked(self._directory / "weights.lock"):
@@ -209,24 +215,26 @@ class _Trainings:
             best, drawn = RunDir(self._directory).best, self._directory / "confusion_matrix.png"
             # Every worker comes by at the end; the first one draws.
             if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
-                pictures.draw_labels(self._workshop.data.train, self._directory)
-                draw_weights(self._workshop, best, self._directory)
+                workshop = self._workshops.of(summary.best.settings)
+                pictures.draw_labels(workshop.data.train, self._directory)
+                draw_weights(workshop, best, self._directory)
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         self._log.append("run_end", run=self._search["uuid"], status="finished")
         self._status.update(phase="done", candidate=None, eta_s=0, search_ends_at=None)
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
+        workshop = self._workshops.of(candidate.settings)
+        config = changed(self._config, candidate.settings)
         state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
         run = RunDir(candidate.directory)
         label = RunLabel(run_uuid, self._project, candidate.title, parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"{candidate.title}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=self._workshop.compute.memory_bytes)  # fmt: skip
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
-        config = self._config
         if candidate.train_seed is not None:
             config = replace(config, seed=candidate.train_seed)
 
@@ -237,7 +245,7 @@ class _Trainings:
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
             result = train_in(
-                self._workshop, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
+                workshop, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
                 glances=Glances(candidate.glances, report),
             )  # fmt: skip
         except Diverged as error:
@@ -314,6 +322,8 @@ def _say_summary(summary: SearchSummary, directory: Path, progress: Progress) ->
         f"search finished: {summary.progress.finished} trainings, {summary.trained_here} of them here"
     )
     progress.say(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
+    if best.settings:
+        progress.say(f"trained with {settings_flags(best.settings)}")
     progress.say(
         f"results in {directory}: report.html, hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
     )

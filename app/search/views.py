@@ -11,6 +11,7 @@ from app.config.yaml_reader import write_yaml
 from app.outputs.atomic import write_atomic
 from app.search.journal import locked
 from app.search.outcome import METRIC_COLUMNS, Finished
+from app.search.space import settings_flags
 from app.search.study import SearchStudy
 
 CSV, YAML, PICTURE, LOCK = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "views.lock"
@@ -44,14 +45,21 @@ def write_views(study: SearchStudy, *, picture: bool = True) -> None:
 
 
 def csv_text(finished: Sequence[Finished]) -> str:
-    """Return evolve.csv: the seven metrics, then every hyperparameter; one row a finished training, in order."""
-    names = list(finished[0].hyp)
+    """Return evolve.csv: one row a finished training, in order.
+
+    The columns that its readers know come first: seven metrics, every hyperparameter; then settings that are searched.
+    """
+    names, settings = list(finished[0].hyp), list(finished[0].settings)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*METRIC_COLUMNS.values(), *names])
+    writer.writerow([*METRIC_COLUMNS.values(), *names, *settings])
     for candidate in finished:
         metrics = [f"{candidate.metrics[name]:.6g}" for name in METRIC_COLUMNS]
-        writer.writerow([*metrics, *(repr(candidate.hyp[name]) for name in names)])
+        values = [
+            *(repr(candidate.hyp[name]) for name in names),
+            *(candidate.settings[name] for name in settings),
+        ]
+        writer.writerow([*metrics, *values])
     return text.getvalue()
 
 
@@ -63,6 +71,8 @@ def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
         f"Best of {progress.finished} finished trainings (budget {progress.budget}): candidate {best.number}\n"
         f"fitness: {best.fitness:.5g}\n{again}{metrics}\n"
     )
+    if best.settings:
+        comment += f"trained with: {settings_flags(best.settings)}\n"
     write_yaml(study.directory / YAML, best.hyp, comment=comment)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.config.train_config import Sampler
 from app.errors import ConfigError, Pruned, Stopped
 from app.outputs.worker_status import worker_name
 from app.search.journal import JournalStudyStorage
@@ -25,6 +26,7 @@ from app.search.outcome import (
     failure_reason,
 )
 from app.search.plan import StudyPlan
+from app.search.space import Space
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
@@ -65,6 +67,9 @@ def run_search(
     plan: StudyPlan | None = None,
     signature: Mapping[str, Any],
     objective: Objective,
+    space: Space | None = None,
+    seed_settings: Mapping[str, int | str] | None = None,
+    sampler: Sampler = "classic",
     settings: WorkerSettings | None = None,
     say: Callable[[str], None] = print,
     on_open: Callable[[SearchStudy], None] = lambda study: None,
@@ -91,6 +96,9 @@ def run_search(
         study_seed=study_seed,
         plan=plan,
         signature=signature,
+        space=space,
+        seed_settings=seed_settings,
+        sampler=sampler,
         storage=JournalStudyStorage(directory, say=say),
         rules=settings.rules,
         monotonic=monotonic,

@@ -196,10 +196,20 @@ def test_files_that_the_trainer_ships_pass_untouched(tmp_path: Path) -> None:
         "/usr/src/app/data/hyps/hyp.finetune.yaml",
         "--data",
         "bccd.yaml",
+        "--space",
+        "classic.yaml",
     ]
     args = prepare(words, tmp_path)
     assert args.words == tuple(words)
     assert args.mounts == ()
+
+
+def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "wide.yaml").write_text("backbone: []\n")
+    (tmp_path / "space.yaml").write_text("cfg: [yolov5n.yaml, wide.yaml, space.txt]\n")
+    args = prepare(["--space", "space.yaml"], tmp_path)
+    assert args.words == ("--space", str(tmp_path / "space.yaml"))
+    assert {m.source for m in args.mounts} == {str(tmp_path / "space.yaml"), str(tmp_path / "wide.yaml")}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,7 @@ def test_files_that_the_trainer_ships_pass_untouched(tmp_path: Path) -> None:
         (["--weight", "gone.pt"], CheckpointError, 4),
         (["--hyp", "gone.yaml"], UsageError, 2),
         (["--cfg", "yolov5q.yaml"], UsageError, 2),
+        (["--space", "gone.yaml"], UsageError, 2),
         (["--resume", "gone.pt"], CheckpointError, 4),
         (["--project", "../x"], UsageError, 2),
         (["--project", "/elsewhere"], UsageError, 2),

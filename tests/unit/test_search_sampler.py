@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 
 from app.config.hyp import Hyp
 from app.search.genes import GENES, Gene, genes_of
 from app.search.outcome import SearchFailed
-from app.search.sampler import EvolutionSampler, propose
+from app.search.samplers.classic import propose
+from app.search.space import Setting
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
 SEARCHED = genes_of(SEED)
 START = {gene.name: SEED[gene.name] for gene in SEARCHED}
 
 
-def mutant(number: int = 1, study_seed: int = 0, **changes: object) -> dict[str, float]:
+def mutant(number: int = 1, study_seed: int = 0, **changes: object) -> dict[str, Any]:
     """Return a proposal from the seed hyp alone."""
     given = {"genes": SEARCHED, "parents": [(0.5, START)], "taken": set(), **changes}
     return propose(number=number, study_seed=study_seed, **given)  # type: ignore[arg-type]
@@ -107,62 +107,33 @@ def test_hyp_that_leaves_nothing_to_change_is_refused() -> None:
         mutant(genes=fixed, parents=[(0.0, {"a": 1.0})], taken={(1.0,)})
 
 
-def told(values: list[float], study_seed: int = 0) -> optuna.Study:
-    """Return a study in memory whose candidates had these fitnesses."""
-    study = optuna.create_study(direction="maximize", sampler=EvolutionSampler(SEED, study_seed))
-    for value in values:
-        study.tell(ask(study), value)
-    return study
+TWO = Setting("optimizer", ("SGD", "Adam"))
+FIVE = Setting("batch_size", (2, 4, 8, 16, 32))
 
 
-def ask(study: optuna.Study) -> optuna.Trial:
-    """Ask as any user of Optuna would, suggesting gene by gene."""
-    trial = study.ask()
-    for gene in SEARCHED:
-        trial.suggest_float(gene.name, gene.lower, gene.upper)
-    return trial
+def test_choices_move_to_a_neighbour_in_a_quarter_of_the_mutants() -> None:
+    places = [
+        FIVE.choices.index(
+            mutant(n, settings=[FIVE], parents=[(0.5, {**START, "batch_size": 8})])["batch_size"]
+        )
+        for n in range(1, 1500)
+    ]
+    shares = [places.count(place) / len(places) for place in range(5)]
+    assert shares[2] == pytest.approx(0.77, abs=0.04)
+    assert shares[1] == pytest.approx(shares[3], abs=0.03)
+    assert shares[1] > 5 * shares[0] > 0
 
 
-def test_it_is_a_sampler_that_plain_optuna_can_use() -> None:
-    study = told([0.1, 0.9, 0.3, 0.2])
-    assert study.trials[0].params == START
-    parents = [(t.value, t.params) for t in sorted(study.trials, key=lambda t: -t.value)]
-    expected = propose(number=4, study_seed=0, genes=SEARCHED, parents=parents, taken=set())
-    assert ask(study).params == expected
+def test_choices_stop_at_the_ends_of_the_list_and_leave_the_genes_as_they_were() -> None:
+    for number in range(1, 200):
+        last = mutant(number, settings=[TWO], parents=[(0.5, {**START, "optimizer": "Adam"})])
+        assert last.pop("optimizer") in TWO.choices
+        assert last == mutant(number)
 
 
-def test_only_the_five_best_are_parents_and_failures_never_are() -> None:
-    fitness = [0.1, 0.9, 0.3, 0.2, 0.5, 0.7, 0.3]
-    study = told(fitness)
-    study.tell(ask(study), state=optuna.trial.TrialState.FAIL)
-    order = [1, 5, 4, 2, 6]  # the earlier of two equals first
-    expected = propose(
-        number=8,
-        study_seed=0,
-        genes=SEARCHED,
-        parents=[(fitness[n], study.trials[n].params) for n in order],
-        taken=set(),
-    )
-    assert ask(study).params == expected
-
-
-def test_before_any_has_finished_the_seed_hyp_is_the_parent() -> None:
-    study = told([])
-    assert ask(study).params == START
-    assert ask(study).params == mutant(1)
-
-
-def test_seed_hyp_outside_the_limits_is_tried_as_it_is() -> None:
-    sampler = EvolutionSampler({"lr0": 0.5}, 0)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
-    trial.number = 0
-    space = sampler.infer_relative_search_space(study, trial)
-    assert space["lr0"].high == 0.5
-    assert sampler.sample_relative(study, trial, space) == {"lr0": 0.5}
-
-
-def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
-    study = told([])
-    with pytest.raises(ValueError, match="not a gene"):
-        study.ask().suggest_float("colour", 0, 1)
+def test_space_of_settings_alone_is_searched_until_every_choice_is_taken() -> None:
+    taken: set[tuple[object, ...]] = {("SGD",)}
+    second = mutant(1, genes=[], settings=[TWO], parents=[(0.5, {"optimizer": "SGD"})], taken=taken)
+    assert second == {"optimizer": "Adam"}
+    with pytest.raises(SearchFailed, match="nothing new"):
+        mutant(2, genes=[], settings=[TWO], parents=[(0.5, second)], taken={*taken, ("Adam",)})

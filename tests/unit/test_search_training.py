@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import FrozenTrial
 
 from app import settings, train
+from app.config.train_config import TrainConfig
 from app.config.yaml_reader import read_yaml
 from app.engine.checkpoint import load_checkpoint
 from app.search.outcome import State
@@ -188,3 +189,111 @@ def test_the_status_file_says_how_far_the_whole_search_is(search_args: list[str]
     assert status["best_fitness"] is not None
     assert status["phase"] == "done"
     assert status["search_ends_at"] is None
+
+
+def write_space(runs: Path, text: str) -> str:
+    """Write a space and return its path."""
+    path = runs.parent / "space.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def configs(runs: Path) -> list[dict[str, object]]:
+    """Return what the trackers were told of each candidate, in the order of their beginning."""
+    (log,) = (runs / "blood" / "search" / "workers").glob("*/events.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return [event["params"] for event in events if event["event"] == "run_start" and event.get("parent")]
+
+
+def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
+    search_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = write_space(
+        runs, "lr0: {lower: 0.001, upper: 0.02, log: true}\nbatch_size: [2, 4]\noptimizer: [SGD, AdamW]\n"
+    )
+    assert train.main([*search_args, "--evolve", "5", "--space", space, "--sampler", "qmc"]) == 0
+    rows = trainings(runs)
+    assert list(rows[0])[-2:] == ["batch_size", "optimizer"]
+    assert (rows[0]["batch_size"], rows[0]["optimizer"]) == ("4", "SGD"), (
+        "the first is what the command line says"
+    )
+    assert {row["batch_size"] for row in rows} == {"2", "4"}
+    assert {row["optimizer"] for row in rows} == {"SGD", "AdamW"}
+    assert len({row["lr0"] for row in rows}) == 5
+    assert len({row["momentum"] for row in rows}) == 1, "a gene that the space leaves out keeps its value"
+    trained = [(str(config["batch_size"]), config["optimizer"]) for config in configs(runs)]
+    assert trained == [(row["batch_size"], row["optimizer"]) for row in rows]
+    best = max(rows, key=lambda row: float(row["metrics/mAP_0.5:0.95"]))
+    flags = f"--batch-size {best['batch_size']} --optimizer {best['optimizer']}"
+    assert f"# trained with: {flags}\n" in (runs / "blood" / "search" / "hyp_evolve.yaml").read_text()
+    assert f"trained with {flags}" in capsys.readouterr().out
+    (study,) = [SearchStudy.read(runs / "blood" / "search")]
+    assert [trial.user_attrs["sampler"] for trial in study._trials()] == ["seed", *["qmc"] * 4]
+
+
+def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
+    search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.search import workshops
+
+    opened: list[tuple[int, str]] = []
+    whole = workshops.open_workshop
+
+    def note(config: TrainConfig, *rest: object) -> object:
+        opened.append((config.imgsz, Path(config.cfg).stem))
+        return whole(config, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workshops, "open_workshop", note)
+    other = runs.parent / "wider.yaml"
+    tiny = search_args[search_args.index("--cfg") + 1]
+    other.write_text(Path(tiny).read_text().replace("width_multiple: 0.06", "width_multiple: 0.1"))
+    space = write_space(runs, f"imgsz: [64, 96]\ncfg: [{tiny}, {other}]\n")
+    assert train.main([*search_args, "--evolve", "4", "--space", space, "--sampler", "random"]) == 0
+    rows = trainings(runs)
+    assert {(row["imgsz"], row["cfg"]) for row in rows} == {
+        (s, c) for s in ("64", "96") for c in (tiny, str(other))
+    }
+    assert opened[0] == (64, "tiny")
+    assert [size for size, _ in opened] == [64, 96], "layouts of one image size share its data"
+    assert [(config["imgsz"], config["cfg"]) for config in configs(runs)] == [
+        (int(r["imgsz"]), r["cfg"]) for r in rows
+    ]
+    assert (runs / "blood" / "search" / "confusion_matrix.png").is_file()
+
+
+def test_joining_with_another_space_is_refused_with_the_difference(
+    search_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = write_space(runs, "lr0: {lower: 0.001, upper: 0.02}\n")
+    assert train.main([*search_args, "--evolve", "1", "--space", space]) == 0
+    write_space(runs, "lr0: {lower: 0.001, upper: 0.03}\nmomentum: {lower: 0.8, upper: 0.9}\n")
+    assert train.main([*search_args, "--evolve", "2", "--space", space]) == 2
+    error = capsys.readouterr().err
+    assert "space.lr0.upper: 0.02 in the study, 0.03 here" in error
+    assert "space.momentum.lower: None in the study, 0.8 here" in error
+    write_space(runs, "lr0: {upper: 0.02, lower: 0.001, gain: 1.0}\n")
+    assert train.main([*search_args, "--evolve", "2", "--space", space, "--sampler", "random"]) == 0
+
+
+def test_a_stopped_candidate_goes_on_with_its_own_settings(
+    search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.search import training
+
+    whole, calls = training.train_in, iter(range(9))
+
+    def stop_in_the_second(*given: object, **more: object) -> object:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(*given, **more)  # type: ignore[arg-type]
+
+    space = write_space(runs, "batch_size: [2, 4]\nlr0: {lower: 0.001, upper: 0.02}\n")
+    arguments = [*search_args, "--evolve", "2", "--space", space, "--sampler", "random"]
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train_in", stop_in_the_second)
+        assert train.main(arguments) == 130
+    assert train.main(arguments) == 0
+    attempts = SearchStudy.read(runs / "blood" / "search").attempts()
+    assert [attempt.root for attempt in attempts] == [0, 1, 1]
+    assert attempts[1].settings == attempts[2].settings
+    assert configs(runs)[-1]["batch_size"] == attempts[1].settings["batch_size"]

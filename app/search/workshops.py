@@ -1,0 +1,90 @@
+"""What a worker keeps set up while its candidates differ in image size or layout."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from app.config.hyp import Hyp
+from app.config.shipped import find_config
+from app.config.train_config import TrainConfig
+from app.config.yaml_reader import read_yaml
+from app.engine.data import fit_stride
+from app.engine.start import Start, find_start
+from app.engine.training import Workshop, open_workshop
+from app.errors import UsageError
+from app.search.space import Space, changed
+
+
+class Workshops:
+    """The workshop that a candidate's settings need: the usual one, or another that shares what it can.
+
+    Data are decoded for one image size. Those that lie in a file which all containers map are kept for every size
+    that was asked for; those in this process's memory or on its GPU only for the latest, as two would not fit.
+    """
+
+    def __init__(self, config: TrainConfig, hyp: Hyp, say: Callable[[str], None]) -> None:
+        """Open the usual workshop; what can be wrong with device or data is found here."""
+        self._hyp, self._say = hyp, say
+        usual = open_workshop(config, find_start(config.weights, config.cfg), hyp, say)
+        self._config = usual.config
+        self._held = {self._key(usual.config): usual}
+
+    @property
+    def usual(self) -> Workshop:
+        """The workshop of the settings that the worker was started with, its batch size chosen where it was open."""
+        return self.of({})
+
+    def of(self, settings: Mapping[str, int | str]) -> Workshop:
+        """Return the workshop of the usual settings but for `settings`, fields of TrainConfig."""
+        config = changed(self._config, settings)
+        key = self._key(config)
+        if key not in self._held:
+            self._held[key] = self._open(config)
+        return replace(self._held[key], config=config)
+
+    @staticmethod
+    def _key(config: TrainConfig) -> tuple[int, str]:
+        return config.imgsz, config.cfg
+
+    def _open(self, config: TrainConfig) -> Workshop:
+        start = find_start(config.weights, config.cfg)
+        size = fit_stride(config.imgsz, image_multiple(start), self._say)
+        alike = next((shop for shop in self._held.values() if shop.image_size == size), None)
+        if alike is not None:
+            return replace(alike, config=config, start=start)
+        self._held = {key: shop for key, shop in self._held.items() if _is_mapped(shop)}
+        return open_workshop(config, start, self._hyp, self._say)
+
+
+def _is_mapped(workshop: Workshop) -> bool:
+    """Return whether the decoded pictures take no memory of this process's own."""
+    stores = (workshop.data.train_images, workshop.data.val_images)
+    return all(store.mode == "disk" and not store.on_device for store in stores)
+
+
+def image_multiple(start: Start) -> int:
+    """Return what image sides of a layout must be a multiple of, in pixels; raises UsageError for one that is none."""
+    return Start(start.layout, None).build(("any",), None, lambda line: None).image_multiple
+
+
+def check_layouts(space: Space, config: TrainConfig) -> None:
+    """Build every layout that is searched once; raises UsageError naming one that cannot be built."""
+    for choice in (c for s in space.settings if s.name == "cfg" for c in s.choices):
+        try:
+            image_multiple(find_start(config.weights, str(choice)))
+        except UsageError as error:
+            raise UsageError(f"{config.space}: cfg: {choice}: {error}") from None
+
+
+def searched_layouts(space: Space) -> dict[str, str]:
+    """Return a digest of every layout that is searched: two workers' files of one name may differ."""
+    choices = [str(choice) for s in space.settings if s.name == "cfg" for choice in s.choices]
+    return {choice: layout_digest(read_yaml(find_config("layouts", choice))) for choice in choices}
+
+
+def layout_digest(layout: Mapping[str, Any]) -> str:
+    """Return eight hexadecimal digits that differ where layouts do."""
+    return f"{zlib.crc32(repr(layout).encode()):08x}"
