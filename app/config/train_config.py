@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from app.config.study_url import parse_study_url
 from app.errors import ConfigError, UsageError
 from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
@@ -52,6 +53,10 @@ class TrainConfig:
     """Draw no pictures."""
     evolve: int = 0
     """Finished trainings in the whole search; 0: train once."""
+    study: str = ""
+    """URL of the database that the search's study lives in; empty: a journal in the search's folder."""
+    allow_nfs: bool = False
+    """Keep the journal on a network file system all the same."""
     cache: Cache = "auto"
     """Where decoded images are kept: auto, ram, disk, device, val (those of validation in ram), off."""
     device: str = ""
@@ -134,8 +139,19 @@ class TrainConfig:
         self._check_devices()
         if self.name:
             check_name(self.name)
+        self._check_study()
         if self.bucket:
             check_bucket(self.bucket)
+
+    def _check_study(self) -> None:
+        """Check where the study is to live; the server itself is asked later."""
+        if self.study:
+            parse_study_url(self.study)
+        for flag, given in (("--study", self.study), ("--allow-nfs", self.allow_nfs)):
+            if given and not self.evolve:
+                raise UsageError(f"{flag}: belongs to a search; add --evolve N, or leave it out")
+        if self.study and self.allow_nfs:
+            raise UsageError("--allow-nfs: is about the journal, and --study names a database; leave one out")
 
     def _check_devices(self) -> None:
         """Check a list of devices by itself; whether they exist is found out later."""

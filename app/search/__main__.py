@@ -20,21 +20,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "show", help="print progress, best hyp and finished candidates; changes nothing"
     )
     show.add_argument("directory", type=Path, help="folder of the search, as runs/evolve/exp")
+    show.add_argument(
+        "--study", metavar="URL", default="", help="database that the study lives in [a journal]"
+    )
     show.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     try:
-        print(_show(given.directory, as_json=given.json))
+        print(_show(given.directory, given.study, as_json=given.json))
     except StarlingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _show(directory: Path, *, as_json: bool) -> str:
+def _show(directory: Path, url: str, *, as_json: bool) -> str:
     from app.search.study import SearchStudy  # Optuna is slow to import
     from app.search.views import best_of
 
-    study = SearchStudy.read(directory)
+    study = SearchStudy.read(directory, url=url)
     progress, finished = study.progress(), study.finished()
     best = best_of(finished) if finished else None
     if as_json:

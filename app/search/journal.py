@@ -4,8 +4,8 @@ Optuna replays a file of JSON lines. Its own file backend has two faults on a sh
 ever on a dead holder, and a last line torn by a kill is glued to the next one, after which no reader gets past it.
 Here the lock is `flock`, which the kernel drops with its holder, and an append first cuts a torn tail off.
 
-`flock` excludes every process and container of one host. Over NFS it does so between hosts too, unless the volume is
-mounted with `local_lock`; for several hosts PostgreSQL is the sound choice.
+`flock` excludes every process and container of one host. Over a network file system it may not do so between hosts:
+`storage.check_storage` refuses those; for several hosts PostgreSQL is the sound choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -27,8 +27,13 @@ from optuna.storages.journal import BaseJournalBackend
 
 from app.errors import CheckpointError
 from app.outputs.atomic import fsync_directory
+from app.search.leases import FileLease, FileLeaseWatch, lease_path
+
+T = TypeVar("T")
 
 JOURNAL, LOCK = "study.journal", "study.lock"
+STUDY = "search"
+"""The one study of a journal."""
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
@@ -48,26 +53,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def understood(journal: Path) -> Iterator[None]:
-    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the file."""
+def understood(journal: Path | str) -> Iterator[None]:
+    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
     try:
         yield
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{journal}: holds a record that is not one of a study ({error!r}); restore the file from a copy, "
+            f"{journal}: holds a record that is not one of a study ({error!r}); restore it from a copy, "
             "or start a search under another --name"
         ) from error
-
-
-class StudyStorage(Protocol):
-    """Where a study lives, and the one lock that makes several steps on it a single one."""
-
-    @property
-    def optuna(self) -> BaseStorage:
-        """The storage as Optuna knows it."""
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Exclude all other workers of the study while the context lasts. Not reentrant."""
 
 
 class JournalStudyStorage:
@@ -80,9 +74,10 @@ class JournalStudyStorage:
         if create:
             with writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        self._lock_path = directory / LOCK
+        self._directory = directory
         self._say = say
         path = directory / JOURNAL
+        self.where, self.study_name, self.spans_hosts = str(path), STUDY, False
         with understood(path):
             self._storage = JournalStorage(SafeJournalBackend(path, create=create))
 
@@ -93,7 +88,21 @@ class JournalStudyStorage:
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclude all other workers of the study while the context lasts. Not reentrant."""
-        return locked(self._lock_path, say=self._say)
+        return locked(self._directory / LOCK, say=self._say)
+
+    def persist(self, operation: Callable[[], T]) -> T:
+        """Run an operation on the study; a disk that fails once is not tried again."""
+        return operation()
+
+    def take_lease(self, number: int, worker: str) -> FileLease:
+        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        path = lease_path(self._directory, number)
+        with writing(path):
+            return FileLease(path, worker)
+
+    def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> FileLeaseWatch:
+        """Return an observer of other workers' leases."""
+        return FileLeaseWatch(self._directory, lease_s, monotonic=monotonic)
 
 
 @contextmanager

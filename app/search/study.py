@@ -17,8 +17,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.errors import ConfigError, UsageError
-from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
-from app.search.leases import Lease, LeaseWatch, lease_path
+from app.search.journal import JOURNAL, understood
+from app.search.leases import Lease
 from app.search.ledger import Ledger
 from app.search.outcome import (
     Attempt,
@@ -31,6 +31,7 @@ from app.search.outcome import (
     State,
 )
 from app.search.sampler import EvolutionSampler
+from app.search.storage import StudyStorage, open_storage, persistent
 
 VERSION = 1
 """Of the records below; a study of another version is refused."""
@@ -97,7 +98,9 @@ class SearchStudy:
         self._rules = rules
         self._ledger = Ledger(rules.max_retries)
         self._study_id = storage.optuna.get_study_id_from_name(study.study_name)
-        self._watch = LeaseWatch(directory, rules.lease_s, monotonic=monotonic)
+        self._watch = storage.watch(rules.lease_s, monotonic)
+        self._unconfirmed: int | None = None
+        """Number of an attempt whose end may have been recorded although the storage did not say so."""
 
     @classmethod
     def open_or_create(
@@ -108,7 +111,6 @@ class SearchStudy:
         budget: int,
         study_seed: int,
         signature: Mapping[str, Any],
-        name: str = "search",
         storage: StudyStorage | None = None,
         sampler: BaseSampler | None = None,
         rules: StudyRules | None = None,
@@ -132,9 +134,9 @@ class SearchStudy:
             )
         )
         directory = directory.absolute()
-        storage = storage or JournalStudyStorage(directory)
+        storage = storage or open_storage("", directory)
         with storage.lock():
-            study = _load_or_create(storage, name, sampler or EvolutionSampler(hyp, study_seed))
+            study = _load_or_create(storage, sampler or EvolutionSampler(hyp, study_seed))
             attributes = study.user_attrs
             if _UUID not in attributes:
                 study.set_user_attr(_UUID, new_uuid())
@@ -147,23 +149,36 @@ class SearchStudy:
         return cls(directory, storage, study, definition, rules or StudyRules(), monotonic)
 
     @classmethod
-    def read(cls, directory: Path, *, name: str = "search", rules: StudyRules | None = None) -> Self:
-        """Open the study of `directory` to look at it; nothing is written. Raises UsageError if there is none."""
+    def read(cls, directory: Path, *, url: str = "", rules: StudyRules | None = None) -> Self:
+        """Open the study of `directory`, or of that name in the database `url`, to look at it; nothing is written.
+
+        Raises UsageError if there is none.
+        """
         directory = directory.absolute()
         absent = UsageError(f"{directory}: holds no search; give the folder that has {JOURNAL}")
-        if not (directory / JOURNAL).is_file():
+        if not url and not (directory / JOURNAL).is_file():
             raise absent
-        storage = JournalStudyStorage(directory, create=False)
-        if name not in _names(storage):
+        storage = open_storage(url, directory, create=False)
+        if url:
+            absent = UsageError(
+                f"{storage.where}: there is no such study; give the search's folder below the runs"
+            )
+        if storage.study_name not in _names(storage):
             raise absent
-        with understood(directory / JOURNAL):
-            study = optuna.load_study(study_name=name, storage=storage.optuna)
+        with understood(storage.where):
+            study = optuna.load_study(study_name=storage.study_name, storage=storage.optuna)
             definition = study.user_attrs.get(_DEFINITION)
             if definition is None:
                 raise absent
             return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
 
     @property
+    def spans_hosts(self) -> bool:
+        """Whether its workers may lack each other's folders."""
+        return self._storage.spans_hosts
+
+    @property
+    @persistent
     def budget(self) -> int:
         """Finished trainings that the search is to reach."""
         return int(self._study.user_attrs.get(_BUDGET, 0))
@@ -172,6 +187,7 @@ class SearchStudy:
         """Exclude the other workers; not reentrant, and taken by ask, finish and fail themselves."""
         return self._storage.lock()
 
+    @persistent
     def ask(self, worker: str) -> Claim | Turn:
         """Claim the next candidate: one to take over if there is, else a new one while the budget lasts.
 
@@ -193,11 +209,13 @@ class SearchStudy:
                 return Turn.WAIT
             return self._claim(trials, worker)
 
+    @persistent
     def finish(self, claim: Claim, outcome: Outcome) -> None:
         """Record a result. Raises LeaseLost if the candidate was taken over, CandidateFailed for a NaN fitness."""
         outcome.check()
         self._end(claim, {"metrics": outcome.metrics()}, TrialState.COMPLETE, float(outcome.fitness))
 
+    @persistent
     def fail(self, claim: Claim, ending: State, reason: str) -> None:
         """Record that an attempt ended without a result; nothing to do if it was taken over meanwhile."""
         try:
@@ -205,27 +223,30 @@ class SearchStudy:
         except LeaseLost:
             return
 
+    @persistent
     def finished(self) -> list[Finished]:
         """Return the finished candidates in the order of their numbers."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             return [
                 self._as_finished(trial) for trial in self._trials() if trial.state is TrialState.COMPLETE
             ]
 
+    @persistent
     def attempts(self) -> list[Attempt]:
         """Return every training that was begun, in the order of their numbers."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             return [self._as_attempt(trial) for trial in self._trials()]
 
+    @persistent
     def progress(self) -> Progress:
         """Return how far the search is."""
         self._trials()
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             return self._progress()
 
     def _trials(self) -> list[FrozenTrial]:
         """Return every trial by number, after counting what is new. They are the storage's own: not to be changed."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             trials = self._study.get_trials(deepcopy=False)
             self._ledger.update(trials)
         return trials
@@ -264,9 +285,7 @@ class SearchStudy:
                 "lost_before": orphan.user_attrs.get("lost_before", 0)
                 + (orphan.user_attrs["ending"] == State.LOST),
             }
-        path = lease_path(self.directory, number)
-        with writing(path):
-            lease = Lease(path, worker)
+        lease = self._storage.take_lease(number, worker)
         try:
             # Whole or not at all: an ask that suggests gene by gene can be killed between two of them.
             self._study.add_trial(
@@ -275,7 +294,8 @@ class SearchStudy:
                 )
             )
         except BaseException:
-            lease.close()
+            # Not closed: where the storage had it recorded but could not say so, others take it over at once.
+            lease.abandon()
             raise
         candidate = Candidate(
             number=number,
@@ -299,10 +319,16 @@ class SearchStudy:
         number = claim.candidate.number
         with self._storage.lock():
             # The study decides, not the lease: an attempt that nobody ended is this worker's still.
-            if self._storage.optuna.get_trial(self._trial_id(number)).state is not TrialState.RUNNING:
+            there = self._storage.optuna.get_trial(self._trial_id(number)).state
+            # Only the connection broke after it was recorded, when this was called before.
+            done = there is state and self._unconfirmed == number
+            if there is not TrialState.RUNNING and not done:
                 claim.lease.close()
                 raise LeaseLost(f"candidate {number} was taken over by another worker")
-            self._record(number, attributes, state, value)
+            self._unconfirmed = number
+            if not done:
+                self._record(number, attributes, state, value)
+            self._unconfirmed = None
             claim.lease.close()
 
     def _record(
@@ -359,7 +385,8 @@ def _state_of(trial: FrozenTrial) -> State:
     return State.RUNNING
 
 
-def _load_or_create(storage: StudyStorage, name: str, sampler: BaseSampler) -> optuna.Study:
+def _load_or_create(storage: StudyStorage, sampler: BaseSampler) -> optuna.Study:
+    name = storage.study_name
     if name in _names(storage):
         return optuna.load_study(study_name=name, storage=storage.optuna, sampler=sampler)
     return optuna.create_study(study_name=name, storage=storage.optuna, sampler=sampler, direction="maximize")

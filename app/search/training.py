@@ -41,6 +41,7 @@ from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
+from app.search.storage import check_storage, open_storage
 from app.search.study import SearchStudy
 from app.search.worker import run_search
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
@@ -62,10 +63,11 @@ def search(config: TrainConfig) -> None:
             "start one worker a device without torchrun, or all at once with `launcher up --gpus`"
         )
     progress = Progress()
+    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
+    check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
     workshop = open_workshop(config, find_start(config.weights, config.cfg), seed_hyp, progress.say)
     warn_of_idle(config, seed_hyp, workshop.data, progress.say)
-    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
     config = workshop.config
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
@@ -82,6 +84,9 @@ def search(config: TrainConfig) -> None:
                 study_seed=config.seed,
                 signature=_signature(config, workshop),
                 objective=trainings.train,
+                storage=open_storage(
+                    config.study, directory, progress.say, check_stop=stop.raise_if_requested
+                ),
                 say=progress.say,
                 on_open=trainings.joined,
                 on_progress=trainings.progressed,
