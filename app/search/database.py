@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import socket
@@ -61,6 +62,9 @@ _TRANSIENT = ("08", "25006", "25P03", "40", "53", "55", "57")
 shutdown and start."""
 _NOT_A_LOCK = "55P03"
 
+# It prints a traceback for each broken connection that it throws away; what broke is told in our own words.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+
 
 class ConnectionLost(ServerError):
     """The connection broke while the study was locked: the lock is gone, and the step has to begin anew."""
@@ -78,25 +82,25 @@ class Database:
         self.url = url
         self._environment = environment
 
-    def session(self) -> Any:
-        """Return a session in which each statement is a transaction of its own.
+    def session(self, name: str = "starling") -> Any:
+        """Return a session in which each statement is a transaction of its own; `name` is what the server lists it as.
 
         Raises UsageError where the server refuses, ServerError where it does not answer.
         """
-        return self._open(pg8000.native.Connection)
+        return self._open(pg8000.native.Connection, name)
 
     def connection(self) -> Any:
         """Return a connection as SQLAlchemy wants it; raises as `session`."""
-        return self._open(pg8000.legacy.Connection)
+        return self._open(pg8000.legacy.Connection, "starling study")
 
-    def _open(self, kind: Callable[..., Any]) -> Any:
+    def _open(self, kind: Callable[..., Any], name: str) -> Any:
         password = find_password(self.url, self._environment)
         try:
             channel = self._connect()
             try:
                 session = kind(
                     self.url.user, host=self.url.host, database=self.url.database, password=password, sock=channel,
-                    ssl_context=False, application_name="starling", startup_params=_session_settings(),
+                    ssl_context=False, application_name=name, startup_params=_session_settings(),
                 )  # fmt: skip
             except BaseException:
                 channel.close()
@@ -225,7 +229,9 @@ class DatabaseStudyStorage:
 
     def take_lease(self, number: int, worker: str) -> DatabaseLease:
         """Take the lease of a candidate that is about to be recorded. The study is locked."""
-        return DatabaseLease(self._database.session, self.study_name, number, worker)
+        return DatabaseLease(
+            lambda: self._database.session("starling lease"), self.study_name, number, worker
+        )
 
     def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> DatabaseLeaseWatch:
         """Return an observer of other workers' leases."""

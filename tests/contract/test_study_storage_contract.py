@@ -5,9 +5,11 @@ A storage joins by its name in STORAGES and what `place` does for it; it is open
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from app.config.hyp import Hyp
+from app.search.leases import Lease
 from app.search.outcome import LeaseLost, Outcome, State
 from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
@@ -67,6 +70,171 @@ def claim(study: SearchStudy, worker: str = "w") -> Claim:
     turn = study.ask(worker)
     assert isinstance(turn, Claim)
     return turn
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def take(storage: StudyStorage, number: int = 7) -> Lease:
+    """Take a candidate's lease as a worker does."""
+    with storage.lock():
+        return storage.take_lease(number, "w")
+
+
+class Observer:
+    """Another worker, whose time the test moves."""
+
+    def __init__(self, place: Place, directory: Path, lease_s: float) -> None:
+        self.clock = Clock()
+        self._storage = place.open(directory)
+        self._watch = self._storage.watch(lease_s, self.clock)
+
+    def verdict(self, after_s: float = 0.0) -> str | None:
+        """Return what it thinks of the holder of candidate 7 so much later."""
+        self.clock.now += after_s
+        with self._storage.lock():
+            return self._watch.verdict(7)
+
+    def revoke(self) -> None:
+        """Take candidate 7 over."""
+        with self._storage.lock():
+            self._watch.revoke(7)
+
+
+def hold_lease(place: Place, directory: Path, every_s: float) -> None:
+    """Hold candidate 7's lease in a process of its own until it is lost."""
+    lease = take(place.open(directory))
+    lease.keep_alive(every_s)
+    try:
+        for beats in itertools.count():
+            lease.renew()
+            (directory / "beats").write_text(str(beats))
+            time.sleep(0.01)
+    except LeaseLost:
+        (directory / "lost").touch()
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file is there."""
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} does not come"
+        time.sleep(0.01)
+
+
+def wait_for_beats(directory: Path) -> None:
+    """Wait until the holder has shown anew that it is alive."""
+    seen = {(directory / "beats").read_text()}
+    until = time.monotonic() + 60
+    while len(seen) < 4:
+        assert time.monotonic() < until, "the holder is silent"
+        time.sleep(0.01)
+        seen.add((directory / "beats").read_text())
+
+
+def start_holder(place: Place, directory: Path) -> multiprocessing.process.BaseProcess:
+    """Start a process that holds candidate 7's lease."""
+    holder = PROCESSES.Process(target=hold_lease, args=(place, directory, 0.05))
+    holder.start()
+    wait_for(directory / "beats")
+    return holder
+
+
+def test_killed_holder_is_noticed_long_before_its_lease_is_over(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    observer = Observer(place, tmp_path, lease_s=10_000)
+    assert observer.verdict() is None
+    holder.kill()
+    holder.join()
+    observer.verdict()  # sees the last beat
+    until = time.monotonic() + 30  # the server needs a moment to see that its client is gone
+    while (verdict := observer.verdict(after_s=15)) is None:
+        assert time.monotonic() < until
+    assert verdict == "its worker died"
+    assert observer.clock.now < 1000 + 5_000
+
+
+def test_living_holder_is_never_judged_gone_however_long_it_trains(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    observer = Observer(place, tmp_path, lease_s=100)
+    for _ in range(5):
+        assert observer.verdict(after_s=90) is None
+        wait_for_beats(tmp_path)
+    holder.kill()
+    holder.join()
+
+
+def test_frozen_holder_is_gone_after_its_lease_and_gives_up_when_thawed(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGSTOP)
+    time.sleep(0.2)  # what it was saying when it was stopped arrives
+    observer = Observer(place, tmp_path, lease_s=100)
+    assert observer.verdict() is None
+    assert observer.verdict(after_s=99) is None
+    assert "no sign of life for 100 s" in str(observer.verdict(after_s=2))
+    observer.revoke()
+    os.kill(holder.pid, signal.SIGCONT)
+    holder.join(30)
+    assert holder.exitcode == 0
+    assert (tmp_path / "lost").exists()
+
+
+def test_abandoned_lease_is_free_at_once_and_a_closed_one_leaves_nothing(
+    place: Place, tmp_path: Path
+) -> None:
+    storage, observer = place.open(tmp_path), Observer(place, tmp_path, lease_s=100)
+    take(storage).abandon()
+    assert observer.verdict() == "its worker died"
+    take(storage).close()
+    assert observer.verdict() is None
+    assert "no sign of life" in str(observer.verdict(after_s=101))
+
+
+def test_loser_learns_of_it_and_does_not_remove_the_lease_of_another(place: Place, tmp_path: Path) -> None:
+    storage, observer = place.open(tmp_path), Observer(place, tmp_path, lease_s=100)
+    loser = take(storage)
+    loser.renew()
+    observer.revoke()
+    winner = take(storage)
+    with pytest.raises(LeaseLost, match="candidate 7"):
+        loser.renew()
+    loser.close()
+    winner.renew()
+    winner.close()
+    with pytest.raises(LeaseLost):
+        winner.renew()
+
+
+def test_candidate_of_a_killed_worker_is_trained_once_more_by_one_of_many(
+    place: Place, tmp_path: Path
+) -> None:
+    holder = PROCESSES.Process(target=claim_and_die, args=(place, tmp_path))
+    holder.start()
+    holder.join(30)
+    assert holder.exitcode == -signal.SIGKILL
+    workers = [PROCESSES.Process(target=join_and_train, args=(place, tmp_path, 1.0)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(90)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    attempts = join(place, tmp_path).attempts()
+    assert sorted(a.state for a in attempts) == [State.FINISHED] * 12 + [State.LOST]
+    assert [a.root for a in attempts if a.state is State.FINISHED].count(0) == 1
+
+
+def claim_and_die(place: Place, directory: Path) -> None:
+    """Die with a claimed candidate."""
+    claim(join(place, directory, budget=12))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_two_handles_see_one_study(place: Place, tmp_path: Path) -> None:
@@ -140,11 +308,14 @@ def die_with_lock(place: Place, directory: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def join_and_train(place: Place, directory: Path) -> None:
-    """Open the study in a process of its own and finish candidates until there are none."""
-    study = join(place, directory, budget=12)
-    while isinstance(turn := study.ask(f"w{os.getpid()}"), Claim):
-        study.finish(turn, OUTCOME)
+def join_and_train(place: Place, directory: Path, lease_s: float = 60.0) -> None:
+    """Open the study in a process of its own and finish candidates until the budget is met."""
+    study = join(place, directory, budget=12, lease_s=lease_s)
+    while (turn := study.ask(f"w{os.getpid()}")) is not Turn.DONE:
+        if isinstance(turn, Claim):
+            study.finish(turn, OUTCOME)
+        else:
+            time.sleep(0.05)
 
 
 def test_processes_that_open_at_once_make_one_study(place: Place, tmp_path: Path) -> None:
