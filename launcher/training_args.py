@@ -23,6 +23,7 @@ _SHORTEST = {
     "--device": "--dev",
     "--evolve": "--ev",
     "--resume": "--re",
+    "--study": "--stu",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
 
@@ -73,6 +74,7 @@ def prepare_args(
             "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
         )
     values = _Words(words)
+    _refuse_password(values.get("--study") or "")
     mounts: list[Mount] = []
     for option in ("--data", "--weights", "--hyp", "--cfg"):
         given = values.get(option)
@@ -96,6 +98,15 @@ def prepare_args(
         evolve=evolve,
         device=values.get("--device"),
     )
+
+
+def _refuse_password(study: str) -> None:
+    """Refuse a URL with a password before it stands in a container's command, where `docker inspect` shows it."""
+    if re.search(r"^\w+://[^/?#]*:[^/?#]*@|[?&][^=&]*pass[^=&]*=", study, re.IGNORECASE):
+        raise UsageError(
+            "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
+            "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas get by themselves, or by --env PGPASSWORD"
+        )
 
 
 def trainer_script() -> Path:

@@ -137,6 +137,24 @@ def test_lease_whose_connection_broke_is_not_taken_for_dead(
     lease.close()
 
 
+def test_broken_connection_has_some_seconds_to_come_back_before_it_counts_as_death(
+    postgres: PostgresServer, database: str, tmp_path: Path
+) -> None:
+    storage, clock = open_storage(database, tmp_path), Clock()
+    with storage.lock():
+        lease = storage.take_lease(7, "w")
+    watch, verdicts = storage.watch(100, clock), list[str | None]()
+    with storage.lock():
+        watch.verdict(7)
+    assert postgres.end_sessions(name_of(database), LEASES) == 1
+    for _ in range(3):
+        with storage.lock():
+            verdicts.append(watch.verdict(7))
+        clock.now += 9
+    assert verdicts == [None, None, "its worker died"]
+    lease.abandon()
+
+
 def test_write_after_the_lock_was_lost_reaches_nobody(
     postgres: PostgresServer, database: str, tmp_path: Path
 ) -> None:
