@@ -454,8 +454,8 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
         )
     if state == "42501":
         return UsageError(
-            f"{url}: {url.user} may not write there ({reason}); let the database's owner say: "
-            f"ALTER DATABASE {url.database} OWNER TO {url.user}"
+            f"{url}: {url.user} may not write there ({reason}); name a database of its own, or let the owner of this one "
+            f"say: ALTER DATABASE {url.database} OWNER TO {url.user}"
         )
     if state == "25006":
         return UsageError(f"{url}: can only be read ({reason}); name the primary server, not a standby")

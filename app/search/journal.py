@@ -25,7 +25,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import fsync_directory
 from app.search.leases import FileLease, FileLeaseWatch, lease_path
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 JOURNAL, LOCK = "study.journal", "study.lock"
 STUDY = "search"
 """The one study of a journal."""
+_BEGINNING = b'{"op_code":'
+"""Of every record."""
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
@@ -147,7 +149,8 @@ class SafeJournalBackend(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the records from number `log_number_from` on; a line without its end is not there yet.
 
-        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed.
+        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed;
+        UsageError for a file that never was a journal.
         """
         number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
         with open(self._open(os.O_RDONLY), "rb") as file:
@@ -175,6 +178,8 @@ class SafeJournalBackend(BaseJournalBackend):
         try:
             _acquire(descriptor, self._path, lambda line: None)
             end = _end_of_last_line(descriptor)
+            if end == 0:
+                self._refuse_what_is_none(os.pread(descriptor, len(_BEGINNING), 0))
             with writing(self._path):
                 self._write(descriptor, payload, end)
         finally:
@@ -209,12 +214,23 @@ class SafeJournalBackend(BaseJournalBackend):
                 "belongs to this user"
             ) from error
 
+    def _refuse_what_is_none(self, first: bytes) -> None:
+        """Raise UsageError for a file whose only, unended line is not what a killed writer leaves of a first record."""
+        # After a power cut a file may have got its length but not its content.
+        if not _BEGINNING.startswith(first) and first.strip(b"\0"):
+            raise UsageError(self._no_journal())
+
+    def _no_journal(self) -> str:
+        return f"{self._path}: is there and is not a study's journal; move it away, or start a search under another --name"
+
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
+            if number == 1:
+                raise UsageError(self._no_journal())
             raise CheckpointError(
                 f"{self._path}:{number}: not a record of a study; restore the file from a copy, or start a search "
                 "under another --name"
