@@ -6,6 +6,7 @@ tests skip, unless STARLING_REQUIRE_POSTGRES=1 says that they must not.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import secrets
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -80,7 +82,10 @@ class PostgresServer:
         values = {"listen_addresses": "127.0.0.1", **_SETTINGS, **settings}
         words += [f"--{name}={value}" for name, value in values.items()]
         with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log, cwd="/", **self._as_owner())
+            # Not without the tests: the kernel ends it should they be killed.
+            self._process = subprocess.Popen(
+                words, stdout=log, stderr=log, cwd="/", preexec_fn=_end_with_parent, **self._as_owner()
+            )
         until = time.monotonic() + 60
         while self._try_run("pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)).returncode:
             assert self._process.poll() is None, (self.folder / "log").read_text(errors="replace")[-2000:]
@@ -143,6 +148,12 @@ class PostgresServer:
             "group": self._owner.pw_gid,
             "extra_groups": [],
         }
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGQUIT when the parent dies; after the change of user, which would undo it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
 
 
 def _unprivileged_user() -> pwd.struct_passwd | None:

@@ -176,8 +176,13 @@ def test_frozen_holder_of_the_studys_lock_loses_it_and_cannot_write(
     monkeypatch.setattr(module, "COMPLAIN_S", 0.0)
     study, said = open_study(database, tmp_path), list[str]()
     frozen = storage_of(study)
+    until = time.monotonic() + 30
+
+    def check_stop() -> None:
+        assert time.monotonic() < until, "the frozen worker keeps the lock"
+
     with frozen.lock():
-        with open_storage(database, tmp_path, said.append).lock():
+        with open_storage(database, tmp_path, said.append, check_stop=check_stop).lock():
             pass
         assert is_cut_off(lambda: study._study.set_user_attr("late", 1))
     assert "late" not in open_study(database, tmp_path)._study.user_attrs
