@@ -89,7 +89,9 @@ def open_storage(
             directory.mkdir(parents=True, exist_ok=True)
     if not url:
         return JournalStudyStorage(directory, create=create, say=say)
-    from app.search.database import DatabaseStudyStorage  # SQLAlchemy is slow to import, and few need it
+    from app.search.database_storage import (
+        DatabaseStudyStorage,  # SQLAlchemy is slow to import, and few need it
+    )
 
     return DatabaseStudyStorage(
         parse_study_url(url),
@@ -108,7 +110,7 @@ def check_storage(url: str, directory: Path, *, allow_nfs: bool = False) -> None
     that several machines can mount, unless `allow_nfs`.
     """
     if url:
-        from app.search.database import DatabaseStudyStorage
+        from app.search.database_storage import DatabaseStudyStorage
 
         DatabaseStudyStorage(parse_study_url(url), study_name(directory)).close()
         return

@@ -20,8 +20,10 @@ import pytest
 from app.config.study_url import parse_study_url
 from app.errors import CheckpointError, ServerError, Stopped, UsageError
 from app.search import __main__ as search_command
-from app.search import database as module
-from app.search.database import DatabaseStudyStorage
+from app.search import database as connections
+from app.search import database_storage
+from app.search.database import is_transient
+from app.search.database_storage import DatabaseStudyStorage
 from app.search.outcome import Candidate, LeaseLost, Outcome, Report, State
 from app.search.storage import check_storage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
@@ -51,7 +53,7 @@ def is_cut_off(write: Callable[[], object]) -> bool:
     try:
         write()
     except Exception as error:
-        return module.is_transient(error)
+        return is_transient(error)
     return False
 
 
@@ -172,8 +174,8 @@ def test_write_after_the_lock_was_lost_reaches_nobody(
 def test_frozen_holder_of_the_studys_lock_loses_it_and_cannot_write(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOCK_IDLE_S", 0.5)
-    monkeypatch.setattr(module, "COMPLAIN_S", 0.0)
+    monkeypatch.setattr(database_storage, "LOCK_IDLE_S", 0.5)
+    monkeypatch.setattr(database_storage, "COMPLAIN_S", 0.0)
     study, said = open_study(database, tmp_path), list[str]()
     frozen = storage_of(study)
     until = time.monotonic() + 30
@@ -486,7 +488,7 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 def test_server_that_is_not_there_or_silent_is_exit_5(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONNECT_S", 0.3)
+    monkeypatch.setattr(connections, "CONNECT_S", 0.3)
     monkeypatch.setenv("PGPASSWORD", "hunter2")
     with listener(lambda caller: None) as port:
         closing = refused(f"postgresql://u@127.0.0.1:{port}/d", runs)
@@ -506,7 +508,7 @@ def test_server_that_is_not_there_or_silent_is_exit_5(runs: Path, monkeypatch: p
 def test_server_that_speaks_something_else_is_exit_2_or_5(
     answer: bytes, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CONNECT_S", 1.0)
+    monkeypatch.setattr(connections, "CONNECT_S", 1.0)
 
     def say(caller: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -287,3 +287,13 @@ def test_nothing_of_a_database_is_imported_for_a_journal() -> None:
         check=True,
     )
     assert answer.stdout.strip() == "[]"
+
+
+def test_missing_driver_is_exit_2_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pg8000", "app.search.database", "app.search.database_storage"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "pg8000", None)
+    with pytest.raises(UsageError, match=r"pip install -r requirements\.txt"):
+        open_storage("postgresql://me@db/studies", tmp_path)
