@@ -39,6 +39,12 @@ class CheckpointError(StarlingError):
     exit_code = 4
 
 
+class ServerError(StarlingError):
+    """A server that the command needs does not answer."""
+
+    exit_code = 5
+
+
 class Stopped(StarlingError):
     """The run was stopped by a signal after saving a checkpoint; it can be resumed."""
 

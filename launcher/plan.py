@@ -22,9 +22,10 @@ TRAINER_IN_IMAGE = ("python", "/usr/src/app/train.py")
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
 
-PASSED_NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN")
+PASSWORD_FILE = "STARLING_STUDY_PASSWORD_FILE"
+PASSED_NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", PASSWORD_FILE)
 PASSED_PREFIX = "CLEARML_"
-"""Variables of the caller that trackers need; they reach replicas without being asked for."""
+"""Variables of the caller that trackers and a study's database need; they reach replicas without being asked for."""
 
 _PRIVATE_ENVIRONMENT = {
     "HOME": "/tmp",  # the root file system is read-only and the user has no home in the image
@@ -213,7 +214,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             **placement.environment,
         },
         passed=request.passed,
-        mounts=(runs, *request.args.mounts) if placement.isolated else (),
+        mounts=(runs, *request.args.mounts, *_password_mounts(request.passed)) if placement.isolated else (),
         runs=request.runs,
         user=request.user if placement.isolated else "",
         memory_bytes=memory,
@@ -221,6 +222,17 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
         tmp_bytes=min(GIB, memory // 4),
         network=request.network if placement.isolated else "",
     )
+
+
+def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:
+    """Return the mount of the file that holds the password of the study's database, at its own path."""
+    named = passed.get(PASSWORD_FILE)
+    if not named:
+        return ()
+    path = PurePosixPath(named)
+    if not path.is_absolute() or not Path(path).is_file():
+        raise UsageError(f"{PASSWORD_FILE}={named}: must be the absolute path of a file; correct or unset it")
+    return (Mount(source=named, target=named),)
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:

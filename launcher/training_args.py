@@ -25,6 +25,7 @@ _SHORTEST = {
     "--evolve": "--ev",
     "--space": "--sp",
     "--resume": "--re",
+    "--study": "--stu",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
 
@@ -78,6 +79,7 @@ def prepare_args(
             "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
         )
     values = _Words(words)
+    _refuse_password(values.get("--study") or "")
     mounts: list[Mount] = []
     for option in ("--data", "--weights", "--hyp", "--cfg", "--space"):
         given = values.get(option)
@@ -101,6 +103,15 @@ def prepare_args(
         evolve=evolve,
         device=values.get("--device"),
     )
+
+
+def _refuse_password(study: str) -> None:
+    """Refuse a URL with a password before it stands in a container's command, where `docker inspect` shows it."""
+    if re.search(r"^\w+://[^/?#]*:[^/?#]*@|[?&][^=&]*pass[^=&]*=", study, re.IGNORECASE):
+        raise UsageError(
+            "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
+            "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas get by themselves, or by --env PGPASSWORD"
+        )
 
 
 def trainer_script() -> Path:

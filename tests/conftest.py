@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: tests are many and small, threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from tests.postgres import PostgresServer, find_programs, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINI_SET = REPOSITORY / "datasets" / "bccd-mini"
@@ -22,9 +26,30 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
     monkeypatch.setenv("STARLING_RUNS", str(folder))
     for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "CLEARML_", "STARLING_REPLICA", "STARLING_FLEET")):
+        if name.startswith(
+            ("MLFLOW_", "CLEARML_", "STARLING_REPLICA", "STARLING_FLEET", "STARLING_STUDY", "PGPASS")
+        ):
             monkeypatch.delenv(name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Start a PostgreSQL server for the tests that need one."""
+    programs = find_programs()
+    if programs is None:
+        missing("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    assert programs is not None
+    server = PostgresServer(programs)
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an empty database; its password is in the environment."""
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    return postgres.create_database(f"test_{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from app.config.study_url import parse_study_url
 from app.errors import ConfigError, UsageError
 from app.outputs.bucket import check_bucket
 from app.outputs.run_dir import check_name
@@ -17,6 +18,9 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 AUTO_BATCH = -1
 AUTO_FINALISTS = -1
+
+_OF_A_SEARCH = ("sampler", "space", "prune", "finalists", "study", "allow_nfs")
+"""Fields that mean nothing without `evolve`."""
 
 DEFAULT_PROJECT = "runs/train"
 DEFAULT_SEARCH_PROJECT = "runs/evolve"
@@ -63,6 +67,10 @@ class TrainConfig:
     """End trainings of the search that fall behind early."""
     finalists: int = AUTO_FINALISTS
     """Candidates trained again on fresh seeds before one is named; -1: 3 with `--prune`, else none."""
+    study: str = ""
+    """URL of the database that the search's study lives in; empty: a journal in the search's folder."""
+    allow_nfs: bool = False
+    """Keep the journal on a network file system all the same."""
     cache: Cache = "auto"
     """Where decoded images are kept: auto, ram, disk, device, val (those of validation in ram), off."""
     device: str = ""
@@ -150,21 +158,22 @@ class TrainConfig:
             check_bucket(self.bucket)
 
     def _check_search(self) -> None:
-        """Refuse what only a search knows where there is none."""
+        """Check what only a search knows, and refuse it where there is none; a server is asked later."""
         if self.sampler not in SAMPLERS:
             raise ConfigError("--sampler", self.sampler, f"must be one of {', '.join(SAMPLERS)}")
         if self.finalists != AUTO_FINALISTS and (self.finalists < 0 or self.finalists == 1):
             raise ConfigError(
                 "--finalists", self.finalists, "must be 0 (none) or at least 2, or there is no choice"
             )
+        if self.study:
+            parse_study_url(self.study)
+        if self.study and self.allow_nfs:
+            raise UsageError("--allow-nfs: is about the journal, and --study names a database; leave one out")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if (
-                field.name in ("sampler", "space", "prune", "finalists")
-                and not self.evolve
-                and value != field.default
-            ):
-                raise ConfigError(f"--{field.name}", value, "means a search; add --evolve N")
+            given = getattr(self, field.name) != field.default
+            if field.name in _OF_A_SEARCH and given and not self.evolve:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise UsageError(f"{flag}: belongs to a search; add --evolve N, or leave it out")
 
     def _check_devices(self) -> None:
         """Check a list of devices by itself; whether they exist is found out later."""

@@ -119,6 +119,16 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             metavar="K",
             help="train the best K candidates again on fresh seeds before one is named, within N [with --prune 3, else 0]",
         ),
+        Flag(
+            "--study",
+            metavar="URL",
+            help="keep the study in a database, for workers of many hosts: postgresql://user@host[:port]/database, "
+            "the password elsewhere (docs/search.md) [a journal in the search's folder]",
+        ),
+        Flag(
+            "--allow-nfs",
+            help="keep the journal on a network file system: all workers run on this host, or its locks hold",
+        ),
     ),
     "where results go": (
         Flag("--project", help="folder below runs/ [train; evolve for a search]"),

@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--imgsz", type=int, metavar="PIXELS", help="their image side [that of opt.yaml beside the file]"
     )
     for command in (show, report, importing):
+        command.add_argument(
+            "--study", metavar="URL", default="", help="database that the study lives in [a journal]"
+        )
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -68,7 +71,7 @@ def _report(given: argparse.Namespace) -> None:
     from app.search.report import write_report
     from app.search.study import SearchStudy
 
-    path = write_report(SearchStudy.read(given.directory))
+    path = write_report(SearchStudy.read(given.directory, url=given.study))
     print(json.dumps({"report": str(path)}) if given.json else path)
 
 
@@ -79,7 +82,7 @@ def _import(given: argparse.Namespace) -> None:
     from app.search.study import SearchStudy
 
     done = import_csv(
-        given.csv.absolute(), SearchStudy.read(given.to), epochs=given.epochs, image_size=given.imgsz
+        given.csv.absolute(), SearchStudy.read(given.to, url=given.study), epochs=given.epochs, image_size=given.imgsz
     )
     if given.json:
         print(json.dumps({"file": str(given.csv), "search": str(given.to), **asdict(done)}))
@@ -96,7 +99,7 @@ def _show(given: argparse.Namespace) -> None:
     from app.search.study import SearchStudy
     from app.search.views import best_of
 
-    study = SearchStudy.read(given.directory)
+    study = SearchStudy.read(given.directory, url=given.study)
     progress, finished, attempts = study.progress(), study.finished(), study.attempts()
     best = best_of(finished) if finished else None
     if given.json:

@@ -4,8 +4,8 @@ Optuna replays a file of JSON lines. Its own file backend has two faults on a sh
 ever on a dead holder, and a last line torn by a kill is glued to the next one, after which no reader gets past it.
 Here the lock is `flock`, which the kernel drops with its holder, and an append first cuts a torn tail off.
 
-`flock` excludes every process and container of one host. Over NFS it does so between hosts too, unless the volume is
-mounted with `local_lock`; for several hosts PostgreSQL is the sound choice.
+`flock` excludes every process and container of one host. Over a network file system it may not do so between hosts:
+`storage.check_storage` refuses those; for several hosts PostgreSQL is the sound choice.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import fsync_directory
+from app.search.leases import FileLease, FileLeaseWatch, lease_path
+
+T = TypeVar("T")
 
 JOURNAL, LOCK = "study.journal", "study.lock"
+STUDY = "search"
+"""The one study of a journal."""
+_BEGINNING = b'{"op_code":'
+"""Of every record."""
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
@@ -48,26 +55,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def understood(journal: Path) -> Iterator[None]:
-    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the file."""
+def understood(journal: Path | str) -> Iterator[None]:
+    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
     try:
         yield
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{journal}: holds a record that is not one of a study ({error!r}); restore the file from a copy, "
+            f"{journal}: holds a record that is not one of a study ({error!r}); restore it from a copy, "
             "or start a search under another --name"
         ) from error
-
-
-class StudyStorage(Protocol):
-    """Where a study lives, and the one lock that makes several steps on it a single one."""
-
-    @property
-    def optuna(self) -> BaseStorage:
-        """The storage as Optuna knows it."""
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Exclude all other workers of the study while the context lasts. Not reentrant."""
 
 
 class JournalStudyStorage:
@@ -80,9 +76,10 @@ class JournalStudyStorage:
         if create:
             with writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        self._lock_path = directory / LOCK
+        self._directory = directory
         self._say = say
         path = directory / JOURNAL
+        self.where, self.study_name, self.spans_hosts = str(path), STUDY, False
         with understood(path):
             self._storage = JournalStorage(SafeJournalBackend(path, create=create))
 
@@ -93,7 +90,21 @@ class JournalStudyStorage:
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclude all other workers of the study while the context lasts. Not reentrant."""
-        return locked(self._lock_path, say=self._say)
+        return locked(self._directory / LOCK, say=self._say)
+
+    def persist(self, operation: Callable[[], T]) -> T:
+        """Run an operation on the study; a disk that fails once is not tried again."""
+        return operation()
+
+    def take_lease(self, number: int, worker: str) -> FileLease:
+        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        path = lease_path(self._directory, number)
+        with writing(path):
+            return FileLease(path, worker)
+
+    def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> FileLeaseWatch:
+        """Return an observer of other workers' leases."""
+        return FileLeaseWatch(self._directory, lease_s, monotonic=monotonic)
 
 
 @contextmanager
@@ -138,7 +149,8 @@ class SafeJournalBackend(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the records from number `log_number_from` on; a line without its end is not there yet.
 
-        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed.
+        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed;
+        UsageError for a file that never was a journal.
         """
         number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
         with open(self._open(os.O_RDONLY), "rb") as file:
@@ -166,6 +178,8 @@ class SafeJournalBackend(BaseJournalBackend):
         try:
             _acquire(descriptor, self._path, lambda line: None)
             end = _end_of_last_line(descriptor)
+            if end == 0:
+                self._refuse_what_is_none(os.pread(descriptor, len(_BEGINNING), 0))
             with writing(self._path):
                 self._write(descriptor, payload, end)
         finally:
@@ -200,12 +214,23 @@ class SafeJournalBackend(BaseJournalBackend):
                 "belongs to this user"
             ) from error
 
+    def _refuse_what_is_none(self, first: bytes) -> None:
+        """Raise UsageError for a file whose only, unended line is not what a killed writer leaves of a first record."""
+        # After a power cut a file may have got its length but not its content.
+        if not _BEGINNING.startswith(first) and first.strip(b"\0"):
+            raise UsageError(self._no_journal())
+
+    def _no_journal(self) -> str:
+        return f"{self._path}: is there and is not a study's journal; move it away, or start a search under another --name"
+
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
+            if number == 1:
+                raise UsageError(self._no_journal())
             raise CheckpointError(
                 f"{self._path}:{number}: not a record of a study; restore the file from a copy, or start a search "
                 "under another --name"

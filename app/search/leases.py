@@ -1,6 +1,6 @@
 """Leases: how the workers of a search tell a candidate in training from one whose worker is gone.
 
-A worker keeps `<search>/leases/0007` for as long as it trains candidate 7. Others read it in two ways:
+In the search's folder, beside a journal (`database_leases.py` makes the same promises without one): a worker keeps `<search>/leases/0007` for as long as it trains candidate 7. Others read it in two ways:
 
 - The file is under `flock`, which the kernel drops when the holder dies. A free lock that was taken under the same
   kernel (all containers of a host share it) means dead, at once.
@@ -20,10 +20,37 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from app.search.outcome import LeaseLost
 
 FOLDER = "leases"
+
+
+class Lease(Protocol):
+    """A worker's own lease, which is its candidate's until it is closed, abandoned or lost."""
+
+    def keep_alive(self, every_s: float) -> None:
+        """Renew the lease from a thread, so that a long epoch is not taken for death."""
+
+    def renew(self) -> None:
+        """Show that the holder is alive; raises LeaseLost if the candidate was taken over."""
+
+    def close(self) -> None:
+        """Give the lease back: its candidate has ended."""
+
+    def abandon(self) -> None:
+        """Let go as death would: others take the candidate over at once."""
+
+
+class LeaseWatch(Protocol):
+    """An observer's memory of other workers' leases; to be asked while the study is locked."""
+
+    def verdict(self, number: int) -> str | None:
+        """Return why the candidate's worker is gone, or None while it may be alive."""
+
+    def revoke(self, number: int) -> None:
+        """Take a lease from its holder, who learns of it at the next renewal."""
 
 
 def kernel_id() -> str:
@@ -39,7 +66,7 @@ def lease_path(search: Path, number: int) -> Path:
     return search / FOLDER / f"{number:04d}"
 
 
-class Lease:
+class FileLease:
     """A worker's own lease; to be taken while the study is locked. Raises OSError where the disk refuses."""
 
     def __init__(self, path: Path, worker: str, kernel: str | None = None) -> None:
@@ -105,7 +132,7 @@ class Lease:
                 self.renew()
 
 
-class LeaseWatch:
+class FileLeaseWatch:
     """An observer's memory of other workers' leases."""
 
     def __init__(

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.config.train_config import Sampler
 from app.errors import ConfigError, Pruned, UsageError
-from app.search.journal import JOURNAL, JournalStudyStorage, StudyStorage, understood, writing
-from app.search.leases import Lease, LeaseWatch, lease_path
+from app.search.journal import JOURNAL, understood
+from app.search.leases import Lease
 from app.search.ledger import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
 from app.search.outcome import (
     Attempt,
@@ -36,6 +35,7 @@ from app.search.plan import FRESH_SEEDS, StudyPlan
 from app.search.samplers.knowledge import SAMPLER
 from app.search.samplers.proposer import SEED, Proposer
 from app.search.space import Space, split_values
+from app.search.storage import StudyStorage, open_storage, persistent
 
 VERSION = 2
 """Of the records below; a study of another version is refused."""
@@ -123,7 +123,9 @@ class SearchStudy:
         self._seed = int(definition["seed"])
         self._ledger = Ledger(rules.max_retries, self.plan)
         self._study_id = storage.optuna.get_study_id_from_name(study.study_name)
-        self._watch = LeaseWatch(directory, rules.lease_s, monotonic=monotonic)
+        self._watch = storage.watch(rules.lease_s, monotonic)
+        self._unconfirmed: int | None = None
+        """Number of an attempt whose end may have been recorded although the storage did not say so."""
 
     @classmethod
     def open_or_create(
@@ -135,7 +137,6 @@ class SearchStudy:
         study_seed: int,
         signature: Mapping[str, Any],
         plan: StudyPlan | None = None,
-        name: str = "search",
         storage: StudyStorage | None = None,
         space: Space | None = None,
         seed_settings: Mapping[str, int | str] | None = None,
@@ -173,9 +174,9 @@ class SearchStudy:
         )
         proposer = Proposer.of(sampler, space, {**hyp, **(seed_settings or {})}, study_seed)
         directory = directory.absolute()
-        storage = storage or JournalStudyStorage(directory)
+        storage = storage or open_storage("", directory)
         with storage.lock():
-            study = _load_or_create(storage, name)
+            study = _load_or_create(storage)
             attributes = study.user_attrs
             if _UUID not in attributes:
                 study.set_user_attr(_UUID, new_uuid())
@@ -188,32 +189,47 @@ class SearchStudy:
         return cls(directory, storage, study, definition, rules or StudyRules(), monotonic, proposer)
 
     @classmethod
-    def read(cls, directory: Path, *, name: str = "search", rules: StudyRules | None = None) -> Self:
-        """Open the study of `directory` to look at it; nothing is written. Raises UsageError if there is none."""
+    def read(cls, directory: Path, *, url: str = "", rules: StudyRules | None = None) -> Self:
+        """Open the study of `directory`, or of that name in the database `url`, to look at it; nothing is written.
+
+        Raises UsageError if there is none.
+        """
         directory = directory.absolute()
         absent = UsageError(f"{directory}: holds no search; give the folder that has {JOURNAL}")
-        if not (directory / JOURNAL).is_file():
+        if not url and not (directory / JOURNAL).is_file():
             raise absent
-        storage = JournalStudyStorage(directory, create=False)
-        if name not in _names(storage):
+        storage = open_storage(url, directory, create=False)
+        if url:
+            absent = UsageError(
+                f"{storage.where}: there is no such study; give the search's folder below the runs"
+            )
+        if storage.study_name not in _names(storage):
             raise absent
-        with understood(directory / JOURNAL):
-            study = optuna.load_study(study_name=name, storage=storage.optuna)
+        with understood(storage.where):
+            study = optuna.load_study(study_name=storage.study_name, storage=storage.optuna)
             definition = study.user_attrs.get(_DEFINITION)
             if definition is None:
                 raise absent
             return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
 
     @property
+    def spans_hosts(self) -> bool:
+        """Whether its workers may lack each other's folders."""
+        return self._storage.spans_hosts
+
+    @property
+    @persistent
     def budget(self) -> int:
         """Trainings of full length that the search may spend."""
         return int(self._study.user_attrs.get(_BUDGET, 0))
 
     @property
+    @persistent
     def training(self) -> dict[str, Any]:
         """What `describe` was given; empty before."""
         return dict(self._study.user_attrs.get(_TRAINING, {}))
 
+    @persistent
     def describe(self, training: Mapping[str, Any]) -> None:
         """Keep what the report tells of the trainings themselves: command and images. The first worker's stands."""
         with self._storage.lock():
@@ -224,6 +240,7 @@ class SearchStudy:
         """Exclude the other workers; not reentrant, and taken by ask, finish and fail themselves."""
         return self._storage.lock()
 
+    @persistent
     def ask(self, worker: str) -> Claim | Turn:
         """Claim the next candidate: one to take over if there is, else a new one while the budget lasts.
 
@@ -257,40 +274,46 @@ class SearchStudy:
             return self._final(*final)
         return None
 
+    @persistent
     def report(self, claim: Claim, epoch: int, fitness: float) -> None:
         """Record the fitness on the way. Raises Pruned where the candidate has fallen behind, LeaseLost if it is lost."""
         number, halving = claim.candidate.number, self.plan.halving
-        try:
+        with self._storage.lock():
+            if self._storage.optuna.get_trial(self._trial_id(number)).state is not TrialState.RUNNING:
+                raise _lost(number)
             self._storage.optuna.set_trial_intermediate_value(self._trial_id(number), epoch, fitness)
-        except UpdateFinishedTrialError:
-            raise _lost(number) from None
         # What everything is compared with is trained to the end.
         if halving is None or claim.is_seed:
             return
         if reason := halving.verdict(self._trials(), number, epoch):
             raise Pruned(reason, epoch)
 
+    @persistent
     def prune(self, claim: Claim, pruned: Pruned) -> None:
         """Record that a candidate was ended early; nothing to do if it was taken over meanwhile."""
         attributes = {"epochs": pruned.epoch, "reason": str(pruned)}
         with contextlib.suppress(LeaseLost):
             self._end(claim, attributes, TrialState.PRUNED, None)
 
+    @persistent
     def correlations(self) -> dict[int, float | None]:
         """Return how well each rung foretells the end, -1 to 1; None where too few have finished to say."""
         halving, trials = self.plan.halving, self._trials()
         return {rung: halving.correlation(trials, rung) for rung in halving.rungs} if halving else {}
 
+    @persistent
     def finish(self, claim: Claim, outcome: Outcome) -> None:
         """Record a result. Raises LeaseLost if the candidate was taken over, CandidateFailed for a NaN fitness."""
         outcome.check()
         self._end(claim, {"metrics": outcome.metrics()}, TrialState.COMPLETE, float(outcome.fitness))
 
+    @persistent
     def fail(self, claim: Claim, ending: State, reason: str) -> None:
         """Record that an attempt ended without a result; nothing to do if it was taken over meanwhile."""
         with contextlib.suppress(LeaseLost):
             self._end(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL, None)
 
+    @persistent
     def add_known(self, choose: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]]) -> int:
         """Append finished trials marked with IMPORTED, which `choose` makes from those that are there; return how many.
 
@@ -302,31 +325,35 @@ class SearchStudy:
                 self._study.add_trial(trial)
         return len(known)
 
+    @persistent
     def finished(self) -> list[Finished]:
         """Return the finished candidates in the order of their numbers."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
             return [self._as_finished(trial) for trial in own if trial.state is TrialState.COMPLETE]
 
+    @persistent
     def attempts(self) -> list[Attempt]:
         """Return every training that was begun, in the order of their numbers."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
             return [self._as_attempt(trial) for trial in own]
 
+    @persistent
     def imported(self) -> int:
         """Return how many results of older searches were imported."""
         return sum(IMPORTED in trial.user_attrs for trial in self._trials())
 
+    @persistent
     def progress(self) -> Progress:
         """Return how far the search is."""
         self._trials()
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             return self._progress()
 
     def _trials(self) -> list[FrozenTrial]:
         """Return every trial by number, after counting what is new. They are the storage's own: not to be changed."""
-        with understood(self.directory / JOURNAL):
+        with understood(self._storage.where):
             trials = self._study.get_trials(deepcopy=False)
             self._ledger.update(trials)
         return trials
@@ -355,9 +382,7 @@ class SearchStudy:
         """Record the next attempt as running, in one append, and hold its lease. The study is locked."""
         number = len(trials)
         attributes = {"worker": worker, "root": number, **next_up.attributes}
-        path = lease_path(self.directory, number)
-        with writing(path):
-            lease = Lease(path, worker)
+        lease = self._storage.take_lease(number, worker)
         try:
             # Whole or not at all: an ask that suggests gene by gene can be killed between two of them.
             self._study.add_trial(
@@ -370,7 +395,8 @@ class SearchStudy:
                 )
             )
         except BaseException:
-            lease.close()
+            # Not closed: where the storage had it recorded but could not say so, others take it over at once.
+            lease.abandon()
             raise
         hyp, settings = split_values(next_up.params)
         finalist_of, fresh_seed = attributes.get(FINALIST_OF), attributes.get(FRESH_SEED, 0)
@@ -414,10 +440,16 @@ class SearchStudy:
         number = claim.candidate.number
         with self._storage.lock():
             # The study decides, not the lease: an attempt that nobody ended is this worker's still.
-            if self._storage.optuna.get_trial(self._trial_id(number)).state is not TrialState.RUNNING:
+            there = self._storage.optuna.get_trial(self._trial_id(number)).state
+            # Only the connection broke after it was recorded, when this was called before.
+            done = there is state and self._unconfirmed == number
+            if there is not TrialState.RUNNING and not done:
                 claim.lease.close()
                 raise _lost(number)
-            self._record(number, attributes, state, value)
+            self._unconfirmed = number
+            if not done:
+                self._record(number, attributes, state, value)
+            self._unconfirmed = None
             claim.lease.close()
 
     def _record(
@@ -487,7 +519,8 @@ def _state_of(trial: FrozenTrial) -> State:
     return State.RUNNING
 
 
-def _load_or_create(storage: StudyStorage, name: str) -> optuna.Study:
+def _load_or_create(storage: StudyStorage) -> optuna.Study:
+    name = storage.study_name
     if name in _names(storage):
         return optuna.load_study(study_name=name, storage=storage.optuna)
     return optuna.create_study(study_name=name, storage=storage.optuna, direction="maximize")

@@ -43,6 +43,7 @@ from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, Sear
 from app.search.outcome import Progress as SearchProgress
 from app.search.plan import StudyPlan
 from app.search.space import Space, changed, read_space, settings_flags
+from app.search.storage import check_storage, open_storage
 from app.search.study import SearchStudy
 from app.search.views import best_of
 from app.search.worker import run_search
@@ -69,13 +70,14 @@ def search(config: TrainConfig) -> None:
             "start one worker a device without torchrun, or all at once with `launcher up --gpus`"
         )
     progress = Progress()
+    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
+    check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
     space, seed_settings = read_space(config)
     check_layouts(space, config)
     workshops = Workshops(config, seed_hyp, progress.say)
     config = workshops.usual.config
     warn_of_idle(config, seed_hyp, workshops.usual.data, progress.say)
-    directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
@@ -95,6 +97,9 @@ def search(config: TrainConfig) -> None:
                 seed_settings=seed_settings,
                 sampler=config.sampler,
                 objective=trainings.train,
+                storage=open_storage(
+                    config.study, directory, progress.say, check_stop=stop.raise_if_requested
+                ),
                 say=progress.say,
                 on_open=trainings.joined,
                 on_progress=trainings.progressed,

@@ -12,7 +12,6 @@ from typing import Any
 from app.config.train_config import Sampler
 from app.errors import ConfigError, Pruned, Stopped
 from app.outputs.worker_status import worker_name
-from app.search.journal import JournalStudyStorage
 from app.search.outcome import (
     Candidate,
     LeaseLost,
@@ -27,6 +26,7 @@ from app.search.outcome import (
 )
 from app.search.plan import StudyPlan
 from app.search.space import Space
+from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 from app.search.views import best_of, write_views
 
@@ -71,6 +71,7 @@ def run_search(
     seed_settings: Mapping[str, int | str] | None = None,
     sampler: Sampler = "classic",
     settings: WorkerSettings | None = None,
+    storage: StudyStorage | None = None,
     say: Callable[[str], None] = print,
     on_open: Callable[[SearchStudy], None] = lambda study: None,
     on_progress: Callable[[Progress, Candidate | None], None] = lambda progress, candidate: None,
@@ -86,22 +87,25 @@ def run_search(
 
     Raises UsageError to join a search for something else; SearchFailed where candidates keep failing; Stopped after
     leaving the candidate to whoever comes next; CheckpointError where the study cannot be written; and whatever the
-    objective raised that was not its candidate's own failure.
+    objective raised that was not its candidate's own failure. ServerError where the study's database stays away.
     """
     settings = settings or WorkerSettings()
-    study = SearchStudy.open_or_create(
-        directory,
-        seed_hyp=seed_hyp,
-        budget=budget,
-        study_seed=study_seed,
-        plan=plan,
-        signature=signature,
-        space=space,
-        seed_settings=seed_settings,
-        sampler=sampler,
-        storage=JournalStudyStorage(directory, say=say),
-        rules=settings.rules,
-        monotonic=monotonic,
+    storage = storage or open_storage("", directory, say)
+    study = storage.persist(
+        lambda: SearchStudy.open_or_create(
+            directory,
+            seed_hyp=seed_hyp,
+            budget=budget,
+            study_seed=study_seed,
+            plan=plan,
+            signature=signature,
+            space=space,
+            seed_settings=seed_settings,
+            sampler=sampler,
+            storage=storage,
+            rules=settings.rules,
+            monotonic=monotonic,
+        )
     )
     on_open(study)
     worker = _Worker(study, objective, settings, say)
@@ -142,12 +146,15 @@ class _Worker:
         self._draw_at = 0.0
         """When evolve.png and report.html are due again."""
         self.trained = 0
+        self._apart = False
+        """Whether it was said that the runs folder is not shared."""
 
     def train(self, claim: Claim) -> None:
         """Train one candidate and record how it ended."""
         title = claim.candidate.title
         if claim.candidate.resumed:
             self._say(f"{title}: takes over from {claim.candidate.resumes_from[0].name}")
+            self._say_if_apart(claim.candidate)
         try:
             outcome = self._objective(claim.candidate, self._report_of(claim))
             self._study.finish(claim, outcome)
@@ -177,6 +184,17 @@ class _Worker:
                 self._study.report(claim, epoch, fitness)
 
         return report
+
+    def _say_if_apart(self, candidate: Candidate) -> None:
+        """Say, once, that the interrupted training is on another host, out of reach."""
+        if self._apart or not self._study.spans_hosts:
+            return
+        if not any(folder.is_dir() for folder in candidate.resumes_from):
+            self._apart = True
+            self._say(
+                "its checkpoint is not in this host's runs folder: such candidates are trained from the beginning "
+                "(hosts that share the folder go on from the checkpoint)"
+            )
 
     def refresh_views(self, *, last: bool = False) -> None:
         """Derive the files anew; the study is the truth, so a failure here is only worth a line.

@@ -1,14 +1,16 @@
 """What a search needs of the place where its study lives; every storage passes the same tests.
 
-A storage joins by one line in STORAGES: a function that opens it for a folder, again and again, as workers do.
+A storage joins by its name in STORAGES and what `place` does for it; it is opened again and again, as workers do.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -16,13 +18,12 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from app.config.hyp import Hyp
-from app.search.journal import JournalStudyStorage, StudyStorage
+from app.search.leases import Lease
 from app.search.outcome import LeaseLost, Outcome, State
+from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 
-Open = Callable[[Path], StudyStorage]
-
-STORAGES: dict[str, Open] = {"journal": JournalStudyStorage}
+STORAGES = ("journal", "postgresql")
 SEED = Hyp().as_dict()
 OUTCOME = Outcome(
     fitness=0.25, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2, cls_loss=0.3
@@ -31,13 +32,27 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["app.search.study"])
 
 
-@pytest.fixture(params=list(STORAGES))
-def kind(request: pytest.FixtureRequest) -> str:
-    """Return the name of a storage."""
-    return str(request.param)
+@dataclass(frozen=True)
+class Place:
+    """Where a test's study lives; processes of their own get a copy."""
+
+    url: str = ""
+    password: str = ""
+
+    def open(self, directory: Path) -> StudyStorage:
+        """Open the storage once more."""
+        return open_storage(self.url, directory, environment={"PGPASSWORD": self.password})
 
 
-def join(kind: str, directory: Path, budget: int = 3, lease_s: float = 60.0) -> SearchStudy:
+@pytest.fixture(params=STORAGES)
+def place(request: pytest.FixtureRequest) -> Place:
+    """Return an empty place of each kind."""
+    if request.param == "journal":
+        return Place()
+    return Place(request.getfixturevalue("database"), request.getfixturevalue("postgres").password)
+
+
+def join(place: Place, directory: Path, budget: int = 3, lease_s: float = 60.0) -> SearchStudy:
     """Open the study as one more worker."""
     return SearchStudy.open_or_create(
         directory,
@@ -45,7 +60,7 @@ def join(kind: str, directory: Path, budget: int = 3, lease_s: float = 60.0) -> 
         budget=budget,
         study_seed=0,
         signature={"data": "d1"},
-        storage=STORAGES[kind](directory),
+        storage=place.open(directory),
         rules=StudyRules(lease_s=lease_s),
     )
 
@@ -57,8 +72,173 @@ def claim(study: SearchStudy, worker: str = "w") -> Claim:
     return turn
 
 
-def test_two_handles_see_one_study(kind: str, tmp_path: Path) -> None:
-    first, second = join(kind, tmp_path), join(kind, tmp_path)
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def take(storage: StudyStorage, number: int = 7) -> Lease:
+    """Take a candidate's lease as a worker does."""
+    with storage.lock():
+        return storage.take_lease(number, "w")
+
+
+class Observer:
+    """Another worker, whose time the test moves."""
+
+    def __init__(self, place: Place, directory: Path, lease_s: float) -> None:
+        self.clock = Clock()
+        self._storage = place.open(directory)
+        self._watch = self._storage.watch(lease_s, self.clock)
+
+    def verdict(self, after_s: float = 0.0) -> str | None:
+        """Return what it thinks of the holder of candidate 7 so much later."""
+        self.clock.now += after_s
+        with self._storage.lock():
+            return self._watch.verdict(7)
+
+    def revoke(self) -> None:
+        """Take candidate 7 over."""
+        with self._storage.lock():
+            self._watch.revoke(7)
+
+
+def hold_lease(place: Place, directory: Path, every_s: float) -> None:
+    """Hold candidate 7's lease in a process of its own until it is lost."""
+    lease = take(place.open(directory))
+    lease.keep_alive(every_s)
+    try:
+        for beats in itertools.count():
+            lease.renew()
+            (directory / "beats").write_text(str(beats))
+            time.sleep(0.01)
+    except LeaseLost:
+        (directory / "lost").touch()
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file is there."""
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} does not come"
+        time.sleep(0.01)
+
+
+def wait_for_beats(directory: Path) -> None:
+    """Wait until the holder has shown anew that it is alive."""
+    seen = {(directory / "beats").read_text()}
+    until = time.monotonic() + 60
+    while len(seen) < 4:
+        assert time.monotonic() < until, "the holder is silent"
+        time.sleep(0.01)
+        seen.add((directory / "beats").read_text())
+
+
+def start_holder(place: Place, directory: Path) -> multiprocessing.process.BaseProcess:
+    """Start a process that holds candidate 7's lease."""
+    holder = PROCESSES.Process(target=hold_lease, args=(place, directory, 0.05))
+    holder.start()
+    wait_for(directory / "beats")
+    return holder
+
+
+def test_killed_holder_is_noticed_long_before_its_lease_is_over(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    observer = Observer(place, tmp_path, lease_s=10_000)
+    assert observer.verdict() is None
+    holder.kill()
+    holder.join()
+    observer.verdict()  # sees the last beat
+    until = time.monotonic() + 30  # the server needs a moment to see that its client is gone
+    while (verdict := observer.verdict(after_s=15)) is None:
+        assert time.monotonic() < until
+    assert verdict == "its worker died"
+    assert observer.clock.now < 1000 + 5_000
+
+
+def test_living_holder_is_never_judged_gone_however_long_it_trains(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    observer = Observer(place, tmp_path, lease_s=100)
+    for _ in range(5):
+        assert observer.verdict(after_s=90) is None
+        wait_for_beats(tmp_path)
+    holder.kill()
+    holder.join()
+
+
+def test_frozen_holder_is_gone_after_its_lease_and_gives_up_when_thawed(place: Place, tmp_path: Path) -> None:
+    holder = start_holder(place, tmp_path)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGSTOP)
+    time.sleep(0.2)  # what it was saying when it was stopped arrives
+    observer = Observer(place, tmp_path, lease_s=100)
+    assert observer.verdict() is None
+    assert observer.verdict(after_s=99) is None
+    assert "no sign of life for 100 s" in str(observer.verdict(after_s=2))
+    observer.revoke()
+    os.kill(holder.pid, signal.SIGCONT)
+    holder.join(30)
+    assert holder.exitcode == 0
+    assert (tmp_path / "lost").exists()
+
+
+def test_abandoned_lease_is_free_at_once_and_a_closed_one_leaves_nothing(
+    place: Place, tmp_path: Path
+) -> None:
+    storage, observer = place.open(tmp_path), Observer(place, tmp_path, lease_s=100)
+    take(storage).abandon()
+    assert observer.verdict() == "its worker died"
+    take(storage).close()
+    assert observer.verdict() is None
+    assert "no sign of life" in str(observer.verdict(after_s=101))
+
+
+def test_loser_learns_of_it_and_does_not_remove_the_lease_of_another(place: Place, tmp_path: Path) -> None:
+    storage, observer = place.open(tmp_path), Observer(place, tmp_path, lease_s=100)
+    loser = take(storage)
+    loser.renew()
+    observer.revoke()
+    winner = take(storage)
+    with pytest.raises(LeaseLost, match="candidate 7"):
+        loser.renew()
+    loser.close()
+    winner.renew()
+    winner.close()
+    with pytest.raises(LeaseLost):
+        winner.renew()
+
+
+def test_candidate_of_a_killed_worker_is_trained_once_more_by_one_of_many(
+    place: Place, tmp_path: Path
+) -> None:
+    holder = PROCESSES.Process(target=claim_and_die, args=(place, tmp_path))
+    holder.start()
+    holder.join(30)
+    assert holder.exitcode == -signal.SIGKILL
+    workers = [PROCESSES.Process(target=join_and_train, args=(place, tmp_path, 1.0)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(90)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    attempts = join(place, tmp_path).attempts()
+    assert sorted(a.state for a in attempts) == [State.FINISHED] * 12 + [State.LOST]
+    assert [a.root for a in attempts if a.state is State.FINISHED].count(0) == 1
+
+
+def claim_and_die(place: Place, directory: Path) -> None:
+    """Die with a claimed candidate."""
+    claim(join(place, directory, budget=12))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_handles_see_one_study(place: Place, tmp_path: Path) -> None:
+    first, second = join(place, tmp_path), join(place, tmp_path)
     assert first.uuid == second.uuid != ""
     mine, other = claim(first), claim(second)
     assert (mine.candidate.number, other.candidate.number) == (0, 1)
@@ -70,8 +250,8 @@ def test_two_handles_see_one_study(kind: str, tmp_path: Path) -> None:
     assert first.progress() == second.progress()
 
 
-def test_finished_and_running_never_exceed_the_budget(kind: str, tmp_path: Path) -> None:
-    study = join(kind, tmp_path, budget=2)
+def test_finished_and_running_never_exceed_the_budget(place: Place, tmp_path: Path) -> None:
+    study = join(place, tmp_path, budget=2)
     claims = [claim(study), claim(study)]
     assert study.ask("w") is Turn.WAIT
     study.finish(claims[0], OUTCOME)
@@ -80,8 +260,8 @@ def test_finished_and_running_never_exceed_the_budget(kind: str, tmp_path: Path)
     assert study.ask("w") is Turn.DONE
 
 
-def test_numbers_values_and_attributes_come_back_as_they_went_in(kind: str, tmp_path: Path) -> None:
-    study = join(kind, tmp_path)
+def test_numbers_values_and_attributes_come_back_as_they_went_in(place: Place, tmp_path: Path) -> None:
+    study = join(place, tmp_path)
     taken = [claim(study).candidate for _ in range(3)]
     for number, candidate in enumerate(taken):
         trial = study._trials()[number]
@@ -90,8 +270,8 @@ def test_numbers_values_and_attributes_come_back_as_they_went_in(kind: str, tmp_
         assert trial.state is TrialState.RUNNING
 
 
-def test_ended_candidate_cannot_be_ended_again(kind: str, tmp_path: Path) -> None:
-    study = join(kind, tmp_path)
+def test_ended_candidate_cannot_be_ended_again(place: Place, tmp_path: Path) -> None:
+    study = join(place, tmp_path)
     mine = claim(study)
     study.finish(mine, OUTCOME)
     with pytest.raises(LeaseLost):
@@ -99,17 +279,17 @@ def test_ended_candidate_cannot_be_ended_again(kind: str, tmp_path: Path) -> Non
     assert study.progress().finished == 1
 
 
-def test_unended_candidate_of_a_dead_worker_is_taken_over_once(kind: str, tmp_path: Path) -> None:
-    claim(join(kind, tmp_path)).lease.abandon()
-    others = [join(kind, tmp_path), join(kind, tmp_path)]
+def test_unended_candidate_of_a_dead_worker_is_taken_over_once(place: Place, tmp_path: Path) -> None:
+    claim(join(place, tmp_path)).lease.abandon()
+    others = [join(place, tmp_path), join(place, tmp_path)]
     claims = [claim(study, f"w{n}") for n, study in enumerate(others)]
     assert [bool(c.candidate.resumed) for c in claims] == [True, False]
     assert claims[0].candidate.hyp == SEED
 
 
-def test_lock_excludes_other_handles_and_dies_with_its_holder(kind: str, tmp_path: Path) -> None:
-    study = join(kind, tmp_path)
-    holder = PROCESSES.Process(target=die_with_lock, args=(kind, tmp_path))
+def test_lock_excludes_other_handles_and_dies_with_its_holder(place: Place, tmp_path: Path) -> None:
+    study = join(place, tmp_path)
+    holder = PROCESSES.Process(target=die_with_lock, args=(place, tmp_path))
     with study.lock():
         holder.start()
         holder.join(0.5)
@@ -121,53 +301,54 @@ def test_lock_excludes_other_handles_and_dies_with_its_holder(kind: str, tmp_pat
         assert (tmp_path / "entered").exists()
 
 
-def die_with_lock(kind: str, directory: Path) -> None:
+def die_with_lock(place: Place, directory: Path) -> None:
     """Die while holding the study's lock."""
-    with STORAGES[kind](directory).lock():
+    with place.open(directory).lock():
         (directory / "entered").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def join_and_train(kind: str, directory: Path) -> None:
-    """Open the study in a process of its own and finish candidates until there are none."""
-    study = join(kind, directory, budget=12)
-    while isinstance(turn := study.ask(f"w{os.getpid()}"), Claim):
-        study.finish(turn, OUTCOME)
+def join_and_train(place: Place, directory: Path, lease_s: float = 60.0) -> None:
+    """Open the study in a process of its own and finish candidates until the budget is met."""
+    study = join(place, directory, budget=12, lease_s=lease_s)
+    while (turn := study.ask(f"w{os.getpid()}")) is not Turn.DONE:
+        if isinstance(turn, Claim):
+            study.finish(turn, OUTCOME)
+        else:
+            time.sleep(0.05)
 
 
-def test_processes_that_open_at_once_make_one_study(kind: str, tmp_path: Path) -> None:
-    workers = [PROCESSES.Process(target=join_and_train, args=(kind, tmp_path)) for _ in range(4)]
+def test_processes_that_open_at_once_make_one_study(place: Place, tmp_path: Path) -> None:
+    workers = [PROCESSES.Process(target=join_and_train, args=(place, tmp_path)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
-    study = join(kind, tmp_path)
+    study = join(place, tmp_path)
     assert [c.number for c in study.finished()] == list(range(12))
     assert len({tuple(c.hyp.values()) for c in study.finished()}) == 12
-    assert len(STORAGES[kind](tmp_path).optuna.get_all_studies()) == 1
+    assert len(place.open(tmp_path).optuna.get_all_studies()) == 1
 
 
-def test_storage_keeps_what_optuna_itself_writes(kind: str, tmp_path: Path) -> None:
-    study = optuna.create_study(
-        study_name="plain", storage=STORAGES[kind](tmp_path).optuna, direction="maximize"
-    )
+def test_storage_keeps_what_optuna_itself_writes(place: Place, tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="plain", storage=place.open(tmp_path).optuna, direction="maximize")
     study.add_trial(create_trial(value=1.5, user_attrs={"note": "é \n \u2028"}))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
-    again = optuna.load_study(study_name="plain", storage=STORAGES[kind](tmp_path).optuna)
+    again = optuna.load_study(study_name="plain", storage=place.open(tmp_path).optuna)
     assert [t.values for t in again.trials] == [t.values for t in study.trials]
     assert again.trials[0].user_attrs == {"note": "é \n \u2028"}
     assert again.best_value == 1.5
 
 
-def test_attempts_tell_how_each_training_ended(kind: str, tmp_path: Path) -> None:
-    study = join(kind, tmp_path, budget=4)
+def test_attempts_tell_how_each_training_ended(place: Place, tmp_path: Path) -> None:
+    study = join(place, tmp_path, budget=4)
     claims = [claim(study, f"w{n}") for n in range(4)]
     study.finish(claims[0], OUTCOME)
     study.fail(claims[1], State.FAILED, "the loss is nan")
     study.fail(claims[2], State.STOPPED, "asked to stop")
     again = claim(study, "w9")
-    told = join(kind, tmp_path).attempts()
+    told = join(place, tmp_path).attempts()
     assert [(a.number, a.root, a.state, a.worker, a.reason) for a in told] == [
         (0, 0, State.FINISHED, "w0", ""),
         (1, 1, State.FAILED, "w1", "the loss is nan"),

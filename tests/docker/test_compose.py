@@ -19,7 +19,7 @@ from tests.docker.conftest import AGENT, MLFLOW, POSTGRES, REPOSITORY, docker, m
 
 pytestmark = pytest.mark.docker
 
-OURS = ("MLFLOW_", "POSTGRES_", "CLEARML_", "STARLING_NETWORK", "COMPOSE_", "AWS_", "BASE", "PIP_")
+OURS = ("MLFLOW_", "POSTGRES_", "STUDY_", "CLEARML_", "STARLING_NETWORK", "COMPOSE_", "AWS_", "BASE", "PIP_")
 LOG_A_RUN = """
 import pathlib, mlflow
 with mlflow.start_run(experiment_id=mlflow.create_experiment("from-a-replica")) as run:
@@ -107,7 +107,7 @@ def test_file_is_valid_without_any_setting_and_publishes_to_this_machine_only(co
 
 def test_every_variable_is_documented_in_the_example() -> None:
     used = set()
-    for path in (REPOSITORY / "docker-compose.yml", REPOSITORY / "deploy" / "compose.gpu.yml"):
+    for path in (REPOSITORY / "docker-compose.yml", *(REPOSITORY / "deploy").glob("compose.*.yml")):
         for piece in path.read_text().split("${")[1:]:
             used.add(piece.split(":")[0].split("}")[0])
     example = (REPOSITORY / ".env.example").read_text().splitlines()
@@ -116,6 +116,36 @@ def test_every_variable_is_documented_in_the_example() -> None:
     }
 
     assert used == documented
+
+
+def test_database_is_published_only_where_asked_and_then_to_this_machine(compose: None) -> None:
+    stack = Stack(project="starling", network="starling")
+    files = ("--file", "docker-compose.yml", "--file", "deploy/compose.study.yml")
+    services = settings(lambda *words: stack.compose(*files, *words))["services"]
+
+    assert [port["host_ip"] for port in services["postgres"]["ports"]] == ["127.0.0.1"]
+
+
+@pytest.mark.slow
+def test_searches_have_a_database_of_their_own_and_see_no_other(stack: Stack, trainer_image: str) -> None:
+    stack.wait_for("postgres", "healthy")
+    password = stack.compose("exec", "-T", "postgres", "cat", "/run/starling/study_password").stdout
+
+    def open_as_a_replica(database: str) -> subprocess.CompletedProcess[str]:
+        return docker(
+            "run", "--rm", "--network", stack.network, "-e", f"PGPASSWORD={password}", trainer_image, "python", "-c",
+            "import pathlib; from app.search.storage import open_storage; "
+            f"print(open_storage('postgresql://starling@postgres/{database}', pathlib.Path('/tmp/a/b')).where)",
+        )  # fmt: skip
+
+    until = time.monotonic() + 60
+    while (answer := open_as_a_replica("starling")).returncode and time.monotonic() < until:
+        time.sleep(1)  # the role is made a moment after the server answers
+    assert answer.stdout.strip() == "postgresql://starling@postgres:5432/starling (study a/b)", answer.stderr
+    other = open_as_a_replica("mlflow")
+    assert other.returncode != 0
+    assert "permission denied" in other.stderr
+    assert password not in stack.compose("logs", "postgres").stdout
 
 
 @pytest.mark.slow

@@ -330,6 +330,36 @@ def test_trackers_variables_pass_by_themselves_and_others_when_named() -> None:
             passed_variables(mine, [wrong])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--study", "postgresql://u:hunter2@db/study"],
+        ["--stu=postgres://u:hunter2@db/study"],
+        ["--study", "postgresql://u@db/study?password=hunter2"],
+    ],
+)
+def test_a_study_with_a_password_is_refused_before_it_is_a_containers_command(
+    words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="STARLING_STUDY_PASSWORD_FILE") as caught:
+        prepare(["--evolve", "2", *words], tmp_path)
+    assert "hunter2" not in str(caught.value)
+    assert prepare(["--evolve", "2", "--study", "postgresql://u@db:5432/study"], tmp_path).evolve
+
+
+def test_the_file_of_the_studys_password_is_mounted_and_never_read(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("hunter2")
+    passed = passed_variables({"STARLING_STUDY_PASSWORD_FILE": str(secret)})
+    [spec] = plan_for(tmp_path, gpus="1", passed=passed).replicas
+    [mount] = [mount for mount in spec.mounts if mount.source == str(secret)]
+    assert (mount.target, mount.read_only) == (str(secret), True)
+    assert spec.passed["STARLING_STUDY_PASSWORD_FILE"] == str(secret)
+    for wrong in ("password", str(tmp_path / "none")):
+        with pytest.raises(UsageError, match="absolute path of a file"):
+            plan_for(tmp_path, gpus="1", passed={"STARLING_STUDY_PASSWORD_FILE": wrong})
+
+
 def test_the_docker_run_line_carries_every_limit(tmp_path: Path) -> None:
     line = docker_run(plan_for(tmp_path, gpus="1", memory_bytes=20 * GIB).replicas[0], 0)
     for part in (

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, UsageError
 from app.search import journal
 from app.search.journal import JournalStudyStorage, SafeJournalBackend, locked
+from app.search.study import SearchStudy
 
 RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}
 LINE = (json.dumps(RECORD, separators=(",", ":")) + "\n").encode()
@@ -131,6 +132,25 @@ def test_whole_line_that_is_no_record_is_named_by_line(tmp_path: Path) -> None:
         path.write_bytes(LINE + garbage)
         with pytest.raises(CheckpointError, match=r"j:2: not a record"):
             list(SafeJournalBackend(path).read_logs(0))
+
+
+@pytest.mark.parametrize(
+    "content", [b"a diary\n", b"a diary", b"[1, 2]\n", b"\x89PNG\r\n\x1a\n", b'{"op": 1}\n']
+)
+def test_file_that_never_was_a_journal_is_exit_2_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / journal.JOURNAL
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="not a study's journal; move it away") as caught:
+        SearchStudy.open_or_create(tmp_path, seed_hyp={"lr0": 0.01}, budget=1, study_seed=0, signature={})
+    assert caught.value.exit_code == 2
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"op_code":0,"worker_id":"4', b"\0" * 300])
+def test_journal_whose_first_record_was_torn_is_begun_anew(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / journal.JOURNAL).write_bytes(torn)
+    SearchStudy.open_or_create(tmp_path, seed_hyp={"lr0": 0.01}, budget=1, study_seed=0, signature={})
+    assert SearchStudy.read(tmp_path).progress().budget == 1
 
 
 def test_record_of_something_else_is_our_own_error(tmp_path: Path) -> None:

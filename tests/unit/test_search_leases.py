@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.search.leases import Lease, LeaseWatch, lease_path
+from app.search.leases import FileLease, FileLeaseWatch, lease_path
 from app.search.outcome import LeaseLost
 
 
@@ -23,22 +23,22 @@ class Clock:
         return self.now
 
 
-def watch(tmp_path: Path, clock: Clock, kernel: str = "this kernel") -> LeaseWatch:
+def watch(tmp_path: Path, clock: Clock, kernel: str = "this kernel") -> FileLeaseWatch:
     """Return an observer that is patient for 100 s."""
-    return LeaseWatch(tmp_path, 100, monotonic=clock, kernel=kernel)
+    return FileLeaseWatch(tmp_path, 100, monotonic=clock, kernel=kernel)
 
 
 def test_lock_that_this_kernel_no_longer_holds_means_dead_at_once(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        Lease(lease_path(tmp_path, 7), "w", kernel="this kernel")
+        FileLease(lease_path(tmp_path, 7), "w", kernel="this kernel")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert watch(tmp_path, Clock()).verdict(7) == "its worker died"
 
 
 def test_free_lock_of_another_kernel_proves_nothing(tmp_path: Path) -> None:
-    Lease(lease_path(tmp_path, 7), "w", kernel="another host's").abandon()
+    FileLease(lease_path(tmp_path, 7), "w", kernel="another host's").abandon()
     clock = Clock()
     observer = watch(tmp_path, clock)
     assert observer.verdict(7) is None
@@ -47,7 +47,7 @@ def test_free_lock_of_another_kernel_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_holder_that_does_not_renew_is_gone_after_the_lease(tmp_path: Path) -> None:
-    lease, clock = Lease(lease_path(tmp_path, 7), "w", kernel="this kernel"), Clock()
+    lease, clock = FileLease(lease_path(tmp_path, 7), "w", kernel="this kernel"), Clock()
     observer = watch(tmp_path, clock)
     assert observer.verdict(7) is None
     clock.now += 99
@@ -59,7 +59,7 @@ def test_holder_that_does_not_renew_is_gone_after_the_lease(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("skew_s", [-86_400, 0, 86_400])
 def test_renewing_holder_is_alive_whatever_its_clock_says(tmp_path: Path, skew_s: int) -> None:
-    lease, clock = Lease(lease_path(tmp_path, 7), "w"), Clock()
+    lease, clock = FileLease(lease_path(tmp_path, 7), "w"), Clock()
     observer = watch(tmp_path, clock)
     for tick in range(5):
         os.utime(lease_path(tmp_path, 7), (0, time.time() + skew_s + tick))
@@ -77,7 +77,7 @@ def test_missing_lease_is_given_the_same_patience(tmp_path: Path) -> None:
 
 
 def test_holder_of_a_revoked_lease_learns_that_it_lost(tmp_path: Path) -> None:
-    lease = Lease(lease_path(tmp_path, 7), "w")
+    lease = FileLease(lease_path(tmp_path, 7), "w")
     lease.renew()
     watch(tmp_path, Clock()).revoke(7)
     with pytest.raises(LeaseLost, match="candidate 7"):
@@ -86,9 +86,9 @@ def test_holder_of_a_revoked_lease_learns_that_it_lost(tmp_path: Path) -> None:
 
 
 def test_loser_does_not_remove_the_lease_of_another(tmp_path: Path) -> None:
-    loser = Lease(lease_path(tmp_path, 7), "loser")
+    loser = FileLease(lease_path(tmp_path, 7), "loser")
     watch(tmp_path, Clock()).revoke(7)
-    winner = Lease(lease_path(tmp_path, 7), "winner")
+    winner = FileLease(lease_path(tmp_path, 7), "winner")
     loser.close()
     winner.renew()
     winner.close()
@@ -96,7 +96,7 @@ def test_loser_does_not_remove_the_lease_of_another(tmp_path: Path) -> None:
 
 
 def test_thread_renews_while_training_is_silent(tmp_path: Path) -> None:
-    lease = Lease(lease_path(tmp_path, 7), "w")
+    lease = FileLease(lease_path(tmp_path, 7), "w")
     before = lease_path(tmp_path, 7).stat().st_mtime_ns
     lease.keep_alive(0.01)
     deadline = time.monotonic() + 5

@@ -169,12 +169,12 @@ def test_a_bad_space_is_exit_2_with_one_message(
     assert not runs.exists(), "nothing is begun before the space is understood"
 
 
-@pytest.mark.parametrize("flag", [["--sampler", "fast"], ["--space", "mine.yaml"]])
-def test_a_sampler_or_space_without_a_search_is_refused(
+@pytest.mark.parametrize("flag", [["--sampler", "fast"], ["--space", "mine.yaml"], ["--prune"], ["--finalists", "4"]])
+def test_what_only_a_search_knows_is_refused_without_one(
     flag: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(flag) == 2
-    assert "means a search; add --evolve N" in capsys.readouterr().err
+    assert f"{flag[0]}: belongs to a search; add --evolve N" in capsys.readouterr().err
 
 
 def test_a_layout_that_cannot_be_built_is_found_before_anything_starts(
