@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -217,7 +218,8 @@ def test_ticks_are_round_inside_and_not_too_many(low: float, span: float, most: 
     high = low + span
     found = ticks(low, high, most)
     assert len(found) <= most + 1
-    assert all(low - span * 1e-6 <= tick <= high + span * 1e-6 for tick in found)
+    slack = span * 1e-6 + 4 * math.ulp(max(abs(low), abs(high)))
+    assert all(low - slack <= tick <= high + slack for tick in found)
 
 
 def test_the_time_left_deals_the_trainings_that_are_left_to_whoever_is_free_first() -> None:

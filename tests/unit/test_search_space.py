@@ -169,7 +169,9 @@ def test_a_bad_space_is_exit_2_with_one_message(
     assert not runs.exists(), "nothing is begun before the space is understood"
 
 
-@pytest.mark.parametrize("flag", [["--sampler", "fast"], ["--space", "mine.yaml"], ["--prune"], ["--finalists", "4"]])
+@pytest.mark.parametrize(
+    "flag", [["--sampler", "fast"], ["--space", "mine.yaml"], ["--prune"], ["--finalists", "4"]]
+)
 def test_what_only_a_search_knows_is_refused_without_one(
     flag: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
