@@ -82,7 +82,10 @@ def _import(given: argparse.Namespace) -> None:
     from app.search.study import SearchStudy
 
     done = import_csv(
-        given.csv.absolute(), SearchStudy.read(given.to, url=given.study), epochs=given.epochs, image_size=given.imgsz
+        given.csv.absolute(),
+        SearchStudy.read(given.to, url=given.study),
+        epochs=given.epochs,
+        image_size=given.imgsz,
     )
     if given.json:
         print(json.dumps({"file": str(given.csv), "search": str(given.to), **asdict(done)}))

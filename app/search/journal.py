@@ -119,6 +119,22 @@ def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Ite
         os.close(descriptor)
 
 
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of `locked` if nobody else does; yields whether."""
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> None:
     """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
     pause, complain_at = 0.001, time.monotonic() + _PATIENCE_S

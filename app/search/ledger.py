@@ -27,6 +27,8 @@ class Ranking:
 
     def add(self, trial: FrozenTrial) -> None:
         """Take a finished trial into account."""
+        if len(self._rows) == self._size and float(trial.value) < -self._rows[-1][0]:
+            return
         bisect.insort(self._rows, (-float(trial.value), trial.number, trial), key=lambda row: row[:2])
         del self._rows[self._size :]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
 import time
@@ -126,6 +125,10 @@ class SearchStudy:
         self._watch = storage.watch(rules.lease_s, monotonic)
         self._unconfirmed: int | None = None
         """Number of an attempt whose end may have been recorded although the storage did not say so."""
+        # The first look at a large study takes a while: now, and not while the first ask keeps all others waiting.
+        trials = self._trials()
+        if proposer is not None:
+            proposer.read(trials)
 
     @classmethod
     def open_or_create(
@@ -289,11 +292,11 @@ class SearchStudy:
             raise Pruned(reason, epoch)
 
     @persistent
-    def prune(self, claim: Claim, pruned: Pruned) -> None:
-        """Record that a candidate was ended early; nothing to do if it was taken over meanwhile."""
-        attributes = {"epochs": pruned.epoch, "reason": str(pruned)}
-        with contextlib.suppress(LeaseLost):
-            self._end(claim, attributes, TrialState.PRUNED, None)
+    def prune(self, claim: Claim, pruned: Pruned) -> bool:
+        """Record that a candidate was ended early; return False if it was taken over meanwhile."""
+        return self._end_unless_lost(
+            claim, {"epochs": pruned.epoch, "reason": str(pruned)}, TrialState.PRUNED
+        )
 
     @persistent
     def correlations(self) -> dict[int, float | None]:
@@ -308,10 +311,9 @@ class SearchStudy:
         self._end(claim, {"metrics": outcome.metrics()}, TrialState.COMPLETE, float(outcome.fitness))
 
     @persistent
-    def fail(self, claim: Claim, ending: State, reason: str) -> None:
-        """Record that an attempt ended without a result; nothing to do if it was taken over meanwhile."""
-        with contextlib.suppress(LeaseLost):
-            self._end(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL, None)
+    def fail(self, claim: Claim, ending: State, reason: str) -> bool:
+        """Record that an attempt ended without a result; return False if it was taken over meanwhile."""
+        return self._end_unless_lost(claim, {"ending": str(ending), "reason": reason}, TrialState.FAIL)
 
     @persistent
     def add_known(self, choose: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]]) -> int:
@@ -374,8 +376,9 @@ class SearchStudy:
         trials = self._trials()
         gone = [(n, reason) for n in self._ledger.running if (reason := self._watch.verdict(n))]
         for number, reason in gone:
-            self._watch.revoke(number)
             self._record(number, {"ending": str(State.LOST), "reason": reason}, TrialState.FAIL, None)
+            # Afterwards: where the record is refused, as by a full disk, the next look comes to the same verdict.
+            self._watch.revoke(number)
         return self._trials() if gone else trials
 
     def _claim(self, trials: Sequence[FrozenTrial], next_up: _NextUp, worker: str) -> Claim:
@@ -433,6 +436,13 @@ class SearchStudy:
         """Train a candidate once more."""
         attributes = {FINALIST_OF: finalist.number, FRESH_SEED: fresh_seed}
         return _NextUp(finalist.params, finalist.distributions, attributes)
+
+    def _end_unless_lost(self, claim: Claim, attributes: Mapping[str, Any], state: TrialState) -> bool:
+        try:
+            self._end(claim, attributes, state, None)
+        except LeaseLost:
+            return False
+        return True
 
     def _end(
         self, claim: Claim, attributes: Mapping[str, Any], state: TrialState, value: float | None

@@ -34,7 +34,7 @@ from app.engine.training import (
     upload_results,
     warn_of_idle,
 )
-from app.errors import CheckpointError, Pruned, UsageError
+from app.errors import CheckpointError, UsageError
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
@@ -56,6 +56,8 @@ WORKERS_FOLDER = "workers"
 
 FINALISTS = 3
 """With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
+WINNERS_PICTURE = "confusion_matrix.png"
+"""One of the pictures of what `weights/best.pt` finds: where it is not, they have to be drawn."""
 
 COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor",
             "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
@@ -103,6 +105,7 @@ def search(config: TrainConfig) -> None:
                 say=progress.say,
                 on_open=trainings.joined,
                 on_progress=trainings.progressed,
+                on_ended=trainings.ended,
                 check_stop=stop.raise_if_requested,
             )
             trainings.finished(summary)
@@ -217,7 +220,7 @@ class _Trainings:
         assert self._study is not None, "opened before the first candidate"
         with locked(self._directory / "weights.lock"):
             keep_winners_weights(self._study)
-            best, drawn = RunDir(self._directory).best, self._directory / "confusion_matrix.png"
+            best, drawn = RunDir(self._directory).best, self._directory / WINNERS_PICTURE
             # Every worker comes by at the end; the first one draws.
             if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
                 workshop = self._workshops.of(summary.best.settings)
@@ -226,6 +229,22 @@ class _Trainings:
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         self._log.append("run_end", run=self._search["uuid"], status="finished")
         self._status.update(phase="done", candidate=None, eta_s=0, search_ends_at=None)
+
+    def ended(self, candidate: Candidate) -> None:
+        """Remove the checkpoints of a candidate that nobody will go on with, and of its interrupted attempts.
+
+        A finalist's weights stay until it is known who has won.
+        """
+        run = RunDir(candidate.directory)
+        if candidate.finalist_of is None:
+            shutil.rmtree(run.weights, ignore_errors=True)
+        else:
+            for checkpoint in (run.last, run.previous):
+                checkpoint.unlink(missing_ok=True)
+        for folder in candidate.resumes_from:
+            # The folder stays: a worker that was frozen in a save may thaw, and is to fail at its lease, not at this.
+            for checkpoint in RunDir(folder).weights.glob("*.pt"):
+                checkpoint.unlink(missing_ok=True)
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
@@ -255,9 +274,6 @@ class _Trainings:
             )  # fmt: skip
         except Diverged as error:
             raise CandidateFailed(str(error)) from None
-        except Pruned:
-            shutil.rmtree(run.weights, ignore_errors=True)
-            raise
         finally:
             self._progress.prefix = prefix
         if candidate.finalist_of is None:
@@ -286,13 +302,18 @@ def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[s
 
 
 def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
-    """Keep the weights of the search's best candidate as `weights/best.pt`, and no others: they add up."""
+    """Keep the weights of the search's best candidate as `weights/best.pt`.
+
+    Its checkpoint stays until the study has the result: without it, a worker that is killed or refused by a full disk
+    just then would have trained for nothing.
+    """
     best = RunDir(directory).best
     with locked(directory / "weights.lock"):
         if not best.is_file() or fitness > _fitness_of(best):
             best.parent.mkdir(exist_ok=True)
             run.best.replace(best)
-    shutil.rmtree(run.weights, ignore_errors=True)
+            # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
+            (directory / WINNERS_PICTURE).unlink(missing_ok=True)
 
 
 def keep_winners_weights(study: SearchStudy) -> None:
@@ -308,6 +329,7 @@ def keep_winners_weights(study: SearchStudy) -> None:
     if mine:
         taken = max(mine, key=lambda training: training.fitness)
         runs[taken.number].best.replace(RunDir(study.directory).best)
+        (study.directory / WINNERS_PICTURE).unlink(missing_ok=True)
     for run in runs.values():
         shutil.rmtree(run.weights, ignore_errors=True)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from app.config.yaml_reader import write_yaml
 from app.outputs.atomic import write_atomic
-from app.search.journal import locked
+from app.search.journal import locked, locked_if_free
 from app.search.outcome import METRIC_COLUMNS, Finished
 from app.search.space import settings_flags
 from app.search.study import SearchStudy
 
-CSV, YAML, PICTURE, LOCK = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "views.lock"
+CSV, YAML, PICTURE = "evolve.csv", "hyp_evolve.yaml", "evolve.png"
+LOCK, PICTURE_LOCK = "views.lock", "picture.lock"
 
 
 def best_of(finished: Sequence[Finished]) -> Finished:
@@ -30,16 +32,37 @@ def best_of(finished: Sequence[Finished]) -> Finished:
 def write_views(study: SearchStudy, *, picture: bool = True) -> None:
     """Replace the views by what the study says now; nothing is written before a candidate has finished.
 
+    Raises OSError where the disk refuses.
+    """
+    write_files(study)
+    if picture:
+        draw_picture(study)
+
+
+def write_files(study: SearchStudy) -> None:
+    """Replace evolve.csv and hyp_evolve.yaml.
+
     One worker at a time, each reading the study after it got the turn, so that newer content is never replaced by
-    older. Raises OSError where the disk refuses.
+    older.
     """
     with locked(study.directory / LOCK):
-        finished = study.finished()
-        if not finished:
+        if finished := study.finished():
+            write_atomic(study.directory / CSV, csv_text(finished))
+            _write_best(study, finished)
+
+
+def draw_picture(study: SearchStudy, *, wait: bool = True) -> None:
+    """Replace evolve.png; unless `wait`, leave it to the worker that is at it, if one is.
+
+    Under a lock of its own: drawing takes seconds, for which nobody's evolve.csv is to wait.
+    """
+    lock = study.directory / PICTURE_LOCK
+    with ExitStack() as stack:
+        if wait:
+            stack.enter_context(locked(lock))
+        elif not stack.enter_context(locked_if_free(lock)):
             return
-        write_atomic(study.directory / CSV, csv_text(finished))
-        _write_best(study, finished)
-        if picture:
+        if finished := study.finished():
             _draw(finished, study.directory / PICTURE)
             _report(study)
 

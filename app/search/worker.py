@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ from app.search.plan import StudyPlan
 from app.search.space import Space
 from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
-from app.search.views import best_of, write_views
+from app.search.views import PICTURE, best_of, draw_picture, write_files
 
+FILES_SHARE = 0.005
+"""Most of a worker's time that evolve.csv and hyp_evolve.yaml may take; they grow with the study."""
 DRAWING_SHARE = 0.02
-"""Most of a worker's time that evolve.png and report.html may take."""
+"""Most of one worker's time that evolve.png and report.html may take all workers together."""
+DRAWING_S = 1.5
+"""What a drawing is thought to take, before one took longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,7 @@ def run_search(
     say: Callable[[str], None] = print,
     on_open: Callable[[SearchStudy], None] = lambda study: None,
     on_progress: Callable[[Progress, Candidate | None], None] = lambda progress, candidate: None,
+    on_ended: Callable[[Candidate], None] = lambda candidate: None,
     check_stop: Callable[[], None] = lambda: None,
     sleep: Callable[[float], None] = time.sleep,
     monotonic: Callable[[], float] = time.monotonic,
@@ -83,7 +89,8 @@ def run_search(
 
     Any number of processes may call this on one directory, at any time. `say` gets one line for people; `on_open`
     gets the study once, before any candidate; `on_progress` gets the whole search's state and this worker's
-    candidate, None while it waits; `check_stop` is called between candidates and while waiting, to raise Stopped.
+    candidate, None while it waits; `on_ended` gets a candidate whose end, finished or failed, the study has recorded:
+    nobody will go on with it; `check_stop` is called between candidates and while waiting, to raise Stopped.
 
     Raises UsageError to join a search for something else; SearchFailed where candidates keep failing; Stopped after
     leaving the candidate to whoever comes next; CheckpointError where the study cannot be written; and whatever the
@@ -108,43 +115,70 @@ def run_search(
         )
     )
     on_open(study)
-    worker = _Worker(study, objective, settings, say)
+    worker = _Worker(study, objective, settings, say, on_ended)
     remind_at = monotonic()
-    while True:
-        check_stop()
-        turn = study.ask(settings.name)
-        progress = study.progress()
-        on_progress(progress, turn.candidate if isinstance(turn, Claim) else None)
-        if turn is Turn.DONE:
-            break
-        if isinstance(turn, Claim):
-            worker.train(turn)
-            remind_at = monotonic()
-            continue
-        if monotonic() >= remind_at:
-            say(f"waiting for {progress.running} running of {progress.budget} candidates")
-            remind_at = monotonic() + settings.remind_s
-        sleep(settings.poll_s)
-    worker.refresh_views(last=True)
+    with closing(worker):
+        while True:
+            check_stop()
+            turn = study.ask(settings.name)
+            progress = study.progress()
+            on_progress(progress, turn.candidate if isinstance(turn, Claim) else None)
+            if turn is Turn.DONE:
+                break
+            if isinstance(turn, Claim):
+                worker.train(turn)
+                remind_at = monotonic()
+                continue
+            worker.catch_up()
+            if monotonic() >= remind_at:
+                say(f"waiting for {progress.running} running of {progress.budget} candidates")
+                remind_at = monotonic() + settings.remind_s
+            sleep(settings.poll_s)
+        worker.refresh_views(last=True)
     for rung, correlation in study.correlations().items():
         found = "too few have finished to say" if correlation is None else f"correlation {correlation:.2f}"
         say(f"after {rung} epochs against the end: {found}")
     return _summarise(study, worker.trained)
 
 
+class _Share:
+    """Keeps what is done now and then, and takes a while, within a share of the time."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def took(self, seconds: float) -> None:
+        self._next = time.monotonic() + seconds / self._share
+
+
 class _Worker:
     """What one worker does with the candidates it claims."""
 
     def __init__(
-        self, study: SearchStudy, objective: Objective, settings: WorkerSettings, say: Callable[[str], None]
+        self,
+        study: SearchStudy,
+        objective: Objective,
+        settings: WorkerSettings,
+        say: Callable[[str], None],
+        on_ended: Callable[[Candidate], None],
     ) -> None:
         self._study = study
+        self._on_ended = on_ended
         self._objective = objective
         self._settings = settings
         self._say = say
         self._failures_in_a_row = 0
-        self._draw_at = 0.0
-        """When evolve.png and report.html are due again."""
+        self._files, self._drawings = _Share(FILES_SHARE), _Share(DRAWING_SHARE)
+        self._files_are_behind = False
+        self._picture: int | None = None
+        """Modification time of evolve.png when this worker last looked; only ever compared with itself."""
+        self._drawing_s = DRAWING_S
+        """The longest drawing so far."""
+        self._drawings.took(self._drawing_s)  # the first one, too, has its share of the time to wait for
         self.trained = 0
         self._apart = False
         """Whether it was said that the runs folder is not shared."""
@@ -159,7 +193,8 @@ class _Worker:
             outcome = self._objective(claim.candidate, self._report_of(claim))
             self._study.finish(claim, outcome)
         except Pruned as error:
-            self._study.prune(claim, error)
+            if self._study.prune(claim, error):
+                self._on_ended(claim.candidate)
             self._say(f"{title}: pruned: {error}; {self._so_far()}")
         except LeaseLost as error:
             claim.lease.close()
@@ -173,6 +208,7 @@ class _Worker:
             self._give_back(claim, State.LOST, f"its worker broke: {type(error).__name__}")
             raise
         else:
+            self._on_ended(claim.candidate)
             self._succeeded(title, outcome)
 
     def _report_of(self, claim: Claim) -> Report:
@@ -199,17 +235,50 @@ class _Worker:
     def refresh_views(self, *, last: bool = False) -> None:
         """Derive the files anew; the study is the truth, so a failure here is only worth a line.
 
-        The picture takes most of a second, so between short trainings it waits for a later one, or for the `last`.
+        Between short trainings of a large study they would take most of the time, and evolve.png in any: they wait
+        for a later training then, or for the `last`.
         """
-        began = time.monotonic()
-        picture = self._settings.picture and (last or began >= self._draw_at)
+        self._files_are_behind = True
+        if last or self._files.is_due():
+            self.catch_up()
+        if self._settings.picture and (last or self._picture_is_due()):
+            took = self._timed(lambda: draw_picture(self._study, wait=last))
+            self._drawing_s = max(self._drawing_s, took)
+            self._drawings.took(self._drawing_s)
+            self._picture = self._picture_mark()
+
+    def catch_up(self) -> None:
+        """Write the files that refresh_views has put off."""
+        if self._files_are_behind:
+            self._files_are_behind = False
+            self._files.took(self._timed(lambda: write_files(self._study)))
+
+    def close(self) -> None:
+        """Leave no file behind the study, however this worker ends."""
+        self.catch_up()
+
+    def _picture_is_due(self) -> bool:
+        """Return whether it is time to draw; a drawing by another worker counts as this one's."""
+        mark = self._picture_mark()
+        if mark != self._picture:
+            self._picture = mark
+            self._drawings.took(self._drawing_s)
+        return self._drawings.is_due()
+
+    def _picture_mark(self) -> int | None:
         try:
-            write_views(self._study, picture=picture)
+            return (self._study.directory / PICTURE).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _timed(self, write: Callable[[], None]) -> float:
+        """Return the seconds that writing views took."""
+        began = time.monotonic()
+        try:
+            write()
         except Exception as error:
             self._say(f"{self._study.directory}: evolve files are behind the study: {error}")
-        if picture:
-            now = time.monotonic()
-            self._draw_at = now + (now - began) / DRAWING_SHARE
+        return time.monotonic() - began
 
     def _succeeded(self, title: str, outcome: Outcome) -> None:
         self.trained += 1
@@ -237,7 +306,8 @@ class _Worker:
         # The traceback holds the frames of the training, and with them its tensors.
         error.__traceback__ = None
         gc.collect()
-        self._study.fail(claim, State.FAILED, reason)
+        if self._study.fail(claim, State.FAILED, reason):
+            self._on_ended(claim.candidate)
         self._say(f"candidate {number}: failed: {reason}")
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._settings.failures_in_a_row:

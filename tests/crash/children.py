@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import resource
 import signal
 import sys
@@ -171,6 +173,30 @@ def scarce_memory(mebibytes: str) -> None:
     Trainer.fit = fit  # type: ignore[assignment,method-assign]
 
 
+def noted_epochs(folder: str, lease_s: str = "120") -> None:
+    """Note each epoch that is begun as `<candidate> <epoch>` in `folder`; wait so long for others, draw nothing.
+
+    On one core: several trainings with a thread for each core get in each other's way.
+    """
+    from app.engine.trainer import Trainer
+    from app.outputs.atomic import append_line
+    from app.search import training
+    from app.search.study import StudyRules
+    from app.search.worker import WorkerSettings
+
+    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    whole = Trainer._fit_epoch
+
+    def fit_epoch(self: Trainer) -> None:
+        append_line(Path(folder) / "epochs", f"{int(self.run.path.name)} {self.epoch}")
+        whole(self)
+
+    Trainer._fit_epoch = fit_epoch  # type: ignore[method-assign]
+    patient = WorkerSettings(poll_s=0.05, picture=False, rules=StudyRules(lease_s=float(lease_s)))
+    training.run_search = functools.partial(training.run_search, settings=patient)  # type: ignore[assignment]
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
@@ -182,5 +208,6 @@ FAULTS: dict[str, Callable[..., None]] = {
         full_disk,
         failing_disk,
         scarce_memory,
+        noted_epochs,
     )
 }

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from optuna.trial import FrozenTrial
 
 from app import settings, train
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import read_yaml
+from app.data.loader import Batch
 from app.engine.checkpoint import load_checkpoint
+from app.engine.trainer import Trainer
+from app.errors import CheckpointError
 from app.search.outcome import State
 from app.search.pruning import Halving
 from app.search.study import SearchStudy
@@ -180,6 +187,68 @@ def test_a_candidate_whose_worker_died_after_its_last_epoch_is_finished_without_
         assert train.main([*search_args, "--evolve", "1"]) == 130
     assert train.main([*search_args, "--evolve", "1"]) == 0
     assert (runs / "blood" / "search" / "weights" / "best.pt").is_file()
+
+
+def test_a_result_that_the_study_could_not_take_is_recorded_by_the_next_worker_without_training(
+    search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(study: SearchStudy, claim: object, outcome: object) -> None:
+        raise CheckpointError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SearchStudy, "finish", refuse)
+        assert train.main([*search_args, "--evolve", "1"]) == 4
+    trained: list[object] = []
+    monkeypatch.setattr(Trainer, "_fit_epoch", trained.append)
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    assert trained == []
+    assert len(trainings(runs)) == 1
+    search = runs / "blood" / "search"
+    assert (search / "weights" / "best.pt").is_file()
+    assert not list(search.glob("candidates/*/weights/*.pt")), "not even those of the interrupted attempt"
+
+
+def demand_of_torch() -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def demand_of_the_host() -> None:
+    bytearray(1 << 60)
+
+
+@pytest.mark.parametrize("demand", [demand_of_torch, demand_of_the_host])
+def test_a_training_out_of_memory_fails_its_candidate_with_the_reason_and_the_worker_goes_on(
+    search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, demand: Callable[[], None]
+) -> None:
+    whole = Trainer._iterate
+
+    def iterate(trainer: Trainer, batch: Batch, position: int) -> None:
+        if trainer.run.path.name == "0001" and trainer.epoch == 1:
+            demand()
+        whole(trainer, batch, position)
+
+    monkeypatch.setattr(Trainer, "_iterate", iterate)
+    assert train.main([*search_args, "--evolve", "2", "--epochs", "2"]) == 0
+    search = runs / "blood" / "search"
+    attempts = SearchStudy.read(search).attempts()
+    assert [a.state for a in attempts] == [State.FINISHED, State.FAILED, State.FINISHED]
+    assert re.match(r"out of memory: .+; lower --batch or --imgsz", attempts[1].reason)
+    assert len({a.worker for a in attempts}) == 1
+    assert not list(search.glob("candidates/*/weights")), "not even of the one that failed"
+
+
+def test_the_winners_pictures_are_drawn_anew_for_a_better_winner_whatever_the_clock_says(
+    search_args: list[str], runs: Path
+) -> None:
+    assert train.main([*search_args, "--evolve", "1"]) == 0
+    search = runs / "blood" / "search"
+    best, drawn = search / "weights" / "best.pt", search / "confusion_matrix.png"
+    drawn.write_bytes(b"of the winner before")
+    os.utime(drawn, (time.time() + 86_400,) * 2)
+    best.unlink()  # as if whoever comes next were better
+    assert train.main([*search_args, "--evolve", "2"]) == 0
+    assert best.is_file()
+    assert drawn.read_bytes() != b"of the winner before"
 
 
 def test_the_status_file_says_how_far_the_whole_search_is(search_args: list[str], runs: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from app.config.hyp import Hyp
 from app.errors import CheckpointError, ConfigError, Stopped, UsageError
 from app.search import worker as worker_module
-from app.search.journal import SafeJournalBackend
+from app.search.journal import SafeJournalBackend, locked
 from app.search.outcome import (
     Candidate,
     CandidateFailed,
@@ -25,9 +25,10 @@ from app.search.outcome import (
     Report,
     SearchFailed,
     SearchSummary,
+    State,
 )
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
-from app.search.views import CSV
+from app.search.views import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
 from app.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
@@ -73,6 +74,16 @@ def search(directory: Path, objective: Objective = score, budget: int = 3, **cha
     return run_search(directory=directory, objective=objective, budget=budget, **given)
 
 
+def ask(directory: Path, **changes: Any) -> Claim:
+    """Claim a candidate of the test's search, as one more worker would."""
+    given: dict[str, Any] = {"budget": 3, "rules": StudyRules(), **changes}
+    turn = SearchStudy.open_or_create(
+        directory, seed_hyp=SEED, study_seed=0, signature={"data": "d1"}, **given
+    ).ask("other")
+    assert isinstance(turn, Claim)
+    return turn
+
+
 def study_of(directory: Path) -> SearchStudy:
     """Open the study of the test."""
     return SearchStudy.read(directory)
@@ -84,9 +95,9 @@ def rows(directory: Path) -> list[list[float]]:
         return [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds; ten seconds at most."""
-    deadline = time.monotonic() + 10
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until a condition holds, but not for longer."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -281,6 +292,18 @@ def test_worker_that_breaks_hands_its_candidate_on_twice_at_most(tmp_path: Path)
     assert summary.progress.failed == 1
 
 
+def test_candidate_that_three_workers_died_of_fails_with_the_reason_and_makes_way_for_another(
+    tmp_path: Path,
+) -> None:
+    for _ in range(3):
+        ask(tmp_path).lease.abandon()
+    new = ask(tmp_path).candidate
+    assert (new.number, new.resumed) == (3, False)
+    attempts = study_of(tmp_path).attempts()
+    assert [(a.root, a.reason) for a in attempts] == [(0, "its worker died")] * 3 + [(3, "")]
+    assert study_of(tmp_path).progress().failed == 1
+
+
 def test_full_disk_at_the_result_leaves_the_candidate_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +319,22 @@ def test_full_disk_at_the_result_leaves_the_candidate_to_others(
     monkeypatch.undo()
     summary = search(tmp_path)
     assert (summary.progress.finished, summary.seed_fitness) == (3, pytest.approx(0.99))
+
+
+def test_full_disk_at_a_takeover_leaves_the_candidate_to_be_taken_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(tmp_path).lease.abandon()
+
+    def refuse(backend: object, logs: object) -> None:
+        raise CheckpointError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeJournalBackend, "append_logs", refuse)
+        with pytest.raises(CheckpointError, match="disk full"):
+            ask(tmp_path)
+    assert ask(tmp_path).candidate.resumed
+    assert [attempt.reason for attempt in study_of(tmp_path).attempts()] == ["its worker died", ""]
 
 
 def test_folder_that_cannot_be_written_is_exit_4_and_claims_nothing(tmp_path: Path) -> None:
@@ -347,6 +386,66 @@ def test_larger_budget_of_a_joiner_counts_and_a_smaller_does_not(tmp_path: Path)
     assert (again.progress.budget, again.trained_here) == (4, 0)
 
 
+def test_waiting_worker_goes_on_when_a_joiner_raises_the_budget(tmp_path: Path) -> None:
+    claim = ask(tmp_path, budget=1)
+
+    def nap(seconds: float) -> None:
+        SearchStudy.open_or_create(
+            tmp_path, seed_hyp=SEED, budget=3, study_seed=0, signature={"data": "d1"}
+        ).finish(claim, outcome(0.5))
+
+    summary = search(tmp_path, budget=1, sleep=nap)
+    assert (summary.progress.budget, summary.progress.finished, summary.trained_here) == (3, 3, 2)
+
+
+def work_by_another_clock(directory: Path, name: str, ahead_s: float) -> None:
+    """Work on a host whose clock is so many seconds ahead, and with it what it writes into files and their times."""
+    import datetime
+    from types import SimpleNamespace
+
+    from optuna.storages.journal import _storage
+    from optuna.trial import _frozen
+
+    real = datetime.datetime
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+            return real.now(tz) + datetime.timedelta(seconds=ahead_s)
+
+    utime, now = os.utime, time.time
+    _storage.datetime = Clock
+    _frozen.datetime = SimpleNamespace(datetime=Clock)
+    time.time = lambda: now() + ahead_s
+    os.utime = lambda path, times=None: utime(path, times or (time.time(), time.time()))
+
+    def train(candidate: Candidate, report: Report) -> Outcome:
+        report()
+        if candidate.number < 2:  # until the other has looked at this one's lease, and begun
+            wait_for(lambda: len({a.worker for a in study_of(directory).attempts()}) == 2, seconds=60)
+        report()
+        return score(candidate, report)
+
+    search(directory, train, budget=8, settings=settings(name=name, rules=StudyRules(lease_s=60)))
+
+
+def test_two_workers_whose_clocks_are_two_days_apart_share_a_search(tmp_path: Path) -> None:
+    workers = [
+        PROCESSES.Process(target=work_by_another_clock, args=(tmp_path, f"w{ahead}", ahead * 86_400.0))
+        for ahead in (-1, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    attempts = study_of(tmp_path).attempts()
+    assert [(a.number, a.state) for a in attempts] == [(n, State.FINISHED) for n in range(8)]
+    began = {attempt.worker: attempt.began.timestamp() for attempt in attempts if attempt.began}
+    assert began["w1"] - began["w-1"] > 1.9 * 86_400
+    assert len(rows(tmp_path)) == 8
+
+
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
@@ -390,15 +489,82 @@ def test_progress_and_study_are_shown_to_the_caller(tmp_path: Path) -> None:
     assert shown == [(0, 0), (1, 1), (2, 2), (3, None)]
 
 
-def test_the_picture_is_drawn_at_first_and_at_last_and_not_between_trainings_that_take_no_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def views(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the writing of views by notes of it, each of which takes a while."""
+    written: list[str] = []
+
+    def write_files(study: SearchStudy) -> None:
+        written.append(f"files of {study.progress().finished}")
+        time.sleep(0.01)
+
+    def draw_picture(study: SearchStudy, *, wait: bool) -> None:
+        written.append(f"picture of {study.progress().finished}")
+
+    monkeypatch.setattr(worker_module, "write_files", write_files)
+    monkeypatch.setattr(worker_module, "draw_picture", draw_picture)
+    return written
+
+
+def test_views_are_written_at_last_and_not_between_trainings_that_take_no_time(
+    tmp_path: Path, views: list[str]
 ) -> None:
-    drawn: list[bool] = []
-
-    def views(study: SearchStudy, *, picture: bool) -> None:
-        drawn.append(picture)
-        time.sleep(0.05 * picture)
-
-    monkeypatch.setattr(worker_module, "write_views", views)
     search(tmp_path, budget=5, settings=settings(picture=True))
-    assert drawn == [True, False, False, False, False, True]
+    assert views == ["files of 1", "files of 5", "picture of 5"]
+
+
+def test_a_worker_that_leaves_early_leaves_no_file_behind_the_study(tmp_path: Path, views: list[str]) -> None:
+    def stop(candidate: Candidate, report: Report) -> Outcome:
+        if candidate.number == 3:
+            raise Stopped(signal.SIGTERM)
+        return score(candidate, report)
+
+    with pytest.raises(Stopped):
+        search(tmp_path, stop, budget=5)
+    assert views == ["files of 1", "files of 3"]
+
+
+def test_a_worker_that_waits_for_others_leaves_no_file_behind_the_study(
+    tmp_path: Path, views: list[str]
+) -> None:
+    others: list[Claim] = []
+
+    def train(candidate: Candidate, report: Report) -> Outcome:
+        if candidate.number == 1:
+            others.append(ask(tmp_path))
+        return score(candidate, report)
+
+    def nap(seconds: float) -> None:
+        assert views == ["files of 1", "files of 2"]
+        study_of(tmp_path).finish(others[0], outcome(0.5))
+
+    search(tmp_path, train, budget=3, sleep=nap)
+    assert views == ["files of 1", "files of 2", "files of 3"]
+
+
+def test_views_are_written_after_each_long_training_but_for_a_picture_that_another_worker_has_just_drawn(
+    tmp_path: Path, views: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: now[0])
+
+    def train(candidate: Candidate, report: Report) -> Outcome:
+        now[0] += 80
+        if candidate.number == 1:
+            (tmp_path / PICTURE).touch()
+        return score(candidate, report)
+
+    search(tmp_path, train, budget=4, settings=settings(picture=True))
+    assert views == ["files of 1", "picture of 1", "files of 2", "files of 3", "picture of 3", "files of 4",
+                     "picture of 4", "files of 4", "picture of 4"]  # fmt: skip
+
+
+def test_nobody_waits_for_the_worker_that_draws_unless_it_is_the_last_picture(tmp_path: Path) -> None:
+    search(tmp_path, budget=1)
+    study = study_of(tmp_path)
+    with locked(tmp_path / PICTURE_LOCK):
+        draw_picture(study, wait=False)
+        assert not (tmp_path / PICTURE).exists()
+        write_files(study)  # nor do the files
+    draw_picture(study, wait=False)
+    assert (tmp_path / PICTURE).exists()

@@ -60,9 +60,13 @@ class Proposer:
         """Return the proposer of a worker that takes the sampler `name`."""
         return cls(space, seed, name, make_sampler(name, space, seed, study_seed))
 
+    def read(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take into account what is new in `trials`, which holds every trial of the study by number."""
+        self._known.update(trials)
+
     def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
         """Return candidate `number` of a study whose trials so far are `trials`, by number."""
-        self._known.update(trials)
+        self.read(trials)
         if not self._known.begun:
             return Proposal(dict(self._seed), self._space.distributions(self._seed), SEED)
         values = self._sampler.propose(number, self._known)
