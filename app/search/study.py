@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.config.train_config import Sampler
 from app.errors import ConfigError, Pruned, UsageError
+from app.search.definition import define, describe_difference
 from app.search.journal import JOURNAL, understood
 from app.search.leases import Lease
 from app.search.ledger import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
@@ -31,15 +31,13 @@ from app.search.outcome import (
     State,
 )
 from app.search.plan import FRESH_SEEDS, StudyPlan
+from app.search.records import ancestors_of, as_attempt, as_finished
 from app.search.samplers.knowledge import SAMPLER
 from app.search.samplers.proposer import SEED, Proposer
 from app.search.space import Space, split_values
 from app.search.storage import StudyStorage, open_storage, persistent
 
-VERSION = 2
-"""Of the records below; a study of another version is refused."""
 _DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
-_DIFFERENCES_SHOWN = 8
 
 
 class Turn(enum.Enum):
@@ -162,18 +160,8 @@ class SearchStudy:
             raise ConfigError("evolve", budget, "must be at least 1 finished training")
         hyp = {key: float(value) for key, value in seed_hyp.items() if value is not None}
         space = (space or Space()).starting_from(hyp)
-        definition = json.loads(
-            json.dumps(
-                {
-                    "version": VERSION,
-                    "seed": study_seed,
-                    "hyp": hyp,
-                    "plan": (plan or StudyPlan()).as_dict(),
-                    "space": space.as_dict(),
-                    "signature": dict(signature),
-                },
-                default=str,
-            )
+        definition = define(
+            seed=study_seed, hyp=hyp, plan=plan or StudyPlan(), space=space, signature=signature
         )
         proposer = Proposer.of(sampler, space, {**hyp, **(seed_settings or {})}, study_seed)
         directory = directory.absolute()
@@ -186,7 +174,7 @@ class SearchStudy:
             if _DEFINITION not in attributes:
                 study.set_user_attr(_DEFINITION, definition)
             elif attributes[_DEFINITION] != definition:
-                raise UsageError(_describe_difference(directory, attributes[_DEFINITION], definition))
+                raise UsageError(describe_difference(directory, attributes[_DEFINITION], definition))
             if budget > attributes.get(_BUDGET, 0):
                 study.set_user_attr(_BUDGET, budget)
         return cls(directory, storage, study, definition, rules or StudyRules(), monotonic, proposer)
@@ -332,14 +320,18 @@ class SearchStudy:
         """Return the finished candidates in the order of their numbers."""
         with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
-            return [self._as_finished(trial) for trial in own if trial.state is TrialState.COMPLETE]
+            return [
+                as_finished(trial, self.seed_hyp, self._ledger.again(trial.number))
+                for trial in own
+                if trial.state is TrialState.COMPLETE
+            ]
 
     @persistent
     def attempts(self) -> list[Attempt]:
         """Return every training that was begun, in the order of their numbers."""
         with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
-            return [self._as_attempt(trial) for trial in own]
+            return [as_attempt(trial, self.seed_hyp) for trial in own]
 
     @persistent
     def imported(self) -> int:
@@ -429,7 +421,7 @@ class SearchStudy:
         attributes = {key: before[key] for key in ("root", SAMPLER, FINALIST_OF, FRESH_SEED) if key in before}
         attributes["retry_of"] = orphan.number
         attributes["lost_before"] = before.get("lost_before", 0) + (before["ending"] == State.LOST)
-        ancestors = _ancestors(trials, orphan)
+        ancestors = ancestors_of(trials, orphan)
         return _NextUp(orphan.params, orphan.distributions, attributes, orphan.intermediate_values, ancestors)
 
     def _final(self, finalist: FrozenTrial, fresh_seed: int) -> _NextUp:
@@ -477,56 +469,9 @@ class SearchStudy:
         """Return where attempt `number` writes."""
         return self.directory / "candidates" / f"{number:04d}"
 
-    def _as_finished(self, trial: FrozenTrial) -> Finished:
-        attributes = trial.user_attrs
-        hyp, settings = split_values(trial.params)
-        return Finished(
-            number=trial.number,
-            hyp={**self.seed_hyp, **hyp},
-            settings=settings,
-            fitness=float(trial.value),
-            metrics=attributes["metrics"],
-            worker=attributes["worker"],
-            is_seed=attributes.get(SAMPLER) == SEED,
-            finalist_of=attributes.get(FINALIST_OF),
-            again=self._ledger.again(trial.number),
-        )
-
-    def _as_attempt(self, trial: FrozenTrial) -> Attempt:
-        attributes = trial.user_attrs
-        hyp, settings = split_values(trial.params)
-        return Attempt(
-            number=trial.number,
-            root=attributes["root"],
-            state=_state_of(trial),
-            hyp={**self.seed_hyp, **hyp},
-            settings=settings,
-            worker=attributes["worker"],
-            began=trial.datetime_start,
-            ended=trial.datetime_complete,
-            fitness=float(trial.value) if trial.state is TrialState.COMPLETE else None,
-            metrics=attributes.get("metrics", {}),
-            curve=dict(sorted(trial.intermediate_values.items())),
-            reason=str(attributes.get("reason", "")),
-            epochs=attributes.get("epochs"),
-            finalist_of=attributes.get(FINALIST_OF),
-        )
-
 
 def _lost(number: int) -> LeaseLost:
     return LeaseLost(f"candidate {number} was taken over by another worker")
-
-
-def _state_of(trial: FrozenTrial) -> State:
-    """Return an attempt's state in our words; one that failed without a word of ours is lost."""
-    match trial.state:
-        case TrialState.COMPLETE:
-            return State.FINISHED
-        case TrialState.PRUNED:
-            return State.PRUNED
-        case TrialState.FAIL:
-            return State(trial.user_attrs.get("ending", State.LOST))
-    return State.RUNNING
 
 
 def _load_or_create(storage: StudyStorage) -> optuna.Study:
@@ -538,38 +483,3 @@ def _load_or_create(storage: StudyStorage) -> optuna.Study:
 
 def _names(storage: StudyStorage) -> list[str]:
     return [study.study_name for study in storage.optuna.get_all_studies()]
-
-
-def _ancestors(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[int]:
-    """Return the numbers of `trial` and of the attempts that it continued, newest first."""
-    numbers = [trial.number]
-    while (before := trials[numbers[-1]].user_attrs.get("retry_of")) is not None:
-        numbers.append(before)
-    return numbers
-
-
-def _describe_difference(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return what a joiner would have searched otherwise than the study does."""
-    old, new = _flatten(there), _flatten(here)
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    lines = [
-        f"  {key}: {old.get(key)!r} in the study, {new.get(key)!r} here" for key in keys[:_DIFFERENCES_SHOWN]
-    ]
-    if len(keys) > _DIFFERENCES_SHOWN:
-        lines.append(f"  and {len(keys) - _DIFFERENCES_SHOWN} more")
-    return (
-        f"{directory}: is a search for something else, and its results cannot be compared with these:\n"
-        + "\n".join(lines)
-        + "\nGive the same settings to join it, or another --name to start a new one."
-    )
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

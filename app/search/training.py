@@ -54,6 +54,8 @@ from app.tracking.process import BridgeHandle, start_bridge
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 
+ESTIMATE_SHARE = 0.005
+"""Most of a worker's time that working out the search's end may take."""
 FINALISTS = 3
 """With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
 WINNERS_PICTURE = "confusion_matrix.png"
@@ -178,6 +180,8 @@ class _Trainings:
         self._study: SearchStudy | None = None
         self._estimate: tuple[SearchProgress | None, float | None] = (None, None)
         """When the search is expected to end, by how far it was."""
+        self._estimate_at = 0.0
+        """When that may be worked out anew, on the monotonic clock: it reads every attempt of the study."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
@@ -209,10 +213,13 @@ class _Trainings:
             self._log.append("metrics", run=self._search["uuid"], step=progress.finished, values=values)
 
     def _expected_end(self, progress: SearchProgress) -> float | None:
-        """Return the Unix time at which the search may end; worked out anew only where something has changed."""
-        if self._study is not None and self._estimate[0] != progress:
+        """Return the Unix time at which the search may end; worked out anew where something has changed."""
+        began = time.monotonic()
+        if self._study is not None and self._estimate[0] != progress and began >= self._estimate_at:
             left = seconds_left(self._study.attempts(), progress, datetime.now())
             self._estimate = progress, None if left is None else time.time() + left
+            now = time.monotonic()
+            self._estimate_at = now + (now - began) / ESTIMATE_SHARE
         return self._estimate[1]
 
     def finished(self, summary: SearchSummary) -> None:
