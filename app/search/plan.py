@@ -11,7 +11,7 @@ from app.search.pruning import Halving
 
 FRESH_SEEDS = 2
 """Times that a finalist is trained again."""
-FINALS_SHARE = 3
+FINALS_SHARE = 5
 """Finals take at most one training in so many; a search too small for two finalists has none."""
 
 

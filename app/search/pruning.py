@@ -2,8 +2,8 @@
 
 At a rung, a number of epochs, a training goes on only if it is among the best third of all that came this far (Li et
 al., A System for Massively Parallel Hyperparameter Tuning, 2020; the stopping variant, in which nobody pauses). The
-schedule is that of the full length. What is good early need not be good in the end, so the correlation between a rung and
-the end is watched, and a rung that does not foretell the end ends nothing.
+schedule is that of the full length. What is good early need not be good in the end, so nothing ends early before a few
+trainings have shown how well a rung foretells the end, and at a rung that does not, nothing ever does.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ class Halving:
         values = _values_at(trials, epoch)
         mine = values[number]
         places = max(len(values) // REDUCTION, 1)
-        better = sum(value > mine for value in values.values())
-        if better < places:
+        if sum(value > mine for value in values.values()) < places:
             return None
         correlation = self.correlation(trials, epoch)
-        if correlation is not None and correlation < SOUND_CORRELATION:
+        if correlation is None or correlation < SOUND_CORRELATION:
             return None
         last = sorted(values.values(), reverse=True)[places - 1]
         return (

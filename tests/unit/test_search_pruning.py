@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.config.hyp import Hyp
-from app.errors import ConfigError, UsageError
+from app.errors import ConfigError, Pruned, UsageError
 from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary, State
 from app.search.plan import FRESH_SEEDS, StudyPlan
 from app.search.pruning import ENOUGH, Halving
@@ -98,25 +98,37 @@ def test_rungs_lie_early_and_never_at_the_end(epochs: int, rungs: tuple[int, ...
     assert Halving(epochs).rungs == rungs
 
 
+FINISHED = [0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.12, 0.22, 0.32]
+"""What trainings had at a rung that foretells the end."""
+ENDS = [value + 0.1 for value in FINISHED]
+
+
 def test_training_goes_on_from_a_rung_only_among_the_best_third() -> None:
-    halving, values = Halving(EPOCHS), [0.3, 0.6, 0.1, 0.5, 0.2, 0.4]
-    goes_on = [halving.verdict(reached(values), number, 4) is None for number in range(len(values))]
-    assert goes_on == [False, True, False, True, False, False]
-    assert "0.3 after 4 of 30 epochs; the best 2 of 6 so far have 0.5 or more" in str(
-        halving.verdict(reached(values), 0, 4)
+    trials, halving = reached([*FINISHED, 0.3, 0.6, 0.1], finals=ENDS), Halving(EPOCHS)
+    goes_on = [halving.verdict(trials, number, 4) is None for number in (9, 10, 11)]
+    assert goes_on == [False, True, False]
+    assert "0.3 after 4 of 30 epochs; the best 4 of 12 so far have 0.45 or more" in str(
+        halving.verdict(trials, 9, 4)
     )
 
 
-def test_second_training_goes_on_only_if_it_beats_the_first() -> None:
-    assert Halving(EPOCHS).verdict(reached([0.3, 0.2]), 1, 4) is not None
-    assert Halving(EPOCHS).verdict(reached([0.3, 0.4]), 1, 4) is None
+def test_nothing_ends_early_before_enough_have_shown_that_the_rung_foretells_the_end() -> None:
+    few = ENOUGH - 1
+    assert Halving(EPOCHS).verdict(reached([*FINISHED[:few], 0.01], finals=ENDS[:few]), few, 4) is None
+    assert Halving(EPOCHS).verdict(reached([*FINISHED, 0.01], finals=ENDS), len(FINISHED), 4) is not None
+
+
+def test_equals_go_on_together() -> None:
+    trials = reached([*FINISHED, 0.65], finals=ENDS)
+    assert Halving(EPOCHS).verdict(trials, 9, 4) is None
 
 
 def test_attempts_that_were_lost_are_not_counted_at_a_rung() -> None:
-    trials = reached([0.9, 0.8, 0.7, 0.2])
-    for trial in trials[:3]:
+    trials = reached([*FINISHED, 0.5, *[0.9] * 9], finals=ENDS)
+    assert Halving(EPOCHS).verdict(trials, 9, 4) is not None
+    for trial in trials[10:]:
         trial.state = TrialState.FAIL
-    assert Halving(EPOCHS).verdict(trials, 3, 4) is None
+    assert Halving(EPOCHS).verdict(trials, 9, 4) is None
 
 
 def test_rung_that_does_not_foretell_the_end_prunes_nobody() -> None:
@@ -144,29 +156,30 @@ def test_correlation_is_found_although_only_the_better_third_has_finished() -> N
 
 def test_budget_counts_what_was_trained_and_leaves_less_than_one_training(tmp_path: Path) -> None:
     epochs: dict[int, int] = {}
-    summary = search(tmp_path, trained(epochs), budget=9, prune=True)
+    summary = search(tmp_path, trained(epochs), budget=20, prune=True)
     cost = sum(epochs.values()) / EPOCHS
     assert summary.progress.spent == pytest.approx(cost)
-    assert 8 < cost <= 9
-    assert set(epochs.values()) == {*RUNGS, EPOCHS}
-    assert len(epochs) == summary.progress.pruned + summary.progress.finished > 9
+    assert 19 < cost <= 20
+    assert set(epochs.values()) <= {*RUNGS, EPOCHS}
+    assert summary.progress.pruned > 0
+    assert len(epochs) == summary.progress.pruned + summary.progress.finished > 20
 
 
-def test_seed_is_trained_to_the_end_however_bad(tmp_path: Path) -> None:
-    epochs: dict[int, int] = {}
-
-    def rising(candidate: Candidate, report: Report) -> Outcome:
-        train = trained(epochs, after=lambda candidate: float(candidate.number))
-        return train(candidate, report)
-
-    search(tmp_path, rising, budget=3, prune=True)
-    assert epochs[0] == EPOCHS
-    told = SearchStudy.read(tmp_path).attempts()
-    assert set(told[0].curve) == set(RUNGS)
+def test_seed_is_trained_to_the_end_however_far_behind_it_is(tmp_path: Path) -> None:
+    study = join(tmp_path, budget=20, prune=True)
+    slow = claim(study)
+    for value, end in zip(sorted(FINISHED), sorted(ENDS), strict=True):
+        other = claim(study)
+        study.report(other, 4, value)
+        study.finish(other, outcome(end))
+    study.report(slow, 4, 0.01)
+    behind = claim(study)
+    with pytest.raises(Pruned):
+        study.report(behind, 4, 0.01)
 
 
 def test_pruned_candidate_keeps_its_curve_and_says_why(tmp_path: Path) -> None:
-    search(tmp_path, trained({}), budget=5, prune=True)
+    search(tmp_path, trained({}), budget=20, prune=True)
     pruned = [attempt for attempt in SearchStudy.read(tmp_path).attempts() if attempt.state is State.PRUNED]
     assert pruned
     for attempt in pruned:
@@ -194,7 +207,7 @@ def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Pat
         seen.append(candidate)
         return trained(epochs)(candidate, report)
 
-    search(tmp_path, train, budget=20, prune=True, finalists=3)
+    search(tmp_path, train, budget=30, prune=True, finalists=3)
     finals = [candidate for candidate in seen if candidate.finalist_of is not None]
     assert len(finals) == 3 * FRESH_SEEDS
     assert finals == seen[-len(finals) :]
@@ -204,7 +217,7 @@ def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Pat
     ranked = sorted((c for c in study.finished() if c.finalist_of is None), key=lambda c: -c.fitness)
     assert {c.finalist_of for c in finals} == {c.number for c in ranked[:3]}
     assert {tuple(c.hyp.items()) for c in finals} == {tuple(c.hyp.items()) for c in ranked[:3]}
-    assert study.progress().spent <= 20
+    assert 29 < study.progress().spent <= 30
 
 
 def test_winner_is_who_does_best_on_fresh_seeds(tmp_path: Path) -> None:
@@ -213,10 +226,10 @@ def test_winner_is_who_does_best_on_fresh_seeds(tmp_path: Path) -> None:
         fresh = 0 if candidate.finalist_of is None else 2 * quality(candidate)
         return outcome(quality(candidate) - fresh)
 
-    summary = search(tmp_path, lucky, budget=12, finalists=2)
+    summary = search(tmp_path, lucky, budget=20, finalists=2)
     candidates = [c for c in SearchStudy.read(tmp_path).finished() if c.finalist_of is None]
     ranked = sorted(candidates, key=lambda c: -c.fitness)
-    assert len(candidates) == 12 - 2 * FRESH_SEEDS
+    assert len(candidates) == 20 - 2 * FRESH_SEEDS
     assert summary.best.number == ranked[1].number
     assert summary.best.judged == pytest.approx(-ranked[1].fitness)
     text = (tmp_path / YAML).read_text()
@@ -237,13 +250,13 @@ def test_finalist_that_fails_on_a_fresh_seed_is_not_the_winner(tmp_path: Path) -
         return outcome(quality(candidate))
 
     best: dict[str, float] = {"number": -1, "quality": -9.0}
-    summary = search(tmp_path, fragile, budget=12, finalists=2)
+    summary = search(tmp_path, fragile, budget=20, finalists=2)
     assert summary.best.number != best["number"]
     assert 0.0 in next(c for c in SearchStudy.read(tmp_path).finished() if c.number == best["number"]).again
 
 
 def test_interrupted_final_goes_on_with_its_seed(tmp_path: Path) -> None:
-    study = join(tmp_path, budget=12, finalists=2)
+    study = join(tmp_path, budget=20, finalists=2)
     while (mine := claim(study)).candidate.finalist_of is None:
         study.finish(mine, outcome(quality(mine.candidate)))
     study.fail(mine, State.STOPPED, "asked to stop")
@@ -256,8 +269,8 @@ def test_interrupted_final_goes_on_with_its_seed(tmp_path: Path) -> None:
 
 
 def test_finals_wait_until_every_candidate_has_ended(tmp_path: Path) -> None:
-    study = join(tmp_path, budget=12, finalists=2)
-    claims = [claim(study) for _ in range(8)]
+    study = join(tmp_path, budget=20, finalists=2)
+    claims = [claim(study) for _ in range(16)]
     for mine in claims[1:]:
         study.finish(mine, outcome(quality(mine.candidate)))
     assert study.ask("w") is Turn.WAIT
@@ -267,7 +280,7 @@ def test_finals_wait_until_every_candidate_has_ended(tmp_path: Path) -> None:
 
 def test_small_search_has_no_finals() -> None:
     plan = StudyPlan(finalists=3)
-    assert [plan.finalists_of(budget) for budget in (6, 11, 12, 17, 18, 60)] == [0, 0, 2, 2, 3, 3]
+    assert [plan.finalists_of(budget) for budget in (6, 19, 20, 29, 30, 60)] == [0, 0, 2, 2, 3, 3]
 
 
 def test_single_finalist_is_refused() -> None:

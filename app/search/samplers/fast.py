@@ -30,12 +30,12 @@ Array = np.ndarray
 class FastSettings:
     """How the fast sampler goes about it. Lengths are shares of an axis, from 0 (its lower limit) to 1 (its upper)."""
 
-    startup: int = 8
+    startup: int = 6
     """Candidates that must have ended before any is proposed by results; until then they are drawn around the seed."""
     startup_share: float = 0.5
     """Probability that a start-up draw changes an axis: many at once, as a regression takes them apart again."""
-    startup_spread: float = 0.15
-    """Standard deviation of a start-up change; on a log scale of four decades a factor of four."""
+    startup_spread: float = 0.2
+    """Standard deviation of a start-up change; on a log scale of four decades a factor of six."""
     good_share: float = 0.25
     """Best share of what has ended that new candidates are mutants of."""
     least_good: int = 3
@@ -44,9 +44,9 @@ class FastSettings:
     """Most of these, however long the search."""
     share: float = 0.3
     """Probability that a mutant differs from its parent on an axis."""
-    spread: float = 0.1
+    spread: float = 0.12
     """Standard deviation of such a change."""
-    draws: int = 256
+    draws: int = 512
     """Mutants of which the one judged best is proposed."""
     judge: Literal["model", "density"] = "model"
     """What mutants are judged by: a regression of the scores, or the density of good over that of other candidates."""
@@ -60,7 +60,7 @@ class FastSettings:
     """Length scale of its curved part, in start-up draws' typical distances."""
     noise: float = 0.3
     """Variance of a score by chance: the same training on another seed."""
-    curiosity: float = 0.5
+    curiosity: float = 0.75
     """Standard deviations of the regression's doubt that are added to what it expects."""
     most_findings: int = 300
     """Results looked at, the best half and the latest: a proposal stays in milliseconds however long the search is."""
