@@ -14,7 +14,7 @@ from typing import Any, Self
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from app.config.train_config import Sampler
+from app.config.train_config import DEFAULT_SAMPLER, Sampler
 from app.errors import ConfigError, Pruned, UsageError
 from app.search.definition import define, describe_difference
 from app.search.journal import JOURNAL, understood
@@ -141,7 +141,7 @@ class SearchStudy:
         storage: StudyStorage | None = None,
         space: Space | None = None,
         seed_settings: Mapping[str, int | str] | None = None,
-        sampler: Sampler = "classic",
+        sampler: Sampler = DEFAULT_SAMPLER,
         rules: StudyRules | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         new_uuid: Callable[[], str] = lambda: uuid.uuid4().hex,

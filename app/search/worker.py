@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.config.train_config import Sampler
+from app.config.train_config import DEFAULT_SAMPLER, Sampler
 from app.errors import ConfigError, Pruned, Stopped
 from app.outputs.worker_status import worker_name
 from app.search.outcome import (
@@ -74,7 +74,7 @@ def run_search(
     objective: Objective,
     space: Space | None = None,
     seed_settings: Mapping[str, int | str] | None = None,
-    sampler: Sampler = "classic",
+    sampler: Sampler = DEFAULT_SAMPLER,
     settings: WorkerSettings | None = None,
     storage: StudyStorage | None = None,
     say: Callable[[str], None] = print,

@@ -266,7 +266,7 @@ def test_numbers_values_and_attributes_come_back_as_they_went_in(place: Place, t
     for number, candidate in enumerate(taken):
         trial = study._trials()[number]
         assert {**SEED, **trial.params} == candidate.hyp
-        assert trial.user_attrs == {"worker": "w", "root": number, "sampler": "classic" if number else "seed"}
+        assert trial.user_attrs == {"worker": "w", "root": number, "sampler": "fast" if number else "seed"}
         assert trial.state is TrialState.RUNNING
 
 

@@ -63,7 +63,12 @@ def old(tmp_path: Path) -> Path:
 def study(tmp_path: Path) -> SearchStudy:
     """Return a search at 320 pixels whose first candidate has finished."""
     study = SearchStudy.open_or_create(
-        tmp_path / "s", seed_hyp=SEED, budget=3, study_seed=0, signature={"epochs": 10, "image_size": 320}
+        tmp_path / "s",
+        seed_hyp=SEED,
+        budget=3,
+        sampler="classic",
+        study_seed=0,
+        signature={"epochs": 10, "image_size": 320},
     )
     claim = study.ask("w")
     assert isinstance(claim, Claim)

@@ -59,6 +59,7 @@ def search(directory: Path, objective: Any, budget: int, **plan: Any) -> SearchS
         study_seed=7,
         plan=StudyPlan(epochs=EPOCHS, **plan),
         signature={},
+        sampler="classic",
         objective=objective,
         settings=WorkerSettings(name="w", poll_s=0.02, picture=False),
         say=lambda line: None,

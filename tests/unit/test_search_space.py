@@ -170,7 +170,7 @@ def test_a_bad_space_is_exit_2_with_one_message(
 
 
 @pytest.mark.parametrize(
-    "flag", [["--sampler", "fast"], ["--space", "mine.yaml"], ["--prune"], ["--finalists", "4"]]
+    "flag", [["--sampler", "classic"], ["--space", "mine.yaml"], ["--prune"], ["--finalists", "4"]]
 )
 def test_what_only_a_search_knows_is_refused_without_one(
     flag: list[str], capsys: pytest.CaptureFixture[str]
