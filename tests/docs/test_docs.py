@@ -145,7 +145,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *flags_of(search_parser()),
     }
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
-    known |= {"--real", "--journal"}  # of bench/search_scaling.py
+    known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--standalone"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}
