@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from app.errors import UsageError
 from app.search.plan import StudyPlan
 from app.search.space import Space
 
@@ -28,6 +29,16 @@ def define(
         "signature": dict(signature),
     }
     return json.loads(json.dumps(definition, default=str))  # type: ignore[no-any-return]
+
+
+def check_version(directory: Path, definition: Mapping[str, Any]) -> None:
+    """Raise UsageError for a study whose records are of another version than these."""
+    version = definition.get("version")
+    if version != VERSION:
+        raise UsageError(
+            f"{directory}: holds a study of version {version}, and this program works on version {VERSION}; finish it "
+            "with the program that began it, or start a search under another --name and import its evolve.csv"
+        )
 
 
 def describe_difference(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

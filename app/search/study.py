@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.config.train_config import DEFAULT_SAMPLER, Sampler
 from app.errors import ConfigError, Pruned, UsageError
-from app.search.definition import define, describe_difference
+from app.search.definition import check_version, define, describe_difference
 from app.search.journal import JOURNAL, understood
 from app.search.leases import Lease
 from app.search.ledger import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
@@ -171,10 +171,12 @@ class SearchStudy:
             attributes = study.user_attrs
             if _UUID not in attributes:
                 study.set_user_attr(_UUID, new_uuid())
-            if _DEFINITION not in attributes:
+            there = attributes.get(_DEFINITION)
+            if there is None:
                 study.set_user_attr(_DEFINITION, definition)
-            elif attributes[_DEFINITION] != definition:
-                raise UsageError(describe_difference(directory, attributes[_DEFINITION], definition))
+            elif there != definition:
+                check_version(directory, there)
+                raise UsageError(describe_difference(directory, there, definition))
             if budget > attributes.get(_BUDGET, 0):
                 study.set_user_attr(_BUDGET, budget)
         return cls(directory, storage, study, definition, rules or StudyRules(), monotonic, proposer)
@@ -201,6 +203,7 @@ class SearchStudy:
             definition = study.user_attrs.get(_DEFINITION)
             if definition is None:
                 raise absent
+            check_version(directory, definition)
             return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
 
     @property

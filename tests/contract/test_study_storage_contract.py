@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -18,8 +18,11 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from app.config.hyp import Hyp
+from app.errors import Pruned, UsageError
+from app.search import definition
 from app.search.leases import Lease
 from app.search.outcome import LeaseLost, Outcome, State
+from app.search.plan import StudyPlan
 from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
 
@@ -52,7 +55,9 @@ def place(request: pytest.FixtureRequest) -> Place:
     return Place(request.getfixturevalue("database"), request.getfixturevalue("postgres").password)
 
 
-def join(place: Place, directory: Path, budget: int = 3, lease_s: float = 60.0) -> SearchStudy:
+def join(
+    place: Place, directory: Path, budget: int = 3, lease_s: float = 60.0, plan: StudyPlan | None = None
+) -> SearchStudy:
     """Open the study as one more worker."""
     return SearchStudy.open_or_create(
         directory,
@@ -60,6 +65,7 @@ def join(place: Place, directory: Path, budget: int = 3, lease_s: float = 60.0) 
         budget=budget,
         study_seed=0,
         signature={"data": "d1"},
+        plan=plan,
         storage=place.open(directory),
         rules=StudyRules(lease_s=lease_s),
     )
@@ -339,6 +345,39 @@ def test_storage_keeps_what_optuna_itself_writes(place: Place, tmp_path: Path) -
     assert [t.values for t in again.trials] == [t.values for t in study.trials]
     assert again.trials[0].user_attrs == {"note": "é \n \u2028"}
     assert again.best_value == 1.5
+
+
+def test_study_of_another_version_is_refused_with_both_versions(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(definition, "VERSION", 1)
+        join(place, tmp_path)
+    with pytest.raises(UsageError, match=r"version 1, and this program works on version \d.*another --name"):
+        join(place, tmp_path)
+
+
+def test_what_is_told_on_the_way_is_seen_by_all_and_prunes_who_has_fallen_behind(
+    place: Place, tmp_path: Path
+) -> None:
+    plan = StudyPlan(epochs=30, prune=True)
+    first, second = (join(place, tmp_path, budget=20, plan=plan) for _ in range(2))
+    for step in range(1, 10):
+        mine = claim(first)
+        first.report(mine, 4, step / 100)
+        first.finish(mine, replace(OUTCOME, fitness=step / 50))
+    behind = claim(second)
+    with pytest.raises(Pruned, match=r"0\.01 after 4 of 30 epochs") as told:
+        second.report(behind, 4, 0.01)
+    assert second.prune(behind, told.value)
+    assert not second.prune(behind, told.value)
+    with pytest.raises(LeaseLost):
+        second.report(behind, 12, 0.5)
+    attempt = first.attempts()[-1]
+    assert (attempt.state, attempt.curve, attempt.epochs) == (State.PRUNED, {4: 0.01}, 4)
+    progress = first.progress()
+    assert (progress.finished, progress.pruned) == (9, 1)
+    assert progress.spent == pytest.approx(9 + 4 / 30)
 
 
 def test_attempts_tell_how_each_training_ended(place: Place, tmp_path: Path) -> None:

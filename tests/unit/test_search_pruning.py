@@ -15,6 +15,8 @@ from app.errors import ConfigError, Pruned, UsageError
 from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary, State
 from app.search.plan import FRESH_SEEDS, StudyPlan
 from app.search.pruning import ENOUGH, Halving
+from app.search.samplers.knowledge import Knowledge
+from app.search.space import Space
 from app.search.study import Claim, SearchStudy, Turn
 from app.search.views import YAML, best_of
 from app.search.worker import WorkerSettings, run_search
@@ -219,6 +221,15 @@ def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Pat
     assert {c.finalist_of for c in finals} == {c.number for c in ranked[:3]}
     assert {tuple(c.hyp.items()) for c in finals} == {tuple(c.hyp.items()) for c in ranked[:3]}
     assert 29 < study.progress().spent <= 30
+
+
+def test_finals_teach_the_samplers_nothing_twice(tmp_path: Path) -> None:
+    search(tmp_path, trained({}), budget=20, finalists=2)
+    study = SearchStudy.read(tmp_path)
+    known = Knowledge(Space().starting_from(study.seed_hyp))
+    known.update(study._trials())
+    assert len(known.finished) == 20 - 2 * FRESH_SEEDS
+    assert len({tuple(values.items()) for _, values in known.best}) == 5
 
 
 def test_winner_is_who_does_best_on_fresh_seeds(tmp_path: Path) -> None:
