@@ -14,12 +14,10 @@ training, and whatever was pruned or trained again is counted.
 from __future__ import annotations
 
 import argparse
-import csv
 import heapq
 import json
 import statistics
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -30,15 +28,10 @@ from typing import Any
 import numpy as np
 import optuna
 from common import REPOSITORY, machine
-from numpy.typing import NDArray
-from sklearn.ensemble import ExtraTreesRegressor
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from search_landscape import Landscape
 
 from app.config.train_config import SAMPLERS, Sampler
 from app.errors import Pruned
-from app.search.genes import GENES
 from app.search.outcome import Outcome
 from app.search.plan import StudyPlan
 from app.search.samplers.fast import FastSampler, FastSettings
@@ -54,7 +47,6 @@ VALIDATION_SHARE = 1 / 3
 BUDGET, BUDGETS = 60, (16, 20, 24, 30, 40, 60)
 """Trainings of an evolution as its users start it, and those that may do as well."""
 FINALISTS = 3
-Array = NDArray[np.float64]
 
 
 def main() -> int:
@@ -102,97 +94,6 @@ METHODS = {
     "fast, density": Method("fast", (BUDGET // 3, BUDGET), judge="density"),
     "classic --prune": Method("classic", BUDGETS, prune=True),
 }
-
-
-# --- the landscape --------------------------------------------------------------------------------------
-
-
-class Landscape:
-    """What any hyperparameters would reach after each epoch, as far as the table says."""
-
-    def __init__(self, rows: Sequence[Mapping[str, str]], kind: str) -> None:
-        self.kind = kind
-        self.genes = [gene for gene in GENES if gene.name in rows[0]]
-        self.epochs = sum(name.startswith("epoch") for name in rows[0])
-        names = [f"epoch{number + 1}" for number in range(self.epochs)]
-        # A training that diverged has nothing from there on.
-        self._curves = np.array([[float(row[name] or 0) for name in names] for row in rows])
-        self._places = np.array(
-            [self._place({g.name: float(row[g.name]) for g in self.genes}) for row in rows]
-        )
-        self.seed = {gene.name: float(rows[0][gene.name]) for gene in self.genes}
-        self._luck = _luck([row["kind"] for row in rows], self._places, self._curves)
-        self._model = _model(kind, self._places, self._curves[:, -1]).fit(self._places, self._curves)
-        self._known: dict[tuple[float, ...], Array] = {}
-
-    @classmethod
-    def read(cls, path: Path, kind: str) -> Landscape:
-        """Read a table of trainings."""
-        with path.open(newline="") as file:
-            return cls(sorted(csv.DictReader(file), key=lambda row: int(row["index"])), kind)
-
-    def mean(self, hyp: Mapping[str, float]) -> Array:
-        """Return the fitness after each epoch, [epochs], without luck."""
-        place = tuple(self._place(hyp))
-        if place not in self._known:
-            self._known[place] = np.clip(self._model.predict(np.array([place]))[0], 0, 1)
-        return self._known[place]
-
-    def train(self, hyp: Mapping[str, float], random: np.random.Generator) -> Array:
-        """Return what one training would show, [epochs]: the mean, and the luck of a real training."""
-        luck = self._luck[random.integers(len(self._luck))] * random.choice((-1, 1))
-        return np.clip(self.mean(hyp) + luck, 0, 1)
-
-    def facts(self) -> dict[str, float]:
-        """Return how far the landscape is to be trusted, and what there is to find."""
-        final = self._curves[:, -1]
-        # What was trained on several seeds is left out as a whole.
-        _, groups = np.unique(self._places, axis=0, return_inverse=True)
-        model = _model(self.kind, self._places, final)
-        guessed = cross_val_predict(model, self._places, final, cv=GroupKFold(10), groups=groups)
-        wrong = ((guessed - final) ** 2).sum() / ((final - final.mean()) ** 2).sum()
-        return {
-            "trainings": len(final),
-            "explained": float(1 - wrong),
-            "luck": float(np.sqrt((self._luck[:, -1] ** 2).mean())),
-            "seed": float(self.mean(self.seed)[-1]),
-            "best": float(max(self._model.predict(self._places)[:, -1])),
-        }
-
-    def describe(self) -> str:
-        """Return the facts in words."""
-        facts = self.facts()
-        return (
-            f"landscape ({self.kind}): {facts['trainings']:.0f} trainings, {facts['explained']:.0%} of the variance of "
-            f"rows not seen explained, luck ±{facts['luck']:.4f}; the seed reaches {facts['seed']:.4f}, the best row "
-            f"{facts['best']:.4f}"
-        )
-
-    def _place(self, hyp: Mapping[str, float]) -> list[float]:
-        return [gene.place(float(hyp[gene.name])) for gene in self.genes]
-
-
-def _luck(kinds: Sequence[str], places: Array, curves: Array) -> Array:
-    """Return how single trainings differ from the mean over seeds, [trainings, epochs], of those trained again."""
-    again = {tuple(place) for place, kind in zip(places.tolist(), kinds, strict=True) if kind == "again"}
-    parts = []
-    for place in again:
-        same = curves[[tuple(other) == place for other in places.tolist()]]
-        # The mean of n is nearer to each of them than the true mean is.
-        parts.append((same - same.mean(axis=0)) * np.sqrt(len(same) / (len(same) - 1)))
-    return np.concatenate(parts)
-
-
-def _model(kind: str, places: Array, final: Array) -> Any:
-    if kind == "forest":
-        return ExtraTreesRegressor(300, min_samples_leaf=2, max_features=0.5, random_state=0, n_jobs=1)
-    scales = RBF(np.full(places.shape[1], 2.0), (0.1, 100.0))
-    kernel = ConstantKernel(1.0) * scales + WhiteKernel(0.1)
-    fitted = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=0, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a gene that does nothing has a length without bound
-        fitted.fit(places, final)
-    return GaussianProcessRegressor(fitted.kernel_, optimizer=None, normalize_y=True)
 
 
 # --- a search without training --------------------------------------------------------------------------

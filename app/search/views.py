@@ -29,21 +29,11 @@ def best_of(finished: Sequence[Finished]) -> Finished:
     return max(finalists or candidates, key=lambda candidate: (candidate.judged, -candidate.number))
 
 
-def write_views(study: SearchStudy, *, picture: bool = True) -> None:
-    """Replace the views by what the study says now; nothing is written before a candidate has finished.
-
-    Raises OSError where the disk refuses.
-    """
-    write_files(study)
-    if picture:
-        draw_picture(study)
-
-
 def write_files(study: SearchStudy) -> None:
-    """Replace evolve.csv and hyp_evolve.yaml.
+    """Replace evolve.csv and hyp_evolve.yaml; nothing is written before a candidate has finished.
 
     One worker at a time, each reading the study after it got the turn, so that newer content is never replaced by
-    older.
+    older. Raises OSError where the disk refuses.
     """
     with locked(study.directory / LOCK):
         if finished := study.finished():

@@ -19,7 +19,7 @@ from app.search.__main__ import main
 from app.search.importing import read_evolve_csv
 from app.search.outcome import METRIC_COLUMNS
 from app.search.study import Claim, SearchStudy
-from app.search.views import write_views
+from app.search.views import write_files
 from tests.conftest import REPOSITORY
 from tests.unit.test_search_worker import outcome
 from tests.unit.test_search_worker import search as work
@@ -87,7 +87,7 @@ def test_imported_results_are_parents_and_neither_candidates_nor_budget(
     assert (study.progress().finished, study.progress().best_fitness) == (1, 0.4)
     assert [c.number for c in study.finished()] == [a.number for a in study.attempts()] == [0]
     assert study.imported() == 3
-    write_views(study, picture=False)
+    write_files(study)
     with (study.directory / "evolve.csv").open() as file:
         assert len(list(csv.reader(file))) == 2
     claim = study.ask("w")
@@ -241,7 +241,7 @@ def test_an_import_while_workers_ask_gives_nobody_the_same_number(old: Path, tmp
 def test_our_own_evolve_csv_can_be_imported_into_the_next_search(
     old: Path, study: SearchStudy, tmp_path: Path
 ) -> None:
-    write_views(study, picture=False)
+    write_files(study)
     signature = {"epochs": 10, "image_size": 320}
     work(tmp_path / "next", budget=1, signature=signature)
     csv_file = study.directory / "evolve.csv"

@@ -28,7 +28,7 @@ from app.search.report.page import build_page
 from app.search.report.svg import ticks
 from app.search.report.tables import MOST_ROWS, SHOWN
 from app.search.study import Claim, SearchStudy
-from app.search.views import write_views
+from app.search.views import draw_picture, write_files
 from tests.unit.search_pages import BEGAN, COMMAND, SEED, attempt, facts_of, search
 from tests.unit.test_search_worker import outcome
 
@@ -266,7 +266,8 @@ def test_the_report_is_one_of_the_views_and_says_what_the_study_says(tmp_path: P
     failing = study.ask("the worker")
     assert isinstance(failing, Claim)
     study.fail(failing, State.FAILED, "it was <b>too large</b>")
-    write_views(study)
+    write_files(study)
+    draw_picture(study)
     page = (tmp_path / "s" / REPORT).read_text()
     words = Elements(page).words
     assert "0.75" in words

@@ -17,7 +17,7 @@ from app.plots.style import lower_end
 from app.search.__main__ import main
 from app.search.outcome import Candidate, Outcome, Report
 from app.search.study import SearchStudy
-from app.search.views import CSV, PICTURE, YAML, write_views
+from app.search.views import CSV, PICTURE, YAML, draw_picture, write_files
 from app.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, lr0=1e-05).as_dict()
@@ -78,14 +78,15 @@ def test_views_that_were_deleted_or_damaged_are_derived_anew(searched: Path) -> 
     before = (searched / CSV).read_bytes()
     (searched / CSV).write_text("garbled")
     (searched / YAML).unlink()
-    write_views(SearchStudy.read(searched), picture=False)
+    write_files(SearchStudy.read(searched))
     assert (searched / CSV).read_bytes() == before
     assert (searched / YAML).exists()
 
 
 def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> None:
     study = SearchStudy.open_or_create(tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={})
-    write_views(study)
+    write_files(study)
+    draw_picture(study)
     assert not (tmp_path / CSV).exists()
 
 
