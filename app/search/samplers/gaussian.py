@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.search.samplers.base import first_new, stream
-from app.search.samplers.fast import FastSampler
+from app.search.samplers.fast import FastSampler, FastSettings
 from app.search.samplers.knowledge import Finding, Knowledge
 from app.search.space import Space, Value, Values
 
@@ -28,7 +28,7 @@ class GaussianSampler:
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._study_seed = space, study_seed
         self._limits = space.distributions()
-        self._around_seed = FastSampler(space, seed, study_seed)
+        self._around_seed = FastSampler(space, seed, study_seed, FastSettings(startup=LEAST_FINISHED))
 
     def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
         """Return the point of the largest expected gain; one around the seed while little is known."""
