@@ -174,7 +174,7 @@ def scarce_memory(mebibytes: str) -> None:
 
 
 def noted_epochs(folder: str, lease_s: str = "120") -> None:
-    """Note each epoch that is begun as `<candidate> <epoch>` in `folder`; wait so long for others, draw nothing.
+    """Note each epoch that is begun as `<candidate> <epoch>` in `folder`, and by whom; wait so long, draw nothing.
 
     On one core: several trainings with a thread for each core get in each other's way.
     """
@@ -190,6 +190,7 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
 
     def fit_epoch(self: Trainer) -> None:
         append_line(Path(folder) / "epochs", f"{int(self.run.path.name)} {self.epoch}")
+        append_line(Path(folder) / "pids", str(os.getpid()))
         whole(self)
 
     Trainer._fit_epoch = fit_epoch  # type: ignore[method-assign]

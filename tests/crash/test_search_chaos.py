@@ -312,7 +312,7 @@ def test_real_trainings_that_are_killed_at_random_go_on_and_end_as_if_nobody_had
     start: Start, tiny_args: list[str], runs: Path, tmp_path: Path
 ) -> None:
     settings.update({"mlflow": False})
-    epochs, budget, rng = 4, 2, random.Random(0)
+    epochs, budget, rng = 12, 2, random.Random(0)
     search = [*tiny_args, "--epochs", str(epochs), "--project", "blood"]
     fault = ("noted_epochs", str(tmp_path))
     left_alone = start([*search, "--evolve", "1", "--name", "alone"], ("noted_epochs", str(runs)))
@@ -320,10 +320,13 @@ def test_real_trainings_that_are_killed_at_random_go_on_and_end_as_if_nobody_had
     scene = Scene(runs / "blood" / "attacked", tmp_path)
     workers = [start(attacked, fault) for _ in range(2)]
     killed = 0
-    for begun in sorted(rng.sample(range(1, epochs * budget), 2)):  # a third might be the end of one
-        wait_until(lambda at=begun: len(scene.lines("epochs")) >= at, f"epoch {begun}")  # type: ignore[misc]
-        time.sleep(rng.random() * 0.2)  # not to hit only the beginnings of epochs
-        victim = workers.pop(rng.randrange(len(workers)))
+    for _ in range(2):  # a third might be the end of one
+        enough = len(scene.lines("pids")) + rng.randint(1, 4)
+        wait_until(lambda at=enough: len(scene.lines("pids")) >= at, "an epoch")  # type: ignore[misc]
+        time.sleep(rng.random() * 0.05)  # not to hit only the beginnings of epochs
+        # Whoever began an epoch last is in the middle of a training.
+        victim = next(worker for worker in workers if str(worker.process.pid) == scene.lines("pids")[-1])
+        workers.remove(victim)
         victim.send(signal.SIGKILL)
         killed += victim.wait() == -signal.SIGKILL
         workers.append(start(attacked, fault))
