@@ -42,6 +42,7 @@ from app.search.journal import locked
 from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
 from app.search.plan import StudyPlan
+from app.search.share import Share
 from app.search.space import Space, changed, read_space, settings_flags
 from app.search.storage import check_storage, open_storage
 from app.search.study import SearchStudy
@@ -180,8 +181,8 @@ class _Trainings:
         self._study: SearchStudy | None = None
         self._estimate: tuple[SearchProgress | None, float | None] = (None, None)
         """When the search is expected to end, by how far it was."""
-        self._estimate_at = 0.0
-        """When that may be worked out anew, on the monotonic clock: it reads every attempt of the study."""
+        self._estimating = Share(ESTIMATE_SHARE)
+        """Of working that out, which reads every attempt of the study."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
@@ -214,12 +215,11 @@ class _Trainings:
 
     def _expected_end(self, progress: SearchProgress) -> float | None:
         """Return the Unix time at which the search may end; worked out anew where something has changed."""
-        began = time.monotonic()
-        if self._study is not None and self._estimate[0] != progress and began >= self._estimate_at:
+        if self._study is not None and self._estimate[0] != progress and self._estimating.is_due():
+            began = time.monotonic()
             left = seconds_left(self._study.attempts(), progress, datetime.now())
             self._estimate = progress, None if left is None else time.time() + left
-            now = time.monotonic()
-            self._estimate_at = now + (now - began) / ESTIMATE_SHARE
+            self._estimating.took(time.monotonic() - began)
         return self._estimate[1]
 
     def finished(self, summary: SearchSummary) -> None:

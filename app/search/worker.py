@@ -26,6 +26,7 @@ from app.search.outcome import (
     failure_reason,
 )
 from app.search.plan import StudyPlan
+from app.search.share import Share
 from app.search.space import Space
 from app.search.storage import StudyStorage, open_storage
 from app.search.study import Claim, SearchStudy, StudyRules, Turn
@@ -89,7 +90,7 @@ def run_search(
 
     Any number of processes may call this on one directory, at any time. `say` gets one line for people; `on_open`
     gets the study once, before any candidate; `on_progress` gets the whole search's state and this worker's
-    candidate, None while it waits; `on_ended` gets a candidate whose end, finished or failed, the study has recorded:
+    candidate, None while it waits; `on_ended` gets a candidate whose end, finished, pruned or failed, the study has recorded:
     nobody will go on with it; `check_stop` is called between candidates and while waiting, to raise Stopped.
 
     Raises UsageError to join a search for something else; SearchFailed where candidates keep failing; Stopped after
@@ -141,20 +142,6 @@ def run_search(
     return _summarise(study, worker.trained)
 
 
-class _Share:
-    """Keeps what is done now and then, and takes a while, within a share of the time."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._next = 0.0
-
-    def is_due(self) -> bool:
-        return time.monotonic() >= self._next
-
-    def took(self, seconds: float) -> None:
-        self._next = time.monotonic() + seconds / self._share
-
-
 class _Worker:
     """What one worker does with the candidates it claims."""
 
@@ -172,7 +159,7 @@ class _Worker:
         self._settings = settings
         self._say = say
         self._failures_in_a_row = 0
-        self._files, self._drawings = _Share(FILES_SHARE), _Share(DRAWING_SHARE)
+        self._files, self._drawings = Share(FILES_SHARE), Share(DRAWING_SHARE)
         self._files_are_behind = False
         self._picture: int | None = None
         """Modification time of evolve.png when this worker last looked; only ever compared with itself."""
