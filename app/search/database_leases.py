@@ -22,6 +22,7 @@ from typing import Any
 
 import sqlalchemy
 
+from app.search.leases import Stillness
 from app.search.outcome import LeaseLost
 
 RETURN_S = 10.0
@@ -176,8 +177,7 @@ class DatabaseLeaseWatch:
         self._engine = engine
         self._study = study
         self._lease_s = lease_s
-        self._monotonic = monotonic
-        self._last_change: dict[int, tuple[tuple[str, int] | None, float]] = {}
+        self._stillness = Stillness(monotonic)
 
     def verdict(self, number: int) -> str | None:
         """Return why the candidate's worker is gone, or None while it may be alive. The study is locked."""
@@ -189,12 +189,7 @@ class DatabaseLeaseWatch:
         mark = None if row is None else (str(row[0]), int(row[1]))
         if row is not None and row[2]:
             return "its worker died"
-        now = self._monotonic()
-        before, since = self._last_change.get(number, (None, now))
-        if number not in self._last_change or before != mark:
-            self._last_change[number] = (mark, now)
-            return None
-        quiet_s = now - since
+        quiet_s = self._stillness.seconds(number, mark)
         if row is not None and not row[3] and quiet_s >= min(RETURN_S, self._lease_s):
             return "its worker died"
         if quiet_s >= self._lease_s:
@@ -208,4 +203,4 @@ class DatabaseLeaseWatch:
                 sqlalchemy.text("DELETE FROM starling_leases WHERE study = :study AND number = :number"),
                 {"study": self._study, "number": number},
             )
-        self._last_change.pop(number, None)
+        self._stillness.forget(number)

@@ -132,6 +132,25 @@ class FileLease:
                 self.renew()
 
 
+class Stillness:
+    """How long the marks of leases have not changed, by the observer's own monotonic clock."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._last_change: dict[int, tuple[object, float]] = {}
+
+    def seconds(self, number: int, mark: object) -> float:
+        """Return the seconds since a lease's mark was first seen as it is now; 0 at the first look."""
+        now = self._monotonic()
+        if number not in self._last_change or self._last_change[number][0] != mark:
+            self._last_change[number] = (mark, now)
+        return now - self._last_change[number][1]
+
+    def forget(self, number: int) -> None:
+        """Begin anew with a lease."""
+        self._last_change.pop(number, None)
+
+
 class FileLeaseWatch:
     """An observer's memory of other workers' leases."""
 
@@ -145,9 +164,8 @@ class FileLeaseWatch:
     ) -> None:
         self._search = search
         self._lease_s = lease_s
-        self._monotonic = monotonic
         self._kernel = kernel_id() if kernel is None else kernel
-        self._last_change: dict[int, tuple[tuple[int, int] | None, float]] = {}
+        self._stillness = Stillness(monotonic)
 
     def verdict(self, number: int) -> str | None:
         """Return why the candidate's worker is gone, or None while it may be alive.
@@ -163,19 +181,14 @@ class FileLeaseWatch:
             mark = None
         if mark is not None and self._holder_died(path):
             return "its worker died"
-        now = self._monotonic()
-        before, since = self._last_change.get(number, (None, now))
-        if number not in self._last_change or before != mark:
-            self._last_change[number] = (mark, now)
-            return None
-        if now - since >= self._lease_s:
+        if self._stillness.seconds(number, mark) >= self._lease_s:
             return f"its worker gave no sign of life for {self._lease_s:g} s"
         return None
 
     def revoke(self, number: int) -> None:
         """Remove a lease, so that its holder stops."""
         lease_path(self._search, number).unlink(missing_ok=True)
-        self._last_change.pop(number, None)
+        self._stillness.forget(number)
 
     def _holder_died(self, path: Path) -> bool:
         """Return whether the lock is free although this very kernel had given it out."""
