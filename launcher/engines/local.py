@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launcher.claims import Claim
 from launcher.engines import supervisor
 from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, NameTaken, UsageError
@@ -139,6 +140,13 @@ class LocalEngine:
         """Return this owner's replicas below the runs folder."""
         states = [self._describe(record) for record in self._records()]
         return sorted(states, key=lambda state: (state.fleet, len(state.device), state.device, state.name))
+
+    def claims(self) -> Sequence[Claim]:
+        """Return nothing: who runs shows in the machine's processes, whatever runs folder they are recorded in.
+
+        A replica that was recorded and never started holds nothing, as only its creator can start it.
+        """
+        return []
 
     def state(self, replica_id: str) -> ReplicaState | None:
         """Return a replica as its record, its process and its exit file tell."""
