@@ -206,11 +206,20 @@ class LocalEngine:
                 os.kill(record.pid, signal.SIGTERM)
 
     def kill(self, replica_id: str) -> None:
-        """Send SIGKILL to the whole process group."""
+        """Send SIGKILL to the supervisor and all that it has started.
+
+        The processes of a training on several devices are in sessions of their own, where no signal to a group reaches.
+        """
         record = self._find(replica_id)
         if record is not None and _alive(record):
+            family: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(record.pid).children(recursive=True)
             with _translated(self._folder), contextlib.suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGKILL)
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
     def remove(self, replica_id: str) -> None:
         """Kill the replica, and delete its record and log; the folder too, once it is empty."""
