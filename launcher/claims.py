@@ -33,6 +33,8 @@ class Occupancy:
     claims: tuple[Claim, ...] = ()
     own: tuple[str, ...] = ()
     """The devices of the fleet's existing replicas, as UUIDs or ids."""
+    settled: tuple[str, ...] = ()
+    """Those of them whose replicas run, or have finished, and will not be started: who else is there does not matter."""
 
 
 NOBODY = Occupancy()
@@ -53,7 +55,12 @@ def choose_gpus(
         devices = resolve_ids(selection.ids, text, gpus)
     else:
         devices = _choose_free(selection, text, gpus, occupancy)
-    held = {device: found for device in devices if (found := holders(device, gpus, occupancy.claims))}
+    settled = _parts(occupancy.settled, gpus)
+    held = {
+        device: found
+        for device in devices
+        if not _parts(device.handles, gpus) <= settled and (found := holders(device, gpus, occupancy.claims))
+    }
     if held and not force:
         raise UsageError(_busy(text, gpus, held, occupancy))
     return devices, tuple(f"{_held(device, found)}; shared as --force says" for device, found in held.items())

@@ -13,7 +13,7 @@ from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError
 from launcher.inventory import Gpu, GpuProcess, MigSlice
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
-from launcher.processes import PROC, Process, command_words, find_process, user_name
+from launcher.processes import PROC, Process, command_words, find_process, user_id, user_name
 from launcher.progress import read_json
 from launcher.sizes import format_size
 
@@ -22,7 +22,13 @@ _SOCKET = Path("/var/run/docker.sock")
 
 
 def find_occupancy(
-    engine: Engine, gpus: Sequence[Gpu] | None, own: Sequence[ReplicaState], caller: int, proc: Path = PROC
+    engine: Engine,
+    gpus: Sequence[Gpu] | None,
+    own: Sequence[ReplicaState],
+    caller: int,
+    *,
+    recreate: bool = False,
+    proc: Path = PROC,
 ) -> Occupancy:
     """Return what others hold, and what `own`, the replicas of the fleet in question, have.
 
@@ -37,10 +43,16 @@ def find_occupancy(
             claims += _containers(caller)
         claims += _process_claims(gpus or (), claims, supervised, proc)
     ours = {state.id for state in own}
+    settled = [state for state in own if state.live or (state.finished and not recreate)]
     return Occupancy(
         claims=tuple(dict.fromkeys(claim for claim in claims if claim.id not in ours)),
-        own=tuple(item for state in own for item in device_ids(state.device, state.plan)),
+        own=_devices_of(own),
+        settled=_devices_of(settled),
     )
+
+
+def _devices_of(states: Sequence[ReplicaState]) -> tuple[str, ...]:
+    return tuple(item for state in states for item in device_ids(state.device, state.plan))
 
 
 def device_ids(label: str, plan: Mapping[str, object]) -> tuple[str, ...]:
@@ -69,9 +81,8 @@ def _supervised(folder: Path) -> Claim | None:
         return None
     exit_file = Path(words[places[0] + 1])
     name = exit_file.name.removesuffix(".exit.json")
-    try:
-        uid = folder.stat().st_uid
-    except OSError:
+    uid = user_id(folder)
+    if uid is None:
         return None
     record = read_json(exit_file.with_name(f"{name}.json"))
     labels = record.get("labels")

@@ -59,6 +59,8 @@ class Request:
     """One training on all of the devices."""
     force: bool = False
     """Take devices that others hold."""
+    recreate: bool = False
+    """Start a fleet that exists anew."""
     memory_bytes: int | None = None
     shm_bytes: int | None = None
     image: str = DEFAULT_IMAGE

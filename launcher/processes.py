@@ -33,9 +33,8 @@ class Process:
 def find_process(pid: int, proc: Path = PROC) -> Process | None:
     """Return a process; None for one that has ended, or that another pid namespace hides."""
     folder = proc / str(pid)
-    try:
-        uid = folder.stat().st_uid
-    except OSError:
+    uid = user_id(folder)
+    if uid is None:
         return None
     return Process(
         pid=pid,
@@ -44,6 +43,16 @@ def find_process(pid: int, proc: Path = PROC) -> Process | None:
         containers=_containers(folder),
         ancestors=_ancestors(pid, proc),
     )
+
+
+def user_id(folder: Path) -> int | None:
+    """Return whose process it is, by its folder in `/proc`; None when it has ended."""
+    try:
+        # The folder itself is root's where a process has changed its user.
+        status = (folder / "status").read_text(errors="replace")
+        return int(status.split("\nUid:", 1)[1].split(maxsplit=1)[0])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def user_name(uid: int) -> str:

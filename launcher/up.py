@@ -58,7 +58,7 @@ def run_up(options: dict[str, Any]) -> None:
         outcome = fleet.bring_up(
             engine,
             plan.replicas,
-            recreate=options["recreate"],
+            recreate=request.recreate,
             settle_s=options["settle"],
             say=say,
             started=lock.release,
@@ -102,6 +102,7 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
         cpus=options["cpus"],
         ddp=options["ddp"],
         force=options["force"],
+        recreate=options["recreate"],
         memory_bytes=parse_size(options["memory"]) if options["memory"] else None,
         shm_bytes=parse_size(options["shm"], "--shm") if options["shm"] else None,
         image=options["image"] or DEFAULT_IMAGE,
@@ -122,7 +123,7 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
     occupancy = NOBODY
     if request.wants_gpus(gpus):
         own = [state for state in engine.list() if state.fleet == request.args.fleet]
-        occupancy = find_occupancy(engine, gpus, own, caller_ids()[0])
+        occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     notes: tuple[str, ...] = ()
     plan = make_plan(request, placement, engine.machine(), gpus, "", occupancy)
     try:

@@ -254,6 +254,13 @@ def test_a_fleets_own_gpu_that_somebody_took_meanwhile_is_refused_not_replaced()
         choose_gpus("free", GPUS, held(("4",), own=("1", "4")))
 
 
+def test_a_gpu_on_which_the_fleet_runs_already_is_not_refused_for_a_guest() -> None:
+    guest = Claim("guest", ("1",))
+    assert ids("1-2", GPUS, Occupancy((guest,), own=("1", "2"), settled=("GPU-0000-1", "2"))) == ["1", "2"]
+    with pytest.raises(UsageError, match="GPU 1 is held by guest"):
+        choose_gpus("1-2", GPUS, Occupancy((guest,), own=("1", "2"), settled=("2",)))
+
+
 # --- several in one ------------------------------------------------------------------------------------------
 
 

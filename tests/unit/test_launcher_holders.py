@@ -145,6 +145,7 @@ def write_process(
 ) -> None:  # fmt: skip
     folder = proc / str(pid)
     folder.mkdir(parents=True)
+    (folder / "status").write_text(f"Name:\tpython\nPid:\t{pid}\nUid:\t{ME}\t{ME}\t{ME}\t{ME}\nGid:\t0\n")
     (folder / "cgroup").write_text(cgroup)
     (folder / "stat").write_text(f"{pid} (a (odd) name) S {parent} {pid} {pid} 0 -1")
     (folder / "cmdline").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in command))
@@ -203,7 +204,7 @@ class OneEngine:
 def occupants(
     engine: OneEngine, proc: Path, *gpus: Gpu, own: Sequence[ReplicaState] = ()
 ) -> list[tuple[str, tuple[str, ...]]]:
-    found = find_occupancy(engine, gpus, own, ME, proc)  # type: ignore[arg-type]
+    found = find_occupancy(engine, gpus, own, ME, proc=proc)  # type: ignore[arg-type]
     return [(claim.holder, claim.ids) for claim in found.claims]
 
 
@@ -244,7 +245,25 @@ def test_the_fleets_own_containers_and_their_processes_are_not_in_its_way(tmp_pa
     engine = OneEngine(Claim("x-y-gpu1 of fleet x/y", ("GPU-1",), ID))
     assert occupants(engine, tmp_path, busy(42)) != []
     assert occupants(engine, tmp_path, busy(42), own=[own]) == []
-    assert find_occupancy(engine, (), [own], ME, tmp_path).own == ("GPU-1",)  # type: ignore[arg-type]
+    assert find_occupancy(engine, (), [own], ME, proc=tmp_path).own == ("GPU-1",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("state", "recreate", "settled"),
+    [
+        ({"phase": "running"}, True, True),
+        ({"phase": "exited", "exit_code": 0}, False, True),
+        ({"phase": "exited", "exit_code": 0}, True, False),
+        ({"phase": "exited", "exit_code": 143}, False, False),
+        ({"phase": "created"}, False, False),
+    ],
+)
+def test_only_replicas_that_will_not_be_started_are_settled(
+    tmp_path: Path, state: dict[str, Any], recreate: bool, settled: bool
+) -> None:
+    own = ReplicaState(id=ID, name="x-y-gpu1", fleet="x/y", device="gpu:1", **state)
+    found = find_occupancy(OneEngine(), (), [own], ME, recreate=recreate, proc=tmp_path)  # type: ignore[arg-type]
+    assert (found.own, found.settled) == (("1",), ("1",) if settled else ())
 
 
 def test_a_remote_engines_gpus_are_not_looked_for_on_this_machine(tmp_path: Path) -> None:
