@@ -246,6 +246,71 @@ def test_a_device_argument_that_the_replica_lacks_is_refused(words: list[str], t
         plan_for(tmp_path, words, gpus="0")
 
 
+TRAINING = ["--project", "blood", "--name", "first"]
+
+
+def test_one_training_on_several_gpus_gets_the_sum_of_their_shares(tmp_path: Path) -> None:
+    [alone] = plan_for(tmp_path, TRAINING, gpus="2", memory_bytes=8 * GIB).replicas
+    [spec] = plan_for(tmp_path, TRAINING, gpus="0-3", ddp=True, memory_bytes=8 * GIB).replicas
+    assert (spec.name, spec.device.label) == ("blood-first-gpu0-3", "gpu:0-3")
+    assert spec.public()["uuids"] == [f"GPU-0000-{number}" for number in range(4)]
+    assert spec.command == (*alone.command, "--device", "0,1,2,3")
+    for field in ("memory_bytes", "shm_bytes", "tmp_bytes", "pids_limit"):
+        assert getattr(spec, field) == 4 * getattr(alone, field), field
+    assert spec.environment["OMP_NUM_THREADS"] == "4", "the machine's 16 cores, shared by four processes"
+    assert '"device=GPU-0000-0,GPU-0000-1,GPU-0000-2,GPU-0000-3"' in docker_run(spec, 0)
+
+
+def test_one_training_on_cpus_gets_all_their_cores(tmp_path: Path) -> None:
+    [spec] = plan_for(tmp_path, TRAINING, cpus=2, ddp=True).replicas
+    assert (spec.name, spec.device.label) == ("blood-first-cpu0-1", "cpu:0-1")
+    assert spec.cores == MACHINE.cores
+    assert spec.environment["OMP_NUM_THREADS"] == "8"
+    assert spec.command[-2:] == ("--device", "cpu,cpu")
+    assert spec.memory_bytes == sum(
+        each.memory_bytes for each in plan_for(tmp_path, TRAINING, cpus=2).replicas
+    )
+
+
+def test_one_training_on_one_device_is_what_it_is_without_ddp_and_says_so(tmp_path: Path) -> None:
+    together, alone = (plan_for(tmp_path, TRAINING, gpus="2", ddp=ddp) for ddp in (True, False))
+    assert together.replicas == alone.replicas
+    assert any("one device" in note for note in together.notes)
+    assert not any("--ddp" in note for note in alone.notes)
+    assert any("--ddp to train one model" in note for note in plan_for(tmp_path, TRAINING, gpus="2-3").notes)
+
+
+def test_a_search_is_not_one_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--ddp: a search gives each device candidates of its own"):
+        plan_for(tmp_path, gpus="0-3", ddp=True)
+
+
+def test_slices_are_not_joined(tmp_path: Path) -> None:
+    for text in ("2:0,2:1", "MIG-8f6a2b3c,MIG-8f6a2b3d"):
+        request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus=text, ddp=True)
+        with pytest.raises(UsageError, match="one MIG slice and no more"):
+            make_plan(request, DOCKER, MACHINE, None, "")
+
+
+def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> None:
+    [spec] = plan_for(tmp_path, [*TRAINING, "--device", "0,1"], gpus="2-3", ddp=True).replicas
+    assert spec.command[-2:] == ("--device", "0,1")
+    for asked in ("2,3", "0", "cpu,cpu"):
+        with pytest.raises(
+            UsageError, match=f"--device {asked}: each replica finds its own devices by itself"
+        ):
+            plan_for(tmp_path, [*TRAINING, "--device", asked], gpus="2-3", ddp=True)
+    with pytest.raises(UsageError, match="and --ddp for one training on several"):
+        plan_for(tmp_path, [*TRAINING, "--device", "0,1"], gpus="2-3")
+
+
+def test_a_process_of_the_local_engine_is_pinned_by_uuid(tmp_path: Path) -> None:
+    local = Placement(engine="local", trainer=("python", "t.py"), runs_inside=str(tmp_path), isolated=False)
+    request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus="1-2", ddp=True)
+    [spec] = make_plan(request, local, MACHINE, GPUS, "").replicas
+    assert spec.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-2"
+
+
 def test_secrets_show_by_name_only(tmp_path: Path) -> None:
     words = ["--storage", "postgresql://u:hunter2@db/study"]
     plan = plan_for(tmp_path, words, gpus="1", passed={"CLEARML_API_SECRET_KEY": "s3cret"})
