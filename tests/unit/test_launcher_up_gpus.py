@@ -157,6 +157,18 @@ def test_of_two_equal_ups_at_once_the_second_finds_it_running(home: Home) -> Non
     assert home.devices() == ["gpu:1", "gpu:2"]
 
 
+def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
+    watched = home.start("up", "--gpus", "1", "--settle", "60", "--", "--project", "p", "--name", "a")
+    assert watched.stdout is not None
+    assert watched.stdout.readline().startswith("started p-a-gpu1")
+    code, out, error = home.up("b", "--gpus", "2", runs="others")
+    assert code == 0, error
+    assert "p-b-gpu2" in out
+    assert watched.poll() is None
+    watched.terminate()
+    assert "rolled back: 1 replica" in watched.communicate(timeout=60)[0]
+
+
 def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home: Home) -> None:
     code, _, error = home.up("a", "--gpus", "1-3", "--ddp", "--memory", "64m")
     assert code == 0, error
