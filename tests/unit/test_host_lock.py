@@ -139,16 +139,18 @@ def test_a_lock_made_by_another_user_works_both_ways(shared: Path, maker: int) -
 
 
 def test_a_lock_whose_file_was_removed_is_taken_on_the_new_file(shared: Path) -> None:
-    first = hold(shared, for_s=1)
+    first = hold(shared)
     assert first_line(first) == "held"
     second = hold(shared)
     assert first_line(second).startswith("waiting")
     (shared / NAME).unlink()
     third = hold(shared)
     assert first_line(third) == "held"
-    assert first.wait(10) == 0
-    assert first_line(second).startswith("waiting"), "the new file is another's by now"
-    for process in (first, second, third):
+    end(first)
+    waiting = first_line(second)
+    assert waiting.startswith("waiting"), "the new file is another's by now"
+    assert f"process {third.pid} " in waiting
+    for process in (second, third):
         end(process)
 
 

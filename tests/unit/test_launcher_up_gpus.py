@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from launcher.devices import Device
+from launcher.engines.base import ReplicaSpec
+from launcher.engines.local import LocalEngine
+from launcher.host_lock import host_lock
 from tests.conftest import REPOSITORY
 
 TRAINER = """
@@ -147,6 +151,26 @@ def test_of_two_ups_at_once_on_one_gpu_one_wins_and_the_other_names_it(home: Hom
     loser = 0 if both[0].returncode else 1
     assert f"GPU 1 is held by p-{'ba'[loser]}-gpu1 of fleet p/{'ba'[loser]}" in outputs[loser][1]
     assert home.devices("runs") + home.devices("others") == ["gpu:1"]
+
+
+def test_what_another_up_has_started_meanwhile_is_seen_after_the_wait_for_it(home: Home) -> None:
+    with host_lock(print) as held:  # as an `up` of fleet p/a would
+        waiting = home.start(*up_words("b", "--gpus", "1"), runs="others")
+        assert waiting.stdout is not None
+        line = waiting.stdout.readline()
+        assert line.startswith("waiting for ")
+        assert f"process {os.getpid()} " in line
+        engine = LocalEngine(home.folder / "runs", os.getuid())
+        spec = ReplicaSpec(
+            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", ("GPU-0001",)), image="", image_id="",
+            command=("sleep", "60"), environment={}, runs=home.folder / "runs",
+        )  # fmt: skip
+        engine.start(engine.create(spec))
+        held.release()
+        _, error = waiting.communicate(timeout=60)
+    assert waiting.returncode == 2
+    assert "GPU 1 is held by p-a-gpu1 of fleet p/a" in error
+    assert not (home.folder / "others").exists()
 
 
 def test_of_two_equal_ups_at_once_the_second_finds_it_running(home: Home) -> None:
