@@ -110,8 +110,6 @@ def make_plan(
     if request.ddp and _together(request, devices, notes):
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
     _check_device_argument(request.args.device, devices[0])
-    if not placement.isolated and request.memory_bytes:
-        notes.append("the local engine does not enforce --memory; the Docker engine does")
     if not request.args.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from launcher.claims import Claim
-from launcher.engines import supervisor
+from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, NameTaken, UsageError
 from launcher.inventory import Machine
@@ -110,6 +110,7 @@ class LocalEngine:
                     str(self._exit_path(spec.name)),
                     str(self._log_path(spec.name)),
                     ",".join(map(str, spec.cores)),
+                    str(spec.memory_bytes),
                     *("--", *spec.command),
                 ],
                 capture_output=True,
@@ -212,14 +213,12 @@ class LocalEngine:
         """
         record = self._find(replica_id)
         if record is not None and _alive(record):
-            family: list[psutil.Process] = []
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family = psutil.Process(record.pid).children(recursive=True)
+            strays = memory_limit.session_of(record.pid)
             with _translated(self._folder), contextlib.suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGKILL)
-            for process in family:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def remove(self, replica_id: str) -> None:
         """Kill the replica, and delete its record and log; the folder too, once it is empty."""
@@ -230,6 +229,10 @@ class LocalEngine:
         deadline = time.monotonic() + 5
         while _alive(record) and time.monotonic() < deadline:
             time.sleep(0.02)
+        if record.pid and (
+            cgroup := memory_limit.find_cgroup(supervisor.cgroup_name(record.pid, record.start_time))
+        ):
+            memory_limit.remove_cgroup(cgroup)  # a supervisor that was killed could not
         name = record.labels[REPLICA_LABEL]
         log = self._log_path(name)
         with _translated(self._folder):
@@ -260,10 +263,11 @@ class LocalEngine:
     def _describe(self, record: _Record) -> ReplicaState:
         alive = _alive(record)  # before the exit file: a supervisor writes that and then ends
         name = record.labels[REPLICA_LABEL]
-        code = None
+        code, oom_killed = None, False
         if record.pid and not alive:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                code = int(json.loads(self._exit_path(name).read_text())["exit_code"])
+                ended = json.loads(self._exit_path(name).read_text())
+                code, oom_killed = int(ended["exit_code"]), bool(ended["oom_killed"])
         plan = plan_of(record.labels) or {}
         return ReplicaState(
             id=record.id,
@@ -273,6 +277,7 @@ class LocalEngine:
             phase="created" if not record.pid else "running" if alive else "exited",
             # A supervisor that left no word was killed, and its child with it.
             exit_code=None if not record.pid or alive else 137 if code is None else code,
+            oom_killed=oom_killed,
             memory_bytes=int(plan.get("memory_bytes", 0)),
             started_at=record.started,
             plan=plan,

@@ -48,5 +48,9 @@ def test_help_imports_neither_docker_nor_rich_nor_yaml() -> None:
 
 
 def test_the_supervisor_needs_nothing_but_the_standard_library() -> None:
-    names = set(imported(ROOT / "launcher/engines/supervisor.py"))
+    names = {
+        name
+        for module in ("supervisor", "memory_limit")
+        for name in imported(ROOT / f"launcher/engines/{module}.py")
+    }
     assert names <= set(sys.stdlib_module_names)
