@@ -37,11 +37,11 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     engine = click.option(
         "--engine",
-        type=click.Choice(["docker", "local"]),
+        type=click.Choice(["docker", "podman", "local"]),
         default="docker",
         envvar="STARLING_ENGINE",
         show_default=True,
-        help="Containers, or processes of this machine.",
+        help="Containers of Docker or Podman, or processes of this machine.",
     )
     return engine(runs(command))
 
@@ -213,9 +213,15 @@ def open_engine(name: str, runs: Path) -> Engine:
         from launcher.engines.local import LocalEngine
 
         return LocalEngine(absolute(runs), owner)
-    from launcher.engines.docker import DockerEngine
+    if name == "docker":
+        from launcher.engines.docker import DockerEngine
 
-    return DockerEngine(owner)
+        engine = DockerEngine(owner)
+        if not engine.is_podman:
+            return engine
+    from launcher.engines.podman import PodmanEngine, socket_address
+
+    return PodmanEngine(owner, None if name == "docker" else socket_address(os.environ, os.getuid()))
 
 
 def absolute(path: Path) -> Path:

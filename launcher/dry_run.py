@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from launcher.devices import format_cores
 from launcher.engines.base import Mount, ReplicaSpec, mask
-from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
+from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES
 from launcher.ownership import labels
 from launcher.plan import Plan
 from launcher.report import device_words
@@ -34,7 +34,7 @@ def show_plan(plan: Plan, owner: int) -> list[str]:
         "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    command = _process if plan.engine == "local" else docker_run
+    command = {"local": _process, "podman": podman_run}.get(plan.engine, docker_run)
     commands = [command(spec, owner) for spec in plan.replicas]
     return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands]
 
@@ -44,20 +44,9 @@ def docker_run(spec: ReplicaSpec, owner: int) -> str:
 
     The one label left out repeats the whole line (`starling.plan`), so what this line starts is not ours.
     """
-    words = ["docker", "run", "--detach", "--init", "--name", spec.name, "--network", spec.network]
-    for name, value in labels(spec, owner).items():
-        if name != "starling.plan":
-            words += ["--label", f"{name}={value}"]
-    if spec.device.kind == "gpu":
-        devices = ",".join(spec.device.handles)
-        words += ["--gpus", f'"device={devices}","capabilities=gpu,compute,utility"']
-    if spec.cores:
-        words += ["--cpuset-cpus", format_cores(spec.cores)]
-    words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]
-    words += ["--shm-size", str(spec.shm_bytes), "--pids-limit", str(spec.pids_limit)]
-    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--read-only"]
-    words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}"]
-    words += [
+    devices = ",".join(spec.device.handles)
+    gpu = ["--gpus", f'"device={devices}","capabilities=gpu,compute,utility"']
+    log = [
         "--log-driver",
         "json-file",
         "--log-opt",
@@ -65,6 +54,36 @@ def docker_run(spec: ReplicaSpec, owner: int) -> str:
         "--log-opt",
         f"max-file={LOG_FILES}",
     ]
+    return _run("docker", spec, owner, gpu, log, ["--network", spec.network])
+
+
+def podman_run(spec: ReplicaSpec, owner: int) -> str:
+    """Return the `podman run` line that makes the same container, as `docker_run` does; a rootless one's user stays."""
+    gpu = [word for handle in spec.device.handles for word in ("--device", CDI_GPU.format(handle))]
+    log = ["--log-driver", "k8s-file", "--log-opt", f"max-size={LOG_BYTES}"]
+    own = [] if spec.network == "bridge" else ["--network", spec.network]
+    own += ["--userns", "keep-id"] if owner else []
+    for place in ("/run", "/var/tmp"):
+        own += ["--tmpfs", f"{place}:rw,noexec,nosuid,nodev,mode=1777,size={SCRATCH_BYTES}"]
+    return _run("podman", spec, owner, gpu, log, own)
+
+
+def _run(
+    program: str, spec: ReplicaSpec, owner: int, gpu: Sequence[str], log: Sequence[str], own: Sequence[str]
+) -> str:
+    """Return what both have in common, with each one's own options for a GPU, the log and the rest."""
+    words = [program, "run", "--detach", "--init", "--name", spec.name, *own]
+    for name, value in labels(spec, owner).items():
+        if name != "starling.plan":
+            words += ["--label", f"{name}={value}"]
+    if spec.device.kind == "gpu":
+        words += gpu
+    if spec.cores:
+        words += ["--cpuset-cpus", format_cores(spec.cores)]
+    words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]
+    words += ["--shm-size", str(spec.shm_bytes), "--pids-limit", str(spec.pids_limit)]
+    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--read-only"]
+    words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}", *log]
     words += ["--user", spec.user] if spec.user else []
     for mount in spec.mounts:
         words += ["--mount", _mount(mount)]

@@ -134,7 +134,7 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
             raise
         image_id, notes = "", (f"would fail now: {error}",)
     plan = make_plan(request, placement, engine.machine(), gpus, image_id, occupancy)
-    return Plan(engine=plan.engine, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
+    return Plan(engine=engine.name, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
 
 
 def _show(plan: Plan, *, as_json: bool) -> None:
@@ -154,13 +154,13 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
     if outcome.finished:
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
-    where = "" if engine.name == "docker" else f" --engine local --runs {plan.replicas[0].runs}"
+    where = "" if engine.name == "docker" else f" --engine {engine.name} --runs {plan.replicas[0].runs}"
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "docker":
-        say(f"  output     docker attach --sig-proxy=false {first}")
-    else:
+    if engine.name == "local":
         say(f"  output     launcher attach{where} {first}")
+    else:
+        say(f"  output     {engine.name} attach --sig-proxy=false {first}")
     say(f"  end all    launcher kill-all{where}")
 
 

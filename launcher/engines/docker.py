@@ -47,9 +47,11 @@ GPU_REMEDY = (
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
+    "initialized": "created",
     "running": "running",
     "restarting": "running",
     "paused": "paused",
+    "stopping": "running",
 }
 
 _TRANSPORT = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
@@ -62,13 +64,25 @@ class DockerEngine:
     """
 
     name = "docker"
+    title = "Docker"
+    remedy = (
+        "start it (sudo systemctl start docker), check DOCKER_HOST and that you may use its socket (group docker); "
+        "or use --engine local"
+    )
 
     def __init__(self, owner: int) -> None:
         self._owner = owner
-        with _translated("Docker"):
+        with self._translated():
             # Its API version is negotiated here, so this is also the first question.
-            self._client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
+            self._client = self._connect(ANSWER_TIMEOUT_S)
         self._actor: Any = None
+
+    @property
+    def is_podman(self) -> bool:
+        """Whether it is Podman that answers at Docker's address."""
+        with self._translated():
+            api = self._client.api
+            return "Libpod-Api-Version" in api.get(f"{api.base_url}/_ping", timeout=ANSWER_TIMEOUT_S).headers
 
     @property
     def remote(self) -> bool:
@@ -78,13 +92,13 @@ class DockerEngine:
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
-        with _translated("Docker"):
+        with self._translated():
             about = self._client.info()
         return Machine(cores=tuple(range(about["NCPU"])), memory_bytes=about["MemTotal"])
 
     def resolve_image(self, image: str) -> str:
         """Return a present image's id; never pulls."""
-        with _translated(f"image {image}"):
+        with self._translated(f"image {image}"):
             try:
                 return str(self._client.images.get(image).id)
             except docker.errors.ImageNotFound:
@@ -95,28 +109,25 @@ class DockerEngine:
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
-        with _translated(f"network {network}"):
+        with self._translated(f"network {network}"):
             names = sorted(item.name for item in self._client.networks.list())
         if network not in names:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
-        with _translated(spec.name):
+        with self._translated(spec.name):
             try:
                 container = self._acting().containers.create(**container_options(spec, self._owner))
             except docker.errors.APIError as error:
                 if error.status_code == 409:
-                    raise NameTaken(
-                        f"{spec.name}: this name is held by {self._holder(spec.name)}; it stays as it is: "
-                        "rename or remove it, or give the training another --name"
-                    ) from None
+                    raise self._name_taken(spec.name) from None
                 raise
         return str(container.id)
 
     def start(self, replica_id: str) -> None:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().containers.get(replica_id).start()
             except docker.errors.APIError as error:
@@ -132,7 +143,7 @@ class DockerEngine:
 
     def list(self) -> list[ReplicaState]:
         """Return this owner's replicas, by name."""
-        with _translated("Docker"):
+        with self._translated():
             found = self._client.api.containers(
                 all=True, filters={"label": [f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"]}
             )
@@ -180,14 +191,17 @@ class DockerEngine:
 
     def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Yield whole lines. A dropped stream looks like the end, so the state is asked before believing it."""
-        last = ""
+        last, seen = "", 0
         while True:
             since = _parse_time(last)
             options = {"since": since} if since is not None else {"tail": "all" if tail is None else tail}
+            again = seen  # lines of the last stamp come once more; Podman stamps whole seconds, so there may be many
             for stamp, line in self._read_log(replica_id, follow, options):
-                if stamp > last:
-                    last = stamp
-                    yield line
+                if since is not None and (stamp < last or (stamp == last and again)):
+                    again -= stamp == last
+                    continue
+                last, seen = stamp, seen + 1 if stamp == last else 1
+                yield line
             state = self._inspect(replica_id) if follow else None
             if state is None or not state["State"]["Running"]:
                 return
@@ -202,7 +216,7 @@ class DockerEngine:
 
     def remove(self, replica_id: str) -> None:
         """Kill and remove a container; one that is gone, or going, is fine."""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().api.remove_container(replica_id, force=True, v=True)
             except docker.errors.NotFound:
@@ -211,14 +225,17 @@ class DockerEngine:
                 if "already in progress" not in str(error):
                     raise
 
+    def _connect(self, timeout_s: float) -> Any:
+        return docker.DockerClient.from_env(timeout=timeout_s)
+
     def _acting(self) -> Any:
         """Return a client that waits long enough for actions."""
         if self._actor is None:
-            self._actor = docker.DockerClient.from_env(timeout=ACTION_TIMEOUT_S)
+            self._actor = self._connect(ACTION_TIMEOUT_S)
         return self._actor
 
     def _signal(self, replica_id: str, signal: str) -> None:
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().api.kill(replica_id, signal=signal)
             except docker.errors.APIError as error:
@@ -227,11 +244,17 @@ class DockerEngine:
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
-        with _translated("Docker"):
+        with self._translated():
             try:
                 return dict(self._client.api.inspect_container(replica_id))
             except docker.errors.NotFound:
                 return None
+
+    def _name_taken(self, name: str) -> NameTaken:
+        return NameTaken(
+            f"{name}: this name is held by {self._holder(name)}; it stays as it is: "
+            "rename or remove it, or give the training another --name"
+        )
 
     def _holder(self, name: str) -> str:
         """Say in words which container has this name."""
@@ -242,27 +265,40 @@ class DockerEngine:
             return f"container {inspected['Id'][:12]} ({fleet}image {inspected['Config']['Image']})"
         return "another container"
 
+    @contextlib.contextmanager
+    def _translated(self, what: str = "") -> Iterator[None]:
+        """Turn docker-py's and the transport's errors into EngineError; `what` was asked for when they came."""
+        try:
+            yield
+        except docker.errors.APIError as error:
+            subject = f"{what}: " if what else ""
+            raise EngineError(f"{subject}{self.title} refuses: {error.explanation or error}") from error
+        except (docker.errors.DockerException, *_TRANSPORT) as error:
+            raise EngineError(f"{self.title} does not answer ({_reason(error)}); {self.remedy}") from error
+
     def _read_log(
         self, replica_id: str, follow: bool, options: Mapping[str, Any]
     ) -> Iterator[tuple[str, str]]:
         """Yield (time stamp, line) until the stream ends, however it ends."""
-        pending = b""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 stream = self._client.api.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
             except docker.errors.NotFound:
                 return
-            try:
-                for chunk in stream:
-                    *lines, pending = (pending + chunk).split(b"\n")
-                    for line in lines:
-                        yield _split_stamp(line)
-            except (requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
-                return
+            with contextlib.suppress(requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
+                yield from self._stamped_lines(stream)
+
+    def _stamped_lines(self, stream: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+        """Yield (time stamp, line) of a log's raw chunks: each line begins with its stamp."""
+        pending = b""
+        for chunk in stream:
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                yield split_stamp(line)
         if pending:
-            yield _split_stamp(pending)
+            yield split_stamp(pending)
 
 
 def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
@@ -310,20 +346,6 @@ def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
     return options
 
 
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turn docker-py's and the transport's errors into EngineError."""
-    try:
-        yield
-    except docker.errors.APIError as error:
-        raise EngineError(f"{what}: Docker refuses: {error.explanation or error}") from error
-    except (docker.errors.DockerException, *_TRANSPORT) as error:
-        raise EngineError(
-            f"Docker does not answer ({_reason(error)}); start it (sudo systemctl start docker), check DOCKER_HOST and "
-            "that you may use its socket (group docker); or use --engine local"
-        ) from error
-
-
 def _reason(error: BaseException) -> str:
     text = str(error)
     for sign, words in (
@@ -338,7 +360,8 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0][:160] if text else type(error).__name__
 
 
-def _split_stamp(line: bytes) -> tuple[str, str]:
+def split_stamp(line: bytes) -> tuple[str, str]:
+    """Return the time stamp that the engine put before a line, and the line."""
     stamp, _, text = line.decode(errors="replace").partition(" ")
     return stamp, text.rstrip("\r")
 

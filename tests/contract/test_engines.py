@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from launcher.errors import EngineError, NameTaken, ReplicaFailed, UsageError
 from tests.contract.conftest import World
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+HOG = "x = bytearray()\nwhile True: x += b'x' * 5_000_000"
 SAVES = (
     "import signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
@@ -98,6 +101,27 @@ def test_a_killed_replica_is_not_called_out_of_memory(world: World) -> None:
     state = ended(world.engine, replica_id)
     assert state.exit_code == 137
     assert not state.oom_killed
+
+
+def test_a_replica_that_exceeds_its_memory_is_ended_and_spares_its_sibling(world: World) -> None:
+    sibling = run_to_words(world, SLEEP, "b")
+    state = ended(world.engine, run(world, HOG))
+    assert state.exit_code == 137
+    assert not state.finished
+    assert state.oom_killed == world.tells_oom
+    if world.tells_oom:
+        assert fleet.words_for(state) == "OOM-KILLED at 128 MB"
+    survivor = world.engine.state(sibling)
+    assert survivor is not None
+    assert survivor.phase == "running"
+
+
+def test_a_child_that_is_out_of_memory_is_told_beside_the_exit_code(world: World) -> None:
+    code = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {HOG!r}]).returncode)"
+    state = ended(world.engine, run(world, code))
+    assert state.exit_code == 0
+    assert list(world.engine.logs(state.id)) == ["-9"]
+    assert state.oom_killed == world.tells_oom
 
 
 def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: World) -> None:
@@ -271,3 +295,22 @@ def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
     os.waitpid(pid, 0)
     [state] = world.engine.list()
     assert state.phase == "running"
+
+
+def test_a_replica_survives_the_terminal_of_its_launcher_and_is_found_again(world: World) -> None:
+    """The terminal is a real one: its closing hangs up on everybody in the launcher's session."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        run_to_words(replace(world, engine=world.reopen()), SAVES)
+        os.write(1, b"started\n")
+        time.sleep(60)
+        os._exit(0)
+    said = b""
+    while b"started" not in said:
+        said += os.read(terminal, 1024)
+    os.close(terminal)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGHUP
+    [state] = world.reopen().list()
+    assert state.phase == "running"
+    world.engine.terminate(state.id)
+    assert ended(world.engine, state.id).exit_code == 143

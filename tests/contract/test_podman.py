@@ -1,0 +1,94 @@
+"""What Podman does otherwise than Docker; all that is alike stands in the contract suite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import fleet
+from launcher.devices import Device
+from launcher.errors import EngineError
+from tests.conftest import REPOSITORY
+from tests.contract.conftest import World, base_image, podman_world
+from tests.contract.test_engines import ended, run
+
+pytestmark = pytest.mark.podman
+
+TELL_GPU = "import os; print(os.environ.get('GPU_DOUBLE'))"
+
+
+@pytest.fixture
+def world(podman: str, tmp_path: Path) -> World:
+    return podman_world(tmp_path, podman)
+
+
+@pytest.mark.parametrize("gpu", ["3", "GPU-5f2a7c11"])
+def test_a_gpu_reaches_its_replica_by_cdi(world: World, gpu: str) -> None:
+    replica_id = world.engine.create(world.spec(TELL_GPU, device=Device("gpu", gpu)))
+    try:
+        world.engine.start(replica_id)
+        ended(world.engine, replica_id)
+        assert list(world.engine.logs(replica_id)) == [gpu]
+    finally:
+        world.engine.remove(replica_id)
+
+
+def test_a_gpu_that_podman_does_not_know_is_told_with_the_remedy_and_leaves_nothing(world: World) -> None:
+    with pytest.raises(EngineError, match="nvidia-ctk cdi generate") as caught:
+        fleet.bring_up(world.engine, [world.spec(TELL_GPU, device=Device("gpu", "9"))], settle_s=0)
+    assert caught.value.exit_code == 5
+    assert world.engine.list() == []
+
+
+def test_a_line_written_in_pieces_is_one_line(world: World) -> None:
+    code = "import sys, time\nfor word in ('one ', 'line', '\\n', 'rest'): sys.stdout.write(word); time.sleep(.1)"
+    replica_id = run(world, code)
+    try:
+        ended(world.engine, replica_id)
+        assert list(world.engine.logs(replica_id)) == ["one line", "rest"]
+        assert list(world.engine.logs(replica_id, tail=1)) == ["rest"]
+    finally:
+        world.engine.remove(replica_id)
+
+
+def launcher(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(podman: str, tmp_path: Path) -> None:
+    words = ("up", "--dry-run", "--cpu", "1", "--image", base_image(), "--", "--name", "x")
+    for engine, variable in (("docker", "DOCKER_HOST"), ("podman", "CONTAINER_HOST")):
+        done = launcher(tmp_path, *words, STARLING_ENGINE=engine, **{variable: podman})
+        assert done.returncode == 0, done.stderr
+        assert "on the podman engine" in done.stdout
+        assert "\npodman run --detach --init" in done.stdout
+
+
+@pytest.mark.docker
+def test_a_docker_socket_is_not_taken_for_podmans(tmp_path: Path) -> None:
+    base_image()
+    address = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    done = launcher(tmp_path, "status", "--engine", "podman", CONTAINER_HOST=address)
+    assert done.returncode == 5
+    assert "--engine docker" in done.stderr
+
+
+def test_a_podman_that_is_not_there_is_told_with_the_remedy_in_time(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = launcher(tmp_path, "status", "--engine", "podman", CONTAINER_HOST=f"unix://{tmp_path}/none.sock")
+    assert done.returncode == 5
+    assert "Podman does not answer (no socket there)" in done.stderr
+    assert "podman.socket" in done.stderr
+    assert time.monotonic() - began < 5
