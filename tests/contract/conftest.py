@@ -16,7 +16,6 @@ from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.sizes import MIB
 from tests.docker.conftest import missing
-from tests.podman import PodmanService, require_podman
 
 IMAGES = [os.environ[name] for name in ("BASE",) if name in os.environ] + [
     "base:bookworm",
@@ -89,15 +88,6 @@ def docker_engine(owner: int) -> Engine:
 
     base_image()
     return DockerEngine(owner)
-
-
-@pytest.fixture(scope="session")
-def podman() -> Iterator[str]:
-    """Start a Podman service that has the base image, and yield its address."""
-    require_podman()
-    service = PodmanService(base_image())
-    yield service.address
-    service.remove()
 
 
 @pytest.fixture(
