@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
+from launcher.host_paths import is_the_systems
 
 MOST_BYTES = 1024**2
 """No description of a dataset comes near; a larger file is something else."""
-
-_NEVER_EXACTLY = (
-    "/",
-    "/bin",
-    "/home",
-    "/lib",
-    "/lib64",
-    "/opt",
-    "/root",
-    "/sbin",
-    "/tmp",
-    "/usr",
-    "/usr/src",
-    "/var",
-)
-"""Mounted at their own path, these would hide the image's files or show a replica the whole host."""
-
-_NEVER_BELOW = (
-    "/boot",
-    "/dev",
-    "/etc",
-    "/proc",
-    "/run",
-    "/sys",
-    "/usr/src/app",
-    "/var/lib/docker",
-    "/var/run",
-)
-"""Nothing below these is a dataset; the engine's socket lives there."""
 
 
 def dataset_folders(yaml_path: Path) -> tuple[Path, ...]:
@@ -107,11 +79,9 @@ def _join(base: Path, name: str) -> Path:
 
 def _allowed(folder: Path, yaml_path: Path) -> Path:
     """Return `folder` unless mounting it would show a replica more than a dataset (links are followed)."""
-    never = {*_NEVER_EXACTLY, str(Path.home())}
-    for place in {folder, Path(os.path.realpath(folder))}:
-        if str(place) in never or any(PurePath(place).is_relative_to(item) for item in _NEVER_BELOW):
-            raise DataError(
-                f"{yaml_path}: its root {place} would show replicas more than a dataset; "
-                "move the dataset to a folder of its own and name that in `path`"
-            )
+    if is_the_systems(folder):
+        raise DataError(
+            f"{yaml_path}: its root {Path(os.path.realpath(folder))} would show replicas more than a dataset; "
+            "move the dataset to a folder of its own and name that in `path`"
+        )
     return folder

@@ -49,6 +49,7 @@ def bring_up(
     """
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
+    engine.check_names([spec.name for spec in specs])
     changed = differences(engine, specs, existing)
     if changed and not recreate:
         raise UsageError(

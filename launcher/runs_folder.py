@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.errors import EngineError, UsageError
+from launcher.host_paths import is_the_systems
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas when root calls: no person's, so results are not handed to a stranger."""
@@ -39,9 +40,12 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 def check_runs(runs: Path) -> None:
     """Raise UsageError for a runs folder that cannot be one."""
-    if str(runs) in ("/", "/etc", "/usr", "/var", "/home", "/root", "/tmp") or runs == Path.home():
+    if is_the_systems(runs):
+        real = Path(os.path.realpath(runs))
+        leads = f", which leads to {real}" if real != runs else ""
         raise UsageError(
-            f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
+            f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "
+            f"its own, for example {Path.home() / 'runs'}"
         )
     place = next(parent for parent in (runs, *runs.parents) if parent.exists())
     if not place.is_dir():

@@ -29,6 +29,7 @@ from launcher.ownership import (
     FORMAT_LABEL,
     OWNER_LABEL,
     REPLICA_LABEL,
+    in_use_by,
     is_ours,
     labels,
     plan_of,
@@ -113,6 +114,17 @@ class DockerEngine:
             names = sorted(item.name for item in self._client.networks.list())
         if network not in names:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when a container that is not this owner's replica has one of these names."""
+        wanted = set(names)
+        with self._translated():
+            # The engine's own filter takes a name for a pattern, and finds parts of names too.
+            found = self._client.api.containers(all=True, filters={"name": list(names)}) if names else []
+        for container in found:
+            for name in wanted & {item.lstrip("/") for item in container.get("Names") or ()}:
+                if not is_ours(container.get("Labels") or {}, name, self._owner):
+                    raise self._name_taken(name)
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
@@ -251,19 +263,24 @@ class DockerEngine:
                 return None
 
     def _name_taken(self, name: str) -> NameTaken:
-        return NameTaken(
-            f"{name}: this name is held by {self._holder(name)}; it stays as it is: "
-            "rename or remove it, or give the training another --name"
-        )
-
-    def _holder(self, name: str) -> str:
-        """Say in words which container has this name."""
+        """Say who has this name: another user's fleet, or some other container."""
+        inspected: dict[str, Any] = {}
         with contextlib.suppress(docker.errors.APIError, *_TRANSPORT):
             inspected = self._client.api.inspect_container(name)
-            found = inspected["Config"].get("Labels") or {}
-            fleet = f"fleet {found[FLEET_LABEL]}, " if FLEET_LABEL in found else ""
-            return f"container {inspected['Id'][:12]} ({fleet}image {inspected['Config']['Image']})"
-        return "another container"
+        found = (inspected.get("Config") or {}).get("Labels") or {}
+        stranger = in_use_by(found, name, remote=self.remote)
+        if stranger and not is_ours(found, name, self._owner):
+            return NameTaken(stranger)
+        fleet = f"fleet {found[FLEET_LABEL]}, " if FLEET_LABEL in found else ""
+        holder = (
+            f"container {inspected['Id'][:12]} ({fleet}image {inspected['Config']['Image']})"
+            if inspected
+            else "another container"
+        )
+        return NameTaken(
+            f"{name}: this name is held by {holder}; it stays as it is: "
+            "rename or remove it, or give the training another --name"
+        )
 
     @contextlib.contextmanager
     def _translated(self, what: str = "") -> Iterator[None]:

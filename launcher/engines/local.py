@@ -25,7 +25,7 @@ from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, NameTaken, UsageError
 from launcher.inventory import Machine
-from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, is_ours, labels, plan_of
+from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
 
 FOLDER = ".launcher"
 POLL_S = 0.2
@@ -76,6 +76,14 @@ class LocalEngine:
                 f"--network {network}: only containers have networks; leave it out with --engine local"
             )
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when a record that is not this owner's has one of these names."""
+        for name in names:
+            path = self._record_path(name)
+            record = _load(path)
+            if path.exists() and not (record and is_ours(record.labels, name, self._owner)):
+                raise self._name_taken(name)
+
     def create(self, spec: ReplicaSpec) -> str:
         """Record a replica; raises NameTaken when its record is there."""
         record = _Record(id=self._new_id(), labels=labels(spec, self._owner), created=time.time())
@@ -87,10 +95,7 @@ class LocalEngine:
                 # A link fails where a rename would replace: the name is taken by one creator only.
                 os.link(temporary, self._record_path(spec.name))
             except FileExistsError:
-                raise NameTaken(
-                    f"{spec.name}: this name is held by {self._record_path(spec.name)}; "
-                    "give the training another --name, or move that file away"
-                ) from None
+                raise self._name_taken(spec.name) from None
             finally:
                 temporary.unlink()
             self._exit_path(spec.name).unlink(missing_ok=True)
@@ -246,6 +251,15 @@ class LocalEngine:
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
         self._specs.pop(replica_id, None)
+
+    def _name_taken(self, name: str) -> NameTaken:
+        path = self._record_path(name)
+        record = _load(path)
+        if record and not is_ours(record.labels, name, self._owner) and in_use_by(record.labels, name):
+            return NameTaken(in_use_by(record.labels, name))
+        return NameTaken(
+            f"{name}: this name is held by {path}; give the training another --name, or move that file away"
+        )
 
     def _records(self) -> Iterator[_Record]:
         for path in sorted(self._folder.glob("*.json")):

@@ -286,6 +286,73 @@ def test_replicas_of_another_owner_are_out_of_sight(world: World) -> None:
     assert stranger.state(replica_id) is None
 
 
+def test_a_fleet_of_another_user_is_named_with_its_user_before_anything_is_created(world: World) -> None:
+    specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")]
+    stranger = world.reopen()
+    stranger._owner = 65534  # type: ignore[attr-defined]
+    try:
+        fleet.bring_up(stranger, specs[1:], settle_s=0)
+        theirs = stranger.list()
+        with pytest.raises(NameTaken) as caught:
+            fleet.bring_up(world.engine, specs, settle_s=0)
+        assert str(caught.value) == (
+            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays as it is: "
+            "give the training another --name"
+        )
+        assert caught.value.exit_code == 5
+        assert world.engine.list() == []
+        assert stranger.list() == theirs
+        assert theirs[0].phase == "running"
+    finally:
+        for state in stranger.list():
+            stranger.remove(state.id)
+
+
+def test_a_replica_removed_by_somebody_else_before_its_start_takes_the_fleet_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = world.engine.start
+
+    def removed_first(replica_id: str) -> None:
+        world.reopen().remove(replica_id)
+        start(replica_id)
+
+    monkeypatch.setattr(world.engine, "start", removed_first)
+    with pytest.raises(EngineError):
+        fleet.bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
+    assert world.reopen().list() == []
+
+
+def test_a_replica_removed_by_somebody_else_is_no_error_to_who_looks_or_stops(world: World) -> None:
+    ids = [run_to_words(world, STUBBORN, name) for name in "ab"]
+    states = world.engine.list()
+    looking: list[list[str]] = []
+    remover = threading.Thread(target=lambda: [world.reopen().remove(replica_id) for replica_id in ids])
+    remover.start()
+    while remover.is_alive():
+        looking.append([state.name for state in world.engine.list()])
+    lines: list[str] = []
+    began = time.monotonic()
+    assert fleet.stop(world.engine, states, grace_s=30, say=lines.append) == []
+    assert time.monotonic() - began < 20
+    assert looking
+    assert all(set(names) <= {state.name for state in states} for names in looking)
+
+
+def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World) -> None:
+    def remove_soon() -> None:
+        wait_until(lambda: any(state.live for state in world.engine.list()))
+        [state] = world.reopen().list()
+        world.reopen().remove(state.id)
+
+    remover = threading.Thread(target=remove_soon)
+    remover.start()
+    with pytest.raises(EngineError, match="vanished while it was starting; somebody removed it"):
+        fleet.bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
+    remover.join()
+    assert world.engine.list() == []
+
+
 def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
     """A child process brings the replica up and is killed: the replica is nobody's child."""
     pid = os.fork()
