@@ -231,10 +231,8 @@ class DockerEngine:
         with self._translated():
             try:
                 self._acting().api.remove_container(replica_id, force=True, v=True)
-            except docker.errors.NotFound:
-                pass
             except docker.errors.APIError as error:
-                if "already in progress" not in str(error):
+                if not (_vanished(error) or "already in progress" in str(error)):
                     raise
 
     def _connect(self, timeout_s: float) -> Any:
@@ -251,16 +249,18 @@ class DockerEngine:
             try:
                 self._acting().api.kill(replica_id, signal=signal)
             except docker.errors.APIError as error:
-                # 404: vanished; 409: not running. Either way there is nothing left to end.
-                if error.status_code not in (404, 409):
+                # 409: it does not run. Either way there is nothing left to end.
+                if not (_vanished(error) or error.status_code == 409):
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
         with self._translated():
             try:
                 return dict(self._client.api.inspect_container(replica_id))
-            except docker.errors.NotFound:
-                return None
+            except docker.errors.APIError as error:
+                if _vanished(error):
+                    return None
+                raise
 
     def _name_taken(self, name: str) -> NameTaken:
         """Say who has this name: another user's fleet, or some other container."""
@@ -361,6 +361,11 @@ def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
             )
         ]
     return options
+
+
+def _vanished(error: docker.errors.APIError) -> bool:
+    """Return whether there is no such container; Podman says so with 500 when it goes while it is asked about."""
+    return error.status_code == 404 or "no such container" in str(error.explanation).lower()
 
 
 def _reason(error: BaseException) -> str:

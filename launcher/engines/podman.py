@@ -19,8 +19,8 @@ from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
 from launcher.errors import EngineError
 from launcher.ownership import labels
 
-NATIVE_API = "v4.0.0"
-"""Podman 4 and 5 answer to it."""
+DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
+"""Podman 4 and 5 answer to both."""
 
 GPU_REMEDY = (
     "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml "
@@ -98,14 +98,15 @@ class PodmanEngine(DockerEngine):
             yield first, line
 
     def _connect(self, timeout_s: float) -> Any:
+        # To tell its version Podman starts several programs; it has spoken this one all along.
         if self._address is None:
-            return super()._connect(timeout_s)
-        return docker.DockerClient(base_url=self._address, version="auto", timeout=timeout_s)
+            return docker.DockerClient.from_env(version=DOCKER_API, timeout=timeout_s)
+        return docker.DockerClient(base_url=self._address, version=DOCKER_API, timeout=timeout_s)
 
     def _is_rootless(self) -> bool:
         if self._rootless is None:
             about = self._client.info()
-            self._rootless = any("rootless" in option for option in about.get("SecurityOptions") or ())
+            self._rootless = bool(about.get("Rootless"))
             if self._rootless and about.get("CgroupVersion") == "1":
                 raise EngineError(
                     "Podman without root cannot limit memory on this machine (cgroup v1), and replicas are never started "
