@@ -54,13 +54,13 @@ def database(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def podman() -> Iterator[str]:
-    """Start a Podman service that has the base image, and yield its address."""
+def podman() -> Iterator[PodmanService]:
+    """Start a Podman service that has the base image."""
     from tests.contract.conftest import base_image
 
     require_podman()
     service = PodmanService(base_image())
-    yield service.address
+    yield service
     service.remove()
 
 

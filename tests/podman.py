@@ -71,6 +71,16 @@ class PodmanService:
             check=False,
         )
 
+    def podman(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run Podman's own client on the same storage."""
+        return subprocess.run(
+            ["nsenter", "--mount", "--target", str(self._process.pid), "podman", *self._store, *words],
+            env={**os.environ, "CONTAINERS_CONF": f"{self._folder}/containers.conf"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     def remove(self) -> None:
         """End what runs in it, then it, and leave nothing behind."""
         ours = self.docker("ps", "-aq").stdout.split()

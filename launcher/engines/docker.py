@@ -249,8 +249,9 @@ class DockerEngine:
             try:
                 self._acting().api.kill(replica_id, signal=signal)
             except docker.errors.APIError as error:
-                # 409: it does not run. Either way there is nothing left to end.
-                if not (_vanished(error) or error.status_code == 409):
+                # 409, and Podman's words for it: it does not run. Either way there is nothing left to end.
+                improper = error.status_code == 409 or "container state improper" in str(error.explanation)
+                if not (improper or _vanished(error)):
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:

@@ -79,6 +79,11 @@ class PodmanEngine(DockerEngine):
                 raise EngineError(f"Podman does not know the device; {GPU_REMEDY}") from None
             raise
 
+    def remove(self, replica_id: str) -> None:
+        """Kill and remove a container; by itself Podman's forced removal asks first, and waits ten seconds."""
+        self.kill(replica_id)
+        super().remove(replica_id)
+
     def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Yield whole lines. Podman's own `tail` joins an unfinished last line to the one before it."""
         if follow or tail is None:

@@ -133,5 +133,5 @@ def podman_world(folder: Path, address: str) -> World:
 WORLDS: dict[str, Callable[[pytest.FixtureRequest, Path], World]] = {
     "local": lambda request, folder: _world(folder, LocalEngine),
     "docker": lambda request, folder: docker_world(folder),
-    "podman": lambda request, folder: podman_world(folder, request.getfixturevalue("podman")),
+    "podman": lambda request, folder: podman_world(folder, request.getfixturevalue("podman").address),
 }

@@ -133,9 +133,20 @@ def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: Wo
     assert any("still running after 1.5 s" in line for line in lines)
 
 
+def test_the_end_of_what_does_not_run_is_no_error(world: World) -> None:
+    created = world.engine.create(world.spec(SLEEP, "a"))
+    over = ended(world.engine, run(world, "", "b")).id
+    for replica_id in (created, over):
+        world.engine.terminate(replica_id)
+        world.engine.kill(replica_id)
+    assert [state.phase for state in world.engine.list()] == ["created", "exited"]
+
+
 def test_a_removed_replica_leaves_nothing_and_may_be_removed_again(world: World) -> None:
-    replica_id = run_to_words(world, SLEEP)
+    replica_id = run_to_words(world, STUBBORN)
+    began = time.monotonic()
     world.engine.remove(replica_id)
+    assert time.monotonic() - began < 8, "removing asks nobody"
     assert world.engine.list() == []
     assert world.engine.state(replica_id) is None
     assert list(world.runs.iterdir()) == []
@@ -149,6 +160,26 @@ def test_logs_of_a_dead_replica_are_whole_lines_and_return(world: World) -> None
     assert list(world.engine.logs(replica_id)) == ["one", "two, ü", "three"]
     assert list(world.engine.logs(replica_id, follow=True)) == ["one", "two, ü", "three"]
     assert list(world.engine.logs(replica_id, tail=1)) == ["three"]
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_what_a_replica_has_started_ends_with_it(world: World, how: str) -> None:
+    """Also a process that has left its session."""
+    file = f"{'/runs' if world.engine.name != 'local' else world.runs}/alive"
+    stray = f"import time\nwhile True: open({file!r}, 'a').write('x'); time.sleep(.02)"
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {stray!r}], start_new_session=True, stdout=-3)\n"
+        f"while not os.path.exists({file!r}): time.sleep(.02)\n"
+        f"print('up', flush=True); time.sleep({0 if how == 'exit' else 60})"
+    )
+    replica_id = run_to_words(world, code)
+    if how == "kill":
+        world.engine.kill(replica_id)
+    ended(world.engine, replica_id)
+    size = (world.runs / "alive").stat().st_size
+    time.sleep(0.2)
+    assert (world.runs / "alive").stat().st_size == size
 
 
 def test_following_ends_with_the_replica_and_misses_nothing(world: World) -> None:

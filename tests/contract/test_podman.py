@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,10 +14,12 @@ import pytest
 
 from launcher import fleet
 from launcher.devices import Device
+from launcher.dry_run import podman_run
 from launcher.errors import EngineError
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, podman_world
 from tests.contract.test_engines import ended, run
+from tests.podman import PodmanService
 
 pytestmark = pytest.mark.podman
 
@@ -23,8 +27,8 @@ TELL_GPU = "import os; print(os.environ.get('GPU_DOUBLE'))"
 
 
 @pytest.fixture
-def world(podman: str, tmp_path: Path) -> World:
-    return podman_world(tmp_path, podman)
+def world(podman: PodmanService, tmp_path: Path) -> World:
+    return podman_world(tmp_path, podman.address)
 
 
 @pytest.mark.parametrize("gpu", ["3", "GPU-5f2a7c11"])
@@ -56,6 +60,38 @@ def test_a_line_written_in_pieces_is_one_line(world: World) -> None:
         world.engine.remove(replica_id)
 
 
+def test_the_line_that_a_dry_run_prints_makes_the_same_container(world: World, podman: PodmanService) -> None:
+    spec = world.spec(TELL_GPU, device=Device("gpu", "3"))
+
+    def by_engine() -> str:
+        replica_id = world.engine.create(spec)
+        world.engine.start(replica_id)
+        return replica_id
+
+    def by_line() -> str:
+        return podman.podman(*shlex.split(podman_run(spec, 0))[1:]).stdout.strip()
+
+    made = []
+    for make in (by_line, by_engine):
+        container = make()
+        assert podman.docker("wait", container).stdout == "0\n"
+        assert podman.docker("logs", container).stdout == "3\n"
+        made.append(json.loads(podman.docker("inspect", container).stdout)[0])
+        podman.docker("rm", "-f", container)
+    hosts = [seen["HostConfig"] for seen in made]
+    for host in hosts:
+        host["Binds"] = [sorted(bind.replace(":", ",").split(",")) for bind in host["Binds"]]
+    assert hosts[0] == hosts[1]
+
+
+def test_the_log_has_a_bound(world: World) -> None:
+    replica_id = world.engine.create(world.spec("pass"))
+    api = world.engine._client.api  # type: ignore[attr-defined]
+    inspected = api.get(f"{api.base_url}/v4.0.0/libpod/containers/{replica_id}/json").json()
+    world.engine.remove(replica_id)
+    assert inspected["HostConfig"]["LogConfig"]["Size"] == "31.46MB"
+
+
 def launcher(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
@@ -67,10 +103,12 @@ def launcher(folder: Path, *words: str, **environment: str) -> subprocess.Comple
     )
 
 
-def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(podman: str, tmp_path: Path) -> None:
+def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(
+    podman: PodmanService, tmp_path: Path
+) -> None:
     words = ("up", "--dry-run", "--cpu", "1", "--image", base_image(), "--", "--name", "x")
     for engine, variable in (("docker", "DOCKER_HOST"), ("podman", "CONTAINER_HOST")):
-        done = launcher(tmp_path, *words, STARLING_ENGINE=engine, **{variable: podman})
+        done = launcher(tmp_path, *words, STARLING_ENGINE=engine, **{variable: podman.address})
         assert done.returncode == 0, done.stderr
         assert "on the podman engine" in done.stdout
         assert "\npodman run --detach --init" in done.stdout
