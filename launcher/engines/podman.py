@@ -22,6 +22,9 @@ from launcher.ownership import labels
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
 """Podman 4 and 5 answer to both."""
 
+LOCK_TIMEOUT_S = 20.0
+"""A question about a container waits while Podman acts on it; that the service is there was asked with less patience."""
+
 GPU_REMEDY = (
     "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml "
     "(`nvidia-ctk cdi list` shows what there is); or use --cpu N"
@@ -103,6 +106,7 @@ class PodmanEngine(DockerEngine):
             yield first, line
 
     def _connect(self, timeout_s: float) -> Any:
+        timeout_s = max(timeout_s, LOCK_TIMEOUT_S)
         # To tell its version Podman starts several programs; it has spoken this one all along.
         if self._address is None:
             return docker.DockerClient.from_env(version=DOCKER_API, timeout=timeout_s)
