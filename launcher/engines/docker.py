@@ -164,7 +164,7 @@ class DockerEngine:
 
     def claims(self) -> Sequence[Claim]:
         """Return which GPUs each container of this engine was given, whoever started it."""
-        with _translated("Docker"):
+        with self._translated():
             found = self._client.api.containers(all=True)
         ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
         inspected = filter(None, map(self._inspect, ids))

@@ -26,7 +26,8 @@ LOCK_TIMEOUT_S = 20.0
 """A question about a container waits while Podman acts on it; that the service is there was asked with less patience."""
 
 GPU_REMEDY = (
-    "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml "
+    "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --device-name-strategy=uuid "
+    "--output=/etc/cdi/nvidia.yaml "
     "(`nvidia-ctk cdi list` shows what there is); or use --cpu N"
 )
 

@@ -36,6 +36,7 @@ def world(podman: PodmanService, tmp_path: Path) -> World:
 def test_a_gpu_reaches_its_replica_by_cdi(world: World, gpu: str) -> None:
     replica_id = world.engine.create(world.spec(TELL_GPU, device=Device("gpu", gpu)))
     try:
+        assert [(claim.id, claim.ids) for claim in world.engine.claims()] == [(replica_id, (gpu,))]
         world.engine.start(replica_id)
         ended(world.engine, replica_id)
         assert list(world.engine.logs(replica_id)) == [gpu]
