@@ -303,8 +303,10 @@ class DockerEngine:
                 stream = self._client.api.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
-            except docker.errors.NotFound:
-                return
+            except docker.errors.APIError as error:
+                if _vanished(error):
+                    return
+                raise
             with contextlib.suppress(requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
                 yield from self._stamped_lines(stream)
 
@@ -365,8 +367,9 @@ def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
 
 
 def _vanished(error: docker.errors.APIError) -> bool:
-    """Return whether there is no such container; Podman says so with 500 when it goes while it is asked about."""
-    return error.status_code == 404 or "no such container" in str(error.explanation).lower()
+    """Return whether there is no such container, or soon will be; Podman says 500 when it goes while it is asked about."""
+    text = str(error.explanation).lower()
+    return error.status_code == 404 or "no such container" in text or "marked for removal" in text
 
 
 def _reason(error: BaseException) -> str:
