@@ -68,7 +68,8 @@ Examples:
     "--memory", metavar="SIZE", help="Limit of each replica, swap included [90 % of the machine's, shared]."
 )
 @click.option("--shm", metavar="SIZE", help="/dev/shm of each replica [a quarter of its memory, 1g at most].")
-@click.option("--image", default="starling:latest", show_default=True, help="Never pulled: build it first.")
+@click.option("--image", default="starling:latest", show_default=True, help="Never pulled: see --build.")
+@click.option("--build", is_flag=True, help="Build the image first, from the project's folder.")
 @click.option("--network", default="bridge", show_default=True, help="An existing Docker network to join.")
 @click.option(
     "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
@@ -85,7 +86,12 @@ Examples:
 )
 @click.option("--recreate", is_flag=True, help="Stop a fleet that differs, and start it as given now.")
 @click.option(
-    "--settle", default=2.0, show_default=True, metavar="SECONDS", help="Watch the start for so long."
+    "--settle",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Watch the replicas for so long; one that fails by then takes all of this `up` back.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would start, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")

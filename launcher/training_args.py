@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from launcher.dataset_yaml import dataset_folders
+from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
 from launcher.space_yaml import space_layouts
@@ -40,8 +40,6 @@ _MISSING: dict[str, type[LauncherError]] = {
     "--cfg": UsageError,
     "--space": UsageError,
 }
-_NAMED_BY = {"--data": dataset_folders, "--space": space_layouts}
-"""Options whose files name others that replicas need."""
 _PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
 """Bare names of weights that the trainer can fetch."""
 _IMAGE_ROOT = PurePosixPath("/usr/src")
@@ -58,6 +56,10 @@ class TrainingArgs:
     name: str
     evolve: bool
     device: str | None
+    reads: tuple[Path, ...] = ()
+    """What the training opens: its files, and the folders of its pictures."""
+    study: str | None = None
+    """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
 
     @property
     def fleet(self) -> str:
@@ -79,16 +81,19 @@ def prepare_args(
             "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
         )
     values = _Words(words)
-    _refuse_password(values.get("--study") or "")
+    study = values.get("--study")
+    _refuse_password(study or "")
     mounts: list[Mount] = []
+    reads: list[Path] = []
     for option in ("--data", "--weights", "--hyp", "--cfg", "--space"):
         given = values.get(option)
         if given:
             path = _existing(option, given, cwd, isolated)
             if path is not None:
                 values.set(option, str(path))
-                named = _NAMED_BY[option](path) if option in _NAMED_BY else ()
-                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *named)]
+                shown, opened = _named_by(option, path)
+                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
+                reads += [path, *opened]
     _place_resume(values, cwd, runs, runs_inside)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
@@ -102,7 +107,18 @@ def prepare_args(
         name=name,
         evolve=evolve,
         device=values.get("--device"),
+        reads=tuple(dict.fromkeys(reads)),
+        study=study,
     )
+
+
+def _named_by(option: str, path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return what else a file names that replicas must see, and what of that the training opens."""
+    if option == "--data":
+        dataset = read_dataset(path)
+        return dataset.folders, dataset.splits
+    layouts = space_layouts(path) if option == "--space" else ()
+    return layouts, layouts
 
 
 def _refuse_password(study: str) -> None:
