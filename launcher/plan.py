@@ -97,6 +97,7 @@ def make_plan(
     _check_free(devices, others)
     _check_device_argument(request.args.device, devices[0].kind)
     memory = _memory(request, machine, len(devices))
+    _check_shm(request.shm_bytes, memory)
     if not placement.isolated and request.memory_bytes:
         notes.append("the local engine does not enforce --memory; the Docker engine does")
     if not request.args.evolve and len(devices) > 1:
@@ -194,6 +195,15 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
             f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer replicas"
         )
     return request.memory_bytes
+
+
+def _check_shm(shm: int | None, memory: int) -> None:
+    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
+    if shm is not None and shm > memory:
+        raise UsageError(
+            f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
+            "give less, or more memory"
+        )
 
 
 def _template(request: Request, placement: Placement, image_id: str, memory: int) -> ReplicaSpec:

@@ -42,10 +42,15 @@ class Problems:
         try:
             return act(*args, **kwargs)
         except SeveralProblems as several:
-            self.found += several.problems
+            self._keep(several.problems)
         except LauncherError as error:
-            self.found.append(error)
+            self._keep([error])
         return None
+
+    def _keep(self, problems: Sequence[LauncherError]) -> None:
+        """Keep each in the order found; what two checks say in the same words is one problem."""
+        said = {str(problem) for problem in self.found}
+        self.found += {str(problem): problem for problem in problems if str(problem) not in said}.values()
 
     def raise_any(self) -> None:
         """Raise what was found: the one problem itself, or all of them together."""

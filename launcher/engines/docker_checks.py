@@ -71,7 +71,7 @@ def require_trainer(client: Any, image: Image, script: str) -> None:
             stream.close()
         except docker.errors.NotFound:
             raise EngineError(
-                f"image {image.name} is not one of this trainer's: it has no {script}; build one: add --build with "
+                f"image {image.name} is not one of this trainer's: it has no {script}; build one with --build and "
                 "another --image, or start yours FROM the project's image"
             ) from None
 
