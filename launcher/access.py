@@ -93,6 +93,17 @@ def _label_folder(place: Path) -> Path | None:
     return Path(*parts)
 
 
+def check_password_file(path: Path, user: str) -> None:
+    """Raise UsageError when `user` could not read the file with the password of the study's database."""
+    uid, gid = map(int, user.split(":"))
+    state = path.stat()
+    if not may(path, state, uid, gid, READ):
+        raise UsageError(
+            f"STARLING_STUDY_PASSWORD_FILE={path}: replicas run as {uid}:{gid} and may not read it ({_owner_words(state)}); "
+            f"setfacl -m u:{uid}:r {path}, or give --user {state.st_uid}:{state.st_gid}"
+        )
+
+
 def check_runs_access(runs: Path, fleet: str, user: str, caller: int) -> None:
     """Raise UsageError when `user` could not write the runs folder, or the fleet's own folder in it.
 

@@ -61,6 +61,10 @@ class Request:
     user: str = ""
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
+        """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
+        return self.gpus is not None or (self.cpus is None and bool(gpus))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -151,7 +155,7 @@ def _choose_devices(
     """Return the devices, the cores each is pinned to (none for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
-    if request.cpus is None and (request.gpus is not None or gpus):
+    if request.wants_gpus(gpus):
         devices = resolve_gpus(request.gpus if request.gpus is not None else "all", gpus)
         return devices, ((),) * len(devices), []
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]

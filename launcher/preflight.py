@@ -8,11 +8,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.access import check_data, check_runs_access
+from launcher.access import check_data, check_password_file, check_runs_access
 from launcher.engines.base import Engine, Image, ReplicaState
 from launcher.errors import EngineError, UsageError
 from launcher.inventory import Driver, Machine, read_driver
-from launcher.plan import Placement, Plan, Request
+from launcher.plan import PASSWORD_FILE, Placement, Plan, Request
 from launcher.problems import Problems
 from launcher.sizes import GIB, format_size
 
@@ -51,6 +51,8 @@ def check_all(
         if not engine.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
             problems.check(check_data, request.args.reads, request.args.mounts, request.user)
+            if secret := request.passed.get(PASSWORD_FILE):
+                problems.check(check_password_file, Path(secret), request.user)
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:

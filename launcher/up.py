@@ -149,7 +149,7 @@ def draw_up(
     plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", others)
     if checked is None:
         problems.check(engine.check_network, request.network)
-        wants_gpu = request.cpus is None and bool(request.gpus is not None or gpus)
+        wants_gpu = request.wants_gpus(gpus)
         check_all(request, placement, engine, machine, image, wants_gpu=wants_gpu, problems=problems)
     if strict or plan is None:
         problems.raise_any()
