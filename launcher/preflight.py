@@ -51,8 +51,9 @@ def check_all(
         if not engine.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
             problems.check(check_data, request.args.reads, request.args.mounts, request.user)
-            if secret := request.passed.get(PASSWORD_FILE):
-                problems.check(check_password_file, Path(secret), request.user)
+            secret = Path(request.passed.get(PASSWORD_FILE, ""))
+            if secret.is_file():  # else the plan was refused
+                problems.check(check_password_file, secret, request.user)
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.problems import Problems
 from launcher.space_yaml import space_layouts
 
 _SHORTEST = {
@@ -83,17 +84,7 @@ def prepare_args(
     values = _Words(words)
     study = values.get("--study")
     _refuse_password(study or "")
-    mounts: list[Mount] = []
-    reads: list[Path] = []
-    for option in ("--data", "--weights", "--hyp", "--cfg", "--space"):
-        given = values.get(option)
-        if given:
-            path = _existing(option, given, cwd, isolated)
-            if path is not None:
-                values.set(option, str(path))
-                shown, opened = _named_by(option, path)
-                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
-                reads += [path, *opened]
+    mounts, reads = _take_paths(values, cwd, isolated)
     _place_resume(values, cwd, runs, runs_inside)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
@@ -110,6 +101,38 @@ def prepare_args(
         reads=tuple(dict.fromkeys(reads)),
         study=study,
     )
+
+
+def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount], list[Path]]:
+    """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
+    mounts: list[Mount] = []
+    reads: list[Path] = []
+    problems = Problems()
+    for option in _MISSING:
+        path = problems.check(_take_path, option, values, cwd, isolated)
+        named = path and problems.check(_named_by, option, path)
+        if path and named:
+            shown, opened = named
+            mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
+            reads += [path, *opened]
+    problems.raise_any()
+    return mounts, reads
+
+
+def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path | None:
+    """Return the host's file that an option names, and make the word absolute; None for anything else."""
+    given = values.get(option)
+    if not given:
+        return None
+    try:
+        path = _existing(option, given, cwd, isolated)
+    except PermissionError as error:
+        raise _MISSING[option](
+            f"{option} {given}: you may not look at {error.filename}; ask its owner, or give another path"
+        ) from None
+    if path is not None:
+        values.set(option, str(path))
+    return path
 
 
 def _named_by(option: str, path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

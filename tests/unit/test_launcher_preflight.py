@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -27,6 +27,7 @@ from launcher.parallel import in_parallel
 from launcher.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
 from launcher.preflight import check_disk, check_driver, check_study_address, preflight_notes
 from launcher.problems import Problems, SeveralProblems
+from launcher.runs_folder import check_runs
 from launcher.sizes import GIB
 from launcher.training_args import prepare_args
 from tests.conftest import REPOSITORY
@@ -98,13 +99,19 @@ def test_whatever_becomes_of_one_thread_the_others_do_their_part() -> None:
         _ = outcomes[1].value
 
 
-def test_a_command_line_with_three_mistakes_names_all_three(tmp_path: Path) -> None:
+def test_a_command_line_with_four_mistakes_names_all_four(tmp_path: Path) -> None:
     done = launcher(
         "up", "--engine", "local", "--cpu", "1", "--memory", "lots", "--env", "NOT_SET_ANYWHERE", "--", "--data", "gone.yaml",
-        cwd=tmp_path,
+        "--hyp", "gone-too.yaml", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 3
-    for words in ("3 problems", "gone.yaml", "--memory lots", "NOT_SET_ANYWHERE"):
+    for words in (
+        "4 problems",
+        "--data gone.yaml",
+        "--hyp gone-too.yaml",
+        "--memory lots",
+        "NOT_SET_ANYWHERE",
+    ):
         assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -150,22 +157,21 @@ def test_an_engine_that_is_too_old_is_named_with_its_version(old_engine: str, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def refused_as_nobody(path: str) -> str:
-    """Return what the Docker engine's refusal says to a user without any group."""
-    import launcher.engines.docker  # before this process may no longer read it
-
+def refused_as_nobody(act: Callable[[], object]) -> str:
+    """Return the words of the launcher's error that `act` raises for a user without any group."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        said = "nothing was refused"
         try:
-            os.environ["DOCKER_HOST"] = f"unix://{path}"
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-            launcher.engines.docker.DockerEngine(65534)
-        except EngineError as error:
-            os.write(writing, str(error).encode())
+            act()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
         finally:
+            os.write(writing, said.encode())
             os._exit(0)
     os.close(writing)
     os.waitpid(child, 0)
@@ -173,9 +179,16 @@ def refused_as_nobody(path: str) -> str:
         return file.read()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+
+
+@as_root
 @pytest.mark.parametrize("group", ["audio", "root"])
-def test_a_socket_without_permission_names_the_group_that_has_it(group: str) -> None:
+def test_a_socket_without_permission_names_the_group_that_has_it(
+    group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.engines.docker import DockerEngine
+
     with (
         tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder,
         socket.socket(socket.AF_UNIX) as listener,
@@ -186,13 +199,33 @@ def test_a_socket_without_permission_names_the_group_that_has_it(group: str) -> 
         listener.listen()
         os.chown(path, 0, grp.getgrnam(group).gr_gid)
         os.chmod(path, 0o660)
-        said = refused_as_nobody(path)
-    assert f"{path}: permission denied" in said
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+        said = refused_as_nobody(lambda: DockerEngine(65534))
+    assert said.startswith(f"EngineError: Docker's socket {path}: permission denied; ")
     if group == "root":
         assert "only root may use it" in said
         assert "usermod" not in said
     else:
         assert "it is for group audio: sudo usermod -aG audio $USER, then log in again" in said
+
+
+@as_root
+def test_paths_that_the_caller_may_not_look_at_are_told_and_no_traceback(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    runs = tmp_path / "runs"
+    assert refused_as_nobody(lambda: check_runs(runs)).startswith(
+        f"UsageError: --runs {runs}: you may not look there"
+    )
+    for option, kind in (("--data", "DataError"), ("--weights", "CheckpointError"), ("--hyp", "UsageError")):
+        words = [option, str(tmp_path / "x.pt")]
+        said = refused_as_nobody(
+            lambda words=words: prepare_args(
+                words, cwd=Path("/"), runs=runs, runs_inside="/runs", isolated=True
+            )
+        )
+        assert said.startswith(
+            f"{kind}: {option} {tmp_path}/x.pt: you may not look at {tmp_path}/x.pt; ask its owner"
+        )
 
 
 # --- driver and image
