@@ -146,11 +146,11 @@ class Bench:
         self.time(f"kill-all {replicas}", *LAUNCHER, "kill-all", "--yes")
 
     def watching(self, windows: int, seconds: float) -> tuple[list[float], float, float]:
-        """Watch busy replicas, one a core, and then leave them alone, again and again.
+        """Watch eight busy replicas, which leave no core idle, and then leave them alone, again and again.
 
         Returns their rates watched to unwatched, and the share of a core that the watcher and the engine then take.
         """
-        self.run(*UP, "--cpu", str(os.cpu_count() or 1), *TRAINING, "--name=busy")
+        self.run(*UP, "--gpus", "0-7", *TRAINING, "--name=busy")
         time.sleep(2)
         ratios, watcher_s, engine_s = [], 0.0, 0.0
         for number in range(windows):
@@ -229,7 +229,7 @@ def main() -> None:
             report(bench)
             ratios, watcher, dockerd = bench.watching(options.windows, options.window)
             print(
-                f"busy replicas, watched to unwatched     {statistics.median(ratios):6.3f}  "
+                f"8 busy replicas, watched to unwatched   {statistics.median(ratios):6.3f}  "
                 f"({min(ratios):.3f} to {max(ratios):.3f})   1: no measurable load"
             )
             print(f"of one core, watching takes             {watcher:6.1%}  and dockerd {dockerd:.1%}")
