@@ -131,11 +131,12 @@ def test_one_training_on_two_devices_is_one_replica_that_saves_when_it_is_stoppe
     training = [*TRAINING[:-1], "500", "--noplots", "--project", project, "--name", name]
     up = launcher(home, *options, "--", *training, engine=engine)
     assert up.returncode == 0, up.stderr
-    for _ in range(120):
+    for _ in range(240):
         [replica] = replicas_of(home, fleet, engine)
-        if replica["epoch"]:
+        if int(str(replica["epoch"] or 0)) > 1 or replica["phase"] == "exited":
             break
         time.sleep(0.5)
+    assert replica["phase"] == "running", launcher(home, "logs", fleet, engine=engine).stdout
     assert replica["replica"] == f"{project}-{name}-cpu0-1"
     assert replica["device"] == "cpu:0-1"
     if engine == "docker":
