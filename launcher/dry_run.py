@@ -70,7 +70,8 @@ def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
     for name, value in labels(spec, owner).items():
         words += ["--label", f"{name}={value}"]
     if spec.device.kind == "gpu":  # the client itself adds the capability `gpu`
-        words += ["--gpus", f'"device={spec.device.id}","capabilities=compute,utility"']
+        devices = ",".join(spec.device.handles)
+        words += ["--gpus", f'"device={devices}","capabilities=compute,utility"']
     if spec.cores:
         words += ["--cpuset-cpus", format_cores(spec.cores)]
     words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]

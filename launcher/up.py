@@ -16,11 +16,14 @@ import click
 
 from launcher import fleet
 from launcher.build import build_image
+from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
 from launcher.dry_run import show_plan
 from launcher.engines.base import Engine, Image
 from launcher.env_file import read_env_file
 from launcher.errors import UsageError
+from launcher.holders import find_occupancy
+from launcher.host_lock import host_lock
 from launcher.inventory import read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
@@ -64,13 +67,18 @@ def run_up(options: dict[str, Any]) -> None:
     if options["build"]:
         build_image(request.image, Path.cwd())
     _, image = draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    with runs_folder(runs, request.user, say):
+    with runs_folder(runs, request.user, say), host_lock(say) as lock:
         # Again, now that nobody else can be starting anything.
         plan, _ = draw_up(request, placement, engine, checked=image)
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
-            engine, plan.replicas, recreate=options["recreate"], settle_s=options["settle"], say=say
+            engine,
+            plan.replicas,
+            recreate=request.recreate,
+            settle_s=options["settle"],
+            say=say,
+            started=lock.release,
         )
     _tell(plan, outcome, engine)
 
@@ -117,6 +125,9 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
         runs=runs,
         gpus=options["gpus"],
         cpus=options["cpus"],
+        ddp=options["ddp"],
+        force=options["force"],
+        recreate=options["recreate"],
         memory_bytes=memory,
         shm_bytes=shm,
         image=options["image"] or DEFAULT_IMAGE,
@@ -142,11 +153,15 @@ def draw_up(
     gpus = None if engine.remote else read_gpus()
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
-    others = [state for state in engine.list() if state.fleet != request.args.fleet]
+    listed = engine.list()
+    occupancy = NOBODY
+    if request.wants_gpus(gpus):
+        own = [state for state in listed if state.fleet == request.args.fleet]
+        occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     machine = engine.machine()
     problems = Problems()
     image = checked or problems.check(engine.resolve_image, request.image)
-    plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", others)
+    plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
     if checked is None:
         problems.check(engine.check_network, request.network)
         wants_gpu = request.wants_gpus(gpus)
@@ -154,6 +169,7 @@ def draw_up(
     if strict or plan is None:
         problems.raise_any()
     assert plan is not None
+    others = [state for state in listed if state.fleet != request.args.fleet]
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
     notes += [f"would fail now: {problem}" for problem in problems.found]
     return replace(plan, notes=tuple(notes)), image or Image(name=request.image)
