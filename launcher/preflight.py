@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -125,6 +124,10 @@ def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
 
 def _loopback(url: str) -> str:
     """Return `host:port` of a URL that leads to the machine it is used on, without user and password; else nothing."""
+    if "://" not in url:
+        return ""
+    from ipaddress import ip_address  # not for every `up`
+
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port

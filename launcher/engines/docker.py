@@ -109,7 +109,7 @@ class DockerEngine:
     def check_gpu_runtime(self, image: Image) -> None:
         """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
         with _translated("GPU runtime"):
-            checks.require_gpu_runtime(self._acting(), self._about(), image)
+            checks.require_gpu_runtime(self._acting(), self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""

@@ -76,14 +76,14 @@ def require_trainer(client: Any, image: Image, script: str) -> None:
             ) from None
 
 
-def require_gpu_runtime(client: Any, about: Mapping[str, Any], image: Image) -> None:
+def require_gpu_runtime(client: Any, about: Mapping[str, Any], image: Image, *, remote: bool) -> None:
     """Raise EngineError when the engine cannot hand out GPUs.
 
-    It tells of runtimes and of CDI devices, but not of a hook on its own PATH: where there is no sign of any, a
-    container that does nothing is started with a GPU asked for, and the engine's answer counts.
+    It tells of NVIDIA's runtime, but not of a hook on its own PATH, nor whether it takes CDI for `--gpus`: where there is
+    no sign of either, a container that does nothing is started with a GPU driver asked for, and the engine's answer counts.
     """
-    told = "nvidia" in (about.get("Runtimes") or {}) or about.get("DiscoveredDevices")
-    if told or shutil.which(_HOOK) or shutil.which(_HOOK, path=_HOOK_PLACES):
+    hook = not remote and (shutil.which(_HOOK) or shutil.which(_HOOK, path=_HOOK_PLACES))
+    if hook or "nvidia" in (about.get("Runtimes") or {}):
         return
     gpu = docker.types.DeviceRequest(count=0, capabilities=[["gpu"]])
     try:
