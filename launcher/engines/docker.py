@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -16,10 +17,10 @@ import requests.exceptions
 import urllib3.exceptions
 
 from launcher.claims import Claim
-from launcher.devices import format_cores
-from launcher.engines.base import Phase, ReplicaSpec, ReplicaState
+from launcher.engines import docker_checks as checks
+from launcher.engines.base import Image, Phase, ReplicaSpec, ReplicaState
+from launcher.engines.container_options import container_options
 from launcher.engines.gpu_containers import HOLDING, container_claim
-from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.errors import EngineError, NameTaken
 from launcher.inventory import Machine
 from launcher.ownership import (
@@ -31,7 +32,6 @@ from launcher.ownership import (
     REPLICA_LABEL,
     in_use_by,
     is_ours,
-    labels,
     plan_of,
 )
 
@@ -41,10 +41,7 @@ ANSWER_TIMEOUT_S = 3.0
 ACTION_TIMEOUT_S = 120.0
 """Creating and starting may wait for disks and drivers."""
 
-GPU_REMEDY = (
-    "install the NVIDIA container toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, restart Docker; "
-    "or use --cpu N"
-)
+_DENIED = "permission denied"
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
@@ -73,10 +70,15 @@ class DockerEngine:
 
     def __init__(self, owner: int) -> None:
         self._owner = owner
+        # docker-py's clients are not made for several threads at once: each thread has its own.
+        self._clients = threading.local()
         with self._translated():
             # Its API version is negotiated here, so this is also the first question.
-            self._client = self._connect(ANSWER_TIMEOUT_S)
-        self._actor: Any = None
+            first = self._connect(ANSWER_TIMEOUT_S)
+            self._api_version = first.api.api_version
+            checks.refuse_old(first, self._api_version)
+        self._clients.asking = first
+        self._told: dict[str, Any] | None = None
 
     @property
     def is_podman(self) -> bool:
@@ -93,20 +95,34 @@ class DockerEngine:
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
-        with self._translated():
-            about = self._client.info()
-        return Machine(cores=tuple(range(about["NCPU"])), memory_bytes=about["MemTotal"])
+        about = self._about()
+        return Machine(
+            cores=tuple(range(about["NCPU"])),
+            memory_bytes=about["MemTotal"],
+            maps_users=checks.maps_users(about),
+        )
 
-    def resolve_image(self, image: str) -> str:
-        """Return a present image's id; never pulls."""
+    def _about(self) -> Mapping[str, Any]:
+        """Return what the engine says of itself and its host; asked once a command."""
+        if self._told is None:
+            with self._translated():
+                self._told = dict(self._client.info())
+        return self._told
+
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never pulls."""
         with self._translated(f"image {image}"):
-            try:
-                return str(self._client.images.get(image).id)
-            except docker.errors.ImageNotFound:
-                raise EngineError(
-                    f"no image {image} here; build it in the project's folder: docker build -t {image.split(':')[0]} .  "
-                    "(or name another with --image)"
-                ) from None
+            return checks.find_image(self._client, image)
+
+    def check_trainer(self, image: Image, script: str) -> None:
+        """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
+        with self._translated(f"image {image.name}"):
+            checks.require_trainer(self._acting(), image, script)
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
+        with self._translated("GPU runtime"):
+            checks.require_gpu_runtime(self._acting(), self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
@@ -141,11 +157,11 @@ class DockerEngine:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
         with self._translated():
             try:
-                self._acting().containers.get(replica_id).start()
+                self._acting().api.start(replica_id)
             except docker.errors.APIError as error:
                 text = str(error.explanation or error)
-                if "could not select device driver" in text:
-                    raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
+                if checks.NO_GPU_RUNTIME in text:
+                    raise EngineError(f"Docker has no GPU runtime; {checks.GPU_REMEDY}") from None
                 if "nvidia-container-cli" in text:
                     detail = text.split("nvidia-container-cli:", 1)[1].splitlines()[0].strip()
                     raise EngineError(
@@ -235,14 +251,24 @@ class DockerEngine:
                 if not (_vanished(error) or "already in progress" in str(error)):
                     raise
 
-    def _connect(self, timeout_s: float) -> Any:
-        return docker.DockerClient.from_env(timeout=timeout_s)
+    @property
+    def _client(self) -> Any:
+        """This thread's client for questions, which are answered soon or not at all."""
+        return self._connected("asking", ANSWER_TIMEOUT_S)
 
     def _acting(self) -> Any:
-        """Return a client that waits long enough for actions."""
-        if self._actor is None:
-            self._actor = self._connect(ACTION_TIMEOUT_S)
-        return self._actor
+        """Return this thread's client that waits long enough for actions."""
+        return self._connected("acting", ACTION_TIMEOUT_S)
+
+    def _connected(self, purpose: str, timeout_s: float) -> Any:
+        client = getattr(self._clients, purpose, None)
+        if client is None:
+            client = self._connect(timeout_s, self._api_version)
+            setattr(self._clients, purpose, client)
+        return client
+
+    def _connect(self, timeout_s: float, version: str | None = None) -> Any:
+        return docker.DockerClient.from_env(timeout=timeout_s, version=version)
 
     def _signal(self, replica_id: str, signal: str) -> None:
         with self._translated():
@@ -292,7 +318,13 @@ class DockerEngine:
             subject = f"{what}: " if what else ""
             raise EngineError(f"{subject}{self.title} refuses: {error.explanation or error}") from error
         except (docker.errors.DockerException, *_TRANSPORT) as error:
-            raise EngineError(f"{self.title} does not answer ({_reason(error)}); {self.remedy}") from error
+            reason = _reason(error)
+            denied = self._denied() if reason == _DENIED else ""
+            raise EngineError(denied or f"{self.title} does not answer ({reason}); {self.remedy}") from error
+
+    def _denied(self) -> str:
+        """Say whose the socket is that the caller may not use."""
+        return checks.permission_words()
 
     def _read_log(
         self, replica_id: str, follow: bool, options: Mapping[str, Any]
@@ -321,51 +353,6 @@ class DockerEngine:
             yield split_stamp(pending)
 
 
-def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
-    """Return docker-py's arguments for a spec: detached, limited, hardened, without a terminal.
-
-    Without a terminal Ctrl-C in `docker attach --sig-proxy=false` leaves the trainer alone.
-    """
-    options: dict[str, Any] = {
-        "image": spec.image,
-        "command": list(spec.command),
-        "name": spec.name,
-        "labels": labels(spec, owner),
-        "environment": {**spec.passed, **spec.environment},
-        "mounts": [
-            docker.types.Mount(item.target, item.source, type="bind", read_only=item.read_only)
-            for item in spec.mounts
-        ],
-        "user": spec.user or None,
-        "detach": True,
-        "tty": False,
-        "stdin_open": False,
-        "init": True,
-        "network": spec.network or "bridge",
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"],
-        "read_only": True,
-        # Compiled kernels are loaded from /tmp, so it must allow execution.
-        "tmpfs": {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}"},
-        "pids_limit": spec.pids_limit,
-        "mem_limit": spec.memory_bytes,
-        "memswap_limit": spec.memory_bytes,
-        "shm_size": spec.shm_bytes,
-        "log_config": docker.types.LogConfig(
-            type="json-file", config={"max-size": LOG_FILE_SIZE, "max-file": str(LOG_FILES)}
-        ),
-    }
-    if spec.cores:
-        options["cpuset_cpus"] = format_cores(spec.cores)
-    if spec.device.kind == "gpu":
-        options["device_requests"] = [
-            docker.types.DeviceRequest(
-                device_ids=list(spec.device.handles), capabilities=[["gpu", "compute", "utility"]]
-            )
-        ]
-    return options
-
-
 def _vanished(error: docker.errors.APIError) -> bool:
     """Return whether there is no such container, or soon will be; Podman says 500 when it goes while it is asked about."""
     text = str(error.explanation).lower()
@@ -378,7 +365,7 @@ def _reason(error: BaseException) -> str:
         ("timed out", f"no answer within {ANSWER_TIMEOUT_S:g} s"),
         ("No such file", "no socket there"),
         ("FileNotFoundError", "no socket there"),
-        ("Permission denied", "permission denied"),
+        ("Permission denied", _DENIED),
         ("Connection refused", "connection refused"),
     ):
         if sign in text:

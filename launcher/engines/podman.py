@@ -13,7 +13,7 @@ from typing import Any
 import docker
 
 from launcher.devices import format_cores
-from launcher.engines.base import Mount, ReplicaSpec
+from launcher.engines.base import Image, Mount, ReplicaSpec
 from launcher.engines.docker import DockerEngine, split_stamp
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
 from launcher.errors import EngineError
@@ -51,6 +51,9 @@ class PodmanEngine(DockerEngine):
         super().__init__(owner)
         if not self.is_podman:
             raise EngineError(f"{address or 'DOCKER_HOST'}: not Podman answers there; use --engine docker")
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Take it: Podman looks a device up when it starts a container with it, and no sooner."""
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network; `bridge` is what Podman takes by itself."""
@@ -106,16 +109,19 @@ class PodmanEngine(DockerEngine):
         if line:
             yield first, line
 
-    def _connect(self, timeout_s: float) -> Any:
+    def _connect(self, timeout_s: float, version: str | None = DOCKER_API) -> Any:
         timeout_s = max(timeout_s, LOCK_TIMEOUT_S)
         # To tell its version Podman starts several programs; it has spoken this one all along.
         if self._address is None:
             return docker.DockerClient.from_env(version=DOCKER_API, timeout=timeout_s)
         return docker.DockerClient(base_url=self._address, version=DOCKER_API, timeout=timeout_s)
 
+    def _denied(self) -> str:
+        return ""
+
     def _is_rootless(self) -> bool:
         if self._rootless is None:
-            about = self._client.info()
+            about = self._about()
             self._rootless = bool(about.get("Rootless"))
             if self._rootless and about.get("CgroupVersion") == "1":
                 raise EngineError(
@@ -135,7 +141,7 @@ def socket_address(environment: Mapping[str, str], uid: int) -> str:
 
 
 def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) -> dict[str, Any]:
-    """Return the body of Podman's own `create`: the same limits and hardening as `docker.container_options`."""
+    """Return the body of Podman's own `create`: the same limits and hardening as `container_options`."""
     body: dict[str, Any] = {
         "image": spec.image,
         "command": list(spec.command),
