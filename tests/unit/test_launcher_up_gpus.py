@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        tag = uuid.uuid4().hex[:8]  # no other test's replicas are on these
+        self.uuids = [f"GPU-{tag}-{n}" for n in range(4)]
         self.gpus: list[dict[str, Any]] = [
-            {"uuid": f"GPU-000{n}", "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
+            {"uuid": self.uuids[n], "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
         ]
         (folder / "app").mkdir()
         (folder / "app" / "__init__.py").touch()
@@ -71,6 +75,15 @@ class Home:
     def devices(self, runs: str = "runs") -> list[str]:
         return [row["device"] for row in json.loads(self("status", "--json", runs=runs)[1])["replicas"]]
 
+    def said(self, count: int) -> list[str]:
+        """Return the trainers' lines once there are so many, a while after they have started."""
+        for _ in range(50):
+            lines = self("logs")[1].splitlines()
+            if len(lines) >= count:
+                return lines
+            time.sleep(0.1)
+        raise AssertionError(lines)
+
 
 def up_words(name: str, *words: str) -> tuple[str, ...]:
     return ("up", *words, "--settle", "0", "--", "--project", "p", "--name", name)
@@ -85,18 +98,15 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 def test_replicas_are_named_by_number_and_pinned_by_uuid(home: Home) -> None:
-    code, _, error = home.up("a", "--gpus", "1,GPU-0003", "--memory", "64m")
+    code, _, error = home.up("a", "--gpus", f"1,{home.uuids[3]}", "--memory", "64m")
     assert code == 0, error
     assert home.devices() == ["gpu:1", "gpu:3"]
     assert "p-a-gpu3" in home("status")[1]
     assert "GPU 3" in home("status")[1]
     shown = json.loads(home.up("a", "--gpus", "1", "--dry-run", "--json")[1])["replicas"][0]
-    assert (shown["device"], shown["uuids"]) == ("gpu:1", ["GPU-0001"])
-    lines = home("logs")[1].splitlines()
-    assert [line.split(" | ")[1].split()[:2] for line in lines] == [
-        ["sees", "GPU-0001"],
-        ["sees", "GPU-0003"],
-    ]
+    assert (shown["device"], shown["uuids"]) == ("gpu:1", [home.uuids[1]])
+    seen = [line.split(" | ")[1].split()[1] for line in home.said(2)]
+    assert seen == [home.uuids[1], home.uuids[3]]
 
 
 def test_a_fleet_of_another_runs_folder_is_named_as_the_holder_and_may_be_joined_by_force(home: Home) -> None:
@@ -162,7 +172,7 @@ def test_what_another_up_has_started_meanwhile_is_seen_after_the_wait_for_it(hom
         assert f"process {os.getpid()} " in line
         engine = LocalEngine(home.folder / "runs", os.getuid())
         spec = ReplicaSpec(
-            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", ("GPU-0001",)), image="", image_id="",
+            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", (home.uuids[1],)), image="", image_id="",
             command=("sleep", "60"), environment={}, runs=home.folder / "runs",
         )  # fmt: skip
         engine.start(engine.create(spec))
@@ -200,9 +210,9 @@ def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home:
     status = home("status")[1]
     assert "p-a-gpu1-3" in status
     assert "GPU 1-3" in status
-    log = home("logs")[1]
-    assert "sees GPU-0001,GPU-0002,GPU-0003 args" in log
-    assert log.rstrip().endswith("--device 0,1,2")
+    [line] = home.said(1)
+    assert line.startswith(f"sees {','.join(home.uuids[1:])} args ")
+    assert line.endswith(" --device 0,1,2")
     code, _, error = home.up("b", "--gpus", "2", runs="others")
     assert code == 2
     assert "GPU 2 is held by p-a-gpu1-3 of fleet p/a" in error
