@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pwd
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from launcher.engines.base import ReplicaSpec
+from launcher.processes import printable, user_name
 
 FORMAT_LABEL = "starling.launcher"
 FORMAT = "1"
@@ -58,8 +59,7 @@ def owner_of(found: Mapping[str, str], name: str) -> int | None:
     owner = found.get(OWNER_LABEL, "")
     exact = (
         plan is not None
-        and owner.isascii()
-        and owner.isdigit()
+        and re.fullmatch("[0-9]{1,10}", owner)
         and found.get(FORMAT_LABEL) == FORMAT
         and found.get(REPLICA_LABEL) == name == plan.get("replica")
         and found.get(FLEET_LABEL) == plan.get("fleet")
@@ -70,10 +70,8 @@ def owner_of(found: Mapping[str, str], name: str) -> int | None:
 
 def user_words(uid: int, *, remote: bool = False) -> str:
     """Return `user bob (uid 1001)`; the number alone for one whom this machine does not know."""
-    try:
-        return f"uid {uid}" if remote else f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except (KeyError, OverflowError):
-        return f"uid {uid}"
+    name = f"uid {uid}" if remote else user_name(uid)
+    return name if name == f"uid {uid}" else f"user {name} (uid {uid})"
 
 
 def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> str | None:
@@ -82,7 +80,7 @@ def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> s
     if owner is None:
         return None
     return (
-        f"fleet {found[FLEET_LABEL]} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
+        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
         "is: give the training another --name"
     )
 

@@ -34,6 +34,7 @@ from launcher.ownership import (
     is_ours,
     plan_of,
 )
+from launcher.processes import printable
 
 ANSWER_TIMEOUT_S = 3.0
 """A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
@@ -298,9 +299,9 @@ class DockerEngine:
         stranger = in_use_by(found, name, remote=self.remote)
         if stranger and not is_ours(found, name, self._owner):
             return NameTaken(stranger)
-        fleet = f"fleet {found[FLEET_LABEL]}, " if FLEET_LABEL in found else ""
+        fleet = f"fleet {printable(found[FLEET_LABEL])}, " if FLEET_LABEL in found else ""
         holder = (
-            f"container {inspected['Id'][:12]} ({fleet}image {inspected['Config']['Image']})"
+            f"container {inspected['Id'][:12]} ({fleet}image {printable(inspected['Config']['Image'])})"
             if inspected
             else "another container"
         )
