@@ -94,9 +94,8 @@ class LocalEngine:
         """Record a replica; raises NameTaken when its record is there."""
         record = _Record(id=self._new_id(), labels=labels(spec, self._owner), created=time.time())
         with _translated(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
             temporary = self._folder / f".{spec.name}.{record.id}.part"
-            temporary.write_text(_dump(record))
+            _write_in_new_folder(temporary, _dump(record))
             try:
                 # A link fails where a rename would replace: the name is taken by one creator only.
                 os.link(temporary, self._record_path(spec.name))
@@ -250,7 +249,7 @@ class LocalEngine:
             for path in (
                 self._exit_path(name),
                 log,
-                *log.parent.glob(f"{log.name}.[0-9]"),
+                *(log.with_name(f"{log.name}.{number}") for number in range(1, supervisor.LOG_FILES)),
                 self._record_path(name),
             ):
                 path.unlink(missing_ok=True)
@@ -268,13 +267,16 @@ class LocalEngine:
         )
 
     def _records(self) -> Iterator[_Record]:
-        for path in sorted(self._folder.glob("*.json")):
-            record = _load(path)
-            if (
-                record
-                and not path.name.endswith(".exit.json")
-                and is_ours(record.labels, path.stem, self._owner)
-            ):
+        names: list[str] = []
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # also one that goes while it is read, as globbing does not take it
+            names = os.listdir(self._folder)
+        for name in sorted(names):
+            if not name.endswith(".json") or name.endswith(".exit.json"):
+                continue
+            record = _load(self._folder / name)
+            if record and is_ours(record.labels, name.removesuffix(".json"), self._owner):
                 yield record
 
     def _find(self, replica_id: str) -> _Record | None:
@@ -329,6 +331,18 @@ def _alive(record: _Record) -> bool:
         )
     except (OSError, ValueError, IndexError):
         return False
+
+
+def _write_in_new_folder(path: Path, text: str) -> None:
+    """Write a file, and make its folder as often as somebody who removes the last record takes that away."""
+    for attempt in range(10):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_text(text)
+            return
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
 
 
 def _boot_id() -> str:

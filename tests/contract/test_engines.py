@@ -349,8 +349,9 @@ def test_a_replica_removed_by_somebody_else_before_its_start_takes_the_fleet_bac
         start(replica_id)
 
     monkeypatch.setattr(world.engine, "start", removed_first)
-    with pytest.raises(EngineError):
+    with pytest.raises(LauncherError) as caught:
         fleet.bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
+    assert caught.value.exit_code == 5
     assert world.reopen().list() == []
 
 
