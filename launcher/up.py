@@ -49,6 +49,11 @@ def run_up(options: dict[str, Any]) -> None:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
     if options["build"] and options["engine"] == "local":
         raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
+    if options["build"] and options["engine"] == "podman":
+        raise UsageError(
+            f"--build: builds with Docker; in the project's folder: podman build -t {options['image']} .  "
+            f"(or bring it over: docker save {options['image']} | podman load)"
+        )
     runs = absolute(options["runs"])
     placement = place(options["engine"], runs)
     problems = Problems()

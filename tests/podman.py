@@ -32,13 +32,11 @@ class PodmanService:
                        "--tmpdir", f"{self._folder}/tmp", "--cgroup-manager", "cgroupfs"]  # fmt: skip
         (self._folder / "cdi.json").write_text(json.dumps(_gpu_doubles()))
         (self._folder / "containers.conf").write_text(_settings())
-        self._own_cdi = not os.path.lexists("/run/cdi")
-        os.makedirs("/run/cdi", exist_ok=True)
         self._log = open(self._folder / "log", "w")  # noqa: SIM115 (closed in remove)
         # What is on the namespace's own mounts is gone with its last process, the images' thousands of files too.
         script = (
-            "mount -t tmpfs cdi /run/cdi && cp cdi.json /run/cdi/ && mkdir store && mount -t tmpfs store store "
-            '&& exec podman "$@"'
+            "mount -t tmpfs run /run && mkdir /run/cdi && cp cdi.json /run/cdi/ "
+            '&& mkdir store && mount -t tmpfs store store && exec podman "$@"'
         )
         service = [*self._store, "system", "service", "--time=0", self.address]
         self._process = subprocess.Popen(
@@ -90,8 +88,6 @@ class PodmanService:
         self._process.wait(30)
         self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._own_cdi:
-            os.rmdir("/run/cdi")
 
     def _wait(self) -> None:
         deadline = time.monotonic() + 20

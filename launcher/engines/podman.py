@@ -52,6 +52,18 @@ class PodmanEngine(DockerEngine):
         if not self.is_podman:
             raise EngineError(f"{address or 'DOCKER_HOST'}: not Podman answers there; use --engine docker")
 
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never pulls."""
+        try:
+            return super().resolve_image(image)
+        except EngineError as error:
+            if not str(error).startswith("no image"):
+                raise
+        raise EngineError(
+            f"no image {image} here, and none is ever pulled; in the project's folder: podman build -t {image} .  "
+            f"(or bring it over: docker save {image} | podman load; or name another with --image)"
+        )
+
     def check_gpu_runtime(self, image: Image) -> None:
         """Take it: Podman looks a device up when it starts a container with it, and no sooner."""
 

@@ -116,6 +116,16 @@ def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(
         assert "\npodman run --detach --init" in done.stdout
 
 
+def test_an_image_that_is_not_there_is_built_or_brought_over_by_podmans_own_commands(
+    world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=r"podman build -t none:x .*docker save none:x \| podman load"):
+        world.engine.resolve_image("none:x")
+    done = launcher(tmp_path, "up", "--engine", "podman", "--build", "--image", "none:x", "--", "--name", "x")
+    assert done.returncode == 2
+    assert "podman build -t none:x" in done.stderr
+
+
 @pytest.mark.docker
 def test_a_docker_socket_is_not_taken_for_podmans(tmp_path: Path) -> None:
     base_image()
