@@ -18,7 +18,8 @@ from launcher.dry_run import show_plan
 from launcher.engines.base import Engine
 from launcher.env_file import read_env_file
 from launcher.errors import LauncherError, UsageError
-from launcher.inventory import read_gpus
+from launcher.host_files import LOCAL, expand
+from launcher.inventory import Gpu, read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
     DEFAULT_IMAGE,
@@ -30,6 +31,8 @@ from launcher.plan import (
     make_plan,
     passed_variables,
 )
+from launcher.reach import Box, host_files, open_box
+from launcher.remote_runs import check_remote_runs, remote_gpus, remote_replica_user, remote_runs_folder
 from launcher.runs_folder import check_runs, replica_user, runs_folder
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
@@ -39,16 +42,23 @@ def run_up(options: dict[str, Any]) -> None:
     """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
-    runs = absolute(options["runs"])
+    box = open_box() if options["engine"] != "local" else None
+    files = host_files() if box is not None else LOCAL
+    runs = absolute(options["runs"]) if box is None else expand(files, files.start, str(options["runs"]))
     placement = place(options["engine"], runs)
-    request = read_request(options, runs, placement)
+    request = read_request(options, runs, placement, box)
     engine = open_engine(options["engine"], runs)
     if options["dry_run"]:
         _show(draw_up(request, placement, engine, strict=False), as_json=options["as_json"])
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    with runs_folder(runs, request.user, say):
+    held = (
+        runs_folder(runs, request.user, say)
+        if box is None
+        else remote_runs_folder(box, runs, request.user, say)
+    )
+    with held:
         plan = draw_up(request, placement, engine)  # again, now that nobody else can be starting anything
         for note in plan.notes:
             say(f"note: {note}")
@@ -74,15 +84,22 @@ def place(engine: str, runs: Path) -> Placement:
     return Placement(engine=engine, trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 
 
-def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> Request:
-    """Return click's options as a request; checks everything that needs no engine."""
-    check_runs(runs)
+def read_request(
+    options: dict[str, Any], runs: Path, placement: Placement, box: Box | None = None
+) -> Request:
+    """Return click's options as a request; checks everything that needs no engine, on the machine that is meant."""
+    files = host_files() if box is not None else LOCAL
+    if box is None:
+        check_runs(runs)
+    else:
+        check_remote_runs(box, runs)
     args = prepare_args(
         options["training_args"],
-        cwd=Path.cwd(),
+        cwd=files.start,
         runs=runs,
         runs_inside=placement.runs_inside,
         isolated=placement.isolated,
+        files=files,
     )
     from_files: dict[str, str] = {}
     for path in options["env_files"]:
@@ -96,9 +113,13 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
         shm_bytes=parse_size(options["shm"], "--shm") if options["shm"] else None,
         image=options["image"] or DEFAULT_IMAGE,
         network=options["network"],
-        user=replica_user(runs, caller_ids(), options["user"]) if placement.isolated else "",
+        user=_replica_user(runs, options["user"], box) if placement.isolated else "",
         passed=passed_variables(os.environ, options["env_names"], from_files),
     )
+
+
+def _replica_user(runs: Path, asked: str | None, box: Box | None) -> str:
+    return replica_user(runs, caller_ids(), asked) if box is None else remote_replica_user(box, runs, asked)
 
 
 def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: bool = True) -> Plan:
@@ -106,7 +127,7 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
 
     Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing.
     """
-    gpus = None if engine.remote else read_gpus()
+    gpus = _remote_gpus() if engine.remote else read_gpus()
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
     others = [state for state in engine.list() if state.fleet != request.args.fleet]
@@ -121,6 +142,11 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
         image_id, notes = "", (f"would fail now: {error}",)
     plan = make_plan(request, placement, engine.machine(), gpus, image_id, others)
     return Plan(engine=plan.engine, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
+
+
+def _remote_gpus() -> tuple[Gpu, ...] | None:
+    there = open_box()
+    return None if there is None else remote_gpus(there)
 
 
 def _show(plan: Plan, *, as_json: bool) -> None:

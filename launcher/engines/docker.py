@@ -31,6 +31,7 @@ from launcher.ownership import (
     labels,
     plan_of,
 )
+from launcher.reach import box
 
 ANSWER_TIMEOUT_S = 3.0
 """A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
@@ -72,7 +73,9 @@ class DockerEngine:
     def remote(self) -> bool:
         """Whether DOCKER_HOST or the context leads to another machine."""
         scheme = urlsplit(self._client.api.base_url).scheme
-        return not scheme.startswith(("http+docker", "http+unix", "unix", "npipe", "http+npipe"))
+        return box() is not None or not scheme.startswith(
+            ("http+docker", "http+unix", "unix", "npipe", "http+npipe")
+        )
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""

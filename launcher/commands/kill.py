@@ -1,0 +1,42 @@
+"""`launcher kill NAMES…`: end replicas at once, and leave them listed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from launcher.cli import open_engine, shared
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@shared
+@click.argument("names", nargs=-1, required=True)
+def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None:
+    """Kill the replicas NAMES at once (SIGKILL); NAMES are replicas, or fleets as project/name.
+
+    What they did since their last checkpoint is lost: `stop` saves first. They stay listed, and the same `up` resumes
+    them. Does not ask, since you name them.
+    """
+    from launcher import fleet
+    from launcher.report import words_for
+
+    chosen = open_engine(engine, runs)
+    states = fleet.select(chosen.list(), names)
+    ended = fleet.kill(chosen, states)
+    was_live = {state.id for state in states if state.live}
+    if as_json:
+        rows = [
+            {"replica": state.name, "killed": state.id in was_live, "state": words_for(state)}
+            for state in ended
+        ]
+        click.echo(json.dumps({"replicas": rows}, indent=2))
+    else:
+        for state in ended:
+            click.echo(f"{state.name}: {words_for(state)}" + ("" if state.id in was_live else ", as before"))
+    if any(state.live for state in ended):
+        click.echo("error: not every replica has ended; `launcher status` tells which", err=True)
+        sys.exit(5)
