@@ -248,8 +248,8 @@ def _train_words(value: Value, where: str) -> tuple[str, ...]:
 
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
-    from launcher.training_args import place_beside
     from launcher.reach import remote_files
+    from launcher.training_args import place_beside
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP

@@ -23,7 +23,7 @@ _EXAMPLES = {
 }
 """Values to show for keys that have no default, where the type alone would say too little."""
 
-_HEAD = f"""\
+_HEAD = """\
 # Settings of `launcher`, read from the folder that it is called in, or from `launcher -f FILE COMMAND`.
 # Flags win over variables, variables over this file. Relative paths start at this file's folder.
 # Each key is the flag of the same name; `launcher up --help` and docs/configure.md say more. No secrets here: `env`
