@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.cli import absolute, open_engine, shared
+from launcher.config_file import ConfiguredCommand
 from launcher.errors import EngineError, LauncherError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.run_folders import RunFolder
 
 
-@click.command()
+@click.command(cls=ConfiguredCommand)
 @click.option("--runs-too", is_flag=True, help="Also what they wrote: the run folders of their fleets.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only show the list.")

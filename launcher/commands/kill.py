@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from launcher.cli import open_engine, shared
+from launcher.config_file import ConfiguredCommand
 
 
-@click.command()
+@click.command(cls=ConfiguredCommand)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @shared
 @click.argument("names", nargs=-1, required=True)
