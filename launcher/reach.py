@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -90,21 +91,25 @@ def _ssh_url(environment: Mapping[str, str]) -> str | None:
 
 
 def _context_host(environment: Mapping[str, str]) -> str | None:
-    """Return the address in the current Docker context, without importing docker where there is only the default."""
+    """Return the address in the current Docker context; None for the default one.
+
+    Read here, since docker-py takes a context that it does not find for the default one, which is another machine.
+    Raises EngineError for a context that is not there.
+    """
     folder = Path(environment.get("DOCKER_CONFIG") or Path("~/.docker").expanduser())
     name = environment.get("DOCKER_CONTEXT")
     if not name:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             name = json.loads((folder / "config.json").read_text()).get("currentContext")
-    if not name or name == "default":
+    if not isinstance(name, str) or name in ("", "default"):
         return None
-    from docker.context import ContextAPI
-    from docker.errors import DockerException
-
+    meta = folder / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest() / "meta.json"
     try:
-        return ContextAPI.kwargs_from_context(environment=environment).get("base_url")
-    except DockerException:
-        return None  # the engine's own client will say what is wrong with it
+        return str(json.loads(meta.read_text())["Endpoints"]["docker"]["Host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EngineError(
+            f"Docker context {name}: is not there, or names no engine; `docker context ls` lists those that are"
+        ) from None
 
 
 def _destination(url: str) -> list[str]:
@@ -131,6 +136,7 @@ class Box:
     """One connection to a machine: a shell for questions, and the engine's socket. Ends with this process."""
 
     def __init__(self, url: str) -> None:
+        self.url = url
         self.name = urlsplit(url).hostname or url
         self._destination = _destination(url)
         if shutil.which("ssh") is None:

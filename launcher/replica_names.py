@@ -48,9 +48,9 @@ def _names(ctx: click.Context) -> list[str]:
     from launcher.reach import remote_files
 
     engine = ctx.params.get("engine") or "docker"
-    if engine != "local" and remote_files():
-        return []  # a connection by ssh takes too long for a key, and may ask for a password
     try:
+        if engine != "local" and remote_files():
+            return []  # a connection by ssh takes too long for a key, and may ask for a password
         states = open_engine(engine, ctx.params.get("runs") or Path("runs")).list()
     except LauncherError:
         return []

@@ -167,9 +167,11 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
     where = "" if engine.name == "docker" else f" --engine local --runs {plan.replicas[0].runs}"
+    there = open_box() if engine.name == "docker" else None
+    where = where if there is None else f" --host {there.url}"
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "docker":
+    if engine.name == "docker" and there is None:
         say(f"  output     docker attach --sig-proxy=false {first}")
     else:
         say(f"  output     launcher attach{where} {first}")
