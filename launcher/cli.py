@@ -275,10 +275,11 @@ def _count(states: Sequence[ReplicaState]) -> str:
 def _add_commands() -> None:
     from launcher.commands.clean import clean
     from launcher.commands.completion import completion
+    from launcher.commands.doctor import doctor
     from launcher.commands.init import init
     from launcher.commands.kill import kill
 
-    for command in (clean, completion, init, kill):
+    for command in (clean, completion, doctor, init, kill):
         cli.add_command(command)
 
 

@@ -27,8 +27,8 @@ NAME = "starling.yaml"
 TRAIN = "train"
 """The one key that is no flag: the training arguments."""
 
-SHARED = frozenset({"engine", "runs", "host"})
-"""The parameters that every command takes from the file; the others are those of `up` alone."""
+SHARED = frozenset({"engine", "runs", "host", "image"})
+"""The parameters that every command that has them takes from the file; the others are those of `up` alone."""
 
 _EXCLUSIVE = (("gpus", "cpus"),)
 """Parameters of which one on the command line puts aside the other in the file."""

@@ -280,6 +280,13 @@ class DockerEngine:
             yield _split_stamp(pending)
 
 
+def ask_about() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the engine says of itself: its `info` and its `version`."""
+    with _translated("Docker"):
+        client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
+        return client.info(), client.version()
+
+
 def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
     """Return docker-py's arguments for a spec: detached, limited, hardened, without a terminal.
 

@@ -1,0 +1,128 @@
+"""All checks, in the order in which they are told; those that wait do so at the same time."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launcher.doctor import engine_checks, host_checks, one_shot
+from launcher.doctor.findings import Finding
+from launcher.engines.base import Engine
+from launcher.errors import LauncherError
+from launcher.inventory import Gpu, read_gpus
+from launcher.reach import Box
+from launcher.sizes import format_size
+
+Check = Callable[[], list[Finding]]
+
+
+def examine_docker(
+    open_engine: Callable[[], Engine], runs: Path, image: str, gpu: str | None, box: Box | None
+) -> list[Finding]:
+    """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
+    path = engine_checks.socket_path() if box is None else None
+    socket = [] if path is None else [engine_checks.check_socket(path)]
+    try:
+        engine = open_engine()
+    except LauncherError as error:
+        text, _, remedy = str(error).partition("; ")
+        return [*socket, Finding("engine", "failure", text, remedy), *_together(_host(runs, box))]
+    remote = engine.remote
+    gpus = _gpus(box, remote=remote)
+    tried = gpu if gpu is not None else gpus[0].uuid if gpus else None
+    checks = [
+        lambda: _about(gpus, remote=remote),
+        lambda: [host_checks.check_gpus(gpus, remote=remote)],
+        lambda: _in_container(open_engine(), runs, image, tried, box),
+        lambda: [] if remote else [engine_checks.check_compose()],
+        *_host(runs, box),
+    ]
+    return [*socket, *_together(checks)]
+
+
+def examine_local(runs: Path) -> list[Finding]:
+    """Look at this machine as the local engine uses it."""
+    return _together(
+        [_trainer, _machine, lambda: [host_checks.check_gpus(read_gpus(), remote=False)], *_host(runs, None)]
+    )
+
+
+def _together(checks: list[Check]) -> list[Finding]:
+    with ThreadPoolExecutor(len(checks)) as pool:
+        return [finding for found in pool.map(lambda check: check(), checks) for finding in found]
+
+
+def _host(runs: Path, box: Box | None) -> list[Check]:
+    return [lambda: host_checks.check_runs_folder(runs, box), lambda: [host_checks.check_tracking()]]
+
+
+def _gpus(box: Box | None, *, remote: bool) -> tuple[Gpu, ...] | None:
+    from launcher.remote_runs import remote_gpus
+
+    if box is not None:
+        return remote_gpus(box)
+    return None if remote else read_gpus()
+
+
+def _about(gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
+    """Ask the engine about itself, by a client of this thread's own."""
+    from launcher.engines.docker import ask_about
+
+    try:
+        before = time.time()
+        about, version = ask_about()
+        after = time.time()
+    except LauncherError as error:
+        return [Finding("engine", "failure", str(error))]
+    return [
+        engine_checks.check_version(version),
+        engine_checks.check_machine(about),
+        engine_checks.check_limits(about),
+        engine_checks.check_clock(about, before, after),
+        engine_checks.check_docker_disk(about, remote=remote),
+        engine_checks.check_gpu_runtime(about, gpus),
+    ]
+
+
+def _in_container(engine: Engine, runs: Path, image: str, gpu: str | None, box: Box | None) -> list[Finding]:
+    from launcher.ownership import caller_ids
+    from launcher.remote_runs import remote_replica_user
+    from launcher.runs_folder import replica_user
+
+    try:
+        engine.resolve_image(image)
+        if box is not None:
+            user = remote_replica_user(box, runs, None)
+            there = box.ask(f"[ -d {shlex.quote(str(runs))} ]")[0] == 0
+        else:
+            user = replica_user(runs, caller_ids(), None)
+            # Root's own empty folder is handed to the replicas' user by `up`, so there is nothing to try yet.
+            handed = runs.is_dir() and (os.getuid() != 0 or runs.stat().st_uid == int(user.split(":")[0]))
+            there = handed and not engine.remote
+    except LauncherError as error:
+        text, _, remedy = str(error).partition("; ")
+        return [Finding("image", "failure", text, remedy)]
+    return one_shot.probe(engine, image, runs if there else None, user, gpu)
+
+
+def _trainer() -> list[Finding]:
+    from launcher.training_args import trainer_script
+
+    try:
+        return [Finding("trainer", "ok", str(trainer_script()))]
+    except LauncherError as error:
+        text, _, remedy = str(error).partition("; ")
+        return [Finding("trainer", "failure", text, remedy)]
+
+
+def _machine() -> list[Finding]:
+    import psutil
+
+    memory: Any = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    return [Finding("machine", "ok", f"{cores} cores, {format_size(int(memory.total))} of memory")]
