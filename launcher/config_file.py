@@ -264,6 +264,7 @@ def _complete(ctx: click.Context, settings: Settings) -> None:
             if from_file(other) and ctx.get_parameter_source(one) is ParameterSource.COMMANDLINE:
                 ctx.params[other] = None
     if "training_args" in ctx.params:
+        click.echo(f"settings: {settings.path}", err=True)
         words = settings.train if elsewhere else place_beside(settings.train, settings.folder)
         typed = ctx.params["training_args"]
         ctx.params["training_args"] = (*without_overridden(words, typed), *typed)

@@ -290,8 +290,30 @@ def test_a_machine_that_cannot_be_reached_is_told_in_sshs_own_words(box: Box) ->
             assert (done.returncode, done.stdout) == (5, "")
             assert why in done.stderr
             assert "this must work first: ssh " in done.stderr
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 10
     assert "openssh-client" in box.launcher("status", PATH="/nowhere").stderr
+
+
+def test_doctor_looks_at_that_machine(box: Box, image: str) -> None:  # noqa: F811
+    (box.home / "seen").mkdir()
+    os.chown(box.home / "seen", 10001, 10001)
+    done = box.launcher("doctor", "--runs", "seen", "--image", image, "--json")
+    checks = {check["check"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0, done.stdout
+    assert "socket" not in checks
+    assert checks["runs folder"]["text"] == f"{box.home}/seen on 127.0.0.1: may be written"
+    assert "free" in checks["runs' disk"]["text"]
+    assert "can write there" in checks["runs inside"]["text"]
+
+
+def test_the_files_host_is_every_commands(box: Box) -> None:
+    (box.laptop / "starling.yaml").write_text(f"host: ssh://root@127.0.0.1:{box.port}\nruns: there\n")
+    before = box.connections()
+    done = box.launcher("status", "test/none", host="")
+    plan = box.launcher("up", "--cpu", "1", "--dry-run", "--json", "--", "--data", "bccd.yaml", host="")
+    (box.laptop / "starling.yaml").unlink()
+    assert (done.returncode, box.connections()) == (2, before + 2), done.stderr
+    assert json.loads(plan.stdout)["replicas"][0]["runs"] == f"{box.home}/there"
 
 
 def test_what_cannot_work_on_another_machine_is_refused(box: Box) -> None:

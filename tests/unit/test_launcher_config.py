@@ -26,7 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in an empty folder with a plain environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("STARLING_RUNS", "STARLING_ENGINE", "DOCKER_HOST", "DOCKER_CONTEXT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # noted down even where it is unset: `--host` sets a variable of this process
+        monkeypatch.delenv(name)
     return tmp_path
 
 
@@ -159,6 +160,26 @@ def test_other_commands_take_what_they_share_and_nothing_else() -> None:
         False,
     )
     assert parsed("logs", "-f")["follow"]
+
+
+def test_every_command_on_an_engine_reads_the_file() -> None:
+    for name, command in cli.commands.items():
+        params = {param.name for param in command.params if isinstance(param, click.Option)}
+        assert ("file" in params) == ("runs" in params), name
+
+
+def test_doctor_looks_at_the_image_of_the_file() -> None:
+    write("image: mine:1\n")
+    assert parsed("doctor")["image"] == "mine:1"
+    assert parsed("doctor", "--image", "other:2")["image"] == "other:2"
+
+
+def test_up_says_whose_settings_it_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed("up")
+    assert capsys.readouterr().err == ""
+    write("memory: 1g\n")
+    parsed("up")
+    assert capsys.readouterr().err == f"settings: {Path.cwd()}/starling.yaml\n"
 
 
 def test_a_flag_takes_back_a_true_of_the_file() -> None:
