@@ -203,20 +203,25 @@ def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
 
 @cli.command("kill-all")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; with --yes.")
 @_shared
 @click.argument("names", nargs=-1)
-def kill_all(engine: str, runs: Path, yes: bool, names: tuple[str, ...]) -> None:
+def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
     """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    import json
+
     from launcher import fleet
     from launcher.errors import EngineError
     from launcher.report import device_words, words_for
 
+    if as_json and not yes:
+        raise UsageError("--json: nobody can be asked then; give --yes")
     chosen = open_engine(engine, runs)
     states = fleet.select(chosen.list(), names)
-    if not states:
+    if not states and not as_json:
         click.echo("none: nothing to remove")
         return
-    for state in states:
+    for state in () if as_json else states:
         click.echo(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
     if not yes and not _confirmed(f"kill and remove {_count(states)}?"):
         click.echo("nothing removed")
@@ -224,7 +229,10 @@ def kill_all(engine: str, runs: Path, yes: bool, names: tuple[str, ...]) -> None
     failures = fleet.discard(chosen, states)
     if failures:
         raise EngineError("could not remove " + "; ".join(failures))
-    click.echo(f"removed {_count(states)}; what they wrote stays in the runs folder")
+    if as_json:
+        click.echo(json.dumps({"removed": [state.name for state in states]}, indent=2))
+    else:
+        click.echo(f"removed {_count(states)}; what they wrote stays in the runs folder")
 
 
 def open_engine(name: str, runs: Path) -> Engine:

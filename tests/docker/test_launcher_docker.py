@@ -274,6 +274,23 @@ def test_a_log_flood_reaches_the_reader_in_whole_lines(world: World) -> None:
     assert all(line.endswith("x" * 100) for line in world.engine.logs(replica_id))
 
 
+def test_kill_leaves_a_container_listed_and_clean_removes_it(cli: Cli) -> None:
+    assert cli.up("--cpu", "1").returncode == 0
+    assert "stays" in cli("clean", "--dry-run", cli.fleet).stdout
+    killed = cli("kill", cli.fleet)
+    assert (killed.returncode, killed.stdout) == (0, f"{cli.replica}: killed (137)\n")
+    assert len(cli.containers()) == 1
+    cleaned = cli("clean", "--yes", "--json", cli.replica)
+    assert json.loads(cleaned.stdout) == {
+        "removed": True,
+        "replicas": [cli.replica],
+        "runs": [],
+        "running": [],
+    }
+    assert cli.containers() == []
+    assert (cli.folder / "runs").exists()
+
+
 def _give_to_replicas(runs: Path) -> None:
     """Make the folder as `up` leaves it when root calls."""
     runs.mkdir()

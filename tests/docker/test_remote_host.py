@@ -324,6 +324,31 @@ def test_what_cannot_work_on_another_machine_is_refused(box: Box) -> None:
     assert "run `launcher clean --runs-too` on 127.0.0.1" in clean.stderr
 
 
+MANY = """
+import socket
+from launcher.reach import open_box
+path = str(open_box().docker_socket)
+ends = [socket.socket(socket.AF_UNIX) for _ in range(14)]
+for end in ends:
+    end.connect(path)
+    end.sendall(b"GET /_ping HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+print([end.recv(15) for end in ends] == [b"HTTP/1.1 200 OK"] * 14)
+"""
+
+
+def test_more_streams_than_sshd_allows_on_one_connection_all_reach_the_engine(box: Box) -> None:
+    """sshd gives a connection ten sessions; `logs -f` of a dozen replicas wants more."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY],
+        env={**os.environ, "PATH": f"{box.programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
+             "DOCKER_HOST": f"ssh://root@127.0.0.1:{box.port}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
     before = set(_ssh_processes(box))
     code = (

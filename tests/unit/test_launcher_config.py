@@ -26,7 +26,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in an empty folder with a plain environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("STARLING_RUNS", "STARLING_ENGINE", "DOCKER_HOST", "DOCKER_CONTEXT"):
-        monkeypatch.setenv(name, "")  # noted down even where it is unset: `--host` sets a variable of this process
+        monkeypatch.setenv(
+            name, ""
+        )  # noted down even where it is unset: `--host` sets a variable of this process
         monkeypatch.delenv(name)
     return tmp_path
 
