@@ -215,16 +215,6 @@ def stop(
     return [now for state in states if (now := engine.state(state.id)) is not None]
 
 
-def kill(engine: Engine, states: Sequence[ReplicaState]) -> list[ReplicaState]:
-    """Send SIGKILL to all that live, wait for their ends, and return how all of them are now."""
-    live = [state for state in states if state.live]
-    for state in live:
-        engine.kill(state.id)
-    for state in live:
-        _await_end(engine, state.id)
-    return [now for state in states if (now := engine.state(state.id)) is not None]
-
-
 def _await_end(engine: Engine, replica_id: str, limit_s: float = 10.0) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from launcher.cli import open_engine, shared
 from launcher.config_file import ConfiguredCommand
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.engines.base import Engine, ReplicaState
+
+END_S = 10.0
+"""A kernel that has not ended a killed process by then is waiting for a disk or a driver."""
 
 
 @click.command(cls=ConfiguredCommand)
@@ -27,7 +37,7 @@ def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None
 
     chosen = open_engine(engine, runs)
     states = fleet.select(chosen.list(), names)
-    ended = fleet.kill(chosen, states)
+    ended = _end_now(chosen, states)
     was_live = {state.id for state in states if state.live}
     if as_json:
         rows = [
@@ -41,3 +51,16 @@ def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None
     if any(state.live for state in ended):
         click.echo("error: not every replica has ended; `launcher status` tells which", err=True)
         sys.exit(5)
+
+
+def _end_now(engine: Engine, states: Sequence[ReplicaState]) -> list[ReplicaState]:
+    """Send SIGKILL to all that live, wait for their ends, and return how all of them are now."""
+    for state in states:
+        if state.live:
+            engine.kill(state.id)
+    deadline = time.monotonic() + END_S
+    while True:
+        found = [now for state in states if (now := engine.state(state.id)) is not None]
+        if not any(state.live for state in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)

@@ -161,9 +161,6 @@ class Engine(Protocol):
     def environment(self, replica_id: str) -> Mapping[str, str] | None:
         """Return the environment a replica was started with; None when that cannot be known any more."""
 
-    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
-        """Return a plain file of at most `most_bytes`, as a replica sees it; empty for anything else, also a link."""
-
     def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs it."""
 
@@ -175,6 +172,9 @@ class Engine(Protocol):
 
     def remove(self, replica_id: str) -> None:
         """Kill it if it runs, and leave nothing of it behind."""
+
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a plain file of at most `most_bytes`, as a replica sees it; empty for anything else, also a link."""
 
 
 def mask(text: str) -> str:

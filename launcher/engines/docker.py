@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +16,7 @@ import requests.exceptions
 import urllib3.exceptions
 
 from launcher.devices import format_cores
+from launcher.engines.archives import read_archived_file
 from launcher.engines.base import Phase, ReplicaSpec, ReplicaState
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.errors import EngineError, NameTaken
@@ -173,26 +172,6 @@ class DockerEngine:
             return None
         return dict(item.split("=", 1) for item in inspected["Config"].get("Env") or [] if "=" in item)
 
-    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
-        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
-        with _translated("Docker"):
-            try:
-                stream, about = self._client.api.get_archive(replica_id, path)
-            except docker.errors.NotFound:
-                return b""
-            # Go's file mode: a plain file has none of the type's bits, which are the high ones.
-            if about["mode"] >> 9 or about["size"] > most_bytes:
-                stream.close()
-                return b""
-            archive = b"".join(stream)
-        try:
-            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                member = tar.next()
-                file = tar.extractfile(member) if member is not None and member.isreg() else None
-                return b"" if file is None else file.read(most_bytes)
-        except tarfile.TarError:
-            return b""
-
     def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
         """Yield whole lines. A dropped stream looks like the end, so the state is asked before believing it."""
         last = ""
@@ -225,6 +204,11 @@ class DockerEngine:
             except docker.errors.APIError as error:
                 if "already in progress" not in str(error):
                     raise
+
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
+        with _translated("Docker"):
+            return read_archived_file(self._client.api, replica_id, path, most_bytes)
 
     def _acting(self) -> Any:
         """Return a client that waits long enough for actions."""
@@ -278,13 +262,6 @@ class DockerEngine:
                 return
         if pending:
             yield _split_stamp(pending)
-
-
-def ask_about() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the engine says of itself: its `info` and its `version`."""
-    with _translated("Docker"):
-        client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
-        return client.info(), client.version()
 
 
 def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
@@ -378,3 +355,10 @@ def _natural(state: ReplicaState) -> tuple[str, int, str]:
     """Sort gpu2 before gpu10."""
     number = state.device.split(":", 1)[1]
     return state.fleet, int(number) if number.isdigit() else -1, state.name
+
+
+def ask_about() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the engine says of itself: its `info` and its `version`."""
+    with _translated("Docker"):
+        client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
+        return client.info(), client.version()
