@@ -37,6 +37,9 @@ PASSWORD_S = 120
 ANSWER_S = 20.0
 MOST_ANSWER_BYTES = 4 * 1024**2
 
+_PLAIN = ("-T", "-a", "-x", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes")
+"""What a user's settings for sessions by hand may ask for, and a conversation between programs must not have."""
+
 _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -148,7 +151,7 @@ class Box:
         self._lock = threading.Lock()
         # The control master is the shell itself: when this process dies its input ends, and so does all of it.
         self._shell = subprocess.Popen(
-            ["ssh", "-T", "-M", "-S", str(self._control), "-o", f"ConnectTimeout={CONNECT_S}", "-o",
+            ["ssh", *_PLAIN, "-M", "-S", str(self._control), "-o", f"ConnectTimeout={CONNECT_S}", "-o",
              "ControlPersist=no", "-o", "ServerAliveInterval=15", *self._destination, "exec sh"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -226,7 +229,14 @@ class Box:
             with connection:
                 # In a session of its own: Ctrl-C ends a wait here, and not the conversation with the engine.
                 end = subprocess.Popen(
-                    ["ssh", "-T", "-S", str(self._control), *self._destination, "docker system dial-stdio"],
+                    [
+                        "ssh",
+                        *_PLAIN,
+                        "-S",
+                        str(self._control),
+                        *self._destination,
+                        "docker system dial-stdio",
+                    ],
                     stdin=connection.fileno(),
                     stdout=connection.fileno(),
                     stderr=self._errors,

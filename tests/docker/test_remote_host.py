@@ -119,6 +119,8 @@ def box(tmp_path_factory: pytest.TempPathFactory, engine: None) -> Iterator[Box]
     (folder / "ssh_config").write_text(
         f"Host *\nIdentityFile {folder}/user\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known\n"
         "GlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\nBatchMode yes\n"
+        # What people have there for sessions of their own, and what must not get in the way.
+        "RemoteCommand exec bash\nRequestTTY yes\nLocalForward 1 192.0.2.1:1\nExitOnForwardFailure yes\n"
     )
     # The system's own client, with settings that a user would have in ~/.ssh/config.
     client = made.programs / "ssh"
@@ -363,7 +365,7 @@ def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
     )  # fmt: skip
     assert holder.stdout is not None
     assert holder.stdout.readline() == f"{box.home}\n"
-    assert set(_ssh_processes(box)) > before
+    assert set(_ssh_processes(box)) - before
     holder.kill()
     holder.wait()
     deadline = time.monotonic() + 10
