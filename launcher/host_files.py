@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from launcher.reach import Box
+    from launcher.box import Box
 
 
 class HostFiles(Protocol):

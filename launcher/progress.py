@@ -45,17 +45,16 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
 
 def progress_of(engine: Engine, state: ReplicaState) -> Progress:
     """Return a replica's progress from the runs folder here, or, of another machine, by way of its engine."""
+    return _progress(worker_values(engine, state, f"{state.name}.json"), state.started_at)
+
+
+def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
+    """Return what a file of the replica's below `<runs>/.workers` holds; nothing for one that is absent or foreign."""
     if not engine.remote:
-        return read_progress(state.runs, state.name, state.started_at)
-    inside = next(
-        (mount["target"] for mount in state.plan["mounts"] if mount["source"] == str(state.runs)), None
-    )
-    if inside is None:
-        return Progress()
-    return _progress(
-        _parse(engine.read_file(state.id, f"{inside}/{FOLDER}/{state.name}.json", MOST_BYTES)),
-        state.started_at,
-    )
+        return _read_json(state.runs / FOLDER / file)
+    mounts: list[dict[str, str]] = state.plan.get("mounts") or []
+    inside = [mount["target"] for mount in mounts if mount["source"] == str(state.runs)]
+    return _parse(engine.read_file(state.id, f"{inside[0]}/{FOLDER}/{file}", MOST_BYTES)) if inside else {}
 
 
 def _progress(values: dict[str, Any], since: float | None) -> Progress:

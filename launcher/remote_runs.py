@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from launcher.box import Box
 from launcher.errors import EngineError, UsageError
 from launcher.inventory import Gpu
-from launcher.reach import Box
 from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID, RUNS_NEVER
 
 _GPU_FIELDS = "index,uuid,name,memory.total"

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from launcher import fleet
+from launcher.box import Box
 from launcher.cli import absolute, open_engine, say
 from launcher.dry_run import show_plan
 from launcher.engines.base import Engine
@@ -31,7 +32,7 @@ from launcher.plan import (
     make_plan,
     passed_variables,
 )
-from launcher.reach import Box, host_files, open_box
+from launcher.reach import host_files, open_box
 from launcher.remote_runs import check_remote_runs, remote_gpus, remote_replica_user, remote_runs_folder
 from launcher.runs_folder import check_runs, replica_user, runs_folder
 from launcher.sizes import parse_size

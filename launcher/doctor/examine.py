@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from launcher.box import Box
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.errors import LauncherError
 from launcher.inventory import Gpu, read_gpus
-from launcher.reach import Box
 from launcher.sizes import format_size
 
 Check = Callable[[], list[Finding]]

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from launcher.box import Box
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
 from launcher.engines.base import mask
 from launcher.errors import LauncherError
 from launcher.inventory import Gpu
-from launcher.reach import Box
 from launcher.runs_folder import check_runs
 from launcher.sizes import format_size
 

@@ -52,10 +52,22 @@ class Box:
         """The first folder of the PATH there."""
         return self.folder / "tools"
 
+    def calls(self) -> list[str]:
+        """Return the words of every call of ssh so far."""
+        return (self.programs.parent / "calls").read_text().splitlines()
+
     def connections(self) -> int:
         """Return how many times the launcher has logged in so far."""
-        calls = (self.programs.parent / "calls").read_text().splitlines()
-        return sum("-M" in call.split() for call in calls)
+        return sum("-M" in call.split() for call in self.calls())
+
+    def environment(self) -> dict[str, str]:
+        """Return variables under which a program here reaches the box."""
+        return {
+            **os.environ,
+            "PATH": f"{self.programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "DOCKER_HOST": f"ssh://root@127.0.0.1:{self.port}",
+        }
 
     def launcher(
         self, *words: str, host: str | None = None, **environment: str
@@ -97,12 +109,24 @@ class Box:
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory, engine: None) -> Iterator[Box]:
+    """A box behind an sshd as Debian sets it up."""
+    yield from start_box(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture(scope="module")
+def strict_box(tmp_path_factory: pytest.TempPathFactory, engine: None) -> Iterator[Box]:
+    """A box behind an sshd that forwards no sockets."""
+    yield from start_box(
+        tmp_path_factory.mktemp("ssh"), "AllowStreamLocalForwarding no\nAllowTcpForwarding no\n"
+    )
+
+
+def start_box(folder: Path, settings: str = "") -> Iterator[Box]:
     """Start an sshd with keys of its own, that knows one user by key and nobody by password."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if os.geteuid() != 0 or sshd is None or not (shutil.which("ssh") and shutil.which("unshare")):
         missing("a box behind ssh needs root, openssh-server, openssh-client and unshare")
     assert sshd is not None
-    folder = tmp_path_factory.mktemp("ssh")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -114,7 +138,7 @@ def box(tmp_path_factory: pytest.TempPathFactory, engine: None) -> Iterator[Box]
     (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nPidFile none\nUsePAM no\nStrictModes no\n"
-        f"AuthorizedKeysFile {folder}/user.pub\nPasswordAuthentication no\nSetEnv HOME={made.home} PATH={made.tools}:/usr/bin:/bin\n"
+        f"{settings}AuthorizedKeysFile {folder}/user.pub\nPasswordAuthentication no\nSetEnv HOME={made.home} PATH={made.tools}:/usr/bin:/bin\n"
     )
     (folder / "ssh_config").write_text(
         f"Host *\nIdentityFile {folder}/user\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known\n"
@@ -338,17 +362,33 @@ print([end.recv(15) for end in ends] == [b"HTTP/1.1 200 OK"] * 14)
 """
 
 
-def test_more_streams_than_sshd_allows_on_one_connection_all_reach_the_engine(box: Box) -> None:
-    """sshd gives a connection ten sessions; `logs -f` of a dozen replicas wants more."""
+@pytest.mark.parametrize("sshd", ["box", "strict_box"])
+def test_more_streams_than_sshd_has_sessions_for_all_reach_the_engine(
+    sshd: str, request: pytest.FixtureRequest
+) -> None:
+    """sshd gives a connection ten sessions; `logs -f` of a dozen replicas wants more, forwarded sockets or not."""
+    box: Box = request.getfixturevalue(sshd)
     done = subprocess.run(
-        [sys.executable, "-c", MANY],
-        env={**os.environ, "PATH": f"{box.programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-             "DOCKER_HOST": f"ssh://root@127.0.0.1:{box.port}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-c", MANY], env=box.environment(), capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "True\n", done.stderr
+    dialled = [call for call in box.calls() if call.endswith("docker system dial-stdio")]
+    assert len(dialled) == (0 if sshd == "box" else 14)
+
+
+def test_an_sshd_that_forwards_no_socket_will_do(strict_box: Box) -> None:
+    done = strict_box.launcher("status", "test/none")
+    assert (done.returncode, "no such replica or fleet" in done.stderr) == (2, True)
+
+
+def test_a_socket_that_is_not_the_users_there_is_named_with_its_group(tmp_path: Path, engine: None) -> None:
+    """The login becomes a user without rights, who meets the machine's own socket."""
+    less = "ForceCommand exec setpriv --reuid=65534 --regid=65534 --clear-groups sh\n"
+    for box in start_box(tmp_path, less):
+        done = box.launcher("status")
+        assert (done.returncode, done.stdout) == (5, "")
+        assert "/var/run/docker.sock there is not yours to use; it is for group " in done.stderr
+        assert "usermod -aG" in done.stderr
 
 
 def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
@@ -358,11 +398,10 @@ def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PATH": f"{box.programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-             "DOCKER_HOST": f"ssh://root@127.0.0.1:{box.port}"},
+        env=box.environment(),
         stdout=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == f"{box.home}\n"
     assert set(_ssh_processes(box)) - before
