@@ -254,7 +254,7 @@ def _complete(ctx: click.Context, settings: Settings) -> None:
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
-    elsewhere = ctx.params.get("engine") != "local" and remote_files()
+    elsewhere = ctx.params.get("engine") == "docker" and remote_files()
     for param in ctx.command.params:
         here = not (elsewhere and param.name == "runs")
         if isinstance(param.type, click.Path) and from_file(param.name) and here:

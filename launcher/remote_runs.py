@@ -76,7 +76,7 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
 
 def _hold(box: Box, runs: Path, say: Callable[[str], None]) -> None:
     """Lock the folder by a descriptor of the shell there: the lock ends with the connection."""
-    if box.ask(f"command -v flock >/dev/null && exec 9<{shlex.quote(str(runs))}")[0]:
+    if box.ask(f"command -v flock >/dev/null && command exec 9<{shlex.quote(str(runs))}")[0]:
         return  # no `flock` there; the engine's names still keep replicas single
     deadline = time.monotonic() + LOCK_WAIT_S
     told = False

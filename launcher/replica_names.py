@@ -49,7 +49,7 @@ def _names(ctx: click.Context) -> list[str]:
 
     engine = ctx.params.get("engine") or "docker"
     try:
-        if engine != "local" and remote_files():
+        if engine == "docker" and remote_files():
             return []  # a connection by ssh takes too long for a key, and may ask for a password
         states = open_engine(engine, ctx.params.get("runs") or Path("runs")).list()
     except LauncherError:

@@ -43,7 +43,7 @@ def run_up(options: dict[str, Any]) -> None:
     """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
-    box = open_box() if options["engine"] != "local" else None
+    box = open_box() if options["engine"] == "docker" else None
     files = host_files() if box is not None else LOCAL
     runs = absolute(options["runs"]) if box is None else expand(files, files.start, str(options["runs"]))
     placement = place(options["engine"], runs)

@@ -30,8 +30,7 @@ def examine_docker(
     try:
         engine = open_engine()
     except LauncherError as error:
-        text, _, remedy = str(error).partition("; ")
-        return [*socket, Finding("engine", "failure", text, remedy), *_together(_host(runs, box))]
+        return [*socket, Finding.of_error("engine", error), *_together(_host(runs, box))]
     remote = engine.remote
     gpus = _gpus(box, remote=remote)
     tried = gpu if gpu is not None else gpus[0].uuid if gpus else None
@@ -78,7 +77,7 @@ def _about(gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
         about, version = ask_about()
         after = time.time()
     except LauncherError as error:
-        return [Finding("engine", "failure", str(error))]
+        return [Finding.of_error("engine", error)]
     return [
         engine_checks.check_version(version),
         engine_checks.check_machine(about),
@@ -96,17 +95,19 @@ def _in_container(engine: Engine, runs: Path, image: str, gpu: str | None, box: 
 
     try:
         engine.resolve_image(image)
+        # Root's own empty folder is handed to the replicas' user by `up`, so there is nothing to try yet.
         if box is not None:
             user = remote_replica_user(box, runs, None)
-            there = box.ask(f"[ -d {shlex.quote(str(runs))} ]")[0] == 0
+            code, owner = box.ask(
+                f"[ -d {shlex.quote(str(runs))} ] && stat -c %u -- {shlex.quote(str(runs))}"
+            )
+            there = code == 0 and (box.ids[0] != 0 or owner.strip() == user.split(":")[0])
         else:
             user = replica_user(runs, caller_ids(), None)
-            # Root's own empty folder is handed to the replicas' user by `up`, so there is nothing to try yet.
             handed = runs.is_dir() and (os.getuid() != 0 or runs.stat().st_uid == int(user.split(":")[0]))
             there = handed and not engine.remote
     except LauncherError as error:
-        text, _, remedy = str(error).partition("; ")
-        return [Finding("image", "failure", text, remedy)]
+        return [Finding.of_error("image", error)]
     return one_shot.probe(engine, image, runs if there else None, user, gpu)
 
 
@@ -116,8 +117,7 @@ def _trainer() -> list[Finding]:
     try:
         return [Finding("trainer", "ok", str(trainer_script()))]
     except LauncherError as error:
-        text, _, remedy = str(error).partition("; ")
-        return [Finding("trainer", "failure", text, remedy)]
+        return [Finding.of_error("trainer", error)]
 
 
 def _machine() -> list[Finding]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import click
 
+from launcher.errors import LauncherError
+
 Status = Literal["ok", "warning", "failure"]
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
@@ -21,6 +23,12 @@ class Finding:
     status: Status
     text: str
     remedy: str = ""
+
+    @classmethod
+    def of_error(cls, check: str, error: LauncherError, where: str = "") -> Finding:
+        """Return the failure that an error tells of: what, and after the semicolon the remedy."""
+        text, _, remedy = str(error).partition("; ")
+        return cls(check, "failure", where + text, remedy)
 
     def as_dict(self) -> dict[str, str]:
         """Return plain values for `--json`."""

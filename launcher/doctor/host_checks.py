@@ -81,8 +81,7 @@ def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
             return _remote_folder(runs, box)
         check_runs(runs)
     except LauncherError as error:
-        text, _, remedy = str(error).partition("; ")
-        return [Finding("runs folder", "failure", text, remedy)]
+        return [Finding.of_error("runs folder", error)]
     writable = (
         check_locks(runs) if runs.is_dir() else Finding("runs folder", "ok", f"{runs}: `up` will make it")
     )

@@ -48,8 +48,7 @@ def probe(engine: Engine, image: str, runs: Path | None, user: str, gpu: str | N
     try:
         sight = _look(engine, _spec(image, runs, user, gpu))
     except LauncherError as error:
-        text, _, remedy = str(error).partition("; ")
-        return [Finding("container", "failure", f"on {label}: {text}", remedy)]
+        return [Finding.of_error("container", error, f"on {label}: ")]
     found = [_trainer(image, sight), _limits(sight)]
     if runs is not None:
         found.append(_runs(runs, user, sight))
