@@ -40,7 +40,7 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
 
     Links and pipes are not followed or waited for: replicas can put them there.
     """
-    return _progress(_read_json(runs / FOLDER / f"{replica}.json"), since)
+    return _progress(read_json(runs / FOLDER / f"{replica}.json"), since)
 
 
 def progress_of(engine: Engine, state: ReplicaState) -> Progress:
@@ -51,7 +51,7 @@ def progress_of(engine: Engine, state: ReplicaState) -> Progress:
 def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
     """Return what a file of the replica's below `<runs>/.workers` holds; nothing for one that is absent or foreign."""
     if not engine.remote:
-        return _read_json(state.runs / FOLDER / file)
+        return read_json(state.runs / FOLDER / file)
     mounts: list[dict[str, str]] = state.plan.get("mounts") or []
     inside = [mount["target"] for mount in mounts if mount["source"] == str(state.runs)]
     return _parse(engine.read_file(state.id, f"{inside[0]}/{FOLDER}/{file}", MOST_BYTES)) if inside else {}
@@ -76,7 +76,8 @@ def _progress(values: dict[str, Any], since: float | None) -> Progress:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that others may have put there; an empty one for anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
