@@ -128,7 +128,7 @@ class Box:
                 )
                 return self._answer(mark.encode(), time.monotonic() + limit_s)
             except BrokenPipeError:
-                raise self._lost() from None
+                raise self.lost() from None
 
     def _answer(self, mark: bytes, deadline: float) -> tuple[int, str]:
         assert self._shell.stdout is not None
@@ -142,14 +142,20 @@ class Box:
             chunk = os.read(self._shell.stdout.fileno(), 65536)
             answer += chunk
             if not chunk:
-                raise self._lost()
+                raise self.lost()
             head, found, tail = answer.rpartition(mark + b" ")
             if found and tail.endswith(b"\n"):
                 return int(tail), head.decode(errors="surrogateescape")
             if len(answer) > MOST_ANSWER_BYTES:
                 raise EngineError(f"{self.name}: an endless answer over ssh; try it by hand: ssh {self.name}")
 
-    def _lost(self) -> EngineError:
+    @property
+    def ended(self) -> bool:
+        """Whether the connection is gone."""
+        return self._shell.poll() is not None
+
+    def lost(self) -> EngineError:
+        """Return the error that tells of a connection that is gone, in ssh's own words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._shell.wait(2)
         self._errors.seek(0)

@@ -327,6 +327,9 @@ def _translated(what: str) -> Iterator[None]:
     except docker.errors.APIError as error:
         raise EngineError(f"{what}: Docker refuses: {error.explanation or error}") from error
     except (docker.errors.DockerException, *_TRANSPORT) as error:
+        there = box()
+        if there is not None and there.ended:
+            raise there.lost() from error
         raise EngineError(
             f"Docker does not answer ({_reason(error)}); start it (sudo systemctl start docker), check DOCKER_HOST and "
             "that you may use its socket (group docker); or use --engine local"

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures that are imported are named again by the tests that take them)
 """One remote engine over ssh: a real sshd, and a launcher and a box that see different files.
 
 The box is this machine behind an sshd of the test's own on 127.0.0.1. Mount namespaces part the two sides: an empty file
@@ -7,10 +8,12 @@ would, sees what the box sees.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +28,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.docker.conftest import docker, missing
-from tests.docker.test_launcher_docker import image  # noqa: F401  (a stand-in for the trainer)
+from tests.docker.test_launcher_docker import image  # noqa: F401  (a stand-in for the trainer, as a fixture)
 
 pytestmark = pytest.mark.docker
 
@@ -183,7 +186,7 @@ def fleet() -> Iterator[str]:
         docker("rm", "-f", container)
 
 
-def test_up_status_logs_and_kill_all_on_a_machine_behind_ssh(box: Box, image: str, fleet: str) -> None:  # noqa: F811
+def test_up_status_logs_and_kill_all_on_a_machine_behind_ssh(box: Box, image: str, fleet: str) -> None:
     data = box.home / "data"
     (data / "images").mkdir(parents=True, exist_ok=True)
     (data / "set.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [a]\n")
@@ -253,7 +256,7 @@ def test_a_runs_folder_that_cannot_be_one_there_is_refused(box: Box, runs: str) 
     assert done.stderr.startswith("error: --runs ")
 
 
-def test_an_up_waits_for_another_one_on_that_machine(box: Box, image: str, fleet: str) -> None:  # noqa: F811
+def test_an_up_waits_for_another_one_on_that_machine(box: Box, image: str, fleet: str) -> None:
     runs = box.home / "held"
     runs.mkdir()
     words = ("up", "--runs", "held", "--cpu", "1", "--image", image, "--memory", "128m", "--settle", "0.2")
@@ -270,7 +273,7 @@ def test_an_up_waits_for_another_one_on_that_machine(box: Box, image: str, fleet
     os.close(again)
 
 
-def test_gpus_there_are_those_that_its_nvidia_smi_lists(box: Box, image: str) -> None:  # noqa: F811
+def test_gpus_there_are_those_that_its_nvidia_smi_lists(box: Box, image: str) -> None:
     smi = box.tools / "nvidia-smi"  # a double: it says what a driver's own would
     smi.write_text(
         "#!/bin/sh\necho '0, GPU-aaaaaaaa, NVIDIA H100 80GB HBM3, 81559'\necho '1, GPU-bbbbbbbb, NVIDIA H100, 81559'\n"
@@ -320,7 +323,7 @@ def test_a_machine_that_cannot_be_reached_is_told_in_sshs_own_words(box: Box) ->
     assert "openssh-client" in box.launcher("status", PATH="/nowhere").stderr
 
 
-def test_doctor_looks_at_that_machine(box: Box, image: str) -> None:  # noqa: F811
+def test_doctor_looks_at_that_machine(box: Box, image: str) -> None:
     (box.home / "seen").mkdir()
     os.chown(box.home / "seen", 10001, 10001)
     done = box.launcher("doctor", "--runs", "seen", "--image", image, "--json")
@@ -412,6 +415,88 @@ def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
         time.sleep(0.1)
     assert set(_ssh_processes(box)) <= before
     holder.stdout.close()
+
+
+def test_a_lost_connection_ends_the_command_with_one_message_and_the_replica_lives_on(
+    box: Box,
+    image: str,
+    fleet: str,
+) -> None:
+    options = ("--cpu", "1", "--image", image, "--memory", "128m", "--settle", "0")
+    up = box.launcher("up", *options, "--", "--project", "test", "--name", fleet)
+    assert up.returncode == 0, up.stderr
+    before = set(_ssh_processes(box))
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "logs", "--follow", f"test/{fleet}"],
+        cwd=box.laptop,
+        env=box.environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout is not None
+    assert watching.stdout.readline().startswith("args ")
+    for process in set(_ssh_processes(box)) - before:
+        os.kill(process, signal.SIGKILL)
+    _, said = watching.communicate(timeout=20)
+    assert watching.returncode == 5
+    assert said.startswith("error: 127.0.0.1 cannot be reached by ssh (the connection ended)")
+    assert said.count("\n") == 1
+    assert docker("inspect", "-f", "{{.State.Running}}", f"test-{fleet}-cpu0").stdout == "true\n"
+
+
+def test_an_engine_behind_tcp_shares_our_paths_and_tells_progress_itself(
+    tmp_path: Path,
+    image: str,
+    fleet: str,
+) -> None:
+    with _relayed("/var/run/docker.sock") as port:
+
+        def launcher(*words: str) -> subprocess.CompletedProcess[str]:
+            words = (words[0], "--host", f"tcp://127.0.0.1:{port}", *words[1:])
+            return subprocess.run(
+                [sys.executable, "-m", "launcher", *words],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "STARLING_RUNS": "runs"},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+
+        options = ("--cpu", "1", "--image", image, "--memory", "128m", "--settle", "0")
+        up = launcher("up", *options, "--", "--project", "test", "--name", fleet)
+        assert up.returncode == 0, up.stderr
+        told = tmp_path / f"runs/.workers/test-{fleet}-cpu0.json"
+        told.parent.mkdir(exist_ok=True)
+        told.write_text(json.dumps({"epoch": 3, "updated": time.time() + 60}))
+        docker("kill", f"test-{fleet}-cpu0")
+        [row] = json.loads(launcher("status", "--json", f"test/{fleet}").stdout)["replicas"]
+        assert (row["epoch"], row["exit_code"]) == (3, 137), "of a replica that has ended as well"
+
+
+@contextlib.contextmanager
+def _relayed(path: str) -> Iterator[int]:
+    """Offer a Unix socket on a port of 127.0.0.1 for a while."""
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                there = socket.socket(socket.AF_UNIX)
+                there.connect(path)
+                for ends in ((here, there), (there, here)):
+                    threading.Thread(target=copy, args=ends, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def _ssh_processes(box: Box) -> list[int]:
