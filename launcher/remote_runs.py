@@ -6,10 +6,12 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
+from launcher.host_lock import FOLDERS, NAME
 from launcher.inventory import Gpu
 from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID, RUNS_NEVER
 
@@ -59,34 +61,72 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
         )
     try:
         if box.ids[0] == 0 and user and not user.startswith("0:"):
-            # Only root's own files change hands; -h and -P: a link is never followed.
-            box.ask(
-                f'[ "$(stat -c %u -- {quoted})" = 0 ] && find -P {quoted} -user 0 -exec chown -h {user} -- {{}} +'
-            )
-        _hold(box, runs, say)
+            _hand_over(box, quoted, user)
+        _hold(box, 9, f"command exec 9<{quoted}", "on this runs folder", say)
         yield
     except BaseException:
         if new:
             box.ask(f"rmdir -- {quoted}")
         raise
     finally:
-        with contextlib.suppress(EngineError):
-            box.ask("exec 9<&-")
+        _let_go(box, 9)
 
 
-def _hold(box: Box, runs: Path, say: Callable[[str], None]) -> None:
-    """Lock the folder by a descriptor of the shell there: the lock ends with the connection."""
-    if box.ask(f"command -v flock >/dev/null && command exec 9<{shlex.quote(str(runs))}")[0]:
-        return  # no `flock` there; the engine's names still keep replicas single
+def _hand_over(box: Box, quoted: str, user: str) -> None:
+    """Give root's files below the folder to the replicas' user; those of anybody else stay theirs, links too."""
+    box.ask(
+        f"case $(stat -c %u -- {quoted}) in 0|{user.split(':')[0]}) "
+        f"find -P {quoted} -user 0 -exec chown -h {user} -- {{}} + ;; esac",
+        limit_s=LOCK_WAIT_S,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHostLock:
+    """A held lock of another machine, which may be given back before its block ends."""
+
+    box: Box
+
+    def release(self) -> None:
+        """Let the next one go on; what was started is there to be seen."""
+        _let_go(self.box, 8)
+
+
+@contextlib.contextmanager
+def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHostLock]:
+    """Hold that machine against every other `up`, from here or there, as `host_lock` holds this one."""
+    places = " ".join(map(str, FOLDERS))
+    found = (
+        f'for d in {places}; do case $([ -L "$d" ] || stat -c %a "$d") in 1??[2367]) break ;; esac; done; '
+        f'f=$d/{NAME}; [ -e "$f" ] || (umask 0333; set -C; : >"$f"); '
+        '[ -f "$f" ] && [ ! -L "$f" ] && command exec 8<"$f"'
+    )
+    lock = RemoteHostLock(box)
+    try:
+        _hold(box, 8, found, "at a time on that machine", say)
+        yield lock
+    finally:
+        lock.release()
+
+
+def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str], None]) -> None:
+    """Lock what `opening` opens in the shell there: the lock ends with the connection."""
+    if box.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
+        return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
     deadline = time.monotonic() + LOCK_WAIT_S
     told = False
-    while box.ask("flock -n 9")[0] == 1:
+    while box.ask(f"flock -n {descriptor}")[0] == 1:
         if time.monotonic() > deadline:
-            raise EngineError(f"{runs}: another `launcher up` holds it; wait for that one, or end it")
+            raise EngineError(f"{box.name}: another `launcher up` holds it; wait for that one, or end it")
         if not told:
-            say("waiting for another `launcher up` on this runs folder")
+            say(f"waiting for another `launcher up` {what}")
             told = True
         time.sleep(0.2)
+
+
+def _let_go(box: Box, descriptor: int) -> None:
+    with contextlib.suppress(EngineError):  # a lost connection has let go already
+        box.ask(f"exec {descriptor}<&-")
 
 
 def remote_gpus(box: Box) -> tuple[Gpu, ...] | None:

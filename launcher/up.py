@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +24,7 @@ from launcher.env_file import read_env_file
 from launcher.errors import LauncherError, UsageError
 from launcher.holders import find_occupancy
 from launcher.host_files import LOCAL, expand
-from launcher.host_lock import host_lock
+from launcher.host_lock import HostLock, host_lock
 from launcher.inventory import Gpu, read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
@@ -36,7 +38,14 @@ from launcher.plan import (
     passed_variables,
 )
 from launcher.reach import host_files, open_box
-from launcher.remote_runs import check_remote_runs, remote_gpus, remote_replica_user, remote_runs_folder
+from launcher.remote_runs import (
+    RemoteHostLock,
+    check_remote_runs,
+    remote_gpus,
+    remote_host_lock,
+    remote_replica_user,
+    remote_runs_folder,
+)
 from launcher.runs_folder import check_runs, replica_user, runs_folder
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
@@ -57,12 +66,7 @@ def run_up(options: dict[str, Any]) -> None:
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    held = (
-        runs_folder(runs, request.user, say)
-        if box is None
-        else remote_runs_folder(box, runs, request.user, say)
-    )
-    with held, host_lock(say) as lock:
+    with _held(runs, request.user, box) as lock:
         plan = draw_up(request, placement, engine)  # again, now that nobody else can be starting anything
         for note in plan.notes:
             say(f"note: {note}")
@@ -75,6 +79,17 @@ def run_up(options: dict[str, Any]) -> None:
             started=lock.release,
         )
     _tell(plan, outcome, engine)
+
+
+@contextlib.contextmanager
+def _held(runs: Path, user: str, box: Box | None) -> Iterator[HostLock | RemoteHostLock]:
+    """Hold the runs folder and the machine that replicas will run on against every other `up`."""
+    if box is None:
+        with runs_folder(runs, user, say), host_lock(say) as lock:
+            yield lock
+    else:
+        with remote_runs_folder(box, runs, user, say), remote_host_lock(box, say) as there:
+            yield there
 
 
 def place(engine: str, runs: Path) -> Placement:

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import EngineError
+from launcher.host_lock import host_lock
 from tests.conftest import REPOSITORY
 from tests.docker.conftest import docker, missing
 from tests.docker.test_launcher_docker import image  # noqa: F401  (a stand-in for the trainer, as a fixture)
@@ -271,6 +273,48 @@ def test_an_up_waits_for_another_one_on_that_machine(box: Box, image: str, fleet
     again = os.open(runs, os.O_RDONLY)
     fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the connection
     os.close(again)
+
+
+HOLD = """
+from launcher.reach import open_box
+from launcher.remote_runs import remote_host_lock
+with remote_host_lock(open_box(), lambda line: None) as lock:
+    print("held", flush=True)
+    if input() == "release": lock.release()
+    print("said", flush=True)
+    input()
+"""
+
+
+@pytest.mark.parametrize("ends", ["release", "end", "kill"])
+def test_an_up_from_elsewhere_holds_the_machine_against_those_on_it(box: Box, ends: str) -> None:
+    elsewhere = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=box.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert elsewhere.stdin is not None
+    assert elsewhere.stdout is not None
+    assert elsewhere.stdout.readline() == "held\n"
+    waited: list[str] = []
+    with pytest.raises(EngineError), host_lock(waited.append, wait_s=0.3):
+        raise AssertionError("not reached")
+    assert waited
+    if ends == "release":
+        elsewhere.stdin.write("release\n")
+        elsewhere.stdin.flush()
+        assert elsewhere.stdout.readline() == "said\n"
+    elif ends == "kill":
+        elsewhere.kill()
+    else:
+        elsewhere.stdin.close()
+    with host_lock(waited.append, wait_s=10):
+        pass
+    elsewhere.kill()
+    elsewhere.wait()
+    elsewhere.stdout.close()
 
 
 def test_gpus_there_are_those_that_its_nvidia_smi_lists(box: Box, image: str) -> None:
