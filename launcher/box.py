@@ -151,8 +151,12 @@ class Box:
 
     @property
     def ended(self) -> bool:
-        """Whether the connection is gone."""
-        return self._shell.poll() is not None
+        """Whether the connection is gone, or about to be: its sockets go a moment before its process."""
+        try:
+            self._shell.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def lost(self) -> EngineError:
         """Return the error that tells of a connection that is gone, in ssh's own words."""

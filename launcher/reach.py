@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from launcher.box import Box, destination
 from launcher.errors import EngineError, UsageError
-from launcher.host_files import LOCAL, HostFiles, RemoteFiles
 
 _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 
@@ -36,11 +35,6 @@ def choose_host(url: str) -> None:
 def remote_files(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the engine's machine is reached by ssh, so that its files can be asked about there."""
     return _box is not None or _ssh_url(environment) is not None
-
-
-def host_files() -> HostFiles:
-    """Return the files of the machine that the engine runs on; a machine behind tcp is taken to share ours."""
-    return RemoteFiles(_box) if _box is not None else LOCAL
 
 
 def box() -> Box | None:

@@ -62,7 +62,7 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
     try:
         if box.ids[0] == 0 and user and not user.startswith("0:"):
             _hand_over(box, quoted, user)
-        _hold(box, 9, f"command exec 9<{quoted}", "on this runs folder", say)
+        _hold(box, 9, f"command exec 9<{quoted}", " on this runs folder", say)
         yield
     except BaseException:
         if new:
@@ -103,7 +103,7 @@ def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHos
     )
     lock = RemoteHostLock(box)
     try:
-        _hold(box, 8, found, "at a time on that machine", say)
+        _hold(box, 8, found, ": one at a time on that machine", say)
         yield lock
     finally:
         lock.release()
@@ -119,7 +119,7 @@ def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str
         if time.monotonic() > deadline:
             raise EngineError(f"{box.name}: another `launcher up` holds it; wait for that one, or end it")
         if not told:
-            say(f"waiting for another `launcher up` {what}")
+            say(f"waiting for another `launcher up`{what}")
             told = True
         time.sleep(0.2)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,17 +13,13 @@ from typing import Any
 import click
 
 from launcher import fleet
-from launcher.box import Box
 from launcher.claims import NOBODY
-from launcher.cli import absolute, open_engine, say
+from launcher.cli import open_engine, say
 from launcher.dry_run import show_plan
 from launcher.engines.base import Engine
 from launcher.env_file import read_env_file
 from launcher.errors import LauncherError, UsageError
 from launcher.holders import find_occupancy
-from launcher.host_files import LOCAL, expand
-from launcher.host_lock import HostLock, host_lock
-from launcher.inventory import Gpu, read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
     DEFAULT_IMAGE,
@@ -37,16 +31,7 @@ from launcher.plan import (
     make_plan,
     passed_variables,
 )
-from launcher.reach import host_files, open_box
-from launcher.remote_runs import (
-    RemoteHostLock,
-    check_remote_runs,
-    remote_gpus,
-    remote_host_lock,
-    remote_replica_user,
-    remote_runs_folder,
-)
-from launcher.runs_folder import check_runs, replica_user, runs_folder
+from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
 
@@ -55,19 +40,20 @@ def run_up(options: dict[str, Any]) -> None:
     """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
-    box = open_box() if options["engine"] == "docker" else None
-    files = host_files() if box is not None else LOCAL
-    runs = absolute(options["runs"]) if box is None else expand(files, files.start, str(options["runs"]))
+    site = find_site(options["engine"], options["runs"])
+    runs = site.runs
     placement = place(options["engine"], runs)
-    request = read_request(options, runs, placement, box)
+    request = read_request(options, site, placement)
     engine = open_engine(options["engine"], runs)
     if options["dry_run"]:
-        _show(draw_up(request, placement, engine, strict=False), as_json=options["as_json"])
+        _show(draw_up(request, placement, engine, site, strict=False), as_json=options["as_json"])
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
-    draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    with _held(runs, request.user, box) as lock:
-        plan = draw_up(request, placement, engine)  # again, now that nobody else can be starting anything
+    draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
+    with site.held(request.user, say) as lock:
+        plan = draw_up(
+            request, placement, engine, site
+        )  # again, now that nobody else can be starting anything
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
@@ -78,18 +64,7 @@ def run_up(options: dict[str, Any]) -> None:
             say=say,
             started=lock.release,
         )
-    _tell(plan, outcome, engine)
-
-
-@contextlib.contextmanager
-def _held(runs: Path, user: str, box: Box | None) -> Iterator[HostLock | RemoteHostLock]:
-    """Hold the runs folder and the machine that replicas will run on against every other `up`."""
-    if box is None:
-        with runs_folder(runs, user, say), host_lock(say) as lock:
-            yield lock
-    else:
-        with remote_runs_folder(box, runs, user, say), remote_host_lock(box, say) as there:
-            yield there
+    _tell(plan, outcome, engine, site)
 
 
 def place(engine: str, runs: Path) -> Placement:
@@ -108,22 +83,17 @@ def place(engine: str, runs: Path) -> Placement:
     return Placement(engine=engine, trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 
 
-def read_request(
-    options: dict[str, Any], runs: Path, placement: Placement, box: Box | None = None
-) -> Request:
-    """Return click's options as a request; checks everything that needs no engine, on the machine that is meant."""
-    files = host_files() if box is not None else LOCAL
-    if box is None:
-        check_runs(runs)
-    else:
-        check_remote_runs(box, runs)
+def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
+    """Return click's options as a request; checks everything that needs no engine."""
+    runs = site.runs
+    site.check_runs()
     args = prepare_args(
         options["training_args"],
-        cwd=files.start,
+        cwd=site.files.start,
         runs=runs,
         runs_inside=placement.runs_inside,
         isolated=placement.isolated,
-        files=files,
+        files=site.files,
     )
     from_files: dict[str, str] = {}
     for path in options["env_files"]:
@@ -140,21 +110,19 @@ def read_request(
         shm_bytes=parse_size(options["shm"], "--shm") if options["shm"] else None,
         image=options["image"] or DEFAULT_IMAGE,
         network=options["network"],
-        user=_replica_user(runs, options["user"], box) if placement.isolated else "",
+        user=site.replica_user(options["user"]) if placement.isolated else "",
         passed=passed_variables(os.environ, options["env_names"], from_files),
     )
 
 
-def _replica_user(runs: Path, asked: str | None, box: Box | None) -> str:
-    return replica_user(runs, caller_ids(), asked) if box is None else remote_replica_user(box, runs, asked)
-
-
-def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: bool = True) -> Plan:
+def draw_up(
+    request: Request, placement: Placement, engine: Engine, site: Site, *, strict: bool = True
+) -> Plan:
     """Look at the engine and the machine, and return the plan.
 
     Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing.
     """
-    gpus = _remote_gpus() if engine.remote else read_gpus()
+    gpus = site.gpus(engine)
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
     occupancy = NOBODY
@@ -174,11 +142,6 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
     return Plan(engine=plan.engine, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
 
 
-def _remote_gpus() -> tuple[Gpu, ...] | None:
-    there = open_box()
-    return None if there is None else remote_gpus(there)
-
-
 def _show(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.public(), indent=2))
@@ -189,7 +152,7 @@ def _show(plan: Plan, *, as_json: bool) -> None:
         click.echo(f"note: {note}")
 
 
-def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
+def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
     """Say what happened, and how to watch it."""
     if outcome.running:
         say(f"already running: {', '.join(outcome.running)}")
@@ -197,11 +160,10 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
     where = "" if engine.name == "docker" else f" --engine local --runs {plan.replicas[0].runs}"
-    there = open_box() if engine.name == "docker" else None
-    where = where if there is None else f" --host {there.url}"
+    where += f" --host {site.address}" if site.address else ""
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "docker" and there is None:
+    if engine.name == "docker" and not site.address:
         say(f"  output     docker attach --sig-proxy=false {first}")
     else:
         say(f"  output     launcher attach{where} {first}")

@@ -36,12 +36,9 @@ def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) 
         open_engine(engine, runs)
         findings = examine_local(absolute(runs))
     else:
-        from launcher.host_files import expand
-        from launcher.reach import host_files, open_box
+        from launcher.site import find_site
 
-        box = open_box()
-        place = absolute(runs) if box is None else expand(host_files(), box.home, str(runs))
-        findings = examine_docker(lambda: open_engine(engine, runs), place, image, gpu, box)
+        findings = examine_docker(lambda: open_engine(engine, runs), find_site(engine, runs), image, gpu)
     if as_json:
         click.echo(json.dumps(as_document(findings), indent=2))
     else:

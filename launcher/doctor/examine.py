@@ -16,30 +16,32 @@ from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.errors import LauncherError
 from launcher.inventory import Gpu, read_gpus
+from launcher.site import BoxSite, Site
 from launcher.sizes import format_size
 
 Check = Callable[[], list[Finding]]
 
 
 def examine_docker(
-    open_engine: Callable[[], Engine], runs: Path, image: str, gpu: str | None, box: Box | None
+    open_engine: Callable[[], Engine], site: Site, image: str, gpu: str | None
 ) -> list[Finding]:
     """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
+    box = site.box if isinstance(site, BoxSite) else None
     path = engine_checks.socket_path() if box is None else None
     socket = [] if path is None else [engine_checks.check_socket(path)]
     try:
         engine = open_engine()
     except LauncherError as error:
-        return [*socket, Finding.of_error("engine", error), *_together(_host(runs, box))]
+        return [*socket, Finding.of_error("engine", error), *_together(_host(site.runs, box))]
     remote = engine.remote
-    gpus = _gpus(box, remote=remote)
+    gpus = site.gpus(engine)
     tried = gpu if gpu is not None else gpus[0].uuid if gpus else None
     checks = [
         lambda: _about(gpus, remote=remote),
         lambda: [host_checks.check_gpus(gpus, remote=remote)],
-        lambda: _in_container(open_engine(), runs, image, tried, box),
+        lambda: _in_container(open_engine(), site, image, tried),
         lambda: [] if remote else [engine_checks.check_compose()],
-        *_host(runs, box),
+        *_host(site.runs, box),
     ]
     return [*socket, *_together(checks)]
 
@@ -58,14 +60,6 @@ def _together(checks: list[Check]) -> list[Finding]:
 
 def _host(runs: Path, box: Box | None) -> list[Check]:
     return [lambda: host_checks.check_runs_folder(runs, box), lambda: [host_checks.check_tracking()]]
-
-
-def _gpus(box: Box | None, *, remote: bool) -> tuple[Gpu, ...] | None:
-    from launcher.remote_runs import remote_gpus
-
-    if box is not None:
-        return remote_gpus(box)
-    return None if remote else read_gpus()
 
 
 def _about(gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
@@ -88,27 +82,24 @@ def _about(gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
     ]
 
 
-def _in_container(engine: Engine, runs: Path, image: str, gpu: str | None, box: Box | None) -> list[Finding]:
-    from launcher.ownership import caller_ids
-    from launcher.remote_runs import remote_replica_user
-    from launcher.runs_folder import replica_user
-
+def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> list[Finding]:
     try:
         engine.resolve_image(image)
-        # Root's own empty folder is handed to the replicas' user by `up`, so there is nothing to try yet.
-        if box is not None:
-            user = remote_replica_user(box, runs, None)
-            code, owner = box.ask(
-                f"[ -d {shlex.quote(str(runs))} ] && stat -c %u -- {shlex.quote(str(runs))}"
-            )
-            there = code == 0 and (box.ids[0] != 0 or owner.strip() == user.split(":")[0])
-        else:
-            user = replica_user(runs, caller_ids(), None)
-            handed = runs.is_dir() and (os.getuid() != 0 or runs.stat().st_uid == int(user.split(":")[0]))
-            there = handed and not engine.remote
+        user = site.replica_user(None)
     except LauncherError as error:
         return [Finding.of_error("image", error)]
-    return one_shot.probe(engine, image, runs if there else None, user, gpu)
+    return one_shot.probe(engine, image, site.runs if _is_ready(engine, site, user) else None, user, gpu)
+
+
+def _is_ready(engine: Engine, site: Site, user: str) -> bool:
+    """Return whether the runs folder is there as `up` leaves it: root's own is handed to the replicas' user first."""
+    if isinstance(site, BoxSite):
+        place = shlex.quote(str(site.runs))
+        code, owner = site.box.ask(f"[ -d {place} ] && stat -c %u -- {place}")
+        return code == 0 and (site.box.ids[0] != 0 or owner.strip() == user.split(":")[0])
+    if engine.remote or not site.runs.is_dir():
+        return False
+    return os.getuid() != 0 or site.runs.stat().st_uid == int(user.split(":")[0])
 
 
 def _trainer() -> list[Finding]:
