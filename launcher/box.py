@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import ConnectionLost, EngineError, UsageError
 
 CONNECT_S = 10
 """For the connection itself; whoever is asked for a password has longer."""
@@ -158,7 +158,7 @@ class Box:
             return False
         return True
 
-    def lost(self) -> EngineError:
+    def lost(self) -> ConnectionLost:
         """Return the error that tells of a connection that is gone, in ssh's own words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._shell.wait(2)
@@ -166,7 +166,9 @@ class Box:
         said = self._errors.read(8192).decode(errors="replace").strip().splitlines()
         why = said[-1].strip() if said else "the connection ended"
         by_hand = " ".join(["ssh", *(word for word in self._destination if word != "--")])
-        return EngineError(f"{self.name} cannot be reached by ssh ({why}); this must work first: {by_hand}")
+        return ConnectionLost(
+            f"{self.name} cannot be reached by ssh ({why}); this must work first: {by_hand}"
+        )
 
     def _forward_socket(self) -> bool:
         """Have ssh lead the local socket to the engine's own; return whether the engine answers through it.
