@@ -76,7 +76,9 @@ def test_every_flag_of_up_can_be_said_in_the_file() -> None:
         values = parsed("up")
         if option.expose_value:
             value = values[option.name or ""]
-            assert not (value is None or value is False or value == ()), key
+            assert value is not None, key
+            assert value is not False, key
+            assert value != (), key
 
 
 def test_each_key_says_what_its_flag_says() -> None:
