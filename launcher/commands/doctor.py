@@ -6,12 +6,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from launcher.cli import absolute, open_engine, shared
 from launcher.config_file import ConfiguredCommand
 from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from launcher.doctor.examine import ContainerEngine
 
 
 @click.command(cls=ConfiguredCommand)
@@ -38,7 +42,9 @@ def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) 
     else:
         from launcher.site import find_site
 
-        findings = examine_docker(lambda: open_engine(engine, runs), find_site(engine, runs), image, gpu)
+        findings = examine_docker(
+            lambda: cast("ContainerEngine", open_engine(engine, runs)), find_site(engine, runs), image, gpu
+        )
     if as_json:
         click.echo(json.dumps(as_document(findings), indent=2))
     else:

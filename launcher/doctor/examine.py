@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from launcher.box import Box
 from launcher.doctor import engine_checks, host_checks, one_shot
@@ -22,8 +22,15 @@ from launcher.sizes import format_size
 Check = Callable[[], list[Finding]]
 
 
+class ContainerEngine(Engine, Protocol):
+    """An engine of containers, which knows itself."""
+
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return its `info` and its `version`."""
+
+
 def examine_docker(
-    open_engine: Callable[[], Engine], site: Site, image: str, gpu: str | None
+    open_engine: Callable[[], ContainerEngine], site: Site, image: str, gpu: str | None
 ) -> list[Finding]:
     """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
     box = site.box if isinstance(site, BoxSite) else None
@@ -35,9 +42,9 @@ def examine_docker(
         return [*socket, Finding.of_error("engine", error), *_together(_host(site.runs, box))]
     remote = engine.remote
     gpus = site.gpus(engine)
-    tried = gpu if gpu is not None else gpus[0].uuid if gpus else None
+    tried = gpu if gpu is not None else host_checks.first_usable(gpus or ())
     checks = [
-        lambda: _about(gpus, remote=remote),
+        lambda: _about(open_engine(), gpus, remote=remote),
         lambda: [host_checks.check_gpus(gpus, remote=remote)],
         lambda: _in_container(open_engine(), site, image, tried),
         lambda: [] if remote else [engine_checks.check_compose()],
@@ -62,13 +69,11 @@ def _host(runs: Path, box: Box | None) -> list[Check]:
     return [lambda: host_checks.check_runs_folder(runs, box), lambda: [host_checks.check_tracking()]]
 
 
-def _about(gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
-    """Ask the engine about itself, by a client of this thread's own."""
-    from launcher.engines.docker import ask_about
-
+def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
+    """Ask the engine about itself; `engine` is a handle of this thread's own."""
     try:
         before = time.time()
-        about, version = ask_about()
+        about, version = engine.about()
         after = time.time()
     except LauncherError as error:
         return [Finding.of_error("engine", error)]

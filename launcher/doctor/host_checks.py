@@ -7,7 +7,7 @@ import http.client
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -45,6 +45,12 @@ _PCI = Path("/sys/bus/pci/devices")
 
 def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) -> Finding:
     """Tell which GPUs the driver lists; a card whose driver does not answer is not the same as none."""
+    broken = [f"{gpu.index}: {gpu.problem}" for gpu in gpus or () if gpu.problem]
+    if broken:
+        remedy = (
+            "leave it out of --gpus, and reset it or restart the machine; `nvidia-smi` and dmesg say more"
+        )
+        return Finding("GPUs", "failure", f"not usable: {'; '.join(broken)}", remedy)
     if gpus:
         names = ", ".join(f"{gpu.index} {gpu.name} ({format_size(gpu.memory_bytes)})" for gpu in gpus)
         return Finding("GPUs", "ok", names)
@@ -60,6 +66,16 @@ def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) 
             "install or reload NVIDIA's driver; `nvidia-smi` says what is wrong",
         )
     return Finding("GPUs", "ok", NO_GPU)
+
+
+def first_usable(gpus: Sequence[Gpu]) -> str | None:
+    """Return the UUID of the first GPU, or MIG slice, that can be handed out."""
+    for gpu in gpus:
+        if gpu.mig and gpu.slices:
+            return gpu.slices[0].uuid
+        if not gpu.mig and not gpu.problem:
+            return gpu.uuid
+    return None
 
 
 def _nvidia_cards(pci: Path) -> int:

@@ -233,6 +233,11 @@ class DockerEngine:
                 if "already in progress" not in str(error):
                     raise
 
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the engine says of itself: its `info` and its `version`."""
+        with _translated("Docker"):
+            return self._client.info(), self._client.version()
+
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a file of a container, running or not, out of the archive that the engine makes of it."""
         with _translated("Docker"):
@@ -399,10 +404,3 @@ def _natural(state: ReplicaState) -> tuple[str, int, str]:
     """Sort gpu2 before gpu10."""
     number = state.device.split(":", 1)[1]
     return state.fleet, int(number) if number.isdigit() else -1, state.name
-
-
-def ask_about() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the engine says of itself: its `info` and its `version`."""
-    with _translated("Docker"):
-        client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
-        return client.info(), client.version()

@@ -18,7 +18,7 @@ import pytest
 
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding, as_lines, exit_code
-from launcher.inventory import Gpu
+from launcher.inventory import Gpu, MigSlice
 from launcher.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +153,17 @@ def test_a_card_without_its_driver_is_no_machine_without_gpus(tmp_path: Path) ->
         (tmp_path / name / "class").write_text(f"{kind}\n")
     found = host_checks.check_gpus((), remote=False, pci=tmp_path)
     assert (found.status, found.text[0]) == ("failure", "1")
+
+
+def test_a_broken_gpu_is_told_and_the_first_that_can_be_handed_out_is_tried() -> None:
+    broken = Gpu(index=0, uuid="", name="", memory_bytes=0, problem="GPU is lost")
+    sliced = Gpu(index=1, uuid="GPU-b", name="A100", memory_bytes=1, mig=True,
+                 slices=(MigSlice(index=0, uuid="MIG-c", name="1g", memory_bytes=1),))  # fmt: skip
+    empty = Gpu(index=1, uuid="GPU-b", name="A100", memory_bytes=1, mig=True)
+    assert host_checks.check_gpus((broken, H100), remote=False).status == "failure"
+    assert host_checks.first_usable((broken, empty, H100)) == H100.uuid
+    assert host_checks.first_usable((sliced, H100)) == "MIG-c"
+    assert host_checks.first_usable((broken, empty)) is host_checks.first_usable(()) is None
 
 
 def test_the_runs_folder_is_written_and_locked_for_real(tmp_path: Path) -> None:
