@@ -106,6 +106,7 @@ def make_plan(
     """
     devices, shares, notes = _choose_devices(request, machine, gpus, occupancy)
     memory = _memory(request, machine, len(devices))
+    _check_shm(request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp and _together(request, devices, notes):
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
@@ -214,6 +215,15 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
             f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer replicas"
         )
     return request.memory_bytes
+
+
+def _check_shm(shm: int | None, memory: int) -> None:
+    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
+    if shm is not None and shm > memory:
+        raise UsageError(
+            f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
+            "give less, or more memory"
+        )
 
 
 def _template(request: Request, placement: Placement, image_id: str, memory: int) -> ReplicaSpec:

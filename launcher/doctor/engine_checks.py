@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.doctor.findings import Finding
-from launcher.engines.docker import GPU_REMEDY
+from launcher.engines.docker_checks import GPU_REMEDY
 from launcher.inventory import Gpu
 from launcher.sizes import GIB, format_size
 
