@@ -208,11 +208,12 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
         share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
         return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
     total = request.memory_bytes * replicas
+    what = "devices" if request.ddp else "replicas"
     if total > machine.memory_bytes:
         each = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas) // MIB
         raise UsageError(
-            f"--memory {format_size(request.memory_bytes)}: {replicas} replicas need {format_size(total)} and this "
-            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer replicas"
+            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need {format_size(total)} and this "
+            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer {what}"
         )
     return request.memory_bytes
 
