@@ -55,9 +55,13 @@ def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None
 
 def _end_now(engine: Engine, states: Sequence[ReplicaState]) -> list[ReplicaState]:
     """Send SIGKILL to all that live, wait for their ends, and return how all of them are now."""
-    for state in states:
-        if state.live:
-            engine.kill(state.id)
+    from launcher.parallel import in_parallel
+
+    for outcome in in_parallel(
+        lambda state: engine.kill(state.id), [state for state in states if state.live]
+    ):
+        if outcome.error is not None:
+            raise outcome.error
     deadline = time.monotonic() + END_S
     while True:
         found = [now for state in states if (now := engine.state(state.id)) is not None]

@@ -15,7 +15,7 @@ from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.errors import LauncherError
-from launcher.inventory import Gpu, read_gpus
+from launcher.inventory import Gpu, read_driver, read_gpus
 from launcher.site import BoxSite, Site
 from launcher.sizes import format_size
 
@@ -89,11 +89,14 @@ def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: boo
 
 def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> list[Finding]:
     try:
-        engine.resolve_image(image)
+        found = engine.resolve_image(image)
         user = site.replica_user(None)
     except LauncherError as error:
         return [Finding.of_error("image", error)]
-    return one_shot.probe(engine, image, site.runs if _is_ready(engine, site, user) else None, user, gpu)
+    driver = [] if engine.remote else host_checks.check_driver_for(found, read_driver())
+    return driver + one_shot.probe(
+        engine, image, site.runs if _is_ready(engine, site, user) else None, user, gpu
+    )
 
 
 def _is_ready(engine: Engine, site: Site, user: str) -> bool:

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 from launcher.box import Box
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
-from launcher.engines.base import mask
+from launcher.engines.base import Image, mask
 from launcher.errors import LauncherError
-from launcher.inventory import Gpu
+from launcher.inventory import Driver, Gpu
+from launcher.preflight import check_driver
 from launcher.runs_folder import check_runs
 from launcher.sizes import format_size
 
@@ -66,6 +67,20 @@ def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) 
             "install or reload NVIDIA's driver; `nvidia-smi` says what is wrong",
         )
     return Finding("GPUs", "ok", NO_GPU)
+
+
+def check_driver_for(image: Image, driver: Driver | None) -> list[Finding]:
+    """Compare the driver with the CUDA in the image; nothing where there is no driver, which the GPUs tell."""
+    if driver is None:
+        return []
+    try:
+        check_driver(image, driver)
+    except LauncherError as error:
+        return [Finding.of_error("driver", error)]
+    serves = f"serves CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    return [
+        Finding("driver", "ok", f"{driver.version} {serves}; the image holds CUDA {image.cuda or 'none'}")
+    ]
 
 
 def first_usable(gpus: Sequence[Gpu]) -> str | None:

@@ -18,7 +18,8 @@ import pytest
 
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding, as_lines, exit_code
-from launcher.inventory import Gpu, MigSlice
+from launcher.engines.base import Image
+from launcher.inventory import Driver, Gpu, MigSlice
 from launcher.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +165,15 @@ def test_a_broken_gpu_is_told_and_the_first_that_can_be_handed_out_is_tried() ->
     assert host_checks.first_usable((broken, empty, H100)) == H100.uuid
     assert host_checks.first_usable((sliced, H100)) == "MIG-c"
     assert host_checks.first_usable((broken, empty)) is host_checks.first_usable(()) is None
+
+
+def test_a_driver_too_old_for_the_image_is_told() -> None:
+    image = Image(name="starling", cuda="13.0")
+    assert host_checks.check_driver_for(image, None) == []
+    [old] = host_checks.check_driver_for(image, Driver(version="550.54", cuda=(12, 4)))
+    assert (old.status, "580" in old.remedy) == ("failure", True)
+    [new] = host_checks.check_driver_for(image, Driver(version="580.65", cuda=(13, 0)))
+    assert (new.status, new.text) == ("ok", "580.65 serves CUDA 13.0; the image holds CUDA 13.0")
 
 
 def test_the_runs_folder_is_written_and_locked_for_real(tmp_path: Path) -> None:
