@@ -58,7 +58,7 @@ def run_up(options: dict[str, Any]) -> None:
         problems.raise_any()
         raise AssertionError("what is missing was refused")
     if options["dry_run"]:
-        plan, _ = draw_up(request, placement, engine, site, strict=False)
+        plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
         _show(plan, options)
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
@@ -143,11 +143,12 @@ def draw_up(
     site: Site,
     *,
     strict: bool = True,
+    to_build: bool = False,
     checked: Image | None = None,
 ) -> tuple[Plan, Image]:
     """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
 
-    Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing. With the `checked` image
+    Not `strict`, for --dry-run: what is wrong is a note then, and an image `to_build` may be missing. With the `checked` image
     of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
     gpus = site.gpus(engine)
@@ -160,7 +161,7 @@ def draw_up(
         occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     machine = engine.machine()
     problems = Problems()
-    image = checked or problems.check(engine.resolve_image, request.image)
+    image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
     plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
     if checked is None:
         problems.check(engine.check_network, request.network)
@@ -171,6 +172,7 @@ def draw_up(
     assert plan is not None
     others = [state for state in listed if state.fleet != request.args.fleet]
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
+    notes += [f"{request.image} would be built first"] * to_build
     notes += [f"would fail now: {problem}" for problem in problems.found]
     return replace(plan, notes=tuple(notes)), image or Image(name=request.image)
 
