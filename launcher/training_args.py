@@ -24,12 +24,16 @@ _SHORTEST = {
     "--project": "--pro",
     "--name": "--na",
     "--device": "--dev",
+    "--batch-size": "--ba",
     "--evolve": "--ev",
     "--space": "--sp",
     "--resume": "--re",
     "--study": "--stu",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
+
+DEFAULT_BATCH = 16
+"""The trainer's own, when `--batch-size` is not given."""
 
 _TAKES_NO_VALUE = {"--evolve": True, "--resume": True}
 """Options whose value may be left out."""
@@ -62,6 +66,8 @@ class TrainingArgs:
     """What the training opens: its files, and the folders of its pictures."""
     study: str | None = None
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
+    batch: int | None = None
+    """Pictures in one iteration over all devices; None where it is a checkpoint's, or not a number."""
 
     @property
     def fleet(self) -> str:
@@ -108,6 +114,7 @@ def prepare_args(
         device=values.get("--device"),
         reads=tuple(dict.fromkeys(reads)),
         study=study,
+        batch=_batch(values),
     )
 
 
@@ -152,6 +159,14 @@ def _named_by(option: str, path: Path, files: HostFiles) -> tuple[tuple[Path, ..
         return dataset.folders, dataset.splits
     layouts = space_layouts(path, files) if option == "--space" else ()
     return layouts, layouts
+
+
+def _batch(values: _Words) -> int | None:
+    """Return the batch as far as the host can tell; the trainer is the judge of what is no number."""
+    given = values.get("--batch-size")
+    if given is None:
+        return None if values.has("--resume") else DEFAULT_BATCH
+    return int(given) if re.fullmatch(r"-?[0-9]{1,9}", given) else None
 
 
 def _refuse_password(study: str) -> None:

@@ -185,7 +185,7 @@ class Machine:
     def up(self, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return launcher(
             self.address, self.folder, "up", *words, "--memory", "64m", "--image", IMAGE, "--network", "none", "--settle", "0",
-            "--runs", name, "--", "--project", "p", "--name", name, **self.variables, **environment,
+            "--runs", name, "--", "--project", "p", "--name", name, "--batch", "12", **self.variables, **environment,
         )  # fmt: skip
 
     @property
