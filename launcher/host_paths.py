@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path, PurePath
+from collections.abc import Iterable
+from pathlib import PurePath
 
 _NEVER_EXACTLY = (
     "/",
@@ -45,11 +45,11 @@ _ALLOWED_ALL_THE_SAME = "/dev/shm"
 """Memory as a disk, which some keep data in."""
 
 
-def is_the_systems(folder: Path) -> bool:
-    """Return whether a folder is the system's, or the caller's whole home; links are followed."""
-    never = {*_NEVER_EXACTLY, str(Path.home()), _ALLOWED_ALL_THE_SAME}
-    for place in {os.path.abspath(folder), os.path.realpath(folder)}:
-        below = any(PurePath(place).is_relative_to(item) for item in _NEVER_BELOW)
-        if place in never or (below and not PurePath(place).is_relative_to(_ALLOWED_ALL_THE_SAME)):
+def is_the_systems(places: Iterable[PurePath], home: PurePath) -> bool:
+    """Return whether a folder, given by its name and by where links lead, is the system's or a whole home."""
+    never = {*_NEVER_EXACTLY, str(home), _ALLOWED_ALL_THE_SAME}
+    for place in places:
+        below = any(place.is_relative_to(item) for item in _NEVER_BELOW)
+        if str(place) in never or (below and not place.is_relative_to(_ALLOWED_ALL_THE_SAME)):
             return True
     return False

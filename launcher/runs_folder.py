@@ -40,8 +40,8 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 def check_runs(runs: Path) -> None:
     """Raise UsageError for a runs folder that cannot be one."""
-    if is_the_systems(runs):
-        real = Path(os.path.realpath(runs))
+    real = Path(os.path.realpath(runs))
+    if is_the_systems((runs, real), Path.home()):
         leads = f", which leads to {real}" if real != runs else ""
         raise UsageError(
             f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "

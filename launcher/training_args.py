@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.problems import Problems
 from launcher.space_yaml import space_layouts
 
@@ -75,11 +76,18 @@ class TrainingArgs:
 
 
 def prepare_args(
-    words: Sequence[str], *, cwd: Path, runs: Path, runs_inside: str, isolated: bool
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    runs: Path,
+    runs_inside: str,
+    isolated: bool,
+    files: HostFiles = LOCAL,
 ) -> TrainingArgs:
     """Expand and check the paths that a training command names, and list the mounts they need.
 
-    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted.
+    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted; `files`
+    are those of the machine that they run on.
     Raises DataError, CheckpointError or UsageError for something that is not there.
     """
     if not words:
@@ -90,14 +98,14 @@ def prepare_args(
     values = _Words(words)
     study = values.get("--study")
     _refuse_password(study or "")
-    mounts, reads = _take_paths(values, cwd, isolated)
-    _place_resume(values, cwd, runs, runs_inside)
+    mounts, reads = _take_paths(values, cwd, isolated, files)
+    _place_resume(values, cwd, runs, runs_inside, files)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
     name = values.get("--name") or "exp"
     if "/" in name or name in (".", ".."):
         raise UsageError(f"--name {name}: must be one folder name, without '/' or '..'")
-    _refuse_link_out("--project", runs / project / name, runs)
+    _refuse_link_out("--project", runs / project / name, runs, files)
     return TrainingArgs(
         words=values.words,
         mounts=_outermost(mounts),
@@ -111,14 +119,16 @@ def prepare_args(
     )
 
 
-def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount], list[Path]]:
+def _take_paths(
+    values: _Words, cwd: Path, isolated: bool, files: HostFiles
+) -> tuple[list[Mount], list[Path]]:
     """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
     mounts: list[Mount] = []
     reads: list[Path] = []
     problems = Problems()
     for option in _MISSING:
-        path = problems.check(_take_path, option, values, cwd, isolated)
-        named = path and problems.check(_named_by, option, path)
+        path = problems.check(_take_path, option, values, cwd, isolated, files)
+        named = path and problems.check(_named_by, option, path, files)
         if path and named:
             shown, opened = named
             mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
@@ -127,13 +137,13 @@ def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount],
     return mounts, reads
 
 
-def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path | None:
+def _take_path(option: str, values: _Words, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
     """Return the host's file that an option names, and make the word absolute; None for anything else."""
     given = values.get(option)
     if not given:
         return None
     try:
-        path = _existing(option, given, cwd, isolated)
+        path = _existing(option, given, cwd, isolated, files)
     except PermissionError as error:
         raise _MISSING[option](
             f"{option} {given}: you may not look at {error.filename}; ask its owner, or give another path"
@@ -143,12 +153,12 @@ def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path |
     return path
 
 
-def _named_by(option: str, path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def _named_by(option: str, path: Path, files: HostFiles) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Return what else a file names that replicas must see, and what of that the training opens."""
     if option == "--data":
-        dataset = read_dataset(path)
+        dataset = read_dataset(path, files)
         return dataset.folders, dataset.splits
-    layouts = space_layouts(path) if option == "--space" else ()
+    layouts = space_layouts(path, files) if option == "--space" else ()
     return layouts, layouts
 
 
@@ -233,17 +243,17 @@ class _Words:
         return found
 
 
-def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None:
+def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
     """Return the absolute path of a file of the host, or None for one that the trainer brings or fetches."""
     if "://" in given:
         return None
-    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
-    if path.is_file():
+    path = expand(files, cwd, given)
+    if files.is_file(path):
         return path
-    if option == "--weights" and path.with_name(f"{path.name}.pt").is_file():
+    if option == "--weights" and files.is_file(path.with_name(f"{path.name}.pt")):
         return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
     if option == "--weights" and _PUBLISHED.fullmatch(given):
-        return _kept_weights(given)
+        return _kept_weights(given, files)
     known = _shipped(option)
     name = PurePosixPath(given).name
     if {name, f"{name}.yaml"} & set(known) and not (path.is_absolute() and given.startswith(("~", "/home"))):
@@ -255,17 +265,19 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None
         "--data": "give the path of a dataset YAML",
         "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
-    raise _MISSING[option](f"{option} {given}: no such file{hint}; {remedy}")
+    where = "" if files is LOCAL else f" on the remote machine ({path})"
+    raise _MISSING[option](f"{option} {given}: no such file{where}{hint}; {remedy}")
 
 
-def _kept_weights(given: str) -> Path:
+def _kept_weights(given: str, files: HostFiles) -> Path:
     """Return published weights as the trainer keeps them on this host; replicas have no folder to keep them in."""
     name = given if given.endswith(".pt") else f"{given}.pt"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = (
-        Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights").expanduser().absolute()
-    )
-    if (folder / name).is_file():
+    folder = files.home / ".cache" / "starling" / "weights"
+    if files is LOCAL:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or files.home / ".cache")
+        folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
+        folder = folder.expanduser().absolute()
+    if files.is_file(folder / name):
         return folder / name
     raise CheckpointError(
         f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
@@ -281,19 +293,19 @@ def _shipped(option: str) -> list[str]:
     return [path.name for path in (folder / "config" / _SHIPPED_FOLDER[option]).glob("*.yaml")]
 
 
-def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str) -> None:
+def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files: HostFiles) -> None:
     """Point `--resume PATH` at the writable runs folder, where the run goes on."""
     given = values.get("--resume")
     if not given or given == "latest":
         return
-    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
-    if not path.is_file():
+    path = expand(files, cwd, given)
+    if not files.is_file(path):
         raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
     if not path.is_relative_to(runs):
         raise UsageError(
             f"--resume {given}: lies outside the runs folder {runs}; say --runs with the folder it is in"
         )
-    _refuse_link_out("--resume", path, runs)
+    _refuse_link_out("--resume", path, runs, files)
     values.set("--resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
 
 
@@ -318,10 +330,10 @@ def _project(values: _Words, runs: Path, default: str) -> str:
     return "/".join(parts)
 
 
-def _refuse_link_out(option: str, path: Path, runs: Path) -> None:
+def _refuse_link_out(option: str, path: Path, runs: Path, files: HostFiles) -> None:
     """Raise UsageError for a path below the runs folder that a link on the way takes out of it."""
-    real = Path(os.path.realpath(path))
-    if not real.is_relative_to(os.path.realpath(runs)):
+    real = files.real(path)
+    if real != path and not real.is_relative_to(files.real(runs)):
         raise UsageError(
             f"{option}: {path} leads by a link to {real}, outside the runs folder; remove the link, or give another name"
         )
@@ -334,3 +346,15 @@ def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
         if not any(PurePosixPath(mount.source).is_relative_to(other.source) for other in kept):
             kept.append(mount)
     return tuple(kept)
+
+
+def place_beside(words: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Make relative paths among training arguments start at `folder`; names of what the trainer brings stay."""
+    values = _Words(words)
+    for option in (*_MISSING, "--resume"):
+        given = values.get(option)
+        if given and "://" not in given and not given.startswith(("~", "/")):
+            path = folder / given
+            if "/" in given or path.exists():
+                values.set(option, str(path))
+    return values.words

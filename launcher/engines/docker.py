@@ -18,6 +18,7 @@ import urllib3.exceptions
 
 from launcher.claims import Claim
 from launcher.engines import docker_checks as checks
+from launcher.engines.archives import read_archived_file
 from launcher.engines.base import Image, Phase, ReplicaSpec, ReplicaState
 from launcher.engines.container_options import container_options
 from launcher.engines.gpu_containers import HOLDING, container_claim
@@ -35,6 +36,7 @@ from launcher.ownership import (
     plan_of,
 )
 from launcher.processes import printable
+from launcher.reach import box
 
 ANSWER_TIMEOUT_S = 3.0
 """A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
@@ -92,7 +94,9 @@ class DockerEngine:
     def remote(self) -> bool:
         """Whether DOCKER_HOST or the context leads to another machine."""
         scheme = urlsplit(self._client.api.base_url).scheme
-        return not scheme.startswith(("http+docker", "http+unix", "unix", "npipe", "http+npipe"))
+        return box() is not None or not scheme.startswith(
+            ("http+docker", "http+unix", "unix", "npipe", "http+npipe")
+        )
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
@@ -252,6 +256,16 @@ class DockerEngine:
                 if not (_vanished(error) or "already in progress" in str(error)):
                     raise
 
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the engine says of itself: its `info` and its `version`."""
+        with self._translated():
+            return self._client.info(), self._client.version()
+
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
+        with self._translated():
+            return read_archived_file(self._client.api, replica_id, path, most_bytes)
+
     @property
     def _client(self) -> Any:
         """This thread's client for questions, which are answered soon or not at all."""
@@ -319,6 +333,9 @@ class DockerEngine:
             subject = f"{what}: " if what else ""
             raise EngineError(f"{subject}{self.title} refuses: {error.explanation or error}") from error
         except (docker.errors.DockerException, *_TRANSPORT) as error:
+            there = box()
+            if there is not None and there.ended:
+                raise there.lost() from error
             reason = _reason(error)
             denied = self._denied() if reason == _DENIED else ""
             raise EngineError(denied or f"{self.title} does not answer ({reason}); {self.remedy}") from error
