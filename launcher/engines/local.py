@@ -280,9 +280,8 @@ class LocalEngine:
 
     def _records(self) -> Iterator[_Record]:
         names: list[str] = []
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # also one that goes while it is read, as globbing does not take it
+        # Globbing does not take a folder that vanishes while it is read.
+        with contextlib.suppress(FileNotFoundError):
             names = os.listdir(self._folder)
         for name in sorted(names):
             if not name.endswith(".json") or name.endswith(".exit.json"):
