@@ -122,6 +122,14 @@ Examples:
     type=click.Path(path_type=Path),
     help="Pass NAME=value lines; repeatable.",
 )
+@click.option(
+    "--max-restarts",
+    default=3,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Start a crashed trainer again so often.",
+)
 @click.option("--recreate", is_flag=True, help="Stop a fleet that differs, and start it as given now.")
 @click.option(
     "--settle",
@@ -157,7 +165,7 @@ def status(
 ) -> None:
     """Show replicas, their devices, states and progress. NAMES: replicas, or fleets as project/name.
 
-    Exits 0 when every replica runs or has finished; 1 when one has not, or there is none.
+    Exits 0 when every replica runs, has finished or was stopped; 1 when one has failed, or there is none.
     """
     from launcher.watch import show_status, watch_status
 
@@ -170,28 +178,44 @@ def status(
 
 @cli.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on until the replicas end, or Ctrl-C.")
-@click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines of each.")
+@click.option("--since", metavar="WHEN", help="Only what was said since: 10m, 1h30m, 2026-03-01T14:00.")
 @_shared
 @click.argument("names", nargs=-1)
-def logs(engine: str, runs: Path, follow: bool, tail: int | None, names: tuple[str, ...]) -> None:
-    """Print the output of replicas, each line marked with its replica when there are several."""
-    from launcher.watch import print_logs
+def logs(
+    engine: str, runs: Path, follow: bool, tail: int | None, since: str | None, names: tuple[str, ...]
+) -> None:
+    """Print the output of replicas: of several in the order of time, each line marked with its replica."""
+    import time
 
-    print_logs(lambda: open_engine(engine, runs), names, follow=follow, tail=tail)
+    from launcher.instants import parse_since
+    from launcher.output import print_logs
+
+    moment = None if since is None else parse_since(since, time.time())
+    print_logs(open_engine(engine, runs), names, follow=follow, tail=tail, since=moment)
 
 
 @cli.command()
 @_shared
 @click.argument("name")
 def attach(engine: str, runs: Path, name: str) -> None:
-    """Watch one replica's output; Ctrl-C leaves, and the replica lives on."""
-    from launcher.watch import print_logs
+    """Watch one replica's output; Ctrl-C leaves, and the replica lives on.
 
+    Exits 0 when you leave or the replica ends well; 1 when it fails.
+    """
+    from launcher import output
+    from launcher.report import exit_code, words_for
+
+    chosen = open_engine(engine, runs)
     click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
     try:
-        print_logs(lambda: open_engine(engine, runs), (name,), follow=True, tail=10, single=True)
+        state = output.attach(chosen, name)
     except KeyboardInterrupt:
         click.echo(f"left {name}; it goes on", err=True)
+        return
+    if state is not None:
+        click.echo(f"{state.name}: {words_for(state)}", err=True)
+        sys.exit(exit_code([state]))
 
 
 @cli.command()
@@ -201,7 +225,8 @@ def attach(engine: str, runs: Path, name: str) -> None:
 def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
     """Ask replicas to save and end (SIGTERM), kill those that outlast the grace, and report.
 
-    Without NAMES: all of yours. They stay listed, and the same `up` resumes them.
+    Without NAMES: all of yours. They stay listed, and the same `up` resumes them. Exits 1 when one had to be killed,
+    or had failed.
     """
     from launcher import fleet
     from launcher.watch import show_status
@@ -212,7 +237,7 @@ def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
         click.echo("none: nothing to stop")
         return
     fleet.stop(chosen, states, grace_s=grace, say=say)
-    show_status(chosen, [state.name for state in states])
+    sys.exit(show_status(chosen, [state.name for state in states]))
 
 
 @cli.command("kill-all")

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.changes import differences
 from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
@@ -166,8 +167,7 @@ def stop(
 ) -> list[ReplicaState]:
     """Send SIGTERM to all, wait for all, SIGKILL those that outlast the grace; return how they ended."""
     live = [state for state in states if state.live]
-    for state in live:
-        engine.terminate(state.id)
+    _raise_any(in_parallel(lambda state: engine.terminate(state.id), live))
     deadline = time.monotonic() + grace_s
     waiting = {state.id: state.name for state in live}
     while waiting and time.monotonic() < deadline:
@@ -177,12 +177,18 @@ def stop(
             if now is None or not now.live:
                 name = waiting.pop(replica_id)
                 say(f"{name}: {words_for(now) if now else 'gone'}")
-    for replica_id, name in waiting.items():
+    for name in waiting.values():
         say(f"{name}: still running after {grace_s:g} s; killing it (its last checkpoint stands)")
-        engine.kill(replica_id)
+    _raise_any(in_parallel(engine.kill, waiting))
     for replica_id in waiting:
         _await_end(engine, replica_id)
     return [now for state in states if (now := engine.state(state.id)) is not None]
+
+
+def _raise_any(outcomes: Iterable[Done[Any, None]]) -> None:
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
 
 
 def _await_end(engine: Engine, replica_id: str, limit_s: float = 10.0) -> None:

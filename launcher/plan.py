@@ -20,6 +20,7 @@ from launcher.training_args import TrainingArgs
 DEFAULT_IMAGE = "starling:latest"
 RUNS_IN_IMAGE = "/usr/src/app/runs"
 TRAINER_IN_IMAGE = ("python", "/usr/src/app/train.py")
+SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
 
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
@@ -45,6 +46,8 @@ class Placement:
     runs_inside: str
     isolated: bool
     """Replicas see only what is mounted, and their limits are enforced."""
+    supervisor: tuple[str, ...] = ()
+    """What stands over the trainer and starts it again when it crashes; empty: nothing does."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +70,7 @@ class Request:
     image: str = DEFAULT_IMAGE
     network: str = "bridge"
     user: str = ""
+    max_restarts: int = 3
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
@@ -207,7 +211,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
         device=Device("cpu", "0"),
         image=request.image if placement.isolated else "",
         image_id=image_id,
-        command=(*placement.trainer, *request.args.words),
+        command=(*_supervision(request, placement), *placement.trainer, *request.args.words),
         environment={
             "PYTHONUNBUFFERED": "1",
             "STARLING_FLEET": request.args.fleet,
@@ -224,6 +228,12 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
         tmp_bytes=min(GIB, memory // 4),
         network=request.network if placement.isolated else "",
     )
+
+
+def _supervision(request: Request, placement: Placement) -> tuple[str, ...]:
+    if not placement.supervisor:
+        return ()
+    return (*placement.supervisor, "--max-restarts", str(request.max_restarts), "--")
 
 
 def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:

@@ -1,4 +1,7 @@
-"""Read what a trainer says of itself in `<runs>/.workers/<replica>.json`: data from inside a replica, so not trusted."""
+"""Read what a replica says of itself: its trainer in `<runs>/.workers/<replica>.json`, its supervisor beside it.
+
+Data from inside a replica, so not trusted.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +29,7 @@ class Progress:
     candidate: str | None = None
     epoch: int | None = None
     epochs: int | None = None
+    images_per_s: float | None = None
     best_fitness: float | None = None
     finished: int | None = None
     budget: int | None = None
@@ -35,17 +40,46 @@ class Progress:
     updated: float | None = None
 
 
-def read_progress(runs: Path, replica: str, since: float | None = None) -> Progress:
-    """Return the replica's progress; an empty one for a file that is absent, foreign, or from before `since`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restarts:
+    """A supervisor's account of its trainer's crashes; None for what it has not said."""
 
-    Links and pipes are not followed or waited for: replicas can put them there.
+    done: int | None = None
+    most: int | None = None
+    restart_at: float | None = None
+    """Unix seconds: when the wait for the next try ends; None while the trainer is there."""
+    delay_s: float | None = None
+    """How long that wait is in all."""
+    oom_killed: bool = False
+    """The kernel has killed one of the replica's processes for memory."""
+
+    def wait_s(self, now: float) -> float | None:
+        """Return the seconds until the next try, whatever was done to the clock meanwhile; None for none."""
+        if self.restart_at is None:
+            return None
+        return min(max(self.restart_at - now, 0.0), self.delay_s or 0.0)
+
+
+def read_progress(runs: Path, replica: str) -> Progress:
+    """Return the replica's progress; an empty one for a file that is absent or foreign.
+
+    What an earlier replica of this name said has been put away by the supervisor, so no clock decides. Links and pipes
+    are not followed or waited for: replicas can put them there.
     """
-    return _progress(read_json(runs / FOLDER / f"{replica}.json"), since)
+    return progress_in(read_json(runs / FOLDER / f"{replica}.json"))
 
 
-def progress_of(engine: Engine, state: ReplicaState) -> Progress:
-    """Return a replica's progress from the runs folder here, or, of another machine, by way of its engine."""
-    return _progress(worker_values(engine, state, f"{state.name}.json"), state.started_at)
+def read_restarts(runs: Path, replica: str) -> Restarts:
+    """Return what the replica's supervisor says; an empty account for a file that is absent or foreign."""
+    return restarts_in(read_json(runs / FOLDER / f"{replica}.restarts.json"))
+
+
+def told_by(engine: Engine, state: ReplicaState) -> tuple[Progress, Restarts]:
+    """Return what a replica's trainer and its supervisor say, from the runs folder here or by way of its engine."""
+    if state.phase == "created":
+        return Progress(), Restarts()  # what lies there is an earlier replica's
+    trainer = worker_values(engine, state, f"{state.name}.json")
+    return progress_in(trainer), restarts_in(worker_values(engine, state, f"{state.name}.restarts.json"))
 
 
 def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
@@ -57,22 +91,32 @@ def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, A
     return _parse(engine.read_file(state.id, f"{inside[0]}/{FOLDER}/{file}", MOST_BYTES)) if inside else {}
 
 
-def _progress(values: dict[str, Any], since: float | None) -> Progress:
-    updated = _number(values.get("updated"))
-    if since is not None and updated is not None and updated < since:
-        return Progress()
+def progress_in(values: Mapping[str, Any]) -> Progress:
+    """Return the progress in a trainer's file."""
     return Progress(
         phase=_text(values.get("phase")),
         candidate=_text(values.get("candidate")),
         epoch=_whole(values.get("epoch")),
         epochs=_whole(values.get("epochs")),
+        images_per_s=_number(values.get("images_per_s")),
         best_fitness=_number(values.get("best_fitness")),
         finished=_whole(values.get("finished")),
         budget=_whole(values.get("budget")),
         eta_s=_number(values.get("eta_s")),
         search_ends_at=_number(values.get("search_ends_at")),
         message=_text(values.get("message")),
-        updated=updated,
+        updated=_number(values.get("updated")),
+    )
+
+
+def restarts_in(values: Mapping[str, Any]) -> Restarts:
+    """Return the account in a supervisor's file."""
+    return Restarts(
+        done=_whole(values.get("restarts")),
+        most=_whole(values.get("max_restarts")),
+        restart_at=_number(values.get("restart_at")),
+        delay_s=_number(values.get("delay_s")),
+        oom_killed=values.get("oom_killed") is True,
     )
 
 

@@ -1,21 +1,22 @@
-"""States in words: a table on a terminal, whole lines elsewhere, JSON for scripts, and an exit code."""
+"""States in words, figures in columns, JSON for scripts, and an exit code."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.engines.base import ReplicaState
-from launcher.progress import Progress
-from launcher.sizes import format_size
+from launcher.progress import Progress, Restarts
+from launcher.sizes import format_share, format_size
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-COLUMNS = ("replica", "device", "state", "candidate", "epoch", "best fitness", "time left")
+COLUMNS = (
+    *("replica", "device", "state", "candidate", "epoch", "img/s", "best", "time left"),
+    *("GPU", "memory", "CPU", "restarts"),
+)
 
 _LONGEST_REASON = 120
 """Characters of a trainer's own words in a line; `--json` has them all."""
@@ -29,31 +30,74 @@ _EXITS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What a running replica uses now; None for what is not known."""
+
+    memory_bytes: int | None = None
+    cpu_percent: float | None = None
+    """Of one core."""
+    gpu_percent: float | None = None
+    """Of the time that its GPUs compute at all, on average over them."""
+
+
+NOTHING_SAID, NOTHING_READ = Restarts(), Figures()
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One replica: what the engine says of it, and what it says of itself."""
+    """One replica: what the engine says of it, what it says of itself, and what it uses."""
 
     state: ReplicaState
     progress: Progress
+    restarts: Restarts = NOTHING_SAID
+    figures: Figures = NOTHING_READ
 
-    def cells(self) -> tuple[str, ...]:
-        """Return the texts of `COLUMNS`; a dash for what is not known."""
-        progress = self.progress
+    def cells(self, now: float | None = None) -> tuple[str, ...]:
+        """Return the texts of `COLUMNS`, the reason of a failure left out; a dash for what is not known."""
+        progress, figures, live = self.progress, self.figures, self.state.live
         epoch = "-" if progress.epoch is None else str(progress.epoch)
         if progress.epoch is not None and progress.epochs is not None:
             epoch = f"{progress.epoch}/{progress.epochs}"
-        candidate = progress.candidate or "-"
-        if progress.finished is not None and progress.budget is not None:
-            candidate += f" ({progress.finished}/{progress.budget} done)"
+        training = live and progress.phase in ("training", None)
+        used = format_share(figures.memory_bytes, self.state.memory_bytes)
+        restarts = "-" if self.restarts.done is None else str(self.restarts.done)
         return (
             self.state.name,
             device_words(self.state.device),
-            _state_words(self),
-            candidate,
+            _state_words(self, time.time() if now is None else now),
+            progress.candidate or "-",
             epoch,
+            _rounded(progress.images_per_s if training else None),
             "-" if progress.best_fitness is None else f"{progress.best_fitness:.4f}",
-            format_duration(progress.eta_s) if self.state.live else "-",
+            format_duration(progress.eta_s) if live else "-",
+            _rounded(figures.gpu_percent, " %"),
+            "-" if figures.memory_bytes is None else used,
+            _rounded(figures.cpu_percent, " %"),
+            restarts if self.restarts.most is None else f"{restarts}/{self.restarts.most}",
         )
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in the trainer's own words; empty where it has not, or gave none."""
+        progress = self.progress
+        failed = self.state.phase == "exited" and not self.state.well and progress.phase == "failed"
+        return (
+            shorten(progress.message, _LONGEST_REASON, placeholder=" …")
+            if failed and progress.message
+            else ""
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether its trainer has crashed and is about to be started again."""
+        return self.state.phase == "running" and self.restarts.restart_at is not None
+
+    @property
+    def known_state(self) -> ReplicaState:
+        """The engine's state; where the engine does not know of kills for memory, as the supervisor saw it."""
+        killed = self.state.exit_code == 137 and self.restarts.oom_killed
+        return replace(self.state, oom_killed=True) if killed else self.state
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -63,7 +107,7 @@ class Row:
             "fleet": state.fleet,
             "id": state.id,
             "device": state.device,
-            "state": words_for(state),
+            "state": words_for(self.known_state),
             "phase": state.phase,
             "exit_code": state.exit_code,
             "oom_killed": state.oom_killed,
@@ -73,10 +117,17 @@ class Row:
             "candidate": progress.candidate,
             "epoch": progress.epoch,
             "epochs": progress.epochs,
+            "images_per_s": progress.images_per_s,
             "best_fitness": progress.best_fitness,
             "finished": progress.finished,
             "budget": progress.budget,
             "eta_s": progress.eta_s,
+            "gpu_percent": self.figures.gpu_percent,
+            "memory_used_bytes": self.figures.memory_bytes,
+            "cpu_percent": self.figures.cpu_percent,
+            "restarts": self.restarts.done,
+            "max_restarts": self.restarts.most,
+            "restart_at": _iso(self.restarts.restart_at),
             "search_ends_at": _iso(progress.search_ends_at),
             "trainer_phase": progress.phase,
             "message": progress.message,
@@ -161,23 +212,30 @@ def words_for(state: ReplicaState) -> str:
         return f"stopped {code}: resumable"
     if code == 137:
         return "killed (137)"
+    if code == 255:
+        return "lost with the engine or the machine (255)"
     if code is not None and 128 < code < 160:
         return f"killed by signal {code - 128}"
     return f"exited {code}: {_EXITS.get(code if code is not None else 1, 'error')}"
 
 
-def _state_words(row: Row) -> str:
-    """Return the state, with the trainer's own phase while it runs, and its own reason where it failed."""
-    phase, message = row.progress.phase, row.progress.message
-    words = words_for(row.state)
-    if row.state.phase == "exited" and not row.state.finished and phase == "failed" and message:
-        return f"{words}: {shorten(message, _LONGEST_REASON, placeholder=' …')}"
-    return f"{words}, {phase}" if row.state.phase == "running" and phase and words == "running" else words
+def _state_words(row: Row, now: float) -> str:
+    """Return the state: what the trainer does while it runs, and how often it was tried where it failed."""
+    phase, restarts = row.progress.phase, row.restarts
+    words = words_for(row.known_state)
+    wait = restarts.wait_s(now)
+    if row.waits and wait is not None:
+        return f"restarting in {format_duration(wait)} ({restarts.done} of {restarts.most})"
+    if row.state.phase == "running" and phase and words == "running":
+        return phase
+    if row.state.phase == "exited" and not row.state.well and restarts.done:
+        return f"{words} after {restarts.done} restart{'s' * (restarts.done != 1)}"
+    return words
 
 
 def exit_code(states: Sequence[ReplicaState]) -> int:
-    """Return `status`'s exit code: 0 when every replica runs or has finished, 1 when one has not, or there is none."""
-    return 0 if states and all(state.phase == "running" or state.finished for state in states) else 1
+    """Return `status`'s exit code: 0 when all run, have finished or were stopped; 1 when one failed, or there is none."""
+    return 0 if states and all(state.well for state in states) else 1
 
 
 def device_words(label: str) -> str:
@@ -197,29 +255,8 @@ def format_duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def as_lines(rows: Sequence[Row]) -> list[str]:
-    """Return aligned text, a line a replica below a heading."""
-    cells = [COLUMNS, *(row.cells() for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    return [
-        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-
-
-def as_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """Return a table for a terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=column in ("device",))
-    for row in rows:
-        healthy = row.state.phase == "running" or row.state.finished
-        cells = [escape(text) for text in row.cells()]
-        table.add_row(*cells, style=None if healthy else "red")
-    return table
+def _rounded(value: float | None, unit: str = "") -> str:
+    return "-" if value is None or value < 0 else f"{value:.0f}{unit}"
 
 
 def _iso(seconds: float | None) -> str | None:

@@ -31,3 +31,15 @@ def format_size(amount: int) -> str:
         if amount >= size:
             return f"{amount / size:.1f}".removesuffix(".0") + f" {unit}"
     return f"{amount} B"
+
+
+def format_share(used: int | None, limit: int) -> str:
+    """Return `1.2/20 GB`: what is used of a limit, in the limit's unit; `1.2 GB` where there is none."""
+    if used is None:
+        return "-"
+    if not limit:
+        return format_size(used)
+    words, unit = format_size(limit).split()
+    size = {"GB": GIB, "MB": MIB, "KB": 1024}.get(unit, 1)
+    share = used / size
+    return f"{share:.1f}/{words} {unit}" if unit == "GB" else f"{share:.0f}/{words} {unit}"

@@ -27,6 +27,7 @@ from launcher.ownership import caller_ids
 from launcher.plan import (
     DEFAULT_IMAGE,
     RUNS_IN_IMAGE,
+    SUPERVISOR_IN_IMAGE,
     TRAINER_IN_IMAGE,
     Placement,
     Plan,
@@ -95,11 +96,18 @@ def place(engine: str, runs: Path) -> Placement:
         return Placement(
             engine=engine,
             trainer=(sys.executable, str(script)),
+            supervisor=(sys.executable, "-S", str(script.with_name("supervise.py"))),
             runs_inside=str(runs),
             isolated=False,
             environment={"PYTHONPATH": path},
         )
-    return Placement(engine=engine, trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
+    return Placement(
+        engine=engine,
+        trainer=TRAINER_IN_IMAGE,
+        supervisor=SUPERVISOR_IN_IMAGE,
+        runs_inside=RUNS_IN_IMAGE,
+        isolated=True,
+    )
 
 
 def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
@@ -136,6 +144,7 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
         shm_bytes=shm,
         image=options["image"] or DEFAULT_IMAGE,
         network=options["network"],
+        max_restarts=options["max_restarts"],
         user=user or "",
         passed=passed or {},
     )

@@ -1,129 +1,107 @@
-"""What a user looks at while replicas work: their status, and their output."""
+"""What a user looks at while replicas work: their status, once or again and again."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import click
 
 from launcher import fleet, report
-from launcher.engines.base import Engine, ReplicaState
-from launcher.errors import LauncherError, UsageError
-from launcher.progress import progress_of
+from launcher.engines.base import Engine
+from launcher.errors import EngineError
+from launcher.meter import Meter
+from launcher.progress import told_by
+from launcher.table import Line, lay_out
+from launcher.terminal import coloured, paint, width
 
 
-def read_rows(engine: Engine, names: Sequence[str]) -> list[report.Row]:
-    """Return what is known of the replicas that `names` mean."""
-    states = fleet.select(engine.list(), names)
-    return [report.Row(state, progress_of(engine, state)) for state in states]
+class View:
+    """Look at the replicas that `names` mean, as often as asked."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self._engine, self._names = engine, names
+        self._meter = Meter(engine)
+        self._begun = False
+
+    def rows(self) -> list[report.Row]:
+        """Return what is known of them now."""
+        states = fleet.select(self._engine.list(), self._names)
+        if not self._begun:
+            self._begun = True
+            self._meter.begin(states)
+        # Before the second reading of figures, to make use of the time between the two.
+        told = [told_by(self._engine, state) for state in states]
+        figures = self._meter.read(states)
+        return [
+            report.Row(state, progress, restarts, figures.get(state.id, report.Figures()))
+            for state, (progress, restarts) in zip(states, told, strict=True)
+        ]
 
 
 def show_status(engine: Engine, names: Sequence[str], *, as_json: bool = False) -> int:
     """Print one report and return `status`'s exit code."""
-    rows = read_rows(engine, names)
+    rows = View(engine, names).rows()
     if as_json:
         document = {
             "replicas": [row.as_dict() for row in rows],
             "searches": [search.as_dict() for search in report.searches_of(rows)],
         }
         click.echo(json.dumps(document, indent=2))
-    elif not rows:
-        click.echo("none")
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(report.as_table(rows))
-        _say_searches(rows)
     else:
-        click.echo("\n".join(report.as_lines(rows)))
-        _say_searches(rows)
+        for line in describe(rows, width()):
+            click.echo(paint(line.text, line.colour) if coloured() else line.text)
     return report.exit_code([row.state for row in rows])
 
 
-def _say_searches(rows: Sequence[report.Row]) -> None:
-    for search in report.searches_of(rows):
-        click.echo(search.words(time.time()))
+def describe(rows: Sequence[report.Row], columns: int | None) -> list[Line]:
+    """Return the whole report: the table, and a line a search."""
+    if not rows:
+        return [Line("none")]
+    now = time.time()
+    searches = [Line(search.words(now)) for search in report.searches_of(rows)]
+    return lay_out(rows, now, columns) + searches
 
 
 def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> None:
-    """Show the report again and again until Ctrl-C; without a terminal, as whole lines."""
-    try:
-        if not sys.stdout.isatty():
-            while True:
-                show_status(engine, names)
-                sys.stdout.flush()
-                time.sleep(interval_s)
-        from rich.console import Group
-        from rich.live import Live
-        from rich.text import Text
+    """Show the report again and again until Ctrl-C; without a terminal, as whole lines.
 
-        with Live(auto_refresh=False, screen=False) as live:
-            while True:
-                rows = read_rows(engine, names)
-                title = time.strftime("%H:%M:%S") + ("" if rows else "  none")
-                searches = [Text(search.words(time.time())) for search in report.searches_of(rows)]
-                live.update(Group(report.as_table(rows, title), *searches), refresh=True)
-                time.sleep(interval_s)
+    An engine that stops answering is waited for: it may be about to be started again.
+    """
+    view = View(engine, names)
+    try:
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            _watch_live(view, interval_s)
+        while True:
+            for line in _look(view, None):
+                click.echo(line.text)
+            sys.stdout.flush()
+            time.sleep(interval_s)
     except KeyboardInterrupt:
         return
 
 
-def print_logs(
-    open_engine: Callable[[], Engine],
-    names: Sequence[str],
-    *,
-    follow: bool,
-    tail: int | None,
-    single: bool = False,
-) -> None:
-    """Print the replicas' output; with `follow`, of all at once, each read by an engine client of its own.
+def _watch_live(view: View, interval_s: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
-    Raises UsageError when there is no replica, or, for `single`, when the name means several.
-    """
-    engine = open_engine()
-    states = fleet.select(engine.list(), names)
-    if not states:
-        raise UsageError("none: no replica has any output; start some with `launcher up`")
-    if single and len(states) > 1:
-        raise UsageError(
-            f"{names[0]}: names {len(states)} replicas; attach to one, or use `launcher logs -f`"
-        )
-    if len(states) == 1:
-        for line in engine.logs(states[0].id, follow=follow, tail=tail):
-            _print(line)
-    elif not follow:
-        for state in states:
-            _copy(engine, state, False, tail)
-    else:
-        _follow_all(open_engine, states, tail)
+    console = Console(no_color=not coloured(), highlight=False)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            lines = [Line(time.strftime("%H:%M:%S")), *_look(view, console.width)]
+            text = Text("\n", no_wrap=True, overflow="ellipsis").join(
+                Text(line.text, style=line.colour or "") for line in lines
+            )
+            live.update(text, refresh=True)
+            time.sleep(interval_s)
 
 
-def _follow_all(open_engine: Callable[[], Engine], states: Sequence[ReplicaState], tail: int | None) -> None:
-    # Daemon threads: Ctrl-C must not wait for a replica to say something.
-    threads = [
-        threading.Thread(target=_copy, args=(open_engine(), state, True, tail), daemon=True)
-        for state in states
-    ]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        for thread in threads:
-            thread.join(timeout=0.1)
-
-
-def _copy(engine: Engine, state: ReplicaState, follow: bool, tail: int | None) -> None:
+def _look(view: View, columns: int | None) -> list[Line]:
     try:
-        for line in engine.logs(state.id, follow=follow, tail=tail):
-            _print(f"{state.name} | {line}")
-    except LauncherError as error:
-        click.echo(f"{state.name} | {error}", err=True)
-
-
-def _print(line: str) -> None:
-    """Write the line in one piece, so that lines of several replicas never mix."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+        return describe(view.rows(), columns)
+    except EngineError as error:
+        return [Line(f"{error}; asking again", "red")]

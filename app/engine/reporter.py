@@ -64,7 +64,7 @@ class Reporter:
         """Tell that the run begins or goes on."""
         self._event("run_start", project=self.label.project, name=self.label.name, parent=self.label.parent,
                     params=params, tags=tags, dir=self._run_path)  # fmt: skip
-        self._update(phase="starting", run_dir=str(self._run_path), message=None)
+        self._update(phase="starting", run_dir=str(self._run_path), message=None, lasting=None)
 
     def epoch_began(self) -> None:
         """Start the epoch's clock."""
@@ -117,13 +117,16 @@ class Reporter:
         self._update(phase="training", epoch=row.epoch + 1, epochs=epochs, fitness=fitness,
                             images_per_s=round(images / seconds, 1), eta_s=round(left))  # fmt: skip
 
-    def ended(self, status: str, reason: str = "") -> None:
-        """Tell why the run is over (finished, failed, killed or pruned), and which files it leaves."""
+    def ended(self, status: str, reason: str = "", *, lasting: bool = False) -> None:
+        """Tell why the run is over (finished, failed, killed or pruned), and which files it leaves.
+
+        `lasting` says of a failure that it would come again.
+        """
         if self._events is not None:
             self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
         self._event("run_end", status=status, reason=reason)
         if self.label.parent is None:  # a candidate's end is not its worker's
-            self._update(phase=_PHASES[status], message=reason or None)
+            self._update(phase=_PHASES[status], message=reason or None, lasting=lasting or None)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._events is not None:

@@ -34,14 +34,15 @@ from app.engine.data import (
 )
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
+from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
-from app.engine.trainer import Glances, Trainer, TrainResult
-from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError
+from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
+from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
@@ -145,6 +146,7 @@ def train(command: TrainCommand) -> None:
             raise SystemExit(code)  # the processes have said why
         return
     progress = Progress() if place is None or place.rank == 0 else Silence()
+    command = go_on(command, read_hyp, progress.say)
     job = (
         _resumed_job(command, progress.say)
         if command.config.resume
@@ -306,10 +308,10 @@ def train_in(
         reporter.ended("pruned", str(error))
         raise
     except StarlingError as error:
-        reporter.ended("failed", str(error))
+        reporter.ended("failed", str(error), lasting=isinstance(error, Diverged))
         raise
     except BaseException as error:
-        reporter.ended("failed", f"{type(error).__name__}: {error}")
+        reporter.ended("failed", f"{type(error).__name__}: {error}", lasting=is_out_of_memory(error))
         raise
     finally:
         workshop.group.training_is_over()

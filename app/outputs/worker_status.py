@@ -26,8 +26,8 @@ class WorkerStatus:
     """Write what this worker is doing. A failure to write is never a reason to stop training.
 
     Fields: worker, pid, phase (starting, training, validating, waiting, done, failed, stopped), run_dir,
-    candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message; Unix seconds:
-    search_ends_at (expected), updated. Fields not known yet are absent; a number that is none (NaN) is null.
+    candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message, lasting (of a
+    failure: it would come again); Unix seconds: search_ends_at (expected), updated. Fields not known yet are absent; a number that is none (NaN) is null.
     """
 
     def __init__(self, root: Path, worker: str) -> None:

@@ -121,6 +121,8 @@ class ReplicaState:
     memory_bytes: int = 0
     started_at: float | None = None
     """Unix seconds."""
+    pid: int = 0
+    """Of its first process while it runs, as the engine's machine counts; 0: unknown."""
     plan: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The `public()` spec it was created from."""
 
@@ -135,9 +137,46 @@ class ReplicaState:
         return self.phase in ("running", "paused")
 
     @property
+    def stopped(self) -> bool:
+        """Whether it ended because it was asked to, after saving: the same `up` goes on with it."""
+        return self.phase == "exited" and self.exit_code in (130, 143) and not self.oom_killed
+
+    @property
+    def well(self) -> bool:
+        """Whether it is as it should be: at work, done, or stopped by its owner."""
+        return self.phase == "running" or self.finished or self.stopped
+
+    @property
     def finished(self) -> bool:
         """Whether it ended well: an out-of-memory kill of a child leaves exit code 0 behind and is no success."""
         return self.phase == "exited" and self.exit_code == 0 and not self.oom_killed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What a replica uses of the machine; None for what could not be read."""
+
+    memory_bytes: int | None
+    """Without cached files that the kernel would drop first."""
+    cpu_s: float | None
+    """CPU time since its start, over all cores: two readings make a rate."""
+    at: float
+    """Monotonic seconds of the reading."""
+    cpu_percent: float | None = None
+    """The rate itself, of one core, where the engine has compared two readings."""
+
+
+class LogLine(str):
+    """A line of a replica's output, and when it was said; a plain string to whoever does not ask."""
+
+    at: float | None
+    """Unix seconds by the engine's clock; None where it does not tell."""
+
+    def __new__(cls, text: str, at: float | None = None) -> LogLine:
+        """Return the line without its end."""
+        line = super().__new__(cls, text)
+        line.at = at
+        return line
 
 
 class Engine(Protocol):
@@ -188,8 +227,16 @@ class Engine(Protocol):
     def environment(self, replica_id: str) -> Mapping[str, str] | None:
         """Return the environment a replica was started with; None when that cannot be known any more."""
 
-    def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
-        """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs it."""
+    def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
+        """Return by id what running replicas use now; those that nothing is known of are left out."""
+
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
+        """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs it.
+
+        `since` is Unix seconds: only lines that were said from then on; of these, `tail` takes the last.
+        """
 
     def terminate(self, replica_id: str) -> None:
         """Send SIGTERM."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +18,14 @@ import urllib3.exceptions
 from launcher.claims import Claim
 from launcher.engines import docker_checks as checks
 from launcher.engines.archives import read_archived_file
-from launcher.engines.base import Image, Phase, ReplicaSpec, ReplicaState
+from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
+from launcher.engines.cgroups import read_usage
 from launcher.engines.container_options import container_options
+from launcher.engines.docker_logs import read_log
+from launcher.engines.docker_stats import ask_usage
 from launcher.engines.gpu_containers import HOLDING, container_claim
-from launcher.errors import EngineError, NameTaken
+from launcher.errors import ConnectionLost, EngineError, NameTaken
+from launcher.instants import parse_stamp
 from launcher.inventory import Machine
 from launcher.ownership import (
     DEVICE_LABEL,
@@ -45,6 +48,9 @@ ACTION_TIMEOUT_S = 120.0
 """Creating and starting may wait for disks and drivers."""
 
 _DENIED = "permission denied"
+
+RETURN_S = 20.0
+"""How long an engine that is started again is waited for by those who follow a log."""
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
@@ -211,7 +217,8 @@ class DockerEngine:
             exit_code=int(state["ExitCode"]) if phase == "exited" else None,
             oom_killed=bool(state.get("OOMKilled")),
             memory_bytes=int(inspected["HostConfig"].get("Memory") or 0),
-            started_at=_parse_time(state.get("StartedAt", "")),
+            started_at=parse_stamp(state.get("StartedAt", "")),
+            pid=int(state.get("Pid") or 0),
             plan=plan_of(found) or {},
         )
 
@@ -222,22 +229,43 @@ class DockerEngine:
             return None
         return dict(item.split("=", 1) for item in inspected["Config"].get("Env") or [] if "=" in item)
 
-    def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
-        """Yield whole lines. A dropped stream looks like the end, so the state is asked before believing it."""
-        last, seen = "", 0
+    def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
+        """Return what running containers use: read from their control groups on this machine, else as the engine tells."""
+        live = {state.id: state for state in states if state.live}
+        found: dict[str, Usage] = {}
+        for replica_id, state in () if self.remote else live.items():
+            usage = read_usage(state.pid, replica_id)
+            if usage is not None:
+                found[replica_id] = usage
+        elsewhere = [replica_id for replica_id in live if replica_id not in found]
+        return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
+
+    def _stats(self, replica_id: str) -> Mapping[str, Any]:
+        return dict(self._client.api.stats(replica_id, stream=False))
+
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
+        """Yield whole lines, through restarts of the engine too."""
+        yield from read_log(
+            lambda follow, options: self._log_frames(replica_id, follow, options),
+            lambda: self._runs(replica_id),
+            follow=follow,
+            tail=tail,
+            since=since,
+        )
+
+    def _runs(self, replica_id: str) -> bool:
+        """Return whether the container runs; an engine that is just being started again is waited for."""
+        until = time.monotonic() + RETURN_S
         while True:
-            since = _parse_time(last)
-            options = {"since": since} if since is not None else {"tail": "all" if tail is None else tail}
-            again = seen  # lines of the last stamp come once more; Podman stamps whole seconds, so there may be many
-            for stamp, line in self._read_log(replica_id, follow, options):
-                if since is not None and (stamp < last or (stamp == last and again)):
-                    again -= stamp == last
-                    continue
-                last, seen = stamp, seen + 1 if stamp == last else 1
-                yield line
-            state = self._inspect(replica_id) if follow else None
-            if state is None or not state["State"]["Running"]:
-                return
+            try:
+                inspected = self._inspect(replica_id)
+                return inspected is not None and bool(inspected["State"]["Running"])
+            except EngineError as error:
+                if isinstance(error, ConnectionLost) or time.monotonic() > until:
+                    raise
+                time.sleep(0.25)
 
     def terminate(self, replica_id: str) -> None:
         """Send SIGTERM to PID 1, which `init` passes on to the trainer."""
@@ -344,31 +372,19 @@ class DockerEngine:
         """Say whose the socket is that the caller may not use."""
         return checks.permission_words()
 
-    def _read_log(
-        self, replica_id: str, follow: bool, options: Mapping[str, Any]
-    ) -> Iterator[tuple[str, str]]:
-        """Yield (time stamp, line) until the stream ends, however it ends."""
+    def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the log's frames until the stream ends, however it ends."""
         with self._translated():
             try:
-                stream = self._client.api.logs(
+                yield from self._client.api.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
             except docker.errors.APIError as error:
-                if _vanished(error):
-                    return
-                raise
-            with contextlib.suppress(requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
-                yield from self._stamped_lines(stream)
-
-    def _stamped_lines(self, stream: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-        """Yield (time stamp, line) of a log's raw chunks: each line begins with its stamp."""
-        pending = b""
-        for chunk in stream:
-            *lines, pending = (pending + chunk).split(b"\n")
-            for line in lines:
-                yield split_stamp(line)
-        if pending:
-            yield split_stamp(pending)
+                if not _vanished(error):
+                    raise
+            except (requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
+                if not follow:
+                    raise
 
 
 def _vanished(error: docker.errors.APIError) -> bool:
@@ -389,21 +405,6 @@ def _reason(error: BaseException) -> str:
         if sign in text:
             return words
     return text.splitlines()[0][:160] if text else type(error).__name__
-
-
-def split_stamp(line: bytes) -> tuple[str, str]:
-    """Return the time stamp that the engine put before a line, and the line."""
-    stamp, _, text = line.decode(errors="replace").partition(" ")
-    return stamp, text.rstrip("\r")
-
-
-def _parse_time(text: str) -> float | None:
-    """Return Unix seconds for the engine's time stamps; None for none, and for its year-1 zero."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)", text)
-    if not match or text.startswith("0001"):
-        return None
-    zone = "+00:00" if match[3] == "Z" else match[3]
-    return datetime.fromisoformat(match[1] + zone).astimezone(UTC).timestamp() + float(match[2] or 0)
 
 
 def _natural(state: ReplicaState) -> tuple[str, int, str]:

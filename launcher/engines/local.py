@@ -23,13 +23,14 @@ import psutil
 
 from launcher.claims import Claim
 from launcher.engines import memory_limit, supervisor
-from launcher.engines.base import Image, ReplicaSpec, ReplicaState
+from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
+from launcher.engines.local_log import read_log
+from launcher.engines.process_usage import read_sessions
 from launcher.errors import EngineError, NameTaken, UsageError
 from launcher.inventory import Machine
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
 
 FOLDER = ".launcher"
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,39 +177,19 @@ class LocalEngine:
             return None
         return dict(item.split("=", 1) for item in os.fsdecode(raw).split("\0") if "=" in item)
 
-    def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
-        """Yield lines of the log; with `follow`, until the replica has ended. Rotation is followed too."""
+    def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
+        """Return what each running replica's session uses."""
+        sessions = {state.pid: state.id for state in states if state.live and state.pid}
+        return {sessions[pid]: usage for pid, usage in read_sessions(sessions).items()} if sessions else {}
+
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
+        """Yield lines of the log and its rotated predecessors; with `follow`, until the replica has ended."""
         record = self._find(replica_id)
-        if record is None:
-            return
-        path = self._log_path(record.labels[REPLICA_LABEL])
-        while not path.exists():
-            if not (follow and _alive(record)):
-                return
-            time.sleep(POLL_S)
-        file = path.open("rb")
-        try:
-            lines = file.read().split(b"\n")
-            pending = lines.pop()
-            if tail is not None:  # an unfinished last line is one of them
-                lines = lines[max(0, len(lines) + bool(pending) - tail) :]
-            yield from map(_text, lines)
-            while follow:
-                ended = not _alive(record)  # asked before reading, so that the last words are read too
-                *lines, pending = (pending + file.read()).split(b"\n")
-                yield from map(_text, lines)
-                if ended:
-                    break
-                if not lines:
-                    with contextlib.suppress(OSError):
-                        if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
-                            file.close()
-                            file = path.open("rb")
-                    time.sleep(POLL_S)
-            if pending:
-                yield _text(pending)
-        finally:
-            file.close()
+        if record is not None:
+            path = self._log_path(record.labels[REPLICA_LABEL])
+            yield from read_log(path, lambda: _alive(record), follow=follow, tail=tail, since=since)
 
     def terminate(self, replica_id: str) -> None:
         """Send SIGTERM to the supervisor, which passes it on to the trainer."""
@@ -313,6 +294,7 @@ class LocalEngine:
             oom_killed=oom_killed,
             memory_bytes=int(plan.get("memory_bytes", 0)),
             started_at=record.started,
+            pid=record.pid if alive else 0,
             plan=plan,
         )
 
@@ -377,10 +359,6 @@ def _load(path: Path) -> _Record | None:
         return record if whole and record.pid >= 0 and record.pid != 1 else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _text(line: bytes) -> str:
-    return line.decode(errors="replace").rstrip("\r")
 
 
 @contextlib.contextmanager

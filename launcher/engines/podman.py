@@ -13,8 +13,8 @@ from typing import Any
 import docker
 
 from launcher.devices import format_cores
-from launcher.engines.base import Image, Mount, ReplicaSpec
-from launcher.engines.docker import DockerEngine, split_stamp
+from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
+from launcher.engines.docker import DockerEngine
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
 from launcher.errors import EngineError
 from launcher.ownership import labels
@@ -103,23 +103,13 @@ class PodmanEngine(DockerEngine):
         self.kill(replica_id)
         super().remove(replica_id)
 
-    def logs(self, replica_id: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
         """Yield whole lines. Podman's own `tail` joins an unfinished last line to the one before it."""
         if follow or tail is None:
-            return super().logs(replica_id, follow=follow, tail=tail)
-        return iter(deque(super().logs(replica_id), maxlen=tail))
-
-    def _stamped_lines(self, stream: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-        """Yield (time stamp, line): a line that was written in pieces comes so, each with a stamp of its own."""
-        first, line = "", ""
-        for chunk in stream:
-            stamp, piece = split_stamp(chunk)
-            first, line = first or stamp, line + piece
-            if line.endswith("\n"):
-                yield first, line.rstrip("\r\n")
-                first, line = "", ""
-        if line:
-            yield first, line
+            return super().logs(replica_id, follow=follow, tail=tail, since=since)
+        return iter(deque(super().logs(replica_id, since=since), maxlen=tail))
 
     def _connect(self, timeout_s: float, version: str | None = DOCKER_API) -> Any:
         timeout_s = max(timeout_s, LOCK_TIMEOUT_S)

@@ -22,6 +22,7 @@ from typing import Any
 
 LOG_BYTES = 10 * 1024**2
 LOG_FILES = 3
+LONGEST_LINE = 1024**2
 PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +98,7 @@ def supervise(command: list[str], log_file: str, limit: Any) -> int:
             preexec_fn=die_with_parent,
         )
     except OSError as error:
-        log.write(f"{command[0]}: {error.strerror}\n".encode())
+        log.write(stamped(f"{command[0]}: {error.strerror}\n".encode()))
         return 127
     children.append(child)
     for missed in early:
@@ -110,16 +111,34 @@ def supervise(command: list[str], log_file: str, limit: Any) -> int:
 
 def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog, limit: Any) -> None:
     """Copy until the output ends, or the child has and nothing more comes (a grandchild may hold it open)."""
+    unfinished = b""
     while True:
         ready, _, _ = select.select([output], [], [], 0.25)
         limit.look()
         if ready:
             data = os.read(output, 65536)
             if not data:
-                return
-            log.write(data)
+                break
+            whole, end, unfinished = (unfinished + data).rpartition(b"\n")
+            if end:
+                log.write(stamped(whole + end))
+            elif len(unfinished) > LONGEST_LINE:
+                log.write(stamped(unfinished))
+                unfinished = b""
         elif child.poll() is not None:
-            return
+            break
+    if unfinished:
+        log.write(stamped(unfinished))
+
+
+def stamped(lines: bytes) -> bytes:
+    """Return the lines with the time of now before each, as Docker keeps them; an unfinished last one stays so."""
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z "
+    *whole, rest = lines.split(b"\n")
+    return b"".join(stamp.encode() + line + b"\n" for line in whole) + (
+        stamp.encode() + rest if rest else b""
+    )
 
 
 class RotatedLog:

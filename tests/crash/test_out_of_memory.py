@@ -60,6 +60,7 @@ def test_a_data_thread_without_memory_ends_the_training_with_a_hint_and_the_stat
     (status,) = (runs / FOLDER).glob("*.json")
     told = json.loads(status.read_text())
     assert told["phase"] == "failed"
+    assert told["lasting"] is True
     assert told["message"].startswith(f"MemoryError: {picture}")
     assert picture.read_bytes() == before
     enough = start([*args, "--epochs", "1", "--exist-ok"], ("scarce_memory", "2000"))

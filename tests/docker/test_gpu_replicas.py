@@ -27,7 +27,9 @@ from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker import DockerEngine
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import base_image
+from tests.contract.test_engines import wait_until
 from tests.docker.conftest import missing
+from tests.trainer_double import build_double
 
 pytestmark = pytest.mark.docker
 
@@ -100,24 +102,7 @@ def _make_image(base: str, address: str, folder: Path) -> None:
         subprocess.run(
             ["docker", "-H", address, "load", "-q"], stdin=saved.stdout, check=True, capture_output=True
         )
-    context = folder / "context"
-    context.mkdir()
-    (context / "train.py").write_text(TRAINER)
-    (context / "Dockerfile").write_text(
-        f"FROM {base}\nCOPY train.py /usr/src/app/train.py\nENV PATH=/usr/src/app:$PATH\n"
-    )
-    python = context / "python"
-    python.write_text('#!/bin/sh\nexec python3 "$@"\n')
-    python.chmod(0o755)
-    with open(context / "Dockerfile", "a") as file:
-        file.write("COPY python /usr/src/app/python\n")
-    built = subprocess.run(
-        ["docker", "-H", address, "build", "-q", "-t", IMAGE, str(context)],
-        env={**os.environ, "DOCKER_BUILDKIT": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
+    build_double(folder / "context", base, IMAGE, TRAINER, address)
 
 
 def launcher(address: str, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -150,6 +135,7 @@ def test_the_main_jobs_line_gives_five_detached_containers_with_one_gpu_each(
     assert [replica["device"] for replica in replicas] == [f"gpu:{number}" for number in range(1, 6)]
     assert {replica["phase"] for replica in replicas} == {"running"}
     for number, replica in enumerate(replicas, start=1):
+        wait_until(lambda replica=replica: docker(socket, "logs", replica["id"]).stdout)
         [line] = docker(socket, "logs", replica["id"]).stdout.splitlines()
         assert line.startswith(f"device {number} ")
         assert f"'--data', '{blood}/bccd.yaml'" in line, "one command line means the same inside and out"

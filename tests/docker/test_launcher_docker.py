@@ -21,6 +21,7 @@ from launcher.errors import EngineError
 from launcher.ownership import labels
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until
+from tests.trainer_double import build_double
 
 pytestmark = pytest.mark.docker
 
@@ -57,17 +58,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     docker_engine(0)  # skips where there is no engine, or no base image
     folder = tmp_path_factory.mktemp("image")
-    (folder / "train.py").write_text(TRAINER)
-    (folder / "Dockerfile").write_text(
-        f"FROM {base_image()}\nRUN mkdir -p /usr/src/app/runs && ln -sf python3 /usr/bin/python\nCOPY train.py /usr/src/app/\n"
-    )
     tag = f"starling-launcher-test:{uuid.uuid4().hex[:8]}"
-    subprocess.run(
-        ["docker", "build", "-q", "-t", tag, str(folder)],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "DOCKER_BUILDKIT": "0"},
-    )
+    build_double(folder, base_image(), tag, TRAINER)
     yield tag
     docker("rmi", "-f", tag)
 

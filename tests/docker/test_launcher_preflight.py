@@ -25,6 +25,7 @@ from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP
 from tests.docker.test_launcher_docker import Cli, docker, world
+from tests.trainer_double import write_double
 
 __all__ = ["world"]  # a fixture
 
@@ -34,7 +35,7 @@ DOCKERFILE = """
 ARG BASE
 FROM ${BASE}
 RUN mkdir -p /usr/src/app/runs && ln -sf python3 /usr/bin/python
-COPY train.py /usr/src/app/
+COPY double /usr/src/app/
 LABEL starling.trainer=1 starling.cuda=13.0
 """
 
@@ -48,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "deploy" / "ca").mkdir(parents=True)
     (folder / "Dockerfile").write_text(DOCKERFILE)
-    (folder / "train.py").write_text("import time; print('up', flush=True); time.sleep(120)\n")
+    write_double(folder / "double", "import time; print('up', flush=True); time.sleep(120)\n")
     return folder
 
 

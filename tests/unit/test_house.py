@@ -16,6 +16,7 @@ STOREYS = [
         "app.detect",
         "app.export",
         "app.track",
+        "app.supervise",
         "app.data.__main__",
         "app.search.__main__",
     ],

@@ -142,6 +142,23 @@ def test_a_forged_or_stale_record_never_ends_another_process(tmp_path: Path, run
         running.remove(running.list()[0].id)
 
 
+def test_a_replica_from_before_a_reboot_is_dead_whoever_has_its_number_now(
+    tmp_path: Path, running: LocalEngine
+) -> None:
+    path = tmp_path / "runs/.launcher/a-b-cpu0.json"
+    original = path.read_text()
+    path.write_text(json.dumps({**json.loads(original), "boot": "another"}))
+    try:
+        [state] = running.list()
+        assert (state.phase, state.exit_code, state.well) == ("exited", 137, False)
+        running.kill(state.id)
+    finally:
+        path.write_text(original)
+    [state] = running.list()
+    assert state.phase == "running"
+    running.remove(state.id)
+
+
 def test_a_log_flood_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
     log = supervisor.RotatedLog(str(tmp_path / "log"))

@@ -21,6 +21,7 @@ from launcher.engines.local import LocalEngine
 from launcher.host_lock import host_lock
 from launcher.ownership import caller_ids
 from tests.conftest import REPOSITORY
+from tests.trainer_double import write_double
 
 TRAINER = """
 import os, sys, time
@@ -39,9 +40,7 @@ class Home:
         self.gpus: list[dict[str, Any]] = [
             {"uuid": self.uuids[n], "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
         ]
-        (folder / "app").mkdir()
-        (folder / "app" / "__init__.py").touch()
-        (folder / "app" / "train.py").write_text(TRAINER)
+        write_double(folder / "app", TRAINER)
         self.describe()
 
     def describe(self) -> None:

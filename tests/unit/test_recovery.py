@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from app.engine.learner import split
 from app.engine.soundness import LossWatch, is_finite
 from app.loss import DetectionLoss
 from app.model.detector import Detector
+from app.outputs.worker_status import FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,8 @@ def test_a_second_nan_stops_with_its_iteration_and_leaves_the_best_alone(
     weights = runs / "train" / "exp" / "weights"
     for name in ("best.pt", "last.pt"):
         assert load_checkpoint(weights / name)["rows"][-1][0] == 0
+    [status] = (runs / FOLDER).glob("*.json")
+    assert json.loads(status.read_text())["lasting"] is True, "its supervisor does not try it again"
 
 
 def test_a_resume_keeps_the_lowered_rate_and_knows_that_the_second_chance_is_gone(
