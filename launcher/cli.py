@@ -40,11 +40,11 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     engine = click.option(
         "--engine",
-        type=click.Choice(["docker", "local"]),
+        type=click.Choice(["docker", "podman", "local"]),
         default="docker",
         envvar="STARLING_ENGINE",
         show_default=True,
-        help="Containers, or processes of this machine.",
+        help="Containers of Docker or Podman, or processes of this machine.",
     )
     host = click.option(
         "--host",
@@ -284,11 +284,17 @@ def open_engine(name: str, runs: Path) -> Engine:
 
         _refuse_host()
         return LocalEngine(absolute(runs), owner)
-    from launcher.engines.docker import DockerEngine
-    from launcher.reach import open_box
+    if name == "docker":
+        from launcher.engines.docker import DockerEngine
+        from launcher.reach import open_box
 
-    box = open_box()
-    return DockerEngine(owner if box is None else box.ids[0])
+        box = open_box()
+        engine = DockerEngine(owner if box is None else box.ids[0])
+        if box is not None or not engine.is_podman:
+            return engine
+    from launcher.engines.podman import PodmanEngine, socket_address
+
+    return PodmanEngine(owner, None if name == "docker" else socket_address(os.environ, os.getuid()))
 
 
 def _refuse_host() -> None:

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError
 from launcher.host_files import LOCAL, HostFiles, expand
+from launcher.host_paths import is_the_systems
 
 MOST_BYTES = 1024**2
 """No description of a dataset comes near; a larger file is something else."""
-
-_NEVER_EXACTLY = (
-    "/",
-    "/bin",
-    "/home",
-    "/lib",
-    "/lib64",
-    "/opt",
-    "/root",
-    "/sbin",
-    "/tmp",
-    "/usr",
-    "/usr/src",
-    "/var",
-)
-"""Mounted at their own path, these would hide the image's files or show a replica the whole host."""
-
-_NEVER_BELOW = (
-    "/boot",
-    "/dev",
-    "/etc",
-    "/proc",
-    "/run",
-    "/sys",
-    "/usr/src/app",
-    "/var/lib/docker",
-    "/var/run",
-)
-"""Nothing below these is a dataset; the engine's socket lives there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +89,10 @@ def _read(path: Path, files: HostFiles) -> dict[str, Any]:
 
 def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:
     """Return `folder` unless mounting it would show a replica more than a dataset (links are followed)."""
-    never = {*_NEVER_EXACTLY, str(files.home)}
-    for place in {folder, files.real(folder)}:
-        if str(place) in never or any(PurePath(place).is_relative_to(item) for item in _NEVER_BELOW):
-            raise DataError(
-                f"{yaml_path}: its root {place} would show replicas more than a dataset; "
-                "move the dataset to a folder of its own and name that in `path`"
-            )
+    real = files.real(folder)
+    if is_the_systems((folder, real), files.home):
+        raise DataError(
+            f"{yaml_path}: its root {real} would show replicas more than a dataset; "
+            "move the dataset to a folder of its own and name that in `path`"
+        )
     return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.devices import format_cores
 from launcher.engines.base import Mount, ReplicaSpec, mask
-from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
+from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES
 from launcher.env_file import read_env_file
 from launcher.ownership import labels
 from launcher.plan import Plan
@@ -40,9 +40,10 @@ def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[st
     if plan.engine == "local":
         commands = [_process(spec) for spec in plan.replicas]
     else:
+        run = podman_run if plan.engine == "podman" else docker_run
         commands = [
             *_make_runs(plan.replicas[0]),
-            *(docker_run(spec, owner, env_files) for spec in plan.replicas),
+            *(run(spec, owner, env_files) for spec in plan.replicas),
         ]
     if any(mask(word) != word for spec in plan.replicas for word in spec.command):
         commands.insert(0, "# *** stands for a password: put it back in the command at the end of each line")
@@ -66,26 +67,38 @@ def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
 
     Variables of the user's appear by name only, or as the file that they came from.
     """
-    words = ["docker", "run", "--detach", "--init", "--name", spec.name, "--network", spec.network]
-    for name, value in labels(spec, owner).items():
-        words += ["--label", f"{name}={value}"]
+    own = ["--network", spec.network]
     if spec.device.kind == "gpu":  # the client itself adds the capability `gpu`
         devices = ",".join(spec.device.handles)
-        words += ["--gpus", f'"device={devices}","capabilities=compute,utility"']
+        own += ["--gpus", f'"device={devices}","capabilities=compute,utility"']
+    own += ["--log-driver", "json-file", "--log-opt", f"max-size={LOG_FILE_SIZE}"]
+    own += ["--log-opt", f"max-file={LOG_FILES}"]
+    return _run("docker", spec, owner, env_files, own)
+
+
+def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) -> str:
+    """Return the `podman run` line that makes the same container, as `docker_run` does."""
+    own = [] if spec.network == "bridge" else ["--network", spec.network]
+    own += ["--userns", "keep-id"] if owner else []  # a user's own Podman is rootless
+    for handle in spec.device.handles if spec.device.kind == "gpu" else ():
+        own += ["--device", CDI_GPU.format(handle)]
+    for place in ("/run", "/var/tmp"):
+        own += ["--tmpfs", f"{place}:rw,noexec,nosuid,nodev,mode=1777,size={SCRATCH_BYTES}"]
+    own += ["--log-driver", "k8s-file", "--log-opt", f"max-size={LOG_BYTES}"]
+    return _run("podman", spec, owner, env_files, own)
+
+
+def _run(program: str, spec: ReplicaSpec, owner: int, env_files: Sequence[Path], own: Sequence[str]) -> str:
+    """Return what both have in common, around each one's own options."""
+    words = [program, "run", "--detach", "--init", "--name", spec.name, *own]
+    for name, value in labels(spec, owner).items():
+        words += ["--label", f"{name}={value}"]
     if spec.cores:
         words += ["--cpuset-cpus", format_cores(spec.cores)]
     words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]
     words += ["--shm-size", str(spec.shm_bytes), "--pids-limit", str(spec.pids_limit)]
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--read-only"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}"]
-    words += [
-        "--log-driver",
-        "json-file",
-        "--log-opt",
-        f"max-size={LOG_FILE_SIZE}",
-        "--log-opt",
-        f"max-file={LOG_FILES}",
-    ]
     words += ["--user", spec.user] if spec.user else []
     for mount in spec.mounts:
         words += ["--mount", _mount(mount)]

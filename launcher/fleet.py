@@ -52,6 +52,7 @@ def bring_up(
     """
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
+    engine.check_names([spec.name for spec in specs])
     changed = differences(engine, specs, existing)
     if changed and not recreate:
         raise UsageError(
@@ -127,12 +128,13 @@ def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
     while ids:
         for replica_id in ids:
             state = engine.state(replica_id)
-            if state is None:
+            failed = state is not None and state.phase == "exited" and not state.finished
+            last = "\n  ".join(engine.logs(replica_id, tail=LAST_WORDS)) if failed else ""
+            if state is None or (failed and engine.state(replica_id) is None):  # killed first, then removed
                 raise EngineError(
                     f"replica {replica_id[:12]} vanished while it was starting; somebody removed it"
                 )
-            if state.phase == "exited" and not state.finished:
-                last = "\n  ".join(engine.logs(replica_id, tail=LAST_WORDS))
+            if failed:
                 raise ReplicaFailed(
                     f"{state.name} {words_for(state)}; it said:\n  {last}", state.exit_code or 0
                 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from launcher.engines.base import ReplicaSpec
+from launcher.processes import printable, user_name
 
 FORMAT_LABEL = "starling.launcher"
 FORMAT = "1"
@@ -43,19 +45,43 @@ def labels(spec: ReplicaSpec, owner: int) -> dict[str, str]:
 
 
 def is_ours(found: Mapping[str, str], name: str, owner: int) -> bool:
-    """Return whether labels and name are exactly those that this owner's launcher gives.
+    """Return whether labels and name are exactly those that this owner's launcher gives."""
+    return owner_of(found, name) == owner
+
+
+def owner_of(found: Mapping[str, str], name: str) -> int | None:
+    """Return whose replica labels and name make it; None unless they are exactly those that a launcher gives.
 
     Some of the labels are not enough, nor are copied ones on a container of another name (an image made by
     `docker commit` hands its labels to every container): the name and the digest of the plan must agree too.
     """
     plan = plan_of(found)
-    return (
+    owner = found.get(OWNER_LABEL, "")
+    exact = (
         plan is not None
+        and re.fullmatch("[0-9]{1,10}", owner)
         and found.get(FORMAT_LABEL) == FORMAT
-        and found.get(OWNER_LABEL) == str(owner)
         and found.get(REPLICA_LABEL) == name == plan.get("replica")
         and found.get(FLEET_LABEL) == plan.get("fleet")
         and found.get(DEVICE_LABEL) == plan.get("device")
+    )
+    return int(owner) if exact else None
+
+
+def user_words(uid: int, *, remote: bool = False) -> str:
+    """Return `user bob (uid 1001)`; the number alone for one whom this machine does not know."""
+    name = f"uid {uid}" if remote else user_name(uid)
+    return name if name == f"uid {uid}" else f"user {name} (uid {uid})"
+
+
+def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> str | None:
+    """Say that a fleet's name is in use by somebody else; None for labels that no launcher gave."""
+    owner = owner_of(found, name)
+    if owner is None:
+        return None
+    return (
+        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
+        "is: give the training another --name"
     )
 
 

@@ -118,8 +118,6 @@ def make_plan(
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
     check_device_argument(request.args.device, devices[0])
-    if not placement.isolated and request.memory_bytes:
-        notes.append("the local engine does not enforce --memory; the Docker engine does")
     if not request.args.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"

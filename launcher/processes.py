@@ -59,7 +59,7 @@ def user_name(uid: int) -> str:
     """Return a user's name, or `uid 1234` for one without."""
     try:
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
+    except (KeyError, OverflowError):
         return f"uid {uid}"
 
 

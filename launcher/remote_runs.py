@@ -12,15 +12,16 @@ from pathlib import Path
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
 from launcher.host_lock import FOLDERS, NAME
+from launcher.host_paths import is_the_systems
 from launcher.inventory import Gpu
-from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID, RUNS_NEVER
+from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
 
 
 def check_remote_runs(box: Box, runs: Path) -> None:
     """Raise UsageError for a folder that cannot be the runs folder there."""
-    if str(runs) in RUNS_NEVER or runs == box.home:
+    if is_the_systems((runs,), box.home):
         raise UsageError(
             f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
         )

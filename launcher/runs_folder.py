@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.errors import EngineError, UsageError
+from launcher.host_paths import is_the_systems
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas when root calls: no person's, so results are not handed to a stranger."""
 
 LOCK_WAIT_S = 120.0
-
-RUNS_NEVER = ("/", "/etc", "/usr", "/var", "/home", "/root", "/tmp")
-"""Folders that replicas may not be given to write."""
 
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
@@ -42,9 +40,12 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 def check_runs(runs: Path) -> None:
     """Raise UsageError for a runs folder that cannot be one."""
-    if str(runs) in RUNS_NEVER or runs == Path.home():
+    real = Path(os.path.realpath(runs))
+    if is_the_systems((runs, real), Path.home()):
+        leads = f", which leads to {real}" if real != runs else ""
         raise UsageError(
-            f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
+            f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "
+            f"its own, for example {Path.home() / 'runs'}"
         )
     try:
         place = next(parent for parent in (runs, *runs.parents) if parent.exists())

@@ -105,6 +105,7 @@ def prepare_args(
     name = values.get("--name") or "exp"
     if "/" in name or name in (".", ".."):
         raise UsageError(f"--name {name}: must be one folder name, without '/' or '..'")
+    _refuse_link_out("--project", runs / project / name, runs, files)
     return TrainingArgs(
         words=values.words,
         mounts=_outermost(mounts),
@@ -304,6 +305,7 @@ def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files
         raise UsageError(
             f"--resume {given}: lies outside the runs folder {runs}; say --runs with the folder it is in"
         )
+    _refuse_link_out("--resume", path, runs, files)
     values.set("--resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
 
 
@@ -326,6 +328,15 @@ def _project(values: _Words, runs: Path, default: str) -> str:
     if not parts or ".." in parts:
         raise UsageError(f"--project {given}: must name a folder below the runs folder {runs}")
     return "/".join(parts)
+
+
+def _refuse_link_out(option: str, path: Path, runs: Path, files: HostFiles) -> None:
+    """Raise UsageError for a path below the runs folder that a link on the way takes out of it."""
+    real = files.real(path)
+    if real != path and not real.is_relative_to(files.real(runs)):
+        raise UsageError(
+            f"{option}: {path} leads by a link to {real}, outside the runs folder; remove the link, or give another name"
+        )
 
 
 def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:

@@ -48,6 +48,11 @@ def run_up(options: dict[str, Any]) -> None:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
     if options["build"] and options["engine"] == "local":
         raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
+    if options["build"] and options["engine"] == "podman":
+        raise UsageError(
+            f"--build: builds with Docker; in the project's folder: podman build -t {options['image']} .  "
+            f"(or bring it over: docker save {options['image']} | podman load)"
+        )
     site = find_site(options["engine"], options["runs"])
     placement = place(options["engine"], site.runs)
     problems = Problems()
@@ -183,7 +188,7 @@ def draw_up(
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
     notes += [f"{request.image} would be built first"] * to_build
     notes += [f"would fail now: {problem}" for problem in problems.found]
-    return replace(plan, notes=tuple(notes)), image or Image(name=request.image)
+    return replace(plan, engine=engine.name, notes=tuple(notes)), image or Image(name=request.image)
 
 
 def _show(plan: Plan, options: Mapping[str, Any]) -> None:
@@ -203,14 +208,14 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> Non
     if outcome.finished:
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
-    where = "" if engine.name == "docker" else f" --engine local --runs {plan.replicas[0].runs}"
+    where = "" if engine.name == "docker" else f" --engine {engine.name} --runs {plan.replicas[0].runs}"
     where += f" --host {site.address}" if site.address else ""
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "docker" and not site.address:
-        say(f"  output     docker attach --sig-proxy=false {first}")
-    else:
+    if engine.name == "local" or site.address:
         say(f"  output     launcher attach{where} {first}")
+    else:
+        say(f"  output     {engine.name} attach --sig-proxy=false {first}")
     say(f"  end all    launcher kill-all{where}")
 
 

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from tests.podman import PodmanService, require_podman
 from tests.postgres import PostgresServer, find_programs, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,6 +51,17 @@ def database(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URL of an empty database; its password is in the environment."""
     monkeypatch.setenv("PGPASSWORD", postgres.password)
     return postgres.create_database(f"test_{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[PodmanService]:
+    """Start a Podman service that has the base image."""
+    from tests.contract.conftest import base_image
+
+    require_podman()
+    service = PodmanService(base_image())
+    yield service
+    service.remove()
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,9 @@ class Engine(Protocol):
     def check_network(self, network: str) -> None:
         """Raise unless the network is there."""
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when something that is not ours holds one of these names."""
+
     def create(self, spec: ReplicaSpec) -> str:
         """Make a replica that does not run yet and return its id; raises NameTaken."""
 

@@ -16,15 +16,14 @@ import requests.exceptions
 import urllib3.exceptions
 
 from launcher.claims import Claim
-from launcher.devices import format_cores
 from launcher.engines import docker_checks as checks
 from launcher.engines.archives import read_archived_file
 from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
 from launcher.engines.cgroups import read_usage
+from launcher.engines.container_options import container_options
 from launcher.engines.docker_logs import read_log
 from launcher.engines.docker_stats import ask_usage
 from launcher.engines.gpu_containers import HOLDING, container_claim
-from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.instants import parse_stamp
 from launcher.inventory import Machine
@@ -35,10 +34,11 @@ from launcher.ownership import (
     FORMAT_LABEL,
     OWNER_LABEL,
     REPLICA_LABEL,
+    in_use_by,
     is_ours,
-    labels,
     plan_of,
 )
+from launcher.processes import printable
 from launcher.reach import box
 
 ANSWER_TIMEOUT_S = 3.0
@@ -54,9 +54,11 @@ RETURN_S = 20.0
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
+    "initialized": "created",
     "running": "running",
     "restarting": "running",
     "paused": "paused",
+    "stopping": "running",
 }
 
 _TRANSPORT = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
@@ -69,18 +71,30 @@ class DockerEngine:
     """
 
     name = "docker"
+    title = "Docker"
+    remedy = (
+        "start it (sudo systemctl start docker), check DOCKER_HOST and that you may use its socket (group docker); "
+        "or use --engine local"
+    )
 
     def __init__(self, owner: int) -> None:
         self._owner = owner
         # docker-py's clients are not made for several threads at once: each thread has its own.
         self._clients = threading.local()
-        with _translated("Docker"):
+        with self._translated():
             # Its API version is negotiated here, so this is also the first question.
-            first = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
+            first = self._connect(ANSWER_TIMEOUT_S)
             self._api_version = first.api.api_version
             checks.refuse_old(first, self._api_version)
         self._clients.asking = first
         self._told: dict[str, Any] | None = None
+
+    @property
+    def is_podman(self) -> bool:
+        """Whether it is Podman that answers at Docker's address."""
+        with self._translated():
+            api = self._client.api
+            return "Libpod-Api-Version" in api.get(f"{api.base_url}/_ping", timeout=ANSWER_TIMEOUT_S).headers
 
     @property
     def remote(self) -> bool:
@@ -102,49 +116,57 @@ class DockerEngine:
     def _about(self) -> Mapping[str, Any]:
         """Return what the engine says of itself and its host; asked once a command."""
         if self._told is None:
-            with _translated("Docker"):
+            with self._translated():
                 self._told = dict(self._client.info())
         return self._told
 
     def resolve_image(self, image: str) -> Image:
         """Return a present image; never pulls."""
-        with _translated(f"image {image}"):
+        with self._translated(f"image {image}"):
             return checks.find_image(self._client, image)
 
     def check_trainer(self, image: Image, script: str) -> None:
         """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
-        with _translated(f"image {image.name}"):
+        with self._translated(f"image {image.name}"):
             checks.require_trainer(self._acting(), image, script)
 
     def check_gpu_runtime(self, image: Image) -> None:
         """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
-        with _translated("GPU runtime"):
+        with self._translated("GPU runtime"):
             checks.require_gpu_runtime(self._acting(), self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
-        with _translated(f"network {network}"):
+        with self._translated(f"network {network}"):
             names = sorted(item.name for item in self._client.networks.list())
         if network not in names:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when a container that is not this owner's replica has one of these names."""
+        wanted = set(names)
+        with self._translated():
+            # The engine's own filter takes a name for a pattern, and finds parts of names too.
+            found = self._client.api.containers(all=True, filters={"name": list(names)}) if names else []
+        for container in found:
+            for name in wanted & {item.lstrip("/") for item in container.get("Names") or ()}:
+                if not is_ours(container.get("Labels") or {}, name, self._owner):
+                    raise self._name_taken(name)
+
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
-        with _translated(spec.name):
+        with self._translated(spec.name):
             try:
                 container = self._acting().containers.create(**container_options(spec, self._owner))
             except docker.errors.APIError as error:
                 if error.status_code == 409:
-                    raise NameTaken(
-                        f"{spec.name}: this name is held by {self._holder(spec.name)}; it stays as it is: "
-                        "rename or remove it, or give the training another --name"
-                    ) from None
+                    raise self._name_taken(spec.name) from None
                 raise
         return str(container.id)
 
     def start(self, replica_id: str) -> None:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().api.start(replica_id)
             except docker.errors.APIError as error:
@@ -160,7 +182,7 @@ class DockerEngine:
 
     def list(self) -> list[ReplicaState]:
         """Return this owner's replicas, by name."""
-        with _translated("Docker"):
+        with self._translated():
             found = self._client.api.containers(
                 all=True, filters={"label": [f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"]}
             )
@@ -169,7 +191,7 @@ class DockerEngine:
 
     def claims(self) -> Sequence[Claim]:
         """Return which GPUs each container of this engine was given, whoever started it."""
-        with _translated("Docker"):
+        with self._translated():
             found = self._client.api.containers(all=True)
         ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
         inspected = filter(None, map(self._inspect, ids))
@@ -255,23 +277,21 @@ class DockerEngine:
 
     def remove(self, replica_id: str) -> None:
         """Kill and remove a container; one that is gone, or going, is fine."""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().api.remove_container(replica_id, force=True, v=True)
-            except docker.errors.NotFound:
-                pass
             except docker.errors.APIError as error:
-                if "already in progress" not in str(error):
+                if not (_vanished(error) or "already in progress" in str(error)):
                     raise
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what the engine says of itself: its `info` and its `version`."""
-        with _translated("Docker"):
+        with self._translated():
             return self._client.info(), self._client.version()
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a file of a container, running or not, out of the archive that the engine makes of it."""
-        with _translated("Docker"):
+        with self._translated():
             return read_archived_file(self._client.api, replica_id, path, most_bytes)
 
     @property
@@ -286,112 +306,91 @@ class DockerEngine:
     def _connected(self, purpose: str, timeout_s: float) -> Any:
         client = getattr(self._clients, purpose, None)
         if client is None:
-            client = docker.DockerClient.from_env(timeout=timeout_s, version=self._api_version)
+            client = self._connect(timeout_s, self._api_version)
             setattr(self._clients, purpose, client)
         return client
 
+    def _connect(self, timeout_s: float, version: str | None = None) -> Any:
+        return docker.DockerClient.from_env(timeout=timeout_s, version=version)
+
     def _signal(self, replica_id: str, signal: str) -> None:
-        with _translated("Docker"):
+        with self._translated():
             try:
                 self._acting().api.kill(replica_id, signal=signal)
             except docker.errors.APIError as error:
-                # 404: vanished; 409: not running. Either way there is nothing left to end.
-                if error.status_code not in (404, 409):
+                # 409, and Podman's words for it: it does not run. Either way there is nothing left to end.
+                improper = error.status_code == 409 or "container state improper" in str(error.explanation)
+                if not (improper or _vanished(error)):
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
-        with _translated("Docker"):
+        with self._translated():
             try:
                 return dict(self._client.api.inspect_container(replica_id))
-            except docker.errors.NotFound:
-                return None
+            except docker.errors.APIError as error:
+                if _vanished(error):
+                    return None
+                raise
 
-    def _holder(self, name: str) -> str:
-        """Say in words which container has this name."""
+    def _name_taken(self, name: str) -> NameTaken:
+        """Say who has this name: another user's fleet, or some other container."""
+        inspected: dict[str, Any] = {}
         with contextlib.suppress(docker.errors.APIError, *_TRANSPORT):
             inspected = self._client.api.inspect_container(name)
-            found = inspected["Config"].get("Labels") or {}
-            fleet = f"fleet {found[FLEET_LABEL]}, " if FLEET_LABEL in found else ""
-            return f"container {inspected['Id'][:12]} ({fleet}image {inspected['Config']['Image']})"
-        return "another container"
+        found = (inspected.get("Config") or {}).get("Labels") or {}
+        stranger = in_use_by(found, name, remote=self.remote)
+        if stranger and not is_ours(found, name, self._owner):
+            return NameTaken(stranger)
+        fleet = f"fleet {printable(found[FLEET_LABEL])}, " if FLEET_LABEL in found else ""
+        holder = (
+            f"container {inspected['Id'][:12]} ({fleet}image {printable(inspected['Config']['Image'])})"
+            if inspected
+            else "another container"
+        )
+        return NameTaken(
+            f"{name}: this name is held by {holder}; it stays as it is: "
+            "rename or remove it, or give the training another --name"
+        )
+
+    @contextlib.contextmanager
+    def _translated(self, what: str = "") -> Iterator[None]:
+        """Turn docker-py's and the transport's errors into EngineError; `what` was asked for when they came."""
+        try:
+            yield
+        except docker.errors.APIError as error:
+            subject = f"{what}: " if what else ""
+            raise EngineError(f"{subject}{self.title} refuses: {error.explanation or error}") from error
+        except (docker.errors.DockerException, *_TRANSPORT) as error:
+            there = box()
+            if there is not None and there.ended:
+                raise there.lost() from error
+            reason = _reason(error)
+            denied = self._denied() if reason == _DENIED else ""
+            raise EngineError(denied or f"{self.title} does not answer ({reason}); {self.remedy}") from error
+
+    def _denied(self) -> str:
+        """Say whose the socket is that the caller may not use."""
+        return checks.permission_words()
 
     def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
         """Yield the log's frames until the stream ends, however it ends."""
-        with _translated("Docker"):
+        with self._translated():
             try:
                 yield from self._client.api.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
-            except docker.errors.NotFound:
-                return
+            except docker.errors.APIError as error:
+                if not _vanished(error):
+                    raise
             except (requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
                 if not follow:
                     raise
 
 
-def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
-    """Return docker-py's arguments for a spec: detached, limited, hardened, without a terminal.
-
-    Without a terminal Ctrl-C in `docker attach --sig-proxy=false` leaves the trainer alone.
-    """
-    options: dict[str, Any] = {
-        "image": spec.image,
-        "command": list(spec.command),
-        "name": spec.name,
-        "labels": labels(spec, owner),
-        "environment": {**spec.passed, **spec.environment},
-        "mounts": [
-            docker.types.Mount(item.target, item.source, type="bind", read_only=item.read_only)
-            for item in spec.mounts
-        ],
-        "user": spec.user or None,
-        "detach": True,
-        "tty": False,
-        "stdin_open": False,
-        "init": True,
-        "network": spec.network or "bridge",
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"],
-        "read_only": True,
-        # Compiled kernels are loaded from /tmp, so it must allow execution.
-        "tmpfs": {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}"},
-        "pids_limit": spec.pids_limit,
-        "mem_limit": spec.memory_bytes,
-        "memswap_limit": spec.memory_bytes,
-        "shm_size": spec.shm_bytes,
-        "log_config": docker.types.LogConfig(
-            type="json-file", config={"max-size": LOG_FILE_SIZE, "max-file": str(LOG_FILES)}
-        ),
-    }
-    if spec.cores:
-        options["cpuset_cpus"] = format_cores(spec.cores)
-    if spec.device.kind == "gpu":
-        options["device_requests"] = [
-            docker.types.DeviceRequest(
-                device_ids=list(spec.device.handles), capabilities=[["gpu", "compute", "utility"]]
-            )
-        ]
-    return options
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turn docker-py's and the transport's errors into EngineError."""
-    try:
-        yield
-    except docker.errors.APIError as error:
-        raise EngineError(f"{what}: Docker refuses: {error.explanation or error}") from error
-    except (docker.errors.DockerException, *_TRANSPORT) as error:
-        there = box()
-        if there is not None and there.ended:
-            raise there.lost() from error
-        reason = _reason(error)
-        raise EngineError(
-            checks.permission_words()
-            if reason == _DENIED
-            else f"Docker does not answer ({reason}); start it (sudo systemctl start docker), check DOCKER_HOST and "
-            "that you may use its socket (group docker); or use --engine local"
-        ) from error
+def _vanished(error: docker.errors.APIError) -> bool:
+    """Return whether there is no such container, or soon will be; Podman says 500 when it goes while it is asked about."""
+    text = str(error.explanation).lower()
+    return error.status_code == 404 or "no such container" in text or "marked for removal" in text
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.claims import EVERY, Claim
-from launcher.ownership import FLEET_LABEL, OWNER_LABEL, is_ours
+from launcher.devices import expand_ids
+from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, OWNER_LABEL, is_ours
 from launcher.processes import printable, user_name
 
 HOLDING = ("running", "paused", "restarting")
@@ -28,17 +29,25 @@ def container_claim(inspected: Mapping[str, Any], caller: int) -> Claim | None:
     name, status = inspected["Name"].lstrip("/"), inspected["State"]["Status"]
     found: dict[str, str] = config.get("Labels") or {}
     owner = found.get(OWNER_LABEL, "")
+    ids = gpu_ids(inspected)
     if owner.isdecimal() and is_ours(found, name, int(owner)):
         fleet = printable(found[FLEET_LABEL])
         holder = f"{name} of fleet {fleet}" + ("" if int(owner) == caller else f" of {user_name(int(owner))}")
         holder += " (created, never started)" if status == "created" else ""
         end = "kill-all" if status == "created" else "stop"
         remedy = f"launcher {end} {shlex.quote(fleet)}" if int(owner) == caller else ""
+        ids = ids or _labelled(found[DEVICE_LABEL])
     elif status in HOLDING:
         holder, remedy = f"container {name} ({inspected['Id'][:12]}, image {printable(config['Image'])})", ""
     else:
         return None
-    return Claim(holder, gpu_ids(inspected), inspected["Id"], remedy)
+    return Claim(holder, ids, inspected["Id"], remedy)
+
+
+def _labelled(device: str) -> tuple[str, ...]:
+    """Return the GPUs that a replica's label names: Podman's inspect keeps silent about those given by CDI."""
+    kind, _, named = device.partition(":")
+    return expand_ids(named) if kind == "gpu" else ()
 
 
 def gpu_ids(inspected: Mapping[str, Any]) -> tuple[str, ...]:

@@ -22,13 +22,13 @@ from typing import Any
 import psutil
 
 from launcher.claims import Claim
-from launcher.engines import supervisor
+from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
 from launcher.engines.local_log import read_log
 from launcher.engines.process_usage import read_sessions
 from launcher.errors import EngineError, NameTaken, UsageError
 from launcher.inventory import Machine
-from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, is_ours, labels, plan_of
+from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
 
 FOLDER = ".launcher"
 
@@ -84,21 +84,25 @@ class LocalEngine:
                 f"--network {network}: only containers have networks; leave it out with --engine local"
             )
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when a record that is not this owner's has one of these names."""
+        for name in names:
+            path = self._record_path(name)
+            record = _load(path)
+            if path.exists() and not (record and is_ours(record.labels, name, self._owner)):
+                raise self._name_taken(name)
+
     def create(self, spec: ReplicaSpec) -> str:
         """Record a replica; raises NameTaken when its record is there."""
         record = _Record(id=self._new_id(), labels=labels(spec, self._owner), created=time.time())
         with _translated(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
             temporary = self._folder / f".{spec.name}.{record.id}.part"
-            temporary.write_text(_dump(record))
+            _write_in_new_folder(temporary, _dump(record))
             try:
                 # A link fails where a rename would replace: the name is taken by one creator only.
                 os.link(temporary, self._record_path(spec.name))
             except FileExistsError:
-                raise NameTaken(
-                    f"{spec.name}: this name is held by {self._record_path(spec.name)}; "
-                    "give the training another --name, or move that file away"
-                ) from None
+                raise self._name_taken(spec.name) from None
             finally:
                 temporary.unlink()
             self._exit_path(spec.name).unlink(missing_ok=True)
@@ -118,6 +122,7 @@ class LocalEngine:
                     str(self._exit_path(spec.name)),
                     str(self._log_path(spec.name)),
                     ",".join(map(str, spec.cores)),
+                    str(spec.memory_bytes),
                     *("--", *spec.command),
                 ],
                 capture_output=True,
@@ -200,14 +205,12 @@ class LocalEngine:
         """
         record = self._find(replica_id)
         if record is not None and _alive(record):
-            family: list[psutil.Process] = []
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family = psutil.Process(record.pid).children(recursive=True)
+            strays = memory_limit.session_of(record.pid)
             with _translated(self._folder), contextlib.suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGKILL)
-            for process in family:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def remove(self, replica_id: str) -> None:
         """Kill the replica, and delete its record and log; the folder too, once it is empty."""
@@ -218,19 +221,32 @@ class LocalEngine:
         deadline = time.monotonic() + 5
         while _alive(record) and time.monotonic() < deadline:
             time.sleep(0.02)
+        if record.pid and (
+            cgroup := memory_limit.find_cgroup(supervisor.cgroup_name(record.pid, record.start_time))
+        ):
+            memory_limit.remove_cgroup(cgroup)  # a supervisor that was killed could not
         name = record.labels[REPLICA_LABEL]
         log = self._log_path(name)
         with _translated(self._folder):
             for path in (
                 self._exit_path(name),
                 log,
-                *log.parent.glob(f"{log.name}.[0-9]"),
+                *(log.with_name(f"{log.name}.{number}") for number in range(1, supervisor.LOG_FILES)),
                 self._record_path(name),
             ):
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
         self._specs.pop(replica_id, None)
+
+    def _name_taken(self, name: str) -> NameTaken:
+        path = self._record_path(name)
+        record = _load(path)
+        if record and not is_ours(record.labels, name, self._owner) and in_use_by(record.labels, name):
+            return NameTaken(in_use_by(record.labels, name))
+        return NameTaken(
+            f"{name}: this name is held by {path}; give the training another --name, or move that file away"
+        )
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a file of this machine, where processes see what everybody sees."""
@@ -244,13 +260,15 @@ class LocalEngine:
             return b""
 
     def _records(self) -> Iterator[_Record]:
-        for path in sorted(self._folder.glob("*.json")):
-            record = _load(path)
-            if (
-                record
-                and not path.name.endswith(".exit.json")
-                and is_ours(record.labels, path.stem, self._owner)
-            ):
+        names: list[str] = []
+        # Globbing does not take a folder that vanishes while it is read.
+        with contextlib.suppress(FileNotFoundError):
+            names = os.listdir(self._folder)
+        for name in sorted(names):
+            if not name.endswith(".json") or name.endswith(".exit.json"):
+                continue
+            record = _load(self._folder / name)
+            if record and is_ours(record.labels, name.removesuffix(".json"), self._owner):
                 yield record
 
     def _find(self, replica_id: str) -> _Record | None:
@@ -259,10 +277,11 @@ class LocalEngine:
     def _describe(self, record: _Record) -> ReplicaState:
         alive = _alive(record)  # before the exit file: a supervisor writes that and then ends
         name = record.labels[REPLICA_LABEL]
-        code = None
+        code, oom_killed = None, False
         if record.pid and not alive:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                code = int(json.loads(self._exit_path(name).read_text())["exit_code"])
+                ended = json.loads(self._exit_path(name).read_text())
+                code, oom_killed = int(ended["exit_code"]), bool(ended["oom_killed"])
         plan = plan_of(record.labels) or {}
         return ReplicaState(
             id=record.id,
@@ -272,6 +291,7 @@ class LocalEngine:
             phase="created" if not record.pid else "running" if alive else "exited",
             # A supervisor that left no word was killed, and its child with it.
             exit_code=None if not record.pid or alive else 137 if code is None else code,
+            oom_killed=oom_killed,
             memory_bytes=int(plan.get("memory_bytes", 0)),
             started_at=record.started,
             pid=record.pid if alive else 0,
@@ -304,6 +324,18 @@ def _alive(record: _Record) -> bool:
         )
     except (OSError, ValueError, IndexError):
         return False
+
+
+def _write_in_new_folder(path: Path, text: str) -> None:
+    """Write a file, and make its folder as often as somebody who removes the last record takes that away."""
+    for attempt in range(10):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_text(text)
+            return
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
 
 
 def _boot_id() -> str:

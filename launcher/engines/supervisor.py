@@ -1,7 +1,7 @@
 """Stand over one local replica: own session, own cores, rotated log, its exit code on disk.
 
 Run by path with `python -I`, so that it needs the standard library only and starts in milliseconds:
-    supervisor.py EXIT_FILE LOG_FILE CORES -- COMMAND…
+    supervisor.py EXIT_FILE LOG_FILE CORES MEMORY -- COMMAND…
 Prints `pid start-time` of the process that stays, and returns; that one has left the caller's session, so a logout
 does not reach it. Should it be killed, the kernel kills its child too.
 """
@@ -12,11 +12,13 @@ import contextlib
 import ctypes
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 LOG_BYTES = 10 * 1024**2
 LOG_FILES = 3
@@ -26,8 +28,8 @@ PR_SET_PDEATHSIG = 1
 
 def main(argv: list[str]) -> int:
     """Fork the process that stays and tell who it is."""
-    exit_file, log_file, cores = argv[:3]
-    command = argv[4:]
+    exit_file, log_file, cores, memory = argv[:4]
+    command = argv[5:]
     read_end, write_end = os.pipe()
     if os.fork():
         # The start time is read by the process that stays: once it has answered, its identity is settled.
@@ -43,15 +45,29 @@ def main(argv: list[str]) -> int:
         os.dup2(nothing, descriptor)
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    code = supervise(command, log_file)
+    limit = memory_limit(int(memory))
+    code = supervise(command, log_file, limit)
+    ended = {"exit_code": code, "finished": time.time(), "oom_killed": limit.oom_killed}
+    limit.close()
     temporary = f"{exit_file}.part"
     with open(temporary, "w", encoding="ascii") as file:
-        json.dump({"exit_code": code, "finished": time.time()}, file)
+        json.dump(ended, file)
     os.replace(temporary, exit_file)
     return 0
 
 
-def supervise(command: list[str], log_file: str) -> int:
+def memory_limit(limit: int) -> Any:
+    """Return a MemoryLimit; its module is loaded by path, since this one knows no package."""
+    module = os.path.join(os.path.dirname(os.path.abspath(__file__)), "memory_limit.py")
+    return runpy.run_path(module)["MemoryLimit"](cgroup_name(os.getpid(), start_time(os.getpid())), limit)
+
+
+def cgroup_name(pid: int, started: int) -> str:
+    """Return the name of the cgroup that the supervisor with this pid and start makes."""
+    return f"starling-{pid}-{started}"
+
+
+def supervise(command: list[str], log_file: str, limit: Any) -> int:
     """Run the command, pass SIGTERM and SIGINT on to it, copy its output; return its exit code."""
     children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
@@ -70,6 +86,7 @@ def supervise(command: list[str], log_file: str) -> int:
     def die_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        limit.enter()
 
     log = RotatedLog(log_file)
     try:
@@ -87,16 +104,17 @@ def supervise(command: list[str], log_file: str) -> int:
     for missed in early:
         child.send_signal(missed)
     assert child.stdout is not None
-    copy_output(child, child.stdout.fileno(), log)
+    copy_output(child, child.stdout.fileno(), log, limit)
     code = child.wait()
     return 128 - code if code < 0 else code
 
 
-def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog) -> None:
+def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog, limit: Any) -> None:
     """Copy until the output ends, or the child has and nothing more comes (a grandchild may hold it open)."""
     unfinished = b""
     while True:
-        ready, _, _ = select.select([output], [], [], 0.5)
+        ready, _, _ = select.select([output], [], [], 0.25)
+        limit.look()
         if ready:
             data = os.read(output, 65536)
             if not data:

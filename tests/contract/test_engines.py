@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +15,11 @@ import pytest
 from launcher import fleet
 from launcher.devices import Device
 from launcher.engines.base import Engine, ReplicaState
-from launcher.errors import EngineError, NameTaken, ReplicaFailed, UsageError
+from launcher.errors import EngineError, LauncherError, NameTaken, ReplicaFailed, UsageError
 from tests.contract.conftest import World
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+HOG = "x = bytearray()\nwhile True: x += b'x' * 5_000_000"
 SAVES = (
     "import signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
@@ -100,6 +103,27 @@ def test_a_killed_replica_is_not_called_out_of_memory(world: World) -> None:
     assert not state.oom_killed
 
 
+def test_a_replica_that_exceeds_its_memory_is_ended_and_spares_its_sibling(world: World) -> None:
+    sibling = run_to_words(world, SLEEP, "b")
+    state = ended(world.engine, run(world, HOG))
+    assert state.exit_code == 137
+    assert not state.finished
+    assert state.oom_killed == world.tells_oom
+    if world.tells_oom:
+        assert fleet.words_for(state) == "OOM-KILLED at 128 MB"
+    survivor = world.engine.state(sibling)
+    assert survivor is not None
+    assert survivor.phase == "running"
+
+
+def test_a_child_that_is_out_of_memory_is_told_beside_the_exit_code(world: World) -> None:
+    code = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {HOG!r}]).returncode)"
+    state = ended(world.engine, run(world, code))
+    assert state.exit_code == 0
+    assert list(world.engine.logs(state.id)) == ["-9"]
+    assert state.oom_killed == world.tells_oom
+
+
 def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: World) -> None:
     run_to_words(world, STUBBORN, "a")
     run_to_words(world, SAVES, "b")
@@ -109,9 +133,20 @@ def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: Wo
     assert any("still running after 1.5 s" in line for line in lines)
 
 
+def test_the_end_of_what_does_not_run_is_no_error(world: World) -> None:
+    created = world.engine.create(world.spec(SLEEP, "a"))
+    over = ended(world.engine, run(world, "", "b")).id
+    for replica_id in (created, over):
+        world.engine.terminate(replica_id)
+        world.engine.kill(replica_id)
+    assert [state.phase for state in world.engine.list()] == ["created", "exited"]
+
+
 def test_a_removed_replica_leaves_nothing_and_may_be_removed_again(world: World) -> None:
-    replica_id = run_to_words(world, SLEEP)
+    replica_id = run_to_words(world, STUBBORN)
+    began = time.monotonic()
     world.engine.remove(replica_id)
+    assert time.monotonic() - began < 8, "removing asks nobody"
     assert world.engine.list() == []
     assert world.engine.state(replica_id) is None
     assert list(world.runs.iterdir()) == []
@@ -125,6 +160,26 @@ def test_logs_of_a_dead_replica_are_whole_lines_and_return(world: World) -> None
     assert list(world.engine.logs(replica_id)) == ["one", "two, ü", "three"]
     assert list(world.engine.logs(replica_id, follow=True)) == ["one", "two, ü", "three"]
     assert list(world.engine.logs(replica_id, tail=1)) == ["three"]
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_what_a_replica_has_started_ends_with_it(world: World, how: str) -> None:
+    """Also a process that has left its session."""
+    file = f"{'/runs' if world.engine.name != 'local' else world.runs}/alive"
+    stray = f"import time\nwhile True: open({file!r}, 'a').write('x'); time.sleep(.02)"
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {stray!r}], start_new_session=True, stdout=-3)\n"
+        f"while not os.path.exists({file!r}): time.sleep(.02)\n"
+        f"print('up', flush=True); time.sleep({0 if how == 'exit' else 60})"
+    )
+    replica_id = run_to_words(world, code)
+    if how == "kill":
+        world.engine.kill(replica_id)
+    ended(world.engine, replica_id)
+    size = (world.runs / "alive").stat().st_size
+    time.sleep(0.2)
+    assert (world.runs / "alive").stat().st_size == size
 
 
 def test_following_ends_with_the_replica_and_misses_nothing(world: World) -> None:
@@ -262,6 +317,77 @@ def test_replicas_of_another_owner_are_out_of_sight(world: World) -> None:
     assert stranger.state(replica_id) is None
 
 
+def test_a_fleet_of_another_user_is_named_with_its_user_before_anything_is_created(world: World) -> None:
+    specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")]
+    stranger = world.reopen()
+    stranger._owner = 65534  # type: ignore[attr-defined]
+    try:
+        fleet.bring_up(stranger, specs[1:], settle_s=0)
+        theirs = stranger.list()
+        with pytest.raises(NameTaken) as caught:
+            fleet.bring_up(world.engine, specs, settle_s=0)
+        assert str(caught.value) == (
+            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays as it is: "
+            "give the training another --name"
+        )
+        assert caught.value.exit_code == 5
+        assert world.engine.list() == []
+        assert stranger.list() == theirs
+        assert theirs[0].phase == "running"
+    finally:
+        for state in stranger.list():
+            stranger.remove(state.id)
+
+
+def test_a_replica_removed_by_somebody_else_before_its_start_takes_the_fleet_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = world.engine.start
+
+    def removed_first(replica_id: str) -> None:
+        world.reopen().remove(replica_id)
+        start(replica_id)
+
+    monkeypatch.setattr(world.engine, "start", removed_first)
+    with pytest.raises(LauncherError) as caught:
+        fleet.bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
+    assert caught.value.exit_code == 5
+    assert world.reopen().list() == []
+
+
+def test_a_replica_removed_by_somebody_else_is_no_error_to_who_looks_or_stops(world: World) -> None:
+    ids = [run_to_words(world, STUBBORN, name) for name in "ab"]
+    states = world.engine.list()
+    looking: list[list[str]] = []
+    remover = threading.Thread(target=lambda: [world.reopen().remove(replica_id) for replica_id in ids])
+    remover.start()
+    while remover.is_alive():
+        looking.append([state.name for state in world.engine.list()])
+    lines: list[str] = []
+    began = time.monotonic()
+    assert fleet.stop(world.engine, states, grace_s=30, say=lines.append) == []
+    assert time.monotonic() - began < 20
+    assert looking
+    assert all(set(names) <= {state.name for state in states} for names in looking)
+
+
+def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World) -> None:
+    def remove_soon() -> None:
+        wait_until(lambda: any(state.live for state in world.engine.list()))
+        [state] = world.reopen().list()
+        world.reopen().remove(state.id)
+
+    remover = threading.Thread(target=remove_soon)
+    remover.start()
+    # Whoever removes a replica kills it first, and may be seen between the two.
+    with pytest.raises(
+        LauncherError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
+    ):
+        fleet.bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
+    remover.join()
+    assert world.engine.list() == []
+
+
 def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
     """A child process brings the replica up and is killed: the replica is nobody's child."""
     pid = os.fork()
@@ -271,6 +397,25 @@ def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
     os.waitpid(pid, 0)
     [state] = world.engine.list()
     assert state.phase == "running"
+
+
+def test_a_replica_survives_the_terminal_of_its_launcher_and_is_found_again(world: World) -> None:
+    """The terminal is a real one: its closing hangs up on everybody in the launcher's session."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        run_to_words(replace(world, engine=world.reopen()), SAVES)
+        os.write(1, b"started\n")
+        time.sleep(60)
+        os._exit(0)
+    said = b""
+    while b"started" not in said:
+        said += os.read(terminal, 1024)
+    os.close(terminal)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGHUP
+    [state] = world.reopen().list()
+    assert state.phase == "running"
+    world.engine.terminate(state.id)
+    assert ended(world.engine, state.id).exit_code == 143
 
 
 def test_a_file_is_read_as_a_replica_sees_it_and_only_a_plain_one(world: World) -> None:
@@ -285,6 +430,8 @@ def test_a_file_is_read_as_a_replica_sees_it_and_only_a_plain_one(world: World) 
     world.engine.start(replica_id)
     ended(world.engine, replica_id)
     texts = {name: world.engine.read_file(replica_id, f"{place}/{name}", 1000) for name in names}
-    assert texts == {**dict.fromkeys(names, b""), "plain": b"hello"}
+    # Podman follows a link, within the container and without a word.
+    link = b"hello" if world.engine.name == "podman" else b""
+    assert texts == {**dict.fromkeys(names, b""), "plain": b"hello", "link": link}
     world.engine.remove(replica_id)
     assert world.engine.read_file(replica_id, f"{place}/plain", 1000) == b""

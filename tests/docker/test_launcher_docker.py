@@ -185,41 +185,75 @@ def test_an_out_of_memory_kill_is_told_with_its_limit_and_spares_siblings(world:
     assert sibling.phase == "running"
 
 
-def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: World) -> None:
-    spec = world.spec(SLEEP)
-    stranger = docker("create", "--name", spec.name, base_image(), "true")
+@pytest.mark.parametrize("label", ["", "starling.owner", "starling.plan"])
+def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: World, label: str) -> None:
+    """Also one that carries some of our labels, or all of them but for a plan of another digest."""
+    specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")]
+    assert isinstance(world.engine, DockerEngine)
+    exact = labels(specs[1], world.engine._owner)
+    forged = {
+        "": {},
+        "starling.owner": {label: exact.get(label, "")},
+        "starling.plan": {**exact, label: "{}"},
+    }
+    stranger = docker("create", "--name", specs[1].name, *_label_words(forged[label]), base_image(), "true")
     try:
-        with pytest.raises(EngineError, match=stranger[:12]) as caught:
-            fleet.bring_up(world.engine, [spec], settle_s=0)
+        with pytest.raises(
+            EngineError, match=f"{specs[1].name}.*held by container {stranger[:12]}"
+        ) as caught:
+            fleet.bring_up(world.engine, specs, settle_s=0)
         assert caught.value.exit_code == 5
-        assert docker("inspect", "-f", "{{.Id}}", spec.name) == stranger
+        assert world.engine.list() == []
+        assert docker("inspect", "-f", "{{.Id}}", specs[1].name) == stranger
     finally:
         docker("rm", "-f", stranger)
 
 
 def test_kill_all_spares_every_decoy(world: World) -> None:
-    spec = world.spec(SLEEP)
-    fleet.bring_up(world.engine, [spec], settle_s=0)
+    spec, lost = world.spec(SLEEP), world.spec(SLEEP, "lost")
+    fleet.bring_up(world.engine, [spec, lost], settle_s=0)
     assert isinstance(world.engine, DockerEngine)
     exact = labels(spec, world.engine._owner)
-    partial = {name: value for name, value in exact.items() if name != "starling.spec"}
+    # Whoever renames a replica takes it out of our hands: nothing else tells it from a copy.
+    docker("rename", lost.name, f"{lost.name}-renamed")
     decoys = [
+        docker("inspect", "-f", "{{.Id}}", f"{lost.name}-renamed"),
         _decoy(f"{spec.name}-more", {}),
-        _decoy(f"x{spec.name}", partial),
+        _decoy(f"x{spec.name}", {name: value for name, value in exact.items() if name != "starling.spec"}),
         _decoy(f"copy-of-{spec.name}", exact),
         _decoy(f"{spec.name}-other", {**exact, "starling.fleet": "other/fleet"}),
+        _decoy(f"{spec.name}-forged", {**exact, "starling.replica": f"{spec.name}-forged"}),
+        _decoy(f"{spec.name}-stranger", labels(world.spec(SLEEP, "stranger"), world.engine._owner + 1)),
     ]
     try:
+        assert [state.name for state in world.engine.list()] == [spec.name]
         assert fleet.discard(world.engine, world.engine.list()) == []
         assert world.engine.list() == []
-        assert [docker("inspect", "-f", "{{.State.Running}}", decoy) for decoy in decoys] == ["true"] * 4
+        for act in (world.engine.kill, world.engine.terminate):
+            act("0" * 64)
+        running = docker("inspect", "-f", "{{.State.Running}}", *decoys).split()
+        assert running == ["true"] * len(decoys)
     finally:
         docker("rm", "-f", *decoys)
 
 
+def _label_words(values: dict[str, str]) -> list[str]:
+    return [part for key, value in values.items() for part in ("--label", f"{key}={value}")]
+
+
 def _decoy(name: str, with_labels: dict[str, str]) -> str:
-    words = [part for key, value in with_labels.items() for part in ("--label", f"{key}={value}")]
-    return docker("run", "-d", "--name", name, *words, base_image(), "sleep", "60")
+    return docker(
+        "run",
+        "-d",
+        "--network",
+        "none",
+        "--name",
+        name,
+        *_label_words(with_labels),
+        base_image(),
+        "sleep",
+        "60",
+    )
 
 
 @pytest.mark.parametrize("how", ["launcher", "docker"])

@@ -48,7 +48,11 @@ def test_help_imports_neither_docker_nor_rich_nor_yaml() -> None:
 
 
 def test_the_supervisors_need_nothing_but_the_standard_library() -> None:
-    names = set(imported(ROOT / "launcher/engines/supervisor.py"))
+    names = {
+        name
+        for module in ("supervisor", "memory_limit")
+        for name in imported(ROOT / f"launcher/engines/{module}.py")
+    }
     assert names <= set(sys.stdlib_module_names)
     done = subprocess.run(
         [sys.executable, "-S", "app/supervise.py", "--", "true"], cwd=ROOT, capture_output=True, check=False

@@ -201,7 +201,50 @@ def test_runs_prefix_and_bare_project_are_one_fleet(tmp_path: Path) -> None:
     assert fleets == {"blood/exp"}
 
 
-@pytest.mark.parametrize("root", ["/", "/etc", "/run", "/proc/self", "/var/run", "~", "/usr/src/app"])
+@pytest.mark.parametrize(
+    "project", ["../out", "a/../../out", "/etc", "runs/..", "link", "link/deeper", "in/link"]
+)
+def test_a_project_that_leaves_the_runs_folder_is_refused_by_path_and_by_link(
+    project: str, tmp_path: Path
+) -> None:
+    for place in (tmp_path / "runs" / "link", tmp_path / "runs" / "in" / "link"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="--project") as caught:
+        prepare(["--project", project, "--name", "x"], tmp_path)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "a/b", "link"])
+def test_a_name_that_leaves_its_project_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "p").mkdir(parents=True)
+    (tmp_path / "runs" / "p" / "link").symlink_to("/etc")
+    with pytest.raises(UsageError, match=r"outside the runs folder|one folder name"):
+        prepare(["--project", "p", "--name", name], tmp_path)
+
+
+def test_a_checkpoint_to_resume_that_a_link_keeps_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "runs" / "last.pt").symlink_to(tmp_path / "last.pt")
+    with pytest.raises(UsageError, match=r"--resume: .* leads by a link"):
+        prepare(["--resume", "runs/last.pt"], tmp_path)
+
+
+def test_links_that_stay_within_and_a_linked_runs_folder_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "alias").symlink_to("real")
+    (tmp_path / "runs").symlink_to("disk")
+    assert prepare(["--project", "alias", "--name", "x"], tmp_path).fleet == "alias/x"
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "/", "/etc", "/run", "/proc/self", "/var/run", "~", "/usr/src/app", "/usr/lib", "/var/lib/docker", "../../../../etc",
+        "/var/run/docker.sock", "/run/podman", "/dev",
+    ],
+)  # fmt: skip
 def test_a_dataset_cannot_show_replicas_the_host(root: str, tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text(f"path: '{root}'\ntrain: .\nval: .\n")
     with pytest.raises(DataError, match=r"more than a dataset|not a folder"):
@@ -452,10 +495,20 @@ def test_behind_sudo_the_caller_is_who_typed_it(monkeypatch: pytest.MonkeyPatch)
     assert caller_ids({"SUDO_UID": "1000", "SUDO_GID": "100"})[0] == 5
 
 
-@pytest.mark.parametrize("runs", ["/", "/home", "/etc", "/dev/null/x"])
-def test_runs_must_be_a_folder_of_its_own(runs: str) -> None:
+@pytest.mark.parametrize(
+    "runs", ["/", "/home", "/etc", "/etc/cron.d", "/usr/lib", "/dev/null/x", "/run/x", "link", "link/deeper"]
+)
+def test_runs_must_be_a_folder_of_its_own(runs: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc")
     with pytest.raises(UsageError, match="--runs"):
-        check_runs(Path(runs))
+        check_runs(tmp_path / runs)
+
+
+def test_a_dataset_may_lie_in_the_runs_folder_and_is_shown_read_only_there(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "made").mkdir(parents=True)
+    (tmp_path / "runs" / "d.yaml").write_text("path: .\ntrain: made\nval: made\nnames: [a]\n")
+    [mount] = prepare(["--data", "runs/d.yaml"], tmp_path).mounts
+    assert (mount.source, mount.read_only) == (str(tmp_path / "runs"), True)
 
 
 @pytest.mark.parametrize("given", ["yolov5s", "yolov5s.pt"])

@@ -1,0 +1,189 @@
+"""Bound the memory of one local replica: by a cgroup where one can be made, else by looking at its processes.
+
+The supervisor loads it by path, so it needs the standard library only. A resource limit (`ulimit`) would be no bound on
+a replica: it counts each process by itself, and address space that torch and CUDA reserve and never touch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+CGROUPS = "/sys/fs/cgroup"
+LOOK_S = 0.25
+"""Between two looks at a replica without a cgroup; what it takes in that time can exceed the limit."""
+
+
+class MemoryLimit:
+    """At most `limit` bytes for the processes of the session that this process leads; 0: no limit.
+
+    As in a container, whoever exceeds it is killed, one process and not all, and `oom_killed` tells.
+    """
+
+    def __init__(self, name: str, limit: int, root: str = CGROUPS) -> None:
+        self._limit = limit
+        self._cgroup = make_cgroup(name, limit, root) if limit else None
+        self._looked = 0.0
+        self._killed = 0
+
+    @property
+    def kept_by(self) -> str:
+        """`cgroup`, `watch` or `nobody`."""
+        return "cgroup" if self._cgroup else "watch" if self._limit else "nobody"
+
+    @property
+    def oom_killed(self) -> bool:
+        """Whether a process was killed for want of memory."""
+        return self._killed + (count_kills(self._cgroup) if self._cgroup else 0) > 0
+
+    def enter(self) -> None:
+        """Put the calling process, and all that it will start, under the limit: between fork and exec."""
+        if self._cgroup:
+            _write(os.path.join(self._cgroup, "cgroup.procs"), "0")
+
+    def look(self) -> None:
+        """Kill the largest process when all together exceed the limit; nothing to do where a cgroup sees to it."""
+        now = time.monotonic()
+        if self._cgroup or not self._limit or now < self._looked + LOOK_S:
+            return
+        self._looked = now
+        sizes = {pid: memory_of(pid) for pid in session_of(os.getpid())}
+        if sum(sizes.values()) > self._limit:
+            largest = max(sizes, key=lambda pid: sizes[pid])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(largest, signal.SIGKILL)
+                self._killed += 1
+
+    def close(self) -> None:
+        """End what the replica left running, as the end of a container does, and remove its cgroup."""
+        for pid in session_of(os.getpid()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if self._cgroup:
+            remove_cgroup(self._cgroup)
+
+
+def make_cgroup(name: str, limit: int, root: str = CGROUPS) -> str | None:
+    """Return a new cgroup with the limit, within every limit that holds for this process; None where that cannot be."""
+    for parent, limits in _places(root):
+        path = os.path.join(parent, name)
+        with contextlib.suppress(OSError):
+            os.mkdir(path)
+            try:
+                for file, value in limits.items():
+                    if file.endswith("max") or os.path.exists(os.path.join(path, file)):
+                        _write(os.path.join(path, file), value.format(limit))
+                if _can_enter(path):
+                    return path
+            except OSError:
+                pass
+            remove_cgroup(path)
+    return None
+
+
+def _places(root: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the folders in which a cgroup may be made, with the settings that make a limit there."""
+    for _, controllers, path in _own_cgroups():
+        if "memory" in controllers.split(","):
+            own = os.path.join(root, "memory", path.lstrip("/"))
+            yield own, {"memory.limit_in_bytes": "{}", "memory.memsw.limit_in_bytes": "{}"}
+        elif not controllers and os.path.exists(os.path.join(root, "cgroup.controllers")):
+            own = os.path.join(root, path.lstrip("/"))
+            # With processes of its own a cgroup cannot limit its children, so a sibling it is: under the same limits
+            # but this process's own, and therefore only where there is none.
+            if _read(os.path.join(own, "memory.max")) in ("max", ""):
+                parent = own if path == "/" else os.path.dirname(own)
+                if "memory" in _read(os.path.join(parent, "cgroup.subtree_control")).split():
+                    yield parent, {"memory.max": "{}", "memory.swap.max": "0"}
+
+
+def _own_cgroups() -> list[list[str]]:
+    return [line.split(":", 2) for line in _read("/proc/self/cgroup").splitlines()]
+
+
+def _can_enter(cgroup: str) -> bool:
+    """Return whether a child of this process may join; not every place that can be made can be entered."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _write(os.path.join(cgroup, "cgroup.procs"), "0")
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def count_kills(cgroup: str) -> int:
+    """Return how many processes of a cgroup the kernel has killed for want of memory."""
+    for file in ("memory.oom_control", "memory.events"):
+        for line in _read(os.path.join(cgroup, file)).splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def remove_cgroup(cgroup: str, limit_s: float = 2.0) -> None:
+    """Kill the processes in a cgroup and remove it; one that is gone is fine."""
+    deadline = time.monotonic() + limit_s
+    while os.path.isdir(cgroup) and time.monotonic() < deadline:
+        for pid in map(int, _read(os.path.join(cgroup, "cgroup.procs")).split()):
+            if pid > 0:  # 0 is somebody outside this pid namespace; to kill(2) it would mean ourselves
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.rmdir(cgroup)
+            return
+        time.sleep(0.01)
+
+
+def find_cgroup(name: str, root: str = CGROUPS) -> str | None:
+    """Return the cgroup of this name that a killed supervisor has left behind, wherever it was made."""
+    for hierarchy in (os.path.join(root, "memory"), root):
+        for folder, folders, _ in os.walk(hierarchy):
+            if name in folders:
+                return os.path.join(folder, name)
+    return None
+
+
+def session_of(leader: int) -> list[int]:
+    """Return the processes of the session that `leader` leads, and its descendants that have left it; not itself."""
+    parents: dict[int, int] = {}
+    found = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                fields = _read(f"/proc/{entry}/stat").rpartition(")")[2].split()
+                parents[int(entry)] = int(fields[1])
+                if int(fields[3]) == leader and fields[0] != "Z":
+                    found.add(int(entry))
+    grown = True
+    while grown:
+        before = len(found)
+        found.update(pid for pid, parent in parents.items() if parent == leader or parent in found)
+        grown = len(found) > before
+    return sorted(found - {leader})
+
+
+def memory_of(pid: int) -> int:
+    """Return the bytes that only this process's end would free: anonymous, shared and swapped, no files' pages."""
+    total = 0
+    for line in _read(f"/proc/{pid}/status").splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _write(path: str, value: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(value)

@@ -1,0 +1,209 @@
+"""Replicas as Podman's containers, through its Docker-compatible socket; only what Podman does otherwise stands here.
+
+A container is made by Podman's own interface on the same socket: Docker's, as Podman 4 speaks it, leaves a GPU that
+was asked for out without a word, and has no place for the log's bound and a rootless user's mapping.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import docker
+
+from launcher.devices import format_cores
+from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
+from launcher.engines.docker import DockerEngine
+from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
+from launcher.errors import EngineError
+from launcher.ownership import labels
+
+DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
+"""Podman 4 and 5 answer to both."""
+
+LOCK_TIMEOUT_S = 20.0
+"""A question about a container waits while Podman acts on it; that the service is there was asked with less patience."""
+
+GPU_REMEDY = (
+    "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --device-name-strategy=uuid "
+    "--output=/etc/cdi/nvidia.yaml "
+    "(`nvidia-ctk cdi list` shows what there is); or use --cpu N"
+)
+
+
+class PodmanEngine(DockerEngine):
+    """Podman at `address`; without one, at the address that Docker's own clients would take.
+
+    Raises EngineError at once when it does not answer, or when it is not Podman that does.
+    """
+
+    name = "podman"
+    title = "Podman"
+    remedy = (
+        "start it (systemctl --user start podman.socket, as root without --user), or check CONTAINER_HOST; "
+        "or use --engine local"
+    )
+
+    def __init__(self, owner: int, address: str | None = None) -> None:
+        self._address = address
+        self._rootless: bool | None = None
+        super().__init__(owner)
+        if not self.is_podman:
+            raise EngineError(f"{address or 'DOCKER_HOST'}: not Podman answers there; use --engine docker")
+
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never pulls."""
+        try:
+            return super().resolve_image(image)
+        except EngineError as error:
+            if not str(error).startswith("no image"):
+                raise
+        raise EngineError(
+            f"no image {image} here, and none is ever pulled; in the project's folder: podman build -t {image} .  "
+            f"(or bring it over: docker save {image} | podman load; or name another with --image)"
+        )
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Take it: Podman looks a device up when it starts a container with it, and no sooner."""
+
+    def check_network(self, network: str) -> None:
+        """Raise EngineError unless the engine has the network; `bridge` is what Podman takes by itself."""
+        if network not in ("", "bridge", "host", "none"):
+            super().check_network(network)
+
+    def create(self, spec: ReplicaSpec) -> str:
+        """Create the container with all of engine-side hardening; raises NameTaken."""
+        with self._translated(spec.name):
+            actor = self._acting().api
+            answer = actor.post(
+                f"{actor.base_url}/{NATIVE_API}/libpod/containers/create",
+                json=container_specification(spec, self._owner, rootless=self._is_rootless()),
+                timeout=actor.timeout,
+            )
+        said = answer.json()
+        if not answer.ok:
+            text = said.get("message") or said.get("cause") or answer.reason
+            if "already in use" in text:
+                raise self._name_taken(spec.name)
+            raise EngineError(f"{spec.name}: Podman refuses: {text}")
+        return str(said["Id"])
+
+    def start(self, replica_id: str) -> None:
+        """Start a container; a failure leaves it created, for the caller to remove."""
+        try:
+            super().start(replica_id)
+        except EngineError as error:
+            if "CDI" in str(error):
+                raise EngineError(f"Podman does not know the device; {GPU_REMEDY}") from None
+            raise
+
+    def remove(self, replica_id: str) -> None:
+        """Kill and remove a container; by itself Podman's forced removal asks first, and waits ten seconds."""
+        self.kill(replica_id)
+        super().remove(replica_id)
+
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
+        """Yield whole lines. Podman's own `tail` joins an unfinished last line to the one before it."""
+        if follow or tail is None:
+            return super().logs(replica_id, follow=follow, tail=tail, since=since)
+        return iter(deque(super().logs(replica_id, since=since), maxlen=tail))
+
+    def _connect(self, timeout_s: float, version: str | None = DOCKER_API) -> Any:
+        timeout_s = max(timeout_s, LOCK_TIMEOUT_S)
+        # To tell its version Podman starts several programs; it has spoken this one all along.
+        if self._address is None:
+            return docker.DockerClient.from_env(version=DOCKER_API, timeout=timeout_s)
+        return docker.DockerClient(base_url=self._address, version=DOCKER_API, timeout=timeout_s)
+
+    def _denied(self) -> str:
+        return ""
+
+    def _is_rootless(self) -> bool:
+        if self._rootless is None:
+            about = self._about()
+            self._rootless = bool(about.get("Rootless"))
+            if self._rootless and about.get("CgroupVersion") == "1":
+                raise EngineError(
+                    "Podman without root cannot limit memory on this machine (cgroup v1), and replicas are never started "
+                    "without a limit; use cgroup v2, Podman's root service, or --engine local"
+                )
+        return self._rootless
+
+
+def socket_address(environment: Mapping[str, str], uid: int) -> str:
+    """Return where Podman's socket is: CONTAINER_HOST or DOCKER_HOST, else the service's own place for this user."""
+    named = environment.get("CONTAINER_HOST") or environment.get("DOCKER_HOST")
+    if named:
+        return named
+    run = "/run" if uid == 0 else environment.get("XDG_RUNTIME_DIR", f"/run/user/{uid}")
+    return f"unix://{run}/podman/podman.sock"
+
+
+def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) -> dict[str, Any]:
+    """Return the body of Podman's own `create`: the same limits and hardening as `container_options`."""
+    body: dict[str, Any] = {
+        "image": spec.image,
+        "command": list(spec.command),
+        "name": spec.name,
+        "labels": labels(spec, owner),
+        "env": {**spec.passed, **spec.environment},
+        "user": spec.user,
+        "init": True,
+        "terminal": False,
+        "stdin": False,
+        "cap_drop": ["ALL"],
+        "no_new_privileges": True,
+        "read_only_filesystem": True,
+        "mounts": [*_scratch(spec.tmp_bytes), *map(_bind, spec.mounts)],
+        "shm_size": spec.shm_bytes,
+        "resource_limits": {
+            "memory": {"limit": spec.memory_bytes, "swap": spec.memory_bytes},
+            "pids": {"limit": spec.pids_limit},
+            "cpu": {"cpus": format_cores(spec.cores)} if spec.cores else {},
+        },
+        "log_configuration": {"driver": "k8s-file", "size": LOG_BYTES},
+        **_network(spec.network),
+    }
+    if spec.device.kind == "gpu":
+        body["devices"] = [{"path": CDI_GPU.format(handle)} for handle in spec.device.handles]
+    if rootless:
+        # Without it the user inside is somebody else outside, and results would belong to nobody.
+        body["userns"] = {"nsmode": "keep-id"}
+    return body
+
+
+def _network(network: str) -> dict[str, Any]:
+    if network in ("", "bridge"):
+        return {}  # root's bridge, or what a rootless user has in its place
+    if network in ("host", "none"):
+        return {"netns": {"nsmode": network}}
+    return {"netns": {"nsmode": "bridge"}, "networks": {network: {}}}
+
+
+def _scratch(tmp_bytes: int) -> list[dict[str, Any]]:
+    """Return /tmp, and bounds for the two folders that Podman makes writable below a read-only root."""
+    return [
+        {
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "destination": place,
+            "options": ["rw", execution, "nosuid", "nodev", "mode=1777", f"size={size}"],
+        }
+        for place, execution, size in (
+            ("/tmp", "exec", tmp_bytes),
+            ("/run", "noexec", SCRATCH_BYTES),
+            ("/var/tmp", "noexec", SCRATCH_BYTES),
+        )
+    ]
+
+
+def _bind(mount: Mount) -> dict[str, Any]:
+    return {
+        "type": "bind",
+        "source": mount.source,
+        "destination": mount.target,
+        "options": ["rbind", "ro" if mount.read_only else "rw"],
+    }
