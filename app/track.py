@@ -17,7 +17,7 @@ from pathlib import Path
 
 from app.errors import StarlingError, UsageError
 from app.outputs.run_dir import runs_root
-from app.tracking.bridge import Bridge, bridge_lock
+from app.tracking.delivery import Bridge, bridge_lock
 from app.tracking.lock import exclusive
 from app.tracking.mlflow_tracker import MlflowTracker
 from app.tracking.tracker import Tracker, TrackerUnavailableError

@@ -49,7 +49,7 @@ from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
-from app.tracking.process import BridgeHandle, start_bridge
+from app.tracking.process import Bridges, start_bridges
 
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
@@ -204,17 +204,17 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
         progress.say(f"run: {run.path}")
         report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
-        bridge = start_bridge(log, warn=progress.say)
+        bridges = start_bridges(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
                             memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
         try:
             result = train_in(
-                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: check_bridge(bridge)
+                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: bridges.check()
             )
         finally:
-            finish_bridge(bridge, stop)
+            finish_bridges(bridges, stop)
     best = result.best
     progress.say(
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
@@ -343,16 +343,9 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
     pictures.draw_final(model, batches, workshop.data, workshop.compute, folder)
 
 
-def check_bridge(bridge: BridgeHandle | None) -> None:
-    """Look after the tracking bridge, once an epoch."""
-    if bridge is not None:
-        bridge.check()
-
-
-def finish_bridge(bridge: BridgeHandle | None, stop: StopSignal) -> None:
-    """Let the bridge drain; shortly where a stop was asked for, since a container's grace is short."""
-    if bridge is not None:
-        bridge.finish(timeout_s=5 if stop.requested else 20)
+def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
+    """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
+    bridges.finish(timeout_s=5 if stop.requested else 20)
 
 
 def find_last(resume: str) -> Path:

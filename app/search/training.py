@@ -26,9 +26,8 @@ from app.engine.trainer import Diverged, Glances, TrainResult
 from app.engine.training import (
     RESUMED,
     Workshop,
-    check_bridge,
     draw_weights,
-    finish_bridge,
+    finish_bridges,
     read_hyp,
     train_in,
     upload_results,
@@ -50,7 +49,7 @@ from app.search.views import best_of
 from app.search.worker import run_search
 from app.search.workshops import Workshops, check_layouts, layout_digest, searched_layouts
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
-from app.tracking.process import BridgeHandle, start_bridge
+from app.tracking.process import Bridges, start_bridges
 
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
@@ -88,8 +87,8 @@ def search(config: TrainConfig) -> None:
     progress.say(f"search: {directory} (worker {worker})")
     report_findings(workshops.usual.data, directory, progress.say)
     with StopSignal() as stop:
-        bridge = start_bridge(log, warn=progress.say)
-        trainings = _Trainings(config, workshops, directory, log, bridge, progress, stop)
+        bridges = start_bridges(log, warn=progress.say)
+        trainings = _Trainings(config, workshops, directory, log, bridges, progress, stop)
         try:
             summary = run_search(
                 directory=directory,
@@ -113,7 +112,7 @@ def search(config: TrainConfig) -> None:
             )
             trainings.finished(summary)
         finally:
-            finish_bridge(bridge, stop)
+            finish_bridges(bridges, stop)
     _say_summary(summary, directory, progress)
     upload_results(config, directory, progress.say)
     if config.json:
@@ -165,13 +164,13 @@ class _Trainings:
         workshops: Workshops,
         directory: Path,
         log: EventLog,
-        bridge: BridgeHandle | None,
+        bridges: Bridges,
         progress: Progress,
         stop: StopSignal,
     ) -> None:
         # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
         self._config = replace(config, noval=True, noplots=True, patience=0)
-        self._workshops, self._directory, self._log, self._bridge = workshops, directory, log, bridge
+        self._workshops, self._directory, self._log, self._bridges = workshops, directory, log, bridges
         self._progress, self._stop = progress, stop
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
@@ -193,7 +192,7 @@ class _Trainings:
         )
         params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
         self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
-                         dir=self._directory, params=params)  # fmt: skip
+                         dir=self._directory, shared=True, params=params)  # fmt: skip
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
         """Show how far the search is and what this worker does."""
@@ -271,7 +270,7 @@ class _Trainings:
 
         def on_epoch(row: EpochRow) -> None:
             report()
-            check_bridge(self._bridge)
+            self._bridges.check()
 
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.

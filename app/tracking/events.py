@@ -46,15 +46,20 @@ SEARCH_ARTIFACTS = {
 """What the search's own run sends when it ends."""
 
 _FIELDS: dict[str, frozenset[str]] = {
-    "run_start": frozenset({"name", "project", "dir", "parent", "params", "tags"}),
+    "run_start": frozenset({"name", "project", "dir", "parent", "shared", "params", "tags"}),
     "metrics": frozenset({"step", "values"}),
     "artifact": frozenset({"path", "kind"}),
+    "dataset": frozenset({"role", "name", "digest", "source", "figures", "classes"}),
+    "picture": frozenset({"path", "name", "step"}),
+    "model": frozenset({"path", "name", "step", "values"}),
     "message": frozenset({"text"}),
     "run_end": frozenset({"status", "reason"}),
     "log_end": frozenset(),
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "run_start": {"parent": None, "params": {}, "tags": {}},
+    "run_start": {"parent": None, "shared": False, "params": {}, "tags": {}},
+    "dataset": {"figures": {}, "classes": []},
+    "model": {"values": {}},
     "run_end": {"reason": ""},
 }
 _CHUNK_BYTES = 4 << 20
@@ -100,10 +105,14 @@ class EventLog:
 
         | event       | fields                                                                             |
         |-------------|------------------------------------------------------------------------------------|
-        | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags  |
+        | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags, |
+        |             | shared (whether other processes tell about the run too, as workers of a search do)  |
         | `metrics`   | step (the epoch), values {name: number}                                            |
         | `artifact`  | path (relative to the run directory), kind                                         |
-        | `message`   | text                                                                               |
+        | `dataset`   | role (train, val), name, digest, source (path or URL), figures {name: number}, classes |
+        | `picture`   | path (its own for each step, since it is read later), name, step                   |
+        | `model`     | path, name (best, last, epochN), step, values {name: number} that it reached        |
+        | `message`   | text: a line of the console                                                        |
         | `run_end`   | status (finished, failed, killed, pruned), reason                                  |
         | `log_end`   | none: nothing follows until the run is resumed                                     |
 
@@ -152,7 +161,7 @@ class EventLog:
         if event == "run_start":
             # Relative, so that the log means the same in a container and on the host.
             complete["dir"] = os.path.relpath(complete["dir"], self.path.parent)
-        if event == "metrics":
+        if "values" in complete:
             complete["values"] = {name: _number(name, value) for name, value in complete["values"].items()}
         return {name: _plain(value) for name, value in complete.items()}
 
@@ -176,8 +185,25 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     return list(_parse(chunk[:whole].splitlines(keepends=True), offset)), offset + whole
 
 
+def console_text(path: Path, run: str, end: int) -> str:
+    """Return all lines of a run's console that stand in the log before byte `end`."""
+    lines: list[str] = []
+    offset = 0
+    while offset < end:
+        events, after = read_events(path, offset)
+        if after == offset:
+            break
+        lines += [
+            f"{event.fields['text']}\n"
+            for event in events
+            if event.name == "message" and event.run == run and event.end <= end
+        ]
+        offset = after
+    return "".join(lines)
+
+
 def metric_values(event: Event) -> dict[str, float]:
-    """Return the values of a `metrics` event as floats, NaN and infinities included."""
+    """Return the values of a `metrics` or `model` event as floats, NaN and infinities included."""
     return {str(name): float(value) for name, value in event.fields["values"].items()}
 
 
@@ -187,6 +213,7 @@ def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
         try:
             record = json.loads(line)
             name = record.pop("event")
+            record = {**_DEFAULTS.get(name, {}), **record}
             if record.pop("v") != SCHEMA or _FIELDS[name] - record.keys():
                 continue
             seq, at, run = int(record.pop("seq")), float(record.pop("time")), str(record.pop("run"))

@@ -7,12 +7,16 @@ the database 0.7 s, an epoch of 13 values 4-12 ms. The library is imported at th
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
 import os
 import re
 import shutil
+import tempfile
+import time as time_module
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,14 @@ from urllib.parse import urlsplit
 
 from app.outputs.atomic import write_atomic
 from app.tracking.lock import exclusive
-from app.tracking.tracker import Run, TrackerRejectedError, TrackerUnavailableError
+from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key, without_credentials
+from app.tracking.tracker import (
+    DatasetInput,
+    ModelFile,
+    Run,
+    TrackerRejectedError,
+    TrackerUnavailableError,
+)
 
 UUID_TAG = "starling.run_uuid"
 PARENT_TAG = "mlflow.parentRunId"
@@ -46,10 +57,13 @@ _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 _STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED", "pruned": "FINISHED"}
-_KEY_LENGTH = 250
-_VALUE_LENGTH = 6000
-_TAG_LENGTH = 5000
 _PARAMS_PER_REQUEST = 100
+_DATASET_NAME_LENGTH = 500
+_DIGEST_LENGTH = 36
+_SCHEMA_LENGTH = 60_000
+_CONSOLE = "console.log"
+_CONSOLE_EVERY_S = 20.0
+_THUMBNAIL_SIDE = 256
 
 
 class MlflowTracker:
@@ -69,6 +83,9 @@ class MlflowTracker:
         self._uri = self._uri or database_uri(runs)
         self._experiments: dict[str, str] = {}
         self._connected: Any = None
+        self._consoles: dict[str, Callable[[], str]] = {}
+        """Of the runs whose console has grown since it was sent: all of it."""
+        self._console_sent_at = -_CONSOLE_EVERY_S
 
     def destination(self, log_dir: Path) -> str:
         """Name the database by its path seen from the log, or the server by its address without credentials."""
@@ -108,7 +125,7 @@ class MlflowTracker:
             metrics = [Metric(metric_key(name), value, at, step) for name, value in values.items()]
             self._client().log_batch(run_id, metrics=metrics)
 
-    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+    def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
         """Store a file. What the proxy of a server would serve goes straight to its folder when that is ours."""
         with _translated(), self._patient():
             client = self._client()
@@ -126,16 +143,71 @@ class MlflowTracker:
             else:
                 client.log_artifact(run_id, str(path), folder or None)
 
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        """Record a dataset as an input of the run: its digest, where it lies, what is in it."""
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as Input
+
+        shown = Dataset(
+            name=dataset.name[:_DATASET_NAME_LENGTH],
+            digest=dataset.digest[:_DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": without_credentials(dataset.source)}),
+            schema=json.dumps({"classes": dataset.classes})[:_SCHEMA_LENGTH],
+            profile=json.dumps(dict(dataset.figures)),
+        )
+        context = InputTag("mlflow.data.context", {"train": "training", "val": "validation"}[dataset.role])
+        with _translated():
+            self._client().log_inputs(run_id, [Input(shown, [context])])
+
+    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Show a picture in the page's image chart; its name there follows from what is in it, so it is stored once."""
+        content = path.read_bytes()
+        stem = f"{metric_key(name).replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}"
+        stem += f"+{hashlib.sha256(content).hexdigest()[:32]}"
+        with tempfile.TemporaryDirectory() as folder:
+            for file in _as_shown(content, Path(folder) / stem):
+                self.log_artifact(run_id, file, "images")
+        with _translated():
+            self._client().set_tag(run_id, "mlflow.loggedImages", "True")
+
+    def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
+        """Keep the console for `flush`: MLflow has files only, so all of it is sent again."""
+        self._consoles[run_id] = so_far
+
+    def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
+        """Record a sample among the metrics that the page shows as those of the system."""
+        self.log_metrics(run_id, values, step=step, time=time)
+
+    def flush(self, *, last: bool = False) -> None:
+        """Send consoles that have grown, every 20 seconds and at a run's end."""
+        now = time_module.monotonic()
+        if not self._consoles or not (last or now - self._console_sent_at >= _CONSOLE_EVERY_S):
+            return
+        self._console_sent_at = now
+        for run_id, so_far in list(self._consoles.items()):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / _CONSOLE
+                file.write_text(so_far())
+                self.log_artifact(run_id, file, "")
+            del self._consoles[run_id]
+
+    def log_model(self, run_id: str, model: ModelFile) -> None:
+        """Do nothing yet: MLflow's models follow."""
+
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Set the final status; a pruned candidate is a finished run with the tag `starling.pruned`."""
+        """Set the final status, and the tags that say it in our words: MLflow itself has no pruned one."""
         if self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}:
             return
         with _translated():
             client = self._client()
+            tags = {"starling.status": status}
             if status == "pruned":
-                client.set_tag(run_id, "starling.pruned", "true")
+                tags["starling.pruned"] = "true"
             if reason:
-                client.set_tag(run_id, "starling.reason", reason[:_TAG_LENGTH])
+                tags["starling.reason"] = reason[:TAG_LENGTH]
+            for key, value in tags.items():
+                client.set_tag(run_id, key, value)
             client.set_terminated(run_id, _STATUSES[status], end_time=int(time * 1000))
 
     def close(self) -> None:
@@ -242,9 +314,9 @@ class MlflowTracker:
             for key, value in params.items()
             if stored.get(key, value) != value
         ]
-        tags = {key[:_KEY_LENGTH]: str(value)[:_TAG_LENGTH] for key, value in run.tags.items()}
+        tags = {key[:KEY_LENGTH]: str(value)[:TAG_LENGTH] for key, value in run.tags.items()}
         if changed:
-            tags["starling.changed_on_resume"] = "; ".join(changed)[:_TAG_LENGTH]
+            tags["starling.changed_on_resume"] = "; ".join(changed)[:TAG_LENGTH]
         client = self._client()
         new = [Param(key, value) for key, value in params.items() if key not in stored]
         for batch in (new[at : at + _PARAMS_PER_REQUEST] for at in range(0, len(new), _PARAMS_PER_REQUEST)):
@@ -265,36 +337,6 @@ def database_uri(runs: Path) -> str:
     return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}"
 
 
-def metric_key(name: str) -> str:
-    """Return `name` as MLflow takes it: `precision(B)` -> `precision_B`, `mAP_0.5:0.95` as it is."""
-    return _shortened(re.sub(r"[^/\w.\- :]+", "_", name).strip("_") or "_")
-
-
-def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested parameters as flat text (`hyp.lr0`), names and values cut to what MLflow takes."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flat_params(value, f"{name}."))
-        else:
-            text = str(value)
-            flat[metric_key(name)] = text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
-    return flat
-
-
-def without_credentials(text: str) -> str:
-    """Return `text` with the `user:password@` of every address in it left out."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
-
-
-def _shortened(key: str) -> str:
-    """Cut a long name, with a digest in place of the rest, so that two long names stay two."""
-    if len(key) <= _KEY_LENGTH:
-        return key
-    return f"{key[: _KEY_LENGTH - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-
 @contextmanager
 def _translated(*, refuse: bool = True) -> Iterator[None]:
     """Turn what MLflow's client raises into the two errors of the protocol.
@@ -312,3 +354,15 @@ def _translated(*, refuse: bool = True) -> Iterator[None]:
         if refuse and getattr(error, "error_code", "") in _REFUSALS:
             raise TrackerRejectedError(message) from error
         raise TrackerUnavailableError(message) from error
+
+
+def _as_shown(content: bytes, stem: Path) -> list[Path]:
+    """Write a picture and its thumbnail under the names that MLflow's page looks for, and return both."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as picture:
+        whole, small = Path(f"{stem}.png"), Path(f"{stem}+compressed.webp")
+        picture.convert("RGB").save(whole)
+        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        picture.convert("RGB").save(small)
+    return [whole, small]

@@ -20,19 +20,12 @@ import pytest
 
 from app import track
 from app.tracking import ui_server
-from app.tracking.bridge import Bridge, follow
+from app.tracking.bridge import follow
+from app.tracking.delivery import Bridge
 from app.tracking.events import EventLog
-from app.tracking.mlflow_tracker import (
-    CLIENT_LIMITS,
-    PARENT_TAG,
-    UUID_TAG,
-    MlflowTracker,
-    database_uri,
-    flat_params,
-    metric_key,
-    without_credentials,
-)
-from app.tracking.process import start_bridge
+from app.tracking.mlflow_names import flat_params, metric_key, without_credentials
+from app.tracking.mlflow_tracker import CLIENT_LIMITS, PARENT_TAG, UUID_TAG, MlflowTracker, database_uri
+from app.tracking.process import start_bridges
 from app.tracking.tracker import Run, TrackerRejectedError, TrackerUnavailableError
 
 pytest.importorskip("mlflow")
@@ -234,7 +227,7 @@ def test_bridges_of_several_workers_share_one_new_database_and_one_parent(tmp_pa
     environment = {**os.environ, "STARLING_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     bridges = [
         subprocess.Popen(
-            [sys.executable, "-m", "app.tracking.bridge", str(log), "--follow"],
+            [sys.executable, "-m", "app.tracking.bridge", str(log)],
             env=environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -355,12 +348,11 @@ def test_the_trainers_side_runs_a_real_bridge_to_the_end(
     monkeypatch.setenv("STARLING_RUNS", str(tmp_path))
     warnings: list[str] = []
     log = EventLog(tmp_path / "train" / "exp" / "events.jsonl", "u1")
-    handle = start_bridge(log, warn=warnings.append)
-    assert handle is not None
+    bridges = start_bridges(log, warn=warnings.append)
     log.append("run_start", name="exp", project="train", dir=log.path.parent)
     log.append("metrics", step=0, values={"loss": 1.0})
     log.append("run_end", status="finished")
-    assert handle.finish(timeout_s=60), (log.path.parent / "bridge.log").read_text()
+    assert bridges.finish(timeout_s=60), (log.path.parent / "bridge.log").read_text()
     assert warnings == []
     assert embedded(tmp_path).stored("train")["u1"].info.status == "FINISHED"
 

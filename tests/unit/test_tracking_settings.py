@@ -7,7 +7,7 @@ import pytest
 from app import settings
 from app.errors import ConfigError
 from app.tracking.events import EventLog
-from app.tracking.process import start_bridge
+from app.tracking.process import start_bridges
 
 
 @pytest.fixture(autouse=True)
@@ -64,5 +64,5 @@ def test_without_a_runs_folder_the_users_configuration_folder_is_used() -> None:
 def test_turned_off_means_no_bridge(tmp_path: Path) -> None:
     settings.update({"mlflow": False})
     log = EventLog(tmp_path / "run" / "events.jsonl", "u1")
-    assert start_bridge(log, command=["/nonexistent"]) is None
+    assert start_bridges(log).handles == ()
     assert not log.path.parent.exists()

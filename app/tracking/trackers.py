@@ -1,0 +1,47 @@
+"""Which trackers there are, which of them are on, and how to open one. A tracker's library is imported by opening it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.settings import Settings
+from app.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerKind:
+    """One tracker: its name, the package it needs, when it is wanted, how it is opened."""
+
+    name: str
+    package: str
+    is_wanted: Callable[[Settings, Mapping[str, str]], bool]
+    open: Callable[[Path, Mapping[str, str]], Tracker]
+    """Takes the runs folder and the environment."""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there; nothing is imported for that."""
+        return importlib.util.find_spec(self.package) is not None
+
+
+def _open_mlflow(runs: Path, environment: Mapping[str, str]) -> Tracker:
+    from app.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(runs, environment)
+
+
+TRACKERS = {
+    kind.name: kind
+    for kind in (
+        TrackerKind(
+            name="mlflow",
+            package="mlflow",
+            is_wanted=lambda settings, environment: settings.mlflow,
+            open=_open_mlflow,
+        ),
+    )
+}
+"""By name, which is also the name of its cursor file."""
