@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.outputs.atomic import append_line
+from app.tracking.redaction import Redaction
 
 SCHEMA = 1
 """Version of the line format, field `v` of each line."""
@@ -24,12 +25,14 @@ RUN_ARTIFACTS = {
     "opt.yaml": "config",
     "hyp.yaml": "config",
     "results.csv": "table",
+    "*.diff": "diff",
     "*.png": "plot",
     "*.jpg": "plot",
+    "weights/epoch*.pt": "weights",
     "weights/best.pt": "weights",
     "weights/last.pt": "weights",
 }
-"""What a training sends when it ends: pattern below its run directory -> kind."""
+"""What a training sends, as it appears and when it ends: pattern below its run directory -> kind."""
 
 CANDIDATE_ARTIFACTS = {"hyp.yaml": "config", "results.csv": "table"}
 """What a candidate of a search sends: small files only, since there are many candidates."""
@@ -99,6 +102,9 @@ class EventLog:
         self._clock = clock
         self._warn = warn
         self._next_seq: int | None = None
+        self._redacted = Redaction()
+        self._announced: dict[tuple[str | None, Path], int] = {}
+        """Run and file -> its time of change when it was announced."""
 
     def append(self, event: str, /, *, run: str | None = None, **fields: Any) -> None:
         """Append one event in a single write.
@@ -116,7 +122,8 @@ class EventLog:
         | `run_end`   | status (finished, failed, killed, pruned), reason                                  |
         | `log_end`   | none: nothing follows until the run is resumed                                     |
 
-        NaN and infinities are written as strings, which strict JSON can hold. Raises ValueError for an unknown
+        NaN and infinities are written as strings, which strict JSON can hold. Credentials in addresses, and what the
+        environment holds as passwords, are blotted out. Raises ValueError for an unknown
         event or field, and TypeError for a value that is not plain (a tensor, say: reading it would wait
         for the device, which is the caller's decision).
         """
@@ -141,11 +148,21 @@ class EventLog:
                 )
 
     def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
-        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches."""
+        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches.
+
+        A file that was announced before and has not changed since is left out.
+        """
         for pattern, kind in patterns.items():
             for path in sorted(run_dir.glob(pattern)):
                 if path.is_file():
-                    self.append("artifact", run=run, path=path.relative_to(run_dir).as_posix(), kind=kind)
+                    self.announce_file(run_dir, path, kind, run=run)
+
+    def announce_file(self, run_dir: Path, path: Path, kind: str, *, run: str | None = None) -> None:
+        """Append an `artifact` event for a file below `run_dir`, unless it was announced as it is."""
+        changed = path.stat().st_mtime_ns
+        if self._announced.get((run, path)) != changed:
+            self._announced[run, path] = changed
+            self.append("artifact", run=run, path=path.relative_to(run_dir).as_posix(), kind=kind)
 
     def _checked(self, event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if event not in _FIELDS:
@@ -163,7 +180,7 @@ class EventLog:
             complete["dir"] = os.path.relpath(complete["dir"], self.path.parent)
         if "values" in complete:
             complete["values"] = {name: _number(name, value) for name, value in complete["values"].items()}
-        return {name: _plain(value) for name, value in complete.items()}
+        return {name: _plain(value, self._redacted) for name, value in complete.items()}
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
@@ -222,21 +239,23 @@ def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
         yield Event(name=name, seq=seq, time=at, run=run, fields=record, end=offset)
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it; raises TypeError for what is not plain."""
-    if value is None or isinstance(value, (str, bool)):
+def _plain(value: Any, redacted: Callable[[str], str]) -> Any:
+    """Return `value` as JSON can hold it, its text as anyone may read it; raises TypeError for what is not plain."""
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         number = float(value)
         return number if math.isfinite(number) else str(number)
     if isinstance(value, Path):
-        return str(value)
+        return redacted(str(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, redacted) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, redacted) for item in value]
     raise TypeError(f"events hold plain values only, not {type(value).__name__}; use .item() or str() first")
 
 

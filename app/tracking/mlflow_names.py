@@ -30,11 +30,6 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def without_credentials(text: str) -> str:
-    """Return `text` with the `user:password@` of every address in it left out."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
-
-
 def _shortened(key: str) -> str:
     """Cut a long name, with a digest in place of the rest, so that two long names stay two."""
     if len(key) <= KEY_LENGTH:

@@ -17,14 +17,17 @@ import tempfile
 import time as time_module
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from app.errors import UsageError
 from app.outputs.atomic import write_atomic
 from app.tracking.lock import exclusive
-from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key, without_credentials
+from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
+from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key
+from app.tracking.redaction import without_credentials
 from app.tracking.tracker import (
     DatasetInput,
     ModelFile,
@@ -36,26 +39,10 @@ from app.tracking.tracker import (
 UUID_TAG = "starling.run_uuid"
 PARENT_TAG = "mlflow.parentRunId"
 
-CLIENT_LIMITS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    # A server may neither hold the client for as long as it likes nor send it elsewhere.
-    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
-    # Nothing but the tracking server is spoken to.
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-}
-"""Settings of MLflow's client; by default it blocks for minutes when its server is gone. A user's own win."""
-
-_UPLOAD_TIMEOUT_S = 60
 _LOCK_TIMEOUT_S = 120.0
 """A bridge runs at low priority beside busy trainers; the first one may take a minute to create the database."""
 _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
-_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 _STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED", "pruned": "FINISHED"}
 _PARAMS_PER_REQUEST = 100
 _DATASET_NAME_LENGTH = 500
@@ -75,7 +62,9 @@ class MlflowTracker:
 
     name = "mlflow"
 
-    def __init__(self, runs: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, runs: Path, environment: Mapping[str, str], *, register: bool = False) -> None:
+        """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
+        self._register = register
         self._folder = runs / "mlflow"
         self._environment = environment
         self._uri = environment.get("MLFLOW_TRACKING_URI") or ""
@@ -95,7 +84,7 @@ class MlflowTracker:
 
     def start_run(self, run: Run) -> str:
         """Find or create the run, and its parent, by our UUID; a resumed run goes on as the same one."""
-        with _translated(refuse=False), self._one_at_a_time():
+        with translated(refuse=False), self._one_at_a_time():
             client = self._client()
             experiment = self._experiment(run.project)
             tags = {"mlflow.source.name": "starling", "mlflow.source.type": "LOCAL"}
@@ -109,7 +98,7 @@ class MlflowTracker:
                 )
             else:
                 run_id = self._find_or_create(experiment, run.uuid, self._run_name(run.name), run.time, tags)
-        with _translated(refuse=False):
+        with translated(refuse=False):
             stored = client.get_run(run_id)
             if stored.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
@@ -121,25 +110,17 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         at = int(time * 1000)
-        with _translated():
+        with translated():
             metrics = [Metric(metric_key(name), value, at, step) for name, value in values.items()]
             self._client().log_batch(run_id, metrics=metrics)
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
         """Store a file. What the proxy of a server would serve goes straight to its folder when that is ours."""
-        with _translated(), self._patient():
+        with translated(), patient():
             client = self._client()
-            location = str(client.get_run(run_id).info.artifact_uri)
-            parts = urlsplit(location)
-            speaks_http = urlsplit(self._uri).scheme in {"http", "https"}
-            if speaks_http and (parts.scheme != _PROXIED or parts.netloc):
-                # The server chose this place: it may be a folder of this machine, or a third party.
-                raise TrackerRejectedError(
-                    f"the server keeps artifacts at {without_credentials(location)}, outside itself; "
-                    "start it with --serve-artifacts and an mlflow-artifacts:/ root"
-                )
-            if not speaks_http and parts.scheme == _PROXIED:
-                self._copy(path, self._folder / "artifacts" / parts.path.lstrip("/") / folder / path.name)
+            local = self._local_folder(str(client.get_run(run_id).info.artifact_uri))
+            if local is not None:
+                self._copy(path, local / folder / path.name)
             else:
                 client.log_artifact(run_id, str(path), folder or None)
 
@@ -157,7 +138,7 @@ class MlflowTracker:
             profile=json.dumps(dict(dataset.figures)),
         )
         context = InputTag("mlflow.data.context", {"train": "training", "val": "validation"}[dataset.role])
-        with _translated():
+        with translated():
             self._client().log_inputs(run_id, [Input(shown, [context])])
 
     def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
@@ -168,7 +149,7 @@ class MlflowTracker:
         with tempfile.TemporaryDirectory() as folder:
             for file in _as_shown(content, Path(folder) / stem):
                 self.log_artifact(run_id, file, "images")
-        with _translated():
+        with translated():
             self._client().set_tag(run_id, "mlflow.loggedImages", "True")
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
@@ -193,15 +174,21 @@ class MlflowTracker:
             del self._consoles[run_id]
 
     def log_model(self, run_id: str, model: ModelFile) -> None:
-        """Do nothing yet: MLflow's models follow."""
+        """Register the best weights of a finished run, ready to be served; others are artifacts only."""
+        if self._register and model.name == "best":
+            from app.tracking.mlflow_models import offer
+
+            with translated(), patient():
+                client = self._client()
+                offer(client, client.get_run(run_id), model, self._upload_model)
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
         """Set the final status, and the tags that say it in our words: MLflow itself has no pruned one."""
         if self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}:
             return
-        with _translated():
+        with translated():
             client = self._client()
-            tags = {"starling.status": status}
+            tags = {"starling.status": status, "mlflow.note.content": reason or status}
             if status == "pruned":
                 tags["starling.pruned"] = "true"
             if reason:
@@ -214,10 +201,36 @@ class MlflowTracker:
         """Forget the client; its connections close with it."""
         self._connected = None
 
+    @property
+    def client(self) -> Any:
+        """MLflow's own client, with our limits; what it raises is MLflow's: see `errors_as_ours`."""
+        with self.errors_as_ours():
+            return self._client()
+
+    @staticmethod
+    def errors_as_ours() -> AbstractContextManager[None]:
+        """Turn what MLflow raises within the block into the errors of the protocol."""
+        return translated()
+
+    def find_run(self, name: str) -> str:
+        """Return the id of a run by our UUID or by MLflow's id; raises UsageError where there is none."""
+        quoted = re.sub(r"[^\w.:-]", "", name)
+        with self.errors_as_ours():
+            client = self._client()
+            experiments = [found.experiment_id for found in client.search_experiments()]
+            for known in (f"tags.`{UUID_TAG}` = '{quoted}'", f"attributes.run_id = '{quoted}'"):
+                found = client.search_runs(experiments, known, max_results=1)
+                if found:
+                    return str(found[0].info.run_id)
+        raise UsageError(
+            f"{name}: no such run at {without_credentials(self._uri)}; give a run directory, or the run's id in MLflow "
+            "(python -m app.track sync DIR sends what is left)"
+        )
+
     def create_database(self) -> None:
         """Create the embedded database if it does not exist; raises TrackerUnavailableError."""
         if not (self._folder / "mlflow.db").exists():
-            with _translated(refuse=False), self._one_at_a_time():
+            with translated(refuse=False), self._one_at_a_time():
                 self._client()
 
     def _client(self) -> Any:
@@ -248,19 +261,6 @@ class MlflowTracker:
                 yield
         except TimeoutError as error:
             raise TrackerUnavailableError(str(error)) from None
-
-    @contextmanager
-    def _patient(self) -> Iterator[None]:
-        """Allow an upload more time than a small request: a server may answer once it has stored the file."""
-        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-        before = os.environ.get(name)
-        os.environ[name] = str(max(_UPLOAD_TIMEOUT_S, int(before or 0)))
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
 
     def _experiment(self, project: str) -> str:
         name = self._environment.get("MLFLOW_EXPERIMENT_NAME") or project or "Default"
@@ -315,6 +315,8 @@ class MlflowTracker:
             if stored.get(key, value) != value
         ]
         tags = {key[:KEY_LENGTH]: str(value)[:TAG_LENGTH] for key, value in run.tags.items()}
+        if "git_commit" in tags:
+            tags["mlflow.source.git.commit"] = tags["git_commit"]
         if changed:
             tags["starling.changed_on_resume"] = "; ".join(changed)[:TAG_LENGTH]
         client = self._client()
@@ -323,6 +325,30 @@ class MlflowTracker:
             client.log_batch(run_id, params=batch)
         if tags:
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _local_folder(self, location: str) -> Path | None:
+        """Return the folder of ours that a place for artifacts means; None where the server takes them.
+
+        Raises TrackerRejectedError for a place that a server chose outside of itself: it may be a folder of this
+        machine, or a third party.
+        """
+        parts = urlsplit(location)
+        if urlsplit(self._uri).scheme in {"http", "https"}:
+            if parts.scheme != _PROXIED or parts.netloc:
+                raise TrackerRejectedError(
+                    f"the server keeps artifacts at {without_credentials(location)}, outside itself; "
+                    "start it with --serve-artifacts and an mlflow-artifacts:/ root"
+                )
+            return None
+        return self._folder / "artifacts" / parts.path.lstrip("/") if parts.scheme == _PROXIED else None
+
+    def _upload_model(self, logged: Any, packed: Path) -> None:
+        local = self._local_folder(str(logged.artifact_location))
+        if local is None:
+            self._client().log_model_artifacts(logged.model_id, str(packed))
+            return
+        for file in sorted(path for path in packed.rglob("*") if path.is_file()):
+            self._copy(file, local / file.relative_to(packed))
 
     def _copy(self, source: Path, target: Path) -> None:
         root = (self._folder / "artifacts").resolve()
@@ -335,25 +361,6 @@ class MlflowTracker:
 def database_uri(runs: Path) -> str:
     """Return the address of the embedded database."""
     return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}"
-
-
-@contextmanager
-def _translated(*, refuse: bool = True) -> Iterator[None]:
-    """Turn what MLflow's client raises into the two errors of the protocol.
-
-    `refuse=False` treats a refusal like an outage: without its run, every later event would be lost.
-    """
-    try:
-        yield
-    except (TrackerRejectedError, TrackerUnavailableError):
-        raise
-    except Exception as error:
-        # Anything: the client passes on whatever its parsers raise when a server answers nonsense.
-        lines = without_credentials(str(error)).strip().splitlines() or [""]
-        message = f"MLflow: {type(error).__name__}: {lines[0][:300]}"
-        if refuse and getattr(error, "error_code", "") in _REFUSALS:
-            raise TrackerRejectedError(message) from error
-        raise TrackerUnavailableError(message) from error
 
 
 def _as_shown(content: bytes, stem: Path) -> list[Path]:

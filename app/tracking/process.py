@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from app import settings
 from app.tracking.cursor import cursor_path
 from app.tracking.events import EventLog
 from app.tracking.process_identity import ProcessIdentity
-from app.tracking.trackers import TRACKERS, TrackerKind
+from app.tracking.trackers import TrackerKind, wanted_trackers
 
 RESTARTS = 3
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -126,10 +125,7 @@ def start_bridges(log: EventLog, *, warn: Callable[[str], None] = _print_warning
     `python -m app.settings mlflow=False` turns one off. What cannot be started is a warning, never a reason not to
     train. Raises ConfigError for a damaged settings file.
     """
-    wanted = settings.read()
-    started = [
-        start_bridge(log, kind, warn=warn) for kind in TRACKERS.values() if kind.is_wanted(wanted, os.environ)
-    ]
+    started = [start_bridge(log, kind, warn=warn) for kind in wanted_trackers()]
     return Bridges(log, [handle for handle in started if handle is not None])
 
 

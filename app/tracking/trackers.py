@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from app import settings
 from app.settings import Settings
 from app.tracking.tracker import Tracker
 
@@ -30,7 +32,13 @@ class TrackerKind:
 def _open_mlflow(runs: Path, environment: Mapping[str, str]) -> Tracker:
     from app.tracking.mlflow_tracker import MlflowTracker
 
-    return MlflowTracker(runs, environment)
+    return MlflowTracker(runs, environment, register=settings.read().register)
+
+
+def _open_tensorboard(runs: Path, environment: Mapping[str, str]) -> Tracker:
+    from app.tracking.tensorboard_tracker import TensorBoardTracker
+
+    return TensorBoardTracker()
 
 
 TRACKERS = {
@@ -39,9 +47,21 @@ TRACKERS = {
         TrackerKind(
             name="mlflow",
             package="mlflow",
-            is_wanted=lambda settings, environment: settings.mlflow,
+            is_wanted=lambda chosen, environment: chosen.mlflow,
             open=_open_mlflow,
+        ),
+        TrackerKind(
+            name="tensorboard",
+            package="tensorboard",
+            is_wanted=lambda chosen, environment: chosen.tensorboard,
+            open=_open_tensorboard,
         ),
     )
 }
 """By name, which is also the name of its cursor file."""
+
+
+def wanted_trackers(environment: Mapping[str, str] = os.environ) -> list[TrackerKind]:
+    """Return the trackers that are on. Raises ConfigError for a damaged settings file."""
+    chosen = settings.read()
+    return [kind for kind in TRACKERS.values() if kind.is_wanted(chosen, environment)]

@@ -24,7 +24,7 @@ from app.model.detector import Detector
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
