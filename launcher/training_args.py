@@ -19,6 +19,7 @@ _SHORTEST = {
     "--cfg": "--cf",
     "--data": "--da",
     "--hyp": "--hy",
+    "--hooks": "--ho",
     "--project": "--pro",
     "--name": "--na",
     "--device": "--dev",
@@ -39,6 +40,7 @@ _MISSING: dict[str, type[LauncherError]] = {
     "--hyp": UsageError,
     "--cfg": UsageError,
     "--space": UsageError,
+    "--hooks": UsageError,
 }
 _NAMED_BY = {"--data": dataset_folders, "--space": space_layouts}
 """Options whose files name others that replicas need."""
@@ -81,7 +83,7 @@ def prepare_args(
     values = _Words(words)
     _refuse_password(values.get("--study") or "")
     mounts: list[Mount] = []
-    for option in ("--data", "--weights", "--hyp", "--cfg", "--space"):
+    for option in ("--data", "--weights", "--hyp", "--cfg", "--space", "--hooks"):
         given = values.get(option)
         if given:
             path = _existing(option, given, cwd, isolated)
@@ -199,6 +201,7 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None
     remedy = {
         "--data": "give the path of a dataset YAML",
         "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
+        "--hooks": "give the path of a Python file",
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
     raise _MISSING[option](f"{option} {given}: no such file{hint}; {remedy}")
 

@@ -50,11 +50,9 @@ from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
-from app.tracking.process import Bridges, start_bridges
+from app.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
 from app.tracking.redaction import Redaction
 
-DRAIN_S, STOPPED_DRAIN_S = 20.0, 5.0
-"""Seconds that trackers are waited for at the end of a training, and of one that was asked to stop."""
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
 

@@ -42,6 +42,8 @@ class Cursor:
     """Samples of the machine that were given up while the tracker was away; events never are."""
     problem: str = ""
     """Why delivery is held up right now; empty when it is not."""
+    busy: str = ""
+    """What takes a while right now; empty mostly."""
     runs: dict[str, RunProgress] = field(default_factory=dict)
 
     @classmethod

@@ -69,7 +69,7 @@ class Bridge:
                 self.cursor.offset = end
                 self._save()
         self._send_samples()
-        self._tracker.flush()
+        self._flush()
         return count
 
     def add_sample(self, values: Mapping[str, float], *, time: float) -> None:
@@ -97,7 +97,7 @@ class Bridge:
             if gone and run.is_open and not run.is_shared:
                 with contextlib.suppress(TrackerRejectedError):
                     self._tracker.end_run(run.run_id, "killed", TRAINER_GONE, time=time)
-        self._tracker.flush(last=True)
+        self._flush(last=True)
 
     def hold_up(self, problem: str) -> None:
         """Note in the cursor file, for the trainer to read, why delivery does not go on."""
@@ -206,7 +206,12 @@ class Bridge:
         model = ModelFile(
             path=path, name=str(fields["name"]), step=int(fields["step"]), values=metric_values(event)
         )
-        self._tracker.log_model(run.run_id, model)
+        self.cursor.busy = f"registering {model.name}"
+        self._save()
+        try:
+            self._tracker.log_model(run.run_id, model)
+        finally:
+            self.cursor.busy = ""
         return True
 
     def _log_console(self, event: Event) -> bool:
@@ -220,10 +225,18 @@ class Bridge:
     def _end_run(self, event: Event) -> bool:
         run, fields = self._run_of(event), event.fields
         self._send_samples()
-        self._tracker.flush(last=True)
+        self._flush(last=True)
         self._tracker.end_run(run.run_id, str(fields["status"]), str(fields["reason"]), time=event.time)
         run.is_open = False
         return True
+
+    def _flush(self, *, last: bool = False) -> None:
+        """Send what was put off. A refusal of that must not keep the run's end from being told."""
+        try:
+            self._tracker.flush(last=last)
+        except TrackerRejectedError as error:
+            self.cursor.rejected += 1
+            print(f"{self.log}: {error}", file=sys.stderr, flush=True)
 
     def _send_samples(self) -> None:
         while self._samples:

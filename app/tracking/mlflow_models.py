@@ -48,7 +48,8 @@ def offer(client: Any, run: Any, model: ModelFile, upload: Upload) -> str:
     Raises TrackerRejectedError where the weights cannot be exported.
     """
     name = model_name(client.get_experiment(run.info.experiment_id).name)
-    digest = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    with open(model.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     run_id = run.info.run_id
     known = [
         stored

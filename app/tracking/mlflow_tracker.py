@@ -147,7 +147,11 @@ class MlflowTracker:
         stem = f"{metric_key(name).replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}"
         stem += f"+{hashlib.sha256(content).hexdigest()[:32]}"
         with tempfile.TemporaryDirectory() as folder:
-            for file in _as_shown(content, Path(folder) / stem):
+            try:
+                files = _as_shown(content, Path(folder) / stem)
+            except OSError as error:
+                raise TrackerRejectedError(f"{path}: no picture ({error})") from None
+            for file in files:
                 self.log_artifact(run_id, file, "images")
         with translated():
             self._client().set_tag(run_id, "mlflow.loggedImages", "True")
@@ -170,7 +174,11 @@ class MlflowTracker:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / _CONSOLE
                 file.write_text(so_far())
-                self.log_artifact(run_id, file, "")
+                try:
+                    self.log_artifact(run_id, file, "")
+                except TrackerRejectedError:
+                    del self._consoles[run_id]
+                    raise
             del self._consoles[run_id]
 
     def log_model(self, run_id: str, model: ModelFile) -> None:

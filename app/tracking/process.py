@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from app.tracking.cursor import cursor_path
 from app.tracking.events import EventLog
@@ -17,6 +18,9 @@ from app.tracking.process_identity import ProcessIdentity
 from app.tracking.trackers import TrackerKind, wanted_trackers
 
 RESTARTS = 3
+DRAIN_S, STOPPED_DRAIN_S = 20.0, 5.0
+"""Seconds that trackers are waited for at the end of a training, and of one that was asked to stop."""
+BUSY_S = 300.0
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
@@ -48,19 +52,24 @@ class BridgeHandle:
         elif problem := self._problem():
             self._warn_once(problem)
 
-    def finish(self, timeout_s: float = 20.0) -> bool:
+    def finish(self, timeout_s: float, *, patient: bool) -> bool:
         """Wait until the closed log is delivered, for `timeout_s` seconds at most.
 
         Returns whether it is. If not, a warning names the remedy, and a bridge that still works at it is left
-        to go on.
+        to go on. With `patient`, one that is registering a model is given `BUSY_S` more: a large one takes its time.
         """
-        try:
-            delivered = self.process.wait(timeout_s) == 0
-        except subprocess.TimeoutExpired:
-            delivered = False
-        if not delivered:
+        status = self._wait(timeout_s)
+        if status is None and patient and self._cursor().get("busy"):
+            status = self._wait(BUSY_S)
+        if status != 0:
             self._warn_once(self._problem() or f"see {self._output}")
-        return delivered
+        return status == 0
+
+    def _wait(self, timeout_s: float) -> int | None:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     @property
     def _output(self) -> Path:
@@ -83,11 +92,15 @@ class BridgeHandle:
 
     def _problem(self) -> str:
         """Return why the bridge says that it is held up, or an empty string."""
+        return str(self._cursor().get("problem", ""))
+
+    def _cursor(self) -> dict[str, Any]:
+        """Return what the bridge's cursor file says; nothing where there is none yet, or it is damaged."""
         try:
             cursor = json.loads(cursor_path(self._log.path, self.tracker).read_bytes())
-            return str(cursor.get("problem", ""))
-        except (OSError, ValueError, AttributeError):
-            return ""
+        except (OSError, ValueError):
+            return {}
+        return cursor if isinstance(cursor, dict) else {}
 
     def _warn_once(self, problem: str) -> None:
         if not self._warned:
@@ -110,12 +123,15 @@ class Bridges:
         for handle in self.handles:
             handle.check()
 
-    def finish(self, timeout_s: float = 20.0) -> bool:
+    def finish(self, timeout_s: float = DRAIN_S) -> bool:
         """Close the log and give the bridges `timeout_s` seconds together; return whether all have delivered it."""
         self.check()
         self._log.append("log_end")
         deadline = time.monotonic() + timeout_s
-        delivered = [handle.finish(max(0.0, deadline - time.monotonic())) for handle in self.handles]
+        delivered = [
+            handle.finish(max(0.0, deadline - time.monotonic()), patient=timeout_s >= DRAIN_S)
+            for handle in self.handles
+        ]
         return all(delivered)
 
 

@@ -225,6 +225,12 @@ def test_names_of_experiment_and_run_come_from_the_environment_first(place: Plac
     assert stored["c1"].info.run_name == "name-c1"
 
 
+def test_a_run_may_be_kept_active(place: Place) -> None:
+    tracker = place.tracker(MLFLOW_KEEP_RUN_ACTIVE="True")
+    tracker.end_run(tracker.start_run(a_run("u1", "active")), "finished", "", time=1e9)
+    assert place.stored("active")["u1"].info.status == "RUNNING"
+
+
 def test_a_run_that_is_gone_is_a_refusal(place: Place) -> None:
     tracker = place.tracker()
     run_id = tracker.start_run(a_run("u1", "gone"))

@@ -131,6 +131,18 @@ def test_datasets_pictures_models_and_the_console_reach_the_tracker(
     assert (bye["line"], bye["so_far"]) == ("bye", "hello\nbye\n")
 
 
+def test_a_console_that_is_refused_does_not_keep_the_runs_end_from_being_told(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    log.append("run_end", status="finished")
+    log.append("log_end")
+    tracker.last_flush_failure = TrackerRejectedError("artifacts lie elsewhere")
+    bridge = Bridge(log.path, tracker)
+    assert follow(bridge, poll_s=0.01) == 0
+    assert [call["call"] for call in recorded(tracker.calls)] == ["start", "end"]
+    assert bridge.cursor.rejected == 2
+
+
 def test_a_file_that_is_told_again_before_it_was_sent_is_sent_once(
     log: EventLog, tracker: RecordingTrackerDouble
 ) -> None:
@@ -353,6 +365,19 @@ def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog
     handle.process.wait()
     assert len(warnings) == 1
     assert f"python -m app.track sync {log.path.parent}" in warnings[0]
+
+
+@pytest.mark.usefixtures("mlflow_on")
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_bridge_that_registers_a_model_is_waited_for_unless_a_stop_was_asked_for(
+    log: EventLog, patient: bool
+) -> None:
+    ends_soon = [sys.executable, "-c", "import time; time.sleep(1)"]
+    handle = start_bridge(log, MLFLOW, warn=lambda line: None, command=ends_soon)
+    assert handle is not None
+    Cursor(destination="here", busy="registering best").save(log.path, "mlflow")
+    assert handle.finish(0.1, patient=patient) is patient
+    handle.process.wait()
 
 
 @pytest.mark.usefixtures("mlflow_on")

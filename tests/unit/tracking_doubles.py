@@ -25,6 +25,7 @@ class RecordingTrackerDouble:
         self.delay_s = delay_s
         self.failures: list[Exception] = []
         """Raised by the next calls, one each."""
+        self.last_flush_failure: Exception | None = None
 
     def destination(self, log_dir: Path) -> str:
         return "double"
@@ -55,7 +56,8 @@ class RecordingTrackerDouble:
         self._record("system", run=run_id, step=step, values=dict(values))
 
     def flush(self, *, last: bool = False) -> None:
-        pass
+        if last and self.last_flush_failure is not None:
+            raise self.last_flush_failure
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
         self._record("end", run=run_id, status=status, reason=reason)
