@@ -1,8 +1,7 @@
-"""Score detections: matching, precision and recall, average precision, fitness, confusion."""
+"""Score detections: precision and recall, average precision, fitness, confusion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,54 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.boxes import iou_matrix
+from app.matching import IOU_THRESHOLDS, match_detections
 
 Floats = NDArray[np.float64]
 
-IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
-"""COCO's ten: 0.50 to 0.95."""
 RECALL_POINTS = 101
 """Points of COCO's interpolated precision."""
 CURVE_POINTS = 1000
 F1_SMOOTHING = 0.1
 """Part of the confidence axis that the box filter over F1 covers."""
 _EPS = 1e-16
-
-
-def match_detections(
-    detections: Tensor, labels: Tensor, thresholds: Sequence[float] | Tensor = IOU_THRESHOLDS
-) -> Tensor:
-    """Return [m, thresholds] bool: which detections find a label of their class at each IoU threshold.
-
-    `detections` [m,6] xyxy, confidence, class, the most confident first; `labels` [n,5] class, xyxy, in the same frame.
-    Each detection claims the label it overlaps most; of several claims the first detection's counts.
-    """
-    image = torch.zeros(len(detections), dtype=torch.long, device=detections.device)
-    return match_images(detections, image, labels[None], thresholds)
-
-
-def match_images(
-    detections: Tensor,
-    image: Tensor,
-    labels: Tensor,
-    thresholds: Sequence[float] | Tensor = IOU_THRESHOLDS,
-) -> Tensor:
-    """Return what `match_detections` does for the detections of several images at once.
-
-    `detections` [m,6], the most confident of an image first; `image` [m] says whose they are; `labels` [B,n,5] are
-    those of each image, with a class below 0 where there are fewer than n.
-    """
-    limits = torch.as_tensor(thresholds, dtype=torch.float32, device=detections.device)
-    if not len(detections) or not labels.shape[1]:
-        return torch.zeros(len(detections), len(limits), dtype=torch.bool, device=detections.device)
-    theirs = labels[image]  # [m,n,5]
-    same_class = detections[:, 5:6] == theirs[..., 0]
-    overlap, label = (iou_matrix(detections[:, None], theirs[..., 1:5])[:, 0] * same_class).max(1)
-    claims = overlap[:, None] >= limits  # [m,T]
-    number = torch.arange(len(detections), device=detections.device)[:, None]
-    claimed = (image * labels.shape[1] + label)[:, None].expand_as(claims)
-    nobody = number.new_full((labels.shape[0] * labels.shape[1], len(limits)), len(detections))
-    first = nobody.scatter_reduce(0, claimed, number.where(claims, len(detections)), "amin")
-    return claims & (first.gather(0, claimed) == number)
 
 
 def find_mistakes(

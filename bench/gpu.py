@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from common import Loop, Step, machine, made_up_targets
 
-from app.boxes import non_max_suppression
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.data.device_paint import DevicePainter
@@ -35,6 +34,7 @@ from app.data.plan import plan_item
 from app.engine.data import training_loader
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import build_detector
+from app.suppression import non_max_suppression
 
 BUDGET_S = 8 * 60
 

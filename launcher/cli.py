@@ -58,16 +58,23 @@ def cli(debug: bool) -> None:
 Examples:
   launcher up --gpus 1-5 --memory 20g -- --data ~/blood/bccd.yaml --weights '' \\
       --cfg yolov5n.yaml --img 320 --epochs 10 --project blood --name search --evolve 60
+  launcher up --gpus 0-3 --ddp -- --data ~/blood/bccd.yaml --weights '' --cfg yolov5n.yaml --batch 64
   launcher up --cpu 2 --engine local -- --data bccd.yaml --weights '' --cfg yolov5n.yaml"""
 )
-@click.option("--gpus", metavar="LIST", help="all, 3, 1-5, 0,2-4, or UUIDs: one replica each.")
+@click.option(
+    "--gpus",
+    metavar="LIST",
+    help="all, free, free:2, 3, 1-5, 0,2-4, MIG slices (3:0), or UUIDs: one replica each.",
+)
 @click.option(
     "--cpu", "cpus", type=int, metavar="N", help="N replicas without a GPU, each with its own cores."
 )
+@click.option("--ddp", is_flag=True, help="One training on all of the devices, in one replica.")
+@click.option("--force", is_flag=True, help="Take GPUs that others hold.")
 @click.option(
-    "--memory", metavar="SIZE", help="Limit of each replica, swap included [90 % of the machine's, shared]."
+    "--memory", metavar="SIZE", help="Limit for each device, swap included [90 % of the machine's, shared]."
 )
-@click.option("--shm", metavar="SIZE", help="/dev/shm of each replica [a quarter of its memory, 1g at most].")
+@click.option("--shm", metavar="SIZE", help="/dev/shm for each device [a quarter of its memory, 1g at most].")
 @click.option("--image", default="starling:latest", show_default=True, help="Never pulled: build it first.")
 @click.option("--network", default="bridge", show_default=True, help="An existing Docker network to join.")
 @click.option(

@@ -49,7 +49,8 @@ def docker_run(spec: ReplicaSpec, owner: int) -> str:
         if name != "starling.plan":
             words += ["--label", f"{name}={value}"]
     if spec.device.kind == "gpu":
-        words += ["--gpus", f'"device={spec.device.id}","capabilities=gpu,compute,utility"']
+        devices = ",".join(spec.device.handles)
+        words += ["--gpus", f'"device={devices}","capabilities=gpu,compute,utility"']
     if spec.cores:
         words += ["--cpuset-cpus", format_cores(spec.cores)]
     words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]

@@ -38,12 +38,14 @@ def bring_up(
     recreate: bool = False,
     settle_s: float = 2.0,
     say: Say = lambda line: None,
+    started: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Make the fleet of `specs` run: create all, start all, verify all, or undo all of it.
 
     Replicas that run, or have finished, stay as they are; dead ones are made anew and resume. A fleet that differs
     from `specs` raises UsageError with the difference unless `recreate`. On any failure, or Ctrl-C, everything
-    created here is removed, in whatever state, and the error passes on.
+    created here is removed, in whatever state, and the error passes on. `started` is called when all have started,
+    before the watch over them.
     """
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
@@ -63,7 +65,7 @@ def bring_up(
         say(f"{state.name}: {words_for(state)}; starting it again")
         engine.remove(state.id)
     missing = [spec for spec in specs if spec.name not in kept]
-    _start_all(engine, missing, settle_s, say)
+    _start_all(engine, missing, settle_s, say, started)
     return Outcome(
         started=tuple(spec.name for spec in missing),
         running=tuple(state.name for state in kept.values() if state.live),
@@ -71,7 +73,9 @@ def bring_up(
     )
 
 
-def _start_all(engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, say: Say) -> None:
+def _start_all(
+    engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, say: Say, started: Callable[[], None]
+) -> None:
     before = {state.id for state in engine.list()}
     created: list[str] = []
     try:
@@ -80,6 +84,7 @@ def _start_all(engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, sa
         for spec, replica_id in zip(specs, created, strict=True):
             _start(engine, spec, replica_id)
             say(f"started {spec.name} on {device_words(spec.device.label)}")
+        started()
         _verify(engine, created, settle_s)
     except BaseException:
         _roll_back(engine, specs, created, before, say)

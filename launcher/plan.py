@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from launcher.devices import Device, resolve_gpus, split_cores
-from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
+from launcher.claims import NOBODY, Occupancy, choose_gpus
+from launcher.devices import Device, join_devices, split_cores
+from launcher.engines.base import Mount, ReplicaSpec
 from launcher.errors import UsageError
 from launcher.inventory import Gpu, Machine
 from launcher.sizes import GIB, MIB, format_size
@@ -54,12 +55,22 @@ class Request:
     runs: Path
     gpus: str | None = None
     cpus: int | None = None
+    ddp: bool = False
+    """One training on all of the devices."""
+    force: bool = False
+    """Take devices that others hold."""
+    recreate: bool = False
+    """Start a fleet that exists anew."""
     memory_bytes: int | None = None
     shm_bytes: int | None = None
     image: str = DEFAULT_IMAGE
     network: str = "bridge"
     user: str = ""
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
+        """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
+        return self.gpus is not None or (self.cpus is None and bool(gpus))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,20 +98,24 @@ def make_plan(
     machine: Machine,
     gpus: Sequence[Gpu] | None,
     image_id: str,
-    others: Sequence[ReplicaState] = (),
+    occupancy: Occupancy = NOBODY,
 ) -> Plan:
     """Return the plan, or raise UsageError for what cannot work on this machine.
 
-    `gpus` is NVML's list, None where it does not answer; `others` are the replicas of other fleets.
+    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them.
     """
-    devices, shares, notes = _choose_devices(request, machine, gpus)
-    _check_free(devices, others)
-    _check_device_argument(request.args.device, devices[0].kind)
+    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy)
     memory = _memory(request, machine, len(devices))
+    threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
+    if request.ddp and _together(request, devices, notes):
+        devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
+    _check_device_argument(request.args.device, devices[0])
     if not placement.isolated and request.memory_bytes:
         notes.append("the local engine does not enforce --memory; the Docker engine does")
     if not request.args.evolve and len(devices) > 1:
-        notes.append("no --evolve: each replica trains by itself; add --evolve N to search together")
+        notes.append(
+            "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
+        )
     if request.user.startswith("0:"):
         notes.append(
             "replicas run as root without capabilities; chown the runs folder, or give --user UID:GID, for another user"
@@ -110,10 +125,8 @@ def make_plan(
         engine=placement.engine,
         fleet=request.args.fleet,
         replicas=tuple(
-            _replica(
-                template, device, cores, max(1, len(cores or machine.cores) // (1 if cores else len(devices)))
-            )
-            for device, cores in zip(devices, shares, strict=True)
+            _replica(template, device, cores, count)
+            for device, cores, count in zip(devices, shares, threads, strict=False)
         ),
         notes=tuple(notes),
     )
@@ -145,40 +158,47 @@ def passed_variables(
 
 
 def _choose_devices(
-    request: Request, machine: Machine, gpus: Sequence[Gpu] | None
+    request: Request, machine: Machine, gpus: Sequence[Gpu] | None, occupancy: Occupancy
 ) -> tuple[tuple[Device, ...], tuple[tuple[int, ...], ...], list[str]]:
     """Return the devices, the cores each is pinned to (none for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
-    if request.cpus is None and (request.gpus is not None or gpus):
-        devices = resolve_gpus(request.gpus if request.gpus is not None else "all", gpus)
-        return devices, ((),) * len(devices), []
+    if request.wants_gpus(gpus):
+        text = request.gpus if request.gpus is not None else "all"
+        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force)
+        return devices, ((),) * len(devices), list(shared)
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]
     shares = split_cores(machine.cores, 1 if request.cpus is None else request.cpus)
     return tuple(Device("cpu", str(number)) for number in range(len(shares))), shares, notes
 
 
-def _check_free(devices: Sequence[Device], others: Sequence[ReplicaState]) -> None:
-    for device in devices:
-        for other in others:
-            if (
-                device.kind == "gpu"
-                and other.device == device.label
-                and (other.live or other.phase == "created")
-            ):
-                raise UsageError(
-                    f"--gpus: GPU {device.id} is held by {other.name} of fleet {other.fleet}; "
-                    f"choose another, or stop that fleet: launcher stop {other.fleet}"
-                )
+def _together(request: Request, devices: Sequence[Device], notes: list[str]) -> bool:
+    """Return whether the devices make one training; raises UsageError for those that cannot."""
+    if request.args.evolve:
+        raise UsageError(
+            "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
+            "leave out --ddp, or --evolve"
+        )
+    sliced = [item for device in devices for item in device.handles if ":" in item or item.startswith("MIG-")]
+    if sliced and len(devices) > 1:
+        raise UsageError(
+            f"--ddp: {', '.join(device.id for device in devices)}: CUDA gives a program one MIG slice and no more; "
+            "name whole GPUs, or leave out --ddp"
+        )
+    if len(devices) == 1:
+        notes.append("--ddp: there is one device, so this is a training on one device")
+    return len(devices) > 1
 
 
-def _check_device_argument(asked: str | None, kind: str) -> None:
-    """Refuse a training `--device` that the replica does not have: inside, a GPU is always device 0."""
-    allowed = ("cpu",) if kind == "cpu" else ("", "0", "cuda:0")
+def _check_device_argument(asked: str | None, device: Device) -> None:
+    """Refuse a training `--device` that the replica does not have: inside, GPUs count from 0."""
+    several = len(device.members) > 1
+    allowed = (device.inside,) if several or device.kind == "cpu" else ("", "0", "cuda:0")
     if asked is not None and asked not in allowed:
         raise UsageError(
-            f"--device {asked}: each replica has one device of its own and finds it by itself; leave --device out "
-            "and choose devices with `launcher up --gpus` or `--cpu`"
+            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
+            "--device out and choose devices with `launcher up --gpus` or `--cpu`"
+            + ("" if several or "," not in asked else ", and --ddp for one training on several")
         )
 
 
@@ -197,7 +217,7 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
 
 
 def _template(request: Request, placement: Placement, image_id: str, memory: int) -> ReplicaSpec:
-    """Return what all replicas have in common."""
+    """Return what all replicas have in common; `memory` and what follows from it are a device's share."""
     runs = Mount(source=str(request.runs), target=placement.runs_inside, read_only=False)
     return ReplicaSpec(
         name="",
@@ -236,24 +256,38 @@ def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:
+    """Return one device's replica, or the one of several devices, which gets the sum of their shares."""
     name = replica_name(template.fleet, device)
+    count = len(device.members)
     command = template.command
     if device.kind == "gpu":
         pinned = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if not template.image:
-            pinned["CUDA_VISIBLE_DEVICES"] = device.id
+            pinned["CUDA_VISIBLE_DEVICES"] = ",".join(device.handles)
     else:
         # An image's own NVIDIA_VISIBLE_DEVICES=all must not give GPUs to a CPU replica.
         pinned = {"NVIDIA_VISIBLE_DEVICES": "void"} if template.image else {"CUDA_VISIBLE_DEVICES": ""}
-        if not any(word.split("=", 1)[0].startswith("--dev") for word in command):
-            command = (*command, "--device", "cpu")
+    named = any(word.split("=", 1)[0].startswith("--dev") for word in command)
+    if not named and (device.kind == "cpu" or count > 1):
+        command = (*command, "--device", device.inside)
     environment = {
         **template.environment,
         **pinned,
         "STARLING_REPLICA": name,
         "OMP_NUM_THREADS": str(threads),
     }
-    return replace(template, name=name, device=device, cores=cores, command=command, environment=environment)
+    return replace(
+        template,
+        name=name,
+        device=device,
+        cores=cores,
+        command=command,
+        environment=environment,
+        memory_bytes=template.memory_bytes * count,
+        shm_bytes=template.shm_bytes * count,
+        tmp_bytes=template.tmp_bytes * count,
+        pids_limit=template.pids_limit * count,
+    )
 
 
 def replica_name(fleet: str, device: Device) -> str:

@@ -37,7 +37,7 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
 
     Links and pipes are not followed or waited for: replicas can put them there.
     """
-    values = _read_json(runs / FOLDER / f"{replica}.json")
+    values = read_json(runs / FOLDER / f"{replica}.json")
     updated = _number(values.get("updated"))
     if since is not None and updated is not None and updated < since:
         return Progress()
@@ -56,7 +56,8 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that others may have put there; an empty one for anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:

@@ -13,11 +13,14 @@ from typing import Any
 import click
 
 from launcher import fleet
+from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
 from launcher.dry_run import show_plan
 from launcher.engines.base import Engine
 from launcher.env_file import read_env_file
 from launcher.errors import LauncherError, UsageError
+from launcher.holders import find_occupancy
+from launcher.host_lock import host_lock
 from launcher.inventory import read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
@@ -48,12 +51,17 @@ def run_up(options: dict[str, Any]) -> None:
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    with runs_folder(runs, request.user, say):
+    with runs_folder(runs, request.user, say), host_lock(say) as lock:
         plan = draw_up(request, placement, engine)  # again, now that nobody else can be starting anything
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
-            engine, plan.replicas, recreate=options["recreate"], settle_s=options["settle"], say=say
+            engine,
+            plan.replicas,
+            recreate=request.recreate,
+            settle_s=options["settle"],
+            say=say,
+            started=lock.release,
         )
     _tell(plan, outcome, engine)
 
@@ -92,6 +100,9 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
         runs=runs,
         gpus=options["gpus"],
         cpus=options["cpus"],
+        ddp=options["ddp"],
+        force=options["force"],
+        recreate=options["recreate"],
         memory_bytes=parse_size(options["memory"]) if options["memory"] else None,
         shm_bytes=parse_size(options["shm"], "--shm") if options["shm"] else None,
         image=options["image"] or DEFAULT_IMAGE,
@@ -109,9 +120,12 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
     gpus = None if engine.remote else read_gpus()
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
-    others = [state for state in engine.list() if state.fleet != request.args.fleet]
+    occupancy = NOBODY
+    if request.wants_gpus(gpus):
+        own = [state for state in engine.list() if state.fleet == request.args.fleet]
+        occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     notes: tuple[str, ...] = ()
-    plan = make_plan(request, placement, engine.machine(), gpus, "", others)
+    plan = make_plan(request, placement, engine.machine(), gpus, "", occupancy)
     try:
         engine.check_network(request.network)
         image_id = engine.resolve_image(request.image)
@@ -119,7 +133,7 @@ def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: b
         if strict:
             raise
         image_id, notes = "", (f"would fail now: {error}",)
-    plan = make_plan(request, placement, engine.machine(), gpus, image_id, others)
+    plan = make_plan(request, placement, engine.machine(), gpus, image_id, occupancy)
     return Plan(engine=plan.engine, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
 
 

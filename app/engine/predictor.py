@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.boxes import non_max_suppression
 from app.data.letterbox import apply_letterbox, boxes_to_original, letterbox_geometry
 from app.engine.data import fit_stride
 from app.engine.device import Compute
 from app.engine.inference import Predictor
 from app.engine.validator import to_input
+from app.suppression import non_max_suppression
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

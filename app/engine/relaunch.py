@@ -15,6 +15,8 @@ from app.errors import UsageError
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 LOOPBACK = "127.0.0.1"
+STOP_S = 600
+"""Longest time that stopped processes may take to save. Whoever stopped them has a grace of their own, and it ends sooner."""
 
 
 def relaunch(arguments: Sequence[str], processes: int) -> int:
@@ -45,6 +47,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         rdzv_endpoint=f"{LOOPBACK}:{port}",
         local_addr=LOOPBACK,
         max_restarts=0,
+        shutdown_timeout=STOP_S,
     )
     try:
         elastic_launch(config, sys.executable)("-u", str(TRAIN), *arguments)

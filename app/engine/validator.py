@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from app.boxes import non_max_suppression, xywhn_to_xyxy
+from app.boxes import xywhn_to_xyxy
 from app.data.letterbox import Size
 from app.data.loader import Batch
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.inference import Predictor
 from app.loss import DetectionLoss
-from app.metrics import ConfusionMatrix, Metrics, average_precision, match_images
+from app.matching import match_images
+from app.metrics import ConfusionMatrix, Metrics, average_precision
+from app.suppression import non_max_suppression
 
 CONFIDENCE = 0.001
 IOU = 0.6

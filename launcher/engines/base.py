@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from launcher.claims import Claim
 from launcher.devices import Device, format_cores
 from launcher.inventory import Machine
 
@@ -62,6 +63,7 @@ class ReplicaSpec:
             "replica": self.name,
             "fleet": self.fleet,
             "device": self.device.label,
+            "uuids": list(self.device.uuids),
             "image": self.image,
             "image_id": self.image_id,
             "command": [mask(word) for word in self.command],
@@ -154,6 +156,9 @@ class Engine(Protocol):
 
     def list(self) -> list[ReplicaState]:
         """Return our replicas and nobody else's, by name."""
+
+    def claims(self) -> Sequence[Claim]:
+        """Return who was given which GPUs by this engine: everybody, not only us."""
 
     def state(self, replica_id: str) -> ReplicaState | None:
         """Return one of our replicas; None when it has vanished."""

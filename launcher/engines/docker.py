@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +15,10 @@ import docker.types
 import requests.exceptions
 import urllib3.exceptions
 
+from launcher.claims import Claim
 from launcher.devices import format_cores
 from launcher.engines.base import Phase, ReplicaSpec, ReplicaState
+from launcher.engines.gpu_containers import HOLDING, container_claim
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.errors import EngineError, NameTaken
 from launcher.inventory import Machine
@@ -136,6 +138,14 @@ class DockerEngine:
             )
         states = (self.state(item["Id"]) for item in found)
         return sorted((state for state in states if state is not None), key=_natural)
+
+    def claims(self) -> Sequence[Claim]:
+        """Return which GPUs each container of this engine was given, whoever started it."""
+        with _translated("Docker"):
+            found = self._client.api.containers(all=True)
+        ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
+        inspected = filter(None, map(self._inspect, ids))
+        return [claim for item in inspected if (claim := container_claim(item, self._owner)) is not None]
 
     def state(self, replica_id: str) -> ReplicaState | None:
         """Return a container of ours as the engine's inspect describes it now."""
@@ -294,7 +304,7 @@ def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
     if spec.device.kind == "gpu":
         options["device_requests"] = [
             docker.types.DeviceRequest(
-                device_ids=[spec.device.id], capabilities=[["gpu", "compute", "utility"]]
+                device_ids=list(spec.device.handles), capabilities=[["gpu", "compute", "utility"]]
             )
         ]
     return options

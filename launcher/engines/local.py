@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launcher.claims import Claim
 from launcher.engines import supervisor
 from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, NameTaken, UsageError
@@ -140,6 +141,13 @@ class LocalEngine:
         states = [self._describe(record) for record in self._records()]
         return sorted(states, key=lambda state: (state.fleet, len(state.device), state.device, state.name))
 
+    def claims(self) -> Sequence[Claim]:
+        """Return nothing: who runs shows in the machine's processes, whatever runs folder they are recorded in.
+
+        A replica that was recorded and never started holds nothing, as only its creator can start it.
+        """
+        return []
+
     def state(self, replica_id: str) -> ReplicaState | None:
         """Return a replica as its record, its process and its exit file tell."""
         record = self._find(replica_id)
@@ -198,11 +206,20 @@ class LocalEngine:
                 os.kill(record.pid, signal.SIGTERM)
 
     def kill(self, replica_id: str) -> None:
-        """Send SIGKILL to the whole process group."""
+        """Send SIGKILL to the supervisor and all that it has started.
+
+        The processes of a training on several devices are in sessions of their own, where no signal to a group reaches.
+        """
         record = self._find(replica_id)
         if record is not None and _alive(record):
+            family: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(record.pid).children(recursive=True)
             with _translated(self._folder), contextlib.suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGKILL)
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
     def remove(self, replica_id: str) -> None:
         """Kill the replica, and delete its record and log; the folder too, once it is empty."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -73,11 +74,18 @@ def fleet(home: Path, engine: str) -> Iterator[str]:
     launcher(home, "kill-all", "--yes", name, engine=engine)
 
 
+def replicas_of(home: Path, fleet: str, engine: str) -> list[dict[str, object]]:
+    told: list[dict[str, object]] = json.loads(
+        launcher(home, "status", "--json", fleet, engine=engine).stdout
+    )["replicas"]
+    return told
+
+
 def wait_until_finished(home: Path, fleet: str, engine: str) -> list[dict[str, object]]:
     for _ in range(120):
-        replicas = json.loads(launcher(home, "status", "--json", fleet, engine=engine).stdout)["replicas"]
+        replicas = replicas_of(home, fleet, engine)
         if all(replica["phase"] == "exited" for replica in replicas):
-            return list(replicas)
+            return replicas
         time.sleep(1)
     raise AssertionError(launcher(home, "logs", fleet, engine=engine).stdout)
 
@@ -113,3 +121,46 @@ def test_two_replicas_share_a_search_that_is_tracked_as_one(
 
     assert launcher(home, "kill-all", "--yes", fleet, engine=engine).returncode == 0
     assert "no such replica or fleet" in launcher(home, "status", fleet, engine=engine).stderr
+
+
+def test_one_training_on_two_devices_is_one_replica_that_saves_when_it_is_stopped(
+    engine: str, image: list[str], home: Path, fleet: str
+) -> None:
+    project, name = fleet.split("/")
+    options = ["up", "--cpu", "2", "--ddp", "--memory", "1536m", *image]
+    training = [*TRAINING[:-1], "500", "--noplots", "--project", project, "--name", name]
+    up = launcher(home, *options, "--", *training, engine=engine)
+    assert up.returncode == 0, up.stderr
+    for _ in range(240):
+        [replica] = replicas_of(home, fleet, engine)
+        if int(str(replica["epoch"] or 0)) > 1 or replica["phase"] == "exited":
+            break
+        time.sleep(0.5)
+    assert replica["phase"] == "running", launcher(home, "logs", fleet, engine=engine).stdout
+    assert replica["replica"] == f"{project}-{name}-cpu0-1"
+    assert replica["device"] == "cpu:0-1"
+    if engine == "docker":
+        assert replica["memory_bytes"] == 3 << 30, "the sum of both devices' shares"
+
+    assert launcher(home, "stop", fleet, engine=engine).returncode == 0
+    [replica] = replicas_of(home, fleet, engine)
+    output = launcher(home, "logs", fleet, engine=engine).stdout
+    assert (replica["state"], replica["exit_code"]) == ("stopped 143: resumable", 143), output
+    assert "2 processes" in output
+    assert not _processes_about(home), "no rank outlives the others"
+    run = home / "runs" / fleet
+    with open(run / "results.csv") as file:
+        assert len(list(csv.DictReader(file))) >= 1
+    assert (run / "weights" / "last.pt").is_file()
+
+
+def _processes_about(home: Path) -> list[str]:
+    """Return the processes of this machine whose command names the folder."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_bytes()
+                if os.fsencode(home) in command and b"train.py" in command:
+                    found.append(os.fsdecode(command))
+    return found

@@ -15,10 +15,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher.devices import Device
+from launcher.engines.base import ReplicaSpec
+from launcher.engines.docker import DockerEngine
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import base_image
 from tests.docker.conftest import missing
@@ -114,11 +119,11 @@ def _make_image(base: str, address: str, folder: Path) -> None:
     assert built.returncode == 0, built.stderr
 
 
-def launcher(address: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def launcher(address: str, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": address},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": address, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -159,3 +164,123 @@ def test_the_main_jobs_line_gives_five_detached_containers_with_one_gpu_each(
 
     assert launcher(socket, tmp_path, "kill-all", "--yes").returncode == 0
     assert docker(socket, "ps", "-aq").stdout == ""
+
+
+class Machine:
+    """The private engine on a machine with four GPUs, as NVML's double tells."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self.address, self.folder = address, folder
+        self.gpus: list[dict[str, Any]] = [
+            {"uuid": f"GPU-000{n}", "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
+        ]
+        self.describe()
+
+    def describe(self) -> None:
+        (self.folder / "gpus.json").write_text(json.dumps({"gpus": self.gpus}))
+
+    def up(self, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return launcher(
+            self.address, self.folder, "up", *words, "--memory", "64m", "--image", IMAGE, "--network", "none", "--settle", "0",
+            "--runs", name, "--", "--project", "p", "--name", name, **self.variables, **environment,
+        )  # fmt: skip
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {
+            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{REPOSITORY}",
+            "STARLING_NVML_DOUBLE": str(self.folder / "gpus.json"),
+        }
+
+    def run(self, name: str, *words: str) -> str:
+        """Start somebody's container, which sleeps."""
+        command = ["run", "-d", "--name", name, "--network", "none", *words, IMAGE, "sleep", "60"]
+        done = docker(self.address, *command)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(docker(self.address, "inspect", name).stdout)[0]
+        return found
+
+
+@pytest.fixture
+def machine(socket: str, tmp_path: Path) -> Iterator[Machine]:
+    """Yield the machine with nothing on it, and leave nothing on it."""
+    yield Machine(socket, tmp_path)
+    found = docker(socket, "ps", "-aq").stdout.split()
+    if found:
+        docker(socket, "rm", "-f", *found)
+
+
+def test_gpus_are_requested_by_uuid_and_named_by_number(machine: Machine) -> None:
+    assert machine.up("a", "--gpus", "1").returncode == 0
+    assert machine.inspect("p-a-gpu1")["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-0001"]
+    assert machine.inspect("p-a-gpu1")["Config"]["Labels"]["starling.device"] == "gpu:1"
+    up = machine.up("b", "--gpus", "free", "--ddp")
+    assert up.returncode == 0, up.stderr
+    together = machine.inspect("p-b-gpu0_2-3")
+    assert together["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-0000", "GPU-0002", "GPU-0003"]
+    assert together["HostConfig"]["Memory"] == 3 * 64 << 20
+    assert together["Args"][-2:] == ["--device", "0,1,2"]
+    again = machine.up("b", "--gpus", "free", "--ddp")
+    assert "already running: p-b-gpu0_2-3" in again.stdout, again.stderr
+    assert "GPU 0,2-3" in launcher(machine.address, machine.folder, "status").stdout
+
+
+def test_every_kind_of_holder_is_named_before_anything_starts(machine: Machine) -> None:
+    assert machine.up("a", "--gpus", "0", SUDO_UID="54321", SUDO_GID="54321").returncode == 0
+    machine.run("given", "--gpus", '"device=GPU-0001"')
+    machine.run("told", "--env", "NVIDIA_VISIBLE_DEVICES=2")
+    machine.run("image", "--env", "NVIDIA_VISIBLE_DEVICES=all")  # as any image of CUDA says, with runc
+    sneaky = machine.run("sneaky")  # it got at a GPU some other way, as a privileged container can
+    pid = machine.inspect(sneaky)["State"]["Pid"]  # real, and so are its cgroups
+    machine.gpus[3]["processes"] = [{"pid": pid, "memory": 2**30}]
+    machine.describe()
+
+    up = machine.up("b", "--gpus", "all")
+    assert up.returncode == 2
+    lines = up.stderr.splitlines()
+    assert lines[0] == "error: --gpus all: 4 devices are held"
+    for line, words in zip(
+        lines[1:5],
+        ["p-a-gpu0 of fleet p/a of uid 54321", "container given (", "container told (", f"container sneaky ({sneaky[:12]}, "],
+        strict=True,
+    ):  # fmt: skip
+        assert words in line
+    assert not (machine.folder / "b").exists()
+    assert docker(machine.address, "ps", "-aq", "--filter", "name=p-b").stdout == ""
+
+    everything = machine.run("everything", "--gpus", "all")
+    assert f"container everything ({everything[:12]}, image {IMAGE})" in machine.up("b", "--gpus", "1").stderr
+    forced = machine.up("b", "--gpus", "1", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert "shared as --force says" in forced.stdout
+    cpu = machine.up("c", "--cpu", "1")
+    assert cpu.returncode == 0, "a replica without a GPU asks nobody"
+
+
+def test_the_local_engine_sees_containers_too_and_one_that_was_never_started_counts(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", machine.address)
+    spec = ReplicaSpec(
+        name="p-left-gpu3", fleet="p/left", device=Device("gpu", "3", ("GPU-0003",)), image=IMAGE, image_id="",
+        command=("sleep", "60"), environment={}, runs=machine.folder, memory_bytes=64 << 20, network="none",
+    )  # fmt: skip
+    DockerEngine(os.getuid()).create(spec)
+    up = machine.up("b", "--gpus", "3", "--engine", "local")
+    assert up.returncode == 2
+    assert "GPU 3 is held by p-left-gpu3 of fleet p/left (created, never started)" in up.stderr
+    assert "launcher kill-all p/left" in up.stderr
+
+
+def test_of_two_ups_at_once_on_one_gpu_one_wins_and_the_other_names_it(machine: Machine) -> None:
+    with ThreadPoolExecutor() as pool:
+        ups = list(pool.map(lambda name: machine.up(name, "--gpus", "2"), ("a", "b")))
+    assert sorted(up.returncode for up in ups) == [0, 2], [up.stderr for up in ups]
+    winner, loser = ("a", ups[1]) if ups[0].returncode == 0 else ("b", ups[0])
+    assert f"GPU 2 is held by p-{winner}-gpu2 of fleet p/{winner}" in loser.stderr
+    assert docker(machine.address, "ps", "-a", "--format", "{{.Names}}").stdout.split() == [
+        f"p-{winner}-gpu2"
+    ]

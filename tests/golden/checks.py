@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from app.boxes import iou_aligned_xywh, non_max_suppression
+from app.boxes import iou_aligned_xywh
 from app.config.shipped import SHIPPED
 from app.data.letterbox import boxes_to_original, letterbox_geometry
 from app.loss import DetectionLoss, LossGains
-from app.metrics import average_precision, match_detections
+from app.matching import match_detections
+from app.metrics import average_precision
 from app.model.blocks import ACTIVATIONS
 from app.model.detector import Detector, build_detector
 from app.model.foreign import read_foreign_checkpoint
 from app.model.layout import read_layout
 from app.model.weights import load_weights
+from app.suppression import non_max_suppression
 
 REQUIRED_LAYOUTS = (
     *(f"yolov5{size}{level}" for level in ("", "6") for size in "nsmlx"),

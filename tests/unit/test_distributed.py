@@ -22,6 +22,7 @@ from app.config.train_config import TrainConfig
 from app.engine.checkpoint import load_checkpoint
 from app.engine.distributed import Place
 from app.engine.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
+from app.engine.relaunch import relaunch
 from app.errors import UsageError
 from tests.conftest import REPOSITORY
 
@@ -358,6 +359,22 @@ class two_hosts:  # noqa: N801
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def test_stopped_processes_are_left_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.launcher import api
+
+    given: list[api.LaunchConfig] = []
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # which it would set for good
+
+    def stopped(config: api.LaunchConfig, entrypoint: str) -> None:
+        given.append(config)
+        raise api.SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(api, "elastic_launch", stopped)
+    assert relaunch([], 2) == 143
+    assert given[0].shutdown_timeout is not None
+    assert given[0].shutdown_timeout > 60, "the launcher's grace, which is to be the limit"
 
 
 # --- without other processes --------------------------------------------------------------------------------

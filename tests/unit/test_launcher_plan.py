@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.dataset_yaml import dataset_folders
-from launcher.devices import Device, format_cores, parse_gpus, resolve_gpus, split_cores
+from launcher.devices import Device, format_cores, split_cores
 from launcher.dry_run import docker_run, show_plan
-from launcher.engines.base import ReplicaState
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
 from launcher.inventory import Gpu, Machine
 from launcher.ownership import caller_ids, is_ours, labels
@@ -55,57 +54,6 @@ def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) ->
     args = prepare(words or ["--project", "blood", "--name", "search", "--evolve", "60"], tmp_path)
     request = Request(args=args, runs=tmp_path / "runs", user="1000:1000", **asked)  # type: ignore[arg-type]
     return make_plan(request, DOCKER, MACHINE, GPUS, "sha256:abc")
-
-
-@pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ("3", ["3"]),
-        ("1-5", ["1", "2", "3", "4", "5"]),
-        ("0,2-4", ["0", "2", "3", "4"]),
-        (" 0 , 2 ", ["0", "2"]),
-        ("GPU-8f6a2b3c-1111-2222-3333-444455556666", ["GPU-8f6a2b3c-1111-2222-3333-444455556666"]),
-        ("all", None),
-    ],
-)
-def test_gpu_lists_expand_as_written(text: str, ids: list[str] | None) -> None:
-    assert parse_gpus(text) == (None if ids is None else tuple(ids))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "1-", "-1", "5-1", "1,,2", "1,1", "1-3,2", "0-99999", "1.5", "²", "GPU-"]
-)
-def test_a_wrong_gpu_list_is_refused_with_the_remedy(text: str) -> None:
-    with pytest.raises(UsageError, match="--gpus"):
-        parse_gpus(text)
-
-
-@given(st.text(max_size=30))
-def test_any_text_is_a_gpu_list_or_our_own_error(text: str) -> None:
-    message, ids = "--gpus", None
-    try:
-        ids = parse_gpus(text)
-    except UsageError as error:
-        message = str(error)
-    assert "--gpus" in message
-    assert ids is None or (all(ids) and len(set(ids)) == len(ids))
-
-
-def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(UsageError, match=r"no GPU 6 .*0 \(H200\)"):
-        resolve_gpus("1-6", GPUS)
-
-
-def test_where_nvml_is_silent_ids_stand_as_given() -> None:
-    assert resolve_gpus("1-2", None) == (Device("gpu", "1"), Device("gpu", "2"))
-    with pytest.raises(UsageError, match="cannot be counted"):
-        resolve_gpus("all", None)
-
-
-def test_one_gpu_by_index_and_uuid_is_one_gpu() -> None:
-    assert resolve_gpus("GPU-0000-4", GPUS) == (Device("gpu", "4"),)
-    with pytest.raises(UsageError, match="by index and by UUID"):
-        resolve_gpus("4,GPU-0000-4", GPUS)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
@@ -306,12 +254,69 @@ def test_a_device_argument_that_the_replica_lacks_is_refused(words: list[str], t
         plan_for(tmp_path, words, gpus="0")
 
 
-def test_a_gpu_held_by_another_fleet_is_refused_naming_the_holder(tmp_path: Path) -> None:
-    holder = ReplicaState(id="1", name="x-y-gpu2", fleet="x/y", device="gpu:2", phase="running")
-    request = Request(args=prepare(["--name", "mine"], tmp_path), runs=tmp_path, gpus="1-3")
-    with pytest.raises(UsageError, match=r"GPU 2 is held by x-y-gpu2 of fleet x/y"):
-        make_plan(request, DOCKER, MACHINE, GPUS, "", [holder])
-    make_plan(request, DOCKER, MACHINE, GPUS, "", [replace(holder, phase="exited")])
+TRAINING = ["--project", "blood", "--name", "first"]
+
+
+def test_one_training_on_several_gpus_gets_the_sum_of_their_shares(tmp_path: Path) -> None:
+    [alone] = plan_for(tmp_path, TRAINING, gpus="2", memory_bytes=8 * GIB).replicas
+    [spec] = plan_for(tmp_path, TRAINING, gpus="0-3", ddp=True, memory_bytes=8 * GIB).replicas
+    assert (spec.name, spec.device.label) == ("blood-first-gpu0-3", "gpu:0-3")
+    assert spec.public()["uuids"] == [f"GPU-0000-{number}" for number in range(4)]
+    assert spec.command == (*alone.command, "--device", "0,1,2,3")
+    for field in ("memory_bytes", "shm_bytes", "tmp_bytes", "pids_limit"):
+        assert getattr(spec, field) == 4 * getattr(alone, field), field
+    assert spec.environment["OMP_NUM_THREADS"] == "4", "the machine's 16 cores, shared by four processes"
+    assert '"device=GPU-0000-0,GPU-0000-1,GPU-0000-2,GPU-0000-3"' in docker_run(spec, 0)
+
+
+def test_one_training_on_cpus_gets_all_their_cores(tmp_path: Path) -> None:
+    [spec] = plan_for(tmp_path, TRAINING, cpus=2, ddp=True).replicas
+    assert (spec.name, spec.device.label) == ("blood-first-cpu0-1", "cpu:0-1")
+    assert spec.cores == MACHINE.cores
+    assert spec.environment["OMP_NUM_THREADS"] == "8"
+    assert spec.command[-2:] == ("--device", "cpu,cpu")
+    assert spec.memory_bytes == sum(
+        each.memory_bytes for each in plan_for(tmp_path, TRAINING, cpus=2).replicas
+    )
+
+
+def test_one_training_on_one_device_is_what_it_is_without_ddp_and_says_so(tmp_path: Path) -> None:
+    together, alone = (plan_for(tmp_path, TRAINING, gpus="2", ddp=ddp) for ddp in (True, False))
+    assert together.replicas == alone.replicas
+    assert any("one device" in note for note in together.notes)
+    assert not any("--ddp" in note for note in alone.notes)
+    assert any("--ddp to train one model" in note for note in plan_for(tmp_path, TRAINING, gpus="2-3").notes)
+
+
+def test_a_search_is_not_one_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--ddp: a search gives each device candidates of its own"):
+        plan_for(tmp_path, gpus="0-3", ddp=True)
+
+
+def test_slices_are_not_joined(tmp_path: Path) -> None:
+    for text in ("2:0,2:1", "MIG-8f6a2b3c,MIG-8f6a2b3d"):
+        request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus=text, ddp=True)
+        with pytest.raises(UsageError, match="one MIG slice and no more"):
+            make_plan(request, DOCKER, MACHINE, None, "")
+
+
+def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> None:
+    [spec] = plan_for(tmp_path, [*TRAINING, "--device", "0,1"], gpus="2-3", ddp=True).replicas
+    assert spec.command[-2:] == ("--device", "0,1")
+    for asked in ("2,3", "0", "cpu,cpu"):
+        with pytest.raises(
+            UsageError, match=f"--device {asked}: each replica finds its own devices by itself"
+        ):
+            plan_for(tmp_path, [*TRAINING, "--device", asked], gpus="2-3", ddp=True)
+    with pytest.raises(UsageError, match="and --ddp for one training on several"):
+        plan_for(tmp_path, [*TRAINING, "--device", "0,1"], gpus="2-3")
+
+
+def test_a_process_of_the_local_engine_is_pinned_by_uuid(tmp_path: Path) -> None:
+    local = Placement(engine="local", trainer=("python", "t.py"), runs_inside=str(tmp_path), isolated=False)
+    request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus="1-2", ddp=True)
+    [spec] = make_plan(request, local, MACHINE, GPUS, "").replicas
+    assert spec.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-2"
 
 
 def test_secrets_show_by_name_only(tmp_path: Path) -> None:
@@ -375,7 +380,7 @@ def test_the_docker_run_line_carries_every_limit(tmp_path: Path) -> None:
         "--cap-drop ALL --security-opt no-new-privileges:true --read-only",
         "--init",
         "--pids-limit",
-        "device=1",
+        "device=GPU-0000-1",
         "max-size=10m",
         "--user 1000:1000",
     ):

@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from app.boxes import iou_matrix
-from app.metrics import (
-    IOU_THRESHOLDS,
-    ConfusionMatrix,
-    average_precision,
-    fitness,
-    match_detections,
-    match_images,
-)
+from app.matching import IOU_THRESHOLDS, device, host, match_detections, match_images
+from app.metrics import ConfusionMatrix, average_precision, fitness
 
 LABEL = torch.tensor([[1.0, 10, 10, 50, 50]])
 EXACT = [10.0, 10, 50, 50, 0.9, 1]
@@ -103,6 +97,14 @@ def test_images_matched_together_match_as_each_alone() -> None:
     correct = match_images(detections, image, labels)
     alone = [match_detections(found, rows) for found, rows in SCENES]
     assert torch.equal(correct, torch.cat(alone))
+
+
+def test_both_ways_match_alike() -> None:
+    detections, image, labels = together()
+    limits = torch.tensor(IOU_THRESHOLDS)
+    found = host.match(detections, image, labels, limits)
+    assert found.any()
+    assert torch.equal(found, device.match(detections, image, labels, limits))
 
 
 def test_images_without_any_label_match_nothing_together() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.boxes import non_max_suppression, xywhn_to_xyxy
+from app.boxes import xywhn_to_xyxy
 from app.data.letterbox import boxes_to_original, letterbox_geometry
 from app.data.loader import Batch
 from app.engine.device import Compute
@@ -25,7 +25,9 @@ from app.engine.validator import (
     to_input,
     validate,
 )
-from app.metrics import ConfusionMatrix, average_precision, match_detections
+from app.matching import match_detections
+from app.metrics import ConfusionMatrix, average_precision
+from app.suppression import non_max_suppression
 
 SIDE = 64
 SIZES = [(48, 64), (100, 40), (30, 30), (64, 64), (500, 375)]

@@ -1,0 +1,105 @@
+"""Who is a process of this machine: its user, its command, its container, the replica that started it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.engines.base import mask
+
+PROC = Path("/proc")
+MOST_ANCESTORS = 64
+_LONGEST_COMMAND = 80
+_CONTAINER = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as `/proc` shows it to every user."""
+
+    pid: int
+    user: str
+    command: str
+    """Its command line, cut short, with passwords in URLs hidden."""
+    containers: tuple[str, ...]
+    """Ids of the containers it runs in, the outermost first; none on the host itself."""
+    ancestors: tuple[int, ...]
+    """Its parent, the parent's parent, and so on."""
+
+
+def find_process(pid: int, proc: Path = PROC) -> Process | None:
+    """Return a process; None for one that has ended, or that another pid namespace hides."""
+    folder = proc / str(pid)
+    uid = user_id(folder)
+    if uid is None:
+        return None
+    return Process(
+        pid=pid,
+        user=user_name(uid),
+        command=_command(folder),
+        containers=_containers(folder),
+        ancestors=_ancestors(pid, proc),
+    )
+
+
+def user_id(folder: Path) -> int | None:
+    """Return whose process it is, by its folder in `/proc`; None when it has ended."""
+    try:
+        # The folder itself is root's where a process has changed its user.
+        status = (folder / "status").read_text(errors="replace")
+        return int(status.split("\nUid:", 1)[1].split(maxsplit=1)[0])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name, or `uid 1234` for one without."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def command_words(folder: Path) -> tuple[str, ...]:
+    """Return the words of a process's command line; none when it has ended."""
+    try:
+        raw = (folder / "cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(word) for word in raw.split(b"\0")[:-1])
+
+
+def _command(folder: Path) -> str:
+    """Return the command line without control characters, which could steer the reader's terminal."""
+    text = " ".join(mask(word) for word in command_words(folder)) or "a kernel thread"
+    text = "".join(letter for letter in text if letter.isprintable())
+    return text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + "…"
+
+
+def _containers(folder: Path) -> tuple[str, ...]:
+    """Return the container ids in a process's cgroup paths.
+
+    Docker writes `/docker/ID` (cgroupfs) or `docker-ID.scope` (systemd), Podman `libpod-ID.scope`, Kubernetes
+    `cri-containerd-ID.scope`; cgroup v1 has a line a controller, v2 one line. A container in a container has both ids.
+    """
+    try:
+        lines = (folder / "cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(found for line in lines for found in _CONTAINER.findall(line)))
+
+
+def _ancestors(pid: int, proc: Path) -> tuple[int, ...]:
+    ancestors: list[int] = []
+    while pid > 1 and len(ancestors) < MOST_ANCESTORS:
+        try:
+            # The command name, in parentheses, may itself hold spaces and parentheses.
+            fields = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            pid = int(fields[1])
+        except (OSError, ValueError, IndexError):
+            break
+        ancestors.append(pid)
+    return tuple(ancestors)

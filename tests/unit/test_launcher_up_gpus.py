@@ -1,0 +1,208 @@
+"""`up --gpus` as it is typed, with real local replicas: NVML and the trainer are doubles, so no GPU works here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.devices import Device
+from launcher.engines.base import ReplicaSpec
+from launcher.engines.local import LocalEngine
+from launcher.host_lock import host_lock
+from tests.conftest import REPOSITORY
+
+TRAINER = """
+import os, sys, time
+print("sees", os.environ["CUDA_VISIBLE_DEVICES"], "args", *sys.argv[1:], flush=True)
+time.sleep(60)
+"""
+
+
+class Home:
+    """A user's folder on a machine with four GPUs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.gpus: list[dict[str, Any]] = [
+            {"uuid": f"GPU-000{n}", "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
+        ]
+        (folder / "app").mkdir()
+        (folder / "app" / "__init__.py").touch()
+        (folder / "app" / "train.py").write_text(TRAINER)
+        self.describe()
+
+    def describe(self) -> None:
+        (self.folder / "gpus.json").write_text(json.dumps({"gpus": self.gpus}))
+
+    def start(self, *words: str, runs: str = "runs") -> subprocess.Popen[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
+        own = {
+            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{REPOSITORY}",
+            "STARLING_NVML_DOUBLE": str(self.folder / "gpus.json"),
+            "STARLING_ENGINE": "local",
+            "STARLING_RUNS": str(self.folder / runs),
+            "DOCKER_HOST": f"unix://{self.folder}/none",  # this machine's containers are not this test's
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "launcher", *words],
+            cwd=self.folder,
+            env={**clean, **own},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *words: str, runs: str = "runs") -> tuple[int, str, str]:
+        process = self.start(*words, runs=runs)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def up(self, name: str, *words: str, runs: str = "runs") -> tuple[int, str, str]:
+        return self(*up_words(name, *words), runs=runs)
+
+    def devices(self, runs: str = "runs") -> list[str]:
+        return [row["device"] for row in json.loads(self("status", "--json", runs=runs)[1])["replicas"]]
+
+
+def up_words(name: str, *words: str) -> tuple[str, ...]:
+    return ("up", *words, "--settle", "0", "--", "--project", "p", "--name", name)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path)
+    yield home
+    for folder in ("runs", "others"):
+        home("kill-all", "--yes", runs=folder)
+
+
+def test_replicas_are_named_by_number_and_pinned_by_uuid(home: Home) -> None:
+    code, _, error = home.up("a", "--gpus", "1,GPU-0003", "--memory", "64m")
+    assert code == 0, error
+    assert home.devices() == ["gpu:1", "gpu:3"]
+    assert "p-a-gpu3" in home("status")[1]
+    assert "GPU 3" in home("status")[1]
+    shown = json.loads(home.up("a", "--gpus", "1", "--dry-run", "--json")[1])["replicas"][0]
+    assert (shown["device"], shown["uuids"]) == ("gpu:1", ["GPU-0001"])
+    lines = home("logs")[1].splitlines()
+    assert [line.split(" | ")[1].split()[:2] for line in lines] == [
+        ["sees", "GPU-0001"],
+        ["sees", "GPU-0003"],
+    ]
+
+
+def test_a_fleet_of_another_runs_folder_is_named_as_the_holder_and_may_be_joined_by_force(home: Home) -> None:
+    assert home.up("a", "--gpus", "1-2")[0] == 0
+    code, _, error = home.up("b", "--gpus", "2-3", runs="others")
+    assert code == 2
+    assert "GPU 2 is held by p-a-gpu2 of fleet p/a; choose others (free: 0,3)" in error
+    assert f"launcher stop --engine local --runs {home.folder}/runs p/a" in error
+    assert not (home.folder / "others").exists()
+    code, out, error = home.up("b", "--gpus", "2-3", "--force", runs="others")
+    assert code == 0, error
+    assert "note: GPU 2 is held by p-a-gpu2 of fleet p/a; shared as --force says" in out
+    for name, gpus, runs in (("a", "1-2", "runs"), ("b", "2-3", "others")):
+        code, out, error = home.up(name, "--gpus", gpus, runs=runs)
+        assert code == 0, error
+        assert "2 already running" in out
+
+
+def test_free_takes_the_rest_and_keeps_it_when_repeated(home: Home) -> None:
+    assert home.up("a", "--gpus", "1")[0] == 0
+    assert home.up("b", "--gpus", "free:2", runs="others")[0] == 0
+    assert home.devices("others") == ["gpu:0", "gpu:2"]
+    code, out, _ = home.up("b", "--gpus", "free:2", runs="others")
+    assert code == 0
+    assert "already running: p-b-gpu0, p-b-gpu2" in out
+    code, _, error = home.up("c", "--gpus", "free:2")
+    assert code == 2
+    assert "1 of 4 are free" in error
+    assert "GPU 0 is held by p-b-gpu0 of fleet p/b" in error
+
+
+def test_a_foreign_process_on_a_gpu_is_named(home: Home) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as foreign:
+        home.gpus[2]["processes"] = [{"pid": foreign.pid, "memory": 11 * 2**30}]
+        home.describe()
+        code, _, error = home.up("a", "--gpus", "2")
+        foreign.kill()
+    assert code == 2
+    assert f"GPU 2 is held by process {foreign.pid} of " in error
+    assert "time.sleep(60), 11 GB)" in error
+    assert "Traceback" not in error
+    assert not (home.folder / "runs").exists()
+
+
+def test_of_two_ups_at_once_on_one_gpu_one_wins_and_the_other_names_it(home: Home) -> None:
+    both = [
+        home.start(*up_words(name, "--gpus", "1"), runs=runs)
+        for name, runs in (("a", "runs"), ("b", "others"))
+    ]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], outputs
+    loser = 0 if both[0].returncode else 1
+    assert f"GPU 1 is held by p-{'ba'[loser]}-gpu1 of fleet p/{'ba'[loser]}" in outputs[loser][1]
+    assert home.devices("runs") + home.devices("others") == ["gpu:1"]
+
+
+def test_what_another_up_has_started_meanwhile_is_seen_after_the_wait_for_it(home: Home) -> None:
+    with host_lock(print) as held:  # as an `up` of fleet p/a would
+        waiting = home.start(*up_words("b", "--gpus", "1"), runs="others")
+        assert waiting.stdout is not None
+        line = waiting.stdout.readline()
+        assert line.startswith("waiting for ")
+        assert f"process {os.getpid()} " in line
+        engine = LocalEngine(home.folder / "runs", os.getuid())
+        spec = ReplicaSpec(
+            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", ("GPU-0001",)), image="", image_id="",
+            command=("sleep", "60"), environment={}, runs=home.folder / "runs",
+        )  # fmt: skip
+        engine.start(engine.create(spec))
+        held.release()
+        _, error = waiting.communicate(timeout=60)
+    assert waiting.returncode == 2
+    assert "GPU 1 is held by p-a-gpu1 of fleet p/a" in error
+    assert not (home.folder / "others").exists()
+
+
+def test_of_two_equal_ups_at_once_the_second_finds_it_running(home: Home) -> None:
+    both = [home.start(*up_words("a", "--gpus", "1-2")) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum("already running: p-a-gpu1, p-a-gpu2" in text for text in outputs) == 1
+    assert home.devices() == ["gpu:1", "gpu:2"]
+
+
+def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
+    watched = home.start("up", "--gpus", "1", "--settle", "60", "--", "--project", "p", "--name", "a")
+    assert watched.stdout is not None
+    assert watched.stdout.readline().startswith("started p-a-gpu1")
+    code, out, error = home.up("b", "--gpus", "2", runs="others")
+    assert code == 0, error
+    assert "p-b-gpu2" in out
+    assert watched.poll() is None
+    watched.terminate()
+    assert "rolled back: 1 replica" in watched.communicate(timeout=60)[0]
+
+
+def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home: Home) -> None:
+    code, _, error = home.up("a", "--gpus", "1-3", "--ddp", "--memory", "64m")
+    assert code == 0, error
+    assert home.devices() == ["gpu:1-3"]
+    status = home("status")[1]
+    assert "p-a-gpu1-3" in status
+    assert "GPU 1-3" in status
+    log = home("logs")[1]
+    assert "sees GPU-0001,GPU-0002,GPU-0003 args" in log
+    assert log.rstrip().endswith("--device 0,1,2")
+    code, _, error = home.up("b", "--gpus", "2", runs="others")
+    assert code == 2
+    assert "GPU 2 is held by p-a-gpu1-3 of fleet p/a" in error
