@@ -35,6 +35,7 @@ class Bridge:
         self.cursor = (
             Cursor(destination=destination) if from_start else Cursor.load(log, tracker.name, destination)
         )
+        self.cursor.busy = ""  # of a predecessor that was killed at it
         self._handlers: dict[str, Callable[[Event], bool]] = {
             "run_start": self._start_run,
             "metrics": self._log_metrics,

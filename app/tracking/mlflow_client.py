@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from app.errors import StarlingError
 from app.tracking.redaction import without_credentials
 from app.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
@@ -50,7 +51,7 @@ def translated(*, refuse: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except (TrackerRejectedError, TrackerUnavailableError):
+    except StarlingError:
         raise
     except Exception as error:
         # Anything: the client passes on whatever its parsers raise when a server answers nonsense.

@@ -73,13 +73,15 @@ def _register(client: Any, run: Any, model: ModelFile, name: str, digest: str, u
         )
         upload(logged, packed)
     client.finalize_logged_model(logged.model_id, "READY")
-    at = int(run.info.start_time)
-    metrics = [
-        Metric(key, value, at, model.step, model_id=logged.model_id, run_id=run_id)
-        for key, value in values.items()
+    # The very points that the run has, told of the model too: to the run they are nothing new.
+    points = [
+        Metric(point.key, point.value, point.timestamp, point.step, model_id=logged.model_id, run_id=run_id)
+        for key in values
+        for point in client.get_metric_history(run_id, key)
+        if point.step == model.step
     ]
-    if metrics:
-        client.log_batch(run_id, metrics=metrics)
+    if points:
+        client.log_batch(run_id, metrics=points)
     try:
         client.create_registered_model(name)
     except MlflowException as error:

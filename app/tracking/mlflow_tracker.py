@@ -41,6 +41,7 @@ PARENT_TAG = "mlflow.parentRunId"
 
 _LOCK_TIMEOUT_S = 120.0
 """A bridge runs at low priority beside busy trainers; the first one may take a minute to create the database."""
+_MODEL_TIMEOUT_S = 1200.0
 _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED", "pruned": "FINISHED"}
@@ -51,6 +52,8 @@ _SCHEMA_LENGTH = 60_000
 _CONSOLE = "console.log"
 _CONSOLE_EVERY_S = 20.0
 _THUMBNAIL_SIDE = 256
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""The page opens on trainings, not on chats with language models."""
 
 
 class MlflowTracker:
@@ -186,7 +189,8 @@ class MlflowTracker:
         if self._register and model.name == "best":
             from app.tracking.mlflow_models import offer
 
-            with translated(), patient():
+            # Every worker of a search offers the same winner.
+            with translated(), patient(), self._one_at_a_time(".models.lock", _MODEL_TIMEOUT_S):
                 client = self._client()
                 offer(client, client.get_run(run_id), model, self._upload_model)
 
@@ -262,10 +266,10 @@ class MlflowTracker:
         return MlflowClient(tracking_uri=self._uri)
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def _one_at_a_time(self, name: str = ".lock", timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
         """Keep the bridges of several containers from creating the same thing twice."""
         try:
-            with exclusive(self._folder / ".lock", _LOCK_TIMEOUT_S):
+            with exclusive(self._folder / name, timeout_s):
                 yield
         except TimeoutError as error:
             raise TrackerUnavailableError(str(error)) from None
@@ -276,7 +280,9 @@ class MlflowTracker:
             client = self._client()
             found = client.get_experiment_by_name(name)
             if found is None:
-                self._experiments[name] = client.create_experiment(name, self._artifact_location(name))
+                self._experiments[name] = client.create_experiment(
+                    name, self._artifact_location(name), tags=_EXPERIMENT_TAGS
+                )
             elif found.lifecycle_stage != "active":
                 raise TrackerUnavailableError(
                     f"the MLflow experiment {name!r} is deleted; restore it (mlflow experiments restore), "

@@ -288,10 +288,12 @@ def served(model: str, tracking_uri: str, log: Path) -> Iterator[str]:
         "--env-manager",
         "local",
     ]
+    # As in an environment that is activated: it starts uvicorn by name.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--workers", "1"],
-            env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri},
+            env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "PATH": path},
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -307,7 +309,8 @@ def served(model: str, tracking_uri: str, log: Path) -> Iterator[str]:
             time.sleep(0.3)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -321,8 +324,14 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
     model = ModelFile(
         path=PEER, name="best", step=4, values={"metrics/mAP_0.5": 0.6, "metrics/mAP_0.5:0.95": 0.41}
     )
+    tracker.log_metrics(run_id, {"metrics/mAP_0.5": 0.6}, step=4, time=1e9)
     for _ in range(2):
         tracker.log_model(run_id, model)
+    assert len(place.client.get_metric_history(run_id, "metrics/mAP_0.5")) == 1
+    [offered] = place.client.search_logged_models([place.client.get_run(run_id).info.experiment_id])
+    assert [(metric.key, metric.value, metric.step) for metric in offered.metrics] == [
+        ("metrics/mAP_0.5", 0.6, 4)
+    ]
     [version] = place.client.search_model_versions("name='blood-cells'")
     assert place.client.get_model_version_by_alias("blood-cells", "candidate").version == version.version
 
