@@ -25,7 +25,7 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.errors import UsageError, suggest
-from app.outputs.run_dir import RunDir
+from app.outputs.run_dir import RunDir, folder_below
 
 NAMES = (
     "on_pretrain_routine_start",
@@ -98,7 +98,7 @@ class Training:
         given = Path(path)
         source = (self.save_dir / given if not given.exists() else given).resolve(strict=True)
         if not source.is_relative_to(self.save_dir.resolve()):
-            folder = self.save_dir / _FOLDER
+            folder = folder_below(self.save_dir, _FOLDER)
             folder.mkdir(exist_ok=True)
             source = Path(shutil.copy2(source, folder))
         self.log(source)

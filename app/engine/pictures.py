@@ -20,6 +20,7 @@ from app.model.detector import Detector
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3
 """Batches drawn of each kind."""
+LABELS = ("labels.jpg", "labels_correlogram.jpg")
 BY_EPOCH = "val_batch0_pred"
 """What the first batch of the validation shows as training goes on."""
 BY_EPOCH_FOLDER = "epochs"
@@ -32,8 +33,8 @@ def draw_labels(data: Dataset, folder: Path) -> None:
     from app.plots.labels import plot_labels, plot_labels_correlogram
 
     labels = np.concatenate(data.labels) if data.labels else np.zeros((0, 5), np.float32)
-    plot_labels(labels, data.names, folder / "labels.jpg")
-    plot_labels_correlogram(labels, data.names, folder / "labels_correlogram.jpg")
+    plot_labels(labels, data.names, folder / LABELS[0])
+    plot_labels_correlogram(labels, data.names, folder / LABELS[1])
 
 
 def draw_final(

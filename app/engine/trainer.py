@@ -24,6 +24,7 @@ from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
+from app.engine.provenance import DIFF
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, fitness, write_results
 from app.engine.saving import Saver
@@ -40,6 +41,8 @@ GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
 """What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
+FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *pictures.LABELS)
+"""What a run directory holds before the first iteration, for the trackers."""
 RESUMED = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
     *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
@@ -171,7 +174,7 @@ class Trainer:
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
-        self._reporter.appeared(*sorted(self.run.path.iterdir()))
+        self._reporter.appeared(*(self.run.path / name for name in FIRST_FILES))
         self._reporter.hook("on_pretrain_routine_end", model=self.model)
         if self._rollbacks_left and self.epoch == self.iteration == 0:
             self._beginning = copy.deepcopy(self.state())

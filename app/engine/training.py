@@ -200,8 +200,8 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         workshop.group.from_main(run.path)
-        for folder in (run.path, folder_below(run.path, run.weights.name)):
-            sweep(folder)
+        for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
+            sweep(folder_below(run.path, name))
         if job.state is None:
             run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
