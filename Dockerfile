@@ -62,5 +62,11 @@ RUN chmod 0755 /usr/local/bin/starling-entrypoint \
     && if [ ! -e data/hyps ]; then ln -s ../config/hyps data/hyps; fi \
     && python -m compileall -q /usr/src/app
 
+# What `launcher up` asks before it starts anything: is our trainer in the image, and which driver does its CUDA need?
+# A test holds the figure to that of the torch in requirements.txt.
+ARG CUDA=13.0
+LABEL starling.trainer=1 \
+    starling.cuda=${CUDA}
+
 ENTRYPOINT ["starling-entrypoint"]
 CMD ["python", "train.py", "--help"]

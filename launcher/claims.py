@@ -90,7 +90,7 @@ def _parts(ids: Iterable[str], gpus: Sequence[Gpu] | None) -> set[str]:
 def _choose_free(
     selection: Selection, text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy
 ) -> tuple[Device, ...]:
-    everything = every_device(gpus) if gpus else all_gpus(text, gpus)
+    everything = every_device(gpus or ()) or all_gpus(text, gpus)
     mine = _parts(occupancy.own, gpus)
     own = [device for device in everything if mine & set(device.uuids)]
     if own and selection.count is None:

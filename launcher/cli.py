@@ -5,6 +5,7 @@ Everything but click is imported where it is needed, so that `--help` is quick.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -75,7 +76,8 @@ Examples:
     "--memory", metavar="SIZE", help="Limit for each device, swap included [90 % of the machine's, shared]."
 )
 @click.option("--shm", metavar="SIZE", help="/dev/shm for each device [a quarter of its memory, 1g at most].")
-@click.option("--image", default="starling:latest", show_default=True, help="Never pulled: build it first.")
+@click.option("--image", default="starling:latest", show_default=True, help="Never pulled: see --build.")
+@click.option("--build", is_flag=True, help="Build the image first, from the project's folder.")
 @click.option("--network", default="bridge", show_default=True, help="An existing Docker network to join.")
 @click.option(
     "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
@@ -92,7 +94,12 @@ Examples:
 )
 @click.option("--recreate", is_flag=True, help="Stop a fleet that differs, and start it as given now.")
 @click.option(
-    "--settle", default=2.0, show_default=True, metavar="SECONDS", help="Watch the start for so long."
+    "--settle",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Watch the replicas for so long; one that fails by then takes all of this `up` back.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would start, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
@@ -243,6 +250,8 @@ def _count(states: Sequence[ReplicaState]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every error made on purpose is one message and its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # A command lives for a moment: a quarter of it would go into looking for garbage among its own modules.
+    gc.set_threshold(50_000)
     try:
         code = cli.main(args=words, prog_name="launcher", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -261,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader (`head`) has gone; nothing more can be said, and the interpreter must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    finally:
+        gc.freeze()  # and so would the end of the interpreter
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -41,8 +42,21 @@ _NEVER_BELOW = (
 """Nothing below these is a dataset; the engine's socket lives there."""
 
 
-def dataset_folders(yaml_path: Path) -> tuple[Path, ...]:
-    """Return the folders that a dataset needs: its root, and split folders that lie outside the root.
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Where a dataset's pictures are: its root, and the folder or list of each split."""
+
+    root: Path
+    splits: tuple[Path, ...]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that hold all of it: the root, and splits that lie outside the root."""
+        return (self.root, *(place for place in self.splits if not place.is_relative_to(self.root)))
+
+
+def read_dataset(yaml_path: Path) -> Dataset:
+    """Return the places that a dataset's YAML names.
 
     The root is the YAML's `path`, relative to the YAML, or the YAML's own folder. Raises DataError for a file
     that cannot be read, a root or a split that is not there, or a folder that no replica may see.
@@ -54,13 +68,14 @@ def dataset_folders(yaml_path: Path) -> tuple[Path, ...]:
     root = _join(yaml_path.parent, named)
     if not root.is_dir():
         raise DataError(f"{yaml_path}: its root {root} (path: {named}) is not a folder; correct `path`")
-    folders = [_allowed(root, yaml_path)]
+    _allowed(root, yaml_path)
+    splits: list[Path] = []
     for split in ("train", "val", "test"):
         for entry in _entries(description.get(split)):
             place = _find_split(root, entry, yaml_path, split)
-            if place is not None and not place.is_relative_to(root):
-                folders.append(_allowed(place, yaml_path))
-    return tuple(folders)
+            if place is not None:
+                splits.append(place if place.is_relative_to(root) else _allowed(place, yaml_path))
+    return Dataset(root, tuple(splits))
 
 
 def _find_split(root: Path, entry: str, yaml_path: Path, split: str) -> Path | None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher.devices import format_cores
 from launcher.engines.base import Mount, ReplicaSpec, mask
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
+from launcher.env_file import read_env_file
 from launcher.ownership import labels
 from launcher.plan import Plan
 from launcher.report import device_words
 from launcher.sizes import format_size
 
 
-def show_plan(plan: Plan, owner: int) -> list[str]:
-    """Return the plan as lines: a table of replicas, and below it one command each."""
+def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[str]:
+    """Return the plan as lines: a table of replicas, and below it what a person would type for the same."""
     rows = [("replica", "device", "cores", "memory", "passed variables")]
     for spec in plan.replicas:
         rows.append(
@@ -34,23 +37,41 @@ def show_plan(plan: Plan, owner: int) -> list[str]:
         "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    command = _process if plan.engine == "local" else docker_run
-    commands = [command(spec, owner) for spec in plan.replicas]
+    if plan.engine == "local":
+        commands = [_process(spec) for spec in plan.replicas]
+    else:
+        commands = [
+            *_make_runs(plan.replicas[0]),
+            *(docker_run(spec, owner, env_files) for spec in plan.replicas),
+        ]
+    if any(mask(word) != word for spec in plan.replicas for word in spec.command):
+        commands.insert(0, "# *** stands for a password: put it back in the command at the end of each line")
     return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands]
 
 
-def docker_run(spec: ReplicaSpec, owner: int) -> str:
-    """Return the `docker run` line that makes the same container; variables of the user's appear by name only.
+def _make_runs(spec: ReplicaSpec) -> list[str]:
+    """Return the line that makes the runs folder, or gives root's files in it to the replicas' user, where `up` would."""
+    runs, (uid, _, _) = spec.runs, spec.user.partition(":")
+    as_root = os.getuid() == 0 and uid not in ("", "0")
+    if not runs.exists():
+        owner = ["-o", uid, "-g", spec.user.partition(":")[2]] if as_root else []
+        return [shlex.join(["install", "-d", *owner, str(runs)])]
+    if as_root and runs.stat().st_uid == 0:
+        return [shlex.join(["chown", "-hR", "--from=0", spec.user, str(runs)])]
+    return []
 
-    The one label left out repeats the whole line (`starling.plan`), so what this line starts is not ours.
+
+def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) -> str:
+    """Return the `docker run` line that makes the same container, with our labels, so that it is a replica of ours.
+
+    Variables of the user's appear by name only, or as the file that they came from.
     """
     words = ["docker", "run", "--detach", "--init", "--name", spec.name, "--network", spec.network]
     for name, value in labels(spec, owner).items():
-        if name != "starling.plan":
-            words += ["--label", f"{name}={value}"]
-    if spec.device.kind == "gpu":
+        words += ["--label", f"{name}={value}"]
+    if spec.device.kind == "gpu":  # the client itself adds the capability `gpu`
         devices = ",".join(spec.device.handles)
-        words += ["--gpus", f'"device={devices}","capabilities=gpu,compute,utility"']
+        words += ["--gpus", f'"device={devices}","capabilities=compute,utility"']
     if spec.cores:
         words += ["--cpuset-cpus", format_cores(spec.cores)]
     words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]
@@ -68,23 +89,28 @@ def docker_run(spec: ReplicaSpec, owner: int) -> str:
     words += ["--user", spec.user] if spec.user else []
     for mount in spec.mounts:
         words += ["--mount", _mount(mount)]
-    words += _environment(spec, "--env")
+    words += _environment(spec, env_files)
     return shlex.join([*words, spec.image, *map(mask, spec.command)])
 
 
-def _process(spec: ReplicaSpec, owner: int) -> str:
+def _process(spec: ReplicaSpec) -> str:
     """Return the shell line that runs the same process in a session of its own."""
     pin = ["taskset", "-c", format_cores(spec.cores)] if spec.cores else []
     settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
     return shlex.join(["setsid", "env", *settings, *pin, *map(mask, spec.command)])
 
 
-def _environment(spec: ReplicaSpec, option: str) -> Sequence[str]:
-    words: list[str] = []
+def _environment(spec: ReplicaSpec, env_files: Sequence[Path]) -> list[str]:
+    """Return the options that set a container's variables; Docker lets --env win over --env-file, as `up` does."""
+    words = [word for path in env_files for word in ("--env-file", str(path))]
+    from_files: dict[str, str] = {}
+    for path in env_files:
+        from_files.update(read_env_file(path, os.environ))
     for name, value in sorted(spec.environment.items()):
-        words += [option, f"{name}={value}"]
-    for name in sorted(spec.passed):
-        words += [option, name]
+        words += ["--env", f"{name}={value}"]
+    for name in sorted(spec.passed.keys() - spec.environment.keys()):
+        if from_files.get(name) != spec.passed[name]:
+            words += ["--env", name]
     return words
 
 

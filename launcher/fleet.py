@@ -6,10 +6,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from launcher.changes import differences
 from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, LauncherError, ReplicaFailed, UsageError
+from launcher.parallel import Done, in_parallel
+from launcher.problems import Problems
 from launcher.report import device_words, words_for
 
 GRACE_S = 60.0
@@ -36,7 +38,7 @@ def bring_up(
     specs: Sequence[ReplicaSpec],
     *,
     recreate: bool = False,
-    settle_s: float = 2.0,
+    settle_s: float = 0.0,
     say: Say = lambda line: None,
     started: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -76,26 +78,46 @@ def bring_up(
 def _start_all(
     engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, say: Say, started: Callable[[], None]
 ) -> None:
+    """Create all at once, then start all at once, then verify all."""
+    if not specs:
+        return
     before = {state.id for state in engine.list()}
-    created: list[str] = []
+    created: dict[str, str] = {}
+
+    def create(spec: ReplicaSpec) -> None:
+        created[spec.name] = engine.create(spec)
+
+    def start(spec: ReplicaSpec) -> None:
+        engine.start(created[spec.name])
+
     try:
+        _raise_failures(in_parallel(create, specs))
+        _raise_failures(in_parallel(start, specs), named=True)
         for spec in specs:
-            created.append(engine.create(spec))
-        for spec, replica_id in zip(specs, created, strict=True):
-            _start(engine, spec, replica_id)
             say(f"started {spec.name} on {device_words(spec.device.label)}")
         started()
-        _verify(engine, created, settle_s)
+        _verify(engine, [created[spec.name] for spec in specs], settle_s)
     except BaseException:
-        _roll_back(engine, specs, created, before, say)
+        _roll_back(engine, specs, list(created.values()), before, say)
         raise
 
 
-def _start(engine: Engine, spec: ReplicaSpec, replica_id: str) -> None:
-    try:
-        engine.start(replica_id)
-    except EngineError as error:
-        raise EngineError(f"{spec.name} ({device_words(spec.device.label)}): {error}") from error
+def _raise_failures(outcomes: Sequence[Done[ReplicaSpec, None]], *, named: bool = False) -> None:
+    """Raise what went wrong, once for all replicas that failed in the same words; anything unexpected as it is.
+
+    `named` puts the replicas' names before the words, which do not have them yet.
+    """
+    failed: dict[str, tuple[LauncherError, list[str]]] = {}
+    for outcome in outcomes:
+        if isinstance(outcome.error, LauncherError):
+            name = f"{outcome.item.name} ({device_words(outcome.item.device.label)})"
+            failed.setdefault(str(outcome.error), (outcome.error, []))[1].append(name)
+        elif outcome.error is not None:
+            raise outcome.error
+    problems = Problems()
+    for words, (error, names) in failed.items():
+        problems.found.append(EngineError(f"{', '.join(names)}: {words}") if named else error)
+    problems.raise_any()
 
 
 def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
@@ -128,72 +150,13 @@ def _roll_back(
         for state in engine.list():
             if state.id not in before and wanted.get(state.name) == state.plan:
                 ids[state.id] = None
-    for replica_id in ids:
-        try:
-            engine.remove(replica_id)
-        except LauncherError as error:
-            say(f"could not remove {replica_id[:12]}: {error}; `launcher kill-all` will")
-    if ids:
+    left = 0
+    for outcome in in_parallel(engine.remove, ids):
+        if outcome.error is not None:
+            left += 1
+            say(f"could not remove {outcome.item[:12]}: {outcome.error}; `launcher kill-all` will")
+    if ids and not left:
         say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, nothing is left behind")
-
-
-def differences(engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState]) -> list[str]:
-    """Return what a changed `up` would change, a line each; empty for the same fleet, or for none.
-
-    Variables passed by the user are compared with what the replica was started with, and named, never shown.
-    """
-    if not existing:
-        return []
-    old = {state.name: state for state in existing}
-    new = {spec.name: spec for spec in specs}
-    lines = [f"{name}: no longer wanted" for name in old if name not in new]
-    lines += [f"{name}: new" for name in new if name not in old]
-    shared: dict[str, list[str]] = {}
-    for name in sorted(old.keys() & new.keys()):
-        for line in _changed_fields(dict(old[name].plan), new[name].public()):
-            shared.setdefault(line, []).append(name)
-        had = engine.environment(old[name].id) if old[name].live else None
-        for variable, value in new[name].passed.items():
-            if had is not None and variable in had and had[variable] != value:
-                shared.setdefault(f"{variable}: has another value (not shown)", []).append(name)
-    return lines + [f"{_who(names, new)}: {line}" for line, names in shared.items()]
-
-
-def _who(names: Sequence[str], new: dict[str, ReplicaSpec]) -> str:
-    return "every replica" if len(names) == len(new) > 1 else ", ".join(names)
-
-
-def _changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    lines = []
-    for key in new:
-        if old.get(key) == new[key]:
-            continue
-        if key == "command":
-            lines.append(_changed_words(old.get(key) or [], new[key]))
-        elif key == "environment":
-            lines += [
-                f"{name}: {old[key].get(name, '(unset)')} -> {new[key].get(name, '(unset)')}"
-                for name in sorted({**old.get(key, {}), **new[key]})
-                if old[key].get(name) != new[key].get(name)
-            ]
-        else:
-            lines.append(f"{key}: {old.get(key)} -> {new[key]}")
-    return lines
-
-
-def _changed_words(old: Sequence[str], new: Sequence[str]) -> str:
-    """Return the part of a command line that differs: `command: --epochs 10 -> --epochs 20`."""
-    head = 0
-    while head < min(len(old), len(new)) and old[head] == new[head]:
-        head += 1
-    tail = 0
-    while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
-        tail += 1
-    # The option before a changed value says what the value is.
-    if head and head < len(new) - tail and not new[head].startswith("--") and new[head - 1].startswith("--"):
-        head -= 1
-    cut = [" ".join(words[head : len(words) - tail]) or "(nothing)" for words in (old, new)]
-    return f"command: {cut[0]} -> {cut[1]}"
 
 
 def stop(
@@ -232,11 +195,11 @@ def _await_end(engine: Engine, replica_id: str, limit_s: float = 10.0) -> None:
 def discard(engine: Engine, states: Iterable[ReplicaState]) -> list[str]:
     """Kill and remove replicas by id; return a line for each that resisted. One that has vanished is fine."""
     failures = []
-    for state in states:
-        try:
-            engine.remove(state.id)
-        except LauncherError as error:
-            failures.append(f"{state.name}: {error}")
+    for outcome in in_parallel(lambda state: engine.remove(state.id), states):
+        if isinstance(outcome.error, LauncherError):
+            failures.append(f"{outcome.item.name}: {outcome.error}")
+        elif outcome.error is not None:
+            raise outcome.error
     return failures
 
 

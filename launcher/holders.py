@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher.claims import Claim, Occupancy
 from launcher.devices import expand_ids
@@ -13,7 +15,7 @@ from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError
 from launcher.inventory import Gpu, GpuProcess, MigSlice
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
-from launcher.processes import PROC, Process, command_words, find_process, user_id, user_name
+from launcher.processes import PROC, Process, command_words, find_process, printable, user_id, user_name
 from launcher.progress import read_json
 from launcher.sizes import format_size
 
@@ -80,24 +82,35 @@ def _supervised(folder: Path) -> Claim | None:
     if not places or len(words) <= places[0] + 1:
         return None
     exit_file = Path(words[places[0] + 1])
-    name = exit_file.name.removesuffix(".exit.json")
+    name = printable(exit_file.name.removesuffix(".exit.json"))
     uid = user_id(folder)
     if uid is None:
         return None
-    record = read_json(exit_file.with_name(f"{name}.json"))
-    labels = record.get("labels")
-    plan = plan_of(labels) if isinstance(labels, dict) else None
     of_whom = "" if uid == os.getuid() else f" of {user_name(uid)}"
-    if not isinstance(labels, dict) or plan is None or labels.get(REPLICA_LABEL) != name:
+    record = read_json(exit_file.with_name(f"{name}.json"))
+    labels, plan = _labels_and_plan(record)
+    if plan is None or labels.get(REPLICA_LABEL) != name:
         return Claim(f"local replica {name}{of_whom} (process {folder.name})", (), f"pid {folder.name}")
-    fleet, device = str(labels.get(FLEET_LABEL)), str(labels.get(DEVICE_LABEL))
-    place = f"--engine local --runs {exit_file.parent.parent}"
+    fleet = printable(labels.get(FLEET_LABEL, ""))
+    command = ["launcher", "stop", "--engine", "local", "--runs", str(exit_file.parent.parent), fleet]
     return Claim(
         holder=f"{name} of fleet {fleet}{of_whom}",
-        ids=device_ids(device, plan),
+        ids=device_ids(labels.get(DEVICE_LABEL, ""), plan),
         id=str(record.get("id")),
-        remedy="" if of_whom else f"launcher stop {place} {fleet}",
+        remedy="" if of_whom else printable(shlex.join(command)),
     )
+
+
+def _labels_and_plan(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Return what a record says; no plan unless it is whole, as somebody else's file may hold anything."""
+    found = record.get("labels")
+    labels = (
+        {key: text for key, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+    )
+    try:
+        return labels, plan_of(labels)
+    except ValueError:  # text that cannot be encoded
+        return labels, None
 
 
 def _containers(caller: int) -> Sequence[Claim]:

@@ -51,6 +51,16 @@ class Machine:
 
     cores: tuple[int, ...]
     memory_bytes: int
+    maps_users: bool = False
+    """Whether user ids inside a replica are other ids on the host, so that permissions cannot be judged from here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The NVIDIA driver: its version, and the newest CUDA (major, minor) that it serves."""
+
+    version: str
+    cuda: tuple[int, int]
 
 
 def read_gpus() -> tuple[Gpu, ...] | None:
@@ -138,3 +148,20 @@ def _running(nvml: Any, handle: Any, kind: str) -> list[Any]:
         with contextlib.suppress(nvml.NVMLError, nvml.NVMLLibraryMismatchError):
             return list(getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses{version}")(handle))
     return []
+
+
+def read_driver() -> Driver | None:
+    """Return this host's NVIDIA driver, or None where NVML does not answer."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as in read_gpus
+        return None
+    try:
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        return Driver(str(pynvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()

@@ -106,6 +106,7 @@ def make_plan(
     """
     devices, shares, notes = _choose_devices(request, machine, gpus, occupancy)
     memory = _memory(request, machine, len(devices))
+    _check_shm(request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp and _together(request, devices, notes):
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
@@ -207,13 +208,23 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
         share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
         return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
     total = request.memory_bytes * replicas
+    what = "devices" if request.ddp else "replicas"
     if total > machine.memory_bytes:
         each = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas) // MIB
         raise UsageError(
-            f"--memory {format_size(request.memory_bytes)}: {replicas} replicas need {format_size(total)} and this "
-            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer replicas"
+            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need {format_size(total)} and this "
+            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer {what}"
         )
     return request.memory_bytes
+
+
+def _check_shm(shm: int | None, memory: int) -> None:
+    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
+    if shm is not None and shm > memory:
+        raise UsageError(
+            f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
+            "give less, or more memory"
+        )
 
 
 def _template(request: Request, placement: Placement, image_id: str, memory: int) -> ReplicaSpec:

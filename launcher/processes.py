@@ -72,10 +72,13 @@ def command_words(folder: Path) -> tuple[str, ...]:
     return tuple(os.fsdecode(word) for word in raw.split(b"\0")[:-1])
 
 
+def printable(text: str) -> str:
+    """Return the text of a stranger without control characters, which could steer the reader's terminal."""
+    return "".join(letter for letter in text if letter.isprintable())
+
+
 def _command(folder: Path) -> str:
-    """Return the command line without control characters, which could steer the reader's terminal."""
-    text = " ".join(mask(word) for word in command_words(folder)) or "a kernel thread"
-    text = "".join(letter for letter in text if letter.isprintable())
+    text = printable(" ".join(mask(word) for word in command_words(folder)) or "a kernel thread")
     return text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + "…"
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from launcher.dataset_yaml import dataset_folders
+from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.problems import Problems
 from launcher.space_yaml import space_layouts
 
 _SHORTEST = {
@@ -42,8 +43,6 @@ _MISSING: dict[str, type[LauncherError]] = {
     "--space": UsageError,
     "--hooks": UsageError,
 }
-_NAMED_BY = {"--data": dataset_folders, "--space": space_layouts}
-"""Options whose files name others that replicas need."""
 _PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
 """Bare names of weights that the trainer can fetch."""
 _IMAGE_ROOT = PurePosixPath("/usr/src")
@@ -60,6 +59,10 @@ class TrainingArgs:
     name: str
     evolve: bool
     device: str | None
+    reads: tuple[Path, ...] = ()
+    """What the training opens: its files, and the folders of its pictures."""
+    study: str | None = None
+    """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
 
     @property
     def fleet(self) -> str:
@@ -81,16 +84,9 @@ def prepare_args(
             "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
         )
     values = _Words(words)
-    _refuse_password(values.get("--study") or "")
-    mounts: list[Mount] = []
-    for option in ("--data", "--weights", "--hyp", "--cfg", "--space", "--hooks"):
-        given = values.get(option)
-        if given:
-            path = _existing(option, given, cwd, isolated)
-            if path is not None:
-                values.set(option, str(path))
-                named = _NAMED_BY[option](path) if option in _NAMED_BY else ()
-                mounts += [Mount(source=str(item), target=str(item)) for item in (path, *named)]
+    study = values.get("--study")
+    _refuse_password(study or "")
+    mounts, reads = _take_paths(values, cwd, isolated)
     _place_resume(values, cwd, runs, runs_inside)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
@@ -104,7 +100,50 @@ def prepare_args(
         name=name,
         evolve=evolve,
         device=values.get("--device"),
+        reads=tuple(dict.fromkeys(reads)),
+        study=study,
     )
+
+
+def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount], list[Path]]:
+    """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
+    mounts: list[Mount] = []
+    reads: list[Path] = []
+    problems = Problems()
+    for option in _MISSING:
+        path = problems.check(_take_path, option, values, cwd, isolated)
+        named = path and problems.check(_named_by, option, path)
+        if path and named:
+            shown, opened = named
+            mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
+            reads += [path, *opened]
+    problems.raise_any()
+    return mounts, reads
+
+
+def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path | None:
+    """Return the host's file that an option names, and make the word absolute; None for anything else."""
+    given = values.get(option)
+    if not given:
+        return None
+    try:
+        path = _existing(option, given, cwd, isolated)
+    except PermissionError as error:
+        raise _MISSING[option](
+            f"{option} {given}: you may not look at {error.filename}; ask its owner, or give another path"
+        ) from None
+    if path is not None:
+        values.set(option, str(path))
+    return path
+
+
+def _named_by(option: str, path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return what else a file names that replicas must see, and what of that the training opens."""
+    if option == "--data":
+        dataset = read_dataset(path)
+        return dataset.folders, dataset.splits
+    layouts = space_layouts(path) if option == "--space" else ()
+    return layouts, layouts
 
 
 def _refuse_password(study: str) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,12 +15,13 @@ from typing import Any
 import click
 
 from launcher import fleet
+from launcher.build import build_image
 from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
 from launcher.dry_run import show_plan
-from launcher.engines.base import Engine
+from launcher.engines.base import Engine, Image
 from launcher.env_file import read_env_file
-from launcher.errors import LauncherError, UsageError
+from launcher.errors import UsageError
 from launcher.holders import find_occupancy
 from launcher.host_lock import host_lock
 from launcher.inventory import read_gpus
@@ -33,6 +36,8 @@ from launcher.plan import (
     make_plan,
     passed_variables,
 )
+from launcher.preflight import check_all, preflight_notes
+from launcher.problems import Problems
 from launcher.runs_folder import check_runs, replica_user, runs_folder
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
@@ -42,17 +47,29 @@ def run_up(options: dict[str, Any]) -> None:
     """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
+    if options["build"] and options["engine"] == "local":
+        raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
     runs = absolute(options["runs"])
     placement = place(options["engine"], runs)
-    request = read_request(options, runs, placement)
-    engine = open_engine(options["engine"], runs)
+    problems = Problems()
+    request = problems.check(read_request, options, runs, placement)
+    engine = problems.check(open_engine, options["engine"], runs)
+    if request is None or engine is None:
+        if engine is not None and not options["build"]:
+            problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
+        problems.raise_any()
+        raise AssertionError("what is missing was refused")
     if options["dry_run"]:
-        _show(draw_up(request, placement, engine, strict=False), as_json=options["as_json"])
+        plan, _ = draw_up(request, placement, engine, strict=False)
+        _show(plan, options)
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
-    draw_up(request, placement, engine)  # refuses before the runs folder is touched
+    if options["build"]:
+        build_image(request.image, Path.cwd())
+    _, image = draw_up(request, placement, engine)  # refuses before the runs folder is touched
     with runs_folder(runs, request.user, say), host_lock(say) as lock:
-        plan = draw_up(request, placement, engine)  # again, now that nobody else can be starting anything
+        # Again, now that nobody else can be starting anything.
+        plan, _ = draw_up(request, placement, engine, checked=image)
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
@@ -83,18 +100,26 @@ def place(engine: str, runs: Path) -> Placement:
 
 
 def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> Request:
-    """Return click's options as a request; checks everything that needs no engine."""
-    check_runs(runs)
-    args = prepare_args(
+    """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
+    problems = Problems()
+    problems.check(check_runs, runs)
+    args = problems.check(
+        prepare_args,
         options["training_args"],
         cwd=Path.cwd(),
         runs=runs,
         runs_inside=placement.runs_inside,
         isolated=placement.isolated,
     )
+    memory = problems.check(parse_size, options["memory"]) if options["memory"] else None
+    shm = problems.check(parse_size, options["shm"], "--shm") if options["shm"] else None
+    user = problems.check(replica_user, runs, caller_ids(), options["user"]) if placement.isolated else ""
     from_files: dict[str, str] = {}
     for path in options["env_files"]:
-        from_files.update(read_env_file(path, os.environ))
+        from_files.update(problems.check(read_env_file, path, os.environ) or {})
+    passed = problems.check(passed_variables, os.environ, options["env_names"], from_files)
+    problems.raise_any()
+    assert args is not None
     return Request(
         args=args,
         runs=runs,
@@ -103,45 +128,58 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
         ddp=options["ddp"],
         force=options["force"],
         recreate=options["recreate"],
-        memory_bytes=parse_size(options["memory"]) if options["memory"] else None,
-        shm_bytes=parse_size(options["shm"], "--shm") if options["shm"] else None,
+        memory_bytes=memory,
+        shm_bytes=shm,
         image=options["image"] or DEFAULT_IMAGE,
         network=options["network"],
-        user=replica_user(runs, caller_ids(), options["user"]) if placement.isolated else "",
-        passed=passed_variables(os.environ, options["env_names"], from_files),
+        user=user or "",
+        passed=passed or {},
     )
 
 
-def draw_up(request: Request, placement: Placement, engine: Engine, *, strict: bool = True) -> Plan:
-    """Look at the engine and the machine, and return the plan.
+def draw_up(
+    request: Request,
+    placement: Placement,
+    engine: Engine,
+    *,
+    strict: bool = True,
+    checked: Image | None = None,
+) -> tuple[Plan, Image]:
+    """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
 
-    Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing.
+    Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing. With the `checked` image
+    of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
     gpus = None if engine.remote else read_gpus()
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
+    listed = engine.list()
     occupancy = NOBODY
     if request.wants_gpus(gpus):
-        own = [state for state in engine.list() if state.fleet == request.args.fleet]
+        own = [state for state in listed if state.fleet == request.args.fleet]
         occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
-    notes: tuple[str, ...] = ()
-    plan = make_plan(request, placement, engine.machine(), gpus, "", occupancy)
-    try:
-        engine.check_network(request.network)
-        image_id = engine.resolve_image(request.image)
-    except LauncherError as error:
-        if strict:
-            raise
-        image_id, notes = "", (f"would fail now: {error}",)
-    plan = make_plan(request, placement, engine.machine(), gpus, image_id, occupancy)
-    return Plan(engine=plan.engine, fleet=plan.fleet, replicas=plan.replicas, notes=(*plan.notes, *notes))
+    machine = engine.machine()
+    problems = Problems()
+    image = checked or problems.check(engine.resolve_image, request.image)
+    plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
+    if checked is None:
+        problems.check(engine.check_network, request.network)
+        wants_gpu = request.wants_gpus(gpus)
+        check_all(request, placement, engine, machine, image, wants_gpu=wants_gpu, problems=problems)
+    if strict or plan is None:
+        problems.raise_any()
+    assert plan is not None
+    others = [state for state in listed if state.fleet != request.args.fleet]
+    notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
+    notes += [f"would fail now: {problem}" for problem in problems.found]
+    return replace(plan, notes=tuple(notes)), image or Image(name=request.image)
 
 
-def _show(plan: Plan, *, as_json: bool) -> None:
-    if as_json:
+def _show(plan: Plan, options: Mapping[str, Any]) -> None:
+    if options["as_json"]:
         click.echo(json.dumps(plan.public(), indent=2))
         return
-    for line in show_plan(plan, caller_ids()[0]):
+    for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
         click.echo(line)
     for note in plan.notes:
         click.echo(f"note: {note}")

@@ -29,6 +29,19 @@ class Mount:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """A present image, and what it says of itself."""
+
+    name: str = ""
+    """As the user named it; empty on the local engine."""
+    id: str = ""
+    trainer: bool = False
+    """Whether its label says that our trainer is in it."""
+    cuda: str | None = None
+    """The CUDA that its torch was built for, `13.0`; None where it does not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaSpec:
     """Everything that one replica is; two equal specs run the same thing in the same place."""
 
@@ -142,8 +155,14 @@ class Engine(Protocol):
     def machine(self) -> Machine:
         """Return the cores and the memory that replicas can have."""
 
-    def resolve_image(self, image: str) -> str:
-        """Return the id of a present image; never fetches one."""
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never fetches one."""
+
+    def check_trainer(self, image: Image, script: str) -> None:
+        """Raise unless our trainer, whose command is `script`, is in the image."""
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Raise when the engine cannot hand a GPU to a replica of this image."""
 
     def check_network(self, network: str) -> None:
         """Raise unless the network is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,8 @@ import urllib3.exceptions
 
 from launcher.claims import Claim
 from launcher.devices import format_cores
-from launcher.engines.base import Phase, ReplicaSpec, ReplicaState
+from launcher.engines import docker_checks as checks
+from launcher.engines.base import Image, Phase, ReplicaSpec, ReplicaState
 from launcher.engines.gpu_containers import HOLDING, container_claim
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.errors import EngineError, NameTaken
@@ -40,10 +42,7 @@ ANSWER_TIMEOUT_S = 3.0
 ACTION_TIMEOUT_S = 120.0
 """Creating and starting may wait for disks and drivers."""
 
-GPU_REMEDY = (
-    "install the NVIDIA container toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, restart Docker; "
-    "or use --cpu N"
-)
+_DENIED = "permission denied"
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
@@ -65,10 +64,15 @@ class DockerEngine:
 
     def __init__(self, owner: int) -> None:
         self._owner = owner
+        # docker-py's clients are not made for several threads at once: each thread has its own.
+        self._clients = threading.local()
         with _translated("Docker"):
             # Its API version is negotiated here, so this is also the first question.
-            self._client = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
-        self._actor: Any = None
+            first = docker.DockerClient.from_env(timeout=ANSWER_TIMEOUT_S)
+            self._api_version = first.api.api_version
+            checks.refuse_old(first, self._api_version)
+        self._clients.asking = first
+        self._told: dict[str, Any] | None = None
 
     @property
     def remote(self) -> bool:
@@ -78,20 +82,34 @@ class DockerEngine:
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
-        with _translated("Docker"):
-            about = self._client.info()
-        return Machine(cores=tuple(range(about["NCPU"])), memory_bytes=about["MemTotal"])
+        about = self._about()
+        return Machine(
+            cores=tuple(range(about["NCPU"])),
+            memory_bytes=about["MemTotal"],
+            maps_users=checks.maps_users(about),
+        )
 
-    def resolve_image(self, image: str) -> str:
-        """Return a present image's id; never pulls."""
+    def _about(self) -> Mapping[str, Any]:
+        """Return what the engine says of itself and its host; asked once a command."""
+        if self._told is None:
+            with _translated("Docker"):
+                self._told = dict(self._client.info())
+        return self._told
+
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never pulls."""
         with _translated(f"image {image}"):
-            try:
-                return str(self._client.images.get(image).id)
-            except docker.errors.ImageNotFound:
-                raise EngineError(
-                    f"no image {image} here; build it in the project's folder: docker build -t {image.split(':')[0]} .  "
-                    "(or name another with --image)"
-                ) from None
+            return checks.find_image(self._client, image)
+
+    def check_trainer(self, image: Image, script: str) -> None:
+        """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
+        with _translated(f"image {image.name}"):
+            checks.require_trainer(self._acting(), image, script)
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
+        with _translated("GPU runtime"):
+            checks.require_gpu_runtime(self._acting(), self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
@@ -118,11 +136,11 @@ class DockerEngine:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
         with _translated("Docker"):
             try:
-                self._acting().containers.get(replica_id).start()
+                self._acting().api.start(replica_id)
             except docker.errors.APIError as error:
                 text = str(error.explanation or error)
-                if "could not select device driver" in text:
-                    raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
+                if checks.NO_GPU_RUNTIME in text:
+                    raise EngineError(f"Docker has no GPU runtime; {checks.GPU_REMEDY}") from None
                 if "nvidia-container-cli" in text:
                     detail = text.split("nvidia-container-cli:", 1)[1].splitlines()[0].strip()
                     raise EngineError(
@@ -211,11 +229,21 @@ class DockerEngine:
                 if "already in progress" not in str(error):
                     raise
 
+    @property
+    def _client(self) -> Any:
+        """This thread's client for questions, which are answered soon or not at all."""
+        return self._connected("asking", ANSWER_TIMEOUT_S)
+
     def _acting(self) -> Any:
-        """Return a client that waits long enough for actions."""
-        if self._actor is None:
-            self._actor = docker.DockerClient.from_env(timeout=ACTION_TIMEOUT_S)
-        return self._actor
+        """Return this thread's client that waits long enough for actions."""
+        return self._connected("acting", ACTION_TIMEOUT_S)
+
+    def _connected(self, purpose: str, timeout_s: float) -> Any:
+        client = getattr(self._clients, purpose, None)
+        if client is None:
+            client = docker.DockerClient.from_env(timeout=timeout_s, version=self._api_version)
+            setattr(self._clients, purpose, client)
+        return client
 
     def _signal(self, replica_id: str, signal: str) -> None:
         with _translated("Docker"):
@@ -318,8 +346,11 @@ def _translated(what: str) -> Iterator[None]:
     except docker.errors.APIError as error:
         raise EngineError(f"{what}: Docker refuses: {error.explanation or error}") from error
     except (docker.errors.DockerException, *_TRANSPORT) as error:
+        reason = _reason(error)
         raise EngineError(
-            f"Docker does not answer ({_reason(error)}); start it (sudo systemctl start docker), check DOCKER_HOST and "
+            checks.permission_words()
+            if reason == _DENIED
+            else f"Docker does not answer ({reason}); start it (sudo systemctl start docker), check DOCKER_HOST and "
             "that you may use its socket (group docker); or use --engine local"
         ) from error
 
@@ -330,7 +361,7 @@ def _reason(error: BaseException) -> str:
         ("timed out", f"no answer within {ANSWER_TIMEOUT_S:g} s"),
         ("No such file", "no socket there"),
         ("FileNotFoundError", "no socket there"),
-        ("Permission denied", "permission denied"),
+        ("Permission denied", _DENIED),
         ("Connection refused", "connection refused"),
     ):
         if sign in text:

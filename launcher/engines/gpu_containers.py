@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.claims import EVERY, Claim
 from launcher.ownership import FLEET_LABEL, OWNER_LABEL, is_ours
-from launcher.processes import user_name
+from launcher.processes import printable, user_name
 
 HOLDING = ("running", "paused", "restarting")
 """States in which a container has its devices; one of ours that was created only is about to."""
@@ -28,13 +29,13 @@ def container_claim(inspected: Mapping[str, Any], caller: int) -> Claim | None:
     found: dict[str, str] = config.get("Labels") or {}
     owner = found.get(OWNER_LABEL, "")
     if owner.isdecimal() and is_ours(found, name, int(owner)):
-        fleet = found[FLEET_LABEL]
+        fleet = printable(found[FLEET_LABEL])
         holder = f"{name} of fleet {fleet}" + ("" if int(owner) == caller else f" of {user_name(int(owner))}")
         holder += " (created, never started)" if status == "created" else ""
         end = "kill-all" if status == "created" else "stop"
-        remedy = f"launcher {end} {fleet}" if int(owner) == caller else ""
+        remedy = f"launcher {end} {shlex.quote(fleet)}" if int(owner) == caller else ""
     elif status in HOLDING:
-        holder, remedy = f"container {name} ({inspected['Id'][:12]}, image {config['Image']})", ""
+        holder, remedy = f"container {name} ({inspected['Id'][:12]}, image {printable(config['Image'])})", ""
     else:
         return None
     return Claim(holder, gpu_ids(inspected), inspected["Id"], remedy)

@@ -22,7 +22,7 @@ import psutil
 
 from launcher.claims import Claim
 from launcher.engines import supervisor
-from launcher.engines.base import ReplicaSpec, ReplicaState
+from launcher.engines.base import Image, ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, NameTaken, UsageError
 from launcher.inventory import Machine
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, is_ours, labels, plan_of
@@ -65,9 +65,15 @@ class LocalEngine:
             cores=tuple(sorted(os.sched_getaffinity(0))), memory_bytes=psutil.virtual_memory().total
         )
 
-    def resolve_image(self, image: str) -> str:
-        """Return nothing: processes need no image."""
-        return ""
+    def resolve_image(self, image: str) -> Image:
+        """Return the empty image: processes need none."""
+        return Image()
+
+    def check_trainer(self, image: Image, script: str) -> None:
+        """Take it: `trainer_script` has found the trainer."""
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Take it: processes reach GPUs without a runtime."""
 
     def check_network(self, network: str) -> None:
         """Raise UsageError for a network: processes are on the host's."""

@@ -178,7 +178,7 @@ def test_a_changed_up_shows_the_difference_and_changes_nothing_unless_told(world
     fleet.bring_up(world.engine, [world.spec(SAVES)], settle_s=0.5)
     before = world.engine.list()
     changed = [world.spec(SLEEP, memory_bytes=256 * 1024**2)]
-    with pytest.raises(UsageError, match=r"memory_bytes: 134217728 -> 268435456(.|\n)*--recreate"):
+    with pytest.raises(UsageError, match=r"memory: 128 MB -> 256 MB(.|\n)*--recreate"):
         fleet.bring_up(world.engine, changed, settle_s=0)
     assert world.engine.list() == before
     assert fleet.bring_up(world.engine, changed, recreate=True, settle_s=0).started == (changed[0].name,)

@@ -127,6 +127,9 @@ def test_one_training_on_two_devices_is_one_replica_that_saves_when_it_is_stoppe
     engine: str, image: list[str], home: Path, fleet: str
 ) -> None:
     project, name = fleet.split("/")
+    (home / "runs" / "settings.json").write_text(
+        '{"mlflow": false}'
+    )  # tracked trainings are the other test's
     options = ["up", "--cpu", "2", "--ddp", "--memory", "1536m", *image]
     training = [*TRAINING[:-1], "500", "--noplots", "--project", project, "--name", name]
     up = launcher(home, *options, "--", *training, engine=engine)

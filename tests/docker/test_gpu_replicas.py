@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,8 +172,10 @@ class Machine:
 
     def __init__(self, address: str, folder: Path) -> None:
         self.address, self.folder = address, folder
+        tag = uuid.uuid4().hex[:8]  # no other test's replicas are on these
+        self.uuids = [f"GPU-{tag}-{n}" for n in range(4)]
         self.gpus: list[dict[str, Any]] = [
-            {"uuid": f"GPU-000{n}", "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
+            {"uuid": self.uuids[n], "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
         ]
         self.describe()
 
@@ -215,12 +218,12 @@ def machine(socket: str, tmp_path: Path) -> Iterator[Machine]:
 
 def test_gpus_are_requested_by_uuid_and_named_by_number(machine: Machine) -> None:
     assert machine.up("a", "--gpus", "1").returncode == 0
-    assert machine.inspect("p-a-gpu1")["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-0001"]
+    assert machine.inspect("p-a-gpu1")["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == [machine.uuids[1]]
     assert machine.inspect("p-a-gpu1")["Config"]["Labels"]["starling.device"] == "gpu:1"
     up = machine.up("b", "--gpus", "free", "--ddp")
     assert up.returncode == 0, up.stderr
     together = machine.inspect("p-b-gpu0_2-3")
-    assert together["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-0000", "GPU-0002", "GPU-0003"]
+    assert together["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == [machine.uuids[n] for n in (0, 2, 3)]
     assert together["HostConfig"]["Memory"] == 3 * 64 << 20
     assert together["Args"][-2:] == ["--device", "0,1,2"]
     again = machine.up("b", "--gpus", "free", "--ddp")
@@ -230,7 +233,7 @@ def test_gpus_are_requested_by_uuid_and_named_by_number(machine: Machine) -> Non
 
 def test_every_kind_of_holder_is_named_before_anything_starts(machine: Machine) -> None:
     assert machine.up("a", "--gpus", "0", SUDO_UID="54321", SUDO_GID="54321").returncode == 0
-    machine.run("given", "--gpus", '"device=GPU-0001"')
+    machine.run("given", "--gpus", f'"device={machine.uuids[1]}"')
     machine.run("told", "--env", "NVIDIA_VISIBLE_DEVICES=2")
     machine.run("image", "--env", "NVIDIA_VISIBLE_DEVICES=all")  # as any image of CUDA says, with runc
     sneaky = machine.run("sneaky")  # it got at a GPU some other way, as a privileged container can
@@ -265,7 +268,7 @@ def test_the_local_engine_sees_containers_too_and_one_that_was_never_started_cou
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", machine.address)
     spec = ReplicaSpec(
-        name="p-left-gpu3", fleet="p/left", device=Device("gpu", "3", ("GPU-0003",)), image=IMAGE, image_id="",
+        name="p-left-gpu3", fleet="p/left", device=Device("gpu", "3", (machine.uuids[3],)), image=IMAGE, image_id="",
         command=("sleep", "60"), environment={}, runs=machine.folder, memory_bytes=64 << 20, network="none",
     )  # fmt: skip
     DockerEngine(os.getuid()).create(spec)

@@ -147,6 +147,8 @@ def test_a_broken_gpu_is_refused_by_name_and_passed_over_by_free() -> None:
     for text in ("1", "all"):
         with pytest.raises(UsageError, match=r"GPU 1 cannot be used \(GPU is lost\)"):
             choose_gpus(text, gpus)
+    with pytest.raises(UsageError, match=r"--gpus free: GPU 1 cannot be used"):
+        choose_gpus("free", gpus[1:])
     assert ids("free", gpus) == ["0"]
     assert ids("0", gpus) == ["0"]
 

@@ -137,6 +137,15 @@ def test_another_container_is_named_with_its_image_while_it_has_its_devices(tmp_
     assert container_claim(forged, 7) == Claim(who, (EVERY,), ID)
 
 
+def test_a_strangers_words_steer_no_terminal_and_no_shell(tmp_path: Path) -> None:
+    found = inspected(name="x-y-gpu2", DeviceRequests=[request(DeviceIDs=["2"])])
+    found["Config"]["Labels"] = labels(spec(tmp_path, fleet="x/\x1b[2Jy; rm -rf ~"), 7)
+    claim = container_claim(found, 7)
+    assert claim is not None
+    assert claim.holder == "x-y-gpu2 of fleet x/[2Jy; rm -rf ~"
+    assert claim.remedy == "launcher stop 'x/[2Jy; rm -rf ~'"
+
+
 # --- processes -----------------------------------------------------------------------------------------------
 
 
@@ -306,10 +315,17 @@ def test_a_local_replica_of_another_runs_folder_is_found_by_its_supervisor(local
     assert mine in local_replicas().values()
     record = local.runs / ".launcher" / "x-y-gpu2.json"
     kept = json.loads(record.read_text())
-    record.write_text("{}")
-    assert [claim.ids for claim in local_replicas().values() if "local replica x-y-gpu2" in claim.holder] == [
-        ()
-    ]
+    for forged in (
+        "{}",
+        '{"labels": 3}',
+        '{"labels": {"starling.plan": 3}}',
+        '{"labels": {"starling.plan": "\\ud800"}}',
+        "[",
+    ):
+        record.write_text(forged)
+        [claim] = [claim for claim in local_replicas().values() if "x-y-gpu2" in claim.holder]
+        assert claim.holder.startswith("local replica x-y-gpu2 (process ")
+        assert claim.ids == ()
     record.write_text(json.dumps(kept))
 
 

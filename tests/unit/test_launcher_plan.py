@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.dataset_yaml import dataset_folders
+from launcher.dataset_yaml import read_dataset
 from launcher.devices import Device, format_cores, split_cores
 from launcher.dry_run import docker_run, show_plan
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
@@ -213,14 +213,14 @@ def test_runs_prefix_and_bare_project_are_one_fleet(tmp_path: Path) -> None:
 def test_a_dataset_cannot_show_replicas_the_host(root: str, tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text(f"path: '{root}'\ntrain: .\nval: .\n")
     with pytest.raises(DataError, match=r"more than a dataset|not a folder"):
-        dataset_folders(tmp_path / "d.yaml")
+        read_dataset(tmp_path / "d.yaml")
 
 
 def test_a_link_to_a_system_folder_is_no_way_round(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc")
     (tmp_path / "d.yaml").write_text("path: link\ntrain: .\nval: .\n")
     with pytest.raises(DataError, match="more than a dataset"):
-        dataset_folders(tmp_path / "d.yaml")
+        read_dataset(tmp_path / "d.yaml")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_link_to_a_system_folder_is_no_way_round(tmp_path: Path) -> None:
 def test_a_broken_dataset_yaml_is_a_data_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text(text)
     with pytest.raises(DataError, match=r"d\.yaml"):
-        dataset_folders(tmp_path / "d.yaml")
+        read_dataset(tmp_path / "d.yaml")
 
 
 def test_memory_above_the_machines_is_refused_with_figures(tmp_path: Path) -> None:

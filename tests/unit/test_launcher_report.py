@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launcher.engines.base import ReplicaState
 from launcher.env_file import read_env_file
 from launcher.errors import UsageError
-from launcher.fleet import _changed_words, select
+from launcher.fleet import select
 from launcher.progress import Progress, _number, _text, read_progress
 from launcher.report import (
     COLUMNS,
@@ -157,12 +157,6 @@ def test_lines_and_table_show_the_same_columns() -> None:
 )
 def test_durations_are_told_in_words(seconds: float | None, words: str) -> None:
     assert format_duration(seconds) == words
-
-
-def test_a_changed_command_shows_the_option_and_both_values() -> None:
-    old, new = ("t", "--epochs", "10", "--x"), ("t", "--epochs", "20", "--x")
-    assert _changed_words(old, new) == "command: --epochs 10 -> --epochs 20"
-    assert _changed_words(old, (*old, "--y")) == "command: (nothing) -> --y"
 
 
 def test_names_select_replicas_or_fleets_and_a_wrong_one_is_refused() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from launcher.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.host_lock import host_lock
+from launcher.ownership import caller_ids
 from tests.conftest import REPOSITORY
 
 TRAINER = """
@@ -30,8 +34,10 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        tag = uuid.uuid4().hex[:8]  # no other test's replicas are on these
+        self.uuids = [f"GPU-{tag}-{n}" for n in range(4)]
         self.gpus: list[dict[str, Any]] = [
-            {"uuid": f"GPU-000{n}", "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
+            {"uuid": self.uuids[n], "name": "H100", "memory": 2**36, "processes": []} for n in range(4)
         ]
         (folder / "app").mkdir()
         (folder / "app" / "__init__.py").touch()
@@ -68,8 +74,21 @@ class Home:
     def up(self, name: str, *words: str, runs: str = "runs") -> tuple[int, str, str]:
         return self(*up_words(name, *words), runs=runs)
 
+    def engine(self, runs: str = "runs") -> LocalEngine:
+        return LocalEngine(self.folder / runs, caller_ids()[0])
+
     def devices(self, runs: str = "runs") -> list[str]:
-        return [row["device"] for row in json.loads(self("status", "--json", runs=runs)[1])["replicas"]]
+        return [state.device for state in self.engine(runs).list()]
+
+    def said(self, count: int) -> list[str]:
+        """Return the trainers' lines once there are so many, a while after they have started."""
+        for _ in range(50):
+            engine = self.engine()
+            lines = [line for state in engine.list() for line in engine.logs(state.id)]
+            if len(lines) >= count:
+                return lines
+            time.sleep(0.2)
+        raise AssertionError(lines)
 
 
 def up_words(name: str, *words: str) -> tuple[str, ...]:
@@ -80,23 +99,20 @@ def up_words(name: str, *words: str) -> tuple[str, ...]:
 def home(tmp_path: Path) -> Iterator[Home]:
     home = Home(tmp_path)
     yield home
-    for folder in ("runs", "others"):
-        home("kill-all", "--yes", runs=folder)
+    for engine in (home.engine("runs"), home.engine("others")):
+        for state in engine.list():
+            engine.remove(state.id)
 
 
 def test_replicas_are_named_by_number_and_pinned_by_uuid(home: Home) -> None:
-    code, _, error = home.up("a", "--gpus", "1,GPU-0003", "--memory", "64m")
+    code, _, error = home.up("a", "--gpus", f"1,{home.uuids[3]}", "--memory", "64m")
     assert code == 0, error
     assert home.devices() == ["gpu:1", "gpu:3"]
-    assert "p-a-gpu3" in home("status")[1]
-    assert "GPU 3" in home("status")[1]
+    assert re.search(r"p-a-gpu3 +GPU 3 +running", home("status")[1])
     shown = json.loads(home.up("a", "--gpus", "1", "--dry-run", "--json")[1])["replicas"][0]
-    assert (shown["device"], shown["uuids"]) == ("gpu:1", ["GPU-0001"])
-    lines = home("logs")[1].splitlines()
-    assert [line.split(" | ")[1].split()[:2] for line in lines] == [
-        ["sees", "GPU-0001"],
-        ["sees", "GPU-0003"],
-    ]
+    assert (shown["device"], shown["uuids"]) == ("gpu:1", [home.uuids[1]])
+    seen = [line.split()[1] for line in home.said(2)]
+    assert seen == [home.uuids[1], home.uuids[3]]
 
 
 def test_a_fleet_of_another_runs_folder_is_named_as_the_holder_and_may_be_joined_by_force(home: Home) -> None:
@@ -160,9 +176,9 @@ def test_what_another_up_has_started_meanwhile_is_seen_after_the_wait_for_it(hom
         line = waiting.stdout.readline()
         assert line.startswith("waiting for ")
         assert f"process {os.getpid()} " in line
-        engine = LocalEngine(home.folder / "runs", os.getuid())
+        engine = home.engine()
         spec = ReplicaSpec(
-            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", ("GPU-0001",)), image="", image_id="",
+            name="p-a-gpu1", fleet="p/a", device=Device("gpu", "1", (home.uuids[1],)), image="", image_id="",
             command=("sleep", "60"), environment={}, runs=home.folder / "runs",
         )  # fmt: skip
         engine.start(engine.create(spec))
@@ -184,7 +200,9 @@ def test_of_two_equal_ups_at_once_the_second_finds_it_running(home: Home) -> Non
 def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
     watched = home.start("up", "--gpus", "1", "--settle", "60", "--", "--project", "p", "--name", "a")
     assert watched.stdout is not None
-    assert watched.stdout.readline().startswith("started p-a-gpu1")
+    assert any(
+        line.startswith("started p-a-gpu1") for line in watched.stdout
+    )  # perhaps after a wait of its own
     code, out, error = home.up("b", "--gpus", "2", runs="others")
     assert code == 0, error
     assert "p-b-gpu2" in out
@@ -197,12 +215,10 @@ def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home:
     code, _, error = home.up("a", "--gpus", "1-3", "--ddp", "--memory", "64m")
     assert code == 0, error
     assert home.devices() == ["gpu:1-3"]
-    status = home("status")[1]
-    assert "p-a-gpu1-3" in status
-    assert "GPU 1-3" in status
-    log = home("logs")[1]
-    assert "sees GPU-0001,GPU-0002,GPU-0003 args" in log
-    assert log.rstrip().endswith("--device 0,1,2")
+    assert re.search(r"p-a-gpu1-3 +GPU 1-3 +running", home("status")[1])
+    [line] = home.said(1)
+    assert line.startswith(f"sees {','.join(home.uuids[1:])} args ")
+    assert line.endswith(" --device 0,1,2")
     code, _, error = home.up("b", "--gpus", "2", runs="others")
     assert code == 2
     assert "GPU 2 is held by p-a-gpu1-3 of fleet p/a" in error

@@ -1,0 +1,124 @@
+"""What a changed `up` would change: the plan that replicas were started with beside the one that is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
+from launcher.sizes import format_size
+
+
+def differences(engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState]) -> list[str]:
+    """Return what a changed `up` would change, a line each; empty for the same fleet, or for none.
+
+    Variables passed by the user are compared with what the replica was started with, and named, never shown.
+    """
+    if not existing:
+        return []
+    old = {state.name: state for state in existing}
+    new = {spec.name: spec for spec in specs}
+    lines = [f"{name}: no longer wanted" for name in old if name not in new]
+    lines += [f"{name}: new" for name in new if name not in old]
+    shared: dict[str, list[str]] = {}
+    for name in sorted(old.keys() & new.keys()):
+        for line in _changed_fields(dict(old[name].plan), new[name].public()):
+            shared.setdefault(line, []).append(name)
+        had = engine.environment(old[name].id) if old[name].live else None
+        for variable, value in new[name].passed.items():
+            if had is not None and variable in had and had[variable] != value:
+                shared.setdefault(f"{variable}: has another value (not shown)", []).append(name)
+    return lines + [f"{_who(names, new)}: {line}" for line, names in shared.items()]
+
+
+def _who(names: Sequence[str], new: Mapping[str, ReplicaSpec]) -> str:
+    return "every replica" if len(names) == len(new) > 1 else ", ".join(names)
+
+
+def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        line
+        for key in new
+        if old.get(key) != new[key]
+        for line in _WORDS.get(key, _changed_value)(key, old.get(key), new[key])
+    ]
+
+
+def _changed_value(key: str, old: Any, new: Any) -> list[str]:
+    return [f"{key}: {_plain(old)} -> {_plain(new)}"]
+
+
+def _changed_size(key: str, old: Any, new: Any) -> list[str]:
+    """Return sizes as they are written on the command line: `memory: 20 GB -> 10 GB`."""
+    words = [format_size(size) if isinstance(size, int) else _plain(size) for size in (old, new)]
+    # Two sizes that read the same are told apart by their bytes.
+    words = words if words[0] != words[1] else [f"{size} bytes" for size in (old, new)]
+    return [f"{key.removesuffix('_bytes')}: {words[0]} -> {words[1]}"]
+
+
+def _changed_image(key: str, old: Any, new: Any) -> list[str]:
+    """Return that the name means another image now: it was built again, or another was tagged with it."""
+    return [f"image: built again or tagged anew, {_short(old)} -> {_short(new)}"]
+
+
+def _changed_environment(key: str, old: Any, new: Any) -> list[str]:
+    return [
+        f"{name}: {_plain(old.get(name))} -> {_plain(new.get(name))}"
+        for name in sorted({**(old or {}), **new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _changed_names(key: str, old: Any, new: Any) -> list[str]:
+    """Return variables that are passed now and were not, or no longer are."""
+    lines = [f"{name}: passed now" for name in new if name not in (old or [])]
+    return lines + [f"{name}: no longer passed" for name in old or [] if name not in new]
+
+
+def _changed_mounts(key: str, old: Any, new: Any) -> list[str]:
+    had, has = ([_mount_words(mount) for mount in mounts or []] for mounts in (old, new))
+    lines = [f"mount {words}: added" for words in has if words not in had]
+    return lines + [f"mount {words}: dropped" for words in had if words not in has]
+
+
+def _mount_words(mount: Mapping[str, Any]) -> str:
+    source, target = mount.get("source"), mount.get("target")
+    where = str(source) if source == target else f"{source} at {target}"
+    return where + (" (read-only)" if mount.get("read_only") else " (writable)")
+
+
+def _changed_words(key: str, old: Any, new: Any) -> list[str]:
+    """Return the part of a command line that differs: `command: --epochs 10 -> --epochs 20`."""
+    old = old or []
+    head = 0
+    while head < min(len(old), len(new)) and old[head] == new[head]:
+        head += 1
+    tail = 0
+    while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
+        tail += 1
+    # The option before a changed value says what the value is.
+    if head and head < len(new) - tail and not new[head].startswith("--") and new[head - 1].startswith("--"):
+        head -= 1
+    cut = [" ".join(words[head : len(words) - tail]) or "(nothing)" for words in (old, new)]
+    return [f"{key}: {cut[0]} -> {cut[1]}"]
+
+
+def _plain(value: Any) -> str:
+    return "(unset)" if value in (None, "") else str(value)
+
+
+def _short(image_id: Any) -> str:
+    return str(image_id or "(unset)").removeprefix("sha256:")[:12]
+
+
+_WORDS: Mapping[str, Callable[[str, Any, Any], list[str]]] = {
+    "command": _changed_words,
+    "environment": _changed_environment,
+    "passed_environment": _changed_names,
+    "mounts": _changed_mounts,
+    "image_id": _changed_image,
+    "memory_bytes": _changed_size,
+    "shm_bytes": _changed_size,
+    "tmp_bytes": _changed_size,
+}
+"""How a field is told; any other by its two values."""

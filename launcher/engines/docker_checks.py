@@ -1,0 +1,146 @@
+"""What `up` asks a Docker engine before anything starts: its age, the image, the GPU runtime, the socket's group."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docker
+import docker.errors
+
+from launcher.engines.base import Image
+from launcher.errors import EngineError
+
+OLDEST_API, OLDEST_ENGINE = (1, 41), "20.10"
+"""Cgroup v2, `init` and device requests as they are used here."""
+
+TRAINER_LABEL = "starling.trainer"
+CUDA_LABEL = "starling.cuda"
+"""What our Dockerfile writes on the image."""
+
+GPU_REMEDY = (
+    "install the NVIDIA container toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, restart Docker; "
+    "or use --cpu N"
+)
+NO_GPU_RUNTIME = "could not select device driver"
+_HOOK = "nvidia-container-runtime-hook"
+_HOOK_PLACES = os.pathsep.join(("/usr/bin", "/usr/local/bin", "/usr/local/nvidia/toolkit"))
+
+
+def refuse_old(client: Any, api_version: str) -> None:
+    """Raise EngineError for an engine that is older than 20.10."""
+    if tuple(int(part) for part in api_version.split(".")[:2]) >= OLDEST_API:
+        return
+    version = client.version().get("Version", "of unknown version")
+    raise EngineError(
+        f"the Docker engine is too old: {version}, API {api_version}; this launcher needs {OLDEST_ENGINE} "
+        f"(API {'.'.join(map(str, OLDEST_API))}) or newer: upgrade it, or use --engine local"
+    )
+
+
+def find_image(client: Any, name: str) -> Image:
+    """Return a present image by name; raises EngineError with the way to get it."""
+    try:
+        attributes: dict[str, Any] = client.images.get(name).attrs
+    except docker.errors.ImageNotFound:
+        raise EngineError(
+            f"no image {name} here, and none is ever pulled; build it: add --build, or in the project's folder: "
+            f"docker build -t {name.removesuffix(':latest')} .  (or name another with --image)"
+        ) from None
+    found: Mapping[str, str] = (attributes.get("Config") or {}).get("Labels") or {}
+    return Image(
+        name=name,
+        id=attributes["Id"],
+        trainer=TRAINER_LABEL in found,
+        cuda=found.get(CUDA_LABEL),
+    )
+
+
+def require_trainer(client: Any, image: Image, script: str) -> None:
+    """Raise EngineError unless our trainer is in the image: by its label, or by a look for its script."""
+    if image.trainer:
+        return
+    with _one_shot(client, image, ["true"]) as container:
+        try:
+            stream, _ = client.api.get_archive(container, script)
+            stream.close()
+        except docker.errors.NotFound:
+            raise EngineError(
+                f"image {image.name} is not one of this trainer's: it has no {script}; build one with --build and "
+                "another --image, or start yours FROM the project's image"
+            ) from None
+
+
+def require_gpu_runtime(client: Any, about: Mapping[str, Any], image: Image, *, remote: bool) -> None:
+    """Raise EngineError when the engine cannot hand out GPUs.
+
+    It tells of NVIDIA's runtime, but not of a hook on its own PATH, nor whether it takes CDI for `--gpus`: where there is
+    no sign of either, a container that does nothing is started with a GPU driver asked for, and the engine's answer counts.
+    """
+    hook = not remote and (shutil.which(_HOOK) or shutil.which(_HOOK, path=_HOOK_PLACES))
+    if hook or "nvidia" in (about.get("Runtimes") or {}):
+        return
+    gpu = docker.types.DeviceRequest(count=0, capabilities=[["gpu"]])
+    try:
+        with _one_shot(client, image, ["true"], device_requests=[gpu]) as container:
+            client.api.start(container)
+    except docker.errors.APIError as error:
+        if NO_GPU_RUNTIME in str(error.explanation or error):
+            raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
+
+
+def maps_users(about: Mapping[str, Any]) -> bool:
+    """Return whether user ids inside containers are other ids outside: a rootless engine, or userns-remap."""
+    options = [str(option) for option in about.get("SecurityOptions") or []]
+    return any(option.startswith(("name=rootless", "name=userns")) for option in options)
+
+
+def permission_words() -> str:
+    """Say whose socket it is that this user may not use, and how to become one who may."""
+    path = _socket_path()
+    words = f"Docker's socket {path}: permission denied" if path else "Docker's socket: permission denied"
+    group = ""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        group = grp.getgrgid(os.stat(path or "").st_gid).gr_name
+    if not group or group == "root":
+        return (
+            f"{words}; only root may use it: make it group docker's (its service's SocketGroup), or use sudo; "
+            "or use --engine local"
+        )
+    return (
+        f"{words}; it is for group {group}: sudo usermod -aG {group} $USER, then log in again "
+        f"(or `newgrp {group}` in this terminal); or use --engine local"
+    )
+
+
+def _socket_path() -> Path | None:
+    """Return the unix socket that DOCKER_HOST or the context names."""
+    found = docker.utils.kwargs_from_env().get("base_url")
+    if not found:
+        with contextlib.suppress(docker.errors.DockerException):
+            found = docker.ContextAPI.kwargs_from_context(environment=os.environ).get("base_url")
+    url = str(found or docker.constants.DEFAULT_UNIX_SOCKET)
+    scheme, _, path = url.partition("://")
+    return Path("/" + path.lstrip("/")) if scheme.endswith("unix") else None
+
+
+@contextlib.contextmanager
+def _one_shot(client: Any, image: Image, command: list[str], **host: Any) -> Iterator[str]:
+    """Create a container that is never anybody's replica, and remove it afterwards."""
+    container: str = client.api.create_container(
+        image.id,
+        entrypoint=command,
+        command=[],
+        network_disabled=True,
+        host_config=client.api.create_host_config(network_mode="none", **host),
+    )["Id"]
+    try:
+        yield container
+    finally:
+        with contextlib.suppress(docker.errors.APIError):
+            client.api.remove_container(container, force=True, v=True)

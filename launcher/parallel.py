@@ -1,0 +1,76 @@
+"""Do the same thing to several replicas at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+MOST_AT_ONCE = 16
+"""Threads, each with a connection of its own to the engine; an engine serialises more than that anyway."""
+
+
+class Done(Generic[Item, Value]):
+    """One item's outcome: its value, or the error that its thread raised."""
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.error: BaseException | None = None
+        self._values: list[Value] = []
+
+    @property
+    def value(self) -> Value:
+        """What `act` returned; raises what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self._values[0]
+
+    def run(self, act: Callable[[Item], Value]) -> None:
+        """Do it, and keep how it ended."""
+        try:
+            self._values.append(act(self.item))
+        except BaseException as error:
+            self.error = error
+
+
+def in_parallel(act: Callable[[Item], Value], items: Iterable[Item]) -> list[Done[Item, Value]]:
+    """Return the outcome of `act` on every item, in the items' order; each runs, whatever becomes of the others.
+
+    Ctrl-C is raised only when those that had begun have ended, so that the caller knows all that was done.
+    """
+    outcomes: list[Done[Item, Value]] = [Done(item) for item in items]
+    if len(outcomes) == 1:
+        outcomes[0].run(act)
+        return outcomes
+    waiting = list(reversed(outcomes))
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                mine = waiting.pop()
+            except IndexError:
+                return
+            mine.run(act)
+
+    threads = [threading.Thread(target=work) for _ in range(min(MOST_AT_ONCE, len(outcomes)))]
+    for thread in threads:
+        thread.start()
+    _join(threads, stop)
+    return outcomes
+
+
+def _join(threads: Sequence[threading.Thread], stop: threading.Event) -> None:
+    interrupted: BaseException | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interrupted = error
+                stop.set()
+    if interrupted is not None:
+        raise interrupted

@@ -1,0 +1,64 @@
+"""Find everything that is wrong before saying so: independent checks, one refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+from launcher.errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    LauncherError,
+    UsageError,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MOST_SPECIFIC = tuple(kind.exit_code for kind in (DataError, CheckpointError, EngineError, UsageError))
+"""Of several problems the one that is named first here gives the exit code: the user's file says more than a flag."""
+
+
+class SeveralProblems(LauncherError):
+    """More than one independent problem, each with its own remedy."""
+
+    def __init__(self, problems: Sequence[LauncherError]) -> None:
+        lines = [f"{number}. {_indented(str(problem))}" for number, problem in enumerate(problems, start=1)]
+        super().__init__("\n  ".join([f"{len(problems)} problems; nothing was started", *lines]))
+        self.problems = tuple(problems)
+        codes = {problem.exit_code for problem in problems}
+        self.exit_code = next((code for code in MOST_SPECIFIC if code in codes), min(codes))
+
+
+class Problems:
+    """Collects refusals of checks that do not depend on each other."""
+
+    def __init__(self) -> None:
+        self.found: list[LauncherError] = []
+
+    def check(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return what `act` returns; None, with its refusal kept, when it raises a LauncherError."""
+        try:
+            return act(*args, **kwargs)
+        except SeveralProblems as several:
+            self._keep(several.problems)
+        except LauncherError as error:
+            self._keep([error])
+        return None
+
+    def _keep(self, problems: Sequence[LauncherError]) -> None:
+        """Keep each in the order found; what two checks say in the same words is one problem."""
+        said = {str(problem) for problem in self.found}
+        self.found += {str(problem): problem for problem in problems if str(problem) not in said}.values()
+
+    def raise_any(self) -> None:
+        """Raise what was found: the one problem itself, or all of them together."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise SeveralProblems(self.found)
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n     ")
