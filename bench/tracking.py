@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What tracking costs a training step: all trackers on, healthy, slow (30 s an answer) or dead, against tracking off.
 
-    python bench/tracking.py [--rounds 9] [--epochs 3] [--steps 40]
+    python bench/tracking.py [--rounds 9] [--epochs 3] [--steps 40] [--img 128]
 
 Real steps of a small model on this machine, an epoch's events after every --steps of them, as the trainer appends them.
 The conditions take turns within each round, in another order each time; the bridges of the others are frozen meanwhile.
@@ -180,10 +180,9 @@ def _rounds(options: argparse.Namespace, conditions: list[Condition]) -> dict[st
     """Return (wall, processor) seconds of each condition's part of each round."""
     import torch
 
-    step = Step(
-        str(REPOSITORY / "tests" / "tiny.yaml"), 128, 8, select_compute("cpu", "off", lambda line: None)
-    )
-    run, images, targets = step.prepare(), torch.rand(8, 3, 128, 128), made_up_targets(8)
+    side, compute = options.img, select_compute("cpu", "off", lambda line: None)
+    run = Step(str(REPOSITORY / "tests" / "tiny.yaml"), side, 8, compute).prepare()
+    images, targets = torch.rand(8, 3, side, side), made_up_targets(8)
     for _ in range(10):
         run(images, targets)
     seconds: dict[str, list[tuple[float, float]]] = {condition.name: [] for condition in conditions}
@@ -208,6 +207,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--epochs", type=int, default=3, help="epochs of a condition's part of a round")
     parser.add_argument("--steps", type=int, default=40, help="steps of an epoch")
+    parser.add_argument("--img", type=int, default=128, help="pixels of a side")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
