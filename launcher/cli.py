@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from launcher.config_file import ConfiguredCommand, root_option
 from launcher.errors import LauncherError, UsageError
 
 if TYPE_CHECKING:
@@ -44,10 +46,38 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Containers, or processes of this machine.",
     )
-    return engine(runs(command))
+    host = click.option(
+        "--host",
+        metavar="URL",
+        envvar="DOCKER_HOST",
+        expose_value=False,
+        callback=_choose_host,
+        help="The machine: ssh://user@box, tcp://… [$DOCKER_HOST, the Docker context, this one].",
+    )
+    return engine(host(runs(command)))
 
 
-@click.group(context_settings=_PROGRAM, epilog=EXIT_CODES)
+def _choose_host(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    said_elsewhere = bool(os.environ.get("DOCKER_CONTEXT")) and _from_file(ctx, param)
+    if value and ctx.get_parameter_source("host") is not ParameterSource.ENVIRONMENT and not said_elsewhere:
+        from launcher.reach import choose_host
+
+        choose_host(value)
+
+
+def _from_file(ctx: click.Context, param: click.Parameter) -> bool:
+    return ctx.get_parameter_source(param.name or "") is ParameterSource.DEFAULT_MAP
+
+
+shared = _shared  # for the commands in launcher/commands
+
+
+class _Launcher(click.Group):
+    command_class = ConfiguredCommand
+
+
+@click.group(cls=_Launcher, context_settings=_PROGRAM, epilog=EXIT_CODES)
+@root_option
 @click.version_option(package_name="starling", prog_name="launcher")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
@@ -187,20 +217,25 @@ def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
 
 @cli.command("kill-all")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; with --yes.")
 @_shared
 @click.argument("names", nargs=-1)
-def kill_all(engine: str, runs: Path, yes: bool, names: tuple[str, ...]) -> None:
+def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
     """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    import json
+
     from launcher import fleet
     from launcher.errors import EngineError
     from launcher.report import device_words, words_for
 
+    if as_json and not yes:
+        raise UsageError("--json: nobody can be asked then; give --yes")
     chosen = open_engine(engine, runs)
     states = fleet.select(chosen.list(), names)
-    if not states:
+    if not states and not as_json:
         click.echo("none: nothing to remove")
         return
-    for state in states:
+    for state in () if as_json else states:
         click.echo(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
     if not yes and not _confirmed(f"kill and remove {_count(states)}?"):
         click.echo("nothing removed")
@@ -208,7 +243,10 @@ def kill_all(engine: str, runs: Path, yes: bool, names: tuple[str, ...]) -> None
     failures = fleet.discard(chosen, states)
     if failures:
         raise EngineError("could not remove " + "; ".join(failures))
-    click.echo(f"removed {_count(states)}; what they wrote stays in the runs folder")
+    if as_json:
+        click.echo(json.dumps({"removed": [state.name for state in states]}, indent=2))
+    else:
+        click.echo(f"removed {_count(states)}; what they wrote stays in the runs folder")
 
 
 def open_engine(name: str, runs: Path) -> Engine:
@@ -219,10 +257,19 @@ def open_engine(name: str, runs: Path) -> Engine:
     if name == "local":
         from launcher.engines.local import LocalEngine
 
+        _refuse_host()
         return LocalEngine(absolute(runs), owner)
     from launcher.engines.docker import DockerEngine
+    from launcher.reach import open_box
 
-    return DockerEngine(owner)
+    box = open_box()
+    return DockerEngine(owner if box is None else box.ids[0])
+
+
+def _refuse_host() -> None:
+    ctx = click.get_current_context(silent=True)
+    if ctx is not None and ctx.get_parameter_source("host") is ParameterSource.COMMANDLINE:
+        raise UsageError("--host: processes run on this machine only; leave it out with --engine local")
 
 
 def absolute(path: Path) -> Path:
@@ -245,6 +292,20 @@ def _confirmed(question: str) -> bool:
 
 def _count(states: Sequence[ReplicaState]) -> str:
     return f"{len(states)} replica{'s' * (len(states) != 1)}"
+
+
+def _add_commands() -> None:
+    from launcher.commands.clean import clean
+    from launcher.commands.completion import completion
+    from launcher.commands.doctor import doctor
+    from launcher.commands.init import init
+    from launcher.commands.kill import kill
+
+    for command in (clean, completion, doctor, init, kill):
+        cli.add_command(command)
+
+
+_add_commands()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

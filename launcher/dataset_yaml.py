@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from launcher.errors import DataError
+from launcher.host_files import LOCAL, HostFiles, expand
 
 MOST_BYTES = 1024**2
 """No description of a dataset comes near; a larger file is something else."""
@@ -55,35 +55,35 @@ class Dataset:
         return (self.root, *(place for place in self.splits if not place.is_relative_to(self.root)))
 
 
-def read_dataset(yaml_path: Path) -> Dataset:
+def read_dataset(yaml_path: Path, files: HostFiles = LOCAL) -> Dataset:
     """Return the places that a dataset's YAML names.
 
     The root is the YAML's `path`, relative to the YAML, or the YAML's own folder. Raises DataError for a file
     that cannot be read, a root or a split that is not there, or a folder that no replica may see.
     """
-    description = _read(yaml_path)
+    description = _read(yaml_path, files)
     named = description.get("path") or "."
     if not isinstance(named, str):
         raise DataError(f"{yaml_path}: path={named!r} is not a folder's name")
-    root = _join(yaml_path.parent, named)
-    if not root.is_dir():
+    root = expand(files, yaml_path.parent, named)
+    if not files.is_dir(root):
         raise DataError(f"{yaml_path}: its root {root} (path: {named}) is not a folder; correct `path`")
-    _allowed(root, yaml_path)
+    _allowed(root, yaml_path, files)
     splits: list[Path] = []
     for split in ("train", "val", "test"):
         for entry in _entries(description.get(split)):
-            place = _find_split(root, entry, yaml_path, split)
+            place = _find_split(root, entry, yaml_path, split, files)
             if place is not None:
-                splits.append(place if place.is_relative_to(root) else _allowed(place, yaml_path))
+                splits.append(place if place.is_relative_to(root) else _allowed(place, yaml_path, files))
     return Dataset(root, tuple(splits))
 
 
-def _find_split(root: Path, entry: str, yaml_path: Path, split: str) -> Path | None:
+def _find_split(root: Path, entry: str, yaml_path: Path, split: str, files: HostFiles) -> Path | None:
     """Return where a split's folder or list is; None for an absent test split, which training does without."""
-    place = _join(root, entry)
+    place = expand(files, root, entry)
     # Exported datasets often write `../train/images` for a folder beside the YAML.
-    for candidate in (place, _join(root, entry.removeprefix("../"))):
-        if candidate.exists():
+    for candidate in (place, expand(files, root, entry.removeprefix("../"))):
+        if files.is_dir(candidate) or files.is_file(candidate):
             return candidate
     if split == "test":
         return None
@@ -96,12 +96,11 @@ def _entries(value: Any) -> list[str]:
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, files: HostFiles) -> dict[str, Any]:
     import yaml
 
     try:
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
+        raw = files.read(path, MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
             raise DataError(f"{path}: over 1 MB, so no dataset description; give the dataset's YAML")
         description = yaml.safe_load(raw)
@@ -116,14 +115,10 @@ def _read(path: Path) -> dict[str, Any]:
     return description
 
 
-def _join(base: Path, name: str) -> Path:
-    return Path(os.path.abspath(base / Path(name).expanduser()))
-
-
-def _allowed(folder: Path, yaml_path: Path) -> Path:
+def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:
     """Return `folder` unless mounting it would show a replica more than a dataset (links are followed)."""
-    never = {*_NEVER_EXACTLY, str(Path.home())}
-    for place in {folder, Path(os.path.realpath(folder))}:
+    never = {*_NEVER_EXACTLY, str(files.home)}
+    for place in {folder, files.real(folder)}:
         if str(place) in never or any(PurePath(place).is_relative_to(item) for item in _NEVER_BELOW):
             raise DataError(
                 f"{yaml_path}: its root {place} would show replicas more than a dataset; "

@@ -40,6 +40,10 @@ class NameTaken(EngineError):
     """A replica's name is held by something else."""
 
 
+class ConnectionLost(EngineError):
+    """The connection to another machine is gone, and does not come back by waiting."""
+
+
 class ReplicaFailed(LauncherError):
     """A replica ended with an error while `up` was watching it; carries the trainer's own exit code."""
 

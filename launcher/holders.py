@@ -79,7 +79,7 @@ def _supervised(folder: Path) -> Claim | None:
     """Return the claim of a supervisor's replica; what it holds is known where its record can be read."""
     words = command_words(folder)
     places = [at for at, word in enumerate(words[:4]) if Path(word).parts[-3:] == _SUPERVISOR]
-    if not places or len(words) <= places[0] + 1:
+    if not places or len(words) <= places[0] + 1 or "python" not in Path(words[0]).name:
         return None
     exit_file = Path(words[places[0] + 1])
     name = printable(exit_file.name.removesuffix(".exit.json"))

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.claims import NOBODY, Occupancy, choose_gpus
+from launcher.ddp import check_device_argument, check_together
 from launcher.devices import Device, join_devices, split_cores
 from launcher.engines.base import Mount, ReplicaSpec
 from launcher.errors import UsageError
@@ -108,9 +109,11 @@ def make_plan(
     memory = _memory(request, machine, len(devices))
     _check_shm(request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
-    if request.ddp and _together(request, devices, notes):
+    if request.ddp:
+        check_together(request.args, devices)
+        notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    _check_device_argument(request.args.device, devices[0])
+    check_device_argument(request.args.device, devices[0])
     if not placement.isolated and request.memory_bytes:
         notes.append("the local engine does not enforce --memory; the Docker engine does")
     if not request.args.evolve and len(devices) > 1:
@@ -171,36 +174,6 @@ def _choose_devices(
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]
     shares = split_cores(machine.cores, 1 if request.cpus is None else request.cpus)
     return tuple(Device("cpu", str(number)) for number in range(len(shares))), shares, notes
-
-
-def _together(request: Request, devices: Sequence[Device], notes: list[str]) -> bool:
-    """Return whether the devices make one training; raises UsageError for those that cannot."""
-    if request.args.evolve:
-        raise UsageError(
-            "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
-            "leave out --ddp, or --evolve"
-        )
-    sliced = [item for device in devices for item in device.handles if ":" in item or item.startswith("MIG-")]
-    if sliced and len(devices) > 1:
-        raise UsageError(
-            f"--ddp: {', '.join(device.id for device in devices)}: CUDA gives a program one MIG slice and no more; "
-            "name whole GPUs, or leave out --ddp"
-        )
-    if len(devices) == 1:
-        notes.append("--ddp: there is one device, so this is a training on one device")
-    return len(devices) > 1
-
-
-def _check_device_argument(asked: str | None, device: Device) -> None:
-    """Refuse a training `--device` that the replica does not have: inside, GPUs count from 0."""
-    several = len(device.members) > 1
-    allowed = (device.inside,) if several or device.kind == "cpu" else ("", "0", "cuda:0")
-    if asked is not None and asked not in allowed:
-        raise UsageError(
-            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
-            "--device out and choose devices with `launcher up --gpus` or `--cpu`"
-            + ("" if several or "," not in asked else ", and --ddp for one training on several")
-        )
 
 
 def _memory(request: Request, machine: Machine, replicas: int) -> int:

@@ -38,13 +38,20 @@ class Problems:
         self.found: list[LauncherError] = []
 
     def check(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what `act` returns; None, with its refusal kept, when it raises a LauncherError."""
+        """Return what `act` returns; None, with its refusal kept, when it raises a LauncherError.
+
+        A path that the caller may not even look at is a refusal too.
+        """
         try:
             return act(*args, **kwargs)
         except SeveralProblems as several:
             self._keep(several.problems)
         except LauncherError as error:
             self._keep([error])
+        except PermissionError as error:
+            self._keep(
+                [UsageError(f"{error.filename}: you may not look at it; ask its owner, or name another path")]
+            )
         return None
 
     def _keep(self, problems: Sequence[LauncherError]) -> None:

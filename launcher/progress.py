@@ -8,7 +8,10 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.engines.base import Engine, ReplicaState
 
 FOLDER = ".workers"
 MOST_BYTES = 65536
@@ -37,7 +40,24 @@ def read_progress(runs: Path, replica: str, since: float | None = None) -> Progr
 
     Links and pipes are not followed or waited for: replicas can put them there.
     """
-    values = read_json(runs / FOLDER / f"{replica}.json")
+    return _progress(read_json(runs / FOLDER / f"{replica}.json"), since)
+
+
+def progress_of(engine: Engine, state: ReplicaState) -> Progress:
+    """Return a replica's progress from the runs folder here, or, of another machine, by way of its engine."""
+    return _progress(worker_values(engine, state, f"{state.name}.json"), state.started_at)
+
+
+def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
+    """Return what a file of the replica's below `<runs>/.workers` holds; nothing for one that is absent or foreign."""
+    if not engine.remote:
+        return read_json(state.runs / FOLDER / file)
+    mounts: list[dict[str, str]] = state.plan.get("mounts") or []
+    inside = [mount["target"] for mount in mounts if mount["source"] == str(state.runs)]
+    return _parse(engine.read_file(state.id, f"{inside[0]}/{FOLDER}/{file}", MOST_BYTES)) if inside else {}
+
+
+def _progress(values: dict[str, Any], since: float | None) -> Progress:
     updated = _number(values.get("updated"))
     if since is not None and updated is not None and updated < since:
         return Progress()
@@ -63,8 +83,15 @@ def read_json(path: Path) -> dict[str, Any]:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return {}
-            values = json.loads(file.read(MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
+            return _parse(file.read(MOST_BYTES))
+    except OSError:
+        return {}
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

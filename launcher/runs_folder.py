@@ -16,6 +16,9 @@ NOBODYS_ID = 10001
 
 LOCK_WAIT_S = 120.0
 
+RUNS_NEVER = ("/", "/etc", "/usr", "/var", "/home", "/root", "/tmp")
+"""Folders that replicas may not be given to write."""
+
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
     """Return the `uid:gid` that replicas run as: what was asked, else the caller's own.
@@ -39,7 +42,7 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 def check_runs(runs: Path) -> None:
     """Raise UsageError for a runs folder that cannot be one."""
-    if str(runs) in ("/", "/etc", "/usr", "/var", "/home", "/root", "/tmp") or runs == Path.home():
+    if str(runs) in RUNS_NEVER or runs == Path.home():
         raise UsageError(
             f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher.host_files import LOCAL, HostFiles, expand
+
 MOST_BYTES = 1024**2
 """No space comes near; a larger file is something else."""
 
 
-def space_layouts(yaml_path: Path) -> tuple[Path, ...]:
+def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]:
     """Return the files below `cfg` that are there, relative ones beside the YAML, as the trainer reads them.
 
     What is wrong with the space is the trainer's to say: a file that cannot be read names nothing.
@@ -16,14 +18,13 @@ def space_layouts(yaml_path: Path) -> tuple[Path, ...]:
     import yaml
 
     try:
-        with yaml_path.open("rb") as file:
-            space = yaml.safe_load(file.read(MOST_BYTES))
+        space = yaml.safe_load(files.read(yaml_path, MOST_BYTES))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
         return ()
     names = space.get("cfg") if isinstance(space, dict) else None
     found = (
-        (yaml_path.parent / Path(name).expanduser()).resolve()
+        files.real(expand(files, yaml_path.parent, name))
         for name in (names if isinstance(names, list) else ())
         if isinstance(name, str) and name.endswith((".yaml", ".yml"))
     )
-    return tuple(path for path in found if path.is_file())
+    return tuple(path for path in found if files.is_file(path))

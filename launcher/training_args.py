@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.problems import Problems
 from launcher.space_yaml import space_layouts
 
@@ -24,12 +25,16 @@ _SHORTEST = {
     "--project": "--pro",
     "--name": "--na",
     "--device": "--dev",
+    "--batch-size": "--ba",
     "--evolve": "--ev",
     "--space": "--sp",
     "--resume": "--re",
     "--study": "--stu",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
+
+DEFAULT_BATCH = 16
+"""The trainer's own, when `--batch-size` is not given."""
 
 _TAKES_NO_VALUE = {"--evolve": True, "--resume": True}
 """Options whose value may be left out."""
@@ -63,6 +68,8 @@ class TrainingArgs:
     """What the training opens: its files, and the folders of its pictures."""
     study: str | None = None
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
+    batch: int | None = None
+    """Pictures in one iteration over all devices; None where it is a checkpoint's, or not a number."""
 
     @property
     def fleet(self) -> str:
@@ -71,11 +78,18 @@ class TrainingArgs:
 
 
 def prepare_args(
-    words: Sequence[str], *, cwd: Path, runs: Path, runs_inside: str, isolated: bool
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    runs: Path,
+    runs_inside: str,
+    isolated: bool,
+    files: HostFiles = LOCAL,
 ) -> TrainingArgs:
     """Expand and check the paths that a training command names, and list the mounts they need.
 
-    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted.
+    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted; `files`
+    are those of the machine that they run on.
     Raises DataError, CheckpointError or UsageError for something that is not there.
     """
     if not words:
@@ -86,8 +100,8 @@ def prepare_args(
     values = _Words(words)
     study = values.get("--study")
     _refuse_password(study or "")
-    mounts, reads = _take_paths(values, cwd, isolated)
-    _place_resume(values, cwd, runs, runs_inside)
+    mounts, reads = _take_paths(values, cwd, isolated, files)
+    _place_resume(values, cwd, runs, runs_inside, files)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
     name = values.get("--name") or "exp"
@@ -102,17 +116,20 @@ def prepare_args(
         device=values.get("--device"),
         reads=tuple(dict.fromkeys(reads)),
         study=study,
+        batch=_batch(values),
     )
 
 
-def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount], list[Path]]:
+def _take_paths(
+    values: _Words, cwd: Path, isolated: bool, files: HostFiles
+) -> tuple[list[Mount], list[Path]]:
     """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
     mounts: list[Mount] = []
     reads: list[Path] = []
     problems = Problems()
     for option in _MISSING:
-        path = problems.check(_take_path, option, values, cwd, isolated)
-        named = path and problems.check(_named_by, option, path)
+        path = problems.check(_take_path, option, values, cwd, isolated, files)
+        named = path and problems.check(_named_by, option, path, files)
         if path and named:
             shown, opened = named
             mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
@@ -121,13 +138,13 @@ def _take_paths(values: _Words, cwd: Path, isolated: bool) -> tuple[list[Mount],
     return mounts, reads
 
 
-def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path | None:
+def _take_path(option: str, values: _Words, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
     """Return the host's file that an option names, and make the word absolute; None for anything else."""
     given = values.get(option)
     if not given:
         return None
     try:
-        path = _existing(option, given, cwd, isolated)
+        path = _existing(option, given, cwd, isolated, files)
     except PermissionError as error:
         raise _MISSING[option](
             f"{option} {given}: you may not look at {error.filename}; ask its owner, or give another path"
@@ -137,13 +154,21 @@ def _take_path(option: str, values: _Words, cwd: Path, isolated: bool) -> Path |
     return path
 
 
-def _named_by(option: str, path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def _named_by(option: str, path: Path, files: HostFiles) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Return what else a file names that replicas must see, and what of that the training opens."""
     if option == "--data":
-        dataset = read_dataset(path)
+        dataset = read_dataset(path, files)
         return dataset.folders, dataset.splits
-    layouts = space_layouts(path) if option == "--space" else ()
+    layouts = space_layouts(path, files) if option == "--space" else ()
     return layouts, layouts
+
+
+def _batch(values: _Words) -> int | None:
+    """Return the batch as far as the host can tell; the trainer is the judge of what is no number."""
+    given = values.get("--batch-size")
+    if given is None:
+        return None if values.has("--resume") else DEFAULT_BATCH
+    return int(given) if re.fullmatch(r"-?[0-9]{1,9}", given) else None
 
 
 def _refuse_password(study: str) -> None:
@@ -219,17 +244,17 @@ class _Words:
         return found
 
 
-def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None:
+def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
     """Return the absolute path of a file of the host, or None for one that the trainer brings or fetches."""
     if "://" in given:
         return None
-    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
-    if path.is_file():
+    path = expand(files, cwd, given)
+    if files.is_file(path):
         return path
-    if option == "--weights" and path.with_name(f"{path.name}.pt").is_file():
+    if option == "--weights" and files.is_file(path.with_name(f"{path.name}.pt")):
         return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
     if option == "--weights" and _PUBLISHED.fullmatch(given):
-        return _kept_weights(given)
+        return _kept_weights(given, files)
     known = _shipped(option)
     name = PurePosixPath(given).name
     if {name, f"{name}.yaml"} & set(known) and not (path.is_absolute() and given.startswith(("~", "/home"))):
@@ -242,17 +267,19 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool) -> Path | None
         "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
         "--hooks": "give the path of a Python file",
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
-    raise _MISSING[option](f"{option} {given}: no such file{hint}; {remedy}")
+    where = "" if files is LOCAL else f" on the remote machine ({path})"
+    raise _MISSING[option](f"{option} {given}: no such file{where}{hint}; {remedy}")
 
 
-def _kept_weights(given: str) -> Path:
+def _kept_weights(given: str, files: HostFiles) -> Path:
     """Return published weights as the trainer keeps them on this host; replicas have no folder to keep them in."""
     name = given if given.endswith(".pt") else f"{given}.pt"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = (
-        Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights").expanduser().absolute()
-    )
-    if (folder / name).is_file():
+    folder = files.home / ".cache" / "starling" / "weights"
+    if files is LOCAL:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or files.home / ".cache")
+        folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
+        folder = folder.expanduser().absolute()
+    if files.is_file(folder / name):
         return folder / name
     raise CheckpointError(
         f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
@@ -268,13 +295,13 @@ def _shipped(option: str) -> list[str]:
     return [path.name for path in (folder / "config" / _SHIPPED_FOLDER[option]).glob("*.yaml")]
 
 
-def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str) -> None:
+def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files: HostFiles) -> None:
     """Point `--resume PATH` at the writable runs folder, where the run goes on."""
     given = values.get("--resume")
     if not given or given == "latest":
         return
-    path = Path(os.path.abspath(cwd / Path(given).expanduser()))
-    if not path.is_file():
+    path = expand(files, cwd, given)
+    if not files.is_file(path):
         raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
     if not path.is_relative_to(runs):
         raise UsageError(
@@ -311,3 +338,15 @@ def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
         if not any(PurePosixPath(mount.source).is_relative_to(other.source) for other in kept):
             kept.append(mount)
     return tuple(kept)
+
+
+def place_beside(words: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Make relative paths among training arguments start at `folder`; names of what the trainer brings stay."""
+    values = _Words(words)
+    for option in (*_MISSING, "--resume"):
+        given = values.get(option)
+        if given and "://" not in given and not given.startswith(("~", "/")):
+            path = folder / given
+            if "/" in given or path.exists():
+                values.set(option, str(path))
+    return values.words

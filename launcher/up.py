@@ -23,8 +23,6 @@ from launcher.engines.base import Engine, Image
 from launcher.env_file import read_env_file
 from launcher.errors import UsageError
 from launcher.holders import find_occupancy
-from launcher.host_lock import host_lock
-from launcher.inventory import read_gpus
 from launcher.ownership import caller_ids
 from launcher.plan import (
     DEFAULT_IMAGE,
@@ -38,7 +36,7 @@ from launcher.plan import (
 )
 from launcher.preflight import check_all, preflight_notes
 from launcher.problems import Problems
-from launcher.runs_folder import check_runs, replica_user, runs_folder
+from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
 
@@ -49,27 +47,27 @@ def run_up(options: dict[str, Any]) -> None:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
     if options["build"] and options["engine"] == "local":
         raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
-    runs = absolute(options["runs"])
-    placement = place(options["engine"], runs)
+    site = find_site(options["engine"], options["runs"])
+    placement = place(options["engine"], site.runs)
     problems = Problems()
-    request = problems.check(read_request, options, runs, placement)
-    engine = problems.check(open_engine, options["engine"], runs)
+    request = problems.check(read_request, options, site, placement)
+    engine = problems.check(open_engine, options["engine"], site.runs)
     if request is None or engine is None:
         if engine is not None and not options["build"]:
             problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
         problems.raise_any()
         raise AssertionError("what is missing was refused")
     if options["dry_run"]:
-        plan, _ = draw_up(request, placement, engine, strict=False)
+        plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
         _show(plan, options)
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     if options["build"]:
         build_image(request.image, Path.cwd())
-    _, image = draw_up(request, placement, engine)  # refuses before the runs folder is touched
-    with runs_folder(runs, request.user, say), host_lock(say) as lock:
+    _, image = draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
+    with site.held(request.user, say) as lock:
         # Again, now that nobody else can be starting anything.
-        plan, _ = draw_up(request, placement, engine, checked=image)
+        plan, _ = draw_up(request, placement, engine, site, checked=image)
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
@@ -80,7 +78,7 @@ def run_up(options: dict[str, Any]) -> None:
             say=say,
             started=lock.release,
         )
-    _tell(plan, outcome, engine)
+    _tell(plan, outcome, engine, site)
 
 
 def place(engine: str, runs: Path) -> Placement:
@@ -99,21 +97,22 @@ def place(engine: str, runs: Path) -> Placement:
     return Placement(engine=engine, trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 
 
-def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> Request:
+def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
-    problems.check(check_runs, runs)
+    problems.check(site.check_runs)
     args = problems.check(
         prepare_args,
         options["training_args"],
-        cwd=Path.cwd(),
-        runs=runs,
+        cwd=site.files.start,
+        runs=site.runs,
         runs_inside=placement.runs_inside,
         isolated=placement.isolated,
+        files=site.files,
     )
     memory = problems.check(parse_size, options["memory"]) if options["memory"] else None
     shm = problems.check(parse_size, options["shm"], "--shm") if options["shm"] else None
-    user = problems.check(replica_user, runs, caller_ids(), options["user"]) if placement.isolated else ""
+    user = problems.check(site.replica_user, options["user"]) if placement.isolated else ""
     from_files: dict[str, str] = {}
     for path in options["env_files"]:
         from_files.update(problems.check(read_env_file, path, os.environ) or {})
@@ -122,7 +121,7 @@ def read_request(options: dict[str, Any], runs: Path, placement: Placement) -> R
     assert args is not None
     return Request(
         args=args,
-        runs=runs,
+        runs=site.runs,
         gpus=options["gpus"],
         cpus=options["cpus"],
         ddp=options["ddp"],
@@ -141,16 +140,18 @@ def draw_up(
     request: Request,
     placement: Placement,
     engine: Engine,
+    site: Site,
     *,
     strict: bool = True,
+    to_build: bool = False,
     checked: Image | None = None,
 ) -> tuple[Plan, Image]:
     """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
 
-    Not `strict`, for --dry-run: an image that has yet to be built is no reason to show nothing. With the `checked` image
+    Not `strict`, for --dry-run: what is wrong is a note then, and an image `to_build` may be missing. With the `checked` image
     of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
-    gpus = None if engine.remote else read_gpus()
+    gpus = site.gpus(engine)
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
     listed = engine.list()
@@ -160,7 +161,7 @@ def draw_up(
         occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     machine = engine.machine()
     problems = Problems()
-    image = checked or problems.check(engine.resolve_image, request.image)
+    image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
     plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
     if checked is None:
         problems.check(engine.check_network, request.network)
@@ -171,6 +172,7 @@ def draw_up(
     assert plan is not None
     others = [state for state in listed if state.fleet != request.args.fleet]
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
+    notes += [f"{request.image} would be built first"] * to_build
     notes += [f"would fail now: {problem}" for problem in problems.found]
     return replace(plan, notes=tuple(notes)), image or Image(name=request.image)
 
@@ -185,7 +187,7 @@ def _show(plan: Plan, options: Mapping[str, Any]) -> None:
         click.echo(f"note: {note}")
 
 
-def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
+def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
     """Say what happened, and how to watch it."""
     if outcome.running:
         say(f"already running: {', '.join(outcome.running)}")
@@ -193,9 +195,10 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
     where = "" if engine.name == "docker" else f" --engine local --runs {plan.replicas[0].runs}"
+    where += f" --host {site.address}" if site.address else ""
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "docker":
+    if engine.name == "docker" and not site.address:
         say(f"  output     docker attach --sig-proxy=false {first}")
     else:
         say(f"  output     launcher attach{where} {first}")

@@ -13,13 +13,13 @@ import click
 from launcher import fleet, report
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import LauncherError, UsageError
-from launcher.progress import read_progress
+from launcher.progress import progress_of
 
 
 def read_rows(engine: Engine, names: Sequence[str]) -> list[report.Row]:
     """Return what is known of the replicas that `names` mean."""
     states = fleet.select(engine.list(), names)
-    return [report.Row(state, read_progress(state.runs, state.name, state.started_at)) for state in states]
+    return [report.Row(state, progress_of(engine, state)) for state in states]
 
 
 def show_status(engine: Engine, names: Sequence[str], *, as_json: bool = False) -> int:

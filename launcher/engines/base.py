@@ -197,6 +197,9 @@ class Engine(Protocol):
     def remove(self, replica_id: str) -> None:
         """Kill it if it runs, and leave nothing of it behind."""
 
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a plain file of at most `most_bytes`, as a replica sees it; empty for anything else, also a link."""
+
 
 def mask(text: str) -> str:
     """Return `text` with the password of any URL in it hidden."""

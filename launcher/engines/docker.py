@@ -19,6 +19,7 @@ import urllib3.exceptions
 from launcher.claims import Claim
 from launcher.devices import format_cores
 from launcher.engines import docker_checks as checks
+from launcher.engines.archives import read_archived_file
 from launcher.engines.base import Image, Phase, ReplicaSpec, ReplicaState
 from launcher.engines.gpu_containers import HOLDING, container_claim
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
@@ -35,6 +36,7 @@ from launcher.ownership import (
     labels,
     plan_of,
 )
+from launcher.reach import box
 
 ANSWER_TIMEOUT_S = 3.0
 """A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
@@ -78,7 +80,9 @@ class DockerEngine:
     def remote(self) -> bool:
         """Whether DOCKER_HOST or the context leads to another machine."""
         scheme = urlsplit(self._client.api.base_url).scheme
-        return not scheme.startswith(("http+docker", "http+unix", "unix", "npipe", "http+npipe"))
+        return box() is not None or not scheme.startswith(
+            ("http+docker", "http+unix", "unix", "npipe", "http+npipe")
+        )
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
@@ -229,6 +233,16 @@ class DockerEngine:
                 if "already in progress" not in str(error):
                     raise
 
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the engine says of itself: its `info` and its `version`."""
+        with _translated("Docker"):
+            return self._client.info(), self._client.version()
+
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
+        with _translated("Docker"):
+            return read_archived_file(self._client.api, replica_id, path, most_bytes)
+
     @property
     def _client(self) -> Any:
         """This thread's client for questions, which are answered soon or not at all."""
@@ -346,6 +360,9 @@ def _translated(what: str) -> Iterator[None]:
     except docker.errors.APIError as error:
         raise EngineError(f"{what}: Docker refuses: {error.explanation or error}") from error
     except (docker.errors.DockerException, *_TRANSPORT) as error:
+        there = box()
+        if there is not None and there.ended:
+            raise there.lost() from error
         reason = _reason(error)
         raise EngineError(
             checks.permission_words()

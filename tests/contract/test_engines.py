@@ -271,3 +271,20 @@ def test_a_replica_survives_the_death_of_its_launcher(world: World) -> None:
     os.waitpid(pid, 0)
     [state] = world.engine.list()
     assert state.phase == "running"
+
+
+def test_a_file_is_read_as_a_replica_sees_it_and_only_a_plain_one(world: World) -> None:
+    """Also after its end; a link, a folder, a pipe and a file over the limit read as nothing."""
+    names = ("plain", "link", "folder", "pipe", "huge", "none")
+    code = (
+        "import os; os.chdir({place!r}); open('plain', 'w').write('hello'); os.symlink('plain', 'link');"
+        "os.mkdir('folder'); os.mkfifo('pipe'); open('huge', 'w').write('x' * 5000)"
+    )
+    place = str(world.runs) if world.engine.name == "local" else "/runs"
+    replica_id = world.engine.create(world.spec(code.format(place=place)))
+    world.engine.start(replica_id)
+    ended(world.engine, replica_id)
+    texts = {name: world.engine.read_file(replica_id, f"{place}/{name}", 1000) for name in names}
+    assert texts == {**dict.fromkeys(names, b""), "plain": b"hello"}
+    world.engine.remove(replica_id)
+    assert world.engine.read_file(replica_id, f"{place}/plain", 1000) == b""

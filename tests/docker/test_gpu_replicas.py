@@ -185,7 +185,7 @@ class Machine:
     def up(self, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return launcher(
             self.address, self.folder, "up", *words, "--memory", "64m", "--image", IMAGE, "--network", "none", "--settle", "0",
-            "--runs", name, "--", "--project", "p", "--name", name, **self.variables, **environment,
+            "--runs", name, "--", "--project", "p", "--name", name, "--batch", "12", **self.variables, **environment,
         )  # fmt: skip
 
     @property
@@ -287,3 +287,40 @@ def test_of_two_ups_at_once_on_one_gpu_one_wins_and_the_other_names_it(machine: 
     assert docker(machine.address, "ps", "-a", "--format", "{{.Names}}").stdout.split() == [
         f"p-{winner}-gpu2"
     ]
+
+
+SMI = """#!/bin/sh
+# A double of NVIDIA's: lists what the container was told it has, as a real one would.
+echo "$NVIDIA_VISIBLE_DEVICES" | tr , '\\n' | while read -r id; do echo "GPU 0: Double (UUID: GPU-double-$id)"; done
+"""
+
+
+def test_doctor_asks_for_exactly_one_gpu_and_tells_what_the_container_sees(
+    socket: str, tmp_path: Path
+) -> None:
+    """The image's own `nvidia-smi` is a double, beside the hook: this shows what is asked for, not that a GPU works."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY nvidia-smi /usr/bin/\n")
+    build = ("docker", "-H", socket, "build", "-q", "-t", "starling-smi:test", str(tmp_path))
+    subprocess.run(build, env={**os.environ, "DOCKER_BUILDKIT": "0"}, check=True, capture_output=True)
+    (tmp_path / "runs").mkdir()
+    os.chown(tmp_path / "runs", 10001, 10001)  # as `up` leaves it
+
+    done = launcher(socket, tmp_path, "doctor", "--json", "--image", "starling-smi:test", "--gpu", "3")
+    checks = {check["check"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0, done.stdout
+    assert checks["GPU inside"]["text"].endswith("exactly one: GPU 0: Double (UUID: GPU-double-3)")
+    assert (
+        checks["trainer"]["status"]
+        == checks["container"]["status"]
+        == checks["runs inside"]["status"]
+        == "ok"
+    )
+    assert checks["GPUs"]["text"] == "no GPU here; CPU replicas work"
+    assert docker(socket, "ps", "-aq").stdout == "", "the container is removed"
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    without = launcher(socket, tmp_path, "doctor", "--image", IMAGE, "--gpu", "3")
+    assert without.returncode == 5
+    assert "asked for GPU 3, the container sees none" in without.stdout

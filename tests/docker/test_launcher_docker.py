@@ -272,3 +272,54 @@ def test_a_log_flood_reaches_the_reader_in_whole_lines(world: World) -> None:
     ended(world.engine, replica_id)
     wait_until(lambda: sum(1 for _ in world.engine.logs(replica_id)) == 3000)
     assert all(line.endswith("x" * 100) for line in world.engine.logs(replica_id))
+
+
+def test_kill_leaves_a_container_listed_and_clean_removes_it(cli: Cli) -> None:
+    assert cli.up("--cpu", "1").returncode == 0
+    assert "stays" in cli("clean", "--dry-run", cli.fleet).stdout
+    killed = cli("kill", cli.fleet)
+    assert (killed.returncode, killed.stdout) == (0, f"{cli.replica}: killed (137)\n")
+    assert len(cli.containers()) == 1
+    cleaned = cli("clean", "--yes", "--json", cli.replica)
+    assert json.loads(cleaned.stdout) == {
+        "removed": True,
+        "replicas": [cli.replica],
+        "runs": [],
+        "running": [],
+    }
+    assert cli.containers() == []
+    assert (cli.folder / "runs").exists()
+
+
+def _give_to_replicas(runs: Path) -> None:
+    """Make the folder as `up` leaves it when root calls."""
+    runs.mkdir()
+    if os.getuid() == 0:
+        os.chown(runs, 10001, 10001)
+
+
+def test_doctor_finds_this_engine_well_and_leaves_nothing(cli: Cli) -> None:
+    _give_to_replicas(cli.folder / "runs")
+    done = cli("doctor", "--json", "--image", cli.image)
+    checks = {check["check"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0, done.stdout
+    assert checks["engine"]["text"].startswith("Docker ")
+    assert checks["container"]["text"] == "starts with its limits of memory and /dev/shm"
+    assert "can write there" in checks["runs inside"]["text"]
+    assert docker("ps", "-aq", "--filter", "name=starling-doctor-") == ""
+    assert list((cli.folder / "runs").iterdir()) == []
+
+
+def test_doctor_names_an_image_without_our_trainer_and_a_gpu_that_no_runtime_gives(cli: Cli) -> None:
+    (cli.folder / "runs").mkdir()
+    foreign = cli("doctor", "--image", base_image())
+    assert foreign.returncode == 5
+    assert f"{base_image()} holds no /usr/src/app/train.py" in foreign.stdout
+    gone = cli("doctor", "--image", "starling-no-such-image:latest")
+    assert gone.returncode == 5
+    assert "docker build -t starling-no-such-image" in gone.stdout
+    gpu = cli("doctor", "--image", cli.image, "--gpu", "0")
+    if gpu.returncode == 0:
+        pytest.skip("this machine's engine has a GPU runtime")
+    assert "nvidia-ctk" in gpu.stdout
+    assert docker("ps", "-aq", "--filter", "name=starling-doctor-") == ""

@@ -138,6 +138,19 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_left(cli: Cli) -> None
     assert nothing_is_left(cli)
 
 
+def test_a_dry_run_shows_the_plan_with_what_would_be_wrong_and_what_would_be_built(cli: Cli) -> None:
+    there, cli.image = cli.image, "starling-no-such-image"
+    wrong = cli.up("--cpu", "1", "--network", "gone", "--dry-run")
+    build = cli.up("--cpu", "1", "--build", "--dry-run")
+    cli.image = there
+    assert (wrong.returncode, build.returncode) == (0, 0)
+    assert "note: would fail now: no image starling-no-such-image here" in wrong.stdout
+    assert "note: would fail now: --network gone: no such network" in wrong.stdout
+    assert "note: starling-no-such-image would be built first" in build.stdout
+    assert "would fail now" not in build.stdout
+    assert nothing_is_left(cli)
+
+
 def test_the_lack_of_a_gpu_runtime_is_found_before_anything_is_made(cli: Cli) -> None:
     if _has_gpu_runtime():
         pytest.skip("this machine's engine has a GPU runtime")

@@ -145,6 +145,10 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *flags_of(search_parser()),
     }
     known |= {"--env-manager", "--model-uri", "--logdir"}  # of mlflow and tensorboard
+    known |= {
+        "--no-X",
+        *(f"--no-{flag[2:]}" for flag in launcher_flags()),
+    }  # take back what starling.yaml says
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
     known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--standalone"}

@@ -88,7 +88,9 @@ def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalE
     assert done.returncode == 2
     assert "--yes" in done.stderr
     assert [state.phase for state in running.list()] == ["running"]
-    assert launcher("kill-all", "--engine", "local", "--yes", cwd=tmp_path).returncode == 0
+    assert launcher("kill-all", "--engine", "local", "--json", cwd=tmp_path).returncode == 2
+    killed = launcher("kill-all", "--engine", "local", "--yes", "--json", cwd=tmp_path)
+    assert (killed.returncode, json.loads(killed.stdout)) == (0, {"removed": ["a-b-cpu0"]})
     assert running.list() == []
 
 

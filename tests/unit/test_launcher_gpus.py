@@ -228,6 +228,21 @@ def test_free_takes_what_nobody_holds_in_order() -> None:
     assert ids("free", MIXED, held(("2:0",), ("0",))) == ["1", "2:2"]
 
 
+@given(
+    st.lists(st.sampled_from(["0", "1", "2:0", "GPU-0000-2", "MIG-0000-2", "7"]), max_size=4),
+    st.none() | st.integers(1, 4),
+)
+def test_free_never_takes_what_is_held_and_misses_nothing(held_ids: list[str], count: int | None) -> None:
+    claims = [Claim("x", (item,)) for item in held_ids]
+    free = [device for device in choose_gpus("all", MIXED)[0] if not holders(device, MIXED, claims)]
+    text = "free" if count is None else f"free:{count}"
+    if len(free) < (count or 1):
+        with pytest.raises(UsageError, match="free"):
+            choose_gpus(text, MIXED, Occupancy(tuple(claims)))
+    else:
+        assert list(choose_gpus(text, MIXED, Occupancy(tuple(claims)))[0]) == free[:count]
+
+
 def test_fewer_free_than_asked_names_the_holders() -> None:
     with pytest.raises(UsageError) as caught:
         choose_gpus("free:3", GPUS[:3], held(("1",), ("2",)))

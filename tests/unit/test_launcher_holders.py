@@ -150,11 +150,17 @@ def test_a_strangers_words_steer_no_terminal_and_no_shell(tmp_path: Path) -> Non
 
 
 def write_process(
-    proc: Path, pid: int, *, cgroup: str = "0::/user.slice\n", parent: int = 1, command: Sequence[str] = ("python", "x.py")
-) -> None:  # fmt: skip
+    proc: Path,
+    pid: int,
+    *,
+    cgroup: str = "0::/user.slice\n",
+    parent: int = 1,
+    command: Sequence[str] = ("python", "x.py"),
+    uid: int = ME,
+) -> None:
     folder = proc / str(pid)
     folder.mkdir(parents=True)
-    (folder / "status").write_text(f"Name:\tpython\nPid:\t{pid}\nUid:\t{ME}\t{ME}\t{ME}\t{ME}\nGid:\t0\n")
+    (folder / "status").write_text(f"Name:\tpython\nPid:\t{pid}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t0\n")
     (folder / "cgroup").write_text(cgroup)
     (folder / "stat").write_text(f"{pid} (a (odd) name) S {parent} {pid} {pid} 0 -1")
     (folder / "cmdline").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in command))
@@ -327,6 +333,27 @@ def test_a_local_replica_of_another_runs_folder_is_found_by_its_supervisor(local
         assert claim.holder.startswith("local replica x-y-gpu2 (process ")
         assert claim.ids == ()
     record.write_text(json.dumps(kept))
+
+
+def test_another_users_local_replica_is_theirs_and_nothing_to_end_for_the_caller(tmp_path: Path) -> None:
+    supervisor = "/home/alice/starling/launcher/engines/supervisor.py"
+    exit_file = tmp_path / "runs" / ".launcher" / "x-y-gpu2.exit.json"
+    exit_file.parent.mkdir(parents=True)
+    record = {"id": "r", "labels": labels(spec(tmp_path / "runs"), 987654)}
+    (exit_file.parent / "x-y-gpu2.json").write_text(json.dumps(record))
+    proc = tmp_path / "proc"
+    write_process(
+        proc, 40, command=["python", "-I", supervisor, str(exit_file), "log", "", "--", "train"], uid=987654
+    )
+    write_process(
+        proc, 41, command=["vi", supervisor, str(exit_file)]
+    )  # which is no supervisor of a replica here
+    assert local_replicas(proc)[40] == Claim("x-y-gpu2 of fleet x/y of uid 987654", ("GPU-2",), "r")
+    (exit_file.parent / "x-y-gpu2.json").unlink()
+    unknown = "local replica x-y-gpu2 of uid 987654 (process 40)"
+    assert local_replicas(proc)[40] == Claim(unknown, (), "pid 40")
+    write_process(proc, 50, parent=40, uid=987654)
+    assert occupants(OneEngine(), proc, busy(50))[-1] == (unknown, ("GPU-1",))
 
 
 def test_a_process_on_a_gpu_is_the_local_replicas_that_started_it(local: Any) -> None:

@@ -293,6 +293,36 @@ def test_a_search_is_not_one_training(tmp_path: Path) -> None:
         plan_for(tmp_path, gpus="0-3", ddp=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (
+            [],
+            "--batch-size 16: cannot be split evenly over 3 devices; the nearest that can is --batch-size 15",
+        ),
+        (["--batch", "64"], "the nearest that can is --batch-size 63"),
+        (["--batch-size=1"], "the nearest that can is --batch-size 3"),
+        (["--batch-size", "-1"], "give the batch of all 3 devices together"),
+    ],
+)
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_starts(
+    tmp_path: Path, words: list[str], remedy: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_for(tmp_path, [*TRAINING, *words], gpus="0-2", ddp=True)
+    assert remedy in str(caught.value)
+    plan_for(tmp_path, [*TRAINING, *words], gpus="0-2")
+
+
+def test_the_batch_is_the_trainers_default_and_a_checkpoints_own(tmp_path: Path) -> None:
+    from app.config.train_config import TrainConfig
+
+    assert prepare(TRAINING, tmp_path).batch == TrainConfig(data="d.yaml").batch_size
+    assert prepare([*TRAINING, "--resume"], tmp_path).batch is None
+    assert prepare([*TRAINING, "--batch", "many"], tmp_path).batch is None, "the trainer says what is wrong"
+    assert prepare([*TRAINING, "--resume", "--batch", "8"], tmp_path).batch == 8
+
+
 def test_slices_are_not_joined(tmp_path: Path) -> None:
     for text in ("2:0,2:1", "MIG-8f6a2b3c,MIG-8f6a2b3d"):
         request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus=text, ddp=True)

@@ -83,6 +83,13 @@ def test_all_problems_are_told_and_the_users_file_gives_the_exit_code() -> None:
     assert around.found == problems.found, "a list in a list would be numbered twice"
 
 
+def test_a_path_that_the_caller_may_not_look_at_is_a_problem_like_any_other() -> None:
+    problems = Problems()
+    problems.check(refuse, PermissionError(13, "Permission denied", "/shut/x"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^/shut/x: you may not look at it; ask its owner"):
+        problems.raise_any()
+
+
 def test_whatever_becomes_of_one_thread_the_others_do_their_part() -> None:
     together = threading.Barrier(3, timeout=10)  # nobody passes unless all three run at once
 

@@ -92,7 +92,7 @@ class Home:
 
 
 def up_words(name: str, *words: str) -> tuple[str, ...]:
-    return ("up", *words, "--settle", "0", "--", "--project", "p", "--name", name)
+    return ("up", *words, "--settle", "0", "--", "--project", "p", "--name", name, "--batch", "12")
 
 
 @pytest.fixture

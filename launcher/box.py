@@ -1,0 +1,258 @@
+"""One connection to a machine by the system's ssh client: a shell for questions, and the engine's socket.
+
+So `~/.ssh/config`, keys, agents and jump hosts work as they do by hand. The shell is the control master: what else is
+needed goes over its connection. A socket here leads to the engine's: forwarded by ssh, which costs a connection nothing
+but a round trip; or, where that cannot be had, by a `docker system dial-stdio` each, as Docker's own client does it.
+(docker-py has an ssh transport of its own, which needs paramiko even to call the ssh client, and a new login each time.)
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from launcher.errors import ConnectionLost, EngineError, UsageError
+
+CONNECT_S = 10
+"""For the connection itself; whoever is asked for a password has longer."""
+PASSWORD_S = 120
+ANSWER_S = 20.0
+MOST_ANSWER_BYTES = 4 * 1024**2
+
+_PLAIN = ("-T", "-a", "-x", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes")
+"""What a user's settings for sessions by hand may ask for, and a conversation between programs must not have."""
+
+_FIND_SOCKET = """
+host=$DOCKER_HOST
+if [ -z "$host" ]; then
+    host=unix:///var/run/docker.sock
+    if [ -n "$DOCKER_CONTEXT" ] || grep -q currentContext "${DOCKER_CONFIG:-$HOME/.docker}/config.json"; then
+        host=$(docker context inspect --format '{{.Endpoints.docker.Host}}')
+    fi
+fi
+path=${host#unix://}
+printf '%s\\n' "$path"
+[ -r "$path" ] && [ -w "$path" ] && echo yours || echo closed
+stat -L -c %G -- "$path"
+[ -S "$path" ]
+"""
+"""Prints the path of the engine's socket there, whether the user may use it, and its group."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def destination(url: str) -> list[str]:
+    """Return ssh's words for `ssh://user@machine:port`; raises UsageError for what could be read as an option."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise UsageError(f"--host {url}: the port is not a number") from None
+    name, user = parts.hostname or "", parts.username
+    if parts.password is not None:
+        raise UsageError("--host: holds a password; leave it out, and let ssh ask for it or use a key")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise UsageError(f"--host {url}: only ssh://user@machine:port; Docker's socket is found by itself")
+    if not (_NAME.fullmatch(name) or re.fullmatch(r"[0-9a-fA-F:]+", name)):
+        raise UsageError(f"--host {url}: {name!r} is no name of a machine")
+    if user is not None and not _NAME.fullmatch(user):
+        raise UsageError(f"--host {url}: {user!r} is no name of a user")
+    words = ["-p", str(port)] if port else []
+    return [*words, *(["-l", user] if user else []), "--", name]
+
+
+class Box:
+    """One connection to a machine: a shell for questions, and the engine's socket. Ends with this process."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.name = urlsplit(url).hostname or url
+        self._destination = destination(url)
+        if shutil.which("ssh") is None:
+            raise EngineError(f"{url}: needs the ssh client, which is not installed here (openssh-client)")
+        self._folder = Path(tempfile.mkdtemp(prefix="starling-ssh-"))
+        atexit.register(self.close)
+        self._control = self._folder / "control"
+        self._errors = (self._folder / "errors").open("w+b")
+        self._lock = threading.Lock()
+        # The control master is the shell itself: when this process dies its input ends, and so does all of it.
+        self._shell = subprocess.Popen(
+            ["ssh", *_PLAIN, "-M", "-S", str(self._control), "-o", f"ConnectTimeout={CONNECT_S}", "-o",
+             "ControlPersist=no", "-o", "ServerAliveInterval=15", *self._destination, "exec sh"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+            preexec_fn=_ignore_interrupt,
+        )  # fmt: skip
+        limit = PASSWORD_S if sys.stdin is not None and sys.stdin.isatty() else CONNECT_S + 5
+        code, text = self.ask('printf "%s\\n" "$HOME" "$(id -u)" "$(id -g)"', limit_s=limit)
+        lines = text.splitlines()[-3:]
+        if code or len(lines) != 3 or not (lines[1].isdigit() and lines[2].isdigit()):
+            raise EngineError(f"{self.name}: has no POSIX shell behind ssh; use a login that has")
+        self.home = Path(lines[0])
+        self.ids = (int(lines[1]), int(lines[2]))
+        """uid and gid of the user there."""
+        self.docker_socket = self._folder / "docker.sock"
+        if not self._forward_socket():
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self.docker_socket))
+            self._listener.listen(16)
+            threading.Thread(target=self._dial_for_each, daemon=True).start()
+
+    def ask(self, script: str, limit_s: float = ANSWER_S) -> tuple[int, str]:
+        """Run lines in the shell there and return their exit code and output; its state (open files) stays.
+
+        Raises EngineError when the connection is lost, or there is no answer in time.
+        """
+        mark = f"answer-{secrets.token_hex(8)}"
+        with self._lock:
+            try:
+                assert self._shell.stdin is not None
+                self._shell.stdin.write(
+                    f"{{ {script}\n}} </dev/null 2>/dev/null\nprintf '%s %s\\n' {mark} $?\n".encode()
+                )
+                return self._answer(mark.encode(), time.monotonic() + limit_s)
+            except BrokenPipeError:
+                raise self.lost() from None
+
+    def _answer(self, mark: bytes, deadline: float) -> tuple[int, str]:
+        assert self._shell.stdout is not None
+        answer = b""
+        while True:
+            ready, _, _ = select.select([self._shell.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise EngineError(
+                    f"{self.name}: no answer over ssh in time; check the machine and the network"
+                )
+            chunk = os.read(self._shell.stdout.fileno(), 65536)
+            answer += chunk
+            if not chunk:
+                raise self.lost()
+            head, found, tail = answer.rpartition(mark + b" ")
+            if found and tail.endswith(b"\n"):
+                return int(tail), head.decode(errors="surrogateescape")
+            if len(answer) > MOST_ANSWER_BYTES:
+                raise EngineError(f"{self.name}: an endless answer over ssh; try it by hand: ssh {self.name}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection is gone, or about to be: its sockets go a moment before its process."""
+        try:
+            self._shell.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def lost(self) -> ConnectionLost:
+        """Return the error that tells of a connection that is gone, in ssh's own words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._shell.wait(2)
+        self._errors.seek(0)
+        said = self._errors.read(8192).decode(errors="replace").strip().splitlines()
+        why = said[-1].strip() if said else "the connection ended"
+        by_hand = " ".join(["ssh", *(word for word in self._destination if word != "--")])
+        return ConnectionLost(
+            f"{self.name} cannot be reached by ssh ({why}); this must work first: {by_hand}"
+        )
+
+    def _forward_socket(self) -> bool:
+        """Have ssh lead the local socket to the engine's own; return whether the engine answers through it.
+
+        It does not where the engine there is at no socket, or sshd forwards none. Raises EngineError for a socket that
+        the user there may not use.
+        """
+        code, text = self.ask(_FIND_SOCKET)
+        words = text.split("\n")
+        if code or len(words) < 3 or not words[0].startswith("/"):
+            return False
+        if words[1] != "yours":
+            raise EngineError(
+                f"{self.name}: Docker's socket {words[0]} there is not yours to use; it is for group {words[2]}: "
+                f"sudo usermod -aG {words[2]} {self._user()}, there, and log in again"
+            )
+        done = subprocess.run(
+            # Without the user's settings, whose own forwards would be asked for as well.
+            ["ssh", "-F", "/dev/null", "-S", str(self._control), "-O", "forward", "-L",
+             f"{self.docker_socket}:{words[0]}", *self._destination],
+            stdin=subprocess.DEVNULL,
+            stdout=self._errors,
+            stderr=self._errors,
+            check=False,
+        )  # fmt: skip
+        if done.returncode == 0 and _answers(self.docker_socket):
+            return True
+        self.docker_socket.unlink(missing_ok=True)
+        return False
+
+    def _user(self) -> str:
+        return urlsplit(self.url).username or "$USER"
+
+    def _dial_for_each(self) -> None:
+        """Give each connection to the local socket an engine's end on the box."""
+        ends: list[subprocess.Popen[bytes]] = []
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            ends = [end for end in ends if end.poll() is None]  # reaps those that are over
+            with connection:
+                # In a session of its own: Ctrl-C ends a wait here, and not the conversation with the engine.
+                end = subprocess.Popen(
+                    [
+                        "ssh",
+                        *_PLAIN,
+                        "-S",
+                        str(self._control),
+                        *self._destination,
+                        "docker system dial-stdio",
+                    ],
+                    stdin=connection.fileno(),
+                    stdout=connection.fileno(),
+                    stderr=self._errors,
+                    start_new_session=True,
+                )
+            ends.append(end)
+
+    def close(self) -> None:
+        """End the connection and everything that went over it."""
+        with contextlib.suppress(AttributeError, OSError):
+            self._listener.close()
+        with contextlib.suppress(AttributeError, OSError):
+            assert self._shell.stdin is not None
+            self._shell.stdin.close()
+            self._shell.terminate()
+            self._shell.wait(5)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _ignore_interrupt() -> None:
+    """Leave Ctrl-C to the launcher, which still has things to undo on the box."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _answers(path: Path) -> bool:
+    """Return whether an engine answers at a local socket."""
+    with socket.socket(socket.AF_UNIX) as end:
+        end.settimeout(ANSWER_S)
+        try:
+            end.connect(str(path))
+            end.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return end.recv(16).startswith(b"HTTP/1")
+        except OSError:
+            return False

@@ -1,0 +1,194 @@
+"""Checks of the Docker engine: its socket, its version, and what it says that it can do."""
+
+from __future__ import annotations
+
+import grp
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.doctor.findings import Finding
+from launcher.engines.docker_checks import GPU_REMEDY
+from launcher.inventory import Gpu
+from launcher.sizes import GIB, format_size
+
+OLDEST = (20, 10)
+MOST_SKEW_S = 5.0
+LITTLE_DISK, NO_DISK = 10 * GIB, GIB
+DEFAULT_SOCKET = "/var/run/docker.sock"
+
+
+def socket_path(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the socket that Docker is asked by; None where it is asked over the network."""
+    host = environment.get("DOCKER_HOST") or f"unix://{DEFAULT_SOCKET}"
+    return Path(host.removeprefix("unix://")) if host.startswith("unix://") else None
+
+
+def check_socket(path: Path) -> Finding:
+    """Look at who may use the socket; whoever may is root on the machine."""
+    try:
+        about = path.stat()
+    except PermissionError:
+        return Finding(
+            "socket", "failure", f"{path}: its folder is closed to you", "ask who runs the machine"
+        )
+    except OSError:
+        return Finding(
+            "socket",
+            "failure",
+            f"{path}: not there",
+            "start Docker (sudo systemctl start docker), or set DOCKER_HOST",
+        )
+    group = _group(about.st_gid)
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding(
+            "socket",
+            "failure",
+            f"{path}: not yours to use; it is for group {group}",
+            f"sudo usermod -aG {group} $USER, then log in again (or: newgrp {group})",
+        )
+    if stat.S_IMODE(about.st_mode) & 0o002:
+        return Finding(
+            "socket",
+            "warning",
+            f"{path}: open to every user, who is thereby root on this machine",
+            f"sudo chmod o-rw {path}",
+        )
+    return Finding("socket", "ok", f"{path}, for group {group}")
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def check_version(version: Mapping[str, Any]) -> Finding:
+    """Compare the engine's version with the oldest that is tested."""
+    said = str(version.get("Version", ""))
+    found = re.match(r"(\d+)\.(\d+)", said)
+    text = f"{_product(version)} {said}, API {version.get('ApiVersion')}"
+    if found and (int(found[1]), int(found[2])) < OLDEST and _product(version) == "Docker":
+        return Finding(
+            "engine", "failure", f"{text}: too old", f"install {'.'.join(map(str, OLDEST))} or newer"
+        )
+    return Finding("engine", "ok", text)
+
+
+def _product(version: Mapping[str, Any]) -> str:
+    names = [str(part.get("Name", "")) for part in version.get("Components") or []]
+    return "Podman" if any("podman" in name.lower() for name in names) else "Docker"
+
+
+def check_limits(about: Mapping[str, Any]) -> Finding:
+    """Look at which limits the kernel's cgroups can hold."""
+    lacking = [
+        words
+        for key, words in (("MemoryLimit", "memory"), ("PidsLimit", "processes"), ("CPUSet", "cores"))
+        if not about.get(key, True)
+    ]
+    remedy = "enable these cgroup controllers in the kernel (cgroup_enable=memory), and restart"
+    if lacking:
+        return Finding("limits", "failure", f"the kernel cannot limit {', '.join(lacking)}", remedy)
+    version = f"cgroup v{about.get('CgroupVersion') or 1}"
+    if not about.get("SwapLimit", True):
+        return Finding(
+            "limits",
+            "warning",
+            f"{version}; swap cannot be limited: replicas over their memory may swap before they are killed",
+            "boot with swapaccount=1, or switch swap off",
+        )
+    return Finding("limits", "ok", f"{version}: memory, swap, processes and cores")
+
+
+def check_machine(about: Mapping[str, Any]) -> Finding:
+    """Say what there is to share out."""
+    cores, memory = int(about.get("NCPU") or 0), int(about.get("MemTotal") or 0)
+    text = f"{cores} cores, {format_size(memory)} of memory"
+    if memory < 2 * GIB:
+        return Finding("machine", "warning", text, "a trainer wants 2 GB and more; use small pictures")
+    return Finding("machine", "ok", text)
+
+
+def check_clock(about: Mapping[str, Any], before: float, after: float) -> Finding:
+    """Compare the engine's clock with this one; `before` and `after` are Unix seconds around the question."""
+    try:
+        there = datetime.fromisoformat(str(about.get("SystemTime", ""))).timestamp()
+    except ValueError:
+        return Finding("clock", "ok", "the engine does not tell its time")
+    skew = max(before - there, there - after, 0.0)
+    if skew > MOST_SKEW_S:
+        return Finding(
+            "clock",
+            "warning",
+            f"the engine's clock is {skew:.0f} s off ours; times in `status` are off by as much",
+            "set both by NTP",
+        )
+    return Finding("clock", "ok", "the engine's agrees with ours")
+
+
+def check_gpu_runtime(about: Mapping[str, Any], gpus: tuple[Gpu, ...] | None) -> Finding:
+    """Look for what hands GPUs to containers."""
+    runtime = "nvidia" in (about.get("Runtimes") or {})
+    cdi = any(
+        str(device.get("ID", "")).startswith("nvidia.com/") for device in about.get("DiscoveredDevices") or []
+    )
+    if runtime or cdi:
+        return Finding(
+            "GPU runtime", "ok", "the NVIDIA runtime" if runtime else "devices by CDI, of the NVIDIA toolkit"
+        )
+    if not gpus:
+        return Finding("GPU runtime", "ok", "none, and none is needed: no GPU here")
+    return Finding(
+        "GPU runtime", "warning", "the engine lists none; the container below shows it", GPU_REMEDY
+    )
+
+
+def check_docker_disk(about: Mapping[str, Any], *, remote: bool) -> Finding:
+    """Look at the space where the engine keeps images, containers and logs."""
+    folder = Path(str(about.get("DockerRootDir") or "/var/lib/docker"))
+    if remote:
+        return Finding("engine's disk", "ok", f"{folder} is on the other machine: not looked at")
+    return check_space("engine's disk", folder, "docker system prune removes what nothing uses")
+
+
+def check_space(check: str, folder: Path, remedy: str) -> Finding:
+    """Look at the free space below a folder that is there, or will be."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), Path("/"))
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Finding(check, "ok", f"{folder}: cannot be looked at ({error.strerror})")
+    return judge_space(check, folder, free, remedy)
+
+
+def judge_space(check: str, folder: Path, free: int, remedy: str) -> Finding:
+    """Return what that much free space means."""
+    text = f"{folder}: {format_size(free)} free"
+    status = "failure" if free < NO_DISK else "warning" if free < LITTLE_DISK else "ok"
+    return Finding(check, status, text, remedy)  # type: ignore[arg-type]
+
+
+def check_compose() -> Finding:
+    """Look for the Compose plugin, which the tracking servers are started by."""
+    remedy = "install docker-compose-plugin (or docker-compose-v2); only the tracking servers need it"
+    try:
+        done = subprocess.run(
+            ["docker", "compose", "version", "--short"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return Finding("compose", "warning", "no `docker` command here", remedy)
+    if done.returncode:
+        return Finding("compose", "warning", "no Compose plugin", remedy)
+    return Finding("compose", "ok", f"Compose {done.stdout.strip()[:40]}")

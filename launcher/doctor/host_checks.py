@@ -1,0 +1,221 @@
+"""Checks of the machine: its GPUs, the runs folder and what it lies on, the tracking server."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import os
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from launcher.box import Box
+from launcher.doctor.engine_checks import check_space, judge_space
+from launcher.doctor.findings import Finding
+from launcher.engines.base import Image, mask
+from launcher.errors import LauncherError
+from launcher.inventory import Driver, Gpu
+from launcher.preflight import check_driver
+from launcher.runs_folder import check_runs
+from launcher.sizes import format_size
+
+NO_GPU = "no GPU here; CPU replicas work"
+ANSWER_S = 2.0
+MORE_SPACE = "remove old runs: launcher clean --runs-too, or give another --runs"
+
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "9p",
+    "afs",
+    "ceph",
+    "lustre",
+    "gluster",
+    "beegfs",
+    "gpfs",
+    "fuse.sshfs",
+    "ocfs2",
+)
+"""How the types of file systems begin that several machines can mount at once."""
+
+_PCI = Path("/sys/bus/pci/devices")
+
+
+def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) -> Finding:
+    """Tell which GPUs the driver lists; a card whose driver does not answer is not the same as none."""
+    broken = [f"{gpu.index}: {gpu.problem}" for gpu in gpus or () if gpu.problem]
+    if broken:
+        remedy = (
+            "leave it out of --gpus, and reset it or restart the machine; `nvidia-smi` and dmesg say more"
+        )
+        return Finding("GPUs", "failure", f"not usable: {'; '.join(broken)}", remedy)
+    if gpus:
+        names = ", ".join(f"{gpu.index} {gpu.name} ({format_size(gpu.memory_bytes)})" for gpu in gpus)
+        return Finding("GPUs", "ok", names)
+    if remote:
+        return Finding(
+            "GPUs", "ok", "none that can be listed from here; name them by --gpus 0-3, or use --cpu N"
+        )
+    if _nvidia_cards(pci):
+        return Finding(
+            "GPUs",
+            "failure",
+            f"{_nvidia_cards(pci)} NVIDIA cards on the bus, but the driver does not answer",
+            "install or reload NVIDIA's driver; `nvidia-smi` says what is wrong",
+        )
+    return Finding("GPUs", "ok", NO_GPU)
+
+
+def check_driver_for(image: Image, driver: Driver | None) -> list[Finding]:
+    """Compare the driver with the CUDA in the image; nothing where there is no driver, which the GPUs tell."""
+    if driver is None:
+        return []
+    try:
+        check_driver(image, driver)
+    except LauncherError as error:
+        return [Finding.of_error("driver", error)]
+    serves = f"serves CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    return [
+        Finding("driver", "ok", f"{driver.version} {serves}; the image holds CUDA {image.cuda or 'none'}")
+    ]
+
+
+def first_usable(gpus: Sequence[Gpu]) -> str | None:
+    """Return the UUID of the first GPU, or MIG slice, that can be handed out."""
+    for gpu in gpus:
+        if gpu.mig and gpu.slices:
+            return gpu.slices[0].uuid
+        if not gpu.mig and not gpu.problem:
+            return gpu.uuid
+    return None
+
+
+def _nvidia_cards(pci: Path) -> int:
+    """Return how many display or 3D controllers of NVIDIA are on the bus."""
+    count = 0
+    for place in pci.glob("*"):
+        try:
+            vendor, kind = (place / "vendor").read_text().strip(), (place / "class").read_text().strip()
+        except OSError:
+            continue
+        count += vendor == "0x10de" and kind.startswith("0x03")
+    return count
+
+
+def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
+    """Look at whether the folder can be written and locked, what it lies on, and how much room there is."""
+    try:
+        if box is not None:
+            return _remote_folder(runs, box)
+        check_runs(runs)
+    except LauncherError as error:
+        return [Finding.of_error("runs folder", error)]
+    writable = (
+        check_locks(runs) if runs.is_dir() else Finding("runs folder", "ok", f"{runs}: `up` will make it")
+    )
+    return [writable, check_file_system(runs, _mounts()), check_space("runs' disk", runs, MORE_SPACE)]
+
+
+def check_locks(runs: Path) -> Finding:
+    """Write and lock a file in the folder, as trainers will."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=runs, prefix=".doctor-") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return Finding(
+            "runs folder",
+            "failure",
+            f"{runs}: no file can be written and locked there ({error.strerror})",
+            "give another --runs; on NFS mount with locks (not `nolock`) and start rpc.statd",
+        )
+    return Finding("runs folder", "ok", f"{runs}: can be written and locked")
+
+
+def check_file_system(runs: Path, mounts: Mapping[str, str]) -> Finding:
+    """Judge the file system of the folder; `mounts` are types by mount point."""
+    real = runs.resolve()
+    point = max(
+        (point for point in mounts if real.is_relative_to(point)),
+        key=lambda point: len(Path(point).parts),
+        default="",
+    )
+    kind = mounts.get(point, "unknown")
+    if kind.startswith(_NETWORK):
+        return Finding(
+            "file system",
+            "warning",
+            f"{kind} at {point}: other machines may not see this one's locks",
+            "fine for one machine; for a search of several give --study postgresql://…",
+        )
+    return Finding("file system", "ok", f"{kind} at {point or '/'}")
+
+
+def _mounts() -> dict[str, str]:
+    import psutil
+
+    return {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+
+
+def _remote_folder(runs: Path, box: Box) -> list[Finding]:
+    import shlex
+
+    from launcher.remote_runs import check_remote_runs
+
+    check_remote_runs(box, runs)
+    code, text = box.ask(
+        f'p={shlex.quote(str(runs))}; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; df -Pk -- "$p" | tail -n 1'
+    )
+    found = [Finding("runs folder", "ok", f"{runs} on {box.name}: may be written")]
+    words = text.split()
+    if code == 0 and len(words) >= 6 and words[3].isdigit():
+        found.append(judge_space("runs' disk", runs, int(words[3]) * 1024, MORE_SPACE))
+    return found
+
+
+def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:
+    """Ask the MLflow server that replicas will be told of."""
+    address = environment.get("MLFLOW_TRACKING_URI", "")
+    shown = mask(address)
+    parts = urlsplit(address)
+    if not address:
+        return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI is not set: runs land in runs/mlflow")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return Finding("MLflow", "ok", f"{shown}: no server to ask")
+    try:
+        socket.getaddrinfo(parts.hostname, None)
+    except OSError:
+        return Finding(
+            "MLflow",
+            "warning",
+            f"{shown}: {parts.hostname} is no name here; replicas know it only on its Docker network",
+            "give that network: launcher up --network starling",
+        )
+    try:
+        status = _ask(parts.scheme, parts.hostname, parts.port, f"{parts.path.rstrip('/')}/health")
+    except (OSError, http.client.HTTPException) as error:
+        return Finding(
+            "MLflow",
+            "warning",
+            f"{shown}: does not answer ({error}); training goes on without, and sends later",
+            "docker compose up -d starts one; or correct MLFLOW_TRACKING_URI",
+        )
+    if status >= 500:
+        return Finding("MLflow", "warning", f"{shown}: answers {status}", "look at the server's log")
+    return Finding("MLflow", "ok", f"{shown}: answers")
+
+
+def _ask(scheme: str, host: str, port: int | None, path: str) -> int:
+    """Return the status of one GET; redirects are not followed."""
+    connection = (
+        http.client.HTTPSConnection(host, port, timeout=ANSWER_S)
+        if scheme == "https"
+        else http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    )
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()

@@ -1,0 +1,153 @@
+"""The runs folder of a machine behind ssh: checked, made and held there, as `runs_folder` does it here."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.box import Box
+from launcher.errors import EngineError, UsageError
+from launcher.host_lock import FOLDERS, NAME
+from launcher.inventory import Gpu
+from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID, RUNS_NEVER
+
+_GPU_FIELDS = "index,uuid,name,memory.total"
+
+
+def check_remote_runs(box: Box, runs: Path) -> None:
+    """Raise UsageError for a folder that cannot be the runs folder there."""
+    if str(runs) in RUNS_NEVER or runs == box.home:
+        raise UsageError(
+            f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
+        )
+    # The nearest parent that is there must be a folder that the user may write.
+    code, place = box.ask(
+        f'p={shlex.quote(str(runs))}; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; printf %s "$p"; '
+        '[ -d "$p" ] && [ -w "$p" ] && [ -x "$p" ]'
+    )
+    if code:
+        raise UsageError(
+            f"--runs {runs}: you may not write in {place} on {box.name}; give another folder there, or change its owner"
+        )
+
+
+def remote_replica_user(box: Box, runs: Path, asked: str | None) -> str:
+    """Return the `uid:gid` that replicas run as there, as `replica_user` chooses it here."""
+    from launcher.runs_folder import replica_user
+
+    if asked is not None or box.ids[0] != 0:
+        return replica_user(runs, box.ids, asked)
+    quoted = shlex.quote(str(runs))
+    code, owner = box.ask(f'[ -n "$(ls -A -- {quoted})" ] && stat -c %u:%g -- {quoted}')
+    return f"{NOBODYS_ID}:{NOBODYS_ID}" if code else owner.strip()
+
+
+@contextlib.contextmanager
+def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the folder there, give it to `user` when root calls, and hold it against every other `up` there.
+
+    A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when it cannot
+    be made, or another `up` holds it for too long.
+    """
+    quoted = shlex.quote(str(runs))
+    new = box.ask(f"[ -e {quoted} ]")[0] != 0
+    if box.ask(f"mkdir -p -- {quoted}")[0]:
+        raise EngineError(
+            f"{runs}: cannot be made on {box.name}; check the disk and the folder's owner there"
+        )
+    try:
+        if box.ids[0] == 0 and user and not user.startswith("0:"):
+            _hand_over(box, quoted, user)
+        _hold(box, 9, f"command exec 9<{quoted}", " on this runs folder", say)
+        yield
+    except BaseException:
+        if new:
+            box.ask(f"rmdir -- {quoted}")
+        raise
+    finally:
+        _let_go(box, 9)
+
+
+def _hand_over(box: Box, quoted: str, user: str) -> None:
+    """Give root's files below the folder to the replicas' user; those of anybody else stay theirs, links too."""
+    box.ask(
+        f"case $(stat -c %u -- {quoted}) in 0|{user.split(':')[0]}) "
+        f"find -P {quoted} -user 0 -exec chown -h {user} -- {{}} + ;; esac",
+        limit_s=LOCK_WAIT_S,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHostLock:
+    """A held lock of another machine, which may be given back before its block ends."""
+
+    box: Box
+
+    def release(self) -> None:
+        """Let the next one go on; what was started is there to be seen."""
+        _let_go(self.box, 8)
+
+
+@contextlib.contextmanager
+def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHostLock]:
+    """Hold that machine against every other `up`, from here or there, as `host_lock` holds this one."""
+    places = " ".join(map(str, FOLDERS))
+    found = (
+        f'for d in {places}; do case $([ -L "$d" ] || stat -c %a "$d") in 1??[2367]) break ;; esac; done; '
+        f'f=$d/{NAME}; [ -e "$f" ] || (umask 0333; set -C; : >"$f"); '
+        '[ -f "$f" ] && [ ! -L "$f" ] && command exec 8<"$f"'
+    )
+    lock = RemoteHostLock(box)
+    try:
+        _hold(box, 8, found, ": one at a time on that machine", say)
+        yield lock
+    finally:
+        lock.release()
+
+
+def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str], None]) -> None:
+    """Lock what `opening` opens in the shell there: the lock ends with the connection."""
+    if box.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
+        return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
+    deadline = time.monotonic() + LOCK_WAIT_S
+    told = False
+    while box.ask(f"flock -n {descriptor}")[0] == 1:
+        if time.monotonic() > deadline:
+            raise EngineError(f"{box.name}: another `launcher up` holds it; wait for that one, or end it")
+        if not told:
+            say(f"waiting for another `launcher up`{what}")
+            told = True
+        time.sleep(0.2)
+
+
+def _let_go(box: Box, descriptor: int) -> None:
+    with contextlib.suppress(EngineError):  # a lost connection has let go already
+        box.ask(f"exec {descriptor}<&-")
+
+
+def remote_gpus(box: Box) -> tuple[Gpu, ...] | None:
+    """Return the GPUs that `nvidia-smi` lists there; None where it does not answer."""
+    code, text = box.ask(f"nvidia-smi --query-gpu={_GPU_FIELDS} --format=csv,noheader,nounits")
+    return parse_gpus_csv(text) if code == 0 else None
+
+
+def parse_gpus_csv(text: str) -> tuple[Gpu, ...] | None:
+    """Return the GPUs in nvidia-smi's lines `0, GPU-1a2b, NVIDIA H100, 81559` (MiB); None for other lines."""
+    gpus = []
+    for line in filter(str.strip, text.splitlines()):
+        words = [word.strip() for word in line.split(",")]
+        if len(words) < 4 or not words[0].isdigit() or not words[-1].isdigit():
+            return None
+        gpus.append(
+            Gpu(
+                index=int(words[0]),
+                uuid=words[1],
+                name=", ".join(words[2:-1]),
+                memory_bytes=int(words[-1]) << 20,
+            )
+        )
+    return tuple(gpus)

@@ -1,0 +1,217 @@
+"""`kill` and `clean` on the local engine: what ends, what is removed, and what nothing may touch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.devices import Device
+from launcher.engines.base import ReplicaSpec
+from launcher.engines.local import LocalEngine
+from launcher.errors import EngineError, UsageError
+from launcher.run_folders import RunFolder, delete, run_folders, unused
+from tests.contract.test_engines import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+SLEEP = "import time; time.sleep(60)"
+FLEET = "blood/search"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LocalEngine]:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    engine = LocalEngine(runs, os.getuid())
+    yield engine
+    for state in engine.list():
+        engine.remove(state.id)
+
+
+@pytest.fixture
+def replica(engine: LocalEngine, tmp_path: Path) -> Callable[..., str]:
+    def start(name: str, code: str = SLEEP, fleet: str = FLEET) -> str:
+        command = (sys.executable, "-c", code)
+        replica_id = engine.create(
+            ReplicaSpec(name=name, fleet=fleet, device=Device("cpu", "0"), image="", image_id="", command=command,
+                        environment={}, runs=tmp_path / "runs")
+        )  # fmt: skip
+        engine.start(replica_id)
+        if code != SLEEP:
+            wait_until(lambda: (state := engine.state(replica_id)) is not None and not state.live)
+        return replica_id
+
+    return start
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*words: str, answer: str | None = None) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
+        return subprocess.run(
+            [sys.executable, "-m", "launcher", *words],
+            cwd=tmp_path,
+            env={**clean, "PYTHONPATH": str(ROOT), "STARLING_ENGINE": "local"},
+            input=answer or "",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def make_run(runs: Path, folder: str = FLEET) -> Path:
+    path = runs / folder
+    (path / "weights").mkdir(parents=True)
+    (path / ".lock").touch()
+    (path / "weights/last.pt").write_bytes(b"x" * 5000)
+    return path
+
+
+def test_kill_ends_those_named_leaves_them_listed_and_spares_the_rest(
+    engine: LocalEngine,
+    replica: Callable[..., str],
+    launcher: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    replica("a"), replica("b"), replica("ended", "raise SystemExit(3)")
+    done = launcher("kill", "--json", "a", "ended")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["replicas"] == [
+        {"replica": "a", "killed": True, "state": "killed (137)"},
+        {"replica": "ended", "killed": False, "state": "exited 3: data error"},
+    ]
+    assert {state.name: state.phase for state in engine.list()} == {
+        "a": "exited",
+        "b": "running",
+        "ended": "exited",
+    }
+    assert launcher("kill", FLEET).stdout.splitlines()[0] == "a: killed (137), as before"
+    assert launcher("kill", "nobody").returncode == 2
+    assert launcher("kill").returncode == 2
+
+
+def test_clean_removes_what_has_ended_and_neither_the_living_nor_any_result(
+    engine: LocalEngine,
+    replica: Callable[..., str],
+    launcher: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    replica("alive"), replica("dead", "raise SystemExit(3)")
+    run = make_run(tmp_path / "runs")
+    assert launcher("clean").returncode == 2, "nobody answers"
+    asked = launcher("clean", answer="n\n")
+    assert asked.returncode == 1
+    assert "dead  exited 3: data error" in asked.stdout
+    assert "alive  running: stays" in asked.stdout
+    listed = launcher("clean", "--dry-run", "--json")
+    assert json.loads(listed.stdout)["replicas"] == ["dead"]
+    assert sorted(state.name for state in engine.list()) == ["alive", "dead"]
+    assert launcher("clean", answer="y\n").returncode == 0
+    assert [state.name for state in engine.list()] == ["alive"]
+    assert (run / "weights/last.pt").exists()
+    assert launcher("clean", "--json").returncode == 2
+
+
+def test_clean_removes_results_only_when_asked_and_only_those_of_the_fleet(
+    replica: Callable[..., str], launcher: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    replica("dead", "raise SystemExit(3)")
+    mine, second, other = make_run(runs), make_run(runs, "blood/search2"), make_run(runs, "blood/other")
+    third = make_run(runs, "blood/search3")
+    (runs / ".workers").mkdir()
+    # A replica may write anything here: a folder of its own fleet's kind counts, any other does not.
+    (runs / ".workers/dead.json").write_text(
+        json.dumps({"run_dir": f"/usr/src/app/runs/{second.relative_to(runs)}"})
+    )
+    done = launcher("clean", "--runs-too", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert f"{mine}  2 files" in done.stdout
+    assert not mine.exists()
+    assert not second.exists()
+    assert (other.exists(), third.exists()) == (True, True)
+    assert sorted(path.name for path in runs.iterdir()) == [".workers", "blood"]
+    again = launcher("clean", "--runs-too", "--yes", "blood/other", "blood/search3")
+    assert again.returncode == 0, again.stderr
+    assert not (runs / "blood").exists()
+    assert launcher("clean", "--runs-too", "--yes", "blood/other").returncode == 2
+
+
+def test_results_of_a_fleet_that_runs_stay(
+    replica: Callable[..., str], launcher: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    replica("alive"), replica("dead", "raise SystemExit(3)")
+    run = make_run(tmp_path / "runs")
+    for names in ((), ("dead",), (FLEET,)):
+        done = launcher("clean", "--runs-too", "--yes", *names)
+        assert done.returncode == 2
+        assert "alive still runs" in done.stderr
+    assert (run / "weights/last.pt").exists()
+
+
+@pytest.mark.parametrize("lock", [".lock", "candidates/7/.lock", "leases/0007", "study.lock"])
+def test_results_whose_lock_is_held_stay_and_the_holder_is_named(lock: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path)
+    (path / lock).parent.mkdir(parents=True, exist_ok=True)
+    [run] = run_folders(tmp_path, FLEET, [])
+    with open(path / lock, "w") as file:
+        file.write("process 77 on box\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="process 77 on box holds"), unused(run):
+            raise AssertionError("not reached")
+    with unused(run):
+        delete(tmp_path, run)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("fleet", ["../x", "/etc/x", "a/../../x", "x", "a/.."])
+def test_a_fleets_name_never_leads_out_of_the_runs_folder(fleet: str, tmp_path: Path) -> None:
+    make_run(tmp_path, "x")
+    with pytest.raises(UsageError, match="is no fleet"):
+        run_folders(tmp_path / "runs", fleet, [])
+
+
+def test_links_are_never_followed(tmp_path: Path) -> None:
+    runs, outside = tmp_path / "runs", make_run(tmp_path, "outside/run")
+    (runs / "blood").mkdir(parents=True)
+    (runs / FLEET).symlink_to(outside)
+    (runs / "project").symlink_to(outside.parent)
+    for fleet in (FLEET, "project/run"):
+        with pytest.raises(UsageError, match="is a link"):
+            run_folders(runs, fleet, [])
+    inside = make_run(runs, "blood/real")
+    (inside / "out").symlink_to(outside)
+    (inside / "linked.lock").symlink_to(outside / ".lock")
+    [run] = run_folders(runs, "blood/real", [])
+    with unused(run):
+        delete(runs, run)
+    assert (outside / "weights/last.pt").exists()
+    assert not inside.exists()
+
+
+def test_a_folder_that_holds_no_run_stays(tmp_path: Path) -> None:
+    (tmp_path / FLEET).mkdir(parents=True)
+    (tmp_path / FLEET / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="holds no run"):
+        run_folders(tmp_path, FLEET, [])
+
+
+def test_what_the_disk_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="could not be removed"):
+        delete(tmp_path, RunFolder(path=tmp_path / FLEET, fleet=FLEET, files=0, bytes=0))
+
+
+@pytest.mark.parametrize("said", ["blood/other", "/etc", "search", "search2/..", "..", 7, None, "a\0b"])
+def test_what_a_replica_says_of_its_folder_is_not_trusted(said: object, tmp_path: Path) -> None:
+    make_run(tmp_path, "blood/other")
+    (tmp_path / ".workers").mkdir()
+    (tmp_path / ".workers/r.json").write_text(json.dumps({"run_dir": said}))
+    assert run_folders(tmp_path, FLEET, ["r", "../r"]) == []
