@@ -40,9 +40,17 @@ class Settings:
     mlflow: bool = True
     """Send runs to MLflow: the server of `MLFLOW_TRACKING_URI`, else the database under `<runs>/mlflow`."""
 
+    tensorboard: bool = True
+    """Write an event file for TensorBoard into each run directory."""
+
+    register: bool = True
+    """Offer the best weights of a finished run in MLflow's registry, as a model that can be served."""
+
     def __post_init__(self) -> None:
-        if not isinstance(self.mlflow, bool):
-            raise ConfigError("mlflow", self.mlflow, "must be True or False")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, bool):
+                raise ConfigError(item.name, value, "must be True or False")
 
 
 def settings_path(environment: Mapping[str, str] = os.environ) -> Path:

@@ -1,8 +1,11 @@
-"""Look at runs, and send what a tracker missed.
+"""Look at runs, send what a tracker missed, promote a model.
 
 python -m app.track ui            MLflow's page on this runs folder, at http://127.0.0.1:5000
 python -m app.track stop          end that server, and no other
+python -m app.track status [DIR]  what of the event logs under DIR is sent, and what is not
 python -m app.track sync DIR      send what is left of all event logs under DIR
+python -m app.track export DIR    a run as one zip
+python -m app.track promote RUN   give a run's model the alias `production`, if it passes the gate
 """
 
 from __future__ import annotations
@@ -11,18 +14,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.errors import StarlingError, UsageError
 from app.outputs.run_dir import runs_root
-from app.tracking.bridge import Bridge, bridge_lock
+from app.tracking.delivery import Bridge, bridge_lock
 from app.tracking.lock import exclusive
-from app.tracking.mlflow_tracker import MlflowTracker
+from app.tracking.run_files import export, find_logs, pending
 from app.tracking.tracker import Tracker, TrackerUnavailableError
-
-LOG_NAME = "events.jsonl"
+from app.tracking.trackers import TRACKERS, wanted_trackers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class SyncResult:
     """What `sync` did with one log."""
 
     log: str
+    tracker: str
     sent: int
     """Events sent now."""
     left_out: int
@@ -44,10 +46,7 @@ def sync(directory: Path, tracker: Tracker, *, from_start: bool = False) -> list
     `from_start` sends all events again; what the tracker has is not doubled. After a log that cannot be sent
     the next one is tried. Raises UsageError if there is no log.
     """
-    logs = sorted(_event_logs(directory), key=lambda log: log.stat().st_mtime)
-    if not logs:
-        raise UsageError(f"{directory}: holds no {LOG_NAME}; name a run directory or a folder of them")
-    return [_sync_one(log, tracker, from_start) for log in logs]
+    return [_sync_one(log, tracker, from_start) for log in find_logs(directory)]
 
 
 def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
@@ -58,6 +57,7 @@ def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
             before = bridge.cursor.sent
             try:
                 bridge.deliver()
+                tracker.flush(last=True)
             except TrackerUnavailableError as error:
                 problem = str(error)
             bridge.hold_up(problem)
@@ -66,14 +66,7 @@ def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
         problem = "a bridge is at work on it"
     except OSError as error:
         problem = str(error)
-    return SyncResult(log=str(log), sent=sent, left_out=left_out, problem=problem)
-
-
-def _event_logs(directory: Path) -> Iterator[Path]:
-    """Yield the logs below `directory`, without following links to other folders."""
-    for folder, _, files in os.walk(directory):
-        if LOG_NAME in files:
-            yield Path(folder) / LOG_NAME
+    return SyncResult(log=str(log), tracker=tracker.name, sent=sent, left_out=left_out, problem=problem)
 
 
 def _run_ui(options: argparse.Namespace) -> int:
@@ -103,17 +96,74 @@ def _run_stop(options: argparse.Namespace) -> int:
 
 
 def _run_sync(options: argparse.Namespace) -> int:
-    tracker = MlflowTracker(options.runs, os.environ)
-    results = sync(options.directory, tracker, from_start=options.from_start)
-    tracker.close()
+    names = [options.tracker] if options.tracker else [kind.name for kind in wanted_trackers()]
+    if not names:
+        raise UsageError(
+            "no tracker is on; name one with --tracker, or turn it on with python -m app.settings"
+        )
+    results = []
+    for name in names:
+        tracker = TRACKERS[name].open(options.runs, os.environ)
+        results += sync(options.directory, tracker, from_start=options.from_start)
+        tracker.close()
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
     else:
         for result in results:
             left_out = f", {result.left_out} left out" if result.left_out else ""
             held_up = f"; the rest is kept: {result.problem}" if result.problem else ""
-            print(f"{result.log}: {result.sent} events sent{left_out}{held_up}")
+            print(f"{result.log}: {result.sent} events sent to {result.tracker}{left_out}{held_up}")
     return 1 if any(result.problem for result in results) else 0
+
+
+def _run_status(options: argparse.Namespace) -> int:
+    names = [kind.name for kind in wanted_trackers()]
+    rows = [row for log in find_logs(options.directory or options.runs) for row in pending(log, names)]
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        for row in rows:
+            parts = [f"{row.sent} sent", f"{row.pending} pending" if row.pending else "nothing pending"]
+            parts += [f"{row.left_out} left out"] if row.left_out else []
+            parts += [f"{row.dropped} samples of the machine dropped"] if row.dropped else []
+            held_up = f" ({row.problem})" if row.problem else ""
+            print(f"{Path(row.log).parent}  {row.tracker}: {', '.join(parts)}{held_up}")
+    return 1 if any(row.pending for row in rows) else 0
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    directory: Path = options.directory
+    target = options.out or Path(f"{directory.resolve().name}.zip")
+    count = export(directory, target, force=options.force)
+    if options.json:
+        print(json.dumps({"file": str(target), "files": count}))
+    else:
+        print(f"{target}: {count} files, {target.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _run_promote(options: argparse.Namespace) -> int:
+    from app.tracking.mlflow_models import promote, run_uuid_of
+    from app.tracking.mlflow_tracker import MlflowTracker
+
+    tracker = MlflowTracker(options.runs, os.environ)
+    directory = Path(options.which)
+    run_id = tracker.find_run(run_uuid_of(directory) if directory.is_dir() else options.which)
+    with tracker.errors_as_ours():
+        name, version, reached = promote(
+            tracker.client,
+            run_id,
+            metric=options.metric,
+            at_least=options.at_least,
+            better_than=options.better_than,
+            alias=options.to,
+        )
+    tracker.close()
+    if options.json:
+        print(json.dumps({"model": name, "version": version, "alias": options.to, options.metric: reached}))
+    else:
+        print(f"{name} version {version} is {options.to} now: {options.metric} {reached:g}")
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--runs", type=Path, default=runs_root(), help="the runs folder (default: %(default)s)"
     )
     common.add_argument("--json", action="store_true", help="print JSON")
-    commands = parser.add_subparsers(required=True, metavar="ui | stop | sync")
+    commands = parser.add_subparsers(required=True, metavar="ui | stop | status | sync | export | promote")
     ui = commands.add_parser("ui", parents=[common], help="start MLflow's page in the background")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     ui.add_argument("--port", type=int, default=5000)
@@ -141,7 +191,27 @@ def build_parser() -> argparse.ArgumentParser:
     send.add_argument(
         "--from-start", action="store_true", help="send everything again, to a database that lost it"
     )
+    send.add_argument("--tracker", choices=TRACKERS, help="to this one only (default: all that are on)")
     send.set_defaults(run=_run_sync)
+    status = commands.add_parser("status", parents=[common], help="what is sent, and what is not")
+    status.add_argument(
+        "directory", type=Path, metavar="DIR", nargs="?", help="a run, or a folder of them (default: --runs)"
+    )
+    status.set_defaults(run=_run_status)
+    pack = commands.add_parser("export", parents=[common], help="write a run as one zip")
+    pack.add_argument("directory", type=Path, metavar="DIR", help="a run directory")
+    pack.add_argument("--out", type=Path, metavar="FILE", help="where to (default: NAME.zip, here)")
+    pack.add_argument("--force", action="store_true", help="replace a file that is there")
+    pack.set_defaults(run=_run_export)
+    gate = commands.add_parser("promote", parents=[common], help="give a run's model an alias, behind a gate")
+    gate.add_argument("which", metavar="RUN_OR_DIR", help="a run directory, or the run's id in MLflow")
+    gate.add_argument("--metric", required=True, help="whole or by its last part: mAP_0.5:0.95")
+    gate.add_argument("--at-least", type=float, required=True, metavar="X", help="what it must reach")
+    gate.add_argument("--better-than", metavar="ALIAS", help="and beat the model that has this alias")
+    gate.add_argument(
+        "--to", default="production", metavar="ALIAS", help="the alias given (default: production)"
+    )
+    gate.set_defaults(run=_run_promote)
     return parser
 
 

@@ -148,7 +148,7 @@ def training_worker(
     Trainer.fit = timed  # type: ignore[method-assign]
     _Trainings.ended = note  # type: ignore[method-assign]
     with runs_below(folder), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        settings.update({"mlflow": False})
+        settings.update({"mlflow": False, "tensorboard": False})
         search(
             TrainConfig(
                 data=args.data, weights="", cfg=args.cfg, imgsz=args.img, epochs=args.epochs, evolve=budget,

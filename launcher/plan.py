@@ -216,7 +216,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             "PYTHONUNBUFFERED": "1",
             "STARLING_FLEET": request.args.fleet,
             "STARLING_RUNS": placement.runs_inside,
-            **(_PRIVATE_ENVIRONMENT if placement.isolated else {}),
+            **({**_PRIVATE_ENVIRONMENT, "STARLING_IMAGE": image_id} if placement.isolated else {}),
             **placement.environment,
         },
         passed=request.passed,

@@ -21,6 +21,7 @@ _SHORTEST = {
     "--cfg": "--cf",
     "--data": "--da",
     "--hyp": "--hy",
+    "--hooks": "--ho",
     "--project": "--pro",
     "--name": "--na",
     "--device": "--dev",
@@ -45,6 +46,7 @@ _MISSING: dict[str, type[LauncherError]] = {
     "--hyp": UsageError,
     "--cfg": UsageError,
     "--space": UsageError,
+    "--hooks": UsageError,
 }
 _PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
 """Bare names of weights that the trainer can fetch."""
@@ -264,6 +266,7 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFil
     remedy = {
         "--data": "give the path of a dataset YAML",
         "--weights": "give the path of a checkpoint, or --weights '' to train from scratch",
+        "--hooks": "give the path of a Python file",
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
     where = "" if files is LOCAL else f" on the remote machine ({path})"
     raise _MISSING[option](f"{option} {given}: no such file{where}{hint}; {remedy}")

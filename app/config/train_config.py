@@ -20,6 +20,7 @@ DEFAULT_SAMPLER: Sampler = "fast"
 
 AUTO_BATCH = -1
 AUTO_FINALISTS = -1
+AUTO_INTERVAL = -1
 
 _OF_A_SEARCH = ("sampler", "space", "prune", "finalists", "study", "allow_nfs")
 """Fields that mean nothing without `evolve`."""
@@ -103,6 +104,10 @@ class TrainConfig:
     """N: the first N layers; several numbers: those layers."""
     save_period: int = -1
     """Keep a checkpoint every so many epochs; below 1: no."""
+    bbox_interval: int = AUTO_INTERVAL
+    """Epochs between two pictures of what the validation finds; -1: a tenth of all, 0: none."""
+    hooks: str = ""
+    """Python file whose functions are called as training goes."""
     save_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; 0: after each step."""
     seed: int = 0
@@ -147,6 +152,10 @@ class TrainConfig:
             raise ConfigError("--workers", self.workers, "must be 0 or more")
         if self.patience < 0:
             raise ConfigError("--patience", self.patience, "must be 0 (off) or more")
+        if self.bbox_interval < AUTO_INTERVAL:
+            raise ConfigError(
+                "--bbox_interval", self.bbox_interval, "must be at least 1, 0 (none) or -1 (auto)"
+            )
         if not self.save_minutes >= 0:
             raise ConfigError("--save-minutes", self.save_minutes, "must be 0 (after each step) or more")
         if not 0 <= self.label_smoothing < 1:

@@ -137,6 +137,17 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--nosave", help="keep the final checkpoint only"),
         Flag("--noval", help="validate after the final epoch only"),
         Flag("--noplots", help="draw no pictures"),
+        Flag(
+            "--bbox_interval",
+            "--bbox-interval",
+            metavar="N",
+            help="draw what the validation finds every N epochs; 0: never [a tenth of all]",
+        ),
+        Flag(
+            "--hooks",
+            metavar="FILE.PY",
+            help="functions to call as training goes: docs/track.md [$STARLING_HOOKS]",
+        ),
         Flag("--save-period", metavar="N", help="keep a checkpoint every N epochs [no]"),
         Flag(
             "--save-minutes",
@@ -171,6 +182,8 @@ RESUMABLE = frozenset(
         "cache",
         "compile",
         "noplots",
+        "bbox_interval",
+        "hooks",
         "nosave",
         "save_period",
         "save_minutes",

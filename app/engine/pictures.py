@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from app.config.train_config import AUTO_INTERVAL, TrainConfig
 from app.data.dataset import Dataset
 from app.data.loader import Batch, ValLoader
 from app.engine.data import TrainingData
@@ -19,6 +20,12 @@ from app.model.detector import Detector
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3
 """Batches drawn of each kind."""
+LABELS = ("labels.jpg", "labels_correlogram.jpg")
+BY_EPOCH = "val_batch0_pred"
+"""What the first batch of the validation shows as training goes on."""
+BY_EPOCH_FOLDER = "epochs"
+SHOWN_EPOCHS = 10
+"""Epochs drawn of a training, about, where `--bbox_interval` does not say."""
 
 
 def draw_labels(data: Dataset, folder: Path) -> None:
@@ -26,8 +33,8 @@ def draw_labels(data: Dataset, folder: Path) -> None:
     from app.plots.labels import plot_labels, plot_labels_correlogram
 
     labels = np.concatenate(data.labels) if data.labels else np.zeros((0, 5), np.float32)
-    plot_labels(labels, data.names, folder / "labels.jpg")
-    plot_labels_correlogram(labels, data.names, folder / "labels_correlogram.jpg")
+    plot_labels(labels, data.names, folder / LABELS[0])
+    plot_labels_correlogram(labels, data.names, folder / LABELS[1])
 
 
 def draw_final(
@@ -46,6 +53,22 @@ def draw_final(
         draw_validation(validation, data.val, folder)
         draw_worst(found, data.val, data.val_images, folder / "worst.jpg")
     return validation
+
+
+def is_shown(epoch: int, config: TrainConfig) -> bool:
+    """Return whether what is found after this epoch, counted from 0, is drawn: see `--bbox_interval`."""
+    every = config.bbox_interval
+    if every == AUTO_INTERVAL:
+        every = max(1, config.epochs // SHOWN_EPOCHS)
+    return every > 0 and (epoch + 1) % every == 0
+
+
+def draw_epoch(validation: Validation, data: Dataset, folder: Path, epoch: int) -> Path:
+    """Draw the first preview's detections into a file of the epoch's own, and return it."""
+    path = folder / BY_EPOCH_FOLDER / f"{BY_EPOCH}_epoch{epoch}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    _draw_detections(validation.previews[0], data, path)
+    return path
 
 
 def draw_train_batch(batch: Batch, data: Dataset, path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
+LINES_KEPT = 200
+"""Lines said while nobody listens, which the next listener is told."""
 LOG_EVERY_S = 10.0
 TERMINAL_EVERY_S = 0.2
 
@@ -33,11 +36,23 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._shown_at = clock()
         self._width = 0
+        self._listener: Callable[[str], None] | None = None
+        self._kept: deque[str] = deque(maxlen=LINES_KEPT)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         self._write(f"{self.prefix}{line}", end="\n")
         self._shown_at = self._clock()
+        if self._listener is None:
+            self._kept.append(line)
+        else:
+            self._listener(line)
+
+    def listen(self, listener: Callable[[str], None] | None) -> None:
+        """Tell `listener` every line that is said from here on, and first those said while nobody listened."""
+        self._listener = listener
+        while listener is not None and self._kept:
+            listener(self._kept.popleft())
 
     def show(self, line: Callable[[], str]) -> None:
         """Show a line that the next one replaces; in a log, print it if none was printed for a while."""

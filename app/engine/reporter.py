@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from app.engine.hooks import Hook, Hooks, Training
 from app.engine.progress import Progress, duration
 from app.engine.results import EpochRow
+from app.outputs.run_dir import RunDir
 from app.outputs.worker_status import WorkerStatus
 from app.tracking.events import RUN_ARTIFACTS, EventLog
 
 STATUS_EVERY_S = 2.0
+BEST_EVERY_S = 300.0
+"""Seconds between two sendings of a best.pt that gets better each epoch; the last one is sent in any case."""
 _PHASES = {"finished": "done", "failed": "failed", "killed": "stopped", "pruned": "done"}
 """How a run ended -> what its worker's status says."""
 
@@ -42,6 +47,7 @@ class Reporter:
         events: EventLog | None = None,
         artifacts: Mapping[str, str] = RUN_ARTIFACTS,
         memory_bytes: Callable[[], int] = lambda: 0,
+        hooks: Mapping[str, Sequence[Hook]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label = label
@@ -51,6 +57,8 @@ class Reporter:
         self._events = events
         self._artifacts = artifacts
         self._memory_bytes = memory_bytes
+        self._hooks = Hooks(hooks or {}, self.say)
+        self._best_sent_at = -BEST_EVERY_S
         self._clock = clock
         self._status_at = -STATUS_EVERY_S
         self._epoch_started = clock()
@@ -60,15 +68,50 @@ class Reporter:
         """Print a line that stays."""
         self.progress.say(line)
 
-    def started(self, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Tell that the run begins or goes on."""
+    def hook(self, name: str, **changes: Any) -> None:
+        """Call the user's hooks of this name; see `app.engine.hooks`."""
+        self._hooks.fire(name, **changes)
+
+    def offer_hooks(self, training: Training) -> None:
+        """Let hooks see this training from here on, and send artifacts and say lines through this reporter."""
+        training.log, training.say = self._hook_logs, self.say
+        self._hooks.training = training
+
+    def started(
+        self, params: dict[str, Any], tags: dict[str, str], datasets: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Tell that the run begins or goes on, and what data it reads."""
         self._event("run_start", project=self.label.project, name=self.label.name, parent=self.label.parent,
                     params=params, tags=tags, dir=self._run_path)  # fmt: skip
+        for dataset in datasets:
+            self._event("dataset", **dataset)
+        if self._events is not None:
+            self.progress.listen(lambda line: self._event("message", text=line))
         self._update(phase="starting", run_dir=str(self._run_path), message=None, lasting=None)
 
     def epoch_began(self) -> None:
         """Start the epoch's clock."""
         self._epoch_started = self._clock()
+
+    def appeared(self, *paths: Path) -> None:
+        """Send files as they appear, those that a run of this kind sends at all."""
+        for path in paths:
+            kind = self._kind(path)
+            if kind is not None and self._events is not None and path.is_file():
+                self._events.announce_file(self._run_path, path, kind, run=self.label.uuid)
+
+    def picture(self, path: Path, name: str, epoch: int) -> None:
+        """Show a picture as one of a series by epoch."""
+        self._event("picture", path=path.relative_to(self._run_path).as_posix(), name=name, step=epoch)
+
+    def saved(self, row: EpochRow, kept: Path | None, best: Path | None) -> None:
+        """Tell of weights that an epoch left: those of `--save-period`, and the best so far."""
+        if kept is not None:
+            self.appeared(kept)
+            self._model(kept, kept.stem, row)
+        if best is not None and self._clock() - self._best_sent_at >= BEST_EVERY_S:
+            self._best_sent_at = self._clock()
+            self.appeared(best)
 
     def iteration(
         self,
@@ -112,21 +155,55 @@ class Reporter:
         self.say(
             line + (f"  left {duration(left)}" if row.epoch + 1 < epochs else f"  took {duration(seconds)}")
         )
-        self._event("metrics", step=row.epoch, values=row.values())
+        metrics = row.values()
+        self.hook("on_fit_epoch_end", epoch=row.epoch, metrics=metrics)
+        self._event("metrics", step=row.epoch, values=self._numbers(metrics))
         fitness = row.fitness if row.validated else None
         self._update(phase="training", epoch=row.epoch + 1, epochs=epochs, fitness=fitness,
                             images_per_s=round(images / seconds, 1), eta_s=round(left))  # fmt: skip
 
-    def ended(self, status: str, reason: str = "", *, lasting: bool = False) -> None:
-        """Tell why the run is over (finished, failed, killed or pruned), and which files it leaves.
+    def ended(
+        self, status: str, reason: str = "", best: EpochRow | None = None, *, lasting: bool = False
+    ) -> None:
+        """Tell why the run is over (finished, failed, killed or pruned), which files it leaves, and its model.
 
-        `lasting` says of a failure that it would come again.
+        `best` is the row whose weights are the model; None: there is none to offer. `lasting` says of a failure that
+        it would come again.
         """
+        self.hook("teardown")
         if self._events is not None:
             self._events.announce(self._run_path, self._artifacts, run=self.label.uuid)
+        if best is not None:
+            self._model(RunDir(self._run_path).best, "best", best)
         self._event("run_end", status=status, reason=reason)
+        self.progress.listen(None)
         if self.label.parent is None:  # a candidate's end is not its worker's
             self._update(phase=_PHASES[status], message=reason or None, lasting=lasting or None)
+
+    def _model(self, path: Path, name: str, row: EpochRow) -> None:
+        if self._kind(path) is not None and path.is_file():
+            relative = path.relative_to(self._run_path).as_posix()
+            self._event("model", path=relative, name=name, step=row.epoch, values=row.values())
+
+    def _kind(self, path: Path) -> str | None:
+        """Return what kind of artifact a file of the run directory is; None: a run of this kind does not send it."""
+        name = path.relative_to(self._run_path)
+        for pattern, kind in self._artifacts.items():
+            if len(name.parts) == len(Path(pattern).parts) and name.match(pattern):
+                return kind
+        return None
+
+    def _hook_logs(self, path: Path) -> None:
+        if self._events is not None:
+            self._events.announce_file(self._run_path.resolve(), path, "artifact", run=self.label.uuid)
+
+    def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics that are numbers; a hook may have added what is none."""
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, Real)}
+        if len(numbers) < len(metrics):
+            others = ", ".join(sorted(str(name) for name in metrics.keys() - numbers.keys()))
+            self.say(f"warning: a hook gave metrics that are no numbers, which are not logged: {others}")
+        return {str(name): float(value) for name, value in numbers.items()}
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._events is not None:

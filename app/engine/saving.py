@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from app.config.train_config import TrainConfig
@@ -57,8 +58,8 @@ class Saver:
             save_checkpoint(self._run.last, self._state(), previous=previous)
         self.saved, self._saved_at = position, self._clock()
 
-    def save_epoch(self, row: EpochRow, *, best: bool, last: bool) -> None:
-        """Save what is due at the end of the epoch that `row` tells of."""
+    def save_epoch(self, row: EpochRow, *, best: bool, last: bool) -> Path | None:
+        """Save what is due at the end of the epoch that `row` tells of; return the file that `--save-period` kept."""
         done = row.epoch + 1
         # In this order a kill between the two leaves a checkpoint that the best can be made from again.
         if last or not self._config.nosave:
@@ -67,7 +68,10 @@ class Saver:
             self._save_best(row)
         period = self._config.save_period
         if self._writes and period > 0 and done % period == 0:
-            save_checkpoint(self._run.weights / f"epoch{row.epoch}.pt", self._weights())
+            kept = self._run.weights / f"epoch{row.epoch}.pt"
+            save_checkpoint(kept, self._weights())
+            return kept
+        return None
 
     def _save_best(self, row: EpochRow) -> None:
         if self._writes:

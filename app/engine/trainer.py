@@ -24,6 +24,7 @@ from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
+from app.engine.provenance import DIFF
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, fitness, write_results
 from app.engine.saving import Saver
@@ -40,6 +41,8 @@ GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
 """What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
+FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *pictures.LABELS)
+"""What a run directory holds before the first iteration, for the trackers."""
 RESUMED = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
     *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
@@ -146,8 +149,10 @@ class Trainer:
         whatever `on_epoch` raises.
         """
         self._begin()
+        self._reporter.hook("on_train_start", epoch=self.epoch)
         while self.epoch < self.config.epochs:
             self._reporter.epoch_began()
+            self._reporter.hook("on_train_epoch_start", epoch=self.epoch)
             self._fit_epoch()
             if self._has_diverged():
                 self._roll_back()
@@ -169,6 +174,8 @@ class Trainer:
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
+        self._reporter.appeared(*(self.run.path / name for name in FIRST_FILES))
+        self._reporter.hook("on_pretrain_routine_end", model=self.model)
         if self._rollbacks_left and self.epoch == self.iteration == 0:
             self._beginning = copy.deepcopy(self.state())
 
@@ -180,9 +187,12 @@ class Trainer:
             if self.epoch == 0 and self.iteration < pictures.PREVIEWS and self._draws:
                 path = self.run.path / f"train_batch{self.iteration}.jpg"
                 pictures.draw_train_batch(batch, self.data.train, path)
+                self._reporter.appeared(path)
+            self._reporter.hook("on_train_batch_start")
             self._iterate(batch, epoch_start + self.iteration)
             self.iteration += 1
             images += batch.whole
+            self._reporter.hook("on_train_batch_end")
             self._reporter.iteration(
                 self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
             )
@@ -287,6 +297,7 @@ class Trainer:
     def _score_epoch(self) -> None:
         """Validate where asked, record the row, save, and tell."""
         losses = self._mean_losses()
+        self._reporter.hook("on_train_epoch_end")
         last = self.epoch + 1 == self.config.epochs
         validation = None
         if last or not self.config.noval:
@@ -301,7 +312,9 @@ class Trainer:
         self._loss_sum.zero_()
         if self._group.is_main:
             write_results(self.run.results_csv, self.rows)
-        self._saver.save_epoch(row, best=best, last=last)
+        kept = self._saver.save_epoch(row, best=best, last=last)
+        self._reporter.hook("on_model_save", epoch=row.epoch)
+        self._reporter.saved(row, kept, self.run.best if best else None)
         self._reporter.epoch_ended(row, self.config.epochs, self._images_in_epoch, best)
         self._on_epoch(row)
         if self._glances is not None and self.epoch in self._glances.epochs and not last:
@@ -309,14 +322,22 @@ class Trainer:
             self._glances.tell(self.epoch, fitness(metrics.map50, metrics.map5095))
 
     def _validate(self) -> Validation:
-        return validate(
+        self._reporter.hook("on_val_start")
+        shown = self._draws and pictures.is_shown(self.epoch, self.config)
+        validation = validate(
             self.average.model,
             self.val_loader,
             self.loss,
             self.compute,
+            previews=int(shown),
             after_batch=self._after_validated,
             group=self._group,
         )
+        if shown:
+            path = pictures.draw_epoch(validation, self.data.val, self.run.path, self.epoch)
+            self._reporter.picture(path, pictures.BY_EPOCH, self.epoch)
+        self._reporter.hook("on_val_end")
+        return validation
 
     def _row(self, losses: tuple[float, float, float], validation: Validation | None) -> EpochRow:
         metrics, val_losses = NOT_VALIDATED, NOT_VALIDATED[:3]
@@ -428,6 +449,7 @@ class Trainer:
                 self._best_model(), self.val_loader, self.data, self.compute, self.run.path, self._group
             )
             self._say_classes(validation)
+        self._reporter.hook("on_train_end")
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
 
     def _best_model(self) -> Detector:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,10 @@ from app.engine.data import (
 )
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
+from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
+from app.engine.provenance import DIFF, code_version, dataset_fields, image_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -44,13 +45,14 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
 from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
 from app.model.detector import Detector
-from app.outputs.atomic import sweep
+from app.outputs.atomic import sweep, write_atomic
 from app.outputs.bucket import upload
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
-from app.tracking.process import BridgeHandle, start_bridge
+from app.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
+from app.tracking.redaction import Redaction
 
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
@@ -152,11 +154,12 @@ def train(command: TrainCommand) -> None:
         if command.config.resume
         else _fresh_job(command.config, progress.say)
     )
+    hooks = find_hooks(job.config.hooks)
     with joined(job.config, place) as group:
         _check_same_state(job, group)
         workshop = open_workshop(job.config, job.start, job.hyp, progress.say, group)
         if group.is_main:
-            _lead(job, workshop, progress)
+            _lead(job, workshop, progress, hooks)
         else:
             _follow(job, workshop)
 
@@ -192,31 +195,31 @@ def _follow(job: _Job, workshop: Workshop) -> None:
         train_in(workshop, workshop.config, job.hyp, run, silent, stop, job.state)
 
 
-def _lead(job: _Job, workshop: Workshop, progress: Progress) -> None:
+def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
     """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
     config = workshop.config
     warn_of_idle(config, job.hyp, workshop.data, progress.say)
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         workshop.group.from_main(run.path)
-        for folder in (run.path, folder_below(run.path, run.weights.name)):
-            sweep(folder)
+        for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
+            sweep(folder_below(run.path, name))
         if job.state is None:
             run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
         report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
-        bridge = start_bridge(log, warn=progress.say)
+        bridges = start_bridges(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name())
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
-                            memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
+                            memory_bytes=workshop.compute.memory_bytes, hooks=hooks)  # fmt: skip
         try:
             result = train_in(
-                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: check_bridge(bridge)
+                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: bridges.check()
             )
         finally:
-            finish_bridge(bridge, stop)
+            finish_bridges(bridges, stop)
     best = result.best
     progress.say(
         f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
@@ -290,7 +293,7 @@ def train_in(
     glances: Glances | None = None,
 ) -> TrainResult:
     """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
-    reporter.started(_params(config, hyp), _tags(workshop))
+    _tell_start(workshop, config, hyp, run, reporter)
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
         detector = _build_detector(workshop, hyp, state, reporter.say)
@@ -315,8 +318,29 @@ def train_in(
         raise
     finally:
         workshop.group.training_is_over()
-    reporter.ended("finished")
+    reporter.ended("finished", best=result.best)
     return result
+
+
+def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
+    """Report what is trained, on which data, by which code."""
+    code = code_version()
+    if code.diff and workshop.group.is_main:
+        write_atomic(run.path / DIFF, Redaction()(code.diff))
+    tags = {
+        "device": workshop.compute.describe(),
+        "seed": str(config.seed),
+        "data_digest": workshop.data.train.digest,
+        **code.tags(),
+        **image_tags(),
+    }
+    data = workshop.data
+    datasets = [
+        dataset_fields(config, role, split) for role, split in (("train", data.train), ("val", data.val))
+    ]
+    reporter.started(_params(config, hyp), tags, datasets)
+    reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=workshop.compute.device))
+    reporter.hook("on_pretrain_routine_start")
 
 
 def _build_detector(
@@ -345,16 +369,9 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
     pictures.draw_final(model, batches, workshop.data, workshop.compute, folder)
 
 
-def check_bridge(bridge: BridgeHandle | None) -> None:
-    """Look after the tracking bridge, once an epoch."""
-    if bridge is not None:
-        bridge.check()
-
-
-def finish_bridge(bridge: BridgeHandle | None, stop: StopSignal) -> None:
-    """Let the bridge drain; shortly where a stop was asked for, since a container's grace is short."""
-    if bridge is not None:
-        bridge.finish(timeout_s=5 if stop.requested else 20)
+def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
+    """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
+    bridges.finish(STOPPED_DRAIN_S if stop.requested else DRAIN_S)
 
 
 def find_last(resume: str) -> Path:
@@ -383,9 +400,3 @@ def _new_run(config: TrainConfig) -> Path:
 
 def _params(config: TrainConfig, hyp: Hyp) -> dict[str, Any]:
     return {**config.as_dict(), **{f"hyp/{key}": value for key, value in hyp.as_dict().items()}}
-
-
-def _tags(workshop: Workshop) -> dict[str, str]:
-    tags = {"device": workshop.compute.describe(), "data_digest": workshop.data.train.digest}
-    replica = os.environ.get("STARLING_REPLICA")
-    return {**tags, "replica": replica} if replica else tags

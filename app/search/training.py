@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,17 +18,17 @@ from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
 from app.engine.distributed import Place
+from app.engine.hooks import Hook, find_hooks
 from app.engine.progress import Progress
 from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import EpochRow
+from app.engine.results import METRICS, EpochRow
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, TrainResult
 from app.engine.training import (
     RESUMED,
     Workshop,
-    check_bridge,
     draw_weights,
-    finish_bridge,
+    finish_bridges,
     read_hyp,
     train_in,
     upload_results,
@@ -39,7 +39,7 @@ from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
 from app.search.journal import locked
-from app.search.outcome import Candidate, CandidateFailed, Outcome, Report, SearchSummary
+from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
 from app.search.plan import StudyPlan
 from app.search.share import Share
@@ -50,7 +50,7 @@ from app.search.views import best_of
 from app.search.worker import run_search
 from app.search.workshops import Workshops, check_layouts, layout_digest, searched_layouts
 from app.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
-from app.tracking.process import BridgeHandle, start_bridge
+from app.tracking.process import Bridges, start_bridges
 
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
@@ -75,6 +75,7 @@ def search(config: TrainConfig) -> None:
             "start one worker a device without torchrun, or all at once with `launcher up --gpus`"
         )
     progress = Progress()
+    hooks = find_hooks(config.hooks)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
     check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
@@ -88,8 +89,8 @@ def search(config: TrainConfig) -> None:
     progress.say(f"search: {directory} (worker {worker})")
     report_findings(workshops.usual.data, directory, progress.say)
     with StopSignal() as stop:
-        bridge = start_bridge(log, warn=progress.say)
-        trainings = _Trainings(config, workshops, directory, log, bridge, progress, stop)
+        bridges = start_bridges(log, warn=progress.say)
+        trainings = _Trainings(config, workshops, directory, log, bridges, progress, stop, hooks)
         try:
             summary = run_search(
                 directory=directory,
@@ -113,7 +114,7 @@ def search(config: TrainConfig) -> None:
             )
             trainings.finished(summary)
         finally:
-            finish_bridge(bridge, stop)
+            finish_bridges(bridges, stop)
     _say_summary(summary, directory, progress)
     upload_results(config, directory, progress.say)
     if config.json:
@@ -165,13 +166,15 @@ class _Trainings:
         workshops: Workshops,
         directory: Path,
         log: EventLog,
-        bridge: BridgeHandle | None,
+        bridges: Bridges,
         progress: Progress,
         stop: StopSignal,
+        hooks: Mapping[str, Sequence[Hook]],
     ) -> None:
+        self._hooks = hooks
         # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
         self._config = replace(config, noval=True, noplots=True, patience=0)
-        self._workshops, self._directory, self._log, self._bridge = workshops, directory, log, bridge
+        self._workshops, self._directory, self._log, self._bridges = workshops, directory, log, bridges
         self._progress, self._stop = progress, stop
         self._status = WorkerStatus(runs_root(), worker_name())
         self._project = config.run_project.removeprefix("runs/")
@@ -193,7 +196,7 @@ class _Trainings:
         )
         params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
         self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
-                         dir=self._directory, params=params)  # fmt: skip
+                         dir=self._directory, shared=True, params=params)  # fmt: skip
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
         """Show how far the search is and what this worker does."""
@@ -234,6 +237,9 @@ class _Trainings:
                 pictures.draw_labels(workshop.data.train, self._directory)
                 draw_weights(workshop, best, self._directory)
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
+        if best.is_file():
+            self._log.append("model", run=self._search["uuid"], path=best.relative_to(self._directory), name="best",
+                             step=0, values=_reached(summary.best))  # fmt: skip
         self._log.append("run_end", run=self._search["uuid"], status="finished")
         self._status.update(phase="done", candidate=None, eta_s=0, search_ends_at=None)
 
@@ -263,7 +269,8 @@ class _Trainings:
         label = RunLabel(run_uuid, self._project, candidate.title, parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"{candidate.title}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=workshop.compute.memory_bytes)  # fmt: skip
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=workshop.compute.memory_bytes,
+                            hooks=self._hooks)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
         if candidate.train_seed is not None:
@@ -271,7 +278,7 @@ class _Trainings:
 
         def on_epoch(row: EpochRow) -> None:
             report()
-            check_bridge(self._bridge)
+            self._bridges.check()
 
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
@@ -286,6 +293,12 @@ class _Trainings:
         if candidate.finalist_of is None:
             keep_best_weights(self._directory, run, result.best.fitness)
         return _outcome(result)
+
+
+def _reached(best: Finished) -> dict[str, float]:
+    """Return what the winner reached, under the names that results.csv has."""
+    names = dict(zip(("precision", "recall", "map50", "map5095"), METRICS, strict=True))
+    return {name: best.metrics[key] for key, name in names.items()}
 
 
 def _outcome(result: TrainResult) -> Outcome:

@@ -18,6 +18,12 @@ class RunProgress:
     """The tracker's id."""
     directory: str
     """The run directory, relative to the log's folder."""
+    started: float = 0.0
+    """When it first began, in seconds since the epoch."""
+    is_open: bool = True
+    """Whether its end is still to come."""
+    is_shared: bool = False
+    """Whether other processes tell about it too, as workers do about their search."""
     steps: dict[str, int] = field(default_factory=dict)
     """Metric name -> highest step sent; a resumed trainer may report its last epoch a second time."""
 
@@ -32,8 +38,12 @@ class Cursor:
     """Digest of the log's first line: tells a new log from the old one of the same name."""
     sent: int = 0
     rejected: int = 0
+    dropped: int = 0
+    """Samples of the machine that were given up while the tracker was away; events never are."""
     problem: str = ""
     """Why delivery is held up right now; empty when it is not."""
+    busy: str = ""
+    """What takes a while right now; empty mostly."""
     runs: dict[str, RunProgress] = field(default_factory=dict)
 
     @classmethod

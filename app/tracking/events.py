@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.outputs.atomic import append_line
+from app.tracking.redaction import Redaction
 
 SCHEMA = 1
 """Version of the line format, field `v` of each line."""
@@ -24,12 +25,14 @@ RUN_ARTIFACTS = {
     "opt.yaml": "config",
     "hyp.yaml": "config",
     "results.csv": "table",
+    "*.diff": "diff",
     "*.png": "plot",
     "*.jpg": "plot",
+    "weights/epoch*.pt": "weights",
     "weights/best.pt": "weights",
     "weights/last.pt": "weights",
 }
-"""What a training sends when it ends: pattern below its run directory -> kind."""
+"""What a training sends, as it appears and when it ends: pattern below its run directory -> kind."""
 
 CANDIDATE_ARTIFACTS = {"hyp.yaml": "config", "results.csv": "table"}
 """What a candidate of a search sends: small files only, since there are many candidates."""
@@ -46,15 +49,20 @@ SEARCH_ARTIFACTS = {
 """What the search's own run sends when it ends."""
 
 _FIELDS: dict[str, frozenset[str]] = {
-    "run_start": frozenset({"name", "project", "dir", "parent", "params", "tags"}),
+    "run_start": frozenset({"name", "project", "dir", "parent", "shared", "params", "tags"}),
     "metrics": frozenset({"step", "values"}),
     "artifact": frozenset({"path", "kind"}),
+    "dataset": frozenset({"role", "name", "digest", "source", "figures", "classes"}),
+    "picture": frozenset({"path", "name", "step"}),
+    "model": frozenset({"path", "name", "step", "values"}),
     "message": frozenset({"text"}),
     "run_end": frozenset({"status", "reason"}),
     "log_end": frozenset(),
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "run_start": {"parent": None, "params": {}, "tags": {}},
+    "run_start": {"parent": None, "shared": False, "params": {}, "tags": {}},
+    "dataset": {"figures": {}, "classes": []},
+    "model": {"values": {}},
     "run_end": {"reason": ""},
 }
 _CHUNK_BYTES = 4 << 20
@@ -94,20 +102,28 @@ class EventLog:
         self._clock = clock
         self._warn = warn
         self._next_seq: int | None = None
+        self._redacted = Redaction()
+        self._announced: dict[tuple[str | None, Path], int] = {}
+        """Run and file -> its time of change when it was announced."""
 
     def append(self, event: str, /, *, run: str | None = None, **fields: Any) -> None:
         """Append one event in a single write.
 
         | event       | fields                                                                             |
         |-------------|------------------------------------------------------------------------------------|
-        | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags  |
+        | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags, |
+        |             | shared (whether other processes tell about the run too, as workers of a search do)  |
         | `metrics`   | step (the epoch), values {name: number}                                            |
         | `artifact`  | path (relative to the run directory), kind                                         |
-        | `message`   | text                                                                               |
+        | `dataset`   | role (train, val), name, digest, source (path or URL), figures {name: number}, classes |
+        | `picture`   | path (its own for each step, since it is read later), name, step                   |
+        | `model`     | path, name (best, last, epochN), step, values {name: number} that it reached        |
+        | `message`   | text: a line of the console                                                        |
         | `run_end`   | status (finished, failed, killed, pruned), reason                                  |
         | `log_end`   | none: nothing follows until the run is resumed                                     |
 
-        NaN and infinities are written as strings, which strict JSON can hold. Raises ValueError for an unknown
+        NaN and infinities are written as strings, which strict JSON can hold. Credentials in addresses, and what the
+        environment holds as passwords, are blotted out. Raises ValueError for an unknown
         event or field, and TypeError for a value that is not plain (a tensor, say: reading it would wait
         for the device, which is the caller's decision).
         """
@@ -132,11 +148,21 @@ class EventLog:
                 )
 
     def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
-        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches."""
+        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches.
+
+        A file that was announced before and has not changed since is left out.
+        """
         for pattern, kind in patterns.items():
             for path in sorted(run_dir.glob(pattern)):
                 if path.is_file():
-                    self.append("artifact", run=run, path=path.relative_to(run_dir).as_posix(), kind=kind)
+                    self.announce_file(run_dir, path, kind, run=run)
+
+    def announce_file(self, run_dir: Path, path: Path, kind: str, *, run: str | None = None) -> None:
+        """Append an `artifact` event for a file below `run_dir`, unless it was announced as it is."""
+        changed = path.stat().st_mtime_ns
+        if self._announced.get((run, path)) != changed:
+            self._announced[run, path] = changed
+            self.append("artifact", run=run, path=path.relative_to(run_dir).as_posix(), kind=kind)
 
     def _checked(self, event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if event not in _FIELDS:
@@ -152,9 +178,9 @@ class EventLog:
         if event == "run_start":
             # Relative, so that the log means the same in a container and on the host.
             complete["dir"] = os.path.relpath(complete["dir"], self.path.parent)
-        if event == "metrics":
+        if "values" in complete:
             complete["values"] = {name: _number(name, value) for name, value in complete["values"].items()}
-        return {name: _plain(value) for name, value in complete.items()}
+        return {name: _plain(value, self._redacted) for name, value in complete.items()}
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
@@ -176,8 +202,25 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     return list(_parse(chunk[:whole].splitlines(keepends=True), offset)), offset + whole
 
 
+def console_text(path: Path, run: str, end: int) -> str:
+    """Return all lines of a run's console that stand in the log before byte `end`."""
+    lines: list[str] = []
+    offset = 0
+    while offset < end:
+        events, after = read_events(path, offset)
+        if after == offset:
+            break
+        lines += [
+            f"{event.fields['text']}\n"
+            for event in events
+            if event.name == "message" and event.run == run and event.end <= end
+        ]
+        offset = after
+    return "".join(lines)
+
+
 def metric_values(event: Event) -> dict[str, float]:
-    """Return the values of a `metrics` event as floats, NaN and infinities included."""
+    """Return the values of a `metrics` or `model` event as floats, NaN and infinities included."""
     return {str(name): float(value) for name, value in event.fields["values"].items()}
 
 
@@ -187,6 +230,7 @@ def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
         try:
             record = json.loads(line)
             name = record.pop("event")
+            record = {**_DEFAULTS.get(name, {}), **record}
             if record.pop("v") != SCHEMA or _FIELDS[name] - record.keys():
                 continue
             seq, at, run = int(record.pop("seq")), float(record.pop("time")), str(record.pop("run"))
@@ -195,21 +239,23 @@ def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
         yield Event(name=name, seq=seq, time=at, run=run, fields=record, end=offset)
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it; raises TypeError for what is not plain."""
-    if value is None or isinstance(value, (str, bool)):
+def _plain(value: Any, redacted: Callable[[str], str]) -> Any:
+    """Return `value` as JSON can hold it, its text as anyone may read it; raises TypeError for what is not plain."""
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         number = float(value)
         return number if math.isfinite(number) else str(number)
     if isinstance(value, Path):
-        return str(value)
+        return redacted(str(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, redacted) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, redacted) for item in value]
     raise TypeError(f"events hold plain values only, not {type(value).__name__}; use .item() or str() first")
 
 

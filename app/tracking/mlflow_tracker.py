@@ -7,49 +7,53 @@ the database 0.7 s, an epoch of 13 values 4-12 ms. The library is imported at th
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
 import os
 import re
 import shutil
+import tempfile
+import time as time_module
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from app.errors import UsageError
 from app.outputs.atomic import write_atomic
 from app.tracking.lock import exclusive
-from app.tracking.tracker import Run, TrackerRejectedError, TrackerUnavailableError
+from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
+from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key
+from app.tracking.redaction import without_credentials
+from app.tracking.tracker import (
+    DatasetInput,
+    ModelFile,
+    Run,
+    TrackerRejectedError,
+    TrackerUnavailableError,
+)
 
 UUID_TAG = "starling.run_uuid"
 PARENT_TAG = "mlflow.parentRunId"
 
-CLIENT_LIMITS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    # A server may neither hold the client for as long as it likes nor send it elsewhere.
-    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
-    # Nothing but the tracking server is spoken to.
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-}
-"""Settings of MLflow's client; by default it blocks for minutes when its server is gone. A user's own win."""
-
-_UPLOAD_TIMEOUT_S = 60
 _LOCK_TIMEOUT_S = 120.0
 """A bridge runs at low priority beside busy trainers; the first one may take a minute to create the database."""
+_MODEL_TIMEOUT_S = 1200.0
 _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
-_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 _STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED", "pruned": "FINISHED"}
-_KEY_LENGTH = 250
-_VALUE_LENGTH = 6000
-_TAG_LENGTH = 5000
 _PARAMS_PER_REQUEST = 100
+_DATASET_NAME_LENGTH = 500
+_DIGEST_LENGTH = 36
+_SCHEMA_LENGTH = 60_000
+_CONSOLE = "console.log"
+_CONSOLE_EVERY_S = 20.0
+_THUMBNAIL_SIDE = 256
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""The page opens on trainings, not on chats with language models."""
 
 
 class MlflowTracker:
@@ -61,7 +65,9 @@ class MlflowTracker:
 
     name = "mlflow"
 
-    def __init__(self, runs: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, runs: Path, environment: Mapping[str, str], *, register: bool = False) -> None:
+        """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
+        self._register = register
         self._folder = runs / "mlflow"
         self._environment = environment
         self._uri = environment.get("MLFLOW_TRACKING_URI") or ""
@@ -69,6 +75,9 @@ class MlflowTracker:
         self._uri = self._uri or database_uri(runs)
         self._experiments: dict[str, str] = {}
         self._connected: Any = None
+        self._consoles: dict[str, Callable[[], str]] = {}
+        """Of the runs whose console has grown since it was sent: all of it."""
+        self._console_sent_at = -_CONSOLE_EVERY_S
 
     def destination(self, log_dir: Path) -> str:
         """Name the database by its path seen from the log, or the server by its address without credentials."""
@@ -78,7 +87,7 @@ class MlflowTracker:
 
     def start_run(self, run: Run) -> str:
         """Find or create the run, and its parent, by our UUID; a resumed run goes on as the same one."""
-        with _translated(refuse=False), self._one_at_a_time():
+        with translated(refuse=False), self._one_at_a_time():
             client = self._client()
             experiment = self._experiment(run.project)
             tags = {"mlflow.source.name": "starling", "mlflow.source.type": "LOCAL"}
@@ -92,7 +101,7 @@ class MlflowTracker:
                 )
             else:
                 run_id = self._find_or_create(experiment, run.uuid, self._run_name(run.name), run.time, tags)
-        with _translated(refuse=False):
+        with translated(refuse=False):
             stored = client.get_run(run_id)
             if stored.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
@@ -104,48 +113,136 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         at = int(time * 1000)
-        with _translated():
+        with translated():
             metrics = [Metric(metric_key(name), value, at, step) for name, value in values.items()]
             self._client().log_batch(run_id, metrics=metrics)
 
-    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+    def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
         """Store a file. What the proxy of a server would serve goes straight to its folder when that is ours."""
-        with _translated(), self._patient():
+        with translated(), patient():
             client = self._client()
-            location = str(client.get_run(run_id).info.artifact_uri)
-            parts = urlsplit(location)
-            speaks_http = urlsplit(self._uri).scheme in {"http", "https"}
-            if speaks_http and (parts.scheme != _PROXIED or parts.netloc):
-                # The server chose this place: it may be a folder of this machine, or a third party.
-                raise TrackerRejectedError(
-                    f"the server keeps artifacts at {without_credentials(location)}, outside itself; "
-                    "start it with --serve-artifacts and an mlflow-artifacts:/ root"
-                )
-            if not speaks_http and parts.scheme == _PROXIED:
-                self._copy(path, self._folder / "artifacts" / parts.path.lstrip("/") / folder / path.name)
+            local = self._local_folder(str(client.get_run(run_id).info.artifact_uri))
+            if local is not None:
+                self._copy(path, local / folder / path.name)
             else:
                 client.log_artifact(run_id, str(path), folder or None)
 
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        """Record a dataset as an input of the run: its digest, where it lies, what is in it."""
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as Input
+
+        shown = Dataset(
+            name=dataset.name[:_DATASET_NAME_LENGTH],
+            digest=dataset.digest[:_DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": without_credentials(dataset.source)}),
+            schema=json.dumps({"classes": dataset.classes})[:_SCHEMA_LENGTH],
+            profile=json.dumps(dict(dataset.figures)),
+        )
+        context = InputTag("mlflow.data.context", {"train": "training", "val": "validation"}[dataset.role])
+        with translated():
+            self._client().log_inputs(run_id, [Input(shown, [context])])
+
+    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Show a picture in the page's image chart; its name there follows from what is in it, so it is stored once."""
+        content = path.read_bytes()
+        stem = f"{metric_key(name).replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}"
+        stem += f"+{hashlib.sha256(content).hexdigest()[:32]}"
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                files = _as_shown(content, Path(folder) / stem)
+            except OSError as error:
+                raise TrackerRejectedError(f"{path}: no picture ({error})") from None
+            for file in files:
+                self.log_artifact(run_id, file, "images")
+        with translated():
+            self._client().set_tag(run_id, "mlflow.loggedImages", "True")
+
+    def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
+        """Keep the console for `flush`: MLflow has files only, so all of it is sent again."""
+        self._consoles[run_id] = so_far
+
+    def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
+        """Record a sample among the metrics that the page shows as those of the system."""
+        self.log_metrics(run_id, values, step=step, time=time)
+
+    def flush(self, *, last: bool = False) -> None:
+        """Send consoles that have grown, every 20 seconds and at a run's end."""
+        now = time_module.monotonic()
+        if not self._consoles or not (last or now - self._console_sent_at >= _CONSOLE_EVERY_S):
+            return
+        self._console_sent_at = now
+        for run_id, so_far in list(self._consoles.items()):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / _CONSOLE
+                file.write_text(so_far())
+                try:
+                    self.log_artifact(run_id, file, "")
+                except TrackerRejectedError:
+                    del self._consoles[run_id]
+                    raise
+            del self._consoles[run_id]
+
+    def log_model(self, run_id: str, model: ModelFile) -> None:
+        """Register the best weights of a finished run, ready to be served; others are artifacts only."""
+        if self._register and model.name == "best":
+            from app.tracking.mlflow_models import offer
+
+            # Every worker of a search offers the same winner.
+            with translated(), patient(), self._one_at_a_time(".models.lock", _MODEL_TIMEOUT_S):
+                client = self._client()
+                offer(client, client.get_run(run_id), model, self._upload_model)
+
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Set the final status; a pruned candidate is a finished run with the tag `starling.pruned`."""
+        """Set the final status, and the tags that say it in our words: MLflow itself has no pruned one."""
         if self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}:
             return
-        with _translated():
+        with translated():
             client = self._client()
+            tags = {"starling.status": status, "mlflow.note.content": reason or status}
             if status == "pruned":
-                client.set_tag(run_id, "starling.pruned", "true")
+                tags["starling.pruned"] = "true"
             if reason:
-                client.set_tag(run_id, "starling.reason", reason[:_TAG_LENGTH])
+                tags["starling.reason"] = reason[:TAG_LENGTH]
+            for key, value in tags.items():
+                client.set_tag(run_id, key, value)
             client.set_terminated(run_id, _STATUSES[status], end_time=int(time * 1000))
 
     def close(self) -> None:
         """Forget the client; its connections close with it."""
         self._connected = None
 
+    @property
+    def client(self) -> Any:
+        """MLflow's own client, with our limits; what it raises is MLflow's: see `errors_as_ours`."""
+        with self.errors_as_ours():
+            return self._client()
+
+    @staticmethod
+    def errors_as_ours() -> AbstractContextManager[None]:
+        """Turn what MLflow raises within the block into the errors of the protocol."""
+        return translated()
+
+    def find_run(self, name: str) -> str:
+        """Return the id of a run by our UUID or by MLflow's id; raises UsageError where there is none."""
+        quoted = re.sub(r"[^\w.:-]", "", name)
+        with self.errors_as_ours():
+            client = self._client()
+            experiments = [found.experiment_id for found in client.search_experiments()]
+            for known in (f"tags.`{UUID_TAG}` = '{quoted}'", f"attributes.run_id = '{quoted}'"):
+                found = client.search_runs(experiments, known, max_results=1)
+                if found:
+                    return str(found[0].info.run_id)
+        raise UsageError(
+            f"{name}: no such run at {without_credentials(self._uri)}; give a run directory, or the run's id in MLflow "
+            "(python -m app.track sync DIR sends what is left)"
+        )
+
     def create_database(self) -> None:
         """Create the embedded database if it does not exist; raises TrackerUnavailableError."""
         if not (self._folder / "mlflow.db").exists():
-            with _translated(refuse=False), self._one_at_a_time():
+            with translated(refuse=False), self._one_at_a_time():
                 self._client()
 
     def _client(self) -> Any:
@@ -169,26 +266,13 @@ class MlflowTracker:
         return MlflowClient(tracking_uri=self._uri)
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def _one_at_a_time(self, name: str = ".lock", timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
         """Keep the bridges of several containers from creating the same thing twice."""
         try:
-            with exclusive(self._folder / ".lock", _LOCK_TIMEOUT_S):
+            with exclusive(self._folder / name, timeout_s):
                 yield
         except TimeoutError as error:
             raise TrackerUnavailableError(str(error)) from None
-
-    @contextmanager
-    def _patient(self) -> Iterator[None]:
-        """Allow an upload more time than a small request: a server may answer once it has stored the file."""
-        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-        before = os.environ.get(name)
-        os.environ[name] = str(max(_UPLOAD_TIMEOUT_S, int(before or 0)))
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
 
     def _experiment(self, project: str) -> str:
         name = self._environment.get("MLFLOW_EXPERIMENT_NAME") or project or "Default"
@@ -196,7 +280,9 @@ class MlflowTracker:
             client = self._client()
             found = client.get_experiment_by_name(name)
             if found is None:
-                self._experiments[name] = client.create_experiment(name, self._artifact_location(name))
+                self._experiments[name] = client.create_experiment(
+                    name, self._artifact_location(name), tags=_EXPERIMENT_TAGS
+                )
             elif found.lifecycle_stage != "active":
                 raise TrackerUnavailableError(
                     f"the MLflow experiment {name!r} is deleted; restore it (mlflow experiments restore), "
@@ -242,15 +328,41 @@ class MlflowTracker:
             for key, value in params.items()
             if stored.get(key, value) != value
         ]
-        tags = {key[:_KEY_LENGTH]: str(value)[:_TAG_LENGTH] for key, value in run.tags.items()}
+        tags = {key[:KEY_LENGTH]: str(value)[:TAG_LENGTH] for key, value in run.tags.items()}
+        if "git_commit" in tags:
+            tags["mlflow.source.git.commit"] = tags["git_commit"]
         if changed:
-            tags["starling.changed_on_resume"] = "; ".join(changed)[:_TAG_LENGTH]
+            tags["starling.changed_on_resume"] = "; ".join(changed)[:TAG_LENGTH]
         client = self._client()
         new = [Param(key, value) for key, value in params.items() if key not in stored]
         for batch in (new[at : at + _PARAMS_PER_REQUEST] for at in range(0, len(new), _PARAMS_PER_REQUEST)):
             client.log_batch(run_id, params=batch)
         if tags:
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _local_folder(self, location: str) -> Path | None:
+        """Return the folder of ours that a place for artifacts means; None where the server takes them.
+
+        Raises TrackerRejectedError for a place that a server chose outside of itself: it may be a folder of this
+        machine, or a third party.
+        """
+        parts = urlsplit(location)
+        if urlsplit(self._uri).scheme in {"http", "https"}:
+            if parts.scheme != _PROXIED or parts.netloc:
+                raise TrackerRejectedError(
+                    f"the server keeps artifacts at {without_credentials(location)}, outside itself; "
+                    "start it with --serve-artifacts and an mlflow-artifacts:/ root"
+                )
+            return None
+        return self._folder / "artifacts" / parts.path.lstrip("/") if parts.scheme == _PROXIED else None
+
+    def _upload_model(self, logged: Any, packed: Path) -> None:
+        local = self._local_folder(str(logged.artifact_location))
+        if local is None:
+            self._client().log_model_artifacts(logged.model_id, str(packed))
+            return
+        for file in sorted(path for path in packed.rglob("*") if path.is_file()):
+            self._copy(file, local / file.relative_to(packed))
 
     def _copy(self, source: Path, target: Path) -> None:
         root = (self._folder / "artifacts").resolve()
@@ -265,50 +377,13 @@ def database_uri(runs: Path) -> str:
     return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}"
 
 
-def metric_key(name: str) -> str:
-    """Return `name` as MLflow takes it: `precision(B)` -> `precision_B`, `mAP_0.5:0.95` as it is."""
-    return _shortened(re.sub(r"[^/\w.\- :]+", "_", name).strip("_") or "_")
+def _as_shown(content: bytes, stem: Path) -> list[Path]:
+    """Write a picture and its thumbnail under the names that MLflow's page looks for, and return both."""
+    from PIL import Image
 
-
-def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested parameters as flat text (`hyp.lr0`), names and values cut to what MLflow takes."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flat_params(value, f"{name}."))
-        else:
-            text = str(value)
-            flat[metric_key(name)] = text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 1] + "…"
-    return flat
-
-
-def without_credentials(text: str) -> str:
-    """Return `text` with the `user:password@` of every address in it left out."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
-
-
-def _shortened(key: str) -> str:
-    """Cut a long name, with a digest in place of the rest, so that two long names stay two."""
-    if len(key) <= _KEY_LENGTH:
-        return key
-    return f"{key[: _KEY_LENGTH - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-
-@contextmanager
-def _translated(*, refuse: bool = True) -> Iterator[None]:
-    """Turn what MLflow's client raises into the two errors of the protocol.
-
-    `refuse=False` treats a refusal like an outage: without its run, every later event would be lost.
-    """
-    try:
-        yield
-    except (TrackerRejectedError, TrackerUnavailableError):
-        raise
-    except Exception as error:
-        # Anything: the client passes on whatever its parsers raise when a server answers nonsense.
-        lines = without_credentials(str(error)).strip().splitlines() or [""]
-        message = f"MLflow: {type(error).__name__}: {lines[0][:300]}"
-        if refuse and getattr(error, "error_code", "") in _REFUSALS:
-            raise TrackerRejectedError(message) from error
-        raise TrackerUnavailableError(message) from error
+    with Image.open(io.BytesIO(content)) as picture:
+        whole, small = Path(f"{stem}.png"), Path(f"{stem}+compressed.webp")
+        picture.convert("RGB").save(whole)
+        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        picture.convert("RGB").save(small)
+    return [whole, small]

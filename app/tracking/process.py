@@ -1,23 +1,26 @@
-"""The trainer's side of the bridge: start it, look at it once an epoch, give it time to drain at the end."""
+"""The trainer's side of the bridges: start them, look at them once an epoch, give them time to drain at the end."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from app import settings
 from app.tracking.cursor import cursor_path
 from app.tracking.events import EventLog
 from app.tracking.process_identity import ProcessIdentity
+from app.tracking.trackers import TrackerKind, wanted_trackers
 
-TRACKER = "mlflow"
 RESTARTS = 3
+DRAIN_S, STOPPED_DRAIN_S = 20.0, 5.0
+"""Seconds that trackers are waited for at the end of a training, and of one that was asked to stop."""
+BUSY_S = 300.0
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
@@ -26,9 +29,12 @@ def _print_warning(line: str) -> None:
 
 
 class BridgeHandle:
-    """A running bridge. Nothing here waits for a tracker, except `finish`, whose time is bounded."""
+    """A running bridge to one tracker. Nothing here waits for it, except `finish`, whose time is bounded."""
 
-    def __init__(self, log: EventLog, command: list[str], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, log: EventLog, command: list[str], warn: Callable[[str], None], tracker: str = "mlflow"
+    ) -> None:
+        self.tracker = tracker
         self._log = log
         self._command = command
         self._warn = warn
@@ -46,25 +52,34 @@ class BridgeHandle:
         elif problem := self._problem():
             self._warn_once(problem)
 
-    def finish(self, timeout_s: float = 20.0) -> bool:
-        """Close the log and wait until it is delivered, for `timeout_s` seconds at most.
+    def finish(self, timeout_s: float, *, patient: bool) -> bool:
+        """Wait until the closed log is delivered, for `timeout_s` seconds at most.
 
         Returns whether it is. If not, a warning names the remedy, and a bridge that still works at it is left
-        to go on.
+        to go on. With `patient`, one that is registering a model is given `BUSY_S` more: a large one takes its time.
         """
-        self.check()
-        self._log.append("log_end")
+        status = self._wait(timeout_s)
+        if status is None and patient and self._cursor().get("busy"):
+            status = self._wait(BUSY_S)
+        if status != 0:
+            self._warn_once(self._problem() or f"see {self._output}")
+        return status == 0
+
+    def _wait(self, timeout_s: float) -> int | None:
         try:
-            delivered = self.process.wait(timeout_s) == 0
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            delivered = False
-        if not delivered:
-            self._warn_once(self._problem() or f"see {self._log.path.with_name('bridge.log')}")
-        return delivered
+            return None
+
+    @property
+    def _output(self) -> Path:
+        """What the bridge prints: `bridge.log` of the first tracker, `bridge.NAME.log` of others."""
+        name = "bridge.log" if self.tracker == "mlflow" else f"bridge.{self.tracker}.log"
+        return self._log.path.with_name(name)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
-        with open(self._log.path.with_name("bridge.log"), "ab") as output:
+        with open(self._output, "ab") as output:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -77,47 +92,83 @@ class BridgeHandle:
 
     def _problem(self) -> str:
         """Return why the bridge says that it is held up, or an empty string."""
+        return str(self._cursor().get("problem", ""))
+
+    def _cursor(self) -> dict[str, Any]:
+        """Return what the bridge's cursor file says; nothing where there is none yet, or it is damaged."""
         try:
-            cursor = json.loads(cursor_path(self._log.path, TRACKER).read_bytes())
-            return str(cursor.get("problem", ""))
-        except (OSError, ValueError, AttributeError):
-            return ""
+            cursor = json.loads(cursor_path(self._log.path, self.tracker).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return cursor if isinstance(cursor, dict) else {}
 
     def _warn_once(self, problem: str) -> None:
         if not self._warned:
             self._warned = True
             remedy = f"python -m app.track sync {self._log.path.parent}"
             self._warn(
-                f"tracking: not everything is sent ({problem}); nothing is lost, send it later with: {remedy}"
+                f"tracking: not everything is sent to {self.tracker} ({problem}); nothing is lost, send it later with: {remedy}"
             )
+
+
+class Bridges:
+    """The bridges of one log, to each tracker that is on. There may be none."""
+
+    def __init__(self, log: EventLog, handles: Sequence[BridgeHandle]) -> None:
+        self._log = log
+        self.handles = tuple(handles)
+
+    def check(self) -> None:
+        """Look after each; call it once an epoch."""
+        for handle in self.handles:
+            handle.check()
+
+    def finish(self, timeout_s: float = DRAIN_S) -> bool:
+        """Close the log and give the bridges `timeout_s` seconds together; return whether all have delivered it."""
+        self.check()
+        self._log.append("log_end")
+        deadline = time.monotonic() + timeout_s
+        delivered = [
+            handle.finish(max(0.0, deadline - time.monotonic()), patient=timeout_s >= DRAIN_S)
+            for handle in self.handles
+        ]
+        return all(delivered)
+
+
+def start_bridges(log: EventLog, *, warn: Callable[[str], None] = _print_warning) -> Bridges:
+    """Start a bridge for `log` to each tracker that is on, and return at once.
+
+    `python -m app.settings mlflow=False` turns one off. What cannot be started is a warning, never a reason not to
+    train. Raises ConfigError for a damaged settings file.
+    """
+    started = [start_bridge(log, kind, warn=warn) for kind in wanted_trackers()]
+    return Bridges(log, [handle for handle in started if handle is not None])
 
 
 def start_bridge(
     log: EventLog,
+    kind: TrackerKind,
     *,
     warn: Callable[[str], None] = _print_warning,
     command: list[str] | None = None,
 ) -> BridgeHandle | None:
-    """Start the bridge for `log` and return its handle at once; None if tracking is off or not installed.
+    """Start the bridge to one tracker; None, after a warning, where it cannot be.
 
-    `python -m app.settings mlflow=False` turns it off. A bridge that cannot be started is a warning, never a
-    reason not to train. `command` replaces the bridge's command line. Raises ConfigError for a damaged settings file.
+    `command` replaces the bridge's command line.
     """
-    if not settings.read().mlflow:
-        return None
-    if command is None and importlib.util.find_spec("mlflow") is None:
+    if command is None and not kind.is_installed:
         warn(
-            "tracking: mlflow is not installed, so events stay in the log; install requirements.txt to send them"
+            f"tracking: {kind.package} is not installed, so events stay in the log; install requirements.txt to send them"
         )
         return None
     trainer = ProcessIdentity.of(os.getpid())
-    default = [sys.executable, "-P", "-m", "app.tracking.bridge", str(log.path.absolute()), "--follow"]
-    default += ["--parent", str(trainer)]
+    default = [sys.executable, "-P", "-m", "app.tracking.bridge", str(log.path.absolute())]
+    default += ["--tracker", kind.name, "--parent", str(trainer)]
     try:
         log.path.parent.mkdir(parents=True, exist_ok=True)
         # A resumed run's log ends with the `log_end` of the session before.
         size = log.path.stat().st_size if log.path.exists() else 0
-        return BridgeHandle(log, command or [*default, "--opened-at", str(size)], warn)
+        return BridgeHandle(log, command or [*default, "--opened-at", str(size)], warn, kind.name)
     except OSError as error:
         warn(f"tracking: the bridge cannot be started ({error}); events stay in {log.path}")
         return None

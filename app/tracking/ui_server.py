@@ -16,7 +16,8 @@ from pathlib import Path
 
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import write_atomic
-from app.tracking.mlflow_tracker import CLIENT_LIMITS, MlflowTracker, database_uri
+from app.tracking.mlflow_client import CLIENT_LIMITS
+from app.tracking.mlflow_tracker import MlflowTracker, database_uri
 from app.tracking.process_identity import ProcessIdentity
 
 START_S = 90.0

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import csv
 import http.server
+import json
 import math
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from app import track
+from app.engine.progress import Silence
+from app.engine.reporter import Reporter, RunLabel
+from app.engine.results import COLUMNS, EpochRow, write_results
+from app.outputs.run_dir import RunDir
+from app.tracking import process as bridge_process
 from app.tracking import ui_server
-from app.tracking.bridge import Bridge, follow
+from app.tracking.bridge import follow
+from app.tracking.cursor import Cursor, cursor_path
+from app.tracking.delivery import Bridge
 from app.tracking.events import EventLog
-from app.tracking.mlflow_tracker import (
-    CLIENT_LIMITS,
-    PARENT_TAG,
-    UUID_TAG,
-    MlflowTracker,
-    database_uri,
-    flat_params,
-    metric_key,
-    without_credentials,
-)
-from app.tracking.process import start_bridge
-from app.tracking.tracker import Run, TrackerRejectedError, TrackerUnavailableError
+from app.tracking.mlflow_client import CLIENT_LIMITS
+from app.tracking.mlflow_names import flat_params, metric_key
+from app.tracking.mlflow_tracker import PARENT_TAG, UUID_TAG, MlflowTracker, database_uri
+from app.tracking.process import start_bridges
+from app.tracking.redaction import without_credentials
+from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
+from app.tracking.trackers import TRACKERS
 
 pytest.importorskip("mlflow")
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,18 +97,29 @@ def embedded(runs: Path) -> Place:
     return Place(runs, {}, database_uri(runs), runs / "mlflow" / "artifacts")
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("server", marks=pytest.mark.slow)])
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    runs = tmp_path_factory.mktemp(request.param)
-    if request.param == "embedded":
-        yield embedded(runs)
-        return
-    server, _ = ui_server.start(runs, host="127.0.0.1", port=free_port())
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Start a real MLflow server, and return the runs folder that it serves."""
+    runs = tmp_path_factory.mktemp("server")
+    ui_server.start(runs, host="127.0.0.1", port=free_port())
     try:
-        environment = {"MLFLOW_TRACKING_URI": server.url}
-        yield Place(runs / "client", environment, server.url, runs / "mlflow" / "artifacts")
+        yield runs
     finally:
         ui_server.stop(runs)
+
+
+def behind(server: Path) -> Place:
+    running = ui_server.find(server)
+    assert running is not None
+    environment = {"MLFLOW_TRACKING_URI": running.url}
+    return Place(server / "client", environment, running.url, server / "mlflow" / "artifacts")
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("server", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    if request.param == "embedded":
+        return embedded(tmp_path_factory.mktemp("embedded"))
+    return behind(request.getfixturevalue("server"))
 
 
 def a_run(uuid: str, project: str, **changes: Any) -> Run:
@@ -130,6 +151,36 @@ def test_a_run_is_stored_whole(place: Place, tmp_path: Path) -> None:
     [artifact] = place.artifacts.rglob("best.pt")
     assert artifact.parent.name == "weights"
     assert artifact.read_bytes() == b"weights"
+
+
+def test_datasets_pictures_console_and_samples_are_stored_once_however_often_told(
+    place: Place, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "val_batch0_pred_epoch3.jpg"
+    Image.new("RGB", (400, 300), "red").save(picture)
+    data = DatasetInput(role="train", name="bccd", digest="d" * 64, source="/data/bccd.yaml",
+                        figures={"images": 8}, classes=("RBC", "WBC"))  # fmt: skip
+    for tracker in (place.tracker(), place.tracker()):
+        run_id = tracker.start_run(a_run("u1", "inputs"))
+        tracker.log_dataset(run_id, data)
+        tracker.log_picture(run_id, picture, "val_batch0_pred", step=3, time=1e9)
+        tracker.log_console(run_id, "two", lambda: "one\ntwo\n", time=1e9)
+        tracker.log_system(run_id, {"system/cpu_utilization_percentage": 50.0}, step=10, time=1e9)
+        tracker.flush(last=True)
+    stored = place.stored("inputs")["u1"]
+    [used] = stored.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("bccd", "d" * 36)
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    assert stored.data.tags["mlflow.loggedImages"] == "True"
+    folder = next(place.artifacts.rglob("console.log")).parent
+    assert (folder / "console.log").read_text() == "one\ntwo\n"
+    whole, small = sorted(path.name for path in (folder / "images").iterdir())[::-1]
+    assert re.fullmatch(r"val_batch0_pred\+step\+3\+timestamp\+1000000000000\+\w{32}\.png", whole)
+    assert small == whole.replace(".png", "+compressed.webp")
+    history = place.client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert [(point.step, point.value) for point in history] == [(10, 50.0)]
 
 
 def test_everything_may_be_told_twice(place: Place) -> None:
@@ -174,6 +225,12 @@ def test_names_of_experiment_and_run_come_from_the_environment_first(place: Plac
     assert stored["c1"].info.run_name == "name-c1"
 
 
+def test_a_run_may_be_kept_active(place: Place) -> None:
+    tracker = place.tracker(MLFLOW_KEEP_RUN_ACTIVE="True")
+    tracker.end_run(tracker.start_run(a_run("u1", "active")), "finished", "", time=1e9)
+    assert place.stored("active")["u1"].info.status == "RUNNING"
+
+
 def test_a_run_that_is_gone_is_a_refusal(place: Place) -> None:
     tracker = place.tracker()
     run_id = tracker.start_run(a_run("u1", "gone"))
@@ -196,6 +253,207 @@ def test_long_names_values_and_many_parameters_are_taken(place: Place) -> None:
     stored = place.stored("long")["u1"].data.params
     assert len(stored) == 253
     assert max(map(len, stored)) <= 250
+
+
+# Behind a real server only.
+
+PEER = ROOT / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+"""Weights that find blood cells."""
+
+
+def request(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """POST JSON; return the status and the answer's JSON."""
+    asked = urllib.request.Request(
+        url, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@contextlib.contextmanager
+def served(model: str, tracking_uri: str, log: Path) -> Iterator[str]:
+    """Run `mlflow models serve` as the documentation says, and return its address once it answers."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--model-uri",
+        model,
+        "--env-manager",
+        "local",
+    ]
+    # As in an environment that is activated: it starts uvicorn by name.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--workers", "1"],
+            env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "PATH": path},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers_for_a_picture(
+    server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = behind(server)
+    tracker = MlflowTracker(place.runs, place.environment, register=True)
+    run_id = tracker.start_run(a_run("u1", "blood/cells", params={"imgsz": 320}))
+    model = ModelFile(
+        path=PEER, name="best", step=4, values={"metrics/mAP_0.5": 0.6, "metrics/mAP_0.5:0.95": 0.41}
+    )
+    tracker.log_metrics(run_id, {"metrics/mAP_0.5": 0.6}, step=4, time=1e9)
+    for _ in range(2):
+        tracker.log_model(run_id, model)
+    assert len(place.client.get_metric_history(run_id, "metrics/mAP_0.5")) == 1
+    [offered] = place.client.search_logged_models([place.client.get_run(run_id).info.experiment_id])
+    assert [(metric.key, metric.value, metric.step) for metric in offered.metrics] == [
+        ("metrics/mAP_0.5", 0.6, 4)
+    ]
+    [version] = place.client.search_model_versions("name='blood-cells'")
+    assert place.client.get_model_version_by_alias("blood-cells", "candidate").version == version.version
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    gate = ["promote", run_id, "--metric", "mAP_0.5:0.95", "--runs", str(place.runs)]
+    assert track.main([*gate, "--at-least", "0.42"]) == 1
+    assert "0.41 is below 0.42" in capsys.readouterr().err
+    assert track.main([*gate, "--at-least", "0.4", "--better-than", "production"]) == 0
+    assert "blood-cells version 1 is production now" in capsys.readouterr().out
+    worse = tracker.start_run(a_run("u2", "blood/cells", params={"imgsz": 320}))
+    place.client.create_model_version("blood-cells", f"{place.client.get_run(worse).info.artifact_uri}/model", run_id=worse,
+                                      tags={"metric.metrics/mAP_0.5:0.95": "0.405"})  # fmt: skip
+    gate[1] = worse
+    assert track.main([*gate, "--at-least", "0.4", "--better-than", "production"]) == 1
+    assert "0.405 is not better than production's 0.41" in capsys.readouterr().err
+    assert (
+        track.main(["promote", worse, "--metric", "mAP", "--at-least", "0", "--runs", str(place.runs)]) == 2
+    )
+    assert "known: metrics/mAP_0.5:0.95" in capsys.readouterr().err
+    assert place.client.get_model_version_by_alias("blood-cells", "production").version == version.version
+
+    picture = min((ROOT / "datasets/bccd-mini/images/val").glob("*.jpg"))
+    text = base64.b64encode(picture.read_bytes()).decode()
+    with served("models:/blood-cells@production", place.uri, tmp_path / "serve.log") as url:
+        body = {
+            "dataframe_split": {"columns": ["image"], "data": [[text], [f"data:image/jpeg;base64,{text}"]]}
+        }
+        status, answer = request(f"{url}/invocations", body)
+        assert status == 200, answer
+        first, second = (row["detections"] for row in answer["predictions"])
+        assert first == second
+        assert_cells_are_found(first, picture)
+        _, none = request(
+            f"{url}/invocations", {"inputs": {"image": [text]}, "params": {"confidence": 0.999}}
+        )
+        assert none["predictions"] == [{"detections": []}]
+        status, answer = request(f"{url}/invocations", {"inputs": {"image": ["bm8gcGljdHVyZQ=="]}})
+        assert (status, "row 0" in answer["message"]) == (400, True)
+
+
+def assert_cells_are_found(detections: list[dict[str, Any]], picture: Path) -> None:
+    """Hold a served model's answer against the picture's labels, in its own pixels."""
+    import numpy as np
+    import torch
+
+    from app.boxes import iou_matrix, xywhn_to_xyxy
+    from app.data.images import decode_image
+
+    height, width = decode_image(picture).shape[:2]
+    labels = np.loadtxt(picture.parents[2] / "labels/val" / f"{picture.stem}.txt", ndmin=2)
+    there = xywhn_to_xyxy(torch.from_numpy(labels[:, 1:]).float(), (height, width))
+    found = torch.tensor([detection["box"] for detection in detections])
+    assert len(found) >= len(labels) // 2
+    assert {detection["name"] for detection in detections} <= {"RBC", "WBC", "Platelets"}
+    hits = iou_matrix(found, there).amax(1) > 0.5
+    assert hits.float().mean() > 0.6, detections
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_it_is_back(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = ui_server.find(server)
+    assert running is not None
+    place = behind(server)
+    monkeypatch.setenv("STARLING_RUNS", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    monkeypatch.setattr(bridge_process, "wanted_trackers", lambda: [TRACKERS["mlflow"]])
+    run = RunDir(tmp_path / "killed" / "exp")
+    warnings: list[str] = []
+    log = EventLog(run.events, "u1")
+    bridges = start_bridges(log, warn=warnings.append)
+    reporter = Reporter(RunLabel("u1", "killed", "exp"), run.path, progress=Silence(), events=log)
+    reporter.started({}, {})
+    rows = [EpochRow(n, (0.1 * n, 0.2, 0.3), (0.4, 0.5, 0.06 * n, 0.07 * n), (1.0, 2.0, 3.0), (0.1, 0.01, 0.001))
+            for n in range(12)]  # fmt: skip
+
+    def train(epochs: slice) -> None:
+        for row in rows[epochs]:
+            write_results(run.results_csv, rows[: row.epoch + 1])
+            reporter.epoch_ended(row, len(rows), 8, best=False)
+            bridges.check()
+
+    train(slice(0, 4))
+    wait_until(lambda: Cursor.load(log.path, "mlflow", place.tracker().destination(run.path)).sent > 2)
+    os.killpg(running.pid, signal.SIGKILL)
+    train(slice(4, 8))
+    wait_until(lambda: bool(json.loads(cursor_path(log.path, "mlflow").read_bytes())["problem"]))
+    bridges.check()
+    train(slice(8, 12))
+    reporter.ended("finished")
+    assert bridges.finish(timeout_s=30) is False
+    assert len(warnings) == 1
+    assert f"python -m app.track sync {run.path}" in warnings[0]
+    capsys.readouterr()
+    assert track.main(["status", str(run.path)]) == 1
+    assert re.search(r"mlflow: \d+ sent, \d+ pending \(MLflow: ", capsys.readouterr().out)
+
+    bridges.handles[0].process.wait(60)
+    ui_server.start(server, host="127.0.0.1", port=urlsplit(place.uri).port or 0)
+    assert track.main(["sync", str(run.path), "--tracker", "mlflow"]) == 0
+    assert track.main(["sync", str(run.path), "--tracker", "mlflow", "--from-start"]) == 0
+    stored = place.stored("killed")["u1"]
+    assert stored.info.status == "FINISHED"
+    with open(run.results_csv) as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 12
+    for column in COLUMNS[1:]:
+        history = place.client.get_metric_history(stored.info.run_id, column)
+        assert [(str(point.step), f"{point.value:.6g}") for point in history] == [
+            (row["epoch"], row[column]) for row in table
+        ]
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            if happened():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # Over the embedded database only, from here on.
@@ -234,7 +492,7 @@ def test_bridges_of_several_workers_share_one_new_database_and_one_parent(tmp_pa
     environment = {**os.environ, "STARLING_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     bridges = [
         subprocess.Popen(
-            [sys.executable, "-m", "app.tracking.bridge", str(log), "--follow"],
+            [sys.executable, "-m", "app.tracking.bridge", str(log)],
             env=environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -355,12 +613,11 @@ def test_the_trainers_side_runs_a_real_bridge_to_the_end(
     monkeypatch.setenv("STARLING_RUNS", str(tmp_path))
     warnings: list[str] = []
     log = EventLog(tmp_path / "train" / "exp" / "events.jsonl", "u1")
-    handle = start_bridge(log, warn=warnings.append)
-    assert handle is not None
+    bridges = start_bridges(log, warn=warnings.append)
     log.append("run_start", name="exp", project="train", dir=log.path.parent)
     log.append("metrics", step=0, values={"loss": 1.0})
     log.append("run_end", status="finished")
-    assert handle.finish(timeout_s=60), (log.path.parent / "bridge.log").read_text()
+    assert bridges.finish(timeout_s=60), (log.path.parent / "bridge.log").read_text()
     assert warnings == []
     assert embedded(tmp_path).stored("train")["u1"].info.status == "FINISHED"
 

@@ -26,7 +26,7 @@ def run_trainer(args: list[str], runs: str, output: str, fault: Fault) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     from app import settings, train
 
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     if fault:
         FAULTS[fault[0]](*fault[1:])
     code = train.main(args)

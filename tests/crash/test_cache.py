@@ -205,7 +205,7 @@ def tiny_set(tmp_path: Path) -> Path:
 
 
 def _train(tiny_args: list[str], data: Path, *more: str) -> int:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     args = [*tiny_args, "--noplots", "--noval", "--epochs", "1", "--data", str(data / "data.yaml")]
     return train.main([*args, *more])
 

@@ -31,7 +31,7 @@ GOOD = "0 .5 .5 .4 .4\n"
 
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 def _picture() -> Image.Image:

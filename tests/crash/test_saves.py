@@ -92,7 +92,7 @@ def test_full_disk_keeps_the_old_checkpoint_whole_and_names_the_path(small_disk:
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_the_views_agree_with_the_study(story: Story) -> None:
 def test_real_trainings_that_are_killed_at_random_go_on_and_end_as_if_nobody_had_touched_them(
     start: Start, tiny_args: list[str], runs: Path, tmp_path: Path
 ) -> None:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     epochs, budget, rng = 12, 2, random.Random(0)
     search = [*tiny_args, "--epochs", str(epochs), "--project", "blood"]
     fault = ("noted_epochs", str(tmp_path))
@@ -346,7 +346,7 @@ def test_real_trainings_that_are_killed_at_random_go_on_and_end_as_if_nobody_had
 def test_a_real_training_that_is_frozen_is_taken_over_and_abandoned_when_thawed(
     start: Start, tiny_args: list[str], runs: Path, tmp_path: Path
 ) -> None:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     search = [*tiny_args, "--epochs", "4", "--project", "blood", "--name", "search", "--evolve", "1"]
     fault = ("noted_epochs", str(tmp_path), "2")
     scene = Scene(runs / "blood" / "search", tmp_path)

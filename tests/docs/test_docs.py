@@ -144,6 +144,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *flags_of(data_parser()),
         *flags_of(search_parser()),
     }
+    known |= {"--env-manager", "--model-uri", "--logdir"}  # of mlflow and tensorboard
     known |= {
         "--no-X",
         *(f"--no-{flag[2:]}" for flag in launcher_flags()),

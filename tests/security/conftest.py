@@ -18,7 +18,7 @@ from tests.crash.conftest import start as start
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 class Malicious:

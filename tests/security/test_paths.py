@@ -60,6 +60,7 @@ def test_a_project_or_name_that_climbs_out_is_exit_2_and_writes_nothing(
         ("blood", ["--project", "blood/inner"]),
         ("train/exp", ["--exist-ok"]),
         ("train/exp/weights", ["--exist-ok"]),
+        ("train/exp/epochs", ["--exist-ok"]),
         ("blood", ["--project", "blood", "--name", "search", "--evolve", "1"]),
         ("blood/search", ["--project", "blood", "--name", "search", "--evolve", "1"]),
     ],

@@ -138,7 +138,7 @@ def test_the_layout_of_a_detector_holds_the_anchors_it_was_given_later() -> None
 @pytest.fixture
 def misfit_args(tiny_args: list[str], runs: Path, tmp_path: Path) -> list[str]:
     """Return a training whose layout has anchors far too large for the labels; without the tracking bridge."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     layout = read_yaml(TINY_LAYOUT)
     layout["anchors"] = [[side * 40 for side in level] for level in layout["anchors"]]
     write_yaml(tmp_path / "misfit.yaml", layout)

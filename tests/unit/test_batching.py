@@ -237,7 +237,7 @@ def test_cache_val_keeps_the_pictures_of_validation_only(tiny_data: Path, tmp_pa
 
 
 def test_a_training_with_all_of_them_resumes_to_the_same_weights(tiny_args: list[str], runs: Path) -> None:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     common = [
         *tiny_args,
         "--noplots",

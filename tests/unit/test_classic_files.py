@@ -98,7 +98,7 @@ def test_every_kind_of_layout_is_read_from_a_classic_file(files: ClassicFiles, l
 def test_a_model_of_2020_is_validated_tuned_resumed_and_exported(
     files: ClassicFiles, tiny_data: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     source = trained(OLD, names=CELLS)
     path = files.write(source, top="Model", stripped=False, legacy=True)
     before = path.read_bytes()

@@ -65,7 +65,7 @@ def test_a_training_under_compile_takes_the_course_of_one_without(
     tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The compiler's own code takes minutes to make; what is ours is the same with the graph run as traced.
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
     real = torch.compile
     monkeypatch.setattr(
         compiling.torch,

@@ -50,7 +50,7 @@ METRICS = ["metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mA
 def no_tracking(runs: Path) -> None:
     from app import settings
 
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("no_tracking")
 @pytest.fixture
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 @pytest.fixture

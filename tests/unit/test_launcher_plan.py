@@ -152,6 +152,13 @@ def test_files_that_the_trainer_ships_pass_untouched(tmp_path: Path) -> None:
     assert args.mounts == ()
 
 
+def test_a_file_of_hooks_is_mounted(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_hooks.py").touch()
+    args = prepare(["--hooks", "my_hooks.py"], tmp_path)
+    assert args.words == ("--hooks", str(tmp_path / "my_hooks.py"))
+    assert str(tmp_path / "my_hooks.py") in [mount.source for mount in args.mounts]
+
+
 def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.yaml").write_text("backbone: []\n")
     (tmp_path / "space.yaml").write_text("cfg: [yolov5n.yaml, wide.yaml, space.txt]\n")
@@ -169,6 +176,7 @@ def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: 
         (["--hyp", "gone.yaml"], UsageError, 2),
         (["--cfg", "yolov5q.yaml"], UsageError, 2),
         (["--space", "gone.yaml"], UsageError, 2),
+        (["--hooks", "gone.py"], UsageError, 2),
         (["--resume", "gone.pt"], CheckpointError, 4),
         (["--project", "../x"], UsageError, 2),
         (["--project", "/elsewhere"], UsageError, 2),

@@ -178,7 +178,7 @@ def template(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                "yolov5s6": ["yolov5s6"]}  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("STARLING_RUNS", str(folder / "made"))
-        settings.update({"mlflow": False})
+        settings.update({"mlflow": False, "tensorboard": False})
         for layout, names in weights.items():
             words = ["--data", str(tiny_data), "--weights", "", "--cfg", str(narrow(layout, folder / "narrow" / f"{layout}.yaml")),
                      "--img", IMAGE_SIZE, "--epochs", "1", "--device", "cpu", "--noplots", "--name", layout]  # fmt: skip
@@ -200,7 +200,9 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(copy)
     monkeypatch.delenv("STARLING_RUNS")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    settings.update({"mlflow": False})  # it has tests of its own, and importing it takes seconds
+    settings.update(
+        {"mlflow": False, "tensorboard": False}
+    )  # it has tests of its own, and importing it takes seconds
     # `python` is this one, and finds what this one finds
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return copy
@@ -382,6 +384,25 @@ def test_a_line_trains_one_model_on_several_devices(pasted: Pasted, folder: Path
     assert ended.returncode == 0, ended.stderr
     assert "epoch 1/1" in ended.stdout
     assert_results(pasted, folder)
+
+
+# --- MLflow's lines, as this project has them -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("mlflow=True", True), ("mlflow=False", False), ("reset", True)]
+)
+def test_settings_change_on_the_command_line_and_in_python(word: str, expected: bool, folder: Path) -> None:
+    before = {"mlflow": not expected}
+    settings.update(before)
+    ended = shell(f"python -m app.settings {word}", PYTHONPATH=str(REPOSITORY))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"mlflow={expected}\n" in ended.stdout
+    assert settings.read().mlflow is expected
+    settings.update(before)
+    assert settings.read().mlflow is not expected
+    changed = settings.reset() if word == "reset" else settings.update({"mlflow": expected})
+    assert changed.mlflow is settings.read().mlflow is expected
 
 
 # --- Docker's own lines -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from app.outputs.worker_status import FOLDER
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own."""
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:

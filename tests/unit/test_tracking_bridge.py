@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from app.tracking.bridge import Bridge, follow
+from app.tracking.bridge import follow
 from app.tracking.cursor import Cursor, cursor_path
+from app.tracking.delivery import SAMPLES_KEPT, TRAINER_GONE, Bridge
 from app.tracking.events import EventLog
 from app.tracking.lock import exclusive
-from app.tracking.process import start_bridge
+from app.tracking.process import Bridges, start_bridge
 from app.tracking.process_identity import ProcessIdentity
 from app.tracking.tracker import Tracker, TrackerRejectedError, TrackerUnavailableError
+from app.tracking.trackers import TRACKERS
 from tests.unit.tracking_doubles import RecordingTrackerDouble, UnreachableTrackerDouble, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,96 @@ def test_a_resumed_trainer_that_repeats_its_last_epoch_doubles_nothing(
     log.append("metrics", step=2, values={"mAP_0.5": 0.5})
     Bridge(log.path, tracker).deliver()
     assert [call.get("step") for call in recorded(tracker.calls)] == [None, 0, 1, 2, 2]
+
+
+def test_datasets_pictures_models_and_the_console_reach_the_tracker(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    (log.path.parent / "epoch2.jpg").touch()
+    (log.path.parent / "best.pt").touch()
+    log.append("message", text="hello")
+    log.append(
+        "dataset", role="train", name="bccd", digest="d1", source="/data/bccd.yaml", figures={"images": 8}
+    )
+    log.append("picture", path="epoch2.jpg", name="val_batch0", step=2)
+    log.append("model", path="best.pt", name="best", step=2, values={"mAP_0.5": 0.5})
+    log.append("message", text="bye")
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    assert bridge.cursor.rejected == 0
+    _, hello, dataset, picture, model, bye = recorded(tracker.calls)
+    assert (dataset["role"], dataset["digest"], dataset["figures"]) == ("train", "d1", {"images": 8.0})
+    assert (picture["file"], picture["name"], picture["step"]) == ("epoch2.jpg", "val_batch0", 2)
+    assert (model["name"], model["step"], model["values"]) == ("best", 2, {"mAP_0.5": 0.5})
+    assert (hello["line"], hello["so_far"]) == ("hello", "hello\n")
+    assert (bye["line"], bye["so_far"]) == ("bye", "hello\nbye\n")
+
+
+def test_a_console_that_is_refused_does_not_keep_the_runs_end_from_being_told(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    log.append("run_end", status="finished")
+    log.append("log_end")
+    tracker.last_flush_failure = TrackerRejectedError("artifacts lie elsewhere")
+    bridge = Bridge(log.path, tracker)
+    assert follow(bridge, poll_s=0.01) == 0
+    assert [call["call"] for call in recorded(tracker.calls)] == ["start", "end"]
+    assert bridge.cursor.rejected == 2
+
+
+def test_a_file_that_is_told_again_before_it_was_sent_is_sent_once(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    for name in ("best.pt", "last.pt", "best.pt", "best.pt"):
+        (log.path.parent / name).touch()
+        log.append("artifact", path=name, kind="weights")
+    Bridge(log.path, tracker).deliver()
+    assert [call["name"] for call in recorded(tracker.calls)[1:]] == ["last.pt", "best.pt"]
+
+
+def test_samples_of_the_machine_belong_to_the_open_run_that_began_last(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    bridge = Bridge(log.path, tracker)
+    bridge.add_sample({"cpu": 1.0}, time=0.0)  # of no run yet
+    log.append("run_start", run="u2", name="c", project="train", dir=log.path.parent)
+    bridge.deliver()
+    bridge.add_sample({"cpu": 2.0}, time=time.time() + 5)
+    log.append("run_end", run="u2", status="finished")
+    bridge.deliver()
+    bridge.add_sample({"cpu": 3.0}, time=time.time() + 5)
+    bridge.deliver()
+    samples = [call for call in recorded(tracker.calls) if call["call"] == "system"]
+    assert [(call["run"], call["values"]["cpu"]) for call in samples] == [("id-u2", 2.0), ("id-u1", 3.0)]
+    assert samples[0]["step"] in (4, 5, 6)
+
+
+def test_samples_that_a_tracker_is_away_for_are_bounded_and_counted(
+    log: EventLog, tracker: RecordingTrackerDouble
+) -> None:
+    bridge = Bridge(log.path, tracker)
+    bridge.deliver()
+    for second in range(SAMPLES_KEPT + 3):
+        bridge.add_sample({"cpu": float(second)}, time=time.time())
+    tracker.failures = [TrackerUnavailableError("away")]
+    with pytest.raises(TrackerUnavailableError):
+        bridge.deliver()
+    assert bridge.cursor.dropped == 3
+    bridge.deliver()
+    sent = [call["values"]["cpu"] for call in recorded(tracker.calls) if call["call"] == "system"]
+    assert sent == [float(second) for second in range(3, SAMPLES_KEPT + 3)]
+
+
+def test_a_search_that_other_workers_tell_about_is_not_ended_by_the_loss_of_one(
+    tmp_path: Path, tracker: RecordingTrackerDouble
+) -> None:
+    log = EventLog(tmp_path / "w" / "events.jsonl")
+    log.append("run_start", run="study", name="s", project="p", dir=tmp_path, shared=True)
+    log.append(
+        "run_start", run="c1", name="c", project="p", dir=tmp_path, parent={"uuid": "study", "name": "s"}
+    )
+    assert follow(Bridge(log.path, tracker), trainer_is_gone=lambda: True, poll_s=0.01) == 0
+    assert [call["run"] for call in recorded(tracker.calls) if call["call"] == "end"] == ["id-c1"]
 
 
 @pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "missing.png"])
@@ -205,7 +297,9 @@ def test_the_bridge_ends_when_its_trainer_is_gone_and_the_log_is_drained(
     status = follow(Bridge(log.path, tracker), trainer_is_gone=lambda: not trainer.is_alive(), poll_s=0.01)
     child.wait()
     assert status == 0
-    assert len(recorded(tracker.calls)) == 1
+    start, end = recorded(tracker.calls)
+    assert (start["call"], end["call"]) == ("start", "end")
+    assert (end["status"], end["reason"]) == ("killed", TRAINER_GONE)
 
 
 def test_the_end_of_an_earlier_session_does_not_end_the_bridge_of_a_resumed_run(
@@ -247,6 +341,7 @@ def test_a_lock_is_held_by_one_and_waiting_for_it_ends(tmp_path: Path) -> None:
         pass
 
 
+MLFLOW = TRACKERS["mlflow"]
 HANGS = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -259,13 +354,13 @@ def mlflow_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog) -> None:
     warnings: list[str] = []
     began = time.monotonic()
-    handle = start_bridge(log, warn=warnings.append, command=HANGS)
+    handle = start_bridge(log, MLFLOW, warn=warnings.append, command=HANGS)
     assert handle is not None
     for step in range(100):
         log.append("metrics", step=step, values={"loss": 1.0})
         handle.check()
     assert time.monotonic() - began < 2
-    assert handle.finish(timeout_s=0.2) is False
+    assert Bridges(log, [handle]).finish(timeout_s=0.2) is False
     handle.process.kill()
     handle.process.wait()
     assert len(warnings) == 1
@@ -273,8 +368,21 @@ def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog
 
 
 @pytest.mark.usefixtures("mlflow_on")
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_bridge_that_registers_a_model_is_waited_for_unless_a_stop_was_asked_for(
+    log: EventLog, patient: bool
+) -> None:
+    ends_soon = [sys.executable, "-c", "import time; time.sleep(1)"]
+    handle = start_bridge(log, MLFLOW, warn=lambda line: None, command=ends_soon)
+    assert handle is not None
+    Cursor(destination="here", busy="registering best").save(log.path, "mlflow")
+    assert handle.finish(0.1, patient=patient) is patient
+    handle.process.wait()
+
+
+@pytest.mark.usefixtures("mlflow_on")
 def test_a_killed_bridge_is_started_again(log: EventLog) -> None:
-    handle = start_bridge(log, command=HANGS)
+    handle = start_bridge(log, MLFLOW, command=HANGS)
     assert handle is not None
     first = handle.process
     first.kill()
@@ -288,7 +396,7 @@ def test_a_killed_bridge_is_started_again(log: EventLog) -> None:
 
 @pytest.mark.usefixtures("mlflow_on")
 def test_the_bridge_is_in_a_session_of_its_own(log: EventLog) -> None:
-    handle = start_bridge(log, command=HANGS)
+    handle = start_bridge(log, MLFLOW, command=HANGS)
     assert handle is not None
     assert os.getsid(handle.process.pid) == handle.process.pid
     handle.process.kill()
@@ -298,7 +406,7 @@ def test_the_bridge_is_in_a_session_of_its_own(log: EventLog) -> None:
 @pytest.mark.usefixtures("mlflow_on")
 def test_a_bridge_that_cannot_be_started_is_a_warning(log: EventLog) -> None:
     warnings: list[str] = []
-    assert start_bridge(log, warn=warnings.append, command=["/nonexistent"]) is None
+    assert start_bridge(log, MLFLOW, warn=warnings.append, command=["/nonexistent"]) is None
     assert len(warnings) == 1
 
 

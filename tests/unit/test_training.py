@@ -33,7 +33,7 @@ def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
     from app import settings
 
-    settings.update({"mlflow": False})
+    settings.update({"mlflow": False, "tensorboard": False})
 
 
 def rows(run: Path) -> list[dict[str, str]]:

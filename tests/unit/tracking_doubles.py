@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from app.outputs.atomic import append_line
-from app.tracking.bridge import Bridge, follow
-from app.tracking.tracker import Run, TrackerUnavailableError
+from app.tracking.bridge import follow
+from app.tracking.delivery import Bridge
+from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerUnavailableError
 
 
 class RecordingTrackerDouble:
@@ -24,6 +25,7 @@ class RecordingTrackerDouble:
         self.delay_s = delay_s
         self.failures: list[Exception] = []
         """Raised by the next calls, one each."""
+        self.last_flush_failure: Exception | None = None
 
     def destination(self, log_dir: Path) -> str:
         return "double"
@@ -35,11 +37,30 @@ class RecordingTrackerDouble:
     def log_metrics(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
         self._record("metrics", run=run_id, step=step, values=dict(values), time=time)
 
-    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        self._record("dataset", run=run_id, role=dataset.role, digest=dataset.digest, figures=dataset.figures)
+
+    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        self._record("picture", run=run_id, file=path.name, name=name, step=step)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
         self._record("artifact", run=run_id, name=path.name, folder=folder)
 
+    def log_model(self, run_id: str, model: ModelFile) -> None:
+        self._record("model", run=run_id, name=model.name, step=model.step, values=model.values)
+
+    def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
+        self._record("console", run=run_id, line=line, so_far=so_far())
+
+    def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
+        self._record("system", run=run_id, step=step, values=dict(values))
+
+    def flush(self, *, last: bool = False) -> None:
+        if last and self.last_flush_failure is not None:
+            raise self.last_flush_failure
+
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        self._record("end", run=run_id, status=status)
+        self._record("end", run=run_id, status=status, reason=reason)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,76 @@
+"""Where a run comes from: the code's commit and what was changed since, the image, the datasets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from app.config.train_config import TrainConfig
+from app.data.dataset import Dataset
+
+DIFF = "uncommitted.diff"
+"""In the run directory: what the working tree of the code had changed since its commit."""
+_DIFF_BYTES = 1 << 20
+_GIT_S = 5.0
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The version of the code that trains; empty outside of a repository."""
+
+    commit: str = ""
+    diff: str = ""
+
+    def tags(self) -> dict[str, str]:
+        """Return what trackers show of it."""
+        return {"git_commit": self.commit, "git_dirty": str(bool(self.diff))} if self.commit else {}
+
+
+@cache
+def code_version(folder: Path = _PACKAGE) -> Code:
+    """Return commit and uncommitted changes of the repository that `folder` is in; files git does not know are left out."""
+    commit = _git(folder, "rev-parse", "HEAD").strip()
+    if not commit:
+        return Code()
+    diff = _git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    return Code(commit, diff if len(diff) <= _DIFF_BYTES else diff[:_DIFF_BYTES] + "\n… cut here: too long\n")
+
+
+def image_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the image's digest and the replica's name, where the launcher has given them."""
+    given = {"image": environment.get("STARLING_IMAGE"), "replica": environment.get("STARLING_REPLICA")}
+    return {name: value for name, value in given.items() if value}
+
+
+def dataset_fields(config: TrainConfig, role: str, data: Dataset) -> dict[str, Any]:
+    """Return the fields of the event that tells which pictures and labels are used as `role` (train or val)."""
+    return {
+        "role": role,
+        "name": Path(config.data).stem,
+        "digest": data.digest,
+        "source": config.data,
+        "figures": {"images": len(data), "objects": sum(len(rows) for rows in data.labels)},
+        "classes": list(data.names),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what git prints, or an empty string: there is none, this is no repository, or it takes too long."""
+    try:
+        ended = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_GIT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ended.stdout.decode(errors="replace") if ended.returncode == 0 else ""

@@ -1,0 +1,128 @@
+"""The model behind `mlflow models serve`: pictures in, boxes out. MLflow copies this one file beside the ONNX file.
+
+So it imports nothing of this project, and nothing that a server without torch would lack.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+os.environ.setdefault(
+    "OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 26)
+)  # a header bomb is refused before its memory is taken
+
+import cv2
+import mlflow.models
+import mlflow.pyfunc
+import numpy as np
+import onnxruntime
+from mlflow.exceptions import MlflowException
+
+MAX_BYTES = 32 << 20
+"""Longest base64 text of a picture."""
+_FILL = 114
+_DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,")
+
+
+class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Answer pictures (a column `image` of base64 text) with their detections.
+
+    Parameters of a request: `confidence`, `iou`, `max_detections`; their defaults stand in the model's signature.
+    """
+
+    def load_context(self, context: Any) -> None:
+        """Open the ONNX file."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            context.artifacts["onnx"], options, providers=onnxruntime.get_available_providers()
+        )
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.size_hw: tuple[int, int] = tuple(json.loads(metadata["imgsz"]))
+        self.names = _names(metadata["names"])
+
+    # MLflow would take a type of `model_input` for the schema, which the signature gives.
+    def predict(self, context: Any, model_input, params: Mapping[str, Any] | None = None) -> Any:  # type: ignore[no-untyped-def]
+        """Return one row a picture: {"detections": [{"name", "class", "confidence", "box": [x1, y1, x2, y2]}]}.
+
+        Boxes are in pixels of the picture as it was sent. Raises MlflowException (a 400) naming the row that is no picture.
+        """
+        asked = params or {}
+        confidence, iou, most = asked["confidence"], asked["iou"], asked["max_detections"]
+        column = model_input["image"] if hasattr(model_input, "columns") else model_input
+        return [
+            {"detections": self._detect(_decode(text, row), confidence, iou, most)}
+            for row, text in enumerate(column)
+        ]
+
+    def _detect(self, picture: np.ndarray, confidence: float, iou: float, most: int) -> list[dict[str, Any]]:
+        tensor, ratio, left, top = _letterbox(picture, self.size_hw)
+        (found,) = self.session.run(None, {self.session.get_inputs()[0].name: tensor})[0]
+        scores = found[:, 4:5] * found[:, 5:]
+        classes = scores.argmax(1)
+        best = scores[np.arange(len(scores)), classes]
+        seen = best > confidence
+        found, classes, best = found[seen], classes[seen], best[seen]
+        corners = found[:, :2] - found[:, 2:4] / 2
+        xywh = np.concatenate((corners, found[:, 2:4]), axis=1)
+        if not len(xywh):
+            return []
+        stays = cv2.dnn.NMSBoxesBatched(xywh.tolist(), best.tolist(), classes.tolist(), confidence, iou)
+        kept = np.asarray(stays, dtype=int).reshape(-1)[:most]
+        height, width = picture.shape[:2]
+        xyxy = np.concatenate((xywh[kept, :2], xywh[kept, :2] + xywh[kept, 2:]), axis=1)
+        xyxy = (xyxy - np.array([left, top, left, top])) / ratio
+        xyxy = xyxy.clip(0, np.array([width, height, width, height]))
+        return [
+            {
+                "name": self.names[int(label)],
+                "class": int(label),
+                "confidence": round(float(score), 4),
+                "box": [round(float(side), 2) for side in box],
+            }
+            for box, label, score in zip(xyxy, classes[kept], best[kept], strict=True)
+        ]
+
+
+def _decode(text: Any, row: int) -> np.ndarray:
+    """Return a picture [H,W,3] BGR of its base64 text (or its bytes), upright."""
+    try:
+        if isinstance(text, str):
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"longer than {MAX_BYTES} letters")
+            text = base64.b64decode(_DATA_URL.sub("", text), validate=True)
+        picture = cv2.imdecode(np.frombuffer(text, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise ValueError("no format that is known")
+    except (ValueError, TypeError, binascii.Error, cv2.error) as error:
+        raise MlflowException.invalid_parameter_value(
+            f"row {row}: `image` is not a picture in base64 ({str(error)[:200]}); send a JPEG's or PNG's bytes as base64"
+        ) from None
+    return picture
+
+
+def _letterbox(picture: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, float, int, int]:
+    """Return the picture fitted into the model's input [1,3,H,W] 0..1 RGB, its scale, and where it begins."""
+    height, width = size_hw
+    ratio = min(height / picture.shape[0], width / picture.shape[1])
+    new_h, new_w = max(round(picture.shape[0] * ratio), 1), max(round(picture.shape[1] * ratio), 1)
+    left, top = (width - new_w) // 2, (height - new_h) // 2
+    out = np.full((height, width, 3), _FILL, np.uint8)
+    out[top : top + new_h, left : left + new_w] = cv2.resize(picture, (new_w, new_h))
+    return np.ascontiguousarray(out[..., ::-1].transpose(2, 0, 1)[None], np.float32) / 255, ratio, left, top
+
+
+def _names(text: str) -> list[str]:
+    """Return class names by number of the exporter's metadata, a mapping in Python's words."""
+    import ast
+
+    return [str(name) for _, name in sorted(ast.literal_eval(text).items())]
+
+
+mlflow.models.set_model(Detector())

@@ -1,0 +1,67 @@
+"""Which trackers there are, which of them are on, and how to open one. A tracker's library is imported by opening it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app import settings
+from app.settings import Settings
+from app.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerKind:
+    """One tracker: its name, the package it needs, when it is wanted, how it is opened."""
+
+    name: str
+    package: str
+    is_wanted: Callable[[Settings, Mapping[str, str]], bool]
+    open: Callable[[Path, Mapping[str, str]], Tracker]
+    """Takes the runs folder and the environment."""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there; nothing is imported for that."""
+        return importlib.util.find_spec(self.package) is not None
+
+
+def _open_mlflow(runs: Path, environment: Mapping[str, str]) -> Tracker:
+    from app.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(runs, environment, register=settings.read().register)
+
+
+def _open_tensorboard(runs: Path, environment: Mapping[str, str]) -> Tracker:
+    from app.tracking.tensorboard_tracker import TensorBoardTracker
+
+    return TensorBoardTracker()
+
+
+TRACKERS = {
+    kind.name: kind
+    for kind in (
+        TrackerKind(
+            name="mlflow",
+            package="mlflow",
+            is_wanted=lambda chosen, environment: chosen.mlflow,
+            open=_open_mlflow,
+        ),
+        TrackerKind(
+            name="tensorboard",
+            package="tensorboard",
+            is_wanted=lambda chosen, environment: chosen.tensorboard,
+            open=_open_tensorboard,
+        ),
+    )
+}
+"""By name, which is also the name of its cursor file."""
+
+
+def wanted_trackers(environment: Mapping[str, str] = os.environ) -> list[TrackerKind]:
+    """Return the trackers that are on. Raises ConfigError for a damaged settings file."""
+    chosen = settings.read()
+    return [kind for kind in TRACKERS.values() if kind.is_wanted(chosen, environment)]
