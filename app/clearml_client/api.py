@@ -180,7 +180,7 @@ class ClearmlApi:
             raise ClearmlUnavailableError(f"{url}: {_cause(error)}") from None
         if 300 <= status < 400:
             raise ClearmlUnavailableError(f"{url}: redirects, which is not followed; name the server itself")
-        if status in _BUSY or (status >= 500 and not _is_clearml(raw)):
+        if status in _BUSY or (status >= 500 and not _is_clearml(bytes(raw))):
             raise ClearmlUnavailableError(f"{url}: {status}")
         yield status, bytes(raw)
 

@@ -62,7 +62,7 @@ def _field(record: Record, path: str) -> Any:
 
 
 def _matches(record: Record, body: Body) -> bool:
-    for field in ("id", "project", "status", "type", "parent", "user"):
+    for field in ("id", "project", "status", "type", "parent", "user", "task"):
         wanted = body.get(field)
         if wanted and _field(record, field) not in (wanted if isinstance(wanted, list) else [wanted]):
             return False

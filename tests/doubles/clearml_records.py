@@ -103,7 +103,7 @@ class Records:
             "models.edit": lambda body: self._edit(self.models, body["model"], body),
             "models.update": lambda body: self._edit(self.models, body["model"], body),
             "models.set_ready": lambda body: self._edit(self.models, body["model"], {"ready": True}),
-            "models.add_or_update_metadata": lambda body: {"updated": 1},
+            "models.add_or_update_metadata": self._add_metadata,
             "queues.get_all": lambda body: self._select(self.queues, body, "queues"),
             "queues.create": self._create_queue,
             "queues.get_by_id": lambda body: {"queue": self._queue(body)},
@@ -337,6 +337,11 @@ class Records:
         self._merge(model, body)
         return {"id": model["id"], "created": True}
 
+    def _add_metadata(self, body: Body) -> Record:
+        kept = self._model(body).setdefault("metadata", {})
+        kept.update({item["key"]: dict(item) for item in body["metadata"]})
+        return {"updated": 1}
+
     def _project(self, name: str) -> Record:
         """Return a project, made with its parents if it is new."""
         for project in self.projects.values():
@@ -416,8 +421,10 @@ class Records:
 
     def _merge(self, record: Record, body: Body) -> None:
         for field, value in body.items():
-            if field in {"task", "model", "project_id", "id", "force"} or (
-                field == "project" and "basename" in record
+            if (
+                field in {"model", "id", "force"}
+                or (field == "task" and "models" in record)
+                or (field == "project" and "basename" in record)
             ):
                 continue
             if field in _NESTED and isinstance(value, Mapping) and isinstance(record.get(field), dict):

@@ -28,6 +28,7 @@ STOREYS = [
     ["app.matching", "app.suppression"],
     ["app.boxes"],
     ["app.settings"],
+    ["app.clearml_client"],
     ["app.config"],
     ["app.outputs"],
     ["app.errors"],
