@@ -113,19 +113,22 @@ def task_page(api: ClearmlApi, task: Answer) -> str:
     return api.page(f"projects/{task.get('project') or '*'}/experiments/{task['id']}/output/log")
 
 
-def enqueue(api: ClearmlApi, task: str, queue: str) -> None:
-    """Put a task into a queue; raises UsageError, naming those there are, where there is no such queue."""
-    queues = {
-        str(item["name"]): str(item["id"])
-        for item in api.call("queues.get_all", only_fields=["id", "name"])["queues"]
-    }
-    if queue not in queues:
+def queue_id(api: ClearmlApi, name: str) -> str:
+    """Return the id of a queue; raises UsageError, naming those there are, where there is no such queue."""
+    found = api.call("queues.get_all", only_fields=["id", "name"])["queues"]
+    queues = {str(item["name"]): str(item["id"]) for item in found}
+    if name not in queues:
         known = ", ".join(sorted(queues)) or "none"
         raise UsageError(
-            f"--remote {queue}: the server has no such queue{suggest(queue, queues)}; it has: {known}. "
-            f"An agent makes one: clearml-agent daemon --queue {queue} --create-queue"
+            f"the ClearML server has no queue {name}{suggest(name, queues)}; it has: {known}. "
+            f"An agent makes one: clearml-agent daemon --queue {name} --create-queue"
         )
-    api.call("tasks.enqueue", task=task, queue=queues[queue])
+    return queues[name]
+
+
+def enqueue(api: ClearmlApi, task: str, queue: str) -> None:
+    """Put a task into a queue, by their ids."""
+    api.call("tasks.enqueue", task=task, queue=queue)
 
 
 def section_of(task: Answer, section: str) -> dict[str, str]:

@@ -77,9 +77,13 @@ def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
     clearml_data(cells, "add", "--files", ".")
     clearml_data(cells, "close")
     [first] = server.records.tasks
-    assert data_main(["version", str(cells), "--project", "YOLOv5", "--name", "cells", "--parent", first]) == 3
+    assert (
+        data_main(["version", str(cells), "--project", "YOLOv5", "--name", "cells", "--parent", first]) == 3
+    )
     assert "write `path: .`" in capsys.readouterr().err
-    (cells / "bccd.yaml").write_text((cells / "bccd.yaml").read_text().replace("path: ../datasets/cells", "path: ."))
+    (cells / "bccd.yaml").write_text(
+        (cells / "bccd.yaml").read_text().replace("path: ../datasets/cells", "path: .")
+    )
     words = ["version", str(cells), "--project", "YOLOv5", "--name", "cells", "--parent", first, "--json"]
     assert data_main(words) == 0
     made = json.loads(capsys.readouterr().out)
@@ -94,7 +98,9 @@ def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
 def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(server: ClearmlServerDouble, runs: Path) -> None:
     create = server.records.answer
     training = create("tasks.create", {"name": "t", "type": "training"})["id"]
-    unfinished = create("tasks.create", {"name": "d", "type": "data_processing", "system_tags": ["dataset"]})["id"]
+    unfinished = create("tasks.create", {"name": "d", "type": "data_processing", "system_tags": ["dataset"]})[
+        "id"
+    ]
     for identity, said in {
         "0" * 32: "has no dataset of this id",
         training: "is a task .*, not a dataset",
@@ -103,10 +109,10 @@ def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(server: ClearmlServ
     }.items():
         with pytest.raises(DataError, match=said):
             fetch_clearml_set(f"clearml://{identity}", runs)
-    with pytest.raises(DataError, match="CLEARML_API_ACCESS_KEY.*or run clearml-init"):
+    with pytest.raises(DataError, match=r"CLEARML_API_ACCESS_KEY.*or run clearml-init"):
         fetch_clearml_set(f"clearml://{training}", runs, environment={"HOME": str(runs)})
+    wrong = {**os.environ, "CLEARML_API_SECRET_KEY": "wrong"}
     with pytest.raises(DataError, match="refuses the credentials"):
-        wrong = {**os.environ, "CLEARML_API_SECRET_KEY": "wrong"}
         fetch_clearml_set(f"clearml://{training}", runs, environment=wrong)
     assert [path for path in runs.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 

@@ -15,6 +15,7 @@ STOREYS = [
         "app.val",
         "app.detect",
         "app.export",
+        "app.hpo",
         "app.track",
         "app.data.__main__",
         "app.search.__main__",
