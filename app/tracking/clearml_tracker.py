@@ -66,6 +66,7 @@ class ClearmlTracker:
         self._host = credentials.api_host
         self._api = ClearmlApi(credentials)
         self._tasks: dict[str, tuple[str, str]] = {}
+        self._epochs: dict[str, int] = {}
 
     def destination(self, log_dir: Path) -> str:
         """Name the API server."""
@@ -91,6 +92,7 @@ class ClearmlTracker:
 
         It takes finite numbers only; another is told in the console.
         """
+        self._epochs[run_id] = step
         lost = {name: value for name, value in values.items() if not math.isfinite(value)}
         with _translated():
             self._api.send_events(
@@ -188,12 +190,16 @@ class ClearmlTracker:
             self._say(run_id, line, time)
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record a sample where ClearML's page shows its own monitor's."""
+        """Record a sample where ClearML's page shows its own monitor's: at the epoch, of which the last sample stays.
+
+        Seconds, which the others count in, would be taken for the task's iterations.
+        """
+        epoch = self._epochs.get(run_id, 0)
         with _translated():
             self._api.send_events(
                 self._event(
                     run_id, "training_stats_scalar", time, _GPU if "gpu" in name else _MACHINE,
-                    name.removeprefix("system/"), step, value=value,
+                    name.removeprefix("system/"), epoch, value=value,
                 )
                 for name, value in values.items()
                 if math.isfinite(value)

@@ -125,7 +125,7 @@ def test_a_run_is_stored_whole_and_the_real_sdk_reads_and_clones_it(
     assert read["parameters"]["Datasets/blood"] == "d" * 32
     assert read["scalars"]["train"]["box_loss"]["x"] == [0, 1, 2]
     assert read["scalars"]["metrics"]["mAP_0.5"]["y"] == [0.0, 0.1, 0.2]
-    assert read["scalars"][":monitor:machine"]["cpu_utilization_percentage"]["x"] == [10]
+    assert read["scalars"][":monitor:machine"]["cpu_utilization_percentage"]["x"] == [2]
     assert read["plots"] == ["confusion matrix", "p0"]
     assert Path(read["artifacts"]["results.csv"]).read_text() == "epoch,loss\n0,1\n"
     assert Path(read["models"]["name-u1 best"]).read_bytes() == (tmp_path / "best.pt").read_bytes()
@@ -136,6 +136,7 @@ def test_a_run_is_stored_whole_and_the_real_sdk_reads_and_clones_it(
     assert read["script"]["entry_point"]
     stored = server.records.tasks[task]
     assert "torch == " in stored["script"]["requirements"]["pip"]
+    assert stored["last_iteration"] == 2
     assert stored["runtime"]["cpu_cores"] == str(os.cpu_count())
     assert "epoch 1/3" in server.records.console(task)
 

@@ -57,7 +57,13 @@ class AgentsDouble(QueueRunner):
             self.records.answer("tasks.failed", {"task": task, "status_reason": "out of memory"})
             return
         lr0 = float(self.records.arguments(self.records.tasks[task], "Hyp")["lr0"])
-        event = {"type": "training_stats_scalar", "task": task, "metric": METRIC[0], "variant": METRIC[1], "iter": 0}
+        event = {
+            "type": "training_stats_scalar",
+            "task": task,
+            "metric": METRIC[0],
+            "variant": METRIC[1],
+            "iter": 0,
+        }
         self.records.add_events([{**event, "value": 1 - abs(lr0 - 0.02)}])
         self.records.answer("tasks.completed", {"task": task})
 
@@ -77,7 +83,11 @@ def make_template(server: ClearmlServerDouble) -> str:
 
 
 def make_search(
-    server: ClearmlServerDouble, clock: Clock, *, fails: Callable[[int], bool] = lambda number: False, **changes: Any
+    server: ClearmlServerDouble,
+    clock: Clock,
+    *,
+    fails: Callable[[int], bool] = lambda number: False,
+    **changes: Any,
 ) -> tuple[TaskSearch, list[str]]:
     api, said = api_of(server), []
     config = HpoConfig(**{"queue": "gpus", "trials": 6, **changes})
@@ -120,11 +130,13 @@ def test_a_search_whose_trials_all_fail_ends_and_says_so(server: ClearmlServerDo
     assert sum(task["type"] == "training" for task in server.records.tasks.values()) == 3
 
 
-def test_a_queue_that_no_agent_serves_holds_a_search_no_longer_than_its_hours(server: ClearmlServerDouble) -> None:
+def test_a_queue_that_no_agent_serves_holds_a_search_no_longer_than_its_hours(
+    server: ClearmlServerDouble,
+) -> None:
     make_template(server)
     clock = Clock()
     search, _ = make_search(server, clock, fails=None, hours=0.1, parallel=2)
-    with pytest.raises(NoTrialFinishedError, match="0.1 hours"):
+    with pytest.raises(NoTrialFinishedError, match=r"0\.1 hours"):
         search.run()
     assert 360 < clock.now < 380
     [queue] = server.records.queues.values()
@@ -180,7 +192,15 @@ def test_without_a_training_to_start_from_the_remedy_is_named(server: ClearmlSer
 
 @pytest.mark.parametrize(
     "words",
-    ["--trials 0", "--hours 0", "--failures 0", "--parallel 2", "--objective mAP", "--epochs -1", "--trial-hours -1"],
+    [
+        "--trials 0",
+        "--hours 0",
+        "--failures 0",
+        "--parallel 2",
+        "--objective mAP",
+        "--epochs -1",
+        "--trial-hours -1",
+    ],
 )
 def test_what_cannot_work_is_a_usage_error(words: str) -> None:
     with pytest.raises(ConfigError):
