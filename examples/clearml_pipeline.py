@@ -16,7 +16,7 @@ from clearml import PipelineController
 
 def run(words: list[str]) -> None:
     """Run a command of this project, with what it prints in the step's console; a failure fails the step."""
-    import subprocess
+    import subprocess  # a step is sent as the text of its function, so each brings its imports
     import sys
 
     print("$ python", *words, flush=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 
 from app.clearml_client.api import ClearmlApi
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.tasks import (
     HYP_PREFIX,
+    OWN_TASK_VARIABLE,
     TASK_VARIABLE,
     command_line,
     create_task,
@@ -63,10 +64,14 @@ def enqueue_training(config: TrainConfig) -> None:
         )
 
 
-def arguments_of_task(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the command line that the agent's task asks for; its hyperparameters go into a file below the runs folder."""
+def arguments_of_task(environment: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Return the command line that the agent's task asks for, and make the task the run's own in `environment`.
+
+    The task's hyperparameters go into a file below the runs folder.
+    """
     api = connect(environment)
     task = get_task(api, environment[TASK_VARIABLE])
     words = command_line(task, runs_root(environment) / ".cache" / "clearml-tasks" / str(task["id"]))
+    environment[OWN_TASK_VARIABLE] = str(task["id"])
     print(f"ClearML task {task['id']}: train.py {' '.join(words)}", flush=True)
     return words

@@ -22,6 +22,9 @@ MARK = "starling"
 """System tag of every task of ours."""
 TASK_VARIABLE = "CLEARML_TASK_ID"
 """Set by an agent: the task that is to be run."""
+OWN_TASK_VARIABLE = "STARLING_CLEARML_TASK"
+"""Set by a trainer that runs what a task asks for: the task is its run's. One that a script of the user's starts with
+arguments has a task of its own, as the script's may go on."""
 HYP_PREFIX = "hyp/"
 _HERE = frozenset({"remote", "local_rank", "debug", "json"})
 """Settings of the command at hand, which are no part of the training."""

@@ -20,8 +20,8 @@ from app.clearml_client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnava
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.tasks import (
     MARK,
+    OWN_TASK_VARIABLE,
     PROPERTIES,
-    TASK_VARIABLE,
     create_task,
     hyper_params,
     project_name,
@@ -52,7 +52,7 @@ _TEXT = {".csv", ".yaml", ".json", ".txt", ".diff"}
 class ClearmlTracker:
     """Feed a ClearML server; see the `Tracker` protocol.
 
-    In an agent (`CLEARML_TASK_ID`) the run is the agent's task; its console is the agent's to report.
+    A trainer that took its arguments from an agent's task is that task's run; its console is the agent's to report.
     """
 
     name = "clearml"
@@ -62,7 +62,7 @@ class ClearmlTracker:
         if credentials is None:
             raise TrackerUnavailableError(f"ClearML is not configured: {REMEDY}")
         self._lock = runs / ".cache" / "clearml.lock"
-        self._agents_task = environment.get(TASK_VARIABLE, "")
+        self._agents_task = environment.get(OWN_TASK_VARIABLE, "")
         self._host = credentials.api_host
         self._api = ClearmlApi(credentials)
         self._tasks: dict[str, tuple[str, str]] = {}

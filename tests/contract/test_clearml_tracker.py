@@ -195,7 +195,7 @@ def test_in_an_agent_the_run_is_the_agents_task_and_the_console_is_the_agents(
         "tasks.create", {"name": "from the page", "type": "training", "system_tags": ["starling-old"]}
     )
     server.records.answer("tasks.started", {"task": given["id"]})
-    tracker = tracker_of(server, tmp_path, CLEARML_TASK_ID=given["id"])
+    tracker = tracker_of(server, tmp_path, STARLING_CLEARML_TASK=given["id"])
     assert tracker.start_run(a_run("u9")) == given["id"]
     tracker.log_console(given["id"], "said twice", lambda: "", time=1e9)
     assert server.records.console(given["id"]) == ""
