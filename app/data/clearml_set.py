@@ -15,11 +15,13 @@ from typing import Any
 from app.clearml_client.api import ClearmlApi, ClearmlRefusedError
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.sdk import run_sdk
+from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
 from app.data.acquire import write_description
 from app.data.dataset import Dataset, DatasetDescription, read_class_names
 from app.data.download import only_one
 from app.errors import DataError, ServerError
+from app.outputs.run_dir import runs_root
 
 SCHEME = "clearml://"
 FOLDER = ".cache/clearml"
@@ -50,9 +52,14 @@ class Version:
         return f"{SCHEME}{self.id}"
 
 
-def is_clearml_set(data: str) -> bool:
-    """Return whether `--data` names a dataset of a ClearML server."""
-    return data.startswith(SCHEME)
+def find_dataset(data: str, say: Say, show: Callable[[Callable[[], str]], None] = lambda line: None) -> Path:
+    """Return the description that `--data` means: a file, a shipped one, or that of a ClearML dataset, then fetched.
+
+    Raises DataError where there is none.
+    """
+    if data.startswith(SCHEME):
+        return fetch_clearml_set(data, runs_root(), say=say, show=show)
+    return find_config("datasets", data)
 
 
 def fetch_clearml_set(

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from app.config.hyp import Hyp
-from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
 from app.data.acquire import acquire
 from app.data.batching import Batching
-from app.data.clearml_set import fetch_clearml_set, is_clearml_set
+from app.data.clearml_set import find_dataset
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.device_paint import DevicePainter
 from app.data.findings import REPORT, write_report
@@ -26,7 +25,6 @@ from app.engine.distributed import SINGLE, Group
 from app.engine.progress import Progress, duration
 from app.errors import DataError
 from app.model.detector import Detector
-from app.outputs.run_dir import runs_root
 
 DEVICE_SHARE = {"auto": 0.25, "device": 0.6}
 """Share of the GPU's free memory that decoded pictures may take, by `--cache`."""
@@ -124,10 +122,7 @@ def _show_decoding(name: str) -> Callable[[int, int], None]:
 
 def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
     """Read the description; fetch a dataset that is not there from ClearML, or under `--download`."""
-    if is_clearml_set(config.data):
-        path = fetch_clearml_set(config.data, runs_root(), say=say, show=Progress().show)
-        return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
-    path = find_config("datasets", config.data)
+    path = find_dataset(config.data, say, Progress().show)
     try:
         return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     except DataError:

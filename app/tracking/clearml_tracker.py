@@ -39,6 +39,8 @@ from app.tracking.tracker import (
 )
 
 DATASET_SCHEME = "clearml://"
+CONFUSION = "confusion_matrix.png"
+"""Beside it lie the counts that it was drawn from, which ClearML draws by itself."""
 _LOCK_TIMEOUT_S = 120.0
 _MACHINE = ":monitor:machine"
 _GPU = ":monitor:gpu"
@@ -137,15 +139,16 @@ class ClearmlTracker:
         """Store a file by its kind: pictures as plots, configurations as editable text too, the rest as artifacts."""
         if kind == "weights":
             return  # a model of the task, see log_model
-        heat_map = confusion_plot(path.read_text()) if kind == "confusion" else None
+        counts = path.with_suffix(".json")
+        heat_map = confusion_plot(counts.read_text()) if path.name == CONFUSION and counts.is_file() else None
         with _translated():
             key = f"{folder}/{path.name}" if folder else path.name
             url = self._api.upload(path, f"{self._folder(run_id)}/artifacts/{key}")
+            if heat_map is not None:
+                self._plot(run_id, "confusion matrix", "counts", heat_map)
             if kind == "plot":
                 self._plot(run_id, path.stem, "picture", picture_plot(url, path))
                 return
-            if heat_map is not None:
-                self._plot(run_id, "confusion matrix", "counts", heat_map)
             if kind == "config":
                 self._configure(run_id, path)
             artifact = _artifact(key, path, url)

@@ -68,11 +68,12 @@ def tell_a_whole_run(tracker: ClearmlTracker, folder: Path) -> str:
     (folder / "confusion_matrix.json").write_text(
         json.dumps({"names": ["a", "background"], "counts": [[3, 1], [2, 0]]})
     )
+    _draw(folder / "confusion_matrix.png", 1)
     for name, kind in (
         ("opt.yaml", "config"),
         ("results.csv", "table"),
         ("p0.png", "plot"),
-        ("confusion_matrix.json", "confusion"),
+        ("confusion_matrix.png", "plot"),
     ):
         tracker.log_artifact(task, folder / name, "", kind=kind)
     for name, content in (("epoch1", b"one"), ("best", os.urandom(300_000))):
@@ -126,7 +127,7 @@ def test_a_run_is_stored_whole_and_the_real_sdk_reads_and_clones_it(
     assert read["scalars"]["train"]["box_loss"]["x"] == [0, 1, 2]
     assert read["scalars"]["metrics"]["mAP_0.5"]["y"] == [0.0, 0.1, 0.2]
     assert read["scalars"][":monitor:machine"]["cpu_utilization_percentage"]["x"] == [2]
-    assert read["plots"] == ["confusion matrix", "p0"]
+    assert read["plots"] == ["confusion matrix", "confusion_matrix", "p0"]
     assert Path(read["artifacts"]["results.csv"]).read_text() == "epoch,loss\n0,1\n"
     assert Path(read["models"]["name-u1 best"]).read_bytes() == (tmp_path / "best.pt").read_bytes()
     assert set(read["models"]) == {"name-u1 best", "name-u1 epoch1"}
@@ -159,7 +160,7 @@ def test_everything_may_be_told_twice(server: ClearmlServerDouble, tmp_path: Pat
     assert task["status"] == "completed"
     assert [point[0] for point in server.records.scalars(first)["train", "box_loss"]] == [0, 1, 2]
     assert len(server.records.models) == len(task["models"]["output"]) == 2
-    assert len(task["execution"]["artifacts"]) == 3
+    assert len(task["execution"]["artifacts"]) == 2
     assert len(server.records.of_type(first, "training_debug_image")) == 3
 
 
