@@ -297,7 +297,7 @@ class ClearmlTracker:
         self._api.send_events([self._event(task, "plot", None, title, series, 0, plot_str=json.dumps(plot))])
 
     def _say(self, task: str, text: str, time: float) -> None:
-        event = {"type": "log", "task": task, "level": "INFO", "worker": platform.node(), "msg": text}
+        event = {"type": "log", "task": task, "level": "info", "worker": platform.node(), "msg": text}
         with _translated():
             self._api.send_events([{**event, "timestamp": int(time * 1000)}])
 

@@ -29,7 +29,7 @@ from app.tracking.tracker import (
     TrackerRejectedError,
     TrackerUnavailableError,
 )
-from tests.doubles.clearml_server import SECRET_KEY, Answer, ClearmlServerDouble
+from tests.doubles.clearml_server import ACCESS_KEY, SECRET_KEY, Answer, ClearmlServerDouble
 
 PARAMS = {"epochs": 3, "freeze": [0], "weights": "", "rect": False, "hyp/lr0": 0.01, "hyp/mosaic": 1.0}
 
@@ -140,6 +140,59 @@ def test_a_run_is_stored_whole_and_the_real_sdk_reads_and_clones_it(
     assert stored["last_iteration"] == 2
     assert stored["runtime"]["cpu_cores"] == str(os.cpu_count())
     assert "epoch 1/3" in server.records.console(task)
+
+
+@pytest.mark.slow
+def test_every_request_has_the_fields_and_types_that_the_sdk_knows(
+    server: ClearmlServerDouble, tmp_path: Path
+) -> None:
+    """The double takes any field; the SDK's own request classes, made of the server's schemas, do not."""
+    from clearml.backend_api.services.v2_9 import projects
+    from clearml.backend_api.services.v2_23 import events, models, tasks
+
+    tell_a_whole_run(tracker_of(server, tmp_path), tmp_path)
+    services = {"tasks": tasks, "models": models, "projects": projects}
+    checked = set()
+    for request in server.requests:
+        service, _, action = request.endpoint.partition(".")
+        if service in services:
+            name = "".join(word.title() for word in action.split("_")) + "Request"
+            getattr(services[service], name)(**request.body).validate()
+            checked.add(request.endpoint)
+    assert {"tasks.create", "tasks.started", "tasks.edit", "tasks.edit_hyper_params", "models.create", "tasks.completed",
+            "tasks.add_or_update_artifacts", "tasks.add_or_update_model", "projects.create"} <= checked  # fmt: skip
+    kinds = {"training_stats_scalar": events.MetricsScalarEvent, "plot": events.MetricsPlotEvent,
+             "training_debug_image": events.MetricsImageEvent, "log": events.TaskLogEvent}  # fmt: skip
+    sent = [event for request in server.asked("events.add_batch") for event in request.body]
+    for event in sent:
+        made = kinds[event["type"]](**{name: value for name, value in event.items() if name != "type"})
+        if event["type"] == "log":  # its schema refers to a part that the SDK leaves out
+            assert events.LogLevelEnum(event["level"])
+        else:
+            made.validate()
+    assert {event["type"] for event in sent} == set(kinds)
+
+
+@pytest.mark.slow
+def test_after_the_real_clearml_init_a_run_is_tracked_with_nothing_else_set(
+    server: ClearmlServerDouble, tmp_path: Path
+) -> None:
+    pasted = f"""api {{
+      web_server: http://127.0.0.1:8080
+      api_server: {server.api_url}
+      files_server: {server.files_url}
+      credentials {{
+        "access_key" = "{ACCESS_KEY}"
+        "secret_key" = "{SECRET_KEY}"
+      }}
+    }}
+    """
+    program = Path(sys.executable).with_name("clearml-init")
+    done = subprocess.run([str(program), "--file", str(tmp_path / "clearml.conf")], input=pasted + "\n" * 8, text=True,
+                          capture_output=True, timeout=100, env={**os.environ, "HOME": str(tmp_path)}, check=False)  # fmt: skip
+    assert "Credentials verified" in done.stdout, done.stdout + done.stderr
+    tracker = ClearmlTracker(tmp_path, {"HOME": str(tmp_path)})
+    assert server.records.tasks[tracker.start_run(a_run())]["name"] == "name-u1"
 
 
 def test_pictures_of_each_epoch_stand_at_their_epoch_in_files_of_their_own(
