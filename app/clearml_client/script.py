@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -64,7 +65,7 @@ def _packages() -> str:
 
 def _diff() -> str:
     """Return what is changed and not committed, cut to what a page can show; a cut one would not apply, so is left out."""
-    diff = _git("diff", "--no-color", "--no-ext-diff", "HEAD")
+    diff = _git("diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
     if len(diff.encode()) > MAX_DIFF_BYTES:
         return ""
     return f"{diff}\n" if diff else ""
@@ -80,6 +81,8 @@ def _git(*words: str) -> str:
             capture_output=True,
             text=True,
             errors="replace",
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
             timeout=_GIT_S,
             check=False,
         )

@@ -54,7 +54,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlS
     with ClearmlServerDouble(tmp_path / "double") as running:
         for name, value in running.environment.items():
             monkeypatch.setenv(name, value)
-        settings.update({"mlflow": False})
+        settings.update({"mlflow": False, "tensorboard": False})
         yield running
         assert running.unknown == set()
 
@@ -100,7 +100,18 @@ def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hp
 ) -> None:
     log = tmp_path / "agent.log"
     wait_for(lambda: bool(server.records.workers and server.records.queues), agent, log)
-    words = [*tiny_args, "--project", "blood/cells", "--name", "far", "--noplots", "--remote"]
+    words = [
+        *tiny_args,
+        "--project",
+        "blood/cells",
+        "--name",
+        "far",
+        "--save-period",
+        "2",
+        "--bbox_interval",
+        "1",
+        "--remote",
+    ]
     assert train.main([*words, "defualt"]) == 2
     assert "did you mean 'default'" in capsys.readouterr().err
     assert server.records.tasks == {}
@@ -128,6 +139,14 @@ def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hp
     wait_for(lambda: "results in" in server.records.console(identity), agent, log)
     assert server.records.console(identity).count("epoch 3/3") == 1
     assert len(server.records.tasks) == 1
+    assert {model["name"] for model in task["models"]["output"]} == {"epoch1", "best"}
+    pictures = server.records.of_type(identity, "training_debug_image")
+    assert [picture["iter"] for picture in pictures if picture["variant"] == "val_batch0_pred"] == [0, 1, 2]
+    assert len({picture["url"] for picture in pictures}) == len(pictures)
+    assert {"confusion matrix", "results", "PR_curve"} <= {
+        plot["metric"] for plot in server.records.of_type(identity, "plot")
+    }
+    assert server.records.arguments(task, "properties")["train images"] == "8"
 
     os.kill(agent.pid, signal.SIGTERM)
     agent.wait(20)
