@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from app import track
 from app.clearml_client.tasks import uuid_tag
 from app.tracking.bridge import follow
 from app.tracking.clearml_tracker import ClearmlTracker
@@ -296,7 +297,10 @@ def write_log(runs: Path, epochs: int = 3) -> EventLog:
 
 
 def test_a_server_that_dies_in_mid_run_and_comes_back_has_the_whole_run_once(
-    server: ClearmlServerDouble, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ClearmlServerDouble,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = write_log(tmp_path, epochs=2)
     tracker = tracker_of(server, tmp_path)
@@ -311,8 +315,11 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_has_the_whole_run_once(
     said = capsys.readouterr().err
     assert "kept, and tried again" in said
     assert SECRET_KEY not in said + "".join(path.read_text() for path in log.path.parent.iterdir())
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    assert track.main(["sync", str(tmp_path), "--tracker", "clearml"]) == 1
     server.start()
-    assert follow(Bridge(log.path, tracker_of(server, tmp_path)), poll_s=0.05) == 0
+    assert track.main(["sync", str(tmp_path), "--tracker", "clearml"]) == 0
     [task] = server.records.tasks.values()
     assert task["status"] == "completed"
     assert server.records.scalars(task["id"]) == {("train", "box_loss"): [(0, 0.0), (1, 0.1), (2, 0.2)]}
