@@ -50,7 +50,8 @@ def find_credentials(environment: Mapping[str, str]) -> Credentials | None:
 
     Raises UsageError for a file that cannot be read.
     """
-    stored = _read_config(config_file(environment))
+    complete = all(environment.get(f"CLEARML_API_{name}") for name in ("HOST", "ACCESS_KEY", "SECRET_KEY"))
+    stored = _read_config(config_file(environment), needed=not complete)
 
     def setting(variable: str, path: str, default: str = "") -> str:
         return environment.get(variable) or str(_at(stored, path) or default)
@@ -81,8 +82,8 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """Return what the HOCON file holds; nothing where there is none."""
+def _read_config(path: Path, *, needed: bool) -> Mapping[str, Any]:
+    """Return what the HOCON file holds; nothing where there is none, or it is not `needed` and no reader is installed."""
     if not path.is_file():
         return {}
     try:
@@ -92,6 +93,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
         return dict(ConfigFactory.parse_string(path.read_text(encoding="utf-8")).as_plain_ordered_dict())
     except ImportError:
+        if not needed:
+            return {}
         raise UsageError(f"{path}: needs the package clearml to be read; install requirements.txt") from None
     except Exception as error:  # the parser raises its own parser's errors
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,9 @@ from app.clearml_client.script import ROOT
 from app.errors import ServerError, UsageError
 
 IDLE_S = 120.0
-"""So long nothing may move: neither what the SDK prints nor the folder that it fills."""
+"""So long nothing may move: neither what the SDK prints nor the folder that it works in."""
+CHUNK_BYTES = 512 << 20
+"""The SDK uploads archives of this size, and while one is under way nothing else moves."""
 _POLL_S = 0.25
 
 
@@ -28,26 +30,30 @@ class SdkError(ServerError):
 
 def run_sdk(
     *words: str,
-    cache: Path,
+    folder: Path,
     environment: Mapping[str, str] = os.environ,
     idle_s: float = IDLE_S,
     show: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any]:
     """Run `sdk_process` with these words and return what it answers.
 
-    `cache` is the SDK's cache for this run; `show` is told its bytes. Raises SdkError, and UsageError where the package
-    clearml is not installed.
+    `folder` is where it works: its cache and its temporary files are there, and it is to put what it makes there too, since
+    what grows there is how it is seen to be alive; `show` is told the bytes. Raises SdkError, and UsageError where the
+    package clearml is not installed.
     """
     import importlib.util
 
     if importlib.util.find_spec("clearml") is None:
         raise UsageError("the package clearml is not installed; install requirements.txt")
-    cache.mkdir(parents=True, exist_ok=True)
+    cache, temporary = folder / "cache", folder / "tmp"
+    for place in (cache, temporary):
+        place.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH", ""))))
     inside = {
         **environment,
         "PYTHONPATH": path,
         "CLEARML_CACHE_DIR": str(cache),
+        "TMPDIR": str(temporary),
         "CLEARML_SUPPRESS_UPDATE_MESSAGE": "1",
     }
     # In an agent the SDK would take the agent's task for the dataset's.
@@ -59,7 +65,7 @@ def run_sdk(
             env=inside, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            _watch(process, output.fileno(), cache, idle_s, show)
+            _watch(process, output.fileno(), folder, idle_s, show)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # nothing less ends the SDK's threads
@@ -75,13 +81,13 @@ def run_sdk(
 
 
 def _watch(
-    process: subprocess.Popen[bytes], output: int, cache: Path, idle_s: float, show: Callable[[int], None]
+    process: subprocess.Popen[bytes], output: int, folder: Path, idle_s: float, show: Callable[[int], None]
 ) -> None:
     """Wait for the process as long as something moves; raises SdkError when nothing does."""
     seen, since = (-1, -1), time.monotonic()
     while process.poll() is None:
         time.sleep(_POLL_S)
-        size = _bytes_below(cache)
+        size = bytes_below(folder)
         if (size, os.fstat(output).st_size) != seen:
             seen, since = (size, os.fstat(output).st_size), time.monotonic()
             show(size)
@@ -89,7 +95,8 @@ def _watch(
             raise SdkError(f"nothing moved for {idle_s:g} s; ClearML's SDK was ended")
 
 
-def _bytes_below(folder: Path) -> int:
+def bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below a folder, links not followed."""
     total = 0
     for current, _, files in os.walk(folder):
         for name in files:

@@ -6,15 +6,16 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.clearml_client.api import ClearmlApi, ClearmlRefusedError
+from app.clearml_client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefusedError
 from app.clearml_client.credentials import REMEDY, find_credentials
-from app.clearml_client.sdk import run_sdk
+from app.clearml_client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
 from app.data.acquire import write_description
@@ -131,14 +132,13 @@ def make_version(
             _check_is_done(api, parent, f"--parent {parent}")
         api.close()
         say(f"{description.path_yaml.name} is sound; uploading what is new to {api.credentials.files_host}")
-        cache = folder.with_name(f".{folder.name}.clearml")
-        try:
+        chunk = min(bytes_below(folder), CHUNK_BYTES)
+        parents = [parent] if parent else []
+        with tempfile.TemporaryDirectory(prefix="starling-version-") as workshop:
             answer = run_sdk(
-                "create", str(folder), project, name, version, *([parent] if parent else []),
-                cache=cache, environment=environment,
+                "create", str(folder), project, name, version, *parents,
+                folder=Path(workshop), environment=environment, idle_s=IDLE_S + chunk / UPLOAD_BYTES_PER_S,
             )  # fmt: skip
-        finally:
-            shutil.rmtree(cache, ignore_errors=True)
     return Version(**answer)
 
 
@@ -170,9 +170,9 @@ def _fetch(
     say: Say,
     show: Callable[[Callable[[], str]], None],
 ) -> None:
-    building, cache = root.with_name(f".{identity}.building"), root.with_name(f".{identity}.sdk")
-    for leftover in (building, cache):
-        shutil.rmtree(leftover, ignore_errors=True)
+    workshop = root.with_name(f".{identity}.building")
+    building = workshop / "set"
+    shutil.rmtree(workshop, ignore_errors=True)  # left by a kill
     with _named(f"--data {data}"):
         api = _api(f"--data {data}", environment)
         task = _check_is_done(api, identity, f"--data {data}")
@@ -185,7 +185,7 @@ def _fetch(
         try:
             building.mkdir(parents=True)
             answer = run_sdk(
-                "fetch", identity, str(building), cache=cache, environment=environment, show=progress
+                "fetch", identity, str(building), folder=workshop, environment=environment, show=progress
             )
             path = find_description(building, f"--data {data}")
             mapping = read_yaml(path)
@@ -199,8 +199,7 @@ def _fetch(
                 f"--data {data}: {error.filename or root}: {error.strerror or error}; make room, or choose another runs folder"
             ) from None
         finally:
-            for leftover in (building, cache):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(workshop, ignore_errors=True)
     say(f"{root}: ready")
 
 

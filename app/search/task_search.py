@@ -37,7 +37,8 @@ from app.search.space import Space, read_space, split_values
 from app.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
 
 POLL_S = 2.0
-_OVER = {"completed", "failed", "stopped", "closed", "published"}
+_DONE = {"completed", "closed", "published"}
+_OVER = {*_DONE, "failed", "stopped"}
 _SETTLE_S = 30.0
 """After a process has ended, its last figures may be on their way for so long."""
 FOLDER = "hpo"
@@ -197,24 +198,33 @@ class TaskSearch:
                 return
 
     def _look_at(self, trial: _Trial) -> None:
-        task = get_task(self._api, trial.task)
+        task, now = get_task(self._api, trial.task), self._clock()
+        state, value = task["status"], _best(task, self._config.objective)
         code = self._runner.ended(trial.task)
         if code is not None and trial.ended_at is None:
-            trial.ended_at = self._clock()
-        if task["status"] in _OVER and (code is not None or self._config.queue):
-            value = _best(task, self._config.objective)
-            if task["status"] in {"completed", "published", "closed"} and value is not None:
-                self._finish(trial, value)
-            else:
-                self._fail(
-                    trial,
-                    str(task.get("status_reason") or f"{task['status']} without {self._config.objective}"),
-                )
-        elif code is not None and self._clock() - (trial.ended_at or 0) > (_SETTLE_S if code == 0 else 0):
-            self._fail(trial, f"its process ended with {code}, and the task says {task['status']}")
-        elif self._config.trial_hours and self._clock() - trial.since > self._config.trial_hours * 3600:
+            trial.ended_at = now
+        if code == 0 and value is None and now - (trial.ended_at or now) <= _SETTLE_S:
+            return  # its last figures are on their way
+        if code is not None:
+            reason = (
+                ""
+                if code == 0 and value is not None
+                else f"its process ended with {code}, {_without(value, self._config)}"
+            )
+            self._runner.conclude(trial.task, reason=reason)
+            self._settle(trial, value, reason)
+        elif self._config.queue and state in _OVER:
+            told = str(task.get("status_reason") or f"{state}, {_without(value, self._config)}")
+            self._settle(trial, value, "" if state in _DONE and value is not None else told)
+        elif self._config.trial_hours and now - trial.since > self._config.trial_hours * 3600:
             self._runner.stop(trial.task)
             self._fail(trial, f"longer than --trial-hours {self._config.trial_hours:g}")
+
+    def _settle(self, trial: _Trial, value: float | None, reason: str) -> None:
+        if reason or value is None:
+            self._fail(trial, reason)
+        else:
+            self._finish(trial, value)
 
     def _finish(self, trial: _Trial, value: float) -> None:
         self._running.remove(trial)
@@ -289,7 +299,7 @@ def search_tasks(config: HpoConfig) -> None:
     api = connect()
     folder = runs_root() / FOLDER
     queue = queue_id(api, config.queue) if config.queue else ""
-    runner: TrialRunner = QueueRunner(api, queue) if queue else LocalRunner(folder / "logs")
+    runner: TrialRunner = QueueRunner(api, queue) if queue else LocalRunner(api, folder / "logs")
     say: Callable[[str], None] = (lambda line: None) if config.json else lambda line: print(line, flush=True)
     with StopSignal() as stop:
         outcome = TaskSearch(config, api, runner, say=say).run(stop.raise_if_requested)
@@ -329,3 +339,7 @@ def _best(task: Answer, objective: str) -> float | None:
             if (variant.get("metric"), variant.get("variant")) == (title, series):
                 return float(variant["max_value"])
     return None
+
+
+def _without(value: float | None, config: HpoConfig) -> str:
+    return f"without {config.objective}" if value is None else f"with {config.objective} {value:.4f}"

@@ -33,12 +33,16 @@ class TrialRunner(Protocol):
         """End a task, wherever it is."""
         ...
 
+    def conclude(self, task: str, *, reason: str = "") -> None:
+        """Set the state of a task whose process has ended; `reason` says why it failed."""
+        ...
+
 
 class LocalRunner:
     """Train in processes of this machine, as an agent would: the process is told the task, and asks it the rest."""
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, api: ClearmlApi, output: Path) -> None:
+        self._api, self._output = api, output
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, task: str) -> None:
@@ -73,6 +77,14 @@ class LocalRunner:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._api.call(
+            "tasks.stopped", task=task, force=True, status_reason="ended by the search", status_message=""
+        )
+
+    def conclude(self, task: str, *, reason: str = "") -> None:
+        """Set the state, as an agent does."""
+        state = "failed" if reason else "completed"
+        self._api.call(f"tasks.{state}", task=task, force=True, status_reason=reason, status_message=reason)
 
 
 class QueueRunner:
@@ -97,3 +109,6 @@ class QueueRunner:
             self._api.call(
                 "tasks.stop", task=task, force=True, status_reason="ended by the search", status_message=""
             )
+
+    def conclude(self, task: str, *, reason: str = "") -> None:
+        """Do nothing: the agent has set the state."""

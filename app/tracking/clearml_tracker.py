@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ _PREVIEW_BYTES = 8000
 _TEXT = {".csv", ".yaml", ".json", ".txt", ".diff"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a task is: its name, its project's id, and the folder of its files."""
+
+    name: str
+    project: str
+    folder: str
+
+
 class ClearmlTracker:
     """Feed a ClearML server; see the `Tracker` protocol.
 
@@ -67,7 +77,7 @@ class ClearmlTracker:
         self._agents_task = environment.get(OWN_TASK_VARIABLE, "")
         self._host = credentials.api_host
         self._api = ClearmlApi(credentials)
-        self._tasks: dict[str, tuple[str, str]] = {}
+        self._places: dict[str, _Place] = {}
         self._epochs: dict[str, int] = {}
 
     def destination(self, log_dir: Path) -> str:
@@ -128,7 +138,7 @@ class ClearmlTracker:
     def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
         """Show a picture among the debug samples at its epoch; a file of its own for each, so none is overwritten."""
         with _translated():
-            key = f"{self._folder(run_id)}/metrics/{name}/{name}_{step:05d}{path.suffix}"
+            key = f"{self._place(run_id).folder}/metrics/{name}/{name}_{step:05d}{path.suffix}"
             url = self._api.upload(path, key)
             event = self._event(
                 run_id, "training_debug_image", time, "pictures", name, step, url=url, key=key
@@ -143,7 +153,7 @@ class ClearmlTracker:
         heat_map = confusion_plot(counts.read_text()) if path.name == CONFUSION and counts.is_file() else None
         with _translated():
             key = f"{folder}/{path.name}" if folder else path.name
-            url = self._api.upload(path, f"{self._folder(run_id)}/artifacts/{key}")
+            url = self._api.upload(path, f"{self._place(run_id).folder}/artifacts/{key}")
             if heat_map is not None:
                 self._plot(run_id, "confusion matrix", "counts", heat_map)
             if kind == "plot":
@@ -157,9 +167,9 @@ class ClearmlTracker:
     def log_model(self, run_id: str, model: ModelFile) -> None:
         """Store weights as an output model of the task, with what they reached; the same name replaces."""
         with _translated():
-            task, project = self._names(run_id)
-            key = f"{self._folder(run_id)}/models/{model.path.name}"
-            name = f"{task} {model.name}"
+            place = self._place(run_id)
+            key = f"{self._place(run_id).folder}/models/{model.path.name}"
+            name = f"{place.name} {model.name}"
             fields = {
                 "uri": self._api.upload(model.path, key),
                 "name": name,
@@ -174,7 +184,7 @@ class ClearmlTracker:
             else:
                 identity = str(
                     self._api.call(
-                        "models.create", task=run_id, project=project, system_tags=[MARK], **fields
+                        "models.create", task=run_id, project=place.project, system_tags=[MARK], **fields
                     )["id"]
                 )
             metadata = [
@@ -212,8 +222,16 @@ class ClearmlTracker:
         """Do nothing: each call sends what it is given."""
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Set how the task ended; a pruned candidate is a completed task with the tag `pruned`."""
+        """Set how the task ended; a pruned candidate is a completed task with the tag `pruned`.
+
+        An agent sets its task's state itself, once the process has ended: told earlier, it would end the process.
+        """
         with _translated():
+            if run_id == self._agents_task:
+                self._edit_params(
+                    run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")})
+                )
+                return
             if status == "pruned":
                 task = self._api.call("tasks.get_by_id", task=run_id)["task"]
                 tags = sorted({*(task.get("tags") or []), "pruned"})
@@ -315,18 +333,17 @@ class ClearmlTracker:
             **more,
         }
 
-    def _names(self, run_id: str) -> tuple[str, str]:
-        """Return a task's name and its project's id."""
-        if run_id not in self._tasks:
+    def _place(self, run_id: str) -> _Place:
+        """Return a task's name and where its files go: `project/name.id`, as ClearML's SDK lays them out."""
+        if run_id not in self._places:
             task = self._api.call("tasks.get_by_id", task=run_id)["task"]
-            self._tasks[run_id] = (str(task["name"]), str(task.get("project") or ""))
-        return self._tasks[run_id]
-
-    def _folder(self, run_id: str) -> str:
-        """Return where a task's files are, as ClearML's SDK lays them out: `project/name.id`."""
-        name, project = self._names(run_id)
-        full = self._api.call("projects.get_by_id", project=project)["project"]["name"] if project else MARK
-        return f"{full}/{re.sub(r'[^A-Za-z0-9_. -]', '_', name)}.{run_id}"
+            name, project = str(task["name"]), str(task.get("project") or "")
+            full = (
+                self._api.call("projects.get_by_id", project=project)["project"]["name"] if project else MARK
+            )
+            folder = f"{full}/{re.sub(r'[^A-Za-z0-9_. -]', '_', name)}.{run_id}"
+            self._places[run_id] = _Place(name, project, folder)
+        return self._places[run_id]
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

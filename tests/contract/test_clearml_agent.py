@@ -127,6 +127,7 @@ def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hp
     os.killpg(agent.pid, signal.SIGCONT)
     wait_for(lambda: task["status"] in ENDED, agent, log)
     assert task["status"] == "completed", server.records.console(identity)[-3000:]
+    assert "terminated" not in log.read_text(), "the agent ended the training before it had ended itself"
 
     folder = runs / "blood" / "cells" / "far"
     with open(folder / "results.csv") as file:

@@ -254,6 +254,14 @@ def test_in_an_agent_the_run_is_the_agents_task_and_the_console_is_the_agents(
     assert tracker.start_run(a_run("u9")) == given["id"]
     tracker.log_console(given["id"], "said twice", lambda: "", time=1e9)
     assert server.records.console(given["id"]) == ""
+    tracker.end_run(given["id"], "failed", "NaN loss", time=1e9)
+    assert server.records.tasks[given["id"]]["status"] == "in_progress", (
+        "the agent sets it when the process has ended"
+    )
+    assert (
+        server.records.arguments(server.records.tasks[given["id"]], "properties")["ended"]
+        == "failed: NaN loss"
+    )
     assert server.records.tasks[given["id"]]["system_tags"] == ["starling", uuid_tag("u9")]
     # Resumed by hand, outside the agent:
     assert tracker_of(server, tmp_path).start_run(a_run("u9")) == given["id"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_keys_alone_mean_the_hosted_service(tmp_path: Path) -> None:
     )
     assert found is not None
     assert (found.api_host, found.files_host) == ("https://api.clear.ml", "https://files.clear.ml")
+
+
+def test_where_nothing_reads_the_file_variables_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clearml.conf").write_text(CONFIG)
+    monkeypatch.setitem(sys.modules, "clearml.utilities.pyhocon", None)
+    keys = {"CLEARML_API_ACCESS_KEY": "a", "CLEARML_API_SECRET_KEY": "b", "CLEARML_API_HOST": "http://there"}
+    found = find_credentials({"HOME": str(tmp_path), **keys})
+    assert found is not None
+    assert found.api_host == "http://there"
+    with pytest.raises(UsageError, match="needs the package clearml"):
+        find_credentials({"HOME": str(tmp_path)})
 
 
 def test_a_damaged_file_names_the_remedy(tmp_path: Path) -> None:
