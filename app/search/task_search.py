@@ -130,14 +130,15 @@ class TaskSearch:
             return get_task(self._api, self._config.task)
         found = self._api.call(
             "tasks.get_all", type=["training"], status=["completed", "published"], system_tags=[MARK, "-archived"],
-            order_by=["-last_update"], page=0, page_size=1,
+            order_by=["-last_update"], page=0, page_size=100,
         )["tasks"]  # fmt: skip
         if not found:
             raise UsageError(
                 f"ClearML at {self._api.credentials.api_host} has no finished training of ours; train once with ClearML "
                 "configured, or name a task with --task ID"
             )
-        return dict(found[0])
+        # A candidate of a search, or a trial of another hpo.py, stands for its parent.
+        return dict(next((task for task in found if not task.get("parent")), found[0]))
 
     def _create_own(self, template: Answer) -> str:
         own = create_task(

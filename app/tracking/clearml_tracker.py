@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from app.clearml_client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
 from app.clearml_client.credentials import REMEDY, find_credentials
+from app.clearml_client.machine import describe_machine
 from app.clearml_client.tasks import (
     MARK,
     OWN_TASK_VARIABLE,
@@ -295,7 +295,7 @@ class ClearmlTracker:
         """Send arguments and hyperparameters, tags as properties, and the machine."""
         sections = sections_of(run.params) if run.params else {}
         self._edit_params(task, {**sections, **hyper_params(PROPERTIES, {"run": run.uuid, **run.tags})})
-        self._api.call("tasks.edit", task=task, force=True, runtime=_machine())
+        self._api.call("tasks.edit", task=task, force=True, runtime=describe_machine())
 
     def _edit_params(self, task: str, sections: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
         items = [item for section in sections.values() for item in section.values()]
@@ -358,42 +358,6 @@ class ClearmlTracker:
 def _title_and_series(name: str) -> tuple[str, str]:
     title, slash, series = name.partition("/")
     return (title, series) if slash else (name, name)
-
-
-def _machine() -> dict[str, str]:
-    """Return what the task's page shows of the machine, under the SDK's names."""
-    import psutil
-
-    return {
-        "hostname": platform.node(),
-        "OS": platform.platform(aliased=True),
-        "platform": sys.platform,
-        "processor": platform.machine(),
-        "python_version": platform.python_version(),
-        "python_exec": sys.executable,
-        "cpu_cores": str(psutil.cpu_count()),
-        "memory_gb": f"{psutil.virtual_memory().total / 2**30:.1f}",
-        **_gpus(),
-    }
-
-
-def _gpus() -> dict[str, str]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        names = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-        memory = [f"{pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30:.0f}GB" for handle in handles]
-        driver = pynvml.nvmlSystemGetDriverVersion()
-    except Exception:  # no driver, no library, a driver of another version
-        return {"gpu_count": "0"}
-    return {
-        "gpu_count": str(len(names)),
-        "gpu_type": ", ".join(names),
-        "gpu_memory": ", ".join(memory),
-        "gpu_driver_version": str(driver),
-    }
 
 
 def _artifact(key: str, path: Path, url: str) -> dict[str, Any]:
