@@ -16,15 +16,13 @@ from typing import Any
 from app.clearml_client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefusedError
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk
-from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
+from app.data.acquire import CLEARML_SCHEME as SCHEME
 from app.data.acquire import write_description
 from app.data.dataset import Dataset, DatasetDescription, read_class_names
 from app.data.download import only_one
 from app.errors import DataError, ServerError
-from app.outputs.run_dir import runs_root
 
-SCHEME = "clearml://"
 FOLDER = ".cache/clearml"
 """Below the runs folder: fetched once for all containers of the host."""
 _DONE = {"completed", "published", "closed"}
@@ -51,16 +49,6 @@ class Version:
     def url(self) -> str:
         """What `--data` takes."""
         return f"{SCHEME}{self.id}"
-
-
-def find_dataset(data: str, say: Say, show: Callable[[Callable[[], str]], None] = lambda line: None) -> Path:
-    """Return the description that `--data` means: a file, a shipped one, or that of a ClearML dataset, then fetched.
-
-    Raises DataError where there is none.
-    """
-    if data.startswith(SCHEME):
-        return fetch_clearml_set(data, runs_root(), say=say, show=show)
-    return find_config("datasets", data)
 
 
 def fetch_clearml_set(

@@ -11,9 +11,8 @@ import torch
 
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
-from app.data.acquire import acquire
+from app.data.acquire import acquire, find_dataset
 from app.data.batching import Batching
-from app.data.clearml_set import find_dataset
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.device_paint import DevicePainter
 from app.data.findings import REPORT, write_report

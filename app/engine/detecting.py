@@ -16,7 +16,7 @@ import numpy as np
 
 from app.config.detect_config import DetectConfig
 from app.config.shipped import find_config
-from app.data.clearml_set import find_dataset
+from app.data.acquire import find_dataset
 from app.data.dataset import DatasetDescription, read_class_names
 from app.data.sources import Frame, Source, find_sources, frames
 from app.engine.detection_files import DetectionFiles, SourceFiles

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.boxes import iou_matrix, xyxy_to_xywhn
 from app.config.val_config import ValConfig
-from app.data.clearml_set import find_dataset
+from app.data.acquire import find_dataset
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
