@@ -40,6 +40,9 @@ class Settings:
     mlflow: bool = True
     """Send runs to MLflow: the server of `MLFLOW_TRACKING_URI`, else the database under `<runs>/mlflow`."""
 
+    clearml: bool = True
+    """Send runs to ClearML, where credentials say which server; without any it is off."""
+
     tensorboard: bool = True
     """Write an event file for TensorBoard into each run directory."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,12 +16,26 @@ from app.config.train_flags import TrainCommand, parse_args
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train or search, and return the exit code."""
-    return run_command(lambda: parse_args(argv), _run, debug=lambda command: command.config.debug)
+    return run_command(lambda: _parse(argv), _run, debug=lambda command: command.config.debug)
+
+
+def _parse(argv: list[str] | None) -> TrainCommand:
+    """Return what the words ask for; without any, in a ClearML agent, what its task asks for."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words and os.environ.get("CLEARML_TASK_ID"):
+        from app.clearml_client.remote import arguments_of_task
+
+        words = arguments_of_task()
+    return parse_args(words)
 
 
 def _run(command: TrainCommand) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
-    if command.config.evolve:
+    if command.config.remote:
+        from app.clearml_client.remote import enqueue_training
+
+        enqueue_training(command.config)
+    elif command.config.evolve:
         from app.search.training import search
 
         search(command.config)

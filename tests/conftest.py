@@ -28,9 +28,18 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STARLING_RUNS", str(folder))
     for name in list(os.environ):
         if name.startswith(
-            ("MLFLOW_", "CLEARML_", "STARLING_REPLICA", "STARLING_FLEET", "STARLING_STUDY", "PGPASS")
+            (
+                "MLFLOW_",
+                "CLEARML_",
+                "STARLING_CLEARML_TASK",
+                "STARLING_REPLICA",
+                "STARLING_FLEET",
+                "STARLING_STUDY",
+                "PGPASS",
+            )
         ):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("CLEARML_CONFIG_FILE", str(tmp_path / "no-clearml.conf"))
     return folder
 
 

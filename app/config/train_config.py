@@ -130,6 +130,8 @@ class TrainConfig:
     """URL of a folder in object storage that results are copied to at the end."""
     strict: bool = False
     """Stop at the first unusable picture or label instead of leaving it out."""
+    remote: str = ""
+    """ClearML queue whose agent is to run the command; empty: it runs here."""
     json: bool = False
     """End with one JSON object on standard output."""
     debug: bool = False
@@ -163,6 +165,10 @@ class TrainConfig:
         if any(layer < 0 for layer in self.freeze):
             raise ConfigError("--freeze", self.freeze, "layers count from 0")
         self._check_devices()
+        if self.remote and self.resume and not self.evolve:
+            raise UsageError(
+                "--remote: a checkpoint is on this machine, not the agent's; leave --resume or --remote out"
+            )
         if self.name:
             check_name(self.name)
         if self.bucket:

@@ -30,7 +30,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             "--cfg",
             help="layout YAML: yolov5n.yaml and its like (docs/train.md), or a path [the weights' own]",
         ),
-        Flag("--data", help="dataset YAML, shipped name or path [%(default)s]"),
+        Flag("--data", help="dataset YAML, shipped name or path, or clearml://ID [%(default)s]"),
         Flag("--download", help="fetch the dataset first, as its description says, unless it is there"),
         Flag("--hyp", help="hyperparameter YAML, shipped name or path [%(default)s]"),
         Flag("--single-cls", help="treat every class as one"),
@@ -128,6 +128,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "--allow-nfs",
             help="keep the journal on a network file system: all workers run on this host, or its locks hold",
+        ),
+    ),
+    "where it runs": (
+        Flag(
+            "--remote",
+            metavar="QUEUE",
+            help="put it into this ClearML queue for an agent to run, and leave [run here]",
         ),
     ),
     "where results go": (

@@ -3,6 +3,7 @@
 python -m app.data download coco128.yaml          a dataset, into ../datasets/coco128
 python -m app.data download VOC.yaml --into DIR   into DIR/VOC
 python -m app.data download yolov5s.pt            weights, into ~/.cache/starling/weights
+python -m app.data version DIR --name cells       a new version of a ClearML dataset, of what DIR holds
 python -m app.data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
 python -m app.data cache                          list the files of decoded pictures, below the runs folder
 python -m app.data cache --remove                 remove those that no training uses
@@ -11,8 +12,10 @@ python -m app.data cache --remove                 remove those that no training 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from app.command import run_command
@@ -44,6 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument(
         "--into", type=Path, default=DATASETS_FOLDER, metavar="DIR", help="folder of datasets [%(default)s]"
     )
+    version = commands.add_parser(
+        "version", help="make a version of a ClearML dataset: create, sync, upload, close"
+    )
+    version.add_argument(
+        "folder", type=Path, nargs="?", default=Path(), help="what it is to hold, with its YAML [.]"
+    )
+    version.add_argument("--project", default="datasets", help="ClearML project [%(default)s]")
+    version.add_argument("--name", help="name of the dataset [the folder's]")
+    version.add_argument(
+        "--parent", default="", metavar="ID", help="the version before: only what changed is uploaded"
+    )
+    version.add_argument("--version", default="", help="number of the version [the next one]")
+    version.add_argument("--json", action="store_true", help="print one JSON object")
     convert = commands.add_parser(
         "convert", help="run a description's `convert:` steps on data that is there"
     )
@@ -64,7 +80,12 @@ _Body = Callable[[argparse.Namespace], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command says, and return the exit code."""
     given = build_parser().parse_args(arguments)
-    bodies: dict[str, _Body] = {"download": _download, "convert": _convert, "cache": _cache}
+    bodies: dict[str, _Body] = {
+        "download": _download,
+        "convert": _convert,
+        "cache": _cache,
+        "version": _version,
+    }
     return run_command(lambda: given, bodies[given.command], debug=lambda given: False)
 
 
@@ -92,6 +113,27 @@ def _convert(given: argparse.Namespace) -> None:
     if not known and not own.exists():  # the names came with the data; a file of the user's stays as it is
         write_description(given.folder, path, mapping, names)
         say(f"{own}: the description with its class names; give it to --data")
+
+
+def _version(given: argparse.Namespace) -> None:
+    from app.data.clearml_set import make_version  # with numpy, which fetching does without
+
+    say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
+    made = make_version(
+        given.folder,
+        project=given.project,
+        name=given.name or given.folder.resolve().name,
+        version=given.version,
+        parent=given.parent,
+        say=say,
+    )
+    if given.json:
+        print(json.dumps({**asdict(made), "data": made.url}))
+        return
+    say(
+        f"{made.project}/{made.name} {made.version}: {made.added} added, {made.modified} changed, {made.removed} removed"
+    )
+    say(f"train on it: python train.py --data {made.url}")
 
 
 def _cache(given: argparse.Namespace) -> None:

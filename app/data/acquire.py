@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.data.archive import unpack
 from app.data.convert import CONVERTERS, Converted, read_open_images_classes
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
 from app.errors import ConfigError, DataError, suggest
+from app.outputs.run_dir import runs_root
 
 DATASETS_FOLDER = Path("../datasets")
 """Where datasets go: next to the current folder, as the classic trainer keeps them."""
+
+CLEARML_SCHEME = "clearml://"
+"""`clearml://ID` names a dataset of a ClearML server."""
 
 MAX_BYTES = 64 << 30
 """The largest archive of the shipped descriptions has about 50 GB."""
@@ -62,6 +67,18 @@ class Names:
 
 
 Step = Fetch | Convert | Names
+
+
+def find_dataset(data: str, say: Callable[[str], None], show: Show = lambda line: None) -> Path:
+    """Return the description that `--data` means: a file, a shipped one, or that of a ClearML dataset, then fetched.
+
+    Raises DataError where there is none.
+    """
+    if data.startswith(CLEARML_SCHEME):
+        from app.data.clearml_set import fetch_clearml_set  # other trainings do without
+
+        return fetch_clearml_set(data, runs_root(), say=say, show=show)
+    return find_config("datasets", data)
 
 
 def read_steps(path: Path) -> list[Step]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from app.config.hyp import Hyp
-from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
-from app.data.acquire import acquire
+from app.data.acquire import acquire, find_dataset
 from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.device_paint import DevicePainter
@@ -121,8 +120,8 @@ def _show_decoding(name: str) -> Callable[[int, int], None]:
 
 
 def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
-    """Read the description; under `--download` fetch a dataset that is not there."""
-    path = find_config("datasets", config.data)
+    """Read the description; fetch a dataset that is not there from ClearML, or under `--download`."""
+    path = find_dataset(config.data, say, Progress().show)
     try:
         return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     except DataError:

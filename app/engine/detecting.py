@@ -16,6 +16,7 @@ import numpy as np
 
 from app.config.detect_config import DetectConfig
 from app.config.shipped import find_config
+from app.data.acquire import find_dataset
 from app.data.dataset import DatasetDescription, read_class_names
 from app.data.sources import Frame, Source, find_sources, frames
 from app.engine.detection_files import DetectionFiles, SourceFiles
@@ -230,7 +231,7 @@ def _names(config: DetectConfig, model: Predictor) -> tuple[str, ...]:
     """Return the class names, those of --data before those of the weights."""
     if not config.data:
         return model.names
-    names = read_class_names(find_config("datasets", config.data))
+    names = read_class_names(find_dataset(config.data, Progress().say))
     if len(names) != model.nc:
         raise UsageError(
             f"--data {config.data}: {len(names)} names, but the weights know {model.nc} classes; leave it out, or fix it"

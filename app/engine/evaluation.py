@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from app.boxes import iou_matrix, xyxy_to_xywhn
-from app.config.shipped import find_config
 from app.config.val_config import ValConfig
+from app.data.acquire import find_dataset
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.loader import ValLoader
 from app.data.store import ImageStore
@@ -163,7 +163,7 @@ def _open_bench(config: ValConfig) -> _Bench:
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")
     progress.say(compute.describe())
-    path = find_config("datasets", config.data)
+    path = find_dataset(config.data, progress.say, progress.show)
     description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     data = Dataset.load(description, config.split)
     boxes = sum(len(rows) for rows in data.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from app.engine.distributed import SINGLE, Group
 from app.engine.mistakes import WorstImages, draw_worst
 from app.engine.validator import Preview, Validation, validate
 from app.model.detector import Detector
+from app.outputs.atomic import write_atomic
 
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3
@@ -77,14 +79,18 @@ def draw_train_batch(batch: Batch, data: Dataset, path: Path) -> None:
 
 
 def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None:
-    """Draw val_batch*_{labels,pred}.jpg, the confusion matrix and the curves of the final validation."""
+    """Draw val_batch*_{labels,pred}.jpg, the confusion matrix (its counts too) and the curves of the final validation."""
     from app.plots.curves import plot_confidence_curve, plot_confusion_matrix, plot_pr_curve
 
     for number, preview in enumerate(validation.previews):
         targets = folder / f"val_batch{number}_labels.jpg"
         _draw_targets(preview.indices, preview.images, preview.targets, data, targets)
         _draw_detections(preview, data, folder / f"val_batch{number}_pred.jpg")
-    plot_confusion_matrix(validation.confusion.counts, data.names, folder / "confusion_matrix.png")
+    counts = validation.confusion.counts
+    matrix = {"names": [*data.names, "background"], "counts": counts.tolist()}
+    # Before the picture: trackers are told of that one, and look for the counts beside it.
+    write_atomic(folder / "confusion_matrix.json", json.dumps(matrix))
+    plot_confusion_matrix(counts, data.names, folder / "confusion_matrix.png")
     metrics = validation.metrics
     if not len(metrics.classes):
         return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app import settings
+from app.clearml_client.credentials import is_configured
 from app.settings import Settings
 from app.tracking.tracker import Tracker
 
@@ -41,6 +42,12 @@ def _open_tensorboard(runs: Path, environment: Mapping[str, str]) -> Tracker:
     return TensorBoardTracker()
 
 
+def _open_clearml(runs: Path, environment: Mapping[str, str]) -> Tracker:
+    from app.tracking.clearml_tracker import ClearmlTracker
+
+    return ClearmlTracker(runs, environment)
+
+
 TRACKERS = {
     kind.name: kind
     for kind in (
@@ -55,6 +62,12 @@ TRACKERS = {
             package="tensorboard",
             is_wanted=lambda chosen, environment: chosen.tensorboard,
             open=_open_tensorboard,
+        ),
+        TrackerKind(
+            name="clearml",
+            package="requests",
+            is_wanted=lambda chosen, environment: chosen.clearml and is_configured(environment),
+            open=_open_clearml,
         ),
     )
 }

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from app import settings, track
-from app.config import detect_flags, export_config
+from app.config import detect_flags, export_config, hpo_config
 from app.config import val_flags as val_command
 from app.config.hyp import Hyp
 from app.config.shipped import SHIPPED
@@ -104,6 +104,11 @@ def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["data.md"]
 
 
+@pytest.mark.parametrize("flag", set(flags_of(hpo_config.build_parser())) - {"--help"})
+def test_every_flag_of_hpo_is_in_the_clearml_page(flag: str) -> None:
+    assert f"`{flag}`" in DOCS["clearml.md"]
+
+
 @pytest.mark.parametrize("flag", set(flags_of(search_parser())) - {"--help"})
 def test_every_flag_of_the_search_command_is_in_the_search_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["search.md"]
@@ -151,6 +156,17 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
     }  # take back what starling.yaml says
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
     known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
+    known |= {*flags_of(hpo_config.build_parser())}
+    known |= {"--folder", "--search-epochs"}  # of examples/clearml_pipeline.py
+    known |= {
+        "--files",
+        "--create-queue",
+        "--cpu-only",
+        "--docker",
+        "--run",
+    }  # of ClearML's own commands, and Serving's:
+    known |= {"--id", "--framework", "--path", "--engine", "--endpoint", "--model-id", "--env-file"}
+    known |= {f"--{side}-{what}" for side in ("input", "output") for what in ("name", "type", "size")}
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--standalone"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ALL))
     unknown = {flag for flag in named - known if not any(full.startswith(flag) for full in known)}

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from app import detect, settings, train, val
-from app.config import detect_flags, train_flags, val_flags
+from app.config import detect_flags, hpo_config, train_flags, val_flags
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.engine.start import find_start
@@ -94,6 +94,7 @@ PARSERS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], Any
     "train": (train_flags.build_parser, lambda words: train_flags.parse_args(words).config),
     "val": (val_flags.build_parser, val_flags.parse_args),
     "detect": (detect_flags.build_parser, detect_flags.parse_args),
+    "hpo": (hpo_config.build_parser, hpo_config.parse_args),
 }
 MAINS = {"train": train.main, "val": val.main, "detect": detect.main}
 
@@ -128,7 +129,8 @@ def test_every_word_of_a_line_arrives_in_the_configuration(pasted: Pasted) -> No
     config = parse(pasted.arguments)
     for field, words in given_values(build_parser(), pasted.arguments):
         value = getattr(config, field)
-        assert as_words(value) == (words or as_words("latest" if field == "resume" else True)), field
+        bare = {"resume": "latest", "cache": "ram"}.get(field, True)
+        assert as_words(value) == (words or as_words(bare)), field
 
 
 @pytest.mark.parametrize("pasted", [p for p in SEVERAL if p.starter], ids=by_line)
@@ -168,7 +170,14 @@ def narrow(layout: str, path: Path) -> Path:
 def template(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the files that the lines name: links to the commands, datasets, weights of a training."""
     folder = tmp_path_factory.mktemp("template")
-    for name in ("coco", "coco_profile", "custom", "home/user/Data/gbr/dataset", "home/user/gbr/dataset"):
+    for name in (
+        "coco",
+        "coco8",
+        "coco_profile",
+        "custom",
+        "home/user/Data/gbr/dataset",
+        "home/user/gbr/dataset",
+    ):
         target = folder / f"{name}.yaml"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(tiny_data.read_text().replace("path: .", f"path: {tiny_data.parent}"))

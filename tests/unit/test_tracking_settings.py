@@ -62,7 +62,7 @@ def test_without_a_runs_folder_the_users_configuration_folder_is_used() -> None:
 
 
 def test_turned_off_means_no_bridge(tmp_path: Path) -> None:
-    settings.update({"mlflow": False, "tensorboard": False})
+    settings.update({"mlflow": False, "tensorboard": False, "clearml": False})
     log = EventLog(tmp_path / "run" / "events.jsonl", "u1")
     assert start_bridges(log).handles == ()
     assert not log.path.parent.exists()
