@@ -93,13 +93,13 @@ def _label_folder(place: Path) -> Path | None:
     return Path(*parts)
 
 
-def check_password_file(path: Path, user: str) -> None:
-    """Raise UsageError when `user` could not read the file with the password of the study's database."""
+def check_password_file(path: Path, user: str, variable: str) -> None:
+    """Raise UsageError when `user` could not read the file with a server's password that `variable` names."""
     uid, gid = map(int, user.split(":"))
     state = path.stat()
     if not may(path, state, uid, gid, READ):
         raise UsageError(
-            f"STARLING_STUDY_PASSWORD_FILE={path}: replicas run as {uid}:{gid} and may not read it ({_owner_words(state)}); "
+            f"{variable}={path}: replicas run as {uid}:{gid} and may not read it ({_owner_words(state)}); "
             f"setfacl -m u:{uid}:r {path}, or give --user {state.st_uid}:{state.st_gid}"
         )
 

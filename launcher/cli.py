@@ -110,6 +110,9 @@ Examples:
 @click.option("--build", is_flag=True, help="Build the image first, from the project's folder.")
 @click.option("--network", default="bridge", show_default=True, help="An existing Docker network to join.")
 @click.option(
+    "--tracking", is_flag=True, help="Log to the servers of `launcher track up`: network, address and login."
+)
+@click.option(
     "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
 )
 @click.option(
@@ -331,8 +334,9 @@ def _add_commands() -> None:
     from launcher.commands.doctor import doctor
     from launcher.commands.init import init
     from launcher.commands.kill import kill
+    from launcher.commands.track import track
 
-    for command in (clean, completion, doctor, init, kill):
+    for command in (clean, completion, doctor, init, kill, track):
         cli.add_command(command)
 
 

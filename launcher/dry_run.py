@@ -129,7 +129,7 @@ def _environment(spec: ReplicaSpec, env_files: Sequence[Path]) -> list[str]:
 
 def _mount(mount: Mount) -> str:
     """Return a --mount value: a CSV row, so that a comma in a path is quoted."""
-    fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
+    fields = [f"type={mount.kind}", f"source={mount.source}", f"target={mount.target}"]
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([*fields, "readonly"] if mount.read_only else fields)
     return text.getvalue()

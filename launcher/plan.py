@@ -25,9 +25,11 @@ SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
 
-PASSWORD_FILE = "STARLING_STUDY_PASSWORD_FILE"
-PASSED_NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", PASSWORD_FILE)
-PASSED_PREFIX = "CLEARML_"
+PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
+"""Variables that name a file with a password, which replicas find at its own path."""
+
+PASSED_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", "STARLING_STUDY_PASSWORD_FILE")
+PASSED_PREFIXES = ("CLEARML_", "MLFLOW_TRACKING_")
 """Variables of the caller that trackers and a study's database need; they reach replicas without being asked for."""
 
 _PRIVATE_ENVIRONMENT = {
@@ -72,6 +74,10 @@ class Request:
     user: str = ""
     max_restarts: int = 3
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Variables for the trainer that are no secret."""
+    volumes: tuple[Mount, ...] = ()
+    """Of the engine, beside the paths that the arguments name."""
 
     def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
         """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
@@ -148,7 +154,7 @@ def passed_variables(
     passed = {
         name: value
         for name, value in environment.items()
-        if name in PASSED_NAMES or name.startswith(PASSED_PREFIX)
+        if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES)
     }
     passed.update(from_files or {})
     for name in names:
@@ -218,9 +224,12 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             "STARLING_RUNS": placement.runs_inside,
             **({**_PRIVATE_ENVIRONMENT, "STARLING_IMAGE": image_id} if placement.isolated else {}),
             **placement.environment,
+            **request.settings,
         },
         passed=request.passed,
-        mounts=(runs, *request.args.mounts, *_password_mounts(request.passed)) if placement.isolated else (),
+        mounts=(runs, *request.args.mounts, *request.volumes, *_password_mounts(request.passed))
+        if placement.isolated
+        else (),
         runs=request.runs,
         user=request.user if placement.isolated else "",
         memory_bytes=memory,
@@ -237,14 +246,17 @@ def _supervision(request: Request, placement: Placement) -> tuple[str, ...]:
 
 
 def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:
-    """Return the mount of the file that holds the password of the study's database, at its own path."""
-    named = passed.get(PASSWORD_FILE)
-    if not named:
-        return ()
-    path = PurePosixPath(named)
-    if not path.is_absolute() or not Path(path).is_file():
-        raise UsageError(f"{PASSWORD_FILE}={named}: must be the absolute path of a file; correct or unset it")
-    return (Mount(source=named, target=named),)
+    """Return the mounts of the files that hold passwords of servers, at their own paths."""
+    mounts = []
+    for variable in PASSWORD_FILES:
+        if named := passed.get(variable):
+            path = PurePosixPath(named)
+            if not path.is_absolute() or not Path(path).is_file():
+                raise UsageError(
+                    f"{variable}={named}: must be the absolute path of a file; correct or unset it"
+                )
+            mounts.append(Mount(source=named, target=named))
+    return tuple(mounts)
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:

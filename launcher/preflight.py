@@ -11,7 +11,7 @@ from launcher.access import check_data, check_password_file, check_runs_access
 from launcher.engines.base import Engine, Image, ReplicaState
 from launcher.errors import EngineError, UsageError
 from launcher.inventory import Driver, Machine, read_driver
-from launcher.plan import PASSWORD_FILE, Placement, Plan, Request
+from launcher.plan import PASSWORD_FILES, Placement, Plan, Request
 from launcher.problems import Problems
 from launcher.sizes import GIB, format_size
 
@@ -50,9 +50,10 @@ def check_all(
         if not engine.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
             problems.check(check_data, request.args.reads, request.args.mounts, request.user)
-            secret = Path(request.passed.get(PASSWORD_FILE, ""))
-            if secret.is_file():  # else the plan was refused
-                problems.check(check_password_file, secret, request.user)
+            for variable in PASSWORD_FILES:
+                secret = Path(request.passed.get(variable, ""))
+                if secret.is_file():  # else the plan was refused
+                    problems.check(check_password_file, secret, request.user, variable)
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:
@@ -114,9 +115,8 @@ def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
     if network == "host":
         return []
     return [
-        f"{name}: {where} is the replica itself, not this machine, on network {network}: nothing will arrive there. Start "
-        "the server with `docker compose up -d` and say --network starling and http://mlflow:5000, or name an address "
-        "that containers reach"
+        f"{name}: {where} is the replica itself, not this machine, on network {network}: nothing will arrive there. For "
+        "the servers of `launcher track up` say --tracking and leave the variable out; or name an address that containers reach"
         for name, value in sorted(passed.items())
         if (where := _loopback(value))
     ]

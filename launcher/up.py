@@ -63,6 +63,8 @@ def run_up(options: dict[str, Any]) -> None:
             problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
         problems.raise_any()
         raise AssertionError("what is missing was refused")
+    if options["tracking"]:
+        request = join_servers(request, placement, engine)
     if options["dry_run"]:
         plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
         _show(plan, options)
@@ -147,6 +149,28 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
         max_restarts=options["max_restarts"],
         user=user or "",
         passed=passed or {},
+    )
+
+
+def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:
+    """Return the request for replicas that log to the tracking servers; raises EngineError unless those are up."""
+    from launcher.engines.docker import DockerEngine
+    from launcher.servers import check_network_choice, join
+
+    host = engine if isinstance(engine, DockerEngine) else open_engine("docker", request.runs)
+    assert isinstance(host, DockerEngine)
+    tracking = join(host, isolated=placement.isolated)
+    if placement.isolated:
+        check_network_choice(request.network, tracking)
+    own = {name: value for name, value in request.passed.items() if not name.startswith("MLFLOW_TRACKING_")}
+    if left_out := sorted(request.passed.keys() - own.keys()):
+        click.echo(f"note: --tracking: {', '.join(left_out)} of yours left out", err=True)
+    return replace(
+        request,
+        network=tracking.network or request.network,
+        passed={**own, **tracking.passed},
+        settings=tracking.environment,
+        volumes=tracking.mounts,
     )
 
 

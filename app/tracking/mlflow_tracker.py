@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from app.errors import UsageError
 from app.outputs.atomic import write_atomic
 from app.tracking.lock import exclusive
+from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
 from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key
 from app.tracking.redaction import without_credentials
@@ -253,6 +254,7 @@ class MlflowTracker:
     def _connect(self) -> Any:
         for name, value in CLIENT_LIMITS.items():
             os.environ.setdefault(name, value)
+        read_password(self._environment, os.environ)
         warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\..*)?")
         from mlflow.tracking.client import MlflowClient
 

@@ -20,12 +20,51 @@ if [ -n "$missing" ]; then
 fi
 
 # In an image made from the trainer's, tasks use the trainer's Python as it is.
-trainer=/opt/venv/bin/python
+trainer="${CLEARML_AGENT_PYTHON:-/opt/venv/bin/python}"
 if [ -x "$trainer" ]; then
     export CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL=1 CLEARML_AGENT_SKIP_PIP_VENV_INSTALL="$trainer"
+    python="$trainer"
+else
+    python="an environment made for each task"
 fi
 
-echo "clearml-agent: queue ${CLEARML_QUEUE:-default} at $CLEARML_API_HOST"
-# shellcheck disable=SC2086 # the device option is two words
-exec /opt/agent/bin/clearml-agent daemon --foreground --queue "${CLEARML_QUEUE:-default}" --create-queue \
-    ${CLEARML_AGENT_DEVICES:---cpu-only}
+# agent DEVICE_OPTION...: become one agent.
+agent() {
+    exec /opt/agent/bin/clearml-agent daemon --foreground --queue "${CLEARML_QUEUE:-default}" --create-queue "$@"
+}
+
+devices="${CLEARML_AGENT_DEVICES:---cpu-only}"
+if [ "$devices" != each ]; then
+    echo "clearml-agent: queue ${CLEARML_QUEUE:-default} at $CLEARML_API_HOST, one agent ($devices); tasks use $python"
+    # shellcheck disable=SC2086 # the device option is two words
+    agent $devices
+fi
+
+gpus="$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)"
+if [ -z "$gpus" ]; then
+    echo "clearml-agent: not started; CLEARML_AGENT_DEVICES=each, and this container sees no GPU: start it with" \
+        "docker compose -f docker-compose.yml -f deploy/compose.gpu.yml up -d clearml-agent"
+    exec sleep infinity
+fi
+echo "clearml-agent: queue ${CLEARML_QUEUE:-default} at $CLEARML_API_HOST, one agent a GPU ($(echo "$gpus" | tr '\n' ' ' | sed 's/ $//')); tasks use $python"
+agents=""
+for gpu in $gpus; do
+    agent --gpus "$gpu" &
+    agents="$agents $!"
+done
+# A stop reaches all; when one dies the others end too, and Docker starts them all again.
+# shellcheck disable=SC2086 # several process numbers
+trap 'kill $agents 2>/dev/null; wait; exit 143' TERM INT
+while true; do
+    for process in $agents; do
+        if ! kill -0 "$process" 2>/dev/null; then
+            echo "clearml-agent: an agent has ended; starting all again" >&2
+            # shellcheck disable=SC2086
+            kill $agents 2>/dev/null || true
+            wait
+            exit 1
+        fi
+    done
+    sleep 2 &
+    wait $!
+done

@@ -1,41 +1,108 @@
-"""Start the MLflow server of `docker compose`: PostgreSQL behind it, artifacts through it, nothing extra.
+"""Start the MLflow server of `docker compose`: PostgreSQL behind it, artifacts through it, a login before it.
 
-The database's address comes from DATABASE_HOST, DATABASE_NAME, DATABASE_USER and the file that
-DATABASE_PASSWORD_FILE names, so that no password stands in an argument or in `docker inspect`.
+The database's address comes from DATABASE_HOST, DATABASE_NAME, DATABASE_USER, and every secret from a file, so that
+none stands in an argument or in `docker inspect`. Two users exist: `admin`, and `trainer`, who logs runs and may not
+delete what others made. MLFLOW_LOGIN=off leaves the login out, for a server that only this machine reaches.
 """
 
 import os
+import shutil
+import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from urllib.parse import quote
 
 ALLOWED_HOSTS = "mlflow:5000,mlflow,localhost:*,127.0.0.1:*"
 ARTIFACTS = "/mlflow/artifacts"
+AUTH_CONFIG = Path("/tmp/basic_auth.ini")
+METRICS = Path("/tmp/metrics")
+ADMIN, TRAINER = "admin", "trainer"
+LOOPBACK = {"127.0.0.1", "localhost", "::1", "[::1]"}
+
+
+def secret(name: str) -> str:
+    """Return what the file that the variable NAME_FILE names holds."""
+    return Path(os.environ[f"{name}_FILE"]).read_text().strip()
 
 
 def database_uri() -> str:
     """Return the SQLAlchemy address of the database, with user and password escaped."""
-    password = Path(os.environ["DATABASE_PASSWORD_FILE"]).read_text().strip()
     user = quote(os.environ["DATABASE_USER"], safe="")
     host, name = os.environ["DATABASE_HOST"], os.environ["DATABASE_NAME"]
     # The driver stands in the address: SQLAlchemy 2.1 takes another one by default.
-    return f"postgresql+psycopg2://{user}:{quote(password, safe='')}@{host}/{name}"
+    return f"postgresql+psycopg2://{user}:{quote(secret('DATABASE_PASSWORD'), safe='')}@{host}/{name}"
+
+
+def login_wanted() -> bool:
+    """Return whether users log in; ends the program where leaving it out would open the server to a network."""
+    choice, bind = os.environ.get("MLFLOW_LOGIN") or "on", os.environ.get("MLFLOW_BIND") or "127.0.0.1"
+    if choice not in ("on", "off"):
+        sys.exit(f"MLFLOW_LOGIN={choice}: must be on or off")
+    if choice == "off" and bind not in LOOPBACK:
+        sys.exit(
+            f"MLFLOW_LOGIN=off with MLFLOW_BIND={bind}: anyone there could write; leave out one of the two"
+        )
+    return choice == "on"
+
+
+def prepare_login(environment: MutableMapping[str, str], uri: str) -> None:
+    """Point the server at its configuration, and give both users the passwords of their files.
+
+    MLflow itself takes an administrator's password once and never again, so a changed file would lock everybody out.
+    """
+    # configparser takes a % for the start of a reference; the escaped password may hold some.
+    AUTH_CONFIG.unlink(missing_ok=True)
+    AUTH_CONFIG.touch(mode=0o600)
+    AUTH_CONFIG.write_text(
+        "[mlflow]\n"
+        "default_permission = EDIT\n"
+        f"database_uri = {uri.replace('%', '%%')}\n"
+        f"admin_username = {ADMIN}\n"
+        # Without it every request hashes the password again, 160 ms.
+        "auth_cache_ttl_seconds = 60\n"
+    )
+    environment["MLFLOW_AUTH_CONFIG_PATH"] = str(AUTH_CONFIG)
+    environment["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secret("MLFLOW_SECRET_KEY")
+
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    users = SqlAlchemyStore()
+    users.init_db(uri)
+    for name, file in ((ADMIN, "MLFLOW_ADMIN_PASSWORD"), (TRAINER, "MLFLOW_TRAINER_PASSWORD")):
+        password = secret(file)
+        if not users.has_user(name):
+            users.create_user(name, password, is_admin=name == ADMIN)
+        elif not users.authenticate_user(name, password):
+            users.update_user(name, password=password)
 
 
 def main() -> None:
-    """Become the server process, so that a stop signal reaches it."""
+    """Run the server in this process, whose imports are dear: it passes stop signals on."""
+    with_login = login_wanted()
+    uri = database_uri()
+    # Job execution starts a dozen helper processes that a tracking server has no use for.
+    os.environ |= {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    if with_login:
+        prepare_login(os.environ, uri)
+    # Counters of processes that a restart has ended would be added to those of the living.
+    shutil.rmtree(METRICS, ignore_errors=True)
     extra_hosts = os.environ.get("MLFLOW_EXTRA_ALLOWED_HOSTS", "").strip(", ")
-    environment = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": database_uri(),
-        # Job execution starts a dozen helper processes that a tracking server has no use for.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    command = [
-        "mlflow", "server", "--host", "0.0.0.0", "--port", "5000",
-        "--workers", os.environ.get("MLFLOW_WORKERS") or "1",
-        "--serve-artifacts", "--artifacts-destination", os.environ.get("MLFLOW_ARTIFACTS") or ARTIFACTS,
-        "--allowed-hosts", ",".join(filter(None, [ALLOWED_HOSTS, extra_hosts])),
-    ]  # fmt: skip
-    os.execvpe(command[0], command, environment)
+
+    from mlflow.cli import cli
+
+    cli(
+        [
+            "server", "--host", "0.0.0.0", "--port", "5000",
+            "--workers", os.environ.get("MLFLOW_WORKERS") or "1",
+            "--serve-artifacts", "--artifacts-destination", os.environ.get("MLFLOW_ARTIFACTS") or ARTIFACTS,
+            "--allowed-hosts", ",".join(filter(None, [ALLOWED_HOSTS, extra_hosts])),
+            "--expose-prometheus", str(METRICS),
+            # The health check alone asks 17,000 times a day; the metrics count requests.
+            "--uvicorn-opts", "--no-access-log",
+            *(["--app-name", "basic-auth"] if with_login else []),
+        ],
+        prog_name="mlflow",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

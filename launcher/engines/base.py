@@ -21,11 +21,18 @@ _URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)@")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mount:
-    """A path of the host inside a replica."""
+    """A path of the host, or a volume of the engine, inside a replica."""
 
     source: str
+    """The path; a volume's name."""
     target: str
     read_only: bool = True
+    kind: Literal["bind", "volume"] = "bind"
+
+    def public(self) -> dict[str, Any]:
+        """Return the mount as plain values; a path's as they always were, so that no digest changes."""
+        values = {"source": self.source, "target": self.target, "read_only": self.read_only}
+        return values if self.kind == "bind" else {"kind": self.kind, **values}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +89,7 @@ class ReplicaSpec:
             "command": [mask(word) for word in self.command],
             "environment": dict(sorted(self.environment.items())),
             "passed_environment": sorted(self.passed),
-            "mounts": [
-                {"source": mount.source, "target": mount.target, "read_only": mount.read_only}
-                for mount in self.mounts
-            ],
+            "mounts": [mount.public() for mount in self.mounts],
             "runs": str(self.runs),
             "user": self.user,
             "cores": format_cores(self.cores),

@@ -24,7 +24,7 @@ def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:
         "labels": labels(spec, owner),
         "environment": {**spec.passed, **spec.environment},
         "mounts": [
-            docker.types.Mount(item.target, item.source, type="bind", read_only=item.read_only)
+            docker.types.Mount(item.target, item.source, type=item.kind, read_only=item.read_only)
             for item in spec.mounts
         ],
         "user": spec.user or None,

@@ -24,6 +24,7 @@ from launcher.engines.container_options import container_options
 from launcher.engines.docker_logs import read_log
 from launcher.engines.docker_stats import ask_usage
 from launcher.engines.gpu_containers import HOLDING, container_claim
+from launcher.engines.services import Service, list_services
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.instants import parse_stamp
 from launcher.inventory import Machine
@@ -293,6 +294,11 @@ class DockerEngine:
         """Return a file of a container, running or not, out of the archive that the engine makes of it."""
         with self._translated():
             return read_archived_file(self._client.api, replica_id, path, most_bytes)
+
+    def services(self, project: str) -> Sequence[Service]:
+        """Return the containers of a compose project, by service."""
+        with self._translated():
+            return list_services(self._client.api, project)
 
     @property
     def _client(self) -> Any:

@@ -48,7 +48,10 @@ def detect_and_export_flags() -> list[tuple[str, str]]:
 def launcher_flags() -> list[str]:
     assert isinstance(launcher, click.Group)
     found = set()
-    for command in (launcher, *launcher.commands.values()):
+    commands: list[click.Command] = [launcher]
+    while commands:
+        command = commands.pop()
+        commands += command.commands.values() if isinstance(command, click.Group) else ()
         for parameter in command.params:
             found.update(flag for flag in parameter.opts if flag.startswith("--"))
     return sorted(found)
@@ -155,6 +158,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *(f"--no-{flag[2:]}" for flag in launcher_flags()),
     }  # take back what starling.yaml says
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
+    known |= {"--cpu-only"}  # of clearml-agent
     known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
     known |= {*flags_of(hpo_config.build_parser())}
     known |= {"--folder", "--search-epochs"}  # of examples/clearml_pipeline.py

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from launcher.dataset_yaml import read_dataset
 from launcher.devices import Device, format_cores, split_cores
 from launcher.dry_run import docker_run, show_plan
+from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
 from launcher.inventory import Gpu, Machine
 from launcher.ownership import caller_ids, is_ours, labels
@@ -408,8 +409,9 @@ def test_secrets_show_by_name_only(tmp_path: Path) -> None:
 
 
 def test_trackers_variables_pass_by_themselves_and_others_when_named() -> None:
-    mine = {"MLFLOW_RUN": "r", "CLEARML_X": "c", "MLFLOW_OTHER": "no", "TOKEN": "t"}
-    assert passed_variables(mine) == {"MLFLOW_RUN": "r", "CLEARML_X": "c"}
+    trackers = {"MLFLOW_RUN": "r", "CLEARML_X": "c", "MLFLOW_TRACKING_USERNAME": "u"}
+    mine = {**trackers, "MLFLOW_OTHER": "no", "TOKEN": "t"}
+    assert passed_variables(mine) == trackers
     assert passed_variables(mine, ["TOKEN"])["TOKEN"] == "t"
     for wrong in ("GONE", "A=b"):
         with pytest.raises(UsageError, match="--env"):
@@ -433,17 +435,30 @@ def test_a_study_with_a_password_is_refused_before_it_is_a_containers_command(
     assert prepare(["--evolve", "2", "--study", "postgresql://u@db:5432/study"], tmp_path).evolve
 
 
-def test_the_file_of_the_studys_password_is_mounted_and_never_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE"])
+def test_the_file_of_a_servers_password_is_mounted_and_never_read(variable: str, tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("hunter2")
-    passed = passed_variables({"STARLING_STUDY_PASSWORD_FILE": str(secret)})
+    passed = passed_variables({variable: str(secret)})
     [spec] = plan_for(tmp_path, gpus="1", passed=passed).replicas
     [mount] = [mount for mount in spec.mounts if mount.source == str(secret)]
     assert (mount.target, mount.read_only) == (str(secret), True)
-    assert spec.passed["STARLING_STUDY_PASSWORD_FILE"] == str(secret)
+    assert spec.passed[variable] == str(secret)
     for wrong in ("password", str(tmp_path / "none")):
-        with pytest.raises(UsageError, match="absolute path of a file"):
-            plan_for(tmp_path, gpus="1", passed={"STARLING_STUDY_PASSWORD_FILE": wrong})
+        with pytest.raises(UsageError, match=f"{variable}=.*absolute path of a file"):
+            plan_for(tmp_path, gpus="1", passed={variable: wrong})
+
+
+def test_a_volume_of_the_servers_and_their_address_are_part_of_the_plan(tmp_path: Path) -> None:
+    volume = Mount(kind="volume", source="starling_trainer", target="/run/starling-trainer")
+    asked = {"volumes": (volume,), "settings": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}}
+    [plain] = plan_for(tmp_path, gpus="1").replicas
+    [spec] = plan_for(tmp_path, gpus="1", **asked).replicas
+    assert spec.digest != plain.digest
+    assert "type=volume,source=starling_trainer,target=/run/starling-trainer,readonly" in docker_run(spec, 1)
+    assert "MLFLOW_TRACKING_URI=http://mlflow:5000" in docker_run(spec, 1)
+    # A path's mount is labelled as it was before volumes were: a running fleet of an older launcher has not changed.
+    assert all(set(mount) == {"source", "target", "read_only"} for mount in plain.public()["mounts"])
 
 
 def test_the_docker_run_line_carries_every_limit(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_a_tracker_on_loopback_is_noted_without_its_password(tmp_path: Path) -> 
     asked = request(tmp_path, passed=passed)
     [note] = preflight_notes(asked, plan(tmp_path, passed=passed), MACHINE, [])
     assert note.startswith("MLFLOW_TRACKING_URI: 127.0.0.1:5000 is the replica itself")
-    assert "--network starling" in note
+    assert "say --tracking" in note
     assert "hunter2" not in note
     asked = request(tmp_path, passed=passed, network="host")
     assert preflight_notes(asked, plan(tmp_path, passed=passed, network="host"), MACHINE, []) == ()
@@ -439,9 +439,9 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
 def test_a_password_file_that_replicas_cannot_read_is_told_with_two_ways_out(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.touch(0o600)
-    check_password_file(path, f"{os.getuid()}:5")
+    check_password_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
     with pytest.raises(UsageError, match=rf"setfacl -m u:12345:r {path}, or give --user {os.getuid()}:"):
-        check_password_file(path, STRANGER)
+        check_password_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
 
 
 def test_root_in_a_container_has_no_right_beyond_its_mode(tmp_path: Path) -> None:

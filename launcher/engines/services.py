@@ -1,0 +1,95 @@
+"""The containers of a compose project, as Docker describes them: found by Compose's labels, never by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PROJECT_LABEL = "com.docker.compose.project"
+SERVICE_LABEL = "com.docker.compose.service"
+ONE_OFF_LABEL = "com.docker.compose.oneoff"
+ONCE_LABEL = "starling.once"
+"""Of our compose file: the service does one thing and ends."""
+
+_EXITED = re.compile(r"Exited \((\d+)\)")
+_HEALTH = re.compile(r"\((?:health: )?(starting|healthy|unhealthy)\)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """One container of a compose project."""
+
+    id: str
+    name: str
+    """The service's, not the container's."""
+    image: str
+    state: str
+    """`running`, `exited`, `restarting`, …: Docker's word."""
+    status: str
+    """What `docker ps` says: `Up 3 minutes (healthy)`."""
+    once: bool = False
+    """It is there for one job, and well when that is done."""
+    networks: tuple[str, ...] = ()
+    volumes: Mapping[str, str] = field(default_factory=dict)
+    """Target to the volume's name."""
+    ports: Mapping[int, str] = field(default_factory=dict)
+    """Port inside to `address:port` outside."""
+
+    @property
+    def health(self) -> str:
+        """`starting`, `healthy` or `unhealthy`; empty without a health check or when it does not run."""
+        found = _HEALTH.search(self.status)
+        return found[1] if found else ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; None while it has not."""
+        found = _EXITED.match(self.status)
+        return int(found[1]) if found else None
+
+    @property
+    def well(self) -> bool:
+        """Whether it does what it is for: runs, healthy where that is checked, or has done its one job."""
+        return self.done or self.up
+
+    @property
+    def done(self) -> bool:
+        """Whether it has done its one job."""
+        return self.once and self.exit_code == 0
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs, and is healthy where that is checked."""
+        return self.state == "running" and self.health in ("", "healthy")
+
+
+def list_services(api: Any, project: str) -> Sequence[Service]:
+    """Return the containers of `project` by service; one-off containers (`compose run`) are left out."""
+    found = api.containers(
+        all=True, filters={"label": [f"{PROJECT_LABEL}={project}", f"{ONE_OFF_LABEL}=False"]}
+    )
+    return sorted((_service(item) for item in found), key=lambda service: service.name)
+
+
+def _service(item: Mapping[str, Any]) -> Service:
+    return Service(
+        id=item["Id"],
+        name=item["Labels"][SERVICE_LABEL],
+        image=item["Image"],
+        state=item["State"],
+        status=item["Status"],
+        once=item["Labels"].get(ONCE_LABEL) == "true",
+        networks=tuple((item.get("NetworkSettings") or {}).get("Networks") or ()),
+        volumes={
+            mount["Destination"]: mount["Name"]
+            for mount in item.get("Mounts") or ()
+            if mount.get("Type") == "volume"
+        },
+        ports={
+            port["PrivatePort"]: f"{port['IP']}:{port['PublicPort']}"
+            for port in item.get("Ports") or ()
+            if port.get("PublicPort") and ":" not in port.get("IP", "")
+        },
+    )
