@@ -202,6 +202,8 @@ def _rounds(options: argparse.Namespace, conditions: list[Condition]) -> dict[st
 
 def main() -> int:
     """Measure, print, and return 1 where a bar is missed."""
+    # So that a run that is cut short also ends its bridges, which are stopped most of the time.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -24,10 +24,10 @@ from launcher.errors import EngineError
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP
-from tests.docker.test_launcher_docker import Cli, docker, world
+from tests.docker.test_launcher_docker import Cli, cli, docker, world
 from tests.trainer_double import write_double
 
-__all__ = ["world"]  # a fixture
+__all__ = ["cli", "world"]  # fixtures
 
 pytestmark = pytest.mark.docker
 
@@ -79,15 +79,6 @@ def image(project: Path) -> Iterator[str]:
     )
     yield tag
     docker("rmi", "-f", tag)
-
-
-@pytest.fixture
-def cli(image: str, tmp_path: Path) -> Iterator[Cli]:
-    """The command line in a folder of its own, on a fleet of its own."""
-    cli = Cli(tmp_path, image)
-    yield cli
-    for container in cli.containers():
-        docker("rm", "-f", container)
 
 
 def nothing_is_left(cli: Cli) -> bool:

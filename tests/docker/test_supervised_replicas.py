@@ -24,6 +24,7 @@ from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import ended, run, wait_until
 from tests.docker.conftest import docker
 from tests.docker.test_launcher_docker import ROOT, Cli
+from tests.docker.test_launcher_docker import cli as cli
 from tests.docker.test_launcher_docker import world as world
 from tests.trainer_double import build_double
 
@@ -55,14 +56,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     build_double(tmp_path_factory.mktemp("image"), base_image(), tag, TRAINER)
     yield tag
     docker("rmi", "-f", tag)
-
-
-@pytest.fixture
-def cli(image: str, tmp_path: Path) -> Iterator[Cli]:
-    cli = Cli(tmp_path, image)
-    yield cli
-    for container in cli.containers():
-        docker("rm", "-f", container)
 
 
 def rows(cli: Cli) -> tuple[list[dict[str, Any]], int]:
