@@ -38,7 +38,7 @@ def check_all(
     `image` is None when it is not there, which somebody else has told.
     """
     if image is not None:
-        problems.check(engine.check_trainer, image, placement.trainer[-1])
+        problems.check(engine.check_trainer, image, (placement.supervisor or placement.trainer)[-1])
     if image is not None and wants_gpu:
         problems.check(engine.check_gpu_runtime, image)
         if image.cuda and not engine.remote:

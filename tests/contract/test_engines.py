@@ -403,6 +403,7 @@ def test_a_replica_survives_the_terminal_of_its_launcher_and_is_found_again(worl
     """The terminal is a real one: its closing hangs up on everybody in the launcher's session."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it (nohup)
         run_to_words(replace(world, engine=world.reopen()), SAVES)
         os.write(1, b"started\n")
         time.sleep(60)
