@@ -48,7 +48,8 @@ def test_lines_carry_the_time_they_were_said(world: World) -> None:
     times = [line.at for line in lines]
     assert len(lines) == 6
     assert all(at is not None and abs(at - time.time()) < 60 for at in times)
-    assert all(second - first > 0.05 for first, second in pairwise(times) if first and second)
+    least = 0 if world.engine.name == "podman" else 0.05  # Podman's stamps are whole seconds
+    assert all(second - first >= least for first, second in pairwise(times) if first and second)
 
 
 def test_since_leaves_out_what_was_said_before(world: World) -> None:
@@ -57,7 +58,10 @@ def test_since_leaves_out_what_was_said_before(world: World) -> None:
     lines = list(world.engine.logs(replica_id))
     middle = lines[3].at
     assert middle is not None
-    assert list(world.engine.logs(replica_id, since=middle - 0.01)) == lines[3:]
+    later = lines[3:]
+    if world.engine.name == "podman":  # its stamps are whole seconds, so a second is left out or not
+        later = [line for line in lines if line.at is not None and line.at >= middle]
+    assert list(world.engine.logs(replica_id, since=middle - 0.01)) == later
     assert list(world.engine.logs(replica_id, since=middle - 0.01, tail=1)) == lines[5:]
     assert list(world.engine.logs(replica_id, since=time.time() + 60)) == []
 

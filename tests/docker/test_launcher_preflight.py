@@ -106,7 +106,9 @@ def test_an_image_without_our_trainer_is_refused_and_nothing_is_left(cli: Cli) -
     finally:
         docker("rmi", "-f", bare.image)
     assert done.returncode == 5
-    assert f"image {bare.image} is not one of this trainer's: it has no /usr/src/app/supervise.py" in done.stderr
+    assert (
+        f"image {bare.image} is not one of this trainer's: it has no /usr/src/app/supervise.py" in done.stderr
+    )
 
 
 def test_all_that_is_wrong_is_told_at_once_and_nothing_is_left(cli: Cli) -> None:
