@@ -56,7 +56,9 @@ WORKDIR /usr/src/app
 
 # The entry point starts as root only to become the owner of runs/, and gives up every capability on the way.
 # data/hyps is where command lines of the older trainers look for the shipped hyperparameters.
+# Files of the host keep their paths inside, also those of a person whose home is /root: the way there must be open.
 RUN chmod 0755 /usr/local/bin/starling-entrypoint \
+    && chmod 0711 /root \
     && useradd --uid 1000 --user-group --no-create-home --home-dir /tmp starling \
     && install -d -o starling -g starling -m 1777 runs \
     && if [ ! -e data/hyps ]; then ln -s ../config/hyps data/hyps; fi \

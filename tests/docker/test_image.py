@@ -48,6 +48,26 @@ def test_unknown_user_id_can_write_runs_and_has_a_name_and_a_home(trainer_image:
     assert answer.stdout.split() == ["starling", "/tmp"], answer.stderr
 
 
+def test_a_file_that_is_mounted_below_roots_home_is_read_by_any_user(
+    trainer_image: str, tmp_path: Path
+) -> None:
+    (tmp_path / "hyp.yaml").write_text("lr0: 0.01")
+    mount = f"type=bind,source={tmp_path / 'hyp.yaml'},target=/root/blood/hyp.yaml,readonly"
+    words = [
+        "run",
+        "--rm",
+        "--user",
+        "54321:54321",
+        "--mount",
+        mount,
+        trainer_image,
+        "cat",
+        "/root/blood/hyp.yaml",
+    ]
+
+    assert docker(*words).stdout == "lr0: 0.01"
+
+
 def test_a_hardened_replica_can_translate_kernels_for_the_model_and_for_triton(trainer_image: str) -> None:
     # As the launcher mounts it: what is translated into /tmp is also run from there.
     limits = [
