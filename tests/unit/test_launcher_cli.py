@@ -79,7 +79,7 @@ def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
     text = launcher(*words, *training, cwd=tmp_path, TOKEN="s3cret").stdout
     plan = launcher(*words, "--json", *training, cwd=tmp_path, TOKEN="s3cret").stdout
     assert "s3cret" not in text + plan
-    assert json.loads(plan)["replicas"][0]["passed_environment"] == ["TOKEN"]
+    assert "TOKEN" in json.loads(plan)["replicas"][0]["passed_environment"]
     assert list(tmp_path.iterdir()) == []
 
 

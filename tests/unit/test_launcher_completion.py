@@ -83,7 +83,7 @@ def test_bash_completes_commands_flags_choices_and_names(
 ) -> None:
     assert in_bash(shell, "ki") == ["kill", "kill-all"]
     assert in_bash(shell, "up", "--gp") == ["--gpus"]
-    assert in_bash(shell, "up", "--engine", "") == ["docker", "local"]
+    assert in_bash(shell, "up", "--engine", "") == ["docker", "podman", "local"]
     names = ["blood-search-cpu0", "blood/search"]
     assert in_bash(shell, "logs", "--engine", "local", "") == names
     assert in_bash(shell, "attach", "bl", STARLING_ENGINE="local") == names
