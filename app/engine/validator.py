@@ -20,6 +20,7 @@ from app.engine.inference import Predictor
 from app.loss import DetectionLoss
 from app.matching import match_images
 from app.metrics import ConfusionMatrix, Metrics, average_precision
+from app.model.detector import Detector
 from app.suppression import non_max_suppression
 
 CONFIDENCE = 0.001
@@ -111,7 +112,9 @@ def validate(
     batch; all get the figures of the whole, while `on_image` and the previews are of the rank's own pictures.
     """
     started = time.monotonic()
-    scores, inputs = _Scores(ConfusionMatrix(model.nc), previews, on_image), _Inputs(compute)
+    scores = _Scores(ConfusionMatrix(model.nc), previews, on_image)
+    # A detector hands its images to a convolution, for which autocast would round them in the same way.
+    inputs = _Inputs(compute, rounded=compute.bfloat16 and isinstance(model, Detector))
     loss_sum = torch.zeros(3, device=compute.device)
     done = iterations = 0
     found: _Found | None = None
@@ -272,16 +275,16 @@ def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) ->
 class _Inputs:
     """Inputs of one batch after another, on a CPU in the same memory: fresh pages cost several times the work."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, *, rounded: bool = False) -> None:
         self._compute = compute
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.bfloat16 if rounded else torch.float32)
 
     def of(self, images: Tensor) -> Tensor:
-        """Return what `to_input` does; the last batch's is overwritten."""
+        """Return what `to_input` does, on a CPU `rounded` to bfloat16 if asked for; the last batch's is overwritten."""
         if not self._compute.on_cpu or images.is_floating_point():
             return to_input(images, self._compute)
         if len(self._memory) < images.numel():
-            self._memory = torch.empty(images.numel())
+            self._memory = torch.empty(images.numel(), dtype=self._memory.dtype)
         batch, channels, height, width = images.shape
         pixels = self._memory[: images.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
         return pixels.copy_(images).div_(255)

@@ -22,6 +22,7 @@ from app.engine.validator import (
     SUPPRESSION,
     ScoredImage,
     Validation,
+    _Inputs,
     to_input,
     validate,
 )
@@ -160,6 +161,13 @@ def test_the_model_sees_what_training_feeds_it_in_every_batch() -> None:
     for given, (pixels, channels_last) in zip(batches, seen, strict=True):
         assert torch.equal(pixels, to_input(given.images, CPU))
         assert channels_last
+
+
+def test_a_detectors_images_are_rounded_as_autocast_would_round_them() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    rounded = _Inputs(CPU, rounded=True).of(images)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, to_input(images, CPU).to(torch.bfloat16))
 
 
 def test_previews_hold_the_first_batches_in_their_letterbox() -> None:
