@@ -25,6 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.trainer_double import write_double  # noqa: E402
+
 IMAGE = "starling-bench"
 TRAINER = """
 import os, sys, time
@@ -42,7 +46,7 @@ while True:
 DOCKERFILE = """
 FROM {base}
 RUN mkdir -p /usr/src/app/runs && if ! command -v python; then ln -s python3 /usr/bin/python; fi
-COPY train.py /usr/src/app/
+COPY app /usr/src/app
 LABEL starling.trainer=1 starling.cuda=13.0
 """
 LAUNCHER = [sys.executable, "-m", "launcher"]
@@ -83,8 +87,7 @@ def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
             subprocess.run(
                 ["docker", "load", "-q"], env=here, stdin=saved.stdout, check=True, capture_output=True
             )
-        (folder / "image").mkdir()
-        (folder / "image" / "train.py").write_text(TRAINER)
+        write_double(folder / "image" / "app", TRAINER)
         (folder / "image" / "Dockerfile").write_text(DOCKERFILE.format(base=base))
         subprocess.run(["docker", "build", "-q", "-t", IMAGE, "image"], cwd=folder, env=here, check=True,
                        capture_output=True)  # fmt: skip
