@@ -31,6 +31,19 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.engine.training.DRAIN_S", 120)
 
 
+MINE = """
+import pathlib, time
+cursor = pathlib.Path("%s")
+def on_fit_epoch_end(training):
+    training.metrics["mine"] = training.epoch
+    until = time.monotonic() + 60
+    while training.epoch == 0 and not cursor.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(2 * (training.epoch == 0))
+"""
+"""A hook that adds a metric, and makes the first epoch last until the bridge has sampled the machine."""
+
+
 def stored_runs(runs: Path, experiment: str) -> tuple[Any, list[Any]]:
     from mlflow.tracking.client import MlflowClient
 
@@ -55,7 +68,7 @@ def test_a_training_and_its_resume_are_one_run_that_equals_results_csv(
     tiny_args: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hooks = tmp_path / "my_hooks.py"
-    hooks.write_text("def on_fit_epoch_end(training):\n    training.metrics['mine'] = training.epoch\n")
+    hooks.write_text(MINE % (runs / "my_project" / "my_name" / "events.mlflow.cursor"))
     words = [*tiny_args, "--project", "my_project", "--name", "my_name", "--hooks", str(hooks)]
     assert train.main([*words, "--save-period", "1"]) == 0
     run = runs / "my_project" / "my_name"
