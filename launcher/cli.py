@@ -1,4 +1,4 @@
-"""The `launcher` command: up, status, logs, attach, stop, kill-all. Arguments in, one call, an exit code out.
+"""The `launcher` command. Arguments in, one call, an exit code out.
 
 Everything but click is imported where it is needed, so that `--help` is quick.
 """
@@ -6,6 +6,7 @@ Everything but click is imported where it is needed, so that `--help` is quick.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 `status` with no replica, or one that failed; 2 usage;
 3 data; 4 checkpoint; 5 engine; 130 interrupted."""
+
+_MODULES = frozenset({"clean", "completion", "doctor", "init", "kill", "track"})
+"""Commands that are modules of `launcher.commands`."""
 
 _PROGRAM: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -73,7 +77,20 @@ shared = _shared  # for the commands in launcher/commands
 
 
 class _Launcher(click.Group):
+    """The commands below, and those that have a module of their own, imported when they are named."""
+
     command_class = ConfiguredCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return all names, in the order of the alphabet."""
+        return sorted({*super().list_commands(ctx), *_MODULES})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name."""
+        if cmd_name in _MODULES and cmd_name not in self.commands:
+            module = importlib.import_module(f"launcher.commands.{cmd_name}")
+            self.add_command(getattr(module, cmd_name))
+        return super().get_command(ctx, cmd_name)
 
 
 @click.group(cls=_Launcher, context_settings=_PROGRAM, epilog=EXIT_CODES)
@@ -326,21 +343,6 @@ def _confirmed(question: str) -> bool:
 
 def _count(states: Sequence[ReplicaState]) -> str:
     return f"{len(states)} replica{'s' * (len(states) != 1)}"
-
-
-def _add_commands() -> None:
-    from launcher.commands.clean import clean
-    from launcher.commands.completion import completion
-    from launcher.commands.doctor import doctor
-    from launcher.commands.init import init
-    from launcher.commands.kill import kill
-    from launcher.commands.track import track
-
-    for command in (clean, completion, doctor, init, kill, track):
-        cli.add_command(command)
-
-
-_add_commands()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

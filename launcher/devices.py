@@ -9,6 +9,7 @@ from typing import Literal
 
 from launcher.errors import UsageError
 from launcher.inventory import Gpu
+from launcher.sizes import format_cores
 
 MOST_DEVICES = 256
 """More than any machine has; a typing error such as `1-50000` stops here."""
@@ -236,18 +237,3 @@ def split_cores(cores: Sequence[int], replicas: int) -> tuple[tuple[int, ...], .
         shares.append(tuple(cores[start:end]))
         start = end
     return tuple(shares)
-
-
-def format_cores(cores: Sequence[int]) -> str:
-    """Return cores as a cpuset list: `0-3,6`."""
-    parts: list[str] = []
-    start = previous = None
-    for core in [*sorted(cores), None]:
-        if start is None or previous is None:
-            start = previous = core
-        elif core is not None and core == previous + 1:
-            previous = core
-        else:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-            start = previous = core
-    return ",".join(parts)

@@ -9,14 +9,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.devices import format_cores
 from launcher.engines.base import Mount, ReplicaSpec, mask
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES
 from launcher.env_file import read_env_file
 from launcher.ownership import labels
 from launcher.plan import Plan
 from launcher.report import device_words
-from launcher.sizes import format_size
+from launcher.sizes import format_cores, format_size
 
 
 def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[str]:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.changes import differences
 from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
 from launcher.errors import EngineError, LauncherError, ReplicaFailed, UsageError
 from launcher.parallel import Done, in_parallel
-from launcher.problems import Problems
 from launcher.report import device_words, words_for
 
 GRACE_S = 60.0
@@ -50,6 +48,8 @@ def bring_up(
     created here is removed, in whatever state, and the error passes on. `started` is called when all have started,
     before the watch over them.
     """
+    from launcher.changes import differences
+
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
     engine.check_names([spec.name for spec in specs])
@@ -109,6 +109,8 @@ def _raise_failures(outcomes: Sequence[Done[ReplicaSpec, None]], *, named: bool 
 
     `named` puts the replicas' names before the words, which do not have them yet.
     """
+    from launcher.problems import Problems
+
     failed: dict[str, tuple[LauncherError, list[str]]] = {}
     for outcome in outcomes:
         if isinstance(outcome.error, LauncherError):

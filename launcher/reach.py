@@ -12,10 +12,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from launcher.box import Box, destination
 from launcher.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from launcher.box import Box
+
+DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
 
 _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 
@@ -28,6 +33,8 @@ def choose_host(url: str) -> None:
     if parts.scheme not in _SCHEMES or not (parts.netloc or parts.path):
         raise UsageError(f"--host {url}: must be ssh://user@machine, tcp://machine:port or unix:///socket")
     if parts.scheme == "ssh":
+        from launcher.box import destination
+
         destination(url)
     os.environ["DOCKER_HOST"] = url
 
@@ -50,6 +57,8 @@ def open_box() -> Box | None:
     global _box
     url = None if _box is not None else _ssh_url(os.environ)
     if url is not None:
+        from launcher.box import Box
+
         _box = Box(url)
         os.environ["DOCKER_HOST"] = f"unix://{_box.docker_socket}"
         for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
@@ -57,11 +66,14 @@ def open_box() -> Box | None:
     return _box
 
 
+def engine_address(environment: Mapping[str, str] = os.environ) -> str:
+    """Return where the engine is; raises EngineError for a Docker context that is not there."""
+    return environment.get("DOCKER_HOST") or _context_host(environment) or DEFAULT_ADDRESS
+
+
 def _ssh_url(environment: Mapping[str, str]) -> str | None:
-    url = environment.get("DOCKER_HOST")
-    if not url:
-        url = _context_host(environment)
-    return url if url and url.startswith("ssh://") else None
+    url = engine_address(environment)
+    return url if url.startswith("ssh://") else None
 
 
 def _context_host(environment: Mapping[str, str]) -> str | None:

@@ -1,8 +1,9 @@
-"""Amounts of memory, as Docker writes them: `20g` is 20 x 1024^3 bytes."""
+"""Amounts of memory and sets of cores, as Docker writes them: `20g` is 20 x 1024^3 bytes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from launcher.errors import UsageError
 
@@ -43,3 +44,18 @@ def format_share(used: int | None, limit: int) -> str:
     size = {"GB": GIB, "MB": MIB, "KB": 1024}.get(unit, 1)
     share = used / size
     return f"{share:.1f}/{words} {unit}" if unit == "GB" else f"{share:.0f}/{words} {unit}"
+
+
+def format_cores(cores: Sequence[int]) -> str:
+    """Return cores as a cpuset list: `0-3,6`."""
+    parts: list[str] = []
+    start = previous = None
+    for core in [*sorted(cores), None]:
+        if start is None or previous is None:
+            start = previous = core
+        elif core is not None and core == previous + 1:
+            previous = core
+        else:
+            parts.append(str(start) if start == previous else f"{start}-{previous}")
+            start = previous = core
+    return ",".join(parts)

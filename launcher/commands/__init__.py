@@ -1,1 +1,1 @@
-"""Commands beside those of `launcher.cli`, a module each. They import nothing but click until they are called."""
+"""Commands beside those of `launcher.cli`, a module each, named in its `_MODULES`. They import little but click until they are called."""

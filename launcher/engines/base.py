@@ -8,11 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from launcher.claims import Claim
-from launcher.devices import Device, format_cores
-from launcher.inventory import Machine
+from launcher.sizes import format_cores
+
+if TYPE_CHECKING:
+    from launcher.claims import Claim
+    from launcher.devices import Device
+    from launcher.inventory import Machine
 
 Phase = Literal["created", "running", "paused", "exited"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import docker.types
 
-from launcher.devices import format_cores
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.limits import LOG_FILE_SIZE, LOG_FILES
 from launcher.ownership import labels
+from launcher.sizes import format_cores
 
 
 def container_options(spec: ReplicaSpec, owner: int) -> dict[str, Any]:

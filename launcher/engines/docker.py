@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-import docker
-import docker.errors
-import docker.types
-import requests.exceptions
-import urllib3.exceptions
-
-from launcher.claims import Claim
-from launcher.engines import docker_checks as checks
-from launcher.engines.archives import read_archived_file
 from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
 from launcher.engines.cgroups import read_usage
-from launcher.engines.container_options import container_options
+from launcher.engines.connection import Connection, Manner
+from launcher.engines.docker_api import Refused, refusal_in
 from launcher.engines.docker_logs import read_log
 from launcher.engines.docker_stats import ask_usage
-from launcher.engines.gpu_containers import HOLDING, container_claim
-from launcher.engines.services import Service, list_services
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.instants import parse_stamp
-from launcher.inventory import Machine
 from launcher.ownership import (
     DEVICE_LABEL,
     FLEET_LABEL,
@@ -40,15 +27,11 @@ from launcher.ownership import (
     plan_of,
 )
 from launcher.processes import printable
-from launcher.reach import box
 
-ANSWER_TIMEOUT_S = 3.0
-"""A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
-
-ACTION_TIMEOUT_S = 120.0
-"""Creating and starting may wait for disks and drivers."""
-
-_DENIED = "permission denied"
+if TYPE_CHECKING:
+    from launcher.claims import Claim
+    from launcher.engines.services import Service
+    from launcher.inventory import Machine
 
 RETURN_S = 20.0
 """How long an engine that is started again is waited for by those who follow a log."""
@@ -62,93 +45,90 @@ _PHASES: dict[str, Phase] = {
     "stopping": "running",
 }
 
-_TRANSPORT = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
-
 
 class DockerEngine:
     """The Docker engine that DOCKER_HOST or the current Docker context names.
 
-    Raises EngineError at once when it does not answer.
+    Raises EngineError at once when it does not answer. What only some commands need is imported where it is used,
+    docker-py above all (see `docker_api`).
     """
 
     name = "docker"
-    title = "Docker"
-    remedy = (
-        "start it (sudo systemctl start docker), check DOCKER_HOST and that you may use its socket (group docker); "
-        "or use --engine local"
+    manner = Manner(
+        title="Docker",
+        remedy="start it (sudo systemctl start docker), check DOCKER_HOST and that you may use its socket (group docker); "
+        "or use --engine local",
+        has_group=True,
     )
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int, address: str | None = None) -> None:
         self._owner = owner
-        # docker-py's clients are not made for several threads at once: each thread has its own.
-        self._clients = threading.local()
-        with self._translated():
-            # Its API version is negotiated here, so this is also the first question.
-            first = self._connect(ANSWER_TIMEOUT_S)
-            self._api_version = first.api.api_version
-            checks.refuse_old(first, self._api_version)
-        self._clients.asking = first
+        self._to = Connection(self.manner, address)
         self._told: dict[str, Any] | None = None
 
     @property
     def is_podman(self) -> bool:
         """Whether it is Podman that answers at Docker's address."""
-        with self._translated():
-            api = self._client.api
-            return "Libpod-Api-Version" in api.get(f"{api.base_url}/_ping", timeout=ANSWER_TIMEOUT_S).headers
+        return self._to.is_podman
 
     @property
     def remote(self) -> bool:
         """Whether DOCKER_HOST or the context leads to another machine."""
-        scheme = urlsplit(self._client.api.base_url).scheme
-        return box() is not None or not scheme.startswith(
-            ("http+docker", "http+unix", "unix", "npipe", "http+npipe")
-        )
+        return self._to.remote
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
+        from launcher.engines.docker_checks import maps_users
+        from launcher.inventory import Machine
+
         about = self._about()
         return Machine(
             cores=tuple(range(about["NCPU"])),
             memory_bytes=about["MemTotal"],
-            maps_users=checks.maps_users(about),
+            maps_users=maps_users(about),
         )
 
     def _about(self) -> Mapping[str, Any]:
         """Return what the engine says of itself and its host; asked once a command."""
         if self._told is None:
-            with self._translated():
-                self._told = dict(self._client.info())
+            with self._to.translated():
+                self._told = dict(self._to.ask("/info"))
         return self._told
 
     def resolve_image(self, image: str) -> Image:
         """Return a present image; never pulls."""
-        with self._translated(f"image {image}"):
-            return checks.find_image(self._client, image)
+        from launcher.engines.docker_checks import find_image
+
+        with self._to.translated(f"image {image}"):
+            return find_image(self._to.asking, image)
 
     def check_trainer(self, image: Image, script: str) -> None:
         """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
-        with self._translated(f"image {image.name}"):
-            checks.require_trainer(self._acting(), image, script)
+        from launcher.engines.docker_checks import require_trainer
+
+        with self._to.translated(f"image {image.name}"):
+            require_trainer(self._to.acting, image, script)
 
     def check_gpu_runtime(self, image: Image) -> None:
         """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
-        with self._translated("GPU runtime"):
-            checks.require_gpu_runtime(self._acting(), self._about(), image, remote=self.remote)
+        from launcher.engines.docker_checks import require_gpu_runtime
+
+        with self._to.translated("GPU runtime"):
+            require_gpu_runtime(self._to.acting, self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
-        with self._translated(f"network {network}"):
-            names = sorted(item.name for item in self._client.networks.list())
+        with self._to.translated(f"network {network}"):
+            names = sorted(item["Name"] for item in self._to.ask("/networks"))
         if network not in names:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise NameTaken when a container that is not this owner's replica has one of these names."""
         wanted = set(names)
-        with self._translated():
+        with self._to.translated():
             # The engine's own filter takes a name for a pattern, and finds parts of names too.
-            found = self._client.api.containers(all=True, filters={"name": list(names)}) if names else []
+            found = self._to.containers(name=list(names)) if names else []
         for container in found:
             for name in wanted & {item.lstrip("/") for item in container.get("Names") or ()}:
                 if not is_ours(container.get("Labels") or {}, name, self._owner):
@@ -156,10 +136,14 @@ class DockerEngine:
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
-        with self._translated(spec.name):
+        from docker.errors import APIError
+
+        from launcher.engines.container_options import container_options
+
+        with self._to.translated(spec.name):
             try:
-                container = self._acting().containers.create(**container_options(spec, self._owner))
-            except docker.errors.APIError as error:
+                container = self._to.acting.containers.create(**container_options(spec, self._owner))
+            except APIError as error:
                 if error.status_code == 409:
                     raise self._name_taken(spec.name) from None
                 raise
@@ -167,13 +151,15 @@ class DockerEngine:
 
     def start(self, replica_id: str) -> None:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
-        with self._translated():
+        with self._to.translated():
             try:
-                self._acting().api.start(replica_id)
-            except docker.errors.APIError as error:
-                text = str(error.explanation or error)
-                if checks.NO_GPU_RUNTIME in text:
-                    raise EngineError(f"Docker has no GPU runtime; {checks.GPU_REMEDY}") from None
+                self._to.act("POST", f"/containers/{replica_id}/start")
+            except Refused as error:
+                from launcher.engines.docker_checks import GPU_REMEDY, NO_GPU_RUNTIME
+
+                text = str(error)
+                if NO_GPU_RUNTIME in text:
+                    raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
                 if "nvidia-container-cli" in text:
                     detail = text.split("nvidia-container-cli:", 1)[1].splitlines()[0].strip()
                     raise EngineError(
@@ -183,17 +169,17 @@ class DockerEngine:
 
     def list(self) -> list[ReplicaState]:
         """Return this owner's replicas, by name."""
-        with self._translated():
-            found = self._client.api.containers(
-                all=True, filters={"label": [f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"]}
-            )
+        with self._to.translated():
+            found = self._to.containers(label=[f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"])
         states = (self.state(item["Id"]) for item in found)
         return sorted((state for state in states if state is not None), key=_natural)
 
     def claims(self) -> Sequence[Claim]:
         """Return which GPUs each container of this engine was given, whoever started it."""
-        with self._translated():
-            found = self._client.api.containers(all=True)
+        from launcher.engines.gpu_containers import HOLDING, container_claim
+
+        with self._to.translated():
+            found = self._to.containers()
         ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
         inspected = filter(None, map(self._inspect, ids))
         return [claim for item in inspected if (claim := container_claim(item, self._owner)) is not None]
@@ -242,7 +228,7 @@ class DockerEngine:
         return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
 
     def _stats(self, replica_id: str) -> Mapping[str, Any]:
-        return dict(self._client.api.stats(replica_id, stream=False))
+        return dict(self._to.asking.api.stats(replica_id, stream=False))
 
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
@@ -278,71 +264,56 @@ class DockerEngine:
 
     def remove(self, replica_id: str) -> None:
         """Kill and remove a container; one that is gone, or going, is fine."""
-        with self._translated():
+        with self._to.translated():
             try:
-                self._acting().api.remove_container(replica_id, force=True, v=True)
-            except docker.errors.APIError as error:
-                if not (_vanished(error) or "already in progress" in str(error)):
+                self._to.act("DELETE", f"/containers/{replica_id}", force=True, v=True)
+            except Refused as error:
+                if not (error.vanished or "already in progress" in str(error)):
                     raise
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what the engine says of itself: its `info` and its `version`."""
-        with self._translated():
-            return self._client.info(), self._client.version()
+        with self._to.translated():
+            return self._to.ask("/info"), self._to.ask("/version")
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a file of a container, running or not, out of the archive that the engine makes of it."""
-        with self._translated():
-            return read_archived_file(self._client.api, replica_id, path, most_bytes)
+        from launcher.engines.archives import read_archived_file
+
+        with self._to.translated():
+            return read_archived_file(self._to.asking.api, replica_id, path, most_bytes)
 
     def services(self, project: str) -> Sequence[Service]:
         """Return the containers of a compose project, by service."""
-        with self._translated():
-            return list_services(self._client.api, project)
+        from launcher.engines.services import labels_of, read_services
 
-    @property
-    def _client(self) -> Any:
-        """This thread's client for questions, which are answered soon or not at all."""
-        return self._connected("asking", ANSWER_TIMEOUT_S)
-
-    def _acting(self) -> Any:
-        """Return this thread's client that waits long enough for actions."""
-        return self._connected("acting", ACTION_TIMEOUT_S)
-
-    def _connected(self, purpose: str, timeout_s: float) -> Any:
-        client = getattr(self._clients, purpose, None)
-        if client is None:
-            client = self._connect(timeout_s, self._api_version)
-            setattr(self._clients, purpose, client)
-        return client
-
-    def _connect(self, timeout_s: float, version: str | None = None) -> Any:
-        return docker.DockerClient.from_env(timeout=timeout_s, version=version)
+        with self._to.translated():
+            return read_services(self._to.containers(label=labels_of(project)))
 
     def _signal(self, replica_id: str, signal: str) -> None:
-        with self._translated():
+        with self._to.translated():
             try:
-                self._acting().api.kill(replica_id, signal=signal)
-            except docker.errors.APIError as error:
+                self._to.act("POST", f"/containers/{replica_id}/kill", signal=signal)
+            except Refused as error:
                 # 409, and Podman's words for it: it does not run. Either way there is nothing left to end.
-                improper = error.status_code == 409 or "container state improper" in str(error.explanation)
-                if not (improper or _vanished(error)):
+                improper = error.status == 409 or "container state improper" in str(error)
+                if not (improper or error.vanished):
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
-        with self._translated():
+        with self._to.translated():
             try:
-                return dict(self._client.api.inspect_container(replica_id))
-            except docker.errors.APIError as error:
-                if _vanished(error):
+                return dict(self._to.ask(f"/containers/{replica_id}/json"))
+            except Refused as error:
+                if error.vanished:
                     return None
                 raise
 
     def _name_taken(self, name: str) -> NameTaken:
         """Say who has this name: another user's fleet, or some other container."""
         inspected: dict[str, Any] = {}
-        with contextlib.suppress(docker.errors.APIError, *_TRANSPORT):
-            inspected = self._client.api.inspect_container(name)
+        with contextlib.suppress(EngineError):
+            inspected = self._inspect(name) or {}
         found = (inspected.get("Config") or {}).get("Labels") or {}
         stranger = in_use_by(found, name, remote=self.remote)
         if stranger and not is_ours(found, name, self._owner):
@@ -358,59 +329,24 @@ class DockerEngine:
             "rename or remove it, or give the training another --name"
         )
 
-    @contextlib.contextmanager
-    def _translated(self, what: str = "") -> Iterator[None]:
-        """Turn docker-py's and the transport's errors into EngineError; `what` was asked for when they came."""
-        try:
-            yield
-        except docker.errors.APIError as error:
-            subject = f"{what}: " if what else ""
-            raise EngineError(f"{subject}{self.title} refuses: {error.explanation or error}") from error
-        except (docker.errors.DockerException, *_TRANSPORT) as error:
-            there = box()
-            if there is not None and there.ended:
-                raise there.lost() from error
-            reason = _reason(error)
-            denied = self._denied() if reason == _DENIED else ""
-            raise EngineError(denied or f"{self.title} does not answer ({reason}); {self.remedy}") from error
-
-    def _denied(self) -> str:
-        """Say whose the socket is that the caller may not use."""
-        return checks.permission_words()
-
     def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
         """Yield the log's frames until the stream ends, however it ends."""
-        with self._translated():
+        from docker.errors import APIError
+        from requests.exceptions import ConnectionError as Closed
+        from urllib3.exceptions import HTTPError as Broken
+
+        with self._to.translated():
             try:
-                yield from self._client.api.logs(
+                yield from self._to.asking.api.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
-            except docker.errors.APIError as error:
-                if not _vanished(error):
+            except APIError as error:
+                refused = refusal_in(error)
+                if refused is None or not refused.vanished:
                     raise
-            except (requests.exceptions.ConnectionError, urllib3.exceptions.HTTPError):
+            except (Closed, Broken):
                 if not follow:
                     raise
-
-
-def _vanished(error: docker.errors.APIError) -> bool:
-    """Return whether there is no such container, or soon will be; Podman says 500 when it goes while it is asked about."""
-    text = str(error.explanation).lower()
-    return error.status_code == 404 or "no such container" in text or "marked for removal" in text
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error)
-    for sign, words in (
-        ("timed out", f"no answer within {ANSWER_TIMEOUT_S:g} s"),
-        ("No such file", "no socket there"),
-        ("FileNotFoundError", "no socket there"),
-        ("Permission denied", _DENIED),
-        ("Connection refused", "connection refused"),
-    ):
-        if sign in text:
-            return words
-    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def _natural(state: ReplicaState) -> tuple[str, int, str]:

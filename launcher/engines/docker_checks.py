@@ -1,4 +1,4 @@
-"""What `up` asks a Docker engine before anything starts: its age, the image, the GPU runtime, the socket's group."""
+"""What `up` asks a Docker engine before anything starts: the image, the GPU runtime, the socket's group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import grp
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import docker
@@ -15,9 +14,6 @@ import docker.errors
 
 from launcher.engines.base import Image
 from launcher.errors import EngineError
-
-OLDEST_API, OLDEST_ENGINE = (1, 41), "20.10"
-"""Cgroup v2, `init` and device requests as they are used here."""
 
 TRAINER_LABEL = "starling.trainer"
 CUDA_LABEL = "starling.cuda"
@@ -30,17 +26,6 @@ GPU_REMEDY = (
 NO_GPU_RUNTIME = "could not select device driver"
 _HOOK = "nvidia-container-runtime-hook"
 _HOOK_PLACES = os.pathsep.join(("/usr/bin", "/usr/local/bin", "/usr/local/nvidia/toolkit"))
-
-
-def refuse_old(client: Any, api_version: str) -> None:
-    """Raise EngineError for an engine that is older than 20.10."""
-    if tuple(int(part) for part in api_version.split(".")[:2]) >= OLDEST_API:
-        return
-    version = client.version().get("Version", "of unknown version")
-    raise EngineError(
-        f"the Docker engine is too old: {version}, API {api_version}; this launcher needs {OLDEST_ENGINE} "
-        f"(API {'.'.join(map(str, OLDEST_API))}) or newer: upgrade it, or use --engine local"
-    )
 
 
 def find_image(client: Any, name: str) -> Image:
@@ -100,9 +85,8 @@ def maps_users(about: Mapping[str, Any]) -> bool:
     return any(option.startswith(("name=rootless", "name=userns")) for option in options)
 
 
-def permission_words() -> str:
+def permission_words(path: str | None) -> str:
     """Say whose socket it is that this user may not use, and how to become one who may."""
-    path = _socket_path()
     words = f"Docker's socket {path}: permission denied" if path else "Docker's socket: permission denied"
     group = ""
     with contextlib.suppress(OSError, KeyError, TypeError):
@@ -116,17 +100,6 @@ def permission_words() -> str:
         f"{words}; it is for group {group}: sudo usermod -aG {group} $USER, then log in again "
         f"(or `newgrp {group}` in this terminal); or use --engine local"
     )
-
-
-def _socket_path() -> Path | None:
-    """Return the unix socket that DOCKER_HOST or the context names."""
-    found = docker.utils.kwargs_from_env().get("base_url")
-    if not found:
-        with contextlib.suppress(docker.errors.DockerException):
-            found = docker.ContextAPI.kwargs_from_context(environment=os.environ).get("base_url")
-    url = str(found or docker.constants.DEFAULT_UNIX_SOCKET)
-    scheme, _, path = url.partition("://")
-    return Path("/" + path.lstrip("/")) if scheme.endswith("unix") else None
 
 
 @contextlib.contextmanager

@@ -10,17 +10,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import docker
-
-from launcher.devices import format_cores
 from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
+from launcher.engines.connection import Manner
 from launcher.engines.docker import DockerEngine
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
 from launcher.errors import EngineError
 from launcher.ownership import labels
+from launcher.sizes import format_cores
 
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
-"""Podman 4 and 5 answer to both."""
+"""Podman 4 and 5 answer to both; to tell which it speaks, it starts several programs."""
 
 LOCK_TIMEOUT_S = 20.0
 """A question about a container waits while Podman acts on it; that the service is there was asked with less patience."""
@@ -39,16 +38,17 @@ class PodmanEngine(DockerEngine):
     """
 
     name = "podman"
-    title = "Podman"
-    remedy = (
-        "start it (systemctl --user start podman.socket, as root without --user), or check CONTAINER_HOST; "
-        "or use --engine local"
+    manner = Manner(
+        title="Podman",
+        remedy="start it (systemctl --user start podman.socket, as root without --user), or check CONTAINER_HOST; "
+        "or use --engine local",
+        version=DOCKER_API,
+        patience_s=LOCK_TIMEOUT_S,
     )
 
     def __init__(self, owner: int, address: str | None = None) -> None:
-        self._address = address
         self._rootless: bool | None = None
-        super().__init__(owner)
+        super().__init__(owner, address)
         if not self.is_podman:
             raise EngineError(f"{address or 'DOCKER_HOST'}: not Podman answers there; use --engine docker")
 
@@ -74,8 +74,8 @@ class PodmanEngine(DockerEngine):
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
-        with self._translated(spec.name):
-            actor = self._acting().api
+        with self._to.translated(spec.name):
+            actor = self._to.acting.api
             answer = actor.post(
                 f"{actor.base_url}/{NATIVE_API}/libpod/containers/create",
                 json=container_specification(spec, self._owner, rootless=self._is_rootless()),
@@ -110,16 +110,6 @@ class PodmanEngine(DockerEngine):
         if follow or tail is None:
             return super().logs(replica_id, follow=follow, tail=tail, since=since)
         return iter(deque(super().logs(replica_id, since=since), maxlen=tail))
-
-    def _connect(self, timeout_s: float, version: str | None = DOCKER_API) -> Any:
-        timeout_s = max(timeout_s, LOCK_TIMEOUT_S)
-        # To tell its version Podman starts several programs; it has spoken this one all along.
-        if self._address is None:
-            return docker.DockerClient.from_env(version=DOCKER_API, timeout=timeout_s)
-        return docker.DockerClient(base_url=self._address, version=DOCKER_API, timeout=timeout_s)
-
-    def _denied(self) -> str:
-        return ""
 
     def _is_rootless(self) -> bool:
         if self._rootless is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +65,14 @@ class Service:
         return self.state == "running" and self.health in ("", "healthy")
 
 
-def list_services(api: Any, project: str) -> Sequence[Service]:
-    """Return the containers of `project` by service; one-off containers (`compose run`) are left out."""
-    found = api.containers(
-        all=True, filters={"label": [f"{PROJECT_LABEL}={project}", f"{ONE_OFF_LABEL}=False"]}
-    )
-    return sorted((_service(item) for item in found), key=lambda service: service.name)
+def labels_of(project: str) -> list[str]:
+    """Return the labels that a project's containers have; one-off ones (`compose run`) are none of them."""
+    return [f"{PROJECT_LABEL}={project}", f"{ONE_OFF_LABEL}=False"]
+
+
+def read_services(containers: Iterable[Mapping[str, Any]]) -> Sequence[Service]:
+    """Return a project's containers, as Docker lists them, by service."""
+    return sorted(map(_service, containers), key=lambda service: service.name)
 
 
 def _service(item: Mapping[str, Any]) -> Service:

@@ -88,7 +88,7 @@ def test_the_line_that_a_dry_run_prints_makes_the_same_container(world: World, p
 
 def test_the_log_has_a_bound(world: World) -> None:
     replica_id = world.engine.create(world.spec("pass"))
-    api = world.engine._client.api  # type: ignore[attr-defined]
+    api = world.engine._to.asking.api  # type: ignore[attr-defined]
     inspected = api.get(f"{api.base_url}/v4.0.0/libpod/containers/{replica_id}/json").json()
     world.engine.remove(replica_id)
     assert inspected["HostConfig"]["LogConfig"]["Size"] == "31.46MB"

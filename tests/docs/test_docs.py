@@ -51,7 +51,9 @@ def launcher_flags() -> list[str]:
     commands: list[click.Command] = [launcher]
     while commands:
         command = commands.pop()
-        commands += command.commands.values() if isinstance(command, click.Group) else ()
+        if isinstance(command, click.Group):
+            ctx = click.Context(command)
+            commands += filter(None, (command.get_command(ctx, name) for name in command.list_commands(ctx)))
         for parameter in command.params:
             found.update(flag for flag in parameter.opts if flag.startswith("--"))
     return sorted(found)

@@ -36,7 +36,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def parsed(*words: str) -> dict[str, Any]:
     """Return what a command's function would be called with."""
     root = cli.make_context("launcher", list(words))
-    command = cli.commands[root._protected_args[0]]
+    command = cli.get_command(root, root._protected_args[0])
+    assert command is not None
     with root:
         return command.make_context(command.name, list(root.args), parent=root).params
 
@@ -168,7 +169,9 @@ def test_other_commands_take_what_they_share_and_nothing_else() -> None:
 
 
 def test_every_command_on_an_engine_reads_the_file() -> None:
-    for name, command in cli.commands.items():
+    for name in cli.list_commands(click.Context(cli)):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
         params = {param.name for param in command.params if isinstance(param, click.Option)}
         assert ("file" in params) == ("runs" in params), name
 

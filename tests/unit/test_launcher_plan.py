@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.dataset_yaml import read_dataset
-from launcher.devices import Device, format_cores, split_cores
+from launcher.devices import Device, split_cores
 from launcher.dry_run import docker_run, show_plan
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
@@ -28,7 +28,7 @@ from launcher.plan import (
     replica_name,
 )
 from launcher.runs_folder import NOBODYS_ID, check_runs, replica_user
-from launcher.sizes import GIB, format_size, parse_size
+from launcher.sizes import GIB, format_cores, format_size, parse_size
 from launcher.training_args import TrainingArgs, prepare_args
 
 DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)

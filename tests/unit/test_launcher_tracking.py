@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.compose import find_compose_file
-from launcher.engines.services import Service, list_services
+from launcher.engines.services import Service, read_services
 from launcher.errors import DataError, EngineError, UsageError
 from launcher.servers import check_network_choice, join
 from launcher.track import provide_images
@@ -113,23 +113,20 @@ def test_another_network_beside_that_of_the_servers_is_refused() -> None:
 
 
 def test_dockers_words_become_states() -> None:
-    class Api:
-        """A double of docker-py's low-level client."""
+    def item(service: str, state: str, status: str, once: str = "") -> dict[str, object]:
+        labels = {"com.docker.compose.service": service, "starling.once": once}
+        return {"Id": service, "Image": "i", "Labels": labels, "State": state, "Status": status}
 
-        def containers(self, **_: object) -> list[dict[str, object]]:
-            def item(service: str, state: str, status: str, once: str = "") -> dict[str, object]:
-                labels = {"com.docker.compose.service": service, "starling.once": once}
-                return {"Id": service, "Image": "i", "Labels": labels, "State": state, "Status": status}
-
-            return [
-                item("secrets", "exited", "Exited (0) 1 second ago", "true"),
-                item("stopped", "exited", "Exited (0) 1 second ago"),
-                item("mlflow", "running", "Up 1 second (health: starting)"),
-                item("agent", "restarting", "Restarting (1) 2 seconds ago"),
-                item("postgres", "running", "Up 2 minutes (healthy)"),
-            ]
-
-    services = {service.name: service for service in list_services(Api(), "starling")}
+    found = read_services(
+        [
+            item("secrets", "exited", "Exited (0) 1 second ago", "true"),
+            item("stopped", "exited", "Exited (0) 1 second ago"),
+            item("mlflow", "running", "Up 1 second (health: starting)"),
+            item("agent", "restarting", "Restarting (1) 2 seconds ago"),
+            item("postgres", "running", "Up 2 minutes (healthy)"),
+        ]
+    )
+    services = {service.name: service for service in found}
 
     assert {name: (one.health, one.well) for name, one in services.items()} == {
         "agent": ("", False),

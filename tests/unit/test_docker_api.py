@@ -1,0 +1,185 @@
+"""Asking an engine without docker-py: connections that are kept, break, hang, or answer nonsense."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingUnixStreamServer
+from typing import Any
+
+import docker.errors
+import pytest
+
+from launcher.engines.docker_api import (
+    Answer,
+    Refused,
+    SocketApi,
+    is_transport,
+    refusal_in,
+    request_target,
+    socket_path,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class EngineDouble(BaseHTTPRequestHandler):
+    """A double of an engine without containers, for answers that a real one gives only in trouble."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[str] = []  # noqa: RUF012 # BaseHTTPRequestHandler is made anew for each connection
+    connections: list[Any] = []  # noqa: RUF012
+
+    def setup(self) -> None:
+        super().setup()
+        self.connections.append(self.request)
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        status, body = 200, b"[]"
+        if "hang" in self.path:
+            time.sleep(5)
+        elif "missing" in self.path:
+            status, body = 404, b'{"message": "No such container: missing"}'
+        elif "page" in self.path:
+            status, body = 502, b"<html>Bad Gateway</html>"
+        elif "nonsense" in self.path:
+            body = b"<html>"
+        self.send_response(status)
+        self.send_header("Api-Version", "1.41")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+    def address_string(self) -> str:
+        return "a unix socket"
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    # A socket's path is at most 107 characters long, so not below pytest's own folders.
+    with tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder:
+        path = f"{folder}/docker.sock"
+        EngineDouble.asked.clear()
+        EngineDouble.connections.clear()
+        with ThreadingUnixStreamServer(path, EngineDouble) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            yield path
+            server.shutdown()
+
+
+def test_one_thread_asks_all_over_one_connection_and_another_has_its_own(place: str) -> None:
+    api = SocketApi(place)
+    for _ in range(3):
+        assert api.ask("GET", "/_ping", 3).headers["api-version"] == "1.41"
+    assert len(EngineDouble.connections) == 1
+    other = threading.Thread(target=lambda: api.ask("GET", "/_ping", 3))
+    other.start()
+    other.join()
+    assert len(EngineDouble.connections) == 2
+
+
+def test_an_engine_that_was_started_again_is_asked_again(place: str) -> None:
+    api = SocketApi(place)
+    api.ask("GET", "/first", 3)
+    EngineDouble.connections[0].shutdown(2)
+    assert api.ask("GET", "/second", 3).status == 200
+    assert EngineDouble.asked == ["/first", "/second"]
+
+
+def test_a_hung_engine_ends_the_question_and_the_next_one_has_a_new_connection(place: str) -> None:
+    api = SocketApi(place)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        api.ask("GET", "/hang", 0.2)
+    assert time.monotonic() - began < 3
+    assert api.ask("GET", "/_ping", 3).document() == []
+
+
+def test_no_socket_and_nobody_behind_it_are_errors_of_the_transport(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        SocketApi(str(tmp_path / "none.sock")).ask("GET", "/_ping", 3)
+    assert is_transport(missing.value)
+    assert refusal_in(missing.value) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words", "vanished"),
+    [
+        ("/missing", 404, "No such container: missing", True),
+        ("/page", 502, "<html>Bad Gateway</html>", False),
+    ],
+)
+def test_a_refusal_carries_the_engines_words(
+    place: str, path: str, status: int, words: str, vanished: bool
+) -> None:
+    with pytest.raises(Refused, match=words) as refused:
+        SocketApi(place).ask("GET", path, 3).document()
+    assert (refused.value.status, refused.value.vanished) == (status, vanished)
+
+
+def test_an_answer_that_is_no_json_is_an_error_of_the_transport(place: str) -> None:
+    with pytest.raises(http.client.HTTPException, match="no JSON") as nonsense:
+        SocketApi(place).ask("GET", "/nonsense", 3).document()
+    assert is_transport(nonsense.value)
+
+
+def test_an_empty_answer_is_none() -> None:
+    assert Answer(204, {}, b"").document() is None
+
+
+def test_a_refusal_to_docker_py_reads_the_same() -> None:
+    class Response:
+        """A double of the response that docker-py was given."""
+
+        status_code = 409
+
+    refused = refusal_in(docker.errors.APIError("409 Client Error", Response(), "name taken"))
+    assert refused is not None
+    assert (refused.status, str(refused)) == (409, "name taken")
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("unix:///var/run/docker.sock", "/var/run/docker.sock"),
+        ("unix://var/run/docker.sock", "/var/run/docker.sock"),
+        ("tcp://box:2376", None),
+        ("ssh://ann@box", None),
+    ],
+)
+def test_only_a_unix_socket_is_asked_without_docker_py(address: str, path: str | None) -> None:
+    assert socket_path(address) == path
+
+
+def test_filters_are_json_and_flags_are_ones() -> None:
+    assert request_target("1.41", "/containers/json", {"all": True, "filters": {"label": ["a=b"]}}) == (
+        "/v1.41/containers/json?all=1&filters=%7B%22label%22%3A+%5B%22a%3Db%22%5D%7D"
+    )
+    assert request_target("1.41", "/containers/a b/kill", {}) == "/v1.41/containers/a%20b/kill"
+
+
+@pytest.mark.parametrize("words", [["status"], ["kill-all", "--yes"], ["stop"]])
+def test_a_command_on_this_machine_does_without_docker_py(
+    words: list[str], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{place}")
+    code = (
+        "import atexit, sys; from launcher.cli import main;"
+        "atexit.register(lambda: print(sorted({'docker', 'requests', 'urllib3'} & set(sys.modules))));"
+        f"main({words!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "[]"
