@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: tests are many and small, threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +22,29 @@ from tests.postgres import PostgresServer, find_programs, missing
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINI_SET = REPOSITORY / "datasets" / "bccd-mini"
 TINY_LAYOUT = Path(__file__).resolve().parent / "tiny.yaml"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Say which tests run one after the other when several run at once (`pytest -n 2`).
+
+    Those that start replicas do, since an `up` waits for any other on the machine, and what an engine does for two tests
+    at once takes each longer. So do those of a file, and what they share is made once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "replicas" if _starts_replicas(REPOSITORY / file) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def _starts_replicas(file: Path) -> bool:
+    marks = re.search(r"mark\.(docker|podman)|\bWorld\b", file.read_text(encoding="utf-8"))
+    return file.name.startswith("test_launcher") or marks is not None
 
 
 @pytest.fixture(autouse=True)

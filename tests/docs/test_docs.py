@@ -74,12 +74,12 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("flag", set(train_flags()) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(train_flags()) - {"--help"}))
 def test_every_flag_of_train_is_in_the_training_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["train.md"]
 
 
-@pytest.mark.parametrize("flag", set(val_flags()) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(val_flags()) - {"--help"}))
 def test_every_flag_of_val_is_in_the_validating_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["val.md"]
 
@@ -94,27 +94,27 @@ def test_every_flag_of_detect_and_export_is_in_its_page(page: str, flag: str) ->
     assert f"`{flag}`" in DOCS[page]
 
 
-@pytest.mark.parametrize("flag", set(launcher_flags()) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(launcher_flags()) - {"--help"}))
 def test_every_flag_of_the_launcher_is_in_the_launching_page(flag: str) -> None:
     assert flag in DOCS["launch.md"]
 
 
-@pytest.mark.parametrize("flag", set(track_flags()) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(track_flags()) - {"--help"}))
 def test_every_flag_of_track_is_in_the_tracking_page(flag: str) -> None:
     assert flag in DOCS["track.md"]
 
 
-@pytest.mark.parametrize("flag", set(flags_of(data_parser())) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(flags_of(data_parser())) - {"--help"}))
 def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["data.md"]
 
 
-@pytest.mark.parametrize("flag", set(flags_of(hpo_config.build_parser())) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(flags_of(hpo_config.build_parser())) - {"--help"}))
 def test_every_flag_of_hpo_is_in_the_clearml_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["clearml.md"]
 
 
-@pytest.mark.parametrize("flag", set(flags_of(search_parser())) - {"--help"})
+@pytest.mark.parametrize("flag", sorted(set(flags_of(search_parser())) - {"--help"}))
 def test_every_flag_of_the_search_command_is_in_the_search_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["search.md"]
 
