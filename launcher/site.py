@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from launcher import remote_runs
-from launcher.box import Box
 from launcher.engines.base import Engine
-from launcher.host_files import LOCAL, HostFiles, RemoteFiles, expand
+from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.host_lock import host_lock
 from launcher.inventory import Gpu, read_gpus
 from launcher.ownership import caller_ids
@@ -83,41 +81,6 @@ class LocalSite:
             yield lock
 
 
-@dataclass(frozen=True, slots=True)
-class BoxSite:
-    """A machine behind ssh."""
-
-    box: Box
-    runs: Path
-    files: HostFiles
-
-    @property
-    def address(self) -> str:
-        """What `--host` names it by."""
-        return self.box.url
-
-    def check_runs(self) -> None:
-        """Raise UsageError for a folder that cannot be the runs folder there."""
-        remote_runs.check_remote_runs(self.box, self.runs)
-
-    def replica_user(self, asked: str | None) -> str:
-        """Return the `uid:gid` that replicas run as there."""
-        return remote_runs.remote_replica_user(self.box, self.runs, asked)
-
-    def gpus(self, engine: Engine) -> tuple[Gpu, ...] | None:
-        """Return what `nvidia-smi` lists there; None where it does not answer."""
-        return remote_runs.remote_gpus(self.box)
-
-    @contextlib.contextmanager
-    def held(self, user: str, say: Say) -> Iterator[HeldMachine]:
-        """Make the runs folder there, and hold it and that machine against every other `up`."""
-        with (
-            remote_runs.remote_runs_folder(self.box, self.runs, user, say),
-            remote_runs.remote_host_lock(self.box, say) as lock,
-        ):
-            yield lock
-
-
 def find_site(engine: str, runs: Path) -> Site:
     """Return where the engine of this name runs replicas; connects to a box behind ssh.
 
@@ -126,5 +89,6 @@ def find_site(engine: str, runs: Path) -> Site:
     box = open_box() if engine == "docker" else None
     if box is None:
         return LocalSite(expand(LOCAL, LOCAL.start, str(runs)))
-    files = RemoteFiles(box)
-    return BoxSite(box, expand(files, files.start, str(runs)), files)
+    from launcher.box_site import box_site
+
+    return box_site(box, runs)

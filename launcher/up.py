@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from launcher import fleet
-from launcher.build import build_image
 from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
 from launcher.dry_run import show_plan
@@ -71,6 +70,8 @@ def run_up(options: dict[str, Any]) -> None:
         return
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     if options["build"]:
+        from launcher.build import build_image
+
         build_image(request.image, Path.cwd())
     _, image = draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
     with site.held(request.user, say) as lock:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.box import Box
+from launcher.box_site import BoxSite
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.errors import LauncherError
 from launcher.inventory import Gpu, read_driver, read_gpus
-from launcher.site import BoxSite, Site
+from launcher.site import Site
 from launcher.sizes import format_size
 
 Check = Callable[[], list[Finding]]
