@@ -147,7 +147,7 @@ def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
     width, height, top, bottom = 900.0, 374.0, 54.0, 330.0
     own = sorted(facts.finished, key=lambda candidate: (candidate.fitness, -candidate.number))[-MOST_LINES:]
     names = [*genes, "fitness"]
-    xs = [50 + index * (width - 110) / (len(names) - 1) for index in range(len(names))]
+    xs = [64 + index * (width - 124) / (len(names) - 1) for index in range(len(names))]
     fitness = replace(fitness_scale(facts, bottom, top), high=own[-1].fitness)
     scales = [gene_scale([c.hyp[name] for c in own], bottom, top) for name in genes] + [fitness]
     lines = []

@@ -96,7 +96,7 @@ def _headline(facts: Facts) -> Markup:
         tiles.append(_tile("interrupted attempts", str(retried)))
     images = [cost.images for cost in facts.costs.values()]
     if images and None not in images:
-        tiles.append(_tile("images trained", compact(sum(i or 0 for i in images))))
+        tiles.append(_tile("images trained", compact(round(sum(i or 0 for i in images)))))
     if facts.imported:
         tiles.append(_tile("imported results", str(facts.imported)))
     done = "finished" if progress.over else "under way"
@@ -128,7 +128,7 @@ def _winner(facts: Facts) -> Markup:
     command = winner_command(settings, facts.directory) if isinstance(settings, Mapping) else ""
     if command:
         epochs = facts.signature.get("epochs")
-        longer = f"longer than the search's {epochs} epochs" if isinstance(epochs, int) else "longer"
+        longer = f"longer than the search's {epochs} epoch{'s' * (epochs != 1)}" if isinstance(epochs, int) else "longer"
         lines += [
             _soft(f"To train with what was found, {longer}, from the folder that holds runs:"),
             element("pre", element("code", command), tabindex="0"),
