@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from launcher.config_file import ConfiguredCommand, root_option
+from launcher.engines.limits import STOP_GRACE_S
 from launcher.errors import LauncherError, UsageError
 
 if TYPE_CHECKING:
@@ -239,7 +240,9 @@ def attach(engine: str, runs: Path, name: str) -> None:
 
 
 @cli.command()
-@click.option("--grace", default=60.0, show_default=True, type=click.FloatRange(min=0), metavar="SECONDS")
+@click.option(
+    "--grace", default=float(STOP_GRACE_S), show_default=True, type=click.FloatRange(min=0), metavar="SECONDS"
+)
 @_shared
 @click.argument("names", nargs=-1)
 def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.engines.base import Mount, ReplicaSpec, mask
-from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES
+from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.env_file import read_env_file
 from launcher.ownership import labels
 from launcher.plan import Plan
@@ -90,6 +90,7 @@ def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
 def _run(program: str, spec: ReplicaSpec, owner: int, env_files: Sequence[Path], own: Sequence[str]) -> str:
     """Return what both have in common, around each one's own options."""
     words = [program, "run", "--detach", "--init", "--name", spec.name, *own]
+    words += ["--stop-timeout", str(STOP_GRACE_S)]
     for name, value in labels(spec, owner).items():
         words += ["--label", f"{name}={value}"]
     if spec.cores:

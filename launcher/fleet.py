@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
+from launcher.engines.limits import STOP_GRACE_S
 from launcher.errors import EngineError, LauncherError, ReplicaFailed, UsageError
 from launcher.parallel import Done, in_parallel
 from launcher.report import device_words, words_for
-
-GRACE_S = 60.0
-"""A trainer told to stop ends its step and saves a checkpoint; a large model on a slow disk takes a while."""
 
 POLL_S = 0.25
 LAST_WORDS = 15
@@ -165,7 +163,11 @@ def _roll_back(
 
 
 def stop(
-    engine: Engine, states: Sequence[ReplicaState], *, grace_s: float = GRACE_S, say: Say = lambda line: None
+    engine: Engine,
+    states: Sequence[ReplicaState],
+    *,
+    grace_s: float = STOP_GRACE_S,
+    say: Say = lambda line: None,
 ) -> list[ReplicaState]:
     """Send SIGTERM to all, wait for all, SIGKILL those that outlast the grace; return how they ended."""
     live = [state for state in states if state.live]

@@ -142,12 +142,13 @@ class DockerEngine:
 
         with self._to.translated(spec.name):
             try:
-                container = self._to.acting.containers.create(**container_options(spec, self._owner))
+                api = self._to.acting.api
+                made = api.create_container(**container_options(spec, self._owner, api.api_version))
             except APIError as error:
                 if error.status_code == 409:
                     raise self._name_taken(spec.name) from None
                 raise
-        return str(container.id)
+        return str(made["Id"])
 
     def start(self, replica_id: str) -> None:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""

@@ -1,5 +1,9 @@
 """Bounds that every engine keeps."""
 
+STOP_GRACE_S = 60
+"""How long a trainer may take to save when it is asked to end: by `launcher stop`, by `docker stop`, or by an engine that goes
+down with its machine. A large model on a slow disk takes a while."""
+
 LOG_FILES, LOG_FILE_SIZE = 3, "10m"
 """Rotation: the most that one container's output takes on the host's disk."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
 from launcher.engines.connection import Manner
 from launcher.engines.docker import DockerEngine
-from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES
+from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.errors import EngineError
 from launcher.ownership import labels
 from launcher.sizes import format_cores
@@ -143,6 +143,7 @@ def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) ->
         "user": spec.user,
         "init": True,
         "terminal": False,
+        "stop_timeout": STOP_GRACE_S,
         "stdin": False,
         "cap_drop": ["ALL"],
         "no_new_privileges": True,

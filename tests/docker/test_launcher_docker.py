@@ -139,6 +139,7 @@ def test_the_hardening_holds_in_a_running_replica(cli: Cli) -> None:
     assert host["Init"]
     assert host["Memory"] == host["MemorySwap"] == 128 * 1024**2
     assert host["PidsLimit"] > 0
+    assert config["StopTimeout"] == 60, "`docker stop`, and an engine that goes down, let a trainer save"
     assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
     assert not config["Tty"]
     assert not config["OpenStdin"]
