@@ -68,6 +68,7 @@ def train(
     seconds = np.zeros((options.rounds, len(conditions), 2))
     order, progress, started = random.Random(0), Progress(sys.stderr), time.monotonic()
     laps = options.steps // options.slice
+    alone = EPOCHS_ALONE * laps * sum(condition.is_tracked for condition in conditions)  # comes afterwards
     for lap in range(options.rounds * laps):
         number, in_epoch = divmod(lap, laps)
         for index in order.sample(range(len(conditions)), len(conditions)):
@@ -78,7 +79,8 @@ def train(
                 if in_epoch == laps - 1:
                     conditions[index].epoch_ended()
                 seconds[number, index] += _clocks() - began
-        left = (time.monotonic() - started) * (options.rounds * laps / (lap + 1) - 1)
+        a_slice = (time.monotonic() - started) / ((lap + 1) * len(conditions))
+        left = a_slice * ((options.rounds * laps - lap - 1) * len(conditions) + alone)
         progress.show(lambda: f"round {number + 1} of {options.rounds}, {duration(left)} left")  # noqa: B023
     return seconds
 
