@@ -1,61 +1,131 @@
 #!/usr/bin/env python3
 """What tracking costs a training step: all trackers on, healthy, slow (30 s an answer) or dead, against tracking off.
 
-    python bench/tracking.py [--rounds 9] [--epochs 3] [--steps 40] [--img 128]
+    python bench/tracking.py [--rounds 16] [--steps 200] [--slice 10] [--threads 1] [--img 128] [--json]
 
-Real steps of a small model on this machine, an epoch's events after every --steps of them, as the trainer appends them.
-The conditions take turns within each round, in another order each time; the bridges of the others are frozen meanwhile.
-`healthy` is MLflow's embedded database and TensorBoard, `slow` and `dead` are MLflow behind a server that takes 30 s an
-answer, or refuses. A round's ratio is its seconds by those of `off`; the median of the rounds counts. The second figure
-is the processor seconds of the trainer alone, which other work on the machine has no part in.
-Also: how long the trainer takes to start its bridges, in the same run.
+Real steps of a small model on this machine. A round is one epoch of every condition, cut into slices that the conditions
+take in turns, in another order each time, so that whatever else the machine does meets all of them alike. Bridges run
+during their own condition's slices and are frozen otherwise; the end of an epoch (its events, results.csv, the look after
+the bridges) is part of its last slice, and what the bridges then do falls into the next epoch's first ones.
+
+`healthy` is MLflow's embedded database, TensorBoard, and ClearML on the double of its server that the tests use, a process
+of its own. `slow` and `dead` are MLflow and ClearML on servers that take 30 s an answer, or refuse. `off again` is a second
+condition without tracking: what it differs by is the noise of this run.
+
+The figure that counts is the sum of all epochs' seconds by that of `off`, with its 95 % interval from a bootstrap over the
+rounds. A frozen bridge's clock goes on, so each slice begins with a look at the log, and samples of the machine are due
+more often than in a training: the figures err upwards. Also told: the trainer's own processor seconds, those of each
+bridge in an epoch (of some that it is not frozen in), and how long the trainer takes to start its bridges.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from common import REPOSITORY, Step, machine, made_up_targets
+from tracking_conditions import Condition, opened_conditions
 
 from app.engine.device import select_compute
-from app.engine.progress import Silence
-from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import EpochRow, write_results
-from app.outputs.run_dir import RunDir
-from app.tracking.events import EventLog
-from app.tracking.process import Bridges, start_bridges
+from app.engine.progress import Progress, duration
 
 BARS = {"healthy": 1.01, "slow": 1.05, "dead": 1.05}
 """The ratios to reach."""
 START_BAR_S = 0.05
-SLOW_S = 30
-SLOW_SERVER = f"""
-import contextlib, http.server, time
-class Slow(http.server.BaseHTTPRequestHandler):
-    def answer(self):
-        time.sleep({SLOW_S})
-        with contextlib.suppress(OSError):
-            self.send_error(503)
-    do_GET = do_POST = do_PATCH = do_PUT = answer
-    def log_message(self, *_): pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
+EPOCHS_ALONE = 3
+"""Epochs in which bridges are not frozen, for what they take themselves."""
+
+
+def made_step(options: argparse.Namespace) -> Callable[[], None]:
+    """Return what runs one iteration, warmed up."""
+    compute = select_compute("cpu", "off", lambda line: None)
+    torch.set_num_threads(options.threads)
+    step = Step(str(REPOSITORY / "tests" / "tiny.yaml"), options.img, 8, compute).prepare()
+    images, targets = torch.rand(8, 3, options.img, options.img), made_up_targets(8)
+    for _ in range(20):
+        step(images, targets)
+    return lambda: step(images, targets)
+
+
+def train(
+    options: argparse.Namespace, conditions: Sequence[Condition], step: Callable[[], None]
+) -> np.ndarray:
+    """Run all rounds, and return the seconds [round, condition, 2]: by the wall, and of the trainer's processor."""
+    for condition in conditions:
+        condition.epoch_ended()  # so that the bridges have an epoch to send in each round
+    seconds = np.zeros((options.rounds, len(conditions), 2))
+    order, progress, started = random.Random(0), Progress(sys.stderr), time.monotonic()
+    laps = options.steps // options.slice
+    alone = EPOCHS_ALONE * laps * sum(condition.is_tracked for condition in conditions)  # comes afterwards
+    for lap in range(options.rounds * laps):
+        number, in_epoch = divmod(lap, laps)
+        for index in order.sample(range(len(conditions)), len(conditions)):
+            with conditions[index].turn():
+                began = _clocks()
+                for _ in range(options.slice):
+                    step()
+                if in_epoch == laps - 1:
+                    conditions[index].epoch_ended()
+                seconds[number, index] += _clocks() - began
+        a_slice = (time.monotonic() - started) / ((lap + 1) * len(conditions))
+        left = a_slice * ((options.rounds * laps - lap - 1) * len(conditions) + alone)
+        progress.show(lambda: f"round {number + 1} of {options.rounds}, {duration(left)} left")  # noqa: B023
+    return seconds
+
+
+def bridges_seconds(
+    options: argparse.Namespace, condition: Condition, step: Callable[[], None]
+) -> dict[str, float]:
+    """Return the processor seconds of each bridge in an epoch, the mean of some that follow each other unfrozen."""
+    if not condition.is_tracked:
+        return {}
+    with condition.turn():
+        before = condition.processor_s()
+        for _ in range(EPOCHS_ALONE):
+            for _ in range(options.steps):
+                step()
+            condition.epoch_ended()
+        after = condition.processor_s()
+    return {tracker: (after[tracker] - before[tracker]) / EPOCHS_ALONE for tracker in before}
+
+
+def _clocks() -> np.ndarray:
+    return np.array((time.perf_counter(), time.process_time()))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Seconds of one condition by those of `off`."""
+
+    of_sums: float
+    low: float
+    high: float
+    """Ends of its 95 % interval, from a bootstrap over the rounds."""
+    median: float
+    """Of the rounds' own ratios."""
+
+    @classmethod
+    def of(cls, mine: np.ndarray, off: np.ndarray) -> Ratio:
+        """Compare the seconds of each round, [rounds] both."""
+        rounds = len(off)
+        drawn = np.random.default_rng(0).integers(rounds, size=(10_000, rounds))
+        low, high = np.percentile(mine[drawn].sum(1) / off[drawn].sum(1), (2.5, 97.5))
+        return cls(float(mine.sum() / off.sum()), float(low), float(high), float(np.median(mine / off)))
+
+    def __str__(self) -> str:
+        return f"{self.of_sums:.3f} (95 %: {self.low:.3f} to {self.high:.3f}; median {self.median:.3f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,141 +133,59 @@ class Figures:
     """One condition against `off`."""
 
     condition: str
-    ratio: float
-    """Median over the rounds of its seconds by those of `off`."""
-    fastest: float
-    """Its fastest round by the fastest of `off`: what a machine that others use as well can tell."""
-    processor_ratio: float
-    """The same of the trainer's own processor seconds."""
-    spread: tuple[float, float]
-    """Lowest and highest ratio of a round."""
+    wall: Ratio
+    processor: Ratio
+    """Of the trainer's own processor seconds, which other work on the machine has little part in."""
+    epoch_s: float
+    """A mean epoch."""
+    bridges_s: Mapping[str, float]
+    """Tracker -> processor seconds of its bridge an epoch."""
     starting_s: float
     """To start the bridges."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether the bars are reached; the control has none."""
+        return self.wall.of_sums <= BARS.get(self.condition, math.inf) and self.starting_s <= START_BAR_S
 
-class Condition:
-    """One run with its event log and bridges; frozen while it is not its turn."""
-
-    def __init__(self, name: str, folder: Path, variables: dict[str, str]) -> None:
-        self.name = name
-        self.run = RunDir(folder / name)
-        self.run.path.mkdir(parents=True)
-        self.rows: list[EpochRow] = []
-        self._bridges: Bridges | None = None
-        log = None
-        self.starting_s = 0.0
-        if name != "off":
-            log = EventLog(self.run.events, name, warn=lambda line: None)
-            os.environ.update(variables)
-            began = time.perf_counter()
-            self._bridges = start_bridges(log, warn=lambda line: None)
-            self.starting_s = time.perf_counter() - began
-            for variable in variables:
-                del os.environ[variable]
-        self._reporter = Reporter(
-            RunLabel(name, "bench", name), self.run.path, progress=Silence(), events=log
-        )
-        self._reporter.started({"epochs": 100}, {})
-
-    def epoch_ended(self, epochs: int) -> None:
-        """Do what the trainer does at the end of an epoch."""
-        n = len(self.rows)
-        self.rows.append(
-            EpochRow(n, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3), (0.1, 0.01, 0.01))
-        )
-        write_results(self.run.results_csv, self.rows)
-        self._reporter.epoch_ended(self.rows[-1], epochs, 8, best=False)
-        if self._bridges is not None:
-            self._bridges.check()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Let the bridges run while the block does."""
-        self.signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGSTOP)
-
-    def signal(self, signum: int) -> None:
-        """Send a signal to the bridges that still run."""
-        for handle in self._bridges.handles if self._bridges else ():
-            if handle.process.poll() is None:
-                handle.process.send_signal(signum)
-
-    def delivered(self) -> bool:
-        """Return whether the first bridge has sent everything, so that its start is behind it."""
-        try:
-            cursor = json.loads(self.run.events.with_name("events.mlflow.cursor").read_bytes())
-        except (OSError, ValueError):
-            return False
-        return bool(cursor["problem"]) or cursor["offset"] == self.run.events.stat().st_size
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def verdict(self) -> str:
+        """Say whether the step's bar is reached, as far as the interval decides it."""
+        bar = BARS.get(self.condition)
+        if bar is None:
+            return "the noise of this run"
+        decided = "reached" if self.wall.high <= bar else "missed" if self.wall.low > bar else "not decided"
+        return f"bar {bar} {decided}"
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Figures]:
-    """Return the figures of every condition."""
-    slow = subprocess.Popen([sys.executable, "-c", SLOW_SERVER], stdout=subprocess.PIPE, text=True)
-    assert slow.stdout is not None
-    servers = {"slow": int(slow.stdout.readline()), "dead": free_port()}
-    variables = {name: {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"} for name, port in servers.items()}
-    conditions = [Condition(name, folder, variables.get(name, {})) for name in ("off", *BARS)]
-    try:
-        for condition in conditions[1:]:  # one after the other: the imports are not what is measured
-            deadline = time.monotonic() + 120
-            while not condition.delivered() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            condition.signal(signal.SIGSTOP)
-        seconds = _rounds(options, conditions)
-    finally:
-        slow.kill()
-        for condition in conditions:
-            condition.signal(signal.SIGKILL)
-    return [_compare(condition, seconds[condition.name], seconds["off"]) for condition in conditions[1:]]
+    """Return the figures of every condition but `off`."""
+    step = made_step(options)
+    with opened_conditions(folder) as conditions:
+        seconds = train(options, conditions, step)
+        bridges = {condition.name: bridges_seconds(options, condition, step) for condition in conditions}
+        for condition in conditions:  # else these may be the figures of trackers that do nothing
+            condition.settle()
+    return [
+        Figures(
+            condition.name,
+            *(Ratio.of(seconds[:, index, clock], seconds[:, 0, clock]) for clock in (0, 1)),
+            float(seconds[:, index, 0].mean()),
+            bridges[condition.name],
+            condition.starting_s,
+        )
+        for index, condition in enumerate(conditions)
+        if condition.name != "off"
+    ]
 
 
-def _compare(
-    condition: Condition, mine: list[tuple[float, float]], off: list[tuple[float, float]]
-) -> Figures:
-    """Return a condition's figures out of (wall, processor) seconds of each round."""
-    ratios = [with_it[0] / without[0] for with_it, without in zip(mine, off, strict=True)]
-    return Figures(
-        condition.name,
-        statistics.median(ratios),
-        min(wall for wall, _ in mine) / min(wall for wall, _ in off),
-        statistics.median(with_it[1] / without[1] for with_it, without in zip(mine, off, strict=True)),
-        (min(ratios), max(ratios)),
-        condition.starting_s,
-    )
-
-
-def _rounds(options: argparse.Namespace, conditions: list[Condition]) -> dict[str, list[tuple[float, float]]]:
-    """Return (wall, processor) seconds of each condition's part of each round."""
-    import torch
-
-    side, compute = options.img, select_compute("cpu", "off", lambda line: None)
-    run = Step(str(REPOSITORY / "tests" / "tiny.yaml"), side, 8, compute).prepare()
-    images, targets = torch.rand(8, 3, side, side), made_up_targets(8)
-    for _ in range(10):
-        run(images, targets)
-    seconds: dict[str, list[tuple[float, float]]] = {condition.name: [] for condition in conditions}
-    order = random.Random(0)
-    for _ in range(options.rounds):
-        for condition in order.sample(conditions, len(conditions)):
-            with condition.turn():
-                began, processor = time.perf_counter(), time.process_time()
-                for _ in range(options.epochs):
-                    for _ in range(options.steps):
-                        run(images, targets)
-                    condition.epoch_ended(options.epochs * options.rounds)
-                seconds[condition.name].append((time.perf_counter() - began, time.process_time() - processor))
-    return seconds
+def show(found: Figures) -> None:
+    """Print one condition's figures."""
+    print(f"{found.condition:9} {found.wall} of off: {found.verdict()}; processor {found.processor}")
+    if found.bridges_s:
+        each = ", ".join(f"{name} {taken * 1000:.0f} ms" for name, taken in found.bridges_s.items())
+        share = sum(found.bridges_s.values()) / found.epoch_s
+        print(f"{'':9} its bridges start in {found.starting_s * 1000:.0f} ms, and take processor time in an epoch of "
+              f"{found.epoch_s:.1f} s: {each} ({share:.1%})")  # fmt: skip
 
 
 def main() -> int:
@@ -207,27 +195,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of a condition's part of a round")
-    parser.add_argument("--steps", type=int, default=40, help="steps of an epoch")
+    parser.add_argument("--rounds", type=int, default=16, help="epochs of each condition")
+    parser.add_argument("--steps", type=int, default=200, help="steps of an epoch")
+    parser.add_argument("--slice", type=int, default=10, help="steps of a turn")
+    parser.add_argument("--threads", type=int, default=1, help="of the trainer; bridges run on other cores")
     parser.add_argument("--img", type=int, default=128, help="pixels of a side")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.rounds < 1 or not 1 <= options.slice <= options.steps or options.steps % options.slice:
+        parser.error(
+            "an epoch is a whole number of slices: --steps a multiple of --slice, --rounds at least 1"
+        )
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "CLEARML_"))]:
+        del os.environ[name]  # the user's own servers
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["STARLING_RUNS"] = folder
         figures = measure(options, Path(folder))
     if options.json:
         print(json.dumps([asdict(found) for found in figures]))
     else:
-        print(machine())
+        print(f"{machine()}, {options.threads} used; load {load:.1f} before")
         for found in figures:
-            low, high = found.spread
-            print(f"{found.condition:8} {found.ratio:.3f} of off (rounds {low:.3f} to {high:.3f}; bar {BARS[found.condition]}); fastest {found.fastest:.3f}, "
-                  f"processor {found.processor_ratio:.3f}; bridges started in {found.starting_s * 1000:.0f} ms")  # fmt: skip
-    missed = [
-        found for found in figures if found.ratio > BARS[found.condition] or found.starting_s > START_BAR_S
-    ]
-    return 1 if missed else 0
+            show(found)
+    return 0 if all(found.holds for found in figures) else 1
 
 
 if __name__ == "__main__":

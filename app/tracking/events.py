@@ -287,8 +287,11 @@ def last_event(path: Path) -> Event | None:
             lines = file.read().splitlines(keepends=True)
     except FileNotFoundError:
         return None
-    events = list(_parse((line for line in lines if line.endswith(b"\n")), start))
-    return events[-1] if events else None
+    for line in reversed(lines):  # a bridge asks twice a second: no more is parsed than the last one
+        size -= len(line)
+        for event in _parse([line] if line.endswith(b"\n") else [], size):
+            return event
+    return None
 
 
 def _last_seq(path: Path) -> int:

@@ -113,6 +113,23 @@ def test_sequence_goes_on_in_a_resumed_log(log: EventLog) -> None:
     assert last.seq == 1
 
 
+def test_the_last_event_is_found_behind_what_is_none_and_no_other_line_is_parsed(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(200):
+        log.append("metrics", step=step, values={})
+    (*_, expected), size = read_events(log.path)
+    with open(log.path, "ab") as file:
+        file.write(b'no event\n{"v": 1, "seq": 1, "ti')
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(events_module.json, "loads", lambda line: parsed.append(line) or loads(line))
+    last = last_event(log.path)
+    assert last == expected
+    assert last.end == size
+    assert len(parsed) == 2
+
+
 @pytest.mark.parametrize(
     "line", [b"null", b"[]", b"{}", b'{"v":2,"seq":0}', b"\xff\xfe", b"[" * 99_999, b"1e999"]
 )
