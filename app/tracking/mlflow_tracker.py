@@ -28,6 +28,7 @@ from app.tracking.lock import exclusive
 from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
 from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key
+from app.tracking.mlflow_schema import check_schema, upgrade_schema
 from app.tracking.redaction import without_credentials
 from app.tracking.tracker import (
     DatasetInput,
@@ -70,6 +71,7 @@ class MlflowTracker:
         """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
         self._register = register
         self._folder = runs / "mlflow"
+        self._database = self._folder / "mlflow.db"
         self._environment = environment
         self._uri = environment.get("MLFLOW_TRACKING_URI") or ""
         self._is_embedded = not self._uri
@@ -241,10 +243,18 @@ class MlflowTracker:
         )
 
     def create_database(self) -> None:
-        """Create the embedded database if it does not exist; raises TrackerUnavailableError."""
-        if not (self._folder / "mlflow.db").exists():
-            with translated(refuse=False), self._one_at_a_time():
-                self._client()
+        """Create the embedded database if it does not exist; raises TrackerUnavailableError, also for another MLflow's."""
+        with translated(refuse=False):
+            if self._database.exists():
+                check_schema(self._database)
+            else:
+                with self._one_at_a_time():
+                    self._client()
+
+    def upgrade_database(self) -> Path | None:
+        """Bring the embedded database to this MLflow's version; return the copy of the old one, None for a current one."""
+        with translated(refuse=False), self._one_at_a_time():
+            return upgrade_schema(self._database)
 
     def _client(self) -> Any:
         if self._connected is None:
@@ -263,6 +273,7 @@ class MlflowTracker:
         if self._is_embedded:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+            check_schema(self._database)
             # Whoever opens an empty database creates its tables: the caller holds the lock.
             SqlAlchemyStore(self._uri, f"{_PROXIED}:/")
         return MlflowClient(tracking_uri=self._uri)
