@@ -227,10 +227,8 @@ class ClearmlTracker:
         An agent sets its task's state itself, once the process has ended: told earlier, it would end the process.
         """
         with _translated():
+            self._edit_params(run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")}))
             if run_id == self._agents_task:
-                self._edit_params(
-                    run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")})
-                )
                 return
             if status == "pruned":
                 task = self._api.call("tasks.get_by_id", task=run_id)["task"]
