@@ -26,6 +26,7 @@ from app.outputs.atomic import write_atomic
 from app.tracking.lock import exclusive
 from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
+from app.tracking.mlflow_database import check_schema, database_uri, upgrade_schema
 from app.tracking.mlflow_names import (
     KEY_LENGTH,
     TAG_LENGTH,
@@ -35,7 +36,6 @@ from app.tracking.mlflow_names import (
     outdated_tags,
 )
 from app.tracking.mlflow_pictures import as_shown
-from app.tracking.mlflow_schema import check_schema, upgrade_schema
 from app.tracking.redaction import without_credentials
 from app.tracking.tracker import (
     DatasetInput,
@@ -387,8 +387,3 @@ class MlflowTracker:
             raise TrackerRejectedError(f"{target} is outside {root}")
         with open(source, "rb") as file:
             write_atomic(target, lambda out: shutil.copyfileobj(file, out))
-
-
-def database_uri(runs: Path) -> str:
-    """Return the address of the embedded database."""
-    return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}"

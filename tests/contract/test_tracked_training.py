@@ -18,7 +18,8 @@ from app import settings, train
 from app.config.hyp import Hyp
 from app.engine.trainer import TrainResult
 from app.search import training as search_training
-from app.tracking.mlflow_tracker import PARENT_TAG, database_uri
+from app.tracking.mlflow_database import database_uri
+from app.tracking.mlflow_tracker import PARENT_TAG
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow

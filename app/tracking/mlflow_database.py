@@ -1,4 +1,4 @@
-"""The tables of the embedded database: whether they are this MLflow's, and their upgrade, of which a copy is kept.
+"""The embedded database: its address, whether its tables are this MLflow's, and their upgrade, with a copy kept.
 
 MLflow itself adds tables to an older database without a word and without a copy, and calls a newer one out of date.
 """
@@ -11,6 +11,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from app.tracking.tracker import TrackerUnavailableError
+
+_LOCKED_S = 30
+"""So long another process may hold the database; SQLite's own 5 s are little beside many busy trainers on a slow disk."""
+
+
+def database_uri(runs: Path) -> str:
+    """Return the address of the embedded database."""
+    return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}?timeout={_LOCKED_S}"
 
 
 def check_schema(database: Path) -> None:
@@ -47,7 +55,7 @@ def upgrade_schema(database: Path) -> Path | None:
         check_schema(database)
     copy = database.with_name(f"{database.name}.{stored}")
     _copy(database, copy)
-    engine = create_sqlalchemy_engine(f"sqlite:///{database.absolute()}")
+    engine = create_sqlalchemy_engine(database_uri(database.parents[1]))
     try:
         _upgrade_db(engine)
     except BaseException as error:
@@ -63,8 +71,8 @@ def upgrade_schema(database: Path) -> Path | None:
 def _copy(source: Path, target: Path) -> None:
     """Copy a database as SQLite does, whole though others write to it."""
     with (
-        contextlib.closing(sqlite3.connect(source)) as here,
-        contextlib.closing(sqlite3.connect(target)) as there,
+        contextlib.closing(sqlite3.connect(source, timeout=_LOCKED_S)) as here,
+        contextlib.closing(sqlite3.connect(target, timeout=_LOCKED_S)) as there,
     ):
         here.backup(there)
 
@@ -74,7 +82,7 @@ def _revision(database: Path) -> str | None:
     if not database.is_file():
         return None
     address = f"file:{quote(str(database.absolute()))}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
+    with contextlib.closing(sqlite3.connect(address, timeout=_LOCKED_S, uri=True)) as connection:
         try:
             if connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is None:
                 return None

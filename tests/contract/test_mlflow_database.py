@@ -1,4 +1,4 @@
-"""A database that an older or a newer MLflow made: real tables of MLflow's own migrations, in SQLite."""
+"""The embedded database, and one that an older or a newer MLflow made: real tables of MLflow's own migrations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from app import track
-from app.tracking.mlflow_tracker import MlflowTracker, database_uri
+from app.tracking.mlflow_database import database_uri
+from app.tracking.mlflow_tracker import MlflowTracker
 from app.tracking.tracker import Run, TrackerUnavailableError
 from tests.conftest import REPOSITORY
 
@@ -105,6 +106,13 @@ def test_a_newer_one_is_told_apart_and_never_changed(
     assert track.main(["upgrade"]) == 1
     assert "a newer one" in capsys.readouterr().err
     assert database.read_bytes() == newer
+
+
+def test_a_database_that_others_hold_is_waited_for_longer_than_sqlites_five_seconds(runs: Path) -> None:
+    (runs / "mlflow").mkdir(parents=True)
+    waits: list[int] = []
+    change(runs, lambda connection: waits.append(connection.exec_driver_sql("PRAGMA busy_timeout").scalar()))
+    assert waits == [30_000]
 
 
 @pytest.fixture
