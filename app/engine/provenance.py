@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from typing import Any
 from app.config.train_config import TrainConfig
 from app.data.dataset import Dataset
 
-DIFF = "uncommitted.diff"
-"""In the run directory: what the working tree of the code had changed since its commit."""
 _DIFF_BYTES = 1 << 20
 _GIT_S = 5.0
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,10 +41,10 @@ def code_version(folder: Path = _PACKAGE) -> Code:
     return Code(commit, diff if len(diff) <= _DIFF_BYTES else diff[:_DIFF_BYTES] + "\n… cut here: too long\n")
 
 
-def image_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the image's digest and the replica's name, where the launcher has given them."""
+def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the machine's (or container's) name, and the image's digest and the replica's name if the launcher gave them."""
     given = {"image": environment.get("STARLING_IMAGE"), "replica": environment.get("STARLING_REPLICA")}
-    return {name: value for name, value in given.items() if value}
+    return {"host": platform.node(), **{name: value for name, value in given.items() if value}}
 
 
 def dataset_fields(config: TrainConfig, role: str, data: Dataset) -> dict[str, Any]:

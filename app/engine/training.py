@@ -36,7 +36,7 @@ from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
-from app.engine.provenance import DIFF, code_version, dataset_fields, image_tags
+from app.engine.provenance import code_version, dataset_fields, place_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -47,12 +47,12 @@ from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageErr
 from app.model.detector import Detector
 from app.outputs.atomic import sweep, write_atomic
 from app.outputs.bucket import upload
+from app.outputs.redaction import Redaction
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
 from app.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
-from app.tracking.redaction import Redaction
 
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
@@ -326,13 +326,13 @@ def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, 
     """Report what is trained, on which data, by which code."""
     code = code_version()
     if code.diff and workshop.group.is_main:
-        write_atomic(run.path / DIFF, Redaction()(code.diff))
+        write_atomic(run.diff, Redaction()(code.diff))
     tags = {
         "device": workshop.compute.describe(),
         "seed": str(config.seed),
         "data_digest": workshop.data.train.digest,
         **code.tags(),
-        **image_tags(),
+        **place_tags(),
     }
     data = workshop.data
     datasets = [

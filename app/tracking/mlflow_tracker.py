@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from app.errors import UsageError
 from app.outputs.atomic import write_atomic
+from app.outputs.redaction import without_credentials
 from app.tracking.lock import exclusive
 from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
@@ -36,7 +37,6 @@ from app.tracking.mlflow_names import (
     outdated_tags,
 )
 from app.tracking.mlflow_pictures import as_shown
-from app.tracking.redaction import without_credentials
 from app.tracking.tracker import (
     DatasetInput,
     ModelFile,

@@ -30,6 +30,7 @@ from app import track
 from app.engine.progress import Silence
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import COLUMNS, EpochRow, write_results
+from app.outputs.redaction import without_credentials
 from app.outputs.run_dir import RunDir
 from app.tracking import process as bridge_process
 from app.tracking import ui_server
@@ -42,7 +43,6 @@ from app.tracking.mlflow_database import database_uri
 from app.tracking.mlflow_names import flat_params, metric_key
 from app.tracking.mlflow_tracker import PARENT_TAG, UUID_TAG, MlflowTracker
 from app.tracking.process import start_bridges
-from app.tracking.redaction import without_credentials
 from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
 from app.tracking.trackers import TRACKERS
 
