@@ -14,6 +14,8 @@ from typing import Any
 from app.config.train_config import TrainConfig
 from app.data.dataset import Dataset
 
+IMAGE_COMMIT = "STARLING_COMMIT"
+"""The commit that an image was built of, with `-dirty` behind it where the tree had changes: `git describe` says so."""
 _DIFF_BYTES = 1 << 20
 _GIT_S = 5.0
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -21,24 +23,31 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The version of the code that trains; empty outside of a repository."""
+    """The version of the code that trains; empty where neither a repository nor the image tells it."""
 
     commit: str = ""
     diff: str = ""
+    is_dirty: bool = False
+    """Whether it is changed since that commit, also where the changes themselves are not known."""
 
     def tags(self) -> dict[str, str]:
         """Return what trackers show of it."""
-        return {"git_commit": self.commit, "git_dirty": str(bool(self.diff))} if self.commit else {}
+        return {"git_commit": self.commit, "git_dirty": str(self.is_dirty)} if self.commit else {}
 
 
 @cache
 def code_version(folder: Path = _PACKAGE) -> Code:
-    """Return commit and uncommitted changes of the repository that `folder` is in; files git does not know are left out."""
+    """Return commit and uncommitted changes of the repository that `folder` is in; files git does not know are left out.
+
+    In an image there is none: its build says of which commit it is.
+    """
     commit = _git(folder, "rev-parse", "HEAD").strip()
     if not commit:
-        return Code()
+        commit, dash, _ = os.environ.get(IMAGE_COMMIT, "").partition("-dirty")
+        return Code(commit, is_dirty=bool(dash))
     diff = _git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
-    return Code(commit, diff if len(diff) <= _DIFF_BYTES else diff[:_DIFF_BYTES] + "\n… cut here: too long\n")
+    shown = diff if len(diff) <= _DIFF_BYTES else diff[:_DIFF_BYTES] + "\n… cut here: too long\n"
+    return Code(commit, shown, is_dirty=bool(diff))
 
 
 def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -144,6 +144,17 @@ def test_a_run_tells_its_data_its_code_its_console_and_its_model(quick_args: lis
     assert models[2] == ("best", "weights/best.pt")
 
 
+@pytest.mark.parametrize("built_of", ["c" * 40, "c" * 40 + "-dirty"])
+def test_an_image_without_a_repository_tells_the_commit_it_was_built_of(
+    built_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_version.cache_clear()
+    monkeypatch.setenv("STARLING_COMMIT", built_of)
+    tags = code_version(Path("/proc")).tags()
+    code_version.cache_clear()
+    assert tags == {"git_commit": "c" * 40, "git_dirty": str(built_of.endswith("-dirty"))}
+
+
 def test_uncommitted_changes_are_kept_and_credentials_in_them_are_not(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         names = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
