@@ -106,4 +106,5 @@ def _address(url: str) -> str:
     url = url.strip()
     if not re.match(r"(https?|ssh|git)://|[\w.-]+@[\w.-]+:", url):
         return ""
-    return re.sub(r"^(https?://)[^/@\s]+@", r"\1", url)
+    url = re.sub(r"^(https?://)[^/@\s]+@", r"\1", url)
+    return re.sub(r"^(\w+://[^/@:\s]+):[^/@\s]*@", r"\1@", url)

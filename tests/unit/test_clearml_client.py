@@ -286,6 +286,19 @@ def test_a_checkout_with_a_remote_is_named_with_commit_and_diff_but_no_password(
     assert "numpy == " in found["requirements"]["pip"]
 
 
+@pytest.mark.parametrize(
+    ("remote", "shown"),
+    [
+        ("ssh://git:secret@example.org/s.git", "ssh://git@example.org/s.git"),
+        ("git@example.org:s.git", "git@example.org:s.git"),
+        ("/srv/s.git", ""),
+    ],
+)
+def test_no_remote_of_whatever_kind_shows_its_password(checkout: Path, remote: str, shown: str) -> None:
+    subprocess.run(["git", "-C", str(checkout), "remote", "add", "origin", remote], check=True)
+    assert script.describe_script()["repository"] == shown
+
+
 def test_a_secret_of_the_environment_is_not_in_the_diff(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
