@@ -50,22 +50,38 @@ def code_version(folder: Path = _PACKAGE) -> Code:
     return Code(commit, shown, is_dirty=bool(diff))
 
 
-def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the machine's (or container's) name, and the image's digest and the replica's name if the launcher gave them."""
-    given = {"image": environment.get("STARLING_IMAGE"), "replica": environment.get("STARLING_REPLICA")}
-    return {"host": platform.node(), **{name: value for name, value in given.items() if value}}
-
-
-def dataset_fields(config: TrainConfig, role: str, data: Dataset) -> dict[str, Any]:
-    """Return the fields of the event that tells which pictures and labels are used as `role` (train or val)."""
+def origin_tags(
+    config: TrainConfig, train: Dataset, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return what a run, or a search on several machines, is made of: code, image (if the launcher named it), data, seed."""
+    image = environment.get("STARLING_IMAGE")
     return {
-        "role": role,
-        "name": Path(config.data).stem,
-        "digest": data.digest,
-        "source": config.data,
-        "figures": {"images": len(data), "objects": sum(len(rows) for rows in data.labels)},
-        "classes": list(data.names),
+        "seed": str(config.seed),
+        "data_digest": train.digest,
+        **code_version().tags(),
+        **({"image": image} if image else {}),
     }
+
+
+def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the machine's (or container's) name, and that of the replica, if it is one."""
+    replica = environment.get("STARLING_REPLICA")
+    return {"host": platform.node(), **({"replica": replica} if replica else {})}
+
+
+def dataset_fields(config: TrainConfig, train: Dataset, val: Dataset) -> list[dict[str, Any]]:
+    """Return the fields of the events that tell which pictures and labels are used to train and to validate."""
+    return [
+        {
+            "role": role,
+            "name": Path(config.data).stem,
+            "digest": data.digest,
+            "source": config.data,
+            "figures": {"images": len(data), "objects": sum(len(rows) for rows in data.labels)},
+            "classes": list(data.names),
+        }
+        for role, data in (("train", train), ("val", val))
+    ]
 
 
 def _git(folder: Path, *arguments: str) -> str:

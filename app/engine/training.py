@@ -36,7 +36,7 @@ from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
-from app.engine.provenance import code_version, dataset_fields, place_tags
+from app.engine.provenance import code_version, dataset_fields, origin_tags, place_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -327,18 +327,13 @@ def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, 
     code = code_version()
     if code.diff and workshop.group.is_main:
         write_atomic(run.diff, Redaction()(code.diff))
+    data = workshop.data
     tags = {
         "device": workshop.compute.describe(),
-        "seed": str(config.seed),
-        "data_digest": workshop.data.train.digest,
-        **code.tags(),
+        **origin_tags(config, data.train),
         **place_tags(),
     }
-    data = workshop.data
-    datasets = [
-        dataset_fields(config, role, split) for role, split in (("train", data.train), ("val", data.val))
-    ]
-    reporter.started(_params(config, hyp), tags, datasets)
+    reporter.started(_params(config, hyp), tags, dataset_fields(config, data.train, data.val))
     reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=workshop.compute.device))
     reporter.hook("on_pretrain_routine_start")
 

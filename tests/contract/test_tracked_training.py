@@ -121,6 +121,8 @@ def test_a_search_is_a_parent_and_a_candidate_that_failed_says_why(
     _, found = stored_runs(runs, "p")
     parents = [run for run in found if PARENT_TAG not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["s"]
+    assert {"seed", "data_digest", "git_commit"} <= parents[0].data.tags.keys()
+    assert len(parents[0].inputs.dataset_inputs) == 2
     children = [run for run in found if run.data.tags.get(PARENT_TAG) == parents[0].info.run_id]
     assert len(children) == len(found) - 1 == 3
     assert sorted(run.data.tags["starling.status"] for run in children) == ["failed", "finished", "finished"]
