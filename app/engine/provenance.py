@@ -13,6 +13,9 @@ from typing import Any
 
 from app.config.train_config import TrainConfig
 from app.data.dataset import Dataset
+from app.outputs.atomic import write_atomic
+from app.outputs.redaction import Redaction
+from app.outputs.run_dir import RunDir
 
 IMAGE_COMMIT = "STARLING_COMMIT"
 """The commit that an image was built of, with `-dirty` behind it where the tree had changes: `git describe` says so."""
@@ -48,6 +51,12 @@ def code_version(folder: Path = _PACKAGE) -> Code:
     diff = _git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
     shown = diff if len(diff) <= _DIFF_BYTES else diff[:_DIFF_BYTES] + "\n… cut here: too long\n"
     return Code(commit, shown, is_dirty=bool(diff))
+
+
+def keep_changes(run: RunDir) -> None:
+    """Write what the code has changed since its commit, if anything, into the run directory, without secrets."""
+    if diff := code_version().diff:
+        write_atomic(run.diff, Redaction()(diff))
 
 
 def origin_tags(

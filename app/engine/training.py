@@ -36,7 +36,7 @@ from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
-from app.engine.provenance import code_version, dataset_fields, origin_tags, place_tags
+from app.engine.provenance import dataset_fields, keep_changes, origin_tags, place_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -45,9 +45,8 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
 from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
 from app.model.detector import Detector
-from app.outputs.atomic import sweep, write_atomic
+from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
-from app.outputs.redaction import Redaction
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -324,9 +323,8 @@ def train_in(
 
 def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
     """Report what is trained, on which data, by which code."""
-    code = code_version()
-    if code.diff and workshop.group.is_main:
-        write_atomic(run.diff, Redaction()(code.diff))
+    if workshop.group.is_main:
+        keep_changes(run)
     data = workshop.data
     tags = {
         "device": workshop.compute.describe(),

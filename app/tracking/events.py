@@ -42,6 +42,7 @@ SEARCH_ARTIFACTS = {
     "evolve.csv": "table",
     "hyp_evolve.yaml": "config",
     "report.html": "report",
+    "*.diff": "diff",
     "*.png": "plot",
     "*.jpg": "plot",
     "weights/best.pt": "weights",
