@@ -70,5 +70,11 @@ ARG CUDA=13.0
 LABEL starling.trainer=1 \
     starling.cuda=${CUDA}
 
+# The commit of these sources, for the trackers: no repository is in the image.
+#   docker build -t starling --build-arg COMMIT=$(git describe --always --dirty --abbrev=40 --exclude='*') .
+ARG COMMIT=
+ENV STARLING_COMMIT=${COMMIT}
+LABEL org.opencontainers.image.revision=${COMMIT}
+
 ENTRYPOINT ["starling-entrypoint"]
 CMD ["python", "train.py", "--help"]

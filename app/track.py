@@ -6,6 +6,7 @@ python -m app.track status [DIR]  what of the event logs under DIR is sent, and 
 python -m app.track sync DIR      send what is left of all event logs under DIR
 python -m app.track export DIR    a run as one zip
 python -m app.track promote RUN   give a run's model the alias `production`, if it passes the gate
+python -m app.track upgrade       bring the database of an older MLflow up to date
 """
 
 from __future__ import annotations
@@ -166,6 +167,24 @@ def _run_promote(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_upgrade(options: argparse.Namespace) -> int:
+    from app.tracking import ui_server
+    from app.tracking.mlflow_tracker import MlflowTracker
+
+    if (server := ui_server.find(options.runs)) is not None:
+        raise UsageError(f"{server.url} is served from the database; end it first: python -m app.track stop")
+    copy = MlflowTracker(options.runs, {}).upgrade_database()
+    if options.json:
+        print(json.dumps({"copy": str(copy) if copy else None}))
+    elif copy is None:
+        print("nothing to upgrade: the database is this MLflow's, or there is none yet")
+    else:
+        print(
+            f"upgraded; the database as it was: {copy}. What waits is sent by: python -m app.track sync {options.runs}"
+        )
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.track`."""
     parser = argparse.ArgumentParser(
@@ -176,7 +195,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--runs", type=Path, default=runs_root(), help="the runs folder (default: %(default)s)"
     )
     common.add_argument("--json", action="store_true", help="print JSON")
-    commands = parser.add_subparsers(required=True, metavar="ui | stop | status | sync | export | promote")
+    commands = parser.add_subparsers(
+        required=True, metavar="ui | stop | status | sync | export | promote | upgrade"
+    )
     ui = commands.add_parser("ui", parents=[common], help="start MLflow's page in the background")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     ui.add_argument("--port", type=int, default=5000)
@@ -212,6 +233,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--to", default="production", metavar="ALIAS", help="the alias given (default: production)"
     )
     gate.set_defaults(run=_run_promote)
+    newer = commands.add_parser(
+        "upgrade", parents=[common], help="bring an older MLflow's database up to date"
+    )
+    newer.set_defaults(run=_run_upgrade)
     return parser
 
 

@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from app.outputs.redaction import Redaction
+
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds the `app` package."""
 ENTRY = "app/train.py"
@@ -34,8 +36,11 @@ sys.exit(main([]))
 """What an agent runs where the code came from no repository that it could clone: an image, say."""
 
 
-def describe_script() -> dict[str, Any]:
-    """Return the `script` part of a task, as `tasks.create` takes it."""
+def describe_script(commit: str = "", diff: str = "") -> dict[str, Any]:
+    """Return the `script` part of a task, as `tasks.create` takes it.
+
+    `commit` and `diff` are what a run noted when it began, which may be long ago; without them it is what is here now.
+    """
     requirements = {"requirements": {"pip": _packages()}, "binary": f"python{platform.python_version()}"}
     repository = _address(_git("remote", "get-url", "origin"))
     if not repository:
@@ -43,9 +48,11 @@ def describe_script() -> dict[str, Any]:
             **requirements, "repository": "", "branch": "", "version_num": "", "tag": "",
             "entry_point": "train.py", "working_dir": ".", "diff": STANDALONE,
         }  # fmt: skip
+    head = _git("rev-parse", "HEAD")
+    branch = _git("branch", "--show-current") if commit in {"", head} else ""
     return {
-        **requirements, "repository": repository, "branch": _git("branch", "--show-current"), "tag": "",
-        "version_num": _git("rev-parse", "HEAD"), "entry_point": ENTRY, "working_dir": ".", "diff": _diff(),
+        **requirements, "repository": repository, "branch": branch, "tag": "", "version_num": commit or head,
+        "entry_point": ENTRY, "working_dir": ".", "diff": _applicable(diff if commit else _diff()),
     }  # fmt: skip
 
 
@@ -64,11 +71,14 @@ def _packages() -> str:
 
 
 def _diff() -> str:
-    """Return what is changed and not committed, cut to what a page can show; a cut one would not apply, so is left out."""
+    """Return what is changed and not committed. Secrets in it are blotted out, even where it does not apply then."""
     diff = _git("diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
-    if len(diff.encode()) > MAX_DIFF_BYTES:
-        return ""
-    return f"{diff}\n" if diff else ""
+    return f"{Redaction()(diff)}\n" if diff else ""
+
+
+def _applicable(diff: str) -> str:
+    """Return a diff that a page can show; one that would have to be cut would not apply, so it is left out."""
+    return diff if len(diff.encode()) <= MAX_DIFF_BYTES else ""
 
 
 def _git(*words: str) -> str:
@@ -96,4 +106,5 @@ def _address(url: str) -> str:
     url = url.strip()
     if not re.match(r"(https?|ssh|git)://|[\w.-]+@[\w.-]+:", url):
         return ""
-    return re.sub(r"^(https?://)[^/@\s]+@", r"\1", url)
+    url = re.sub(r"^(https?://)[^/@\s]+@", r"\1", url)
+    return re.sub(r"^(\w+://[^/@:\s]+):[^/@\s]*@", r"\1@", url)

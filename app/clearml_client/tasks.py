@@ -88,13 +88,14 @@ def create_task(
     tags: Sequence[str] = (),
     kind: str = "training",
     parent: str | None = None,
+    script: Mapping[str, Any] | None = None,
 ) -> str:
-    """Create a task that an agent can run, and return its id."""
+    """Create a task that an agent can run, of the code that is here unless `script` tells another; return its id."""
     more = {"parent": parent} if parent else {}
     return str(
         api.call(
             "tasks.create", name=name, type=kind, project=project_id(api, project), system_tags=[MARK, *tags],
-            hyperparams=sections_of(params), script=describe_script(), comment="", **more,
+            hyperparams=sections_of(params), script=script or describe_script(), comment="", **more,
         )["id"]
     )  # fmt: skip
 

@@ -24,7 +24,6 @@ from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
-from app.engine.provenance import DIFF
 from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, fitness, write_results
 from app.engine.saving import Saver
@@ -35,7 +34,7 @@ from app.errors import CheckpointError, StarlingError, Stopped
 from app.loss import DetectionLoss, LossGains
 from app.model.detector import Detector
 from app.model.weights import load_weights
-from app.outputs.run_dir import RunDir
+from app.outputs.run_dir import DIFF, RunDir
 
 GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1

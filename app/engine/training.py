@@ -36,7 +36,7 @@ from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
-from app.engine.provenance import DIFF, code_version, dataset_fields, image_tags
+from app.engine.provenance import dataset_fields, keep_changes, origin_tags, place_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
@@ -45,14 +45,13 @@ from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
 from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
 from app.model.detector import Detector
-from app.outputs.atomic import sweep, write_atomic
+from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.tracking.events import EventLog
 from app.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
-from app.tracking.redaction import Redaction
 
 RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
@@ -324,21 +323,15 @@ def train_in(
 
 def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
     """Report what is trained, on which data, by which code."""
-    code = code_version()
-    if code.diff and workshop.group.is_main:
-        write_atomic(run.path / DIFF, Redaction()(code.diff))
+    if workshop.group.is_main:
+        keep_changes(run)
+    data = workshop.data
     tags = {
         "device": workshop.compute.describe(),
-        "seed": str(config.seed),
-        "data_digest": workshop.data.train.digest,
-        **code.tags(),
-        **image_tags(),
+        **origin_tags(config, data.train),
+        **place_tags(),
     }
-    data = workshop.data
-    datasets = [
-        dataset_fields(config, role, split) for role, split in (("train", data.train), ("val", data.val))
-    ]
-    reporter.started(_params(config, hyp), tags, datasets)
+    reporter.started(_params(config, hyp), tags, dataset_fields(config, data.train, data.val))
     reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=workshop.compute.device))
     reporter.hook("on_pretrain_routine_start")
 

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from app.errors import UsageError
 
+DIFF = "uncommitted.diff"
+
 
 def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the shared runs folder: `$STARLING_RUNS`, else `runs` below the current directory."""
@@ -132,6 +134,11 @@ class RunDir:
     def results_csv(self) -> Path:
         """One row an epoch."""
         return self.path / "results.csv"
+
+    @property
+    def diff(self) -> Path:
+        """What the working tree of the code had changed since its commit, if it had."""
+        return self.path / DIFF
 
     @property
     def events(self) -> Path:

@@ -20,6 +20,7 @@ from app.engine.data import report_findings
 from app.engine.distributed import Place
 from app.engine.hooks import Hook, find_hooks
 from app.engine.progress import Progress
+from app.engine.provenance import dataset_fields, keep_changes, origin_tags
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import METRICS, EpochRow
 from app.engine.stop_signal import StopSignal
@@ -195,8 +196,12 @@ class _Trainings:
             {"command": self._config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
         )
         params = {**self._config.as_dict(), **{f"hyp/{key}": value for key, value in study.seed_hyp.items()}}
+        keep_changes(RunDir(self._directory))
         self._log.append("run_start", run=study.uuid, name=self._search["name"], project=self._project,
-                         dir=self._directory, shared=True, params=params)  # fmt: skip
+                         dir=self._directory, shared=True, params=params,
+                         tags=origin_tags(self._config, data.train))  # fmt: skip
+        for fields in dataset_fields(self._config, data.train, data.val):
+            self._log.append("dataset", run=study.uuid, **fields)
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
         """Show how far the search is and what this worker does."""

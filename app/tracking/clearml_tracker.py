@@ -18,7 +18,7 @@ from typing import Any
 
 from app.clearml_client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
 from app.clearml_client.credentials import REMEDY, find_credentials
-from app.clearml_client.machine import describe_machine
+from app.clearml_client.script import describe_script
 from app.clearml_client.tasks import (
     MARK,
     OWN_TASK_VARIABLE,
@@ -29,6 +29,7 @@ from app.clearml_client.tasks import (
     sections_of,
     uuid_tag,
 )
+from app.tracking.clearml_origin import code_of, machine_of
 from app.tracking.clearml_plots import confusion_plot, picture_plot
 from app.tracking.lock import exclusive
 from app.tracking.tracker import (
@@ -95,7 +96,15 @@ class ClearmlTracker:
             elif self._agents_task:
                 return self._attach(run)
             kind = "optimizer" if run.params.get("evolve") and not parent else "training"
-            task = self._find_or_create(run.uuid, run.name, run.project, run.params, kind=kind, parent=parent)
+            task = self._find_or_create(
+                run.uuid,
+                run.name,
+                run.project,
+                run.params,
+                kind=kind,
+                parent=parent,
+                script=lambda: code_of(run),
+            )
             self._describe(task, run)
         return task
 
@@ -227,10 +236,8 @@ class ClearmlTracker:
         An agent sets its task's state itself, once the process has ended: told earlier, it would end the process.
         """
         with _translated():
+            self._edit_params(run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")}))
             if run_id == self._agents_task:
-                self._edit_params(
-                    run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")})
-                )
                 return
             if status == "pruned":
                 task = self._api.call("tasks.get_by_id", task=run_id)["task"]
@@ -254,6 +261,7 @@ class ClearmlTracker:
         *,
         kind: str,
         parent: str | None = None,
+        script: Callable[[], Mapping[str, Any]] = describe_script,
     ) -> str:
         tag = uuid_tag(uuid)
         found = self._api.call(
@@ -271,6 +279,7 @@ class ClearmlTracker:
                 tags=[tag],
                 kind=kind,
                 parent=parent,
+                script=script(),
             )
         if not found or found[0]["status"] != "in_progress":
             self._api.call("tasks.started", task=task, force=True)
@@ -295,7 +304,7 @@ class ClearmlTracker:
         """Send arguments and hyperparameters, tags as properties, and the machine."""
         sections = sections_of(run.params) if run.params else {}
         self._edit_params(task, {**sections, **hyper_params(PROPERTIES, {"run": run.uuid, **run.tags})})
-        self._api.call("tasks.edit", task=task, force=True, runtime=describe_machine())
+        self._api.call("tasks.edit", task=task, force=True, runtime=machine_of(run))
 
     def _edit_params(self, task: str, sections: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
         items = [item for section in sections.values() for item in section.values()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.outputs.atomic import append_line
-from app.tracking.redaction import Redaction
+from app.outputs.redaction import Redaction
 
 SCHEMA = 1
 """Version of the line format, field `v` of each line."""
@@ -42,6 +42,7 @@ SEARCH_ARTIFACTS = {
     "evolve.csv": "table",
     "hyp_evolve.yaml": "config",
     "report.html": "report",
+    "*.diff": "diff",
     "*.png": "plot",
     "*.jpg": "plot",
     "weights/best.pt": "weights",

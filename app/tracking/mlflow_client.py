@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from app.errors import StarlingError
-from app.tracking.redaction import without_credentials
+from app.outputs.redaction import without_credentials
 from app.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
 CLIENT_LIMITS = {

@@ -10,6 +10,9 @@ from typing import Any
 KEY_LENGTH = 250
 VALUE_LENGTH = 6000
 TAG_LENGTH = 5000
+STATUS_TAG, REASON_TAG, PRUNED_TAG = "starling.status", "starling.reason", "starling.pruned"
+NOTE_TAG = "mlflow.note.content"
+"""The description of a run in MLflow's page, which people write too."""
 
 
 def metric_key(name: str) -> str:
@@ -28,6 +31,28 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             text = str(value)
             flat[metric_key(name)] = text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 1] + "…"
     return flat
+
+
+def end_tags(status: str, reason: str, stored: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags that tell how a run ended, in our words: MLflow itself has no pruned one. A user's note stays."""
+    tags = {STATUS_TAG: status}
+    if reason:
+        tags[REASON_TAG] = reason[:TAG_LENGTH]
+    if status == "pruned":
+        tags[PRUNED_TAG] = "true"
+    if NOTE_TAG not in stored or _is_our_note(stored):
+        tags[NOTE_TAG] = tags.get(REASON_TAG, status)
+    return tags
+
+
+def outdated_tags(stored: Mapping[str, str]) -> list[str]:
+    """Return the names of the tags, in the order to delete them, that told an end of a run that goes on."""
+    note = [NOTE_TAG] if _is_our_note(stored) else []
+    return note + [tag for tag in (REASON_TAG, PRUNED_TAG, STATUS_TAG) if tag in stored]
+
+
+def _is_our_note(stored: Mapping[str, str]) -> bool:
+    return NOTE_TAG in stored and stored[NOTE_TAG] in {stored.get(REASON_TAG), stored.get(STATUS_TAG)}
 
 
 def _shortened(key: str) -> str:

@@ -7,7 +7,6 @@ the database 0.7 s, an epoch of 13 values 4-12 ms. The library is imported at th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -24,11 +23,20 @@ from urllib.parse import urlsplit
 
 from app.errors import UsageError
 from app.outputs.atomic import write_atomic
+from app.outputs.redaction import without_credentials
 from app.tracking.lock import exclusive
 from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
-from app.tracking.mlflow_names import KEY_LENGTH, TAG_LENGTH, flat_params, metric_key
-from app.tracking.redaction import without_credentials
+from app.tracking.mlflow_database import check_schema, database_uri, upgrade_schema
+from app.tracking.mlflow_names import (
+    KEY_LENGTH,
+    TAG_LENGTH,
+    end_tags,
+    flat_params,
+    metric_key,
+    outdated_tags,
+)
+from app.tracking.mlflow_pictures import as_shown
 from app.tracking.tracker import (
     DatasetInput,
     ModelFile,
@@ -52,7 +60,6 @@ _DIGEST_LENGTH = 36
 _SCHEMA_LENGTH = 60_000
 _CONSOLE = "console.log"
 _CONSOLE_EVERY_S = 20.0
-_THUMBNAIL_SIDE = 256
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """The page opens on trainings, not on chats with language models."""
 
@@ -70,6 +77,7 @@ class MlflowTracker:
         """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
         self._register = register
         self._folder = runs / "mlflow"
+        self._database = self._folder / "mlflow.db"
         self._environment = environment
         self._uri = environment.get("MLFLOW_TRACKING_URI") or ""
         self._is_embedded = not self._uri
@@ -104,6 +112,8 @@ class MlflowTracker:
                 run_id = self._find_or_create(experiment, run.uuid, self._run_name(run.name), run.time, tags)
         with translated(refuse=False):
             stored = client.get_run(run_id)
+            for tag in outdated_tags(stored.data.tags):
+                client.delete_tag(run_id, tag)
             if stored.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             self._describe(run_id, run, stored.data.params)
@@ -147,12 +157,9 @@ class MlflowTracker:
 
     def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
         """Show a picture in the page's image chart; its name there follows from what is in it, so it is stored once."""
-        content = path.read_bytes()
-        stem = f"{metric_key(name).replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}"
-        stem += f"+{hashlib.sha256(content).hexdigest()[:32]}"
         with tempfile.TemporaryDirectory() as folder:
             try:
-                files = _as_shown(content, Path(folder) / stem)
+                files = as_shown(path, metric_key(name), step, time, Path(folder))
             except OSError as error:
                 raise TrackerRejectedError(f"{path}: no picture ({error})") from None
             for file in files:
@@ -196,19 +203,13 @@ class MlflowTracker:
                 offer(client, client.get_run(run_id), model, self._upload_model)
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Set the final status, and the tags that say it in our words: MLflow itself has no pruned one."""
-        if self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}:
-            return
+        """Tell how the run ended, and end it unless it is to be kept active."""
+        keep = self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}
         with translated():
             client = self._client()
-            tags = {"starling.status": status, "mlflow.note.content": reason or status}
-            if status == "pruned":
-                tags["starling.pruned"] = "true"
-            if reason:
-                tags["starling.reason"] = reason[:TAG_LENGTH]
-            for key, value in tags.items():
-                client.set_tag(run_id, key, value)
-            client.set_terminated(run_id, _STATUSES[status], end_time=int(time * 1000))
+            self._set_tags(run_id, end_tags(status, reason, client.get_run(run_id).data.tags))
+            if not keep:
+                client.set_terminated(run_id, _STATUSES[status], end_time=int(time * 1000))
 
     def close(self) -> None:
         """Forget the client; its connections close with it."""
@@ -241,10 +242,18 @@ class MlflowTracker:
         )
 
     def create_database(self) -> None:
-        """Create the embedded database if it does not exist; raises TrackerUnavailableError."""
-        if not (self._folder / "mlflow.db").exists():
-            with translated(refuse=False), self._one_at_a_time():
-                self._client()
+        """Create the embedded database if it does not exist; raises TrackerUnavailableError, also for another MLflow's."""
+        with translated(refuse=False):
+            if self._database.exists():
+                check_schema(self._database)
+            else:
+                with self._one_at_a_time():
+                    self._client()
+
+    def upgrade_database(self) -> Path | None:
+        """Bring the embedded database to this MLflow's version; return the copy of the old one, None for a current one."""
+        with translated(refuse=False), self._one_at_a_time():
+            return upgrade_schema(self._database)
 
     def _client(self) -> Any:
         if self._connected is None:
@@ -263,6 +272,7 @@ class MlflowTracker:
         if self._is_embedded:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+            check_schema(self._database)
             # Whoever opens an empty database creates its tables: the caller holds the lock.
             SqlAlchemyStore(self._uri, f"{_PROXIED}:/")
         return MlflowClient(tracking_uri=self._uri)
@@ -322,13 +332,13 @@ class MlflowTracker:
 
     def _describe(self, run_id: str, run: Run, stored: Mapping[str, str]) -> None:
         """Send parameters and tags; a parameter that a resume changed keeps its first value, and is named in a tag."""
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         params = flat_params(run.params)
         changed = [
             f"{key}: {stored[key]} -> {value}"
             for key, value in params.items()
-            if stored.get(key, value) != value
+            if stored.get(key, value) != value and key != "resume"
         ]
         tags = {key[:KEY_LENGTH]: str(value)[:TAG_LENGTH] for key, value in run.tags.items()}
         if "git_commit" in tags:
@@ -340,7 +350,12 @@ class MlflowTracker:
         for batch in (new[at : at + _PARAMS_PER_REQUEST] for at in range(0, len(new), _PARAMS_PER_REQUEST)):
             client.log_batch(run_id, params=batch)
         if tags:
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._set_tags(run_id, tags)
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client().log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _local_folder(self, location: str) -> Path | None:
         """Return the folder of ours that a place for artifacts means; None where the server takes them.
@@ -372,20 +387,3 @@ class MlflowTracker:
             raise TrackerRejectedError(f"{target} is outside {root}")
         with open(source, "rb") as file:
             write_atomic(target, lambda out: shutil.copyfileobj(file, out))
-
-
-def database_uri(runs: Path) -> str:
-    """Return the address of the embedded database."""
-    return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}"
-
-
-def _as_shown(content: bytes, stem: Path) -> list[Path]:
-    """Write a picture and its thumbnail under the names that MLflow's page looks for, and return both."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
-        whole, small = Path(f"{stem}.png"), Path(f"{stem}+compressed.webp")
-        picture.convert("RGB").save(whole)
-        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        picture.convert("RGB").save(small)
-    return [whole, small]

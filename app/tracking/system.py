@@ -27,10 +27,18 @@ class SystemSampler:
         every_s: float = EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trainer, self._every_s, self._clock = trainer, every_s, clock
+        import psutil
+
+        self._every_s, self._clock = every_s, clock
         self._due = clock() + min(every_s, 1.0)
-        self._process: Any = None
-        self._gpus: list[Any] | None = None
+        # Loads are told since the call before: the first sample is of the time from here.
+        psutil.cpu_percent()
+        self._trainer: Any = None
+        if trainer is not None:
+            with contextlib.suppress(psutil.Error):
+                self._trainer = psutil.Process(trainer.pid)
+                self._trainer.cpu_percent()
+        self._gpus: dict[int, Any] | None = None
         self._network_at_start: tuple[int, int] | None = None
 
     def sample(self) -> Sample | None:
@@ -41,7 +49,7 @@ class SystemSampler:
         self._due = now + self._every_s
         values = self._host()
         values.update(self._own())
-        for index, gpu in enumerate(self._found_gpus()):
+        for index, gpu in self._found_gpus().items():
             values.update(_gpu(index, gpu))
         return values
 
@@ -68,25 +76,23 @@ class SystemSampler:
         if self._trainer is None:
             return {}
         with contextlib.suppress(psutil.Error):
-            if self._process is None:
-                self._process = psutil.Process(self._trainer.pid)
-                self._process.cpu_percent()
             return {
-                "system/trainer_cpu_percentage": self._process.cpu_percent(),
-                "system/trainer_memory_megabytes": self._process.memory_info().rss / _MB,
+                "system/trainer_cpu_percentage": self._trainer.cpu_percent(),
+                "system/trainer_memory_megabytes": self._trainer.memory_info().rss / _MB,
             }
         return {}
 
-    def _found_gpus(self) -> list[Any]:
-        """Return NVML's handles: in a container, of the GPUs that it was given."""
+    def _found_gpus(self) -> dict[int, Any]:
+        """Return NVML's handles by number: in a container, of the GPUs that it was given. A lost one has none."""
         if self._gpus is None:
-            self._gpus = []
+            self._gpus = {}
             with contextlib.suppress(Exception):  # no driver, no library, a driver of another version
                 import pynvml
 
                 pynvml.nvmlInit()
-                count = pynvml.nvmlDeviceGetCount()
-                self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+                for index in range(pynvml.nvmlDeviceGetCount()):
+                    with contextlib.suppress(pynvml.NVMLError):
+                        self._gpus[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
         return self._gpus
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.tracking.redaction import without_credentials
+from app.outputs.redaction import without_credentials
 from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
 
 PATTERN = "events.out.tfevents.*"

@@ -17,7 +17,8 @@ from pathlib import Path
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import write_atomic
 from app.tracking.mlflow_client import CLIENT_LIMITS
-from app.tracking.mlflow_tracker import MlflowTracker, database_uri
+from app.tracking.mlflow_database import database_uri
+from app.tracking.mlflow_tracker import MlflowTracker
 from app.tracking.process_identity import ProcessIdentity
 
 START_S = 90.0

@@ -3,11 +3,15 @@
 The database's address comes from DATABASE_HOST, DATABASE_NAME, DATABASE_USER, and every secret from a file, so that
 none stands in an argument or in `docker inspect`. Two users exist: `admin`, and `trainer`, who logs runs and may not
 delete what others made. MLFLOW_LOGIN=off leaves the login out, for a server that only this machine reaches.
+
+A database whose tables an older MLflow made is waited for, since they want a backup first; `serve.py upgrade` brings them
+up to date.
 """
 
 import os
 import shutil
 import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +21,8 @@ ARTIFACTS = "/mlflow/artifacts"
 AUTH_CONFIG = Path("/tmp/basic_auth.ini")
 METRICS = Path("/tmp/metrics")
 ADMIN, TRAINER = "admin", "trainer"
+SCHEMA_POLL_S = 2.0
+UPGRADE = "docker compose exec mlflow python /usr/local/lib/starling/serve.py upgrade"
 LOOPBACK = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
 
@@ -76,10 +82,61 @@ def prepare_login(environment: MutableMapping[str, str], uri: str) -> None:
             users.update_user(name, password=password)
 
 
+def schema_problem(uri: str) -> str:
+    """Return what keeps this MLflow from the database's tables; an empty string: nothing, or there are none yet."""
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+    from mlflow.store.db.utils import _get_alembic_config, create_sqlalchemy_engine
+
+    engine = create_sqlalchemy_engine(uri)
+    with engine.connect() as connection:
+        stored = MigrationContext.configure(connection).get_current_revision()
+    engine.dispose()
+    ours = ScriptDirectory.from_config(_get_alembic_config(""))
+    if stored in {None, ours.get_current_head()}:
+        return ""
+    versions = f"(version {stored}, not {ours.get_current_head()})"
+    try:
+        ours.get_revision(stored)
+    except CommandError:
+        return f"the database has the tables of a newer MLflow {versions}; build the image of that one, or restore a backup"
+    return (
+        f"the database has the tables of an older MLflow {versions}; back it up with: launcher track backup FILE\n"
+        f"then upgrade it with: {UPGRADE}"
+    )
+
+
+def wait_for_schema(uri: str) -> None:
+    """Wait until the tables are this MLflow's, and say once what is to be done; MLflow would change them without a copy."""
+    told = ""
+    while problem := schema_problem(uri):
+        if problem != told:
+            print(f"{problem}\nwaiting for that", file=sys.stderr, flush=True)
+            told = problem
+        time.sleep(SCHEMA_POLL_S)
+
+
+def upgrade(uri: str) -> None:
+    """Bring the tables of an older MLflow up to date; ends the program for those of a newer one."""
+    from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
+
+    problem = schema_problem(uri)
+    if "a newer MLflow" in problem:
+        sys.exit(problem)
+    if problem:
+        _upgrade_db(create_sqlalchemy_engine(uri))
+    print("the tables are this MLflow's")
+
+
 def main() -> None:
     """Run the server in this process, whose imports are dear: it passes stop signals on."""
     with_login = login_wanted()
     uri = database_uri()
+    if sys.argv[1:] == ["upgrade"]:
+        upgrade(uri)
+        return
+    wait_for_schema(uri)
     # Job execution starts a dozen helper processes that a tracking server has no use for.
     os.environ |= {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     if with_login:

@@ -1,4 +1,4 @@
-"""One engine after the other for the contract suite, each with a throw-away world of its own."""
+"""One engine after the other for the contract suite, each with a throw-away world of its own; a ClearML double."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from launcher.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.sizes import MIB
+from tests.conftest import REPOSITORY
 from tests.docker.conftest import missing
+from tests.doubles.clearml_server import ClearmlServerDouble
 
 IMAGES = [os.environ[name] for name in ("BASE",) if name in os.environ] + [
     "base:bookworm",
@@ -135,3 +137,24 @@ WORLDS: dict[str, Callable[[pytest.FixtureRequest, Path], World]] = {
     "docker": lambda request, folder: docker_world(folder),
     "podman": lambda request, folder: podman_world(folder, request.getfixturevalue("podman").address),
 }
+
+
+@pytest.fixture
+def clearml_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlServerDouble]:
+    """Start a double of ClearML's server, which this process and those it starts log to, and nowhere else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "clearml-cache"))
+    with ClearmlServerDouble(tmp_path / "double") as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
+        assert running.unknown == set()
+
+
+@pytest.fixture
+def clearml_alone(runs: Path) -> None:
+    """Turn the other trackers off."""
+    from app import settings
+
+    settings.update({"mlflow": False, "tensorboard": False})

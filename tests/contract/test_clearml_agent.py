@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from app import hpo, settings, train
+from app import hpo, train
 from tests.conftest import REPOSITORY
 from tests.doubles.clearml_server import ClearmlServerDouble
 
 ENDED = {"completed", "failed", "stopped"}
 METRIC = "metrics/mAP_0.5:0.95"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("clearml_alone")]
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +48,8 @@ def agent_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlServerDouble]:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    with ClearmlServerDouble(tmp_path / "double") as running:
-        for name, value in running.environment.items():
-            monkeypatch.setenv(name, value)
-        settings.update({"mlflow": False, "tensorboard": False})
-        yield running
-        assert running.unknown == set()
-
-
-@pytest.fixture
 def agent(
-    agent_program: Path, server: ClearmlServerDouble, tmp_path: Path
+    agent_program: Path, clearml_server: ClearmlServerDouble, tmp_path: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `clearml-agent daemon --queue default` with the trainer's own Python, as the agent's container does."""
     own = {
@@ -92,14 +80,14 @@ def wait_for(
 
 def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hpo_goes_on_from_it(
     agent: subprocess.Popen[bytes],
-    server: ClearmlServerDouble,
+    clearml_server: ClearmlServerDouble,
     tiny_args: list[str],
     runs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = tmp_path / "agent.log"
-    wait_for(lambda: bool(server.records.workers and server.records.queues), agent, log)
+    wait_for(lambda: bool(clearml_server.records.workers and clearml_server.records.queues), agent, log)
     words = [
         *tiny_args,
         "--project",
@@ -114,51 +102,51 @@ def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hp
     ]
     assert train.main([*words, "defualt"]) == 2
     assert "did you mean 'default'" in capsys.readouterr().err
-    assert server.records.tasks == {}
+    assert clearml_server.records.tasks == {}
 
     # Paused, so that the page can be edited before the agent takes the task.
     os.killpg(agent.pid, signal.SIGSTOP)
     assert train.main([*words, "default", "--json"]) == 0
     identity = json.loads(capsys.readouterr().out)["task"]
-    task = server.records.tasks[identity]
-    assert server.records.project_of(task) == "blood/cells"
+    task = clearml_server.records.tasks[identity]
+    assert clearml_server.records.project_of(task) == "blood/cells"
     task["hyperparams"]["Args"]["epochs"]["value"] = "3"
     task["hyperparams"]["Hyp"]["lr0"]["value"] = "0.0123"
     os.killpg(agent.pid, signal.SIGCONT)
     wait_for(lambda: task["status"] in ENDED, agent, log)
-    assert task["status"] == "completed", server.records.console(identity)[-3000:]
+    assert task["status"] == "completed", clearml_server.records.console(identity)[-3000:]
     assert "terminated" not in log.read_text(), "the agent ended the training before it had ended itself"
 
     folder = runs / "blood" / "cells" / "far"
     with open(folder / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
-    points = server.records.scalars(identity)["metrics", "mAP_0.5:0.95"]
+    points = clearml_server.records.scalars(identity)["metrics", "mAP_0.5:0.95"]
     assert [point[0] for point in points] == [0, 1, 2]
     assert [point[1] for point in points] == pytest.approx([float(row[METRIC]) for row in rows], rel=1e-4)
     assert "lr0: 0.0123" in (folder / "hyp.yaml").read_text()
-    wait_for(lambda: "results in" in server.records.console(identity), agent, log)
-    assert server.records.console(identity).count("epoch 3/3") == 1
-    assert len(server.records.tasks) == 1
+    wait_for(lambda: "results in" in clearml_server.records.console(identity), agent, log)
+    assert clearml_server.records.console(identity).count("epoch 3/3") == 1
+    assert len(clearml_server.records.tasks) == 1
     assert {model["name"] for model in task["models"]["output"]} == {"epoch1", "best"}
-    pictures = server.records.of_type(identity, "training_debug_image")
+    pictures = clearml_server.records.of_type(identity, "training_debug_image")
     assert [picture["iter"] for picture in pictures if picture["variant"] == "val_batch0_pred"] == [0, 1, 2]
     assert len({picture["url"] for picture in pictures}) == len(pictures)
     assert {"confusion matrix", "results", "PR_curve"} <= {
-        plot["metric"] for plot in server.records.of_type(identity, "plot")
+        plot["metric"] for plot in clearml_server.records.of_type(identity, "plot")
     }
-    assert server.records.arguments(task, "properties")["train images"] == "8"
+    assert clearml_server.records.arguments(task, "properties")["train images"] == "8"
 
     os.kill(agent.pid, signal.SIGTERM)
     agent.wait(20)
-    assert server.records.workers == {}
+    assert clearml_server.records.workers == {}
 
     assert hpo.main(["--trials", "1", "--epochs", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    trial = server.records.tasks[found["best_task"]]
+    trial = clearml_server.records.tasks[found["best_task"]]
     assert (found["finished"], found["failed"]) == (1, 0)
     assert (trial["status"], trial["parent"]) == ("completed", found["task"])
-    assert server.records.scalars(trial["id"])["metrics", "mAP_0.5:0.95"] == [
+    assert clearml_server.records.scalars(trial["id"])["metrics", "mAP_0.5:0.95"] == [
         (0, pytest.approx(found["best_value"]))
     ]
     assert "lr0: 0.0123" in Path(found["hyp"]).read_text()

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ from app.errors import DataError
 from tests.doubles.clearml_server import Answer, ClearmlServerDouble
 
 CLEARML_DATA = Path(sys.executable).with_name("clearml-data")
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlServerDouble]:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "clearml-cache"))
-    with ClearmlServerDouble(tmp_path / "double") as running:
-        for name, value in running.environment.items():
-            monkeypatch.setenv(name, value)
-        yield running
-        assert running.unknown == set()
 
 
 @pytest.fixture
@@ -56,27 +44,27 @@ def clearml_data(folder: Path, *words: str) -> str:
 
 @pytest.mark.slow
 def test_a_set_made_with_clearml_data_is_fetched_once_and_its_description_means_its_own_data(
-    server: ClearmlServerDouble, cells: Path, runs: Path
+    clearml_server: ClearmlServerDouble, cells: Path, runs: Path
 ) -> None:
     clearml_data(cells, "sync", "--project", "YOLOv5", "--name", "coco128", "--folder", ".")
-    [identity] = server.records.tasks
+    [identity] = clearml_server.records.tasks
     path = fetch_clearml_set(f"clearml://{identity}", runs)
     description = DatasetDescription.from_yaml(path)
     assert description.root == runs / FOLDER / identity
     assert len(list((description.root / "images" / "train").iterdir())) == 8
     assert sorted(item.name for item in (runs / FOLDER).iterdir() if item.suffix != ".lock") == [identity]
-    server.stop()
+    clearml_server.stop()
     assert fetch_clearml_set(f"clearml://{identity}", runs) == path
 
 
 @pytest.mark.slow
 def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
-    server: ClearmlServerDouble, cells: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+    clearml_server: ClearmlServerDouble, cells: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clearml_data(cells, "create", "--name", "cells", "--project", "YOLOv5")
     clearml_data(cells, "add", "--files", ".")
     clearml_data(cells, "close")
-    [first] = server.records.tasks
+    [first] = clearml_server.records.tasks
     assert (
         data_main(["version", str(cells), "--project", "YOLOv5", "--name", "cells", "--parent", first]) == 3
     )
@@ -88,14 +76,16 @@ def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
     assert data_main(words) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["added"], made["modified"], made["removed"]) == (0, 1, 0)
-    assert server.records.tasks[made["id"]]["status"] == "completed"
+    assert clearml_server.records.tasks[made["id"]]["status"] == "completed"
     path = fetch_clearml_set(made["data"], runs)
     assert "path: ." in path.read_text()
     assert len(list((path.parent / "labels" / "train").iterdir())) == 8
 
 
-def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(server: ClearmlServerDouble, runs: Path) -> None:
-    create = server.records.answer
+def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(
+    clearml_server: ClearmlServerDouble, runs: Path
+) -> None:
+    create = clearml_server.records.answer
     training = create("tasks.create", {"name": "t", "type": "training"})["id"]
     unfinished = create("tasks.create", {"name": "d", "type": "data_processing", "system_tags": ["dataset"]})[
         "id"
@@ -117,7 +107,7 @@ def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(server: ClearmlServ
 
 
 def test_a_folder_without_a_sound_description_makes_no_version(
-    server: ClearmlServerDouble, cells: Path, capsys: pytest.CaptureFixture[str]
+    clearml_server: ClearmlServerDouble, cells: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     description = cells / "bccd.yaml"
     text = description.read_text().replace("path: ../datasets/cells", "path: .")
@@ -133,12 +123,12 @@ def test_a_folder_without_a_sound_description_makes_no_version(
     (cells / "other.yaml").write_text(text)
     with pytest.raises(DataError, match="several dataset YAMLs"):
         make_version(cells, project="p", name="n")
-    assert server.requests == []
+    assert clearml_server.requests == []
 
 
 @pytest.mark.slow
-def test_an_sdk_that_hangs_is_killed(server: ClearmlServerDouble, tmp_path: Path) -> None:
-    server.faults.answer = Answer(503)
+def test_an_sdk_that_hangs_is_killed(clearml_server: ClearmlServerDouble, tmp_path: Path) -> None:
+    clearml_server.faults.answer = Answer(503)
     began = time.monotonic()
     with pytest.raises(SdkError, match="nothing moved for 4 s"):
         run_sdk("fetch", "0" * 32, str(tmp_path / "out"), folder=tmp_path / "work", idle_s=4)

@@ -6,32 +6,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from app import export, settings, train
+from app import export, train
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 from tests.doubles.clearml_server import ClearmlServerDouble
 
 EXAMPLE = REPOSITORY / "examples" / "clearml_pipeline.py"
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlServerDouble]:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "cache"))
-    with ClearmlServerDouble(tmp_path / "double") as running:
-        for name, value in running.environment.items():
-            monkeypatch.setenv(name, value)
-        settings.update({"mlflow": False, "tensorboard": False})
-        yield running
-        assert running.unknown == set()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("clearml_alone")]
 
 
 @pytest.fixture
@@ -53,7 +39,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_each_step_works_with_what_the_one_before_hands_on(
-    example: ModuleType, server: ClearmlServerDouble, tiny_data: Path, runs: Path
+    example: ModuleType, clearml_server: ClearmlServerDouble, tiny_data: Path, runs: Path
 ) -> None:
     flags = [
         "--weights",
@@ -74,15 +60,17 @@ def test_each_step_works_with_what_the_one_before_hands_on(
     folder = example.train(dataset, "blood", hyp, flags)
     assert Path(example.export(folder, ["--img", "64"])).stat().st_size > 1000
     assert f"data: clearml://{dataset}" in (Path(folder) / "opt.yaml").read_text()
-    kinds = sorted((task["name"], task["type"], task["status"]) for task in server.records.tasks.values())
+    kinds = sorted(
+        (task["name"], task["type"], task["status"]) for task in clearml_server.records.tasks.values()
+    )
     assert kinds == [
         ("candidate 0", "training", "completed"),
         ("cells", "data_processing", "completed"),
         ("search", "optimizer", "completed"),
         ("train", "training", "completed"),
     ]
-    [trained] = [task for task in server.records.tasks.values() if task["name"] == "train"]
-    assert server.records.arguments(trained, "Datasets") == {dataset: dataset}
+    [trained] = [task for task in clearml_server.records.tasks.values() if task["name"] == "train"]
+    assert clearml_server.records.arguments(trained, "Datasets") == {dataset: dataset}
 
 
 @pytest.mark.skipif(
@@ -90,7 +78,7 @@ def test_each_step_works_with_what_the_one_before_hands_on(
     reason="about a minute of an idle machine; STARLING_CLEARML_PIPELINE=1 runs it",
 )
 def test_the_whole_pipeline_runs_under_clearmls_own_controller(
-    server: ClearmlServerDouble, tiny_data: Path, runs: Path, tmp_path: Path
+    clearml_server: ClearmlServerDouble, tiny_data: Path, runs: Path, tmp_path: Path
 ) -> None:
     words = ["--folder", str(tiny_data.parent), "--weights", "", "--cfg", str(TINY_LAYOUT), "--img", "64", "--batch", "4",
              "--device", "cpu", "--trials", "1", "--search-epochs", "1", "--epochs", "1"]  # fmt: skip
@@ -104,7 +92,7 @@ def test_the_whole_pipeline_runs_under_clearmls_own_controller(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(list(runs.rglob("best.onnx"))) == 1
-    [controller] = [task for task in server.records.tasks.values() if task["type"] == "controller"]
-    steps = [task for task in server.records.tasks.values() if task["parent"] == controller["id"]]
+    [controller] = [task for task in clearml_server.records.tasks.values() if task["type"] == "controller"]
+    steps = [task for task in clearml_server.records.tasks.values() if task["parent"] == controller["id"]]
     assert sorted(task["name"] for task in steps) == ["dataset", "export", "search", "train"]
     assert {task["status"] for task in [controller, *steps]} == {"completed"}

@@ -264,7 +264,14 @@ def test_in_an_agent_the_run_is_the_agents_task_and_the_console_is_the_agents(
     )
     assert server.records.tasks[given["id"]]["system_tags"] == ["starling", uuid_tag("u9")]
     # Resumed by hand, outside the agent:
-    assert tracker_of(server, tmp_path).start_run(a_run("u9")) == given["id"]
+    by_hand = tracker_of(server, tmp_path)
+    assert by_hand.start_run(a_run("u9")) == given["id"]
+    by_hand.end_run(given["id"], "finished", "", time=1e9)
+    task = server.records.tasks[given["id"]]
+    assert (task["status"], server.records.arguments(task, "properties")["ended"]) == (
+        "completed",
+        "finished",
+    )
 
 
 def test_what_is_not_finite_is_told_in_the_console_and_the_rest_is_plotted(

@@ -16,9 +16,11 @@ import pytest
 
 from app import settings, train
 from app.config.hyp import Hyp
+from app.engine.provenance import code_version
 from app.engine.trainer import TrainResult
 from app.search import training as search_training
-from app.tracking.mlflow_tracker import PARENT_TAG, database_uri
+from app.tracking.mlflow_database import database_uri
+from app.tracking.mlflow_tracker import PARENT_TAG
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -120,6 +122,11 @@ def test_a_search_is_a_parent_and_a_candidate_that_failed_says_why(
     _, found = stored_runs(runs, "p")
     parents = [run for run in found if PARENT_TAG not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["s"]
+    assert {"seed", "data_digest", *code_version().tags()} <= parents[0].data.tags.keys()
+    assert len(parents[0].inputs.dataset_inputs) == 2
+    changed = bool(code_version().diff)
+    assert (runs / "p" / "s" / "uncommitted.diff").is_file() == changed
+    assert (len(list((runs / "mlflow" / "artifacts").rglob("uncommitted.diff"))) == 1) == changed
     children = [run for run in found if run.data.tags.get(PARENT_TAG) == parents[0].info.run_id]
     assert len(children) == len(found) - 1 == 3
     assert sorted(run.data.tags["starling.status"] for run in children) == ["failed", "finished", "finished"]

@@ -160,6 +160,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
         *(f"--no-{flag[2:]}" for flag in launcher_flags()),
     }  # take back what starling.yaml says
     known |= {"--sig-proxy", "--ipc", "--build-arg", "--show"}  # of docker
+    known |= {"--always", "--dirty", "--abbrev", "--exclude"}  # of git
     known |= {"--cpu-only"}  # of clearml-agent
     known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
     known |= {*flags_of(hpo_config.build_parser())}

@@ -1,4 +1,4 @@
-"""A double of NVIDIA's `pynvml`: the part of it that the launcher calls, over GPUs described in a JSON file.
+"""A double of NVIDIA's `pynvml`: the part that launcher and trackers call, over GPUs described in a JSON file.
 
 Put this folder on PYTHONPATH (or `sys.path`) before the real module, and name the file in STARLING_NVML_DOUBLE:
 
@@ -6,6 +6,7 @@ Put this folder on PYTHONPATH (or `sys.path`) before the real module, and name t
                "processes": [{"pid": 1, "memory": null}], "graphics": []}],
      "driver": "new", "init": "DriverNotLoaded", "count": "Unknown"}
 
+A GPU may tell `used` bytes of its memory, `load` in percent, `milliwatts` and `celsius`.
 `mig` is true, false, or null for a GPU that knows no MIG; a slice has the keys of a GPU, and null stands for a number
 without one; `driver` "old" lacks the third form of the process calls, "ancient" every form. `error`, `init` and `count`
 name the error raised.
@@ -17,10 +18,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 NVML_DEVICE_MIG_DISABLE = 0
 NVML_DEVICE_MIG_ENABLE = 1
+NVML_TEMPERATURE_GPU = 0
 
 _CODES = {
     "Uninitialized": (1, "Uninitialized"),
@@ -124,7 +127,26 @@ def nvmlDeviceGetName(handle: dict[str, Any]) -> str:  # noqa: N802
 
 def nvmlDeviceGetMemoryInfo(handle: dict[str, Any], version: Any = None) -> _Memory:  # noqa: N802
     _raise(None if handle.get("memory") is not None else "NotSupported")
-    return _Memory(handle["memory"], handle["memory"], 0)
+    used = handle.get("used", 0)
+    return _Memory(handle["memory"], handle["memory"] - used, used)
+
+
+def _told(handle: dict[str, Any], name: str) -> int:
+    _raise(None if name in handle else "NotSupported")
+    return int(handle[name])
+
+
+def nvmlDeviceGetUtilizationRates(handle: dict[str, Any]) -> SimpleNamespace:  # noqa: N802
+    return SimpleNamespace(gpu=_told(handle, "load"), memory=0)
+
+
+def nvmlDeviceGetPowerUsage(handle: dict[str, Any]) -> int:  # noqa: N802
+    return _told(handle, "milliwatts")
+
+
+def nvmlDeviceGetTemperature(handle: dict[str, Any], sensor: int) -> int:  # noqa: N802
+    assert sensor == NVML_TEMPERATURE_GPU
+    return _told(handle, "celsius")
 
 
 def nvmlDeviceGetMigMode(device: dict[str, Any]) -> list[int]:  # noqa: N802

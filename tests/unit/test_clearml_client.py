@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from app.config.train_config import TrainConfig
 from app.config.train_flags import parse_args
 from app.config.yaml_reader import read_yaml
 from app.errors import ConfigError, UsageError
+from app.tracking.clearml_tracker import ClearmlTracker
+from app.tracking.tracker import Run
 from tests.doubles.clearml_server import ACCESS_KEY, SECRET_KEY, Answer, ClearmlServerDouble
 
 
@@ -281,6 +284,54 @@ def test_a_checkout_with_a_remote_is_named_with_commit_and_diff_but_no_password(
     assert (found["branch"], found["entry_point"], len(found["version_num"])) == ("trunk", "app/train.py", 40)
     assert "-one\n+two" in found["diff"]
     assert "numpy == " in found["requirements"]["pip"]
+
+
+@pytest.mark.parametrize(
+    ("remote", "shown"),
+    [
+        ("ssh://git:secret@example.org/s.git", "ssh://git@example.org/s.git"),
+        ("git@example.org:s.git", "git@example.org:s.git"),
+        ("/srv/s.git", ""),
+    ],
+)
+def test_no_remote_of_whatever_kind_shows_its_password(checkout: Path, remote: str, shown: str) -> None:
+    subprocess.run(["git", "-C", str(checkout), "remote", "add", "origin", remote], check=True)
+    assert script.describe_script()["repository"] == shown
+
+
+def test_a_secret_of_the_environment_is_not_in_the_diff(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(
+        ["git", "-C", str(checkout), "remote", "add", "origin", "https://example.org/s.git"], check=True
+    )
+    monkeypatch.setenv("REGISTRY_PASSWORD", "hunter2-and-more")
+    (checkout / "app" / "train.py").write_text('login("hunter2-and-more")\n')
+    assert '+login("***")' in script.describe_script()["diff"]
+
+
+def test_a_run_that_is_imported_later_shows_the_code_and_the_machine_of_its_training(
+    checkout: Path, server: ClearmlServerDouble, tmp_path: Path
+) -> None:
+    subprocess.run(
+        ["git", "-C", str(checkout), "remote", "add", "origin", "https://example.org/s.git"], check=True
+    )
+    tracker = ClearmlTracker(tmp_path, {**server.environment, "HOME": str(tmp_path)})
+
+    def task_of(uuid: str, **tags: str) -> dict[str, Any]:
+        folder = tmp_path / uuid
+        folder.mkdir()
+        (folder / "uncommitted.diff").write_text("diff of then\n")
+        run = Run(uuid=uuid, name=uuid, project="p", time=1e9, params={}, tags=tags, directory=folder)
+        return server.records.tasks[tracker.start_run(run)]
+
+    then = task_of("u1", git_commit="a" * 40, git_dirty="True", host="elsewhere")
+    assert (then["script"]["version_num"], then["script"]["diff"]) == ("a" * 40, "diff of then\n")
+    assert then["script"]["repository"] == "https://example.org/s.git"
+    assert then["runtime"] == {"hostname": "elsewhere"}
+    clean = task_of("u2", git_commit="a" * 40, git_dirty="False", host=platform.node())
+    assert clean["script"]["diff"] == ""
+    assert "cpu_cores" in clean["runtime"]
 
 
 def test_code_that_no_agent_could_clone_is_the_package_of_the_agents_image(checkout: Path) -> None:

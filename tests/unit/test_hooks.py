@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,11 +125,17 @@ def test_pictures_by_epoch_are_drawn_as_often_as_asked(tiny_args: list[str], run
     assert (picture.fields["name"], picture.fields["step"]) == ("val_batch0_pred", 1)
 
 
-def test_a_run_tells_its_data_its_code_its_console_and_its_model(quick_args: list[str], runs: Path) -> None:
+def test_a_run_tells_its_data_its_code_its_console_and_its_model(
+    quick_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STARLING_IMAGE", "sha256:0123")
+    monkeypatch.setenv("STARLING_REPLICA", "gpu3")
     assert train.main([*quick_args, "--save-period", "1"]) == 0
     run = runs / "train" / "exp"
     [start] = events_of(run, "run_start")
-    assert start.fields["tags"]["seed"] == "0"
+    tags = start.fields["tags"]
+    assert (tags["seed"], tags["image"], tags["replica"]) == ("0", "sha256:0123", "gpu3")
+    assert tags["host"] == platform.node()
     version = code_version()
     assert start.fields["tags"].get("git_commit", "") == version.commit
     assert (run / "uncommitted.diff").is_file() == bool(version.diff)
@@ -142,6 +149,17 @@ def test_a_run_tells_its_data_its_code_its_console_and_its_model(quick_args: lis
     models = [(event.fields["name"], event.fields["path"]) for event in events_of(run, "model")]
     assert models[:2] == [("epoch0", "weights/epoch0.pt"), ("epoch1", "weights/epoch1.pt")]
     assert models[2] == ("best", "weights/best.pt")
+
+
+@pytest.mark.parametrize("built_of", ["c" * 40, "c" * 40 + "-dirty"])
+def test_an_image_without_a_repository_tells_the_commit_it_was_built_of(
+    built_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_version.cache_clear()
+    monkeypatch.setenv("STARLING_COMMIT", built_of)
+    tags = code_version(Path("/proc")).tags()
+    code_version.cache_clear()
+    assert tags == {"git_commit": "c" * 40, "git_dirty": str(built_of.endswith("-dirty"))}
 
 
 def test_uncommitted_changes_are_kept_and_credentials_in_them_are_not(tmp_path: Path) -> None:

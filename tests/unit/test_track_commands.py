@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from app import settings, track
+from app.outputs.redaction import Redaction, without_credentials
 from app.tracking.delivery import Bridge
 from app.tracking.events import EventLog
-from app.tracking.redaction import Redaction, without_credentials
 from app.tracking.tensorboard_tracker import TensorBoardTracker
 from tests.conftest import REPOSITORY
 
