@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY_LAYOUT
-from tests.docker.conftest import docker
+from tests.docker.conftest import REPOSITORY, docker
 
 pytestmark = pytest.mark.docker
 
@@ -38,6 +39,17 @@ def test_without_a_mount_the_command_runs_as_an_ordinary_user_without_capabiliti
     uid, capabilities = answer.stdout.strip().splitlines()
     assert uid == "1000"
     assert capabilities.split()[1].strip("0") == ""
+
+
+def test_the_built_image_tells_the_commit_it_was_built_of(trainer_image: str) -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("these sources are no clone")
+    asked = '{{index .Config.Labels "org.opencontainers.image.revision"}} {{.Config.Env}}'
+
+    revision, _, environment = docker("image", "inspect", "-f", asked, trainer_image).stdout.partition(" ")
+
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", revision)
+    assert f"STARLING_COMMIT={revision}" in environment
 
 
 def test_unknown_user_id_can_write_runs_and_has_a_name_and_a_home(trainer_image: str) -> None:

@@ -128,7 +128,11 @@ def _winner(facts: Facts) -> Markup:
     command = winner_command(settings, facts.directory) if isinstance(settings, Mapping) else ""
     if command:
         epochs = facts.signature.get("epochs")
-        longer = f"longer than the search's {epochs} epoch{'s' * (epochs != 1)}" if isinstance(epochs, int) else "longer"
+        longer = (
+            f"longer than the search's {epochs} epoch{'s' * (epochs != 1)}"
+            if isinstance(epochs, int)
+            else "longer"
+        )
         lines += [
             _soft(f"To train with what was found, {longer}, from the folder that holds runs:"),
             element("pre", element("code", command), tabindex="0"),
