@@ -46,17 +46,9 @@ def bring_up(
     created here is removed, in whatever state, and the error passes on. `started` is called when all have started,
     before the watch over them.
     """
-    from launcher.changes import differences
-
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
-    engine.check_names([spec.name for spec in specs])
-    changed = differences(engine, specs, existing)
-    if changed and not recreate:
-        raise UsageError(
-            f"fleet {fleet} exists and differs:\n  " + "\n  ".join(changed) + "\n"
-            "give --recreate to stop it (checkpoints are saved) and start it like this"
-        )
+    check_existing(engine, specs, existing, recreate=recreate)
     if recreate and existing:
         stop(engine, existing, say=say)
         discard(engine, existing)
@@ -73,6 +65,21 @@ def bring_up(
         running=tuple(state.name for state in kept.values() if state.live),
         finished=tuple(state.name for state in kept.values() if state.finished),
     )
+
+
+def check_existing(
+    engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState], *, recreate: bool
+) -> None:
+    """Raise NameTaken for a name that a stranger's has, and UsageError for a fleet that exists and is not to be changed."""
+    from launcher.changes import differences
+
+    engine.check_names([spec.name for spec in specs])
+    changed = differences(engine, specs, existing)
+    if changed and not recreate:
+        raise UsageError(
+            f"fleet {specs[0].fleet} exists and differs:\n  " + "\n  ".join(changed) + "\n"
+            "give --recreate to stop it (checkpoints are saved) and start it like this"
+        )
 
 
 def _start_all(

@@ -12,8 +12,9 @@ from launcher.claims import NOBODY, Occupancy, choose_gpus
 from launcher.ddp import check_device_argument, check_together
 from launcher.devices import Device, join_devices, split_cores
 from launcher.engines.base import Mount, ReplicaSpec
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, UsageError
 from launcher.inventory import Gpu, Machine
+from launcher.problems import Problems
 from launcher.sizes import GIB, MIB, format_size
 from launcher.training_args import TrainingArgs
 
@@ -92,6 +93,8 @@ class Plan:
     fleet: str
     replicas: tuple[ReplicaSpec, ...]
     notes: tuple[str, ...] = ()
+    problems: tuple[LauncherError, ...] = ()
+    """What would stop it now; only a plan that is to be shown has any."""
 
     def public(self) -> dict[str, Any]:
         """Return the plan as plain values without a secret."""
@@ -100,6 +103,9 @@ class Plan:
             "fleet": self.fleet,
             "replicas": [spec.public() | {"spec": spec.digest} for spec in self.replicas],
             "notes": list(self.notes),
+            "problems": [
+                {"message": str(problem), "exit_code": problem.exit_code} for problem in self.problems
+            ],
         }
 
 
@@ -115,15 +121,32 @@ def make_plan(
 
     `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them.
     """
-    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy)
-    memory = _memory(request, machine, len(devices))
-    _check_shm(request.shm_bytes, memory)
+    problems = Problems()
+    plan = draw_plan(request, placement, machine, gpus, image_id, occupancy, problems)
+    problems.raise_any()
+    return plan
+
+
+def draw_plan(
+    request: Request,
+    placement: Placement,
+    machine: Machine,
+    gpus: Sequence[Gpu] | None,
+    image_id: str,
+    occupancy: Occupancy,
+    problems: Problems,
+) -> Plan:
+    """Return the plan as `make_plan` does; what cannot work and can yet be drawn gathers in `problems`."""
+    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy, problems)
+    problems.check(_check_memory, request, machine, len(devices))
+    memory = request.memory_bytes or _share_of_memory(machine, len(devices))
+    problems.check(_check_shm, request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp:
-        check_together(request.args, devices)
+        problems.check(check_together, request.args, devices)
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    check_device_argument(request.args.device, devices[0])
+    problems.check(check_device_argument, request.args.device, devices[0])
     if not request.args.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
@@ -170,24 +193,32 @@ def passed_variables(
 
 
 def _choose_devices(
-    request: Request, machine: Machine, gpus: Sequence[Gpu] | None, occupancy: Occupancy
+    request: Request,
+    machine: Machine,
+    gpus: Sequence[Gpu] | None,
+    occupancy: Occupancy,
+    problems: Problems,
 ) -> tuple[tuple[Device, ...], tuple[tuple[int, ...], ...], list[str]]:
     """Return the devices, the cores each is pinned to (none for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
     if request.wants_gpus(gpus):
         text = request.gpus if request.gpus is not None else "all"
-        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force)
+        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force, problems=problems)
         return devices, ((),) * len(devices), list(shared)
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]
     shares = split_cores(machine.cores, 1 if request.cpus is None else request.cpus)
     return tuple(Device("cpu", str(number)) for number in range(len(shares))), shares, notes
 
 
-def _memory(request: Request, machine: Machine, replicas: int) -> int:
+def _share_of_memory(machine: Machine, replicas: int) -> int:
+    share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
+    return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
+
+
+def _check_memory(request: Request, machine: Machine, replicas: int) -> None:
     if request.memory_bytes is None:
-        share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
-        return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
+        return
     total = request.memory_bytes * replicas
     what = "devices" if request.ddp else "replicas"
     if total > machine.memory_bytes:
@@ -196,7 +227,6 @@ def _memory(request: Request, machine: Machine, replicas: int) -> int:
             f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need {format_size(total)} and this "
             f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer {what}"
         )
-    return request.memory_bytes
 
 
 def _check_shm(shm: int | None, memory: int) -> None:

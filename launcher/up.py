@@ -17,7 +17,7 @@ import click
 from launcher import fleet
 from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
-from launcher.dry_run import show_plan
+from launcher.dry_run import rehearsal_notes, show_plan
 from launcher.engines.base import Engine, Image
 from launcher.env_file import read_env_file
 from launcher.errors import UsageError
@@ -31,11 +31,11 @@ from launcher.plan import (
     Placement,
     Plan,
     Request,
-    make_plan,
+    draw_plan,
     passed_variables,
 )
 from launcher.preflight import check_all, preflight_notes
-from launcher.problems import Problems
+from launcher.problems import Problems, exit_code_of
 from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
@@ -66,8 +66,7 @@ def run_up(options: dict[str, Any]) -> None:
         request = join_servers(request, placement, engine)
     if options["dry_run"]:
         plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
-        _show(plan, options)
-        return
+        sys.exit(_show(plan, options))
     signal.signal(signal.SIGTERM, _end_like_interrupt)
     if options["build"]:
         from launcher.build import build_image
@@ -187,7 +186,7 @@ def draw_up(
 ) -> tuple[Plan, Image]:
     """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
 
-    Not `strict`, for --dry-run: what is wrong is a note then, and an image `to_build` may be missing. With the `checked` image
+    Not `strict`, for --dry-run: what is wrong is told in the plan then, and an image `to_build` may be missing. With the `checked` image
     of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
     gpus = site.gpus(engine)
@@ -201,7 +200,10 @@ def draw_up(
     machine = engine.machine()
     problems = Problems()
     image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
-    plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
+    image_id = image.id if image else ""
+    plan = problems.check(
+        draw_plan, request, placement, machine, gpus, image_id, occupancy, problems=problems
+    )
     if checked is None:
         problems.check(engine.check_network, request.network)
         wants_gpu = request.wants_gpus(gpus)
@@ -211,19 +213,25 @@ def draw_up(
     assert plan is not None
     others = [state for state in listed if state.fleet != request.args.fleet]
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
-    notes += [f"{request.image} would be built first"] * to_build
-    notes += [f"would fail now: {problem}" for problem in problems.found]
-    return replace(plan, engine=engine.name, notes=tuple(notes)), image or Image(name=request.image)
+    if not strict:
+        existing = [state for state in listed if state.fleet == request.args.fleet]
+        # Without an image a fleet that stands cannot be told from the one asked for.
+        compared = existing if image is not None else []
+        problems.check(fleet.check_existing, engine, plan.replicas, compared, recreate=request.recreate)
+        notes += rehearsal_notes(existing, recreate=request.recreate)
+        notes += [f"{request.image} would be built first"] * to_build
+    plan = replace(plan, engine=engine.name, notes=tuple(notes), problems=tuple(problems.found))
+    return plan, image or Image(name=request.image)
 
 
-def _show(plan: Plan, options: Mapping[str, Any]) -> None:
+def _show(plan: Plan, options: Mapping[str, Any]) -> int:
+    """Print the plan and return the exit code that `up` would end with now."""
     if options["as_json"]:
         click.echo(json.dumps(plan.public(), indent=2))
-        return
-    for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
-        click.echo(line)
-    for note in plan.notes:
-        click.echo(f"note: {note}")
+    else:
+        for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
+            click.echo(line)
+    return exit_code_of(plan.problems)
 
 
 def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:

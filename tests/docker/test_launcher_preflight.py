@@ -137,9 +137,9 @@ def test_a_dry_run_shows_the_plan_with_what_would_be_wrong_and_what_would_be_bui
     wrong = cli.up("--cpu", "1", "--network", "gone", "--dry-run")
     build = cli.up("--cpu", "1", "--build", "--dry-run")
     cli.image = there
-    assert (wrong.returncode, build.returncode) == (0, 0)
-    assert "note: would fail now: no image starling-no-such-image here" in wrong.stdout
-    assert "note: would fail now: --network gone: no such network" in wrong.stdout
+    assert (wrong.returncode, build.returncode) == (5, 0)
+    assert "\nwould fail now: no image starling-no-such-image here" in wrong.stdout
+    assert "\nwould fail now: --network gone: no such network" in wrong.stdout
     assert "note: starling-no-such-image would be built first" in build.stdout
     assert "would fail now" not in build.stdout
     assert nothing_is_left(cli)

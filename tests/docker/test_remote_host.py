@@ -327,8 +327,10 @@ def test_gpus_there_are_those_that_its_nvidia_smi_lists(box: Box, image: str) ->
         plan = box.launcher(
             "up", "--gpus", "all", "--image", image, "--dry-run", "--json", "--", "--data", "bccd.yaml"
         )
-        assert plan.returncode == 0, plan.stderr
-        assert len(json.loads(plan.stdout)["replicas"]) == 2
+        shown = json.loads(plan.stdout)
+        assert len(shown["replicas"]) == 2
+        assert all("GPU runtime" in problem["message"] for problem in shown["problems"])
+        assert plan.returncode == (5 if shown["problems"] else 0)
         refused = box.launcher(
             "up", "--gpus", "7", "--image", image, "--dry-run", "--", "--data", "bccd.yaml"
         )

@@ -130,6 +130,38 @@ def test_a_fleet_of_another_runs_folder_is_named_as_the_holder_and_may_be_joined
         assert "2 already running" in out
 
 
+def test_a_dry_run_on_a_held_gpu_shows_the_plan_and_all_that_would_stop_it(home: Home) -> None:
+    assert home.up("a", "--gpus", "1-2")[0] == 0
+    asked = ("--gpus", "2-3", "--memory", "900g", "--dry-run")
+    code, out, error = home.up("b", *asked, runs="others")
+    assert (code, error) == (2, "")
+    assert re.search(r"^p-b-gpu2 +GPU 2 .*900 GB", out, re.MULTILINE)
+    assert re.search(r"^setsid env .*--name b", out, re.MULTILINE)
+    wrong = out[out.index("would fail now") :]
+    assert "would fail now: --gpus 2-3: GPU 2 is held by p-a-gpu2 of fleet p/a; choose others (free: 0,3)" in wrong
+    assert "would fail now: --memory 900 GB: 2 replicas need 1800 GB" in wrong
+    plan = json.loads(home.up("b", *asked, "--json", runs="others")[1])
+    assert [replica["device"] for replica in plan["replicas"]] == ["gpu:2", "gpu:3"]
+    assert [problem["exit_code"] for problem in plan["problems"]] == [2, 2]
+    assert "GPU 2 is held by p-a-gpu2" in plan["problems"][0]["message"]
+    assert not [note for note in plan["notes"] if "--force" in note]
+    assert not (home.folder / "others").exists()
+
+
+def test_a_dry_run_says_what_runs_already_and_what_differs(home: Home) -> None:
+    assert home.up("a", "--gpus", "1-2")[0] == 0
+    code, out, _ = home.up("a", "--gpus", "1-2", "--dry-run")
+    assert code == 0
+    assert "note: already running: p-a-gpu1, p-a-gpu2; `up` leaves them as they are" in out
+    code, out, _ = home.up("a", "--gpus", "1-2", "--memory", "64m", "--dry-run")
+    assert code == 2
+    assert "would fail now: fleet p/a exists and differs" in out
+    assert "memory" in out[out.index("differs") :]
+    code, out, _ = home.up("a", "--gpus", "1-2", "--memory", "64m", "--recreate", "--dry-run")
+    assert code == 0
+    assert "note: --recreate: 2 replicas of this fleet would be stopped and removed first" in out
+
+
 def test_free_takes_the_rest_and_keeps_it_when_repeated(home: Home) -> None:
     assert home.up("a", "--gpus", "1")[0] == 0
     assert home.up("b", "--gpus", "free:2", runs="others")[0] == 0
