@@ -93,8 +93,8 @@ def _label_folder(place: Path) -> Path | None:
     return Path(*parts)
 
 
-def check_password_file(path: Path, user: str, variable: str) -> None:
-    """Raise UsageError when `user` could not read the file with a server's password that `variable` names."""
+def check_secret_file(path: Path, user: str, variable: str) -> None:
+    """Raise UsageError when `user` could not read the file with a password or keys that `variable` names."""
     uid, gid = map(int, user.split(":"))
     state = path.stat()
     if not may(path, state, uid, gid, READ):

@@ -26,9 +26,6 @@ SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
 
-PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
-"""Variables that name a file with a password, which replicas find at its own path."""
-
 PASSED_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", "STARLING_STUDY_PASSWORD_FILE")
 PASSED_PREFIXES = ("CLEARML_", "MLFLOW_TRACKING_")
 """Variables of the caller that trackers and a study's database need; they reach replicas without being asked for."""
@@ -78,7 +75,7 @@ class Request:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Variables for the trainer that are no secret."""
     volumes: tuple[Mount, ...] = ()
-    """Of the engine, beside the paths that the arguments name."""
+    """Beside the paths that the arguments name: the engine's own, and files with secrets."""
 
     def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
         """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
@@ -257,9 +254,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             **request.settings,
         },
         passed=request.passed,
-        mounts=(runs, *request.args.mounts, *request.volumes, *_password_mounts(request.passed))
-        if placement.isolated
-        else (),
+        mounts=(runs, *request.args.mounts, *request.volumes) if placement.isolated else (),
         runs=request.runs,
         user=request.user if placement.isolated else "",
         memory_bytes=memory,
@@ -273,20 +268,6 @@ def _supervision(request: Request, placement: Placement) -> tuple[str, ...]:
     if not placement.supervisor:
         return ()
     return (*placement.supervisor, "--max-restarts", str(request.max_restarts), "--")
-
-
-def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:
-    """Return the mounts of the files that hold passwords of servers, at their own paths."""
-    mounts = []
-    for variable in PASSWORD_FILES:
-        if named := passed.get(variable):
-            path = PurePosixPath(named)
-            if not path.is_absolute() or not Path(path).is_file():
-                raise UsageError(
-                    f"{variable}={named}: must be the absolute path of a file; correct or unset it"
-                )
-            mounts.append(Mount(source=named, target=named))
-    return tuple(mounts)
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:

@@ -30,6 +30,7 @@ _SHORTEST = {
     "--space": "--sp",
     "--resume": "--re",
     "--study": "--stu",
+    "--remote": "--rem",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
 
@@ -100,6 +101,7 @@ def prepare_args(
     values = _Words(words)
     study = values.get("--study")
     _refuse_password(study or "")
+    _refuse_queue(values)
     mounts, reads = _take_paths(values, cwd, isolated, files)
     _place_resume(values, cwd, runs, runs_inside, files)
     evolve = values.has("--evolve")
@@ -178,6 +180,15 @@ def _refuse_password(study: str) -> None:
         raise UsageError(
             "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
             "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas get by themselves, or by --env PGPASSWORD"
+        )
+
+
+def _refuse_queue(values: _Words) -> None:
+    """Refuse what puts one training into a queue: each replica would put its own, and train nothing."""
+    if queue := values.get("--remote"):
+        raise UsageError(
+            f"--remote {queue}: puts a training into a ClearML queue for an agent, and each replica would put one more; "
+            f"queue it once, without the launcher: python train.py … --remote {queue}"
         )
 
 

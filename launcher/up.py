@@ -36,6 +36,7 @@ from launcher.plan import (
 )
 from launcher.preflight import check_all, preflight_notes
 from launcher.problems import Problems, exit_code_of
+from launcher.secret_files import with_secret_files
 from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
@@ -199,6 +200,8 @@ def draw_up(
         occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     machine = engine.machine()
     problems = Problems()
+    if placement.isolated:
+        request = problems.check(with_secret_files, request, site.files) or request
     image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
     image_id = image.id if image else ""
     plan = problems.check(

@@ -112,7 +112,9 @@ def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(
     for engine, variable in (("docker", "DOCKER_HOST"), ("podman", "CONTAINER_HOST")):
         done = launcher(tmp_path, *words, STARLING_ENGINE=engine, **{variable: podman.address})
         assert done.returncode == 5, done.stderr
-        assert done.stdout.count("would fail now: ") == 1, "but for the want of a trainer in this image all is well"
+        assert done.stdout.count("would fail now: ") == 1, (
+            "but for the want of a trainer in this image all is well"
+        )
         assert "on the podman engine" in done.stdout
         assert "\npodman run --detach --init" in done.stdout
 

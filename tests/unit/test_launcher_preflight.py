@@ -18,7 +18,7 @@ from socketserver import ThreadingUnixStreamServer
 import pytest
 
 from launcher import preflight
-from launcher.access import check_data, check_password_file, check_runs_access, may
+from launcher.access import check_data, check_runs_access, check_secret_file, may
 from launcher.build import project_folder
 from launcher.engines.base import Image, Mount, ReplicaState
 from launcher.errors import CheckpointError, DataError, EngineError, LauncherError, UsageError
@@ -439,9 +439,9 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
 def test_a_password_file_that_replicas_cannot_read_is_told_with_two_ways_out(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.touch(0o600)
-    check_password_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
+    check_secret_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
     with pytest.raises(UsageError, match=rf"setfacl -m u:12345:r {path}, or give --user {os.getuid()}:"):
-        check_password_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
+        check_secret_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
 
 
 def test_root_in_a_container_has_no_right_beyond_its_mode(tmp_path: Path) -> None:

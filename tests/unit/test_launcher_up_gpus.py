@@ -138,7 +138,10 @@ def test_a_dry_run_on_a_held_gpu_shows_the_plan_and_all_that_would_stop_it(home:
     assert re.search(r"^p-b-gpu2 +GPU 2 .*900 GB", out, re.MULTILINE)
     assert re.search(r"^setsid env .*--name b", out, re.MULTILINE)
     wrong = out[out.index("would fail now") :]
-    assert "would fail now: --gpus 2-3: GPU 2 is held by p-a-gpu2 of fleet p/a; choose others (free: 0,3)" in wrong
+    assert (
+        "would fail now: --gpus 2-3: GPU 2 is held by p-a-gpu2 of fleet p/a; choose others (free: 0,3)"
+        in wrong
+    )
     assert "would fail now: --memory 900 GB: 2 replicas need 1800 GB" in wrong
     plan = json.loads(home.up("b", *asked, "--json", runs="others")[1])
     assert [replica["device"] for replica in plan["replicas"]] == ["gpu:2", "gpu:3"]
