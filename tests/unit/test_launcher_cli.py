@@ -15,6 +15,7 @@ import pytest
 
 from launcher.engines import supervisor
 from launcher.engines.local import LocalEngine
+from tests.unit.test_supervise import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +82,21 @@ def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
     assert "s3cret" not in text + plan
     assert "TOKEN" in json.loads(plan)["replicas"][0]["passed_environment"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_that_only_the_trainer_sees_is_told_by_status(tmp_path: Path) -> None:
+    training = ("--data", "bccd.yaml", "--epohs", "3")
+    up = launcher("up", "--engine", "local", "--cpu", "1", "--", *training, cwd=tmp_path)
+    assert up.returncode == 0, up.stderr
+    engine = LocalEngine(tmp_path / "runs", os.getuid())
+    try:
+        wait_until(lambda: engine.list()[0].phase == "exited")
+        status = launcher("status", "--engine", "local", cwd=tmp_path)
+        words = "exited 2: usage or configuration error: unrecognized arguments: --epohs 3 (did you mean '--epochs'?)"
+        assert words in status.stdout
+    finally:
+        for state in engine.list():
+            engine.remove(state.id)
 
 
 def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalEngine) -> None:
