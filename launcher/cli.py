@@ -228,9 +228,12 @@ def attach(engine: str, runs: Path, name: str) -> None:
     from launcher.report import exit_code, words_for
 
     chosen = open_engine(engine, runs)
-    click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+
+    def begin() -> None:
+        click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+
     try:
-        state = output.attach(chosen, name)
+        state = output.attach(chosen, name, begin)
     except KeyboardInterrupt:
         click.echo(f"left {name}; it goes on", err=True)
         return

@@ -217,12 +217,14 @@ def _check_memory(request: Request, machine: Machine, replicas: int) -> None:
     if request.memory_bytes is None:
         return
     total = request.memory_bytes * replicas
-    what = "devices" if request.ddp else "replicas"
+    what = ("device" if request.ddp else "replica") + "s" * (replicas != 1)
     if total > machine.memory_bytes:
         each = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas) // MIB
         raise UsageError(
-            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need {format_size(total)} and this "
-            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer {what}"
+            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need{'s' * (replicas == 1)} "
+            f"{format_size(total)} and this machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m"
+            + f", or fewer {what}"
+            * (replicas != 1)
         )
 
 

@@ -110,6 +110,19 @@ def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalE
     assert running.list() == []
 
 
+def test_attach_says_that_it_watches_only_what_is_there_and_alive(
+    tmp_path: Path, running: LocalEngine
+) -> None:
+    wrong = launcher("attach", "--engine", "local", "nope", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: nope: no such replica")
+    running.kill(running.list()[0].id)
+    wait_until(lambda: not running.list()[0].live)
+    dead = launcher("attach", "--engine", "local", "a-b-cpu0", cwd=tmp_path)
+    assert (dead.returncode, dead.stderr) == (1, "a-b-cpu0: killed (137)\n")
+    running.remove(running.list()[0].id)
+
+
 @pytest.fixture
 def running(tmp_path: Path) -> LocalEngine:
     """One sleeping replica of ours below `tmp_path/runs`, ended after the test."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import importlib
 import json
 import os
 import socket
@@ -166,6 +167,7 @@ def test_an_engine_that_is_too_old_is_named_with_its_version(old_engine: str, tm
 
 def refused_as_nobody(act: Callable[[], object]) -> str:
     """Return the words of the launcher's error that `act` raises for a user without any group."""
+    importlib.import_module("docker.errors")  # here, as the interpreter may be root's alone
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
