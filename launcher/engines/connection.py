@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.engines.base import mask
 from launcher.engines.docker_api import (
     Api,
     SdkApi,
@@ -116,8 +117,9 @@ class Connection:
             if there is not None and there.ended:
                 raise there.lost() from error
             reason = _reason(error)
+            where = "" if self._socket else f" at {mask(self._address or engine_address())}"
             denied = self._denied() if reason == _DENIED else ""
-            raise EngineError(denied or f"{title} does not answer ({reason}); {remedy}") from error
+            raise EngineError(denied or f"{title}{where} does not answer ({reason}); {remedy}") from error
 
     def _request(self, method: str, path: str, query: Mapping[str, Any], timeout_s: float) -> Any:
         target = request_target(self._version or "", path, query)

@@ -210,3 +210,12 @@ def test_a_dead_or_hung_docker_is_told_in_under_five_seconds(socket_is: str, tmp
     assert done.returncode == 5
     assert "Docker does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_engine_elsewhere_that_does_not_answer_is_told_with_its_address(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        done = launcher("status", "--host", address, cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.stderr.startswith(f"error: Docker at {address} does not answer (connection refused); ")

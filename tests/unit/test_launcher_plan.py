@@ -90,6 +90,13 @@ def test_a_wrong_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+def test_a_size_too_small_is_taken_for_one_without_its_unit_only_where_it_has_none() -> None:
+    with pytest.raises(UsageError, match=r"--memory 20: below 6m, .*; did you mean 20g\?"):
+        parse_size("20")
+    with pytest.raises(UsageError, match=r"--shm 1k: below 6m, the least a container can have$"):
+        parse_size("1k", "--shm")
+
+
 def test_sizes_read_back_in_words() -> None:
     assert [format_size(size) for size in (20 * GIB, GIB * 3 // 2, GIB // 2)] == ["20 GB", "1.5 GB", "512 MB"]
 
