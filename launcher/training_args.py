@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from launcher.dataset_yaml import read_dataset
@@ -65,8 +65,8 @@ class TrainingArgs:
     name: str
     evolve: bool
     device: str | None
-    reads: tuple[Path, ...] = ()
-    """What the training opens: its files, and the folders of its pictures."""
+    reads: Mapping[Path, type[LauncherError]] = field(default_factory=dict)
+    """What the training opens, its files and the folders of its pictures, each with the error that the lack of it is."""
     study: str | None = None
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
     batch: int | None = None
@@ -117,7 +117,7 @@ def prepare_args(
         name=name,
         evolve=evolve,
         device=values.get("--device"),
-        reads=tuple(dict.fromkeys(reads)),
+        reads=reads,
         study=study,
         batch=_batch(values),
     )
@@ -125,10 +125,10 @@ def prepare_args(
 
 def _take_paths(
     values: _Words, cwd: Path, isolated: bool, files: HostFiles
-) -> tuple[list[Mount], list[Path]]:
+) -> tuple[list[Mount], dict[Path, type[LauncherError]]]:
     """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
     mounts: list[Mount] = []
-    reads: list[Path] = []
+    reads: dict[Path, type[LauncherError]] = {}
     problems = Problems()
     for option in _MISSING:
         path = problems.check(_take_path, option, values, cwd, isolated, files)
@@ -136,7 +136,7 @@ def _take_paths(
         if path and named:
             shown, opened = named
             mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
-            reads += [path, *opened]
+            reads |= dict.fromkeys((path, *opened), _MISSING[option])
     problems.raise_any()
     return mounts, reads
 

@@ -30,7 +30,7 @@ ACTION_TIMEOUT_S = 120.0
 OLDEST_API, OLDEST_ENGINE = (1, 41), "20.10"
 """Cgroup v2, `init` and device requests as they are used here."""
 
-_DENIED = "permission denied"
+_DENIED, _NO_SOCKET = "permission denied", "no socket there"
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Connection:
             if there is not None and there.ended:
                 raise there.lost() from error
             reason = _reason(error)
+            if reason == _NO_SOCKET and self._socket:
+                reason = f"no socket at {self._socket}"
             where = "" if self._socket else f" at {mask(self._address or engine_address())}"
             denied = self._denied() if reason == _DENIED else ""
             raise EngineError(denied or f"{title}{where} does not answer ({reason}); {remedy}") from error
@@ -159,8 +161,8 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     for sign, words in (
         ("timed out", f"no answer within {ANSWER_TIMEOUT_S:g} s"),
-        ("No such file", "no socket there"),
-        ("FileNotFoundError", "no socket there"),
+        ("No such file", _NO_SOCKET),
+        ("FileNotFoundError", _NO_SOCKET),
         ("Permission denied", _DENIED),
         ("Connection refused", "connection refused"),
     ):

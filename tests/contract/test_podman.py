@@ -149,7 +149,7 @@ def test_a_podman_that_does_not_answer_is_told_with_the_remedy_in_time(tmp_path:
         done = launcher(tmp_path, "status", "--engine", "podman", CONTAINER_HOST=f"unix://{address}")
         took = time.monotonic() - began
     assert done.returncode == 5
-    reason = "no answer within 3 s" if listens else "no socket there"
+    reason = "no answer within 3 s" if listens else f"no socket at {address}"
     assert f"Podman does not answer ({reason})" in done.stderr
     assert "podman.socket" in done.stderr
     assert took < 10

@@ -435,7 +435,28 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
     weights = tmp_path / "w.pt"
     weights.touch(0o600)
     with pytest.raises(CheckpointError, match=r"w\.pt: replicas run as"):
-        check_data([weights], [Mount(source=str(weights), target=str(weights))], STRANGER)
+        check_data({weights: CheckpointError}, [Mount(source=str(weights), target=str(weights))], STRANGER)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [("--cfg", UsageError), ("--hyp", UsageError), ("--space", UsageError), ("--hooks", UsageError),
+     ("--weights", CheckpointError)],
+)  # fmt: skip
+def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
+    option: str, error: type[LauncherError], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("cfg: [yolov5n.yaml]\n")
+    path.chmod(0o600)
+    args = prepare_args(
+        [option, str(path)], cwd=tmp_path, runs=tmp_path / "runs", runs_inside="/runs", isolated=True
+    )
+    with pytest.raises(
+        LauncherError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
+    ) as caught:
+        check_data(args.reads, args.mounts, STRANGER)
+    assert type(caught.value) is error
 
 
 def test_a_password_file_that_replicas_cannot_read_is_told_with_two_ways_out(tmp_path: Path) -> None:
