@@ -90,6 +90,7 @@ def _start_all(
         return
     before = {state.id for state in engine.list()}
     created: dict[str, str] = {}
+    wrote = False
 
     def create(spec: ReplicaSpec) -> None:
         created[spec.name] = engine.create(spec)
@@ -100,12 +101,13 @@ def _start_all(
     try:
         _raise_failures(in_parallel(create, specs))
         _raise_failures(in_parallel(start, specs), named=True)
+        wrote = True
         for spec in specs:
             say(f"started {spec.name} on {device_words(spec.device.label)}")
         started()
         _verify(engine, [created[spec.name] for spec in specs], settle_s)
     except BaseException:
-        _roll_back(engine, specs, list(created.values()), before, say)
+        _roll_back(engine, specs, list(created.values()), before, say, wrote=wrote)
         raise
 
 
@@ -151,9 +153,18 @@ def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
 
 
 def _roll_back(
-    engine: Engine, specs: Sequence[ReplicaSpec], created: Iterable[str], before: set[str], say: Say
+    engine: Engine,
+    specs: Sequence[ReplicaSpec],
+    created: Iterable[str],
+    before: set[str],
+    say: Say,
+    *,
+    wrote: bool,
 ) -> None:
-    """Remove what was created here, also a replica whose creation was interrupted before it told its id."""
+    """Remove what was created here, also a replica whose creation was interrupted before it told its id.
+
+    `wrote` says that all had started, and may have written results.
+    """
     wanted = {spec.name: spec.public() for spec in specs}
     ids = dict.fromkeys(created)
     with contextlib.suppress(LauncherError):
@@ -166,7 +177,8 @@ def _roll_back(
             left += 1
             say(f"could not remove {outcome.item[:12]}: {outcome.error}; `launcher kill-all` will")
     if ids and not left:
-        say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, nothing is left behind")
+        rest = "what they wrote stays in the runs folder" if wrote else "nothing is left behind"
+        say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, {rest}")
 
 
 def stop(

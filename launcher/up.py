@@ -68,7 +68,9 @@ def run_up(options: dict[str, Any]) -> None:
     if options["dry_run"]:
         plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
         sys.exit(_show(plan, options))
-    signal.signal(signal.SIGTERM, _end_like_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
+            signal.signal(number, _end_like_interrupt)
     if options["build"]:
         from launcher.build import build_image
 
@@ -256,5 +258,5 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> Non
 
 
 def _end_like_interrupt(number: int, frame: FrameType | None) -> None:
-    """Make SIGTERM undo a half-started fleet, as Ctrl-C does."""
+    """Make SIGTERM, and a terminal that goes, undo a half-started fleet, as Ctrl-C does."""
     raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -242,7 +243,30 @@ def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
     assert "p-b-gpu2" in out
     assert watched.poll() is None
     watched.terminate()
-    assert "rolled back: 1 replica" in watched.communicate(timeout=60)[0]
+    assert "rolled back: 1 replica removed, what they wrote stays" in watched.communicate(timeout=60)[0]
+
+
+def test_a_terminal_that_goes_in_the_midst_of_a_start_takes_the_fleet_back(home: Home) -> None:
+    watched = home.start("up", "--gpus", "1-2", "--settle", "60", "--", "--project", "p", "--name", "a")
+    assert watched.stdout is not None
+    assert any(line.startswith("started p-a-gpu2") for line in watched.stdout)
+    watched.send_signal(signal.SIGHUP)
+    assert "rolled back: 2 replicas" in watched.communicate(timeout=60)[0]
+    assert watched.returncode == 130
+    assert home.devices() == []
+
+
+def test_a_fleet_whose_start_nobody_reads_to_the_end_is_started_all_the_same(home: Home) -> None:
+    begun = home.start(*up_words("a", "--gpus", "1-3"))
+    assert begun.stdout is not None
+    begun.stdout.close()  # as `head` does once it has its lines
+    assert begun.wait(60) == 0
+    assert home.devices() == ["gpu:1", "gpu:2", "gpu:3"]
+    ended = home.start("kill-all", "--yes")
+    assert ended.stdout is not None
+    ended.stdout.close()
+    assert ended.wait(60) == 0
+    assert home.devices() == []
 
 
 def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home: Home) -> None:
