@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,12 @@ from launcher.secret_files import with_secret_files
 from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
+
+OWN_OPTIONS = frozenset([
+    "--build", "--cpu", "--ddp", "--dry-run", "--engine", "--env", "--env-file", "--file", "--force", "--gpus", "--host",
+    "--image", "--max-restarts", "--memory", "--network", "--recreate", "--runs", "--settle", "--shm", "--tracking", "--user",
+])  # fmt: skip
+"""Options of `up` that no training has."""
 
 
 def run_up(options: dict[str, Any]) -> None:
@@ -119,6 +125,7 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
     problems.check(site.check_runs)
+    problems.check(refuse_misplaced, options["training_args"])
     args = problems.check(
         prepare_args,
         options["training_args"],
@@ -153,6 +160,15 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
         user=user or "",
         passed=passed or {},
     )
+
+
+def refuse_misplaced(words: Sequence[str]) -> None:
+    """Raise UsageError for the launcher's own options after `--`, where the trainer would get them: a dry run would start."""
+    wrong = [word for word in words if word.split("=", 1)[0] in OWN_OPTIONS]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)}: after `--`, where the trainer would get it; write what is the launcher's before `--`"
+        )
 
 
 def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from app.config.train_flags import FLAGS
+from launcher.cli import cli
 from launcher.engines import supervisor
 from launcher.engines.local import LocalEngine
+from launcher.up import OWN_OPTIONS
 from tests.unit.test_supervise import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +85,24 @@ def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
     assert "s3cret" not in text + plan
     assert "TOKEN" in json.loads(plan)["replicas"][0]["passed_environment"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_of_the_launchers_after_the_dashes_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    done = launcher(
+        "up", "--engine", "local", "--cpu", "1", "--", "--data", "bccd.yaml", "--dry-run", cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --dry-run: after `--`, where the trainer would get it; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_up_is_either_the_launchers_alone_or_a_trainings_too() -> None:
+    of_up = {name for option in cli.commands["up"].params for name in option.opts if name.startswith("--")}
+    of_training = {name for flags in FLAGS.values() for flag in flags for name in flag.names}
+    assert of_up - of_training - {"--help"} == OWN_OPTIONS
+    assert not OWN_OPTIONS & of_training
 
 
 def test_a_mistake_that_only_the_trainer_sees_is_told_by_status(tmp_path: Path) -> None:
