@@ -113,37 +113,24 @@ def make_plan(
     gpus: Sequence[Gpu] | None,
     image_id: str,
     occupancy: Occupancy = NOBODY,
+    problems: Problems | None = None,
 ) -> Plan:
     """Return the plan, or raise UsageError for what cannot work on this machine.
 
-    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them.
+    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them. With `problems`, what cannot
+    work and can yet be planned is kept there.
     """
-    problems = Problems()
-    plan = draw_plan(request, placement, machine, gpus, image_id, occupancy, problems)
-    problems.raise_any()
-    return plan
-
-
-def draw_plan(
-    request: Request,
-    placement: Placement,
-    machine: Machine,
-    gpus: Sequence[Gpu] | None,
-    image_id: str,
-    occupancy: Occupancy,
-    problems: Problems,
-) -> Plan:
-    """Return the plan as `make_plan` does; what cannot work and can yet be drawn gathers in `problems`."""
-    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy, problems)
-    problems.check(_check_memory, request, machine, len(devices))
+    found = Problems() if problems is None else problems
+    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy, found)
+    found.check(_check_memory, request, machine, len(devices))
     memory = request.memory_bytes or _share_of_memory(machine, len(devices))
-    problems.check(_check_shm, request.shm_bytes, memory)
+    found.check(_check_shm, request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp:
-        problems.check(check_together, request.args, devices)
+        found.check(check_together, request.args, devices)
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    problems.check(check_device_argument, request.args.device, devices[0])
+    found.check(check_device_argument, request.args.device, devices[0])
     if not request.args.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
@@ -152,6 +139,8 @@ def draw_plan(
         notes.append(
             "replicas run as root without capabilities; chown the runs folder, or give --user UID:GID, for another user"
         )
+    if problems is None:
+        found.raise_any()
     template = _template(request, placement, image_id, memory)
     return Plan(
         engine=placement.engine,

@@ -31,7 +31,7 @@ from launcher.plan import (
     Placement,
     Plan,
     Request,
-    draw_plan,
+    make_plan,
     passed_variables,
 )
 from launcher.preflight import check_all, preflight_notes
@@ -222,9 +222,7 @@ def draw_up(
         request = problems.check(with_secret_files, request, site.files) or request
     image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
     image_id = image.id if image else ""
-    plan = problems.check(
-        draw_plan, request, placement, machine, gpus, image_id, occupancy, problems=problems
-    )
+    plan = problems.check(make_plan, request, placement, machine, gpus, image_id, occupancy, problems)
     if checked is None:
         problems.check(engine.check_network, request.network)
         wants_gpu = request.wants_gpus(gpus)
