@@ -15,8 +15,13 @@ Parsed = TypeVar("Parsed")
 
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
     """Print one line to stderr; of several processes that train together, rank 0 does."""
-    if _alone(environment) or environment.get("RANK", "0") == "0":
+    if speaks(environment):
         print(line, file=sys.stderr, flush=True)
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is the one of those that train together that speaks for all."""
+    return _alone(environment) or environment.get("RANK", "0") == "0"
 
 
 def leave(code: int) -> NoReturn:
@@ -37,23 +42,32 @@ def _alone(environment: Mapping[str, str]) -> bool:
 
 
 def run_command(
-    parse: Callable[[], Parsed], run: Callable[[Parsed], None], debug: Callable[[Parsed], bool]
+    parse: Callable[[], Parsed],
+    run: Callable[[Parsed], None],
+    debug: Callable[[Parsed], bool],
+    failed: Callable[[BaseException], None] = lambda error: None,
 ) -> int:
     """Parse, run what was parsed, and return the exit code: 0, or the error's; a bug keeps its traceback.
 
-    `debug` says of what was parsed whether errors show their tracebacks.
+    `debug` says of what was parsed whether errors show their tracebacks; `failed` is told of an error that is no stop.
     """
     try:
         parsed = parse()
     except StarlingError as error:
+        failed(error)
         say_error(f"error: {error}")
         return error.exit_code
-    return _run(lambda: run(parsed), debug=debug(parsed))
+    return _run(lambda: run(parsed), debug(parsed), failed)
 
 
-def _run(body: Callable[[], None], *, debug: bool) -> int:
+def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException], None]) -> int:
     try:
-        body()
+        try:
+            body()
+        except Exception as error:
+            if not (isinstance(error, StarlingError) and error.exit_code >= 128):
+                failed(error)
+            raise
     except StarlingError as error:
         if debug:
             traceback.print_exc()

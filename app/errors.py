@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -59,6 +61,21 @@ class Pruned(StarlingError):
     def __init__(self, reason: str, epoch: int) -> None:
         super().__init__(reason)
         self.epoch = epoch
+
+
+@contextmanager
+def readable(kind: type[StarlingError]) -> Iterator[None]:
+    """Raise `kind`, with the path and the remedy, for a path of the user's that this process may not look at.
+
+    Around a block, or as a function's decorator.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise kind(
+            f"{error.filename}: cannot be read: {error.strerror} for uid {os.geteuid()}; check the owner and the mode "
+            "of the file and of the folders above it"
+        ) from None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -10,13 +10,24 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from app.command import leave, run_command
+from app.command import leave, run_command, speaks
 from app.config.train_flags import TrainCommand, parse_args
+from app.errors import StarlingError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train or search, and return the exit code."""
-    return run_command(lambda: _parse(argv), _run, debug=lambda command: command.config.debug)
+    return run_command(lambda: _parse(argv), _run, lambda command: command.config.debug, _tell_launcher)
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """Leave the reason where `launcher status` looks, also of an error before there is a run."""
+    if (replica := os.environ.get("STARLING_REPLICA")) and speaks():
+        from app.outputs.run_dir import runs_root
+        from app.outputs.worker_status import tell_failure
+
+        words = str(error) if isinstance(error, StarlingError) else f"{type(error).__name__}: {error}"
+        tell_failure(runs_root(), replica, words)
 
 
 def _parse(argv: list[str] | None) -> TrainCommand:

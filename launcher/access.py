@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePath
 
 from launcher.engines.base import Mount
-from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
+from launcher.errors import LauncherError, UsageError
 from launcher.problems import Problems
 
 READ, WRITE, ENTER = 4, 2, 1
@@ -25,30 +25,29 @@ PICTURES_AND_LABELS = frozenset(
 )
 
 
-def check_data(reads: Sequence[Path], mounts: Sequence[Mount], user: str) -> None:
-    """Raise DataError, or CheckpointError for weights, for what `user` could not read or see inside a replica.
+def check_data(reads: Mapping[Path, type[LauncherError]], mounts: Sequence[Mount], user: str) -> None:
+    """Raise for what `user` could not read or see inside a replica.
 
-    `reads` are the files and folders that a training opens, `mounts` what replicas are shown.
+    `reads` are the files and folders that a training opens, each with the error that it is; `mounts` what replicas are shown.
     """
     uid, gid = map(int, user.split(":"))
     shown = [Path(mount.source) for mount in mounts]
     problems = Problems()
-    for place in reads:
-        problems.check(_check_place, place, shown, uid, gid)
+    for place, kind in reads.items():
+        problems.check(_check_place, place, kind, shown, uid, gid)
         labels = _label_folder(place)
         if labels is not None and labels.is_dir():
-            problems.check(_check_place, labels, shown, uid, gid)
+            problems.check(_check_place, labels, kind, shown, uid, gid)
     problems.raise_any()
 
 
-def _check_place(place: Path, shown: Sequence[Path], uid: int, gid: int) -> None:
+def _check_place(place: Path, kind: type[LauncherError], shown: Sequence[Path], uid: int, gid: int) -> None:
     """Check the way from the mount to the place, the place, and some of what is in it."""
     root = next((item for item in shown if place.is_relative_to(item)), place)
     way = [
         root.joinpath(*place.relative_to(root).parts[:depth])
         for depth in range(len(place.relative_to(root).parts))
     ]
-    kind: type[LauncherError] = CheckpointError if place.suffix == ".pt" else DataError
     for path in (*way, place, *_sample(place)):
         try:
             state = path.stat()
@@ -93,8 +92,8 @@ def _label_folder(place: Path) -> Path | None:
     return Path(*parts)
 
 
-def check_password_file(path: Path, user: str, variable: str) -> None:
-    """Raise UsageError when `user` could not read the file with a server's password that `variable` names."""
+def check_secret_file(path: Path, user: str, variable: str) -> None:
+    """Raise UsageError when `user` could not read the file with a password or keys that `variable` names."""
     uid, gid = map(int, user.split(":"))
     state = path.stat()
     if not may(path, state, uid, gid, READ):

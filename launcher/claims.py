@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from launcher.devices import Device, Selection, all_gpus, every_device, join_devices, parse_gpus, resolve_ids
 from launcher.errors import UsageError
 from launcher.inventory import Gpu
+from launcher.problems import Problems
 
 EVERY = "all"
 
@@ -41,12 +42,18 @@ NOBODY = Occupancy()
 
 
 def choose_gpus(
-    text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy = NOBODY, *, force: bool = False
+    text: str,
+    gpus: Sequence[Gpu] | None,
+    occupancy: Occupancy = NOBODY,
+    *,
+    force: bool = False,
+    problems: Problems | None = None,
 ) -> tuple[tuple[Device, ...], tuple[str, ...]]:
     """Return the devices that `--gpus` means, and a note for each that `force` shares with somebody.
 
     `gpus` is NVML's list, None where it does not answer. A fleet that exists keeps the devices it has, so `free` means
-    the same at the second call as at the first. Raises UsageError for devices that are not there, or are held by others.
+    the same at the second call as at the first. Raises UsageError for devices that are not there, or are held by others;
+    with `problems` the latter is kept there, and the devices are returned all the same.
     """
     selection = parse_gpus(text)
     if selection.kind == "all":
@@ -62,7 +69,11 @@ def choose_gpus(
         if not _parts(device.handles, gpus) <= settled and (found := holders(device, gpus, occupancy.claims))
     }
     if held and not force:
-        raise UsageError(_busy(text, gpus, held, occupancy))
+        busy = UsageError(_busy(text, gpus, held, occupancy))
+        if problems is None:
+            raise busy
+        problems.add(busy)
+        return devices, ()
     return devices, tuple(f"{_held(device, found)}; shared as --force says" for device, found in held.items())
 
 

@@ -228,9 +228,12 @@ def attach(engine: str, runs: Path, name: str) -> None:
     from launcher.report import exit_code, words_for
 
     chosen = open_engine(engine, runs)
-    click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+
+    def begin() -> None:
+        click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+
     try:
-        state = output.attach(chosen, name)
+        state = output.attach(chosen, name, begin)
     except KeyboardInterrupt:
         click.echo(f"left {name}; it goes on", err=True)
         return
@@ -284,7 +287,7 @@ def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str
         click.echo("none: nothing to remove")
         return
     for state in () if as_json else states:
-        click.echo(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
+        say(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
     if not yes and not _confirmed(f"kill and remove {_count(states)}?"):
         click.echo("nothing removed")
         sys.exit(1)
@@ -332,9 +335,17 @@ def absolute(path: Path) -> Path:
 
 
 def say(line: str) -> None:
-    """Print one line now, even into a pipe."""
-    click.echo(line)
-    sys.stdout.flush()
+    """Print one line now, even into a pipe; what is being done goes on when nobody reads there any more (`| head -1`)."""
+    try:
+        click.echo(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Let nothing more be said: also the interpreter must not try at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _confirmed(question: str) -> bool:
@@ -368,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (`head`) has gone; nothing more can be said, and the interpreter must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (`head`) has gone
         sys.exit(0)
     finally:
         gc.freeze()  # and so would the end of the interpreter

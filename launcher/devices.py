@@ -181,7 +181,9 @@ def _find(item: str, text: str, gpus: Sequence[Gpu]) -> Device:
             if item in (f"{gpu.index}:{part.index}", part.uuid):
                 return Device("gpu", f"{gpu.index}:{part.index}", (part.uuid,))
     what = "MIG slice" if item.startswith("MIG-") or ":" in item else "GPU"
-    have = ", ".join(_describe(gpu) for gpu in gpus) or "none"
+    if not gpus:
+        raise UsageError(f"--gpus {text}: no {what} {item} on this machine, which has none; use --cpu N")
+    have = ", ".join(_describe(gpu) for gpu in gpus)
     raise UsageError(f"--gpus {text}: no {what} {item} on this machine; there are: {have}")
 
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.engines.base import Mount, ReplicaSpec, mask
+from launcher.engines.base import Mount, ReplicaSpec, ReplicaState, mask
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.env_file import read_env_file
 from launcher.ownership import labels
@@ -19,7 +19,7 @@ from launcher.sizes import format_cores, format_size
 
 
 def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[str]:
-    """Return the plan as lines: a table of replicas, and below it what a person would type for the same."""
+    """Return the plan as lines: a table of replicas, below it what a person would type for the same, and what to know."""
     rows = [("replica", "device", "cores", "memory", "passed variables")]
     for spec in plan.replicas:
         rows.append(
@@ -46,7 +46,25 @@ def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[st
         ]
     if any(mask(word) != word for spec in plan.replicas for word in spec.command):
         commands.insert(0, "# *** stands for a password: put it back in the command at the end of each line")
-    return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands]
+    notes = [f"note: {note}" for note in plan.notes]
+    wrong = [f"would fail now: {problem}".replace("\n", "\n  ") for problem in plan.problems]
+    return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands, *notes, *wrong]
+
+
+def rehearsal_notes(existing: Sequence[ReplicaState], *, recreate: bool) -> list[str]:
+    """Return what `up` would do with the replicas that the fleet has already."""
+    if recreate and existing:
+        count = f"{len(existing)} replica{'s' * (len(existing) != 1)}"
+        return [f"--recreate: {count} of this fleet would be stopped and removed first"]
+    kept = {
+        "running": [state.name for state in existing if state.live],
+        "finished": [state.name for state in existing if state.finished],
+    }
+    return [
+        f"already {what}: {', '.join(names)}; `up` leaves {'it as it is' if len(names) == 1 else 'them as they are'}"
+        for what, names in kept.items()
+        if names
+    ]
 
 
 def _make_runs(spec: ReplicaSpec) -> list[str]:

@@ -46,17 +46,9 @@ def bring_up(
     created here is removed, in whatever state, and the error passes on. `started` is called when all have started,
     before the watch over them.
     """
-    from launcher.changes import differences
-
     fleet = specs[0].fleet
     existing = [state for state in engine.list() if state.fleet == fleet]
-    engine.check_names([spec.name for spec in specs])
-    changed = differences(engine, specs, existing)
-    if changed and not recreate:
-        raise UsageError(
-            f"fleet {fleet} exists and differs:\n  " + "\n  ".join(changed) + "\n"
-            "give --recreate to stop it (checkpoints are saved) and start it like this"
-        )
+    check_existing(engine, specs, existing, recreate=recreate)
     if recreate and existing:
         stop(engine, existing, say=say)
         discard(engine, existing)
@@ -75,6 +67,21 @@ def bring_up(
     )
 
 
+def check_existing(
+    engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState], *, recreate: bool
+) -> None:
+    """Raise NameTaken for a name that a stranger's has, and UsageError for a fleet that exists and is not to be changed."""
+    from launcher.changes import differences
+
+    engine.check_names([spec.name for spec in specs])
+    changed = differences(engine, specs, existing)
+    if changed and not recreate:
+        raise UsageError(
+            f"fleet {specs[0].fleet} exists and differs:\n  " + "\n  ".join(changed) + "\n"
+            "give --recreate to stop it (checkpoints are saved) and start it like this"
+        )
+
+
 def _start_all(
     engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, say: Say, started: Callable[[], None]
 ) -> None:
@@ -83,6 +90,7 @@ def _start_all(
         return
     before = {state.id for state in engine.list()}
     created: dict[str, str] = {}
+    wrote = False
 
     def create(spec: ReplicaSpec) -> None:
         created[spec.name] = engine.create(spec)
@@ -93,12 +101,13 @@ def _start_all(
     try:
         _raise_failures(in_parallel(create, specs))
         _raise_failures(in_parallel(start, specs), named=True)
+        wrote = True
         for spec in specs:
             say(f"started {spec.name} on {device_words(spec.device.label)}")
         started()
         _verify(engine, [created[spec.name] for spec in specs], settle_s)
     except BaseException:
-        _roll_back(engine, specs, list(created.values()), before, say)
+        _roll_back(engine, specs, list(created.values()), before, say, wrote=wrote)
         raise
 
 
@@ -144,9 +153,18 @@ def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
 
 
 def _roll_back(
-    engine: Engine, specs: Sequence[ReplicaSpec], created: Iterable[str], before: set[str], say: Say
+    engine: Engine,
+    specs: Sequence[ReplicaSpec],
+    created: Iterable[str],
+    before: set[str],
+    say: Say,
+    *,
+    wrote: bool,
 ) -> None:
-    """Remove what was created here, also a replica whose creation was interrupted before it told its id."""
+    """Remove what was created here, also a replica whose creation was interrupted before it told its id.
+
+    `wrote` says that all had started, and may have written results.
+    """
     wanted = {spec.name: spec.public() for spec in specs}
     ids = dict.fromkeys(created)
     with contextlib.suppress(LauncherError):
@@ -159,7 +177,8 @@ def _roll_back(
             left += 1
             say(f"could not remove {outcome.item[:12]}: {outcome.error}; `launcher kill-all` will")
     if ids and not left:
-        say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, nothing is left behind")
+        rest = "what they wrote stays in the runs folder" if wrote else "nothing is left behind"
+        say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, {rest}")
 
 
 def stop(

@@ -12,21 +12,18 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import EngineError
+from launcher.lock_wait import LOCK_WAIT_S, Say, wait_for_lock
 from launcher.processes import PROC, find_process
 
 NAME = "starling-launcher.lock"
 FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
 """Where every user can make a file and only its owner can remove it; the first that is so on this machine."""
 
-LOCK_WAIT_S = 120.0
-POLL_S = 0.1
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-Say = Callable[[str], None]
 
 
 class HostLock:
@@ -111,23 +108,22 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _take(descriptor: int, path: Path, say: Say, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    told = False
-    while True:
+    def take() -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
         except BlockingIOError:
-            holder, pid = _holder(descriptor)
-            if time.monotonic() > deadline:
-                end = f"end it: kill {pid}" if pid else f"see who has it: sudo fuser -v {path}"
-                raise EngineError(
-                    f"{holder} has held {path} for over {wait_s:g} s; wait for it, or {end}"
-                ) from None
-            if not told:
-                say(f"waiting for {holder}: one `launcher up` at a time on this machine")
-                told = True
-            time.sleep(POLL_S)
+            return False
+        return True
+
+    def wait() -> str:
+        return f"waiting for {_holder(descriptor)[0]}: one `launcher up` at a time on this machine"
+
+    def give_up() -> str:
+        holder, pid = _holder(descriptor)
+        end = f"end it: kill {pid}" if pid else f"see who has it: sudo fuser -v {path}"
+        return f"{holder} has held {path} for over {wait_s:g} s; wait for it, or {end}"
+
+    wait_for_lock(take, wait=wait, give_up=give_up, say=say, limit_s=wait_s)
 
 
 def _holder(descriptor: int, proc: Path = PROC) -> tuple[str, int]:

@@ -13,36 +13,44 @@ from launcher.report import Figures
 
 WINDOW_S = 0.05
 """The least time between two readings: a scheduler's accounts lag some milliseconds behind."""
+SLOW_S = 0.3
+"""A reading that takes longer is not waited for twice before anything is shown."""
 
 
 class Meter:
     """Read what replicas use, again and again; a rate needs the reading before."""
 
     def __init__(
-        self, engine: Engine, gpus: GpuMeter | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        engine: Engine,
+        gpus: GpuMeter | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._gpus = GpuMeter() if gpus is None else gpus
-        self._sleep = sleep
+        self._sleep, self._clock = sleep, clock
         self._before: dict[str, Usage] = {}
-        self._begun = False
+        self._is_slow = False
 
     def begin(self, states: Sequence[ReplicaState]) -> None:
         """Take the first reading, so that `read` has one to compare with."""
+        begun = self._clock()
         self._before = dict(self._engine.usage(states))
-        self._begun = True
+        self._is_slow = self._clock() - begun > SLOW_S
 
     def read(self, states: Sequence[ReplicaState]) -> dict[str, Figures]:
-        """Return the figures of running replicas by id; waits until the last reading is `WINDOW_S` old."""
+        """Return the figures of running replicas by id; waits until the last reading is `WINDOW_S` old.
+
+        Of an engine that took long over the first reading, that one is all for now: the next `read` has rates.
+        """
         live = [state for state in states if state.live]
         if not live:
             return {}
-        before, begun = self._before, self._begun
-        self._begun = False
-        if begun and all(state.id in before and before[state.id].cpu_percent is not None for state in live):
-            now: Mapping[str, Usage] = (
-                before  # the engine has compared two readings itself, which took it a while
-            )
+        before = self._before
+        if self._is_slow:
+            self._is_slow = False
+            now: Mapping[str, Usage] = before
         else:
             youngest = max((usage.at for usage in before.values()), default=None)
             if youngest is not None:
@@ -62,11 +70,11 @@ class Meter:
 
 def _rate(before: Usage | None, now: Usage | None) -> float | None:
     """Return the CPU's use in percent of one core; None where two readings do not make one."""
-    if now is None or now.cpu_percent is not None:
-        return None if now is None else now.cpu_percent
-    if before is None or before.cpu_s is None or now.cpu_s is None:
+    if before is None or now is None or before.cpu_s is None or now.cpu_s is None:
         return None
-    elapsed, used = now.at - before.at, now.cpu_s - before.cpu_s
+    by_clock = before.clock is not None and now.clock is not None
+    elapsed = (now.clock or 0) - (before.clock or 0) if by_clock else now.at - before.at
+    used = now.cpu_s - before.cpu_s
     return 100 * used / elapsed if elapsed > 0 and used >= 0 else None
 
 

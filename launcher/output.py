@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
@@ -50,14 +50,16 @@ def print_logs(
         _print(prefix + line)
 
 
-def attach(engine: Engine, name: str) -> ReplicaState | None:
-    """Print one replica's output until it ends, or Ctrl-C; return how it is then.
+def attach(engine: Engine, name: str, begin: Callable[[], None] = lambda: None) -> ReplicaState | None:
+    """Print one replica's output until it ends, or Ctrl-C; return how it is then. `begin` is called if it is alive.
 
     Raises UsageError when the name means none, or several.
     """
     states = choose(engine, (name,))
     if len(states) > 1:
         raise UsageError(f"{name}: names {len(states)} replicas; attach to one, or use `launcher logs -f`")
+    if states[0].live:
+        begin()
     for line in engine.logs(states[0].id, follow=True, tail=10):
         _print(line)
     return engine.state(states[0].id)

@@ -12,8 +12,9 @@ from launcher.claims import NOBODY, Occupancy, choose_gpus
 from launcher.ddp import check_device_argument, check_together
 from launcher.devices import Device, join_devices, split_cores
 from launcher.engines.base import Mount, ReplicaSpec
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, UsageError
 from launcher.inventory import Gpu, Machine
+from launcher.problems import Problems
 from launcher.sizes import GIB, MIB, format_size
 from launcher.training_args import TrainingArgs
 
@@ -24,9 +25,6 @@ SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
 
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
-
-PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
-"""Variables that name a file with a password, which replicas find at its own path."""
 
 PASSED_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", "STARLING_STUDY_PASSWORD_FILE")
 PASSED_PREFIXES = ("CLEARML_", "MLFLOW_TRACKING_")
@@ -77,7 +75,7 @@ class Request:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Variables for the trainer that are no secret."""
     volumes: tuple[Mount, ...] = ()
-    """Of the engine, beside the paths that the arguments name."""
+    """Beside the paths that the arguments name: the engine's own, and files with secrets."""
 
     def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
         """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
@@ -92,6 +90,8 @@ class Plan:
     fleet: str
     replicas: tuple[ReplicaSpec, ...]
     notes: tuple[str, ...] = ()
+    problems: tuple[LauncherError, ...] = ()
+    """What would stop it now; only a plan that is to be shown has any."""
 
     def public(self) -> dict[str, Any]:
         """Return the plan as plain values without a secret."""
@@ -100,6 +100,9 @@ class Plan:
             "fleet": self.fleet,
             "replicas": [spec.public() | {"spec": spec.digest} for spec in self.replicas],
             "notes": list(self.notes),
+            "problems": [
+                {"message": str(problem), "exit_code": problem.exit_code} for problem in self.problems
+            ],
         }
 
 
@@ -110,20 +113,24 @@ def make_plan(
     gpus: Sequence[Gpu] | None,
     image_id: str,
     occupancy: Occupancy = NOBODY,
+    problems: Problems | None = None,
 ) -> Plan:
     """Return the plan, or raise UsageError for what cannot work on this machine.
 
-    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them.
+    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them. With `problems`, what cannot
+    work and can yet be planned is kept there.
     """
-    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy)
-    memory = _memory(request, machine, len(devices))
-    _check_shm(request.shm_bytes, memory)
+    found = Problems() if problems is None else problems
+    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy, found)
+    found.check(_check_memory, request, machine, len(devices))
+    memory = request.memory_bytes or _share_of_memory(machine, len(devices))
+    found.check(_check_shm, request.shm_bytes, memory)
     threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp:
-        check_together(request.args, devices)
+        found.check(check_together, request.args, devices)
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    check_device_argument(request.args.device, devices[0])
+    found.check(check_device_argument, request.args.device, devices[0])
     if not request.args.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
@@ -132,6 +139,8 @@ def make_plan(
         notes.append(
             "replicas run as root without capabilities; chown the runs folder, or give --user UID:GID, for another user"
         )
+    if problems is None:
+        found.raise_any()
     template = _template(request, placement, image_id, memory)
     return Plan(
         engine=placement.engine,
@@ -170,33 +179,42 @@ def passed_variables(
 
 
 def _choose_devices(
-    request: Request, machine: Machine, gpus: Sequence[Gpu] | None, occupancy: Occupancy
+    request: Request,
+    machine: Machine,
+    gpus: Sequence[Gpu] | None,
+    occupancy: Occupancy,
+    problems: Problems,
 ) -> tuple[tuple[Device, ...], tuple[tuple[int, ...], ...], list[str]]:
     """Return the devices, the cores each is pinned to (none for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
     if request.wants_gpus(gpus):
         text = request.gpus if request.gpus is not None else "all"
-        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force)
+        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force, problems=problems)
         return devices, ((),) * len(devices), list(shared)
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]
     shares = split_cores(machine.cores, 1 if request.cpus is None else request.cpus)
     return tuple(Device("cpu", str(number)) for number in range(len(shares))), shares, notes
 
 
-def _memory(request: Request, machine: Machine, replicas: int) -> int:
+def _share_of_memory(machine: Machine, replicas: int) -> int:
+    share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
+    return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
+
+
+def _check_memory(request: Request, machine: Machine, replicas: int) -> None:
     if request.memory_bytes is None:
-        share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
-        return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
+        return
     total = request.memory_bytes * replicas
-    what = "devices" if request.ddp else "replicas"
+    what = ("device" if request.ddp else "replica") + "s" * (replicas != 1)
     if total > machine.memory_bytes:
         each = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas) // MIB
         raise UsageError(
-            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need {format_size(total)} and this "
-            f"machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m, or fewer {what}"
+            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need{'s' * (replicas == 1)} "
+            f"{format_size(total)} and this machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m"
+            + f", or fewer {what}"
+            * (replicas != 1)
         )
-    return request.memory_bytes
 
 
 def _check_shm(shm: int | None, memory: int) -> None:
@@ -227,9 +245,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             **request.settings,
         },
         passed=request.passed,
-        mounts=(runs, *request.args.mounts, *request.volumes, *_password_mounts(request.passed))
-        if placement.isolated
-        else (),
+        mounts=(runs, *request.args.mounts, *request.volumes) if placement.isolated else (),
         runs=request.runs,
         user=request.user if placement.isolated else "",
         memory_bytes=memory,
@@ -243,20 +259,6 @@ def _supervision(request: Request, placement: Placement) -> tuple[str, ...]:
     if not placement.supervisor:
         return ()
     return (*placement.supervisor, "--max-restarts", str(request.max_restarts), "--")
-
-
-def _password_mounts(passed: Mapping[str, str]) -> tuple[Mount, ...]:
-    """Return the mounts of the files that hold passwords of servers, at their own paths."""
-    mounts = []
-    for variable in PASSWORD_FILES:
-        if named := passed.get(variable):
-            path = PurePosixPath(named)
-            if not path.is_absolute() or not Path(path).is_file():
-                raise UsageError(
-                    f"{variable}={named}: must be the absolute path of a file; correct or unset it"
-                )
-            mounts.append(Mount(source=named, target=named))
-    return tuple(mounts)
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.access import check_data, check_password_file, check_runs_access
+from launcher.access import check_data, check_runs_access, check_secret_file
 from launcher.engines.base import Engine, Image, ReplicaState
 from launcher.errors import EngineError, UsageError
 from launcher.inventory import Driver, Machine, read_driver
-from launcher.plan import PASSWORD_FILES, Placement, Plan, Request
+from launcher.plan import Placement, Plan, Request
 from launcher.problems import Problems
+from launcher.secret_files import CLEARML_FILE, secret_files
 from launcher.sizes import GIB, format_size
 
 LEAST_FREE_BYTES = GIB
@@ -50,10 +51,9 @@ def check_all(
         if not engine.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
             problems.check(check_data, request.args.reads, request.args.mounts, request.user)
-            for variable in PASSWORD_FILES:
-                secret = Path(request.passed.get(variable, ""))
-                if secret.is_file():  # else the plan was refused
-                    problems.check(check_password_file, secret, request.user, variable)
+            for variable, secret in secret_files(request):
+                if secret.is_file():  # else it was refused
+                    problems.check(check_secret_file, secret, request.user, variable)
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:
@@ -100,6 +100,11 @@ def preflight_notes(
 ) -> tuple[str, ...]:
     """Return what is worth knowing and stops nothing."""
     notes = _unreachable_trackers(request.passed, request.network) if plan.engine != "local" else []
+    if plan.engine != "local" and CLEARML_FILE in request.passed:
+        notes.append(
+            f"{CLEARML_FILE}={request.passed[CLEARML_FILE]}: no such file; without CLEARML_API_ACCESS_KEY and "
+            "CLEARML_API_SECRET_KEY nothing is sent to ClearML"
+        )
     taken = sum(other.memory_bytes for other in others if other.live)
     wanted = sum(spec.memory_bytes for spec in plan.replicas)
     if taken and taken + wanted > machine.memory_bytes:

@@ -27,8 +27,7 @@ class SeveralProblems(LauncherError):
         lines = [f"{number}. {_indented(str(problem))}" for number, problem in enumerate(problems, start=1)]
         super().__init__("\n  ".join([f"{len(problems)} problems; nothing was started", *lines]))
         self.problems = tuple(problems)
-        codes = {problem.exit_code for problem in problems}
-        self.exit_code = next((code for code in MOST_SPECIFIC if code in codes), min(codes))
+        self.exit_code = exit_code_of(problems)
 
 
 class Problems:
@@ -54,6 +53,10 @@ class Problems:
             )
         return None
 
+    def add(self, problem: LauncherError) -> None:
+        """Keep a refusal."""
+        self._keep([problem])
+
     def _keep(self, problems: Sequence[LauncherError]) -> None:
         """Keep each in the order found; what two checks say in the same words is one problem."""
         said = {str(problem) for problem in self.found}
@@ -65,6 +68,12 @@ class Problems:
             raise self.found[0]
         if self.found:
             raise SeveralProblems(self.found)
+
+
+def exit_code_of(problems: Sequence[LauncherError]) -> int:
+    """Return the exit code of the most telling problem; 0 for none."""
+    codes = {problem.exit_code for problem in problems}
+    return next((code for code in MOST_SPECIFIC if code in codes), min(codes, default=0))
 
 
 def _indented(text: str) -> str:

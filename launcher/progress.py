@@ -9,12 +9,17 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.parallel import in_parallel
+from launcher.reach import box
+
 if TYPE_CHECKING:
+    from launcher.box import Box
     from launcher.engines.base import Engine, ReplicaState
 
 FOLDER = ".workers"
@@ -74,18 +79,47 @@ def read_restarts(runs: Path, replica: str) -> Restarts:
     return restarts_in(read_json(runs / FOLDER / f"{replica}.restarts.json"))
 
 
-def told_by(engine: Engine, state: ReplicaState) -> tuple[Progress, Restarts]:
-    """Return what a replica's trainer and its supervisor say, from the runs folder here or by way of its engine."""
+Told = tuple[Progress, Restarts]
+Read = Callable[["ReplicaState", str], Mapping[str, Any]]
+"""Returns what a replica's file of a name in `<runs>/.workers` holds; nothing for one that is absent or foreign."""
+
+
+def told_by(engine: Engine, states: Sequence[ReplicaState]) -> list[Told]:
+    """Return what each replica's trainer and its supervisor say: from the runs folder, else by way of the engine."""
+    if not engine.remote:
+        return [_told(state, _read_here) for state in states]
+    if (there := box()) and (heads := _read_there(there, states)) is not None:
+        return [
+            _told(state, lambda state, file: _parse(heads[state.runs / FOLDER / file])) for state in states
+        ]
+    asked = in_parallel(lambda state: _told(state, partial(_ask_engine, engine)), states)
+    return [outcome.value for outcome in asked]
+
+
+def _told(state: ReplicaState, read: Read) -> Told:
     if state.phase == "created":
         return Progress(), Restarts()  # what lies there is an earlier replica's
-    trainer = worker_values(engine, state, f"{state.name}.json")
-    return progress_in(trainer), restarts_in(worker_values(engine, state, f"{state.name}.restarts.json"))
+    trainer, supervisor = (read(state, file) for file in _files_of(state))
+    return progress_in(trainer), restarts_in(supervisor)
 
 
-def worker_values(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
-    """Return what a file of the replica's below `<runs>/.workers` holds; nothing for one that is absent or foreign."""
-    if not engine.remote:
-        return read_json(state.runs / FOLDER / file)
+def _files_of(state: ReplicaState) -> tuple[str, str]:
+    return f"{state.name}.json", f"{state.name}.restarts.json"
+
+
+def _read_here(state: ReplicaState, file: str) -> dict[str, Any]:
+    return read_json(state.runs / FOLDER / file)
+
+
+def _read_there(there: Box, states: Sequence[ReplicaState]) -> Mapping[Path, bytes] | None:
+    """Return the files of all replicas on a machine behind ssh; None where its shell cannot read them safely."""
+    from launcher.box_status import read_told
+
+    paths = [state.runs / FOLDER / file for state in states for file in _files_of(state)]
+    return read_told(there, paths, MOST_BYTES)
+
+
+def _ask_engine(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
     mounts: list[dict[str, str]] = state.plan.get("mounts") or []
     inside = [mount["target"] for mount in mounts if mount["source"] == str(state.runs)]
     return _parse(engine.read_file(state.id, f"{inside[0]}/{FOLDER}/{file}", MOST_BYTES)) if inside else {}

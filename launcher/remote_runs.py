@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from launcher.errors import EngineError, UsageError
 from launcher.host_lock import FOLDERS, NAME
 from launcher.host_paths import is_the_systems
 from launcher.inventory import Gpu
-from launcher.runs_folder import LOCK_WAIT_S, NOBODYS_ID
+from launcher.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
+from launcher.runs_folder import NOBODYS_ID
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
 
@@ -114,15 +114,13 @@ def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str
     """Lock what `opening` opens in the shell there: the lock ends with the connection."""
     if box.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
         return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
-    deadline = time.monotonic() + LOCK_WAIT_S
-    told = False
-    while box.ask(f"flock -n {descriptor}")[0] == 1:
-        if time.monotonic() > deadline:
-            raise EngineError(f"{box.name}: another `launcher up` holds it; wait for that one, or end it")
-        if not told:
-            say(f"waiting for another `launcher up`{what}")
-            told = True
-        time.sleep(0.2)
+    wait_for_lock(
+        lambda: box.ask(f"flock -n {descriptor}")[0] != 1,
+        wait=lambda: f"waiting for another `launcher up`{what}",
+        give_up=lambda: f"{box.name}: another `launcher up` holds it; wait for that one, or end it",
+        say=say,
+        poll_s=2 * POLL_S,
+    )
 
 
 def _let_go(box: Box, descriptor: int) -> None:

@@ -18,7 +18,7 @@ COLUMNS = (
     *("GPU", "memory", "CPU", "restarts"),
 )
 
-_LONGEST_REASON = 120
+_LONGEST_REASON = 240
 """Characters of a trainer's own words in a line; `--json` has them all."""
 _EXITS = {
     1: "error",

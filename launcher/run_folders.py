@@ -162,7 +162,8 @@ def delete(runs: Path, run: RunFolder) -> None:
 
 
 def forget_workers(runs: Path, replicas: Iterable[str]) -> None:
-    """Remove the status files of replicas that are gone."""
+    """Remove what the trainers and supervisors of replicas that are gone have told."""
     for replica in replicas:
-        with contextlib.suppress(OSError):
-            (runs / WORKERS / f"{replica}.json").unlink()
+        for file in (f"{replica}.json", f"{replica}.restarts.json"):
+            with contextlib.suppress(OSError):
+                (runs / WORKERS / file).unlink()

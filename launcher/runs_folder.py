@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import UsageError
 from launcher.host_paths import is_the_systems
+from launcher.lock_wait import wait_for_lock
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas when root calls: no person's, so results are not handed to a stranger."""
-
-LOCK_WAIT_S = 120.0
 
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
@@ -97,24 +95,23 @@ def _hand_over(runs: Path, uid: int, gid: int) -> None:
 def _locked(runs: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock on the folder itself: no lock file to leave behind, and a dead holder's is released."""
     descriptor = os.open(runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def take() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks; the engine's names still keep replicas single
+        return True
+
     try:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        told = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{runs}: another `launcher up` holds it; wait for that one, or end it"
-                    ) from None
-                if not told:
-                    say("waiting for another `launcher up` on this runs folder")
-                    told = True
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks; the engine's names still keep replicas single
+        wait_for_lock(
+            take,
+            wait=lambda: "waiting for another `launcher up` on this runs folder",
+            give_up=lambda: f"{runs}: another `launcher up` holds it; wait for that one, or end it",
+            say=say,
+        )
         yield
     finally:
         os.close(descriptor)

@@ -22,7 +22,8 @@ def parse_size(text: str, option: str = "--memory") -> int:
         raise UsageError(f"{option} {text}: not an amount of memory; write it as 20g or 512m")
     amount = int(float(match[1]) * _UNITS[match[2]])
     if amount < _MINIMUM:
-        raise UsageError(f"{option} {text}: below 6m, the least a container can have; did you mean {text}g?")
+        hint = f"; did you mean {text}g?" if text.strip().isdigit() else ""
+        raise UsageError(f"{option} {text}: below 6m, the least a container can have{hint}")
     return amount
 
 

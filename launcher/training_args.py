@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from launcher.dataset_yaml import read_dataset
@@ -30,6 +30,7 @@ _SHORTEST = {
     "--space": "--sp",
     "--resume": "--re",
     "--study": "--stu",
+    "--remote": "--rem",
 }
 """The options read here, and the shortest prefix of each that `train.py` takes for it."""
 
@@ -64,8 +65,8 @@ class TrainingArgs:
     name: str
     evolve: bool
     device: str | None
-    reads: tuple[Path, ...] = ()
-    """What the training opens: its files, and the folders of its pictures."""
+    reads: Mapping[Path, type[LauncherError]] = field(default_factory=dict)
+    """What the training opens, its files and the folders of its pictures, each with the error that the lack of it is."""
     study: str | None = None
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
     batch: int | None = None
@@ -100,6 +101,7 @@ def prepare_args(
     values = _Words(words)
     study = values.get("--study")
     _refuse_password(study or "")
+    _refuse_queue(values)
     mounts, reads = _take_paths(values, cwd, isolated, files)
     _place_resume(values, cwd, runs, runs_inside, files)
     evolve = values.has("--evolve")
@@ -115,7 +117,7 @@ def prepare_args(
         name=name,
         evolve=evolve,
         device=values.get("--device"),
-        reads=tuple(dict.fromkeys(reads)),
+        reads=reads,
         study=study,
         batch=_batch(values),
     )
@@ -123,10 +125,10 @@ def prepare_args(
 
 def _take_paths(
     values: _Words, cwd: Path, isolated: bool, files: HostFiles
-) -> tuple[list[Mount], list[Path]]:
+) -> tuple[list[Mount], dict[Path, type[LauncherError]]]:
     """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
     mounts: list[Mount] = []
-    reads: list[Path] = []
+    reads: dict[Path, type[LauncherError]] = {}
     problems = Problems()
     for option in _MISSING:
         path = problems.check(_take_path, option, values, cwd, isolated, files)
@@ -134,7 +136,7 @@ def _take_paths(
         if path and named:
             shown, opened = named
             mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
-            reads += [path, *opened]
+            reads |= dict.fromkeys((path, *opened), _MISSING[option])
     problems.raise_any()
     return mounts, reads
 
@@ -178,6 +180,15 @@ def _refuse_password(study: str) -> None:
         raise UsageError(
             "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
             "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas get by themselves, or by --env PGPASSWORD"
+        )
+
+
+def _refuse_queue(values: _Words) -> None:
+    """Refuse what puts one training into a queue: each replica would put its own, and train nothing."""
+    if queue := values.get("--remote"):
+        raise UsageError(
+            f"--remote {queue}: puts a training into a ClearML queue for an agent, and each replica would put one more; "
+            f"queue it once, without the launcher: python train.py … --remote {queue}"
         )
 
 

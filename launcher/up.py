@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ import click
 from launcher import fleet
 from launcher.claims import NOBODY
 from launcher.cli import absolute, open_engine, say
-from launcher.dry_run import show_plan
+from launcher.dry_run import rehearsal_notes, show_plan
 from launcher.engines.base import Engine, Image
 from launcher.env_file import read_env_file
 from launcher.errors import UsageError
@@ -35,10 +35,17 @@ from launcher.plan import (
     passed_variables,
 )
 from launcher.preflight import check_all, preflight_notes
-from launcher.problems import Problems
+from launcher.problems import Problems, exit_code_of
+from launcher.secret_files import with_secret_files
 from launcher.site import Site, find_site
 from launcher.sizes import parse_size
 from launcher.training_args import prepare_args, trainer_script
+
+OWN_OPTIONS = frozenset([
+    "--build", "--cpu", "--ddp", "--dry-run", "--engine", "--env", "--env-file", "--file", "--force", "--gpus", "--host",
+    "--image", "--max-restarts", "--memory", "--network", "--recreate", "--runs", "--settle", "--shm", "--tracking", "--user",
+])  # fmt: skip
+"""Options of `up` that no training has."""
 
 
 def run_up(options: dict[str, Any]) -> None:
@@ -66,9 +73,10 @@ def run_up(options: dict[str, Any]) -> None:
         request = join_servers(request, placement, engine)
     if options["dry_run"]:
         plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
-        _show(plan, options)
-        return
-    signal.signal(signal.SIGTERM, _end_like_interrupt)
+        sys.exit(_show(plan, options))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
+            signal.signal(number, _end_like_interrupt)
     if options["build"]:
         from launcher.build import build_image
 
@@ -117,6 +125,7 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
     problems.check(site.check_runs)
+    problems.check(refuse_misplaced, options["training_args"])
     args = problems.check(
         prepare_args,
         options["training_args"],
@@ -153,6 +162,15 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     )
 
 
+def refuse_misplaced(words: Sequence[str]) -> None:
+    """Raise UsageError for the launcher's own options after `--`, where the trainer would get them: a dry run would start."""
+    wrong = [word for word in words if word.split("=", 1)[0] in OWN_OPTIONS]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)}: after `--`, where the trainer would get it; write what is the launcher's before `--`"
+        )
+
+
 def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:
     """Return the request for replicas that log to the tracking servers; raises EngineError unless those are up."""
     from launcher.engines.docker import DockerEngine
@@ -187,7 +205,7 @@ def draw_up(
 ) -> tuple[Plan, Image]:
     """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
 
-    Not `strict`, for --dry-run: what is wrong is a note then, and an image `to_build` may be missing. With the `checked` image
+    Not `strict`, for --dry-run: what is wrong is told in the plan then, and an image `to_build` may be missing. With the `checked` image
     of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
     gpus = site.gpus(engine)
@@ -200,8 +218,11 @@ def draw_up(
         occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
     machine = engine.machine()
     problems = Problems()
+    if placement.isolated:
+        request = problems.check(with_secret_files, request, site.files) or request
     image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
-    plan = problems.check(make_plan, request, placement, machine, gpus, image.id if image else "", occupancy)
+    image_id = image.id if image else ""
+    plan = problems.check(make_plan, request, placement, machine, gpus, image_id, occupancy, problems)
     if checked is None:
         problems.check(engine.check_network, request.network)
         wants_gpu = request.wants_gpus(gpus)
@@ -211,19 +232,25 @@ def draw_up(
     assert plan is not None
     others = [state for state in listed if state.fleet != request.args.fleet]
     notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
-    notes += [f"{request.image} would be built first"] * to_build
-    notes += [f"would fail now: {problem}" for problem in problems.found]
-    return replace(plan, engine=engine.name, notes=tuple(notes)), image or Image(name=request.image)
+    if not strict:
+        existing = [state for state in listed if state.fleet == request.args.fleet]
+        # Without an image a fleet that stands cannot be told from the one asked for.
+        compared = existing if image is not None else []
+        problems.check(fleet.check_existing, engine, plan.replicas, compared, recreate=request.recreate)
+        notes += rehearsal_notes(existing, recreate=request.recreate)
+        notes += [f"{request.image} would be built first"] * to_build
+    plan = replace(plan, engine=engine.name, notes=tuple(notes), problems=tuple(problems.found))
+    return plan, image or Image(name=request.image)
 
 
-def _show(plan: Plan, options: Mapping[str, Any]) -> None:
+def _show(plan: Plan, options: Mapping[str, Any]) -> int:
+    """Print the plan and return the exit code that `up` would end with now."""
     if options["as_json"]:
         click.echo(json.dumps(plan.public(), indent=2))
-        return
-    for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
-        click.echo(line)
-    for note in plan.notes:
-        click.echo(f"note: {note}")
+    else:
+        for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
+            click.echo(line)
+    return exit_code_of(plan.problems)
 
 
 def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
@@ -245,5 +272,5 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> Non
 
 
 def _end_like_interrupt(number: int, frame: FrameType | None) -> None:
-    """Make SIGTERM undo a half-started fleet, as Ctrl-C does."""
+    """Make SIGTERM, and a terminal that goes, undo a half-started fleet, as Ctrl-C does."""
     raise KeyboardInterrupt

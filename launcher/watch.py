@@ -34,7 +34,7 @@ class View:
             self._begun = True
             self._meter.begin(states)
         # Before the second reading of figures, to make use of the time between the two.
-        told = [told_by(self._engine, state) for state in states]
+        told = told_by(self._engine, states)
         figures = self._meter.read(states)
         return [
             report.Row(state, progress, restarts, figures.get(state.id, report.Figures()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.errors import UsageError
+from app.errors import UsageError, readable
 
 API_HOST, WEB_HOST, FILES_HOST = "https://api.clear.ml", "https://app.clear.ml", "https://files.clear.ml"
 """ClearML's hosted service, which its SDK takes where credentials are given without addresses."""
@@ -42,9 +42,13 @@ def config_file(environment: Mapping[str, str]) -> Path:
 def is_configured(environment: Mapping[str, str]) -> bool:
     """Return whether there is a key pair or a file that may hold one; cheap, and imports nothing."""
     keys = environment.get("CLEARML_API_ACCESS_KEY") and environment.get("CLEARML_API_SECRET_KEY")
-    return bool(keys) or config_file(environment).is_file()
+    try:
+        return bool(keys) or config_file(environment).is_file()
+    except PermissionError:
+        return True  # whoever reads it says so
 
 
+@readable(UsageError)
 def find_credentials(environment: Mapping[str, str]) -> Credentials | None:
     """Return the credentials that the environment gives, the configuration file filling in; None without a key pair.
 

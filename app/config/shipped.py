@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from app.errors import DataError, UsageError, suggest
+from app.errors import DataError, UsageError, readable, suggest
 
 Kind = Literal["layouts", "hyps", "datasets", "spaces"]
 
@@ -34,8 +34,10 @@ def find_config(kind: Kind, name: str) -> Path:
     Raises UsageError, for a dataset DataError, listing what is shipped.
     """
     given = Path(name).expanduser()
-    if given.is_file():
-        return given
+    error = DataError if kind == "datasets" else UsageError
+    with readable(error):
+        if given.is_file():
+            return given
     relative = PurePosixPath(name)
     if relative.is_absolute() and relative.is_relative_to(CLASSIC_ROOT):
         relative = relative.relative_to(CLASSIC_ROOT)
@@ -44,7 +46,6 @@ def find_config(kind: Kind, name: str) -> Path:
         if shipped.is_file():
             return shipped
     known = sorted(path.name for path in (SHIPPED / kind).glob("*.yaml"))
-    error = DataError if kind == "datasets" else UsageError
     raise error(
         f"{_OPTION[kind]} {name}: no such file{suggest(relative.name, known)}; "
         f"give a path, or one of: {', '.join(known)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from app.errors import UsageError
+from app.errors import StarlingError, UsageError, readable
 from app.outputs.atomic import write_atomic
 
 MAX_BYTES = 256 * 1024
@@ -72,17 +72,17 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[str, Any]:
     """Return the mapping that the YAML file holds.
 
-    Raises UsageError naming file and line for a missing, oversized or malformed file, object tags, aliases,
-    duplicate keys, or anything but a mapping with text keys at the top.
+    Raises `unreadable` for a file that is not there or cannot be read, and UsageError naming file and line for an
+    oversized or malformed one, object tags, aliases, duplicate keys, or anything but a mapping with text keys at the top.
     """
     try:
-        with open(path, "rb") as file:
+        with readable(unreadable), open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+        raise unreadable(f"{path}: cannot be read: {error.strerror}; check the path") from None
     if len(content) > MAX_BYTES:
         raise UsageError(
             f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a configuration; check the path"

@@ -18,7 +18,8 @@ from app.data.findings import Finding
 from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
 from app.data.labels import LabelFile, Polygon, label_path, read_labels
 from app.data.limits import container_cpu_count
-from app.errors import ConfigError, DataError, suggest
+from app.data.pictures import find_pictures
+from app.errors import ConfigError, DataError, readable, suggest
 
 SPLITS = ("train", "val", "test")
 _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
@@ -27,7 +28,6 @@ _TOLERATED_KEYS = frozenset(
 )
 """Keys that exporters write and that change nothing here. `download` is read by app.data.acquire, when asked for."""
 _MAX_CLASSES = 100_000
-_MAX_LIST_BYTES = 1 << 30
 
 Progress = Callable[[int, int], None]
 """Called with (pictures checked, pictures in all)."""
@@ -58,13 +58,14 @@ class DatasetDescription:
         return self.nc_in_labels != self.nc
 
     @classmethod
+    @readable(DataError)
     def from_yaml(cls, path: Path, single_cls: bool = False) -> Self:
         """Read and check a description.
 
         Raises a UsageError for what the file says wrongly, DataError when the data it names is not there.
         """
         path = Path(os.path.abspath(path))  # not resolved: relative paths go from where the user put the file
-        mapping = read_yaml(path)
+        mapping = read_yaml(path, unreadable=DataError)
         for key in mapping:
             if key not in _KNOWN_KEYS | _TOLERATED_KEYS:
                 raise ConfigError(str(path), key, f"unknown key{suggest(key, _KNOWN_KEYS)}; remove or fix it")
@@ -128,6 +129,7 @@ class Dataset:
         return len(self.images)
 
     @classmethod
+    @readable(DataError)
     def load(
         cls,
         description: DatasetDescription,
@@ -147,7 +149,8 @@ class Dataset:
             raise DataError(
                 f"{description.path_yaml}: has no `{split}:`; add it, or use a split it has ({given})"
             )
-        paths = sorted(dict.fromkeys(_find_images(description, split)))
+        source = f"{description.path_yaml}: {split}"
+        paths = sorted(dict.fromkeys(find_pictures(description.splits[split], description.root, source)))
         report = progress if callable(progress) else None
         scanned = list(_scan(paths, description.nc_in_labels, report))
         problems = [problem for item in scanned for problem in item.problems]
@@ -273,49 +276,6 @@ def _locate(root: Path, entry: str) -> Path:
     if entry.startswith("../") and not path.exists() and (root / entry[3:]).exists():
         return root / entry[3:]
     return Path(os.path.normpath(path))
-
-
-def _find_images(description: DatasetDescription, split: str) -> Iterator[Path]:
-    for entry in description.splits[split]:
-        if entry.is_dir():
-            yield from _walk(entry)
-        elif entry.suffix.lower() == ".txt" and entry.is_file():
-            yield from _listed(entry, description.root)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-            yield entry
-        else:
-            raise DataError(
-                f"{description.path_yaml}: {split}: {entry} is not there; put the pictures there or fix the path"
-            )
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the pictures under `folder`, following links to folders, each real folder once."""
-    seen: set[str] = set()
-    for current, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(current)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in files:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield Path(current, name)
-
-
-def _listed(path: Path, root: Path) -> Iterator[Path]:
-    """Yield the pictures that a list names: absolute, or relative to the list's folder, else to the root."""
-    if path.stat().st_size > _MAX_LIST_BYTES:
-        raise DataError(f"{path}: over a gigabyte, so not a list of pictures; check the path")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}; check the file") from None
-    for line in lines:
-        name = line.strip()
-        if name and "\0" not in name:
-            beside = path.parent / name
-            yield Path(os.path.normpath(beside if beside.exists() else root / name))
 
 
 def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Scanned]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from app.data.images import IMAGE_SUFFIXES, decode_image
 from app.data.remote_source import download
-from app.errors import DataError, UsageError
+from app.errors import DataError, UsageError, readable
 
 VIDEO_SUFFIXES = frozenset(
     (".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
@@ -71,6 +71,7 @@ class Frame:
     """Frames a second of what is written from this video; 0 for a picture."""
 
 
+@readable(DataError)
 def find_sources(source: str) -> list[Source]:
     """Return what `--source` names, in order.
 

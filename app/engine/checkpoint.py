@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, readable
 from app.outputs.atomic import write_atomic
-from app.outputs.run_dir import previous_of
+from app.outputs.run_dir import previous_of, runs_root
 
 FORMAT = "starling-1"
 
@@ -43,6 +43,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+@readable(CheckpointError)
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote, tensors on the CPU.
 
@@ -53,6 +54,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         _refuse_inflation(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged or hostile file makes torch raise nearly anything
         raise CheckpointError(
             f"{path}: not a checkpoint of this trainer, or damaged ({_first_line(error)})"
@@ -81,6 +84,27 @@ def load_newest(last: Path, say: Callable[[str], None]) -> tuple[dict[str, Any],
             raise error from None
         say(f"{error}; taking the one saved before it, {previous}")
         return state, previous
+
+
+@readable(CheckpointError)
+def find_last(resume: str) -> Path:
+    """Return the checkpoint that `--resume` means; raises CheckpointError when there is none."""
+    if resume != "latest":
+        path = Path(resume).expanduser()
+        return path / "weights" / "last.pt" if path.is_dir() else path
+    found = sorted(
+        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),
+        key=lambda path: path.stat().st_mtime,
+    )
+    if not found:
+        raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
+    return found[-1].with_name("last.pt")
+
+
+def _resumes(path: Path) -> bool:
+    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
+    own = "candidates" not in path.parts and path.parts[0] != "mlflow"
+    return own and path.name in ("last.pt", "last.previous.pt")
 
 
 def require(path: Path, content: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
-from app.errors import UsageError, suggest
+from app.errors import UsageError, readable, suggest
 from app.outputs.run_dir import RunDir, folder_below
 
 NAMES = (
@@ -134,8 +134,13 @@ def find_hooks(given: str, environment: Mapping[str, str] = os.environ) -> dict[
         return found
     flag = "--hooks" if given else VARIABLE
     path = Path(named).expanduser()
-    if not path.is_file():
-        raise UsageError(f"{flag} {named}: no such file; give the path of a Python file that defines hooks")
+    with readable(UsageError):
+        if path.is_file():
+            path.open("rb").close()
+        else:
+            raise UsageError(
+                f"{flag} {named}: no such file; give the path of a Python file that defines hooks"
+            )
     try:
         defined = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:

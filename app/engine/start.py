@@ -14,7 +14,7 @@ from app.config.yaml_reader import read_yaml
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.engine.official import OFFICIAL, official_name, official_weights
 from app.engine.progress import Progress
-from app.errors import CheckpointError, UsageError, suggest
+from app.errors import CheckpointError, UsageError, readable, suggest
 from app.model.detector import Detector, build_detector
 from app.model.weights import LoadReport, load_weights
 
@@ -89,6 +89,7 @@ def find_start(weights: str, cfg: str) -> Start:
     return Start(loaded.layout, loaded)
 
 
+@readable(CheckpointError)
 def find_weights(name: str) -> Path:
     """Return the path of a weights file named with or without `.pt`; published ones are fetched by their bare name.
 

@@ -21,7 +21,7 @@ from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.best_weights import holds_best
-from app.engine.checkpoint import load_newest, require
+from app.engine.checkpoint import find_last, load_newest, require
 from app.engine.data import (
     DEVICE_SHARE,
     TrainingData,
@@ -365,26 +365,6 @@ def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
 def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
     """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
     bridges.finish(STOPPED_DRAIN_S if stop.requested else DRAIN_S)
-
-
-def find_last(resume: str) -> Path:
-    """Return the checkpoint that `--resume` means; raises CheckpointError when there is none."""
-    if resume != "latest":
-        path = Path(resume).expanduser()
-        return path / "weights" / "last.pt" if path.is_dir() else path
-    found = sorted(
-        (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),
-        key=lambda path: path.stat().st_mtime,
-    )
-    if not found:
-        raise CheckpointError(f"--resume: no weights/last.pt below {runs_root()}; give the checkpoint's path")
-    return found[-1].with_name("last.pt")
-
-
-def _resumes(path: Path) -> bool:
-    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
-    own = "candidates" not in path.parts and path.parts[0] != "mlflow"
-    return own and path.name in ("last.pt", "last.previous.pt")
 
 
 def _new_run(config: TrainConfig) -> Path:

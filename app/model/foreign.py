@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, readable
 from app.model.blocks import DEFAULT_ACTIVATION
 from app.model.inert_pickle import Record, TensorRef
 from app.model.torch_file import TorchFile, open_torch_file
@@ -47,6 +47,7 @@ class ForeignCheckpoint:
         return len(self.names) or int((self.layout or {}).get("nc", 0))
 
 
+@readable(CheckpointError)
 def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
     """Read a `.pt` as the popular YOLOv5 trainer writes it, or a plain state dict; prefers the EMA's weights.
 
@@ -58,6 +59,8 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
             return _Reader(file).checkpoint()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except PermissionError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from None
     except Exception as error:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from app.outputs.atomic import write_atomic
-from app.outputs.worker_status import FOLDER
+from app.outputs.worker_status import FOLDER, read_status
 
 
 class RestartRecord:
@@ -33,7 +33,7 @@ class RestartRecord:
 
     def failure_lasts(self) -> bool:
         """Return whether the trainer said of its failure that it would come again."""
-        told = _read(self._status)
+        told = read_status(self._status)
         return told.get("phase") == "failed" and told.get("lasting") is True
 
     def tell(
@@ -64,14 +64,6 @@ class RestartRecord:
 
 def unfinished_run(status: Path) -> str | None:
     """Return the run folder in a worker's status file; None for a run that is done, no such file, or a garbled one."""
-    told = _read(status)
+    told = read_status(status)
     run = told.get("run_dir")
     return run if isinstance(run, str) and run and told.get("phase") != "done" else None
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -42,5 +42,24 @@ class WorkerStatus:
             write_atomic(self.path, json.dumps(plain, allow_nan=False, default=str))
 
 
+def tell_failure(root: Path, worker: str, message: str) -> None:
+    """Add why this process has failed to what the worker's file tells, where its run has not told that itself."""
+    told = read_status(root / FOLDER / f"{worker}.json")
+    if told.get("pid") == os.getpid() and told.get("phase") == "failed":
+        return
+    status = WorkerStatus(root, worker)
+    run = {"run_dir": told["run_dir"]} if "run_dir" in told else {}  # what another try goes on with
+    status.update(phase="failed", message=message, **run)
+
+
+def read_status(path: Path) -> dict[str, object]:
+    """Return what a worker's file tells; nothing for one that is absent or garbled."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.config.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
-from app.errors import UsageError
+from app.errors import UsageError, readable
 
 REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
 _FIELD = re.compile(r"((?:\\.|[^:\\])*)(?::|$)")
 
 
+@readable(UsageError)
 def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
     """Return the password for `url`, or an empty string where none is set.
 

@@ -14,7 +14,7 @@ from app.config.hyp import Hyp
 from app.config.shipped import find_config
 from app.config.train_config import OPTIMIZERS, TrainConfig
 from app.config.yaml_reader import read_yaml
-from app.errors import ConfigError, UsageError, suggest
+from app.errors import ConfigError, UsageError, readable, suggest
 from app.search.genes import GENES, Gene, genes_of
 
 Value = float | int | str
@@ -176,8 +176,11 @@ def parse_space(
 
 def _beside(folder: Path, name: Any) -> Any:
     """Return the absolute path of a layout that lies at `name` from `folder`, else the name as it is."""
-    path = folder / Path(name).expanduser() if isinstance(name, str) else None
-    return str(path.resolve()) if path is not None and path.is_file() else name
+    if not isinstance(name, str):
+        return name
+    path = folder / Path(name).expanduser()
+    with readable(UsageError):
+        return str(path.resolve()) if path.is_file() else name
 
 
 def _gene(name: str, item: Any, place: str) -> Gene:

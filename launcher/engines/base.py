@@ -169,8 +169,8 @@ class Usage:
     """CPU time since its start, over all cores: two readings make a rate."""
     at: float
     """Monotonic seconds of the reading."""
-    cpu_percent: float | None = None
-    """The rate itself, of one core, where the engine has compared two readings."""
+    clock: float | None = None
+    """Seconds of the reading by the clock of another machine, where that tells: a rate is then free of the way there."""
 
 
 class LogLine(str):

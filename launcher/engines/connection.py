@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.engines.base import mask
 from launcher.engines.docker_api import (
     Api,
     SdkApi,
@@ -29,7 +30,7 @@ ACTION_TIMEOUT_S = 120.0
 OLDEST_API, OLDEST_ENGINE = (1, 41), "20.10"
 """Cgroup v2, `init` and device requests as they are used here."""
 
-_DENIED = "permission denied"
+_DENIED, _NO_SOCKET = "permission denied", "no socket there"
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,11 @@ class Connection:
             if there is not None and there.ended:
                 raise there.lost() from error
             reason = _reason(error)
+            if reason == _NO_SOCKET and self._socket:
+                reason = f"no socket at {self._socket}"
+            where = "" if self._socket else f" at {mask(self._address or engine_address())}"
             denied = self._denied() if reason == _DENIED else ""
-            raise EngineError(denied or f"{title} does not answer ({reason}); {remedy}") from error
+            raise EngineError(denied or f"{title}{where} does not answer ({reason}); {remedy}") from error
 
     def _request(self, method: str, path: str, query: Mapping[str, Any], timeout_s: float) -> Any:
         target = request_target(self._version or "", path, query)
@@ -157,8 +161,8 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     for sign, words in (
         ("timed out", f"no answer within {ANSWER_TIMEOUT_S:g} s"),
-        ("No such file", "no socket there"),
-        ("FileNotFoundError", "no socket there"),
+        ("No such file", _NO_SOCKET),
+        ("FileNotFoundError", _NO_SOCKET),
         ("Permission denied", _DENIED),
         ("Connection refused", "connection refused"),
     ):

@@ -27,6 +27,7 @@ from launcher.ownership import (
     plan_of,
 )
 from launcher.processes import printable
+from launcher.reach import box
 
 if TYPE_CHECKING:
     from launcher.claims import Claim
@@ -218,9 +219,14 @@ class DockerEngine:
         return dict(item.split("=", 1) for item in inspected["Config"].get("Env") or [] if "=" in item)
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
-        """Return what running containers use: read from their control groups on this machine, else as the engine tells."""
+        """Return what running containers use: read from their control groups, else as the engine tells."""
         live = {state.id: state for state in states if state.live}
         found: dict[str, Usage] = {}
+        there = box()
+        if there is not None:
+            from launcher.box_status import read_groups
+
+            found = read_groups(there, live.values())
         for replica_id, state in () if self.remote else live.items():
             usage = read_usage(state.pid, replica_id)
             if usage is not None:
@@ -229,7 +235,7 @@ class DockerEngine:
         return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
 
     def _stats(self, replica_id: str) -> Mapping[str, Any]:
-        return dict(self._to.asking.api.stats(replica_id, stream=False))
+        return dict(self._to.ask(f"/containers/{replica_id}/stats", **{"stream": 0, "one-shot": 1}))
 
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launcher.engines.base import Usage
+from launcher.instants import parse_stamp
 
 PATIENCE_S = 2.8
-"""An engine compares two readings a second apart; what it has not told by then is left out."""
+"""An engine that looks once a second has told by then; of others the figures are left out."""
 
 
 def ask_usage(ask: Callable[[str], Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Usage]:
-    """Return what each container uses, all asked at once; `ask` returns the engine's `stats` of one."""
+    """Return what each container uses, all asked at once; `ask` returns the engine's `stats` of one, one reading."""
     found: dict[str, Usage] = {}
 
     def ask_one(replica_id: str) -> None:
@@ -34,28 +35,15 @@ def ask_usage(ask: Callable[[str], Mapping[str, Any]], ids: Sequence[str]) -> di
 
 
 def usage_in(stats: Mapping[str, Any]) -> Usage:
-    """Return the memory without page cache, and the CPU as a rate where there were two readings."""
+    """Return the memory without page cache, and the CPU time, with the engine's own time of the reading."""
     memory = stats.get("memory_stats") or {}
     detail = memory.get("stats") or {}
     cached = detail.get("total_inactive_file", detail.get("inactive_file", 0))
     used = memory.get("usage")
-    now, before = _cpu(stats.get("cpu_stats")), _cpu(stats.get("precpu_stats"))
+    computed = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage")
     return Usage(
         memory_bytes=None if used is None else max(int(used) - int(cached), 0),
-        cpu_s=now[0],
+        cpu_s=None if computed is None else computed / 1e9,
         at=time.monotonic(),
-        cpu_percent=_percent(now, before, (stats.get("cpu_stats") or {}).get("online_cpus")),
+        clock=parse_stamp(stats.get("read") or ""),
     )
-
-
-def _cpu(part: Mapping[str, Any] | None) -> tuple[float, float]:
-    """Return the seconds that the container and that the whole machine have computed."""
-    part = part or {}
-    own = (part.get("cpu_usage") or {}).get("total_usage") or 0
-    return own / 1e9, (part.get("system_cpu_usage") or 0) / 1e9
-
-
-def _percent(now: tuple[float, float], before: tuple[float, float], cores: int | None) -> float | None:
-    if not before[1] or now[1] <= before[1] or now[0] < before[0]:
-        return None
-    return 100 * (now[0] - before[0]) / (now[1] - before[1]) * (cores or 1)

@@ -137,9 +137,9 @@ def test_a_dry_run_shows_the_plan_with_what_would_be_wrong_and_what_would_be_bui
     wrong = cli.up("--cpu", "1", "--network", "gone", "--dry-run")
     build = cli.up("--cpu", "1", "--build", "--dry-run")
     cli.image = there
-    assert (wrong.returncode, build.returncode) == (0, 0)
-    assert "note: would fail now: no image starling-no-such-image here" in wrong.stdout
-    assert "note: would fail now: --network gone: no such network" in wrong.stdout
+    assert (wrong.returncode, build.returncode) == (5, 0)
+    assert "\nwould fail now: no image starling-no-such-image here" in wrong.stdout
+    assert "\nwould fail now: --network gone: no such network" in wrong.stdout
     assert "note: starling-no-such-image would be built first" in build.stdout
     assert "would fail now" not in build.stdout
     assert nothing_is_left(cli)
@@ -208,6 +208,8 @@ def test_the_lines_of_a_dry_run_make_the_very_containers_that_up_makes(
     monkeypatch.setenv("MLFLOW_RUN", "it's mine")
     monkeypatch.setenv("TOKEN", "s3cret")
     monkeypatch.setenv("OTHER", "from the shell")
+    monkeypatch.setenv("CLEARML_CONFIG_FILE", "clearml.conf")
+    (cli.folder / "clearml.conf").write_text("api.credentials.secret_key = hunter2\n")
     (cli.folder / "some variables").write_text("FILED=two words\nTOKEN\nOTHER=from the file\n")
     (cli.folder / "a,b").mkdir()
     (cli.folder / "a,b" / "d.yaml").write_text("train: .\nval: .\nnames: [a]\n")
@@ -216,6 +218,7 @@ def test_the_lines_of_a_dry_run_make_the_very_containers_that_up_makes(
 
     plan = cli.up(*options, "--dry-run", training=training).stdout
     assert "s3cret" not in plan
+    assert "hunter2" not in plan
     assert "from the shell" not in plan
     lines = [line for line in plan.splitlines() if line.startswith(("docker run", "install", "chown"))]
     typed = subprocess.run(
@@ -235,6 +238,10 @@ def test_the_lines_of_a_dry_run_make_the_very_containers_that_up_makes(
     assert comparable(cli.replica) == by_hand
     passed = {"TOKEN": "s3cret", "OTHER": "from the shell", "FILED": "two words", "MLFLOW_RUN": "it's mine"}
     assert passed.items() <= by_hand["Config"]["Env"].items()
+    look = 'cat "$CLEARML_CONFIG_FILE"; test -w "$CLEARML_CONFIG_FILE" || echo kept'
+    seen = docker("exec", cli.replica, "sh", "-c", look)
+    assert seen.splitlines() == ["api.credentials.secret_key = hunter2", "kept"]
+    assert "hunter2" not in docker("inspect", cli.replica)
 
 
 def test_a_gpu_replica_typed_by_hand_asks_for_the_same_device(world: World) -> None:

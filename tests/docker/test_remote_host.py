@@ -215,6 +215,8 @@ def test_up_status_logs_and_kill_all_on_a_machine_behind_ssh(box: Box, image: st
     )
     [row] = json.loads(box.launcher("status", "--json", f"test/{fleet}").stdout)["replicas"]
     assert (row["state"], row["epoch"], row["best_fitness"]) == ("running", 3, 0.25)
+    assert row["memory_used_bytes"] > 0
+    assert row["cpu_percent"] is not None
     assert box.launcher("logs", f"test/{fleet}").stdout.startswith("args ")
     assert box.launcher("kill-all", "--yes", f"test/{fleet}").returncode == 0
     assert docker("ps", "-aq", "--filter", f"label=starling.fleet=test/{fleet}").stdout == ""
@@ -327,8 +329,10 @@ def test_gpus_there_are_those_that_its_nvidia_smi_lists(box: Box, image: str) ->
         plan = box.launcher(
             "up", "--gpus", "all", "--image", image, "--dry-run", "--json", "--", "--data", "bccd.yaml"
         )
-        assert plan.returncode == 0, plan.stderr
-        assert len(json.loads(plan.stdout)["replicas"]) == 2
+        shown = json.loads(plan.stdout)
+        assert len(shown["replicas"]) == 2
+        assert all("GPU runtime" in problem["message"] for problem in shown["problems"])
+        assert plan.returncode == (5 if shown["problems"] else 0)
         refused = box.launcher(
             "up", "--gpus", "7", "--image", image, "--dry-run", "--", "--data", "bccd.yaml"
         )
@@ -516,6 +520,49 @@ def test_an_engine_behind_tcp_shares_our_paths_and_tells_progress_itself(
         docker("kill", f"test-{fleet}-cpu0")
         [row] = json.loads(launcher("status", "--json", f"test/{fleet}").stdout)["replicas"]
         assert (row["epoch"], row["exit_code"]) == (3, 137), "of a replica that has ended as well"
+
+
+LOOK = """
+import os, sys, time
+from pathlib import Path
+from launcher.cli import open_engine
+from launcher.watch import View
+view = View(open_engine("docker", Path("runs")), sys.argv[1:])
+view.rows()
+for _ in range(3):
+    begun = time.perf_counter()
+    rows = view.rows()
+    print(time.perf_counter() - begun, len(rows), all(row.figures.cpu_percent is not None for row in rows))
+"""
+
+
+def test_watching_replicas_on_another_machine_takes_a_fraction_of_a_second(
+    box: Box, image: str, fleet: str
+) -> None:
+    options = (
+        "--cpu",
+        str(min(os.cpu_count() or 1, 4)),
+        "--image",
+        image,
+        "--memory",
+        "64m",
+        "--settle",
+        "0",
+    )
+    up = box.launcher("up", *options, "--", "--project", "test", "--name", fleet, "--evolve", "2")
+    assert up.returncode == 0, up.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, f"test/{fleet}"],
+        cwd=box.laptop,
+        env=box.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    looks = [line.split() for line in done.stdout.splitlines()]
+    assert len(looks) == 3, done.stderr
+    assert {tuple(look[1:]) for look in looks} == {(options[1], "True")}
+    assert min(float(look[0]) for look in looks) < 0.3, "an engine alone takes a second to tell what is used"
 
 
 @contextlib.contextmanager

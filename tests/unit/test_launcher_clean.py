@@ -128,6 +128,7 @@ def test_clean_removes_results_only_when_asked_and_only_those_of_the_fleet(
     third = make_run(runs, "blood/search3")
     (runs / ".workers").mkdir()
     # A replica may write anything here: a folder of its own fleet's kind counts, any other does not.
+    (runs / ".workers/dead.restarts.json").write_text("{}")
     (runs / ".workers/dead.json").write_text(
         json.dumps({"run_dir": f"/usr/src/app/runs/{second.relative_to(runs)}"})
     )
@@ -138,6 +139,7 @@ def test_clean_removes_results_only_when_asked_and_only_those_of_the_fleet(
     assert not second.exists()
     assert (other.exists(), third.exists()) == (True, True)
     assert sorted(path.name for path in runs.iterdir()) == [".workers", "blood"]
+    assert list((runs / ".workers").iterdir()) == []
     again = launcher("clean", "--runs-too", "--yes", "blood/other", "blood/search3")
     assert again.returncode == 0, again.stderr
     assert not (runs / "blood").exists()

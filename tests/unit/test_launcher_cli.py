@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from app.config.train_flags import FLAGS
+from launcher.cli import cli
 from launcher.engines import supervisor
 from launcher.engines.local import LocalEngine
+from launcher.up import OWN_OPTIONS
+from tests.unit.test_supervise import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +87,39 @@ def test_a_dry_run_starts_nothing_and_hides_values(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_option_of_the_launchers_after_the_dashes_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    done = launcher(
+        "up", "--engine", "local", "--cpu", "1", "--", "--data", "bccd.yaml", "--dry-run", cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --dry-run: after `--`, where the trainer would get it; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_up_is_either_the_launchers_alone_or_a_trainings_too() -> None:
+    of_up = {name for option in cli.commands["up"].params for name in option.opts if name.startswith("--")}
+    of_training = {name for flags in FLAGS.values() for flag in flags for name in flag.names}
+    assert of_up - of_training - {"--help"} == OWN_OPTIONS
+    assert not OWN_OPTIONS & of_training
+
+
+def test_a_mistake_that_only_the_trainer_sees_is_told_by_status(tmp_path: Path) -> None:
+    training = ("--data", "bccd.yaml", "--epohs", "3")
+    up = launcher("up", "--engine", "local", "--cpu", "1", "--", *training, cwd=tmp_path)
+    assert up.returncode == 0, up.stderr
+    engine = LocalEngine(tmp_path / "runs", os.getuid())
+    try:
+        wait_until(lambda: engine.list()[0].phase == "exited")
+        status = launcher("status", "--engine", "local", cwd=tmp_path)
+        words = "exited 2: usage or configuration error: unrecognized arguments: --epohs 3 (did you mean '--epochs'?)"
+        assert words in status.stdout
+    finally:
+        for state in engine.list():
+            engine.remove(state.id)
+
+
 def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalEngine) -> None:
     done = launcher("kill-all", "--engine", "local", cwd=tmp_path)
     assert done.returncode == 2
@@ -92,6 +129,19 @@ def test_kill_all_does_not_act_without_an_answer(tmp_path: Path, running: LocalE
     killed = launcher("kill-all", "--engine", "local", "--yes", "--json", cwd=tmp_path)
     assert (killed.returncode, json.loads(killed.stdout)) == (0, {"removed": ["a-b-cpu0"]})
     assert running.list() == []
+
+
+def test_attach_says_that_it_watches_only_what_is_there_and_alive(
+    tmp_path: Path, running: LocalEngine
+) -> None:
+    wrong = launcher("attach", "--engine", "local", "nope", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: nope: no such replica")
+    running.kill(running.list()[0].id)
+    wait_until(lambda: not running.list()[0].live)
+    dead = launcher("attach", "--engine", "local", "a-b-cpu0", cwd=tmp_path)
+    assert (dead.returncode, dead.stderr) == (1, "a-b-cpu0: killed (137)\n")
+    running.remove(running.list()[0].id)
 
 
 @pytest.fixture
@@ -181,3 +231,12 @@ def test_a_dead_or_hung_docker_is_told_in_under_five_seconds(socket_is: str, tmp
     assert done.returncode == 5
     assert "Docker does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_engine_elsewhere_that_does_not_answer_is_told_with_its_address(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        done = launcher("status", "--host", address, cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.stderr.startswith(f"error: Docker at {address} does not answer (connection refused); ")

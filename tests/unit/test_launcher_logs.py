@@ -186,17 +186,17 @@ def test_colours_follow_the_terminal_and_the_two_variables(monkeypatch: pytest.M
 
 
 STATS: dict[str, Any] = {
+    "read": "1970-01-01T00:01:40.25Z",
     "memory_stats": {"usage": 1000, "stats": {"total_inactive_file": 400}},
-    "cpu_stats": {"cpu_usage": {"total_usage": 3e9}, "system_cpu_usage": 20e9, "online_cpus": 4},
-    "precpu_stats": {"cpu_usage": {"total_usage": 1e9}, "system_cpu_usage": 16e9},
+    "cpu_stats": {"cpu_usage": {"total_usage": 3e9}},
 }
 
 
-def test_an_engines_own_figures_are_memory_without_cache_and_cpu_of_one_core() -> None:
+def test_an_engines_own_figures_are_memory_without_cache_and_cpu_time_by_its_own_clock() -> None:
     usage = usage_in(STATS)
-    assert (usage.memory_bytes, usage.cpu_percent) == (600, 200.0)
-    assert usage_in({**STATS, "precpu_stats": {}}).cpu_percent is None
-    assert usage_in({}).memory_bytes is None
+    assert (usage.memory_bytes, usage.cpu_s, usage.clock) == (600, 3.0, 100.25)
+    nothing = usage_in({})
+    assert (nothing.memory_bytes, nothing.cpu_s, nothing.clock) == (None, None, None)
     assert (
         usage_in({**STATS, "memory_stats": {"usage": 1000, "stats": {"inactive_file": 100}}}).memory_bytes
         == 900

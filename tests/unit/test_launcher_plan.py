@@ -27,7 +27,9 @@ from launcher.plan import (
     passed_variables,
     replica_name,
 )
+from launcher.preflight import preflight_notes
 from launcher.runs_folder import NOBODYS_ID, check_runs, replica_user
+from launcher.secret_files import with_secret_files
 from launcher.sizes import GIB, format_cores, format_size, parse_size
 from launcher.training_args import TrainingArgs, prepare_args
 
@@ -51,9 +53,14 @@ def prepare(words: list[str], tmp_path: Path, isolated: bool = True) -> Training
     )
 
 
-def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Plan:
+def request_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Request:
     args = prepare(words or ["--project", "blood", "--name", "search", "--evolve", "60"], tmp_path)
-    request = Request(args=args, runs=tmp_path / "runs", user="1000:1000", **asked)  # type: ignore[arg-type]
+    values = {"gpus": "1"} if "cpus" not in asked else {}
+    return Request(args=args, runs=tmp_path / "runs", user="1000:1000", **(values | asked))  # type: ignore[arg-type]
+
+
+def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Plan:
+    request = request_for(tmp_path, words, **({"gpus": None} | asked))
     return make_plan(request, DOCKER, MACHINE, GPUS, "sha256:abc")
 
 
@@ -81,6 +88,13 @@ def test_sizes_are_binary_as_dockers(text: str, size: int) -> None:
 def test_a_wrong_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--memory"):
         parse_size(text)
+
+
+def test_a_size_too_small_is_taken_for_one_without_its_unit_only_where_it_has_none() -> None:
+    with pytest.raises(UsageError, match=r"--memory 20: below 6m, .*; did you mean 20g\?"):
+        parse_size("20")
+    with pytest.raises(UsageError, match=r"--shm 1k: below 6m, the least a container can have$"):
+        parse_size("1k", "--shm")
 
 
 def test_sizes_read_back_in_words() -> None:
@@ -435,18 +449,54 @@ def test_a_study_with_a_password_is_refused_before_it_is_a_containers_command(
     assert prepare(["--evolve", "2", "--study", "postgresql://u@db:5432/study"], tmp_path).evolve
 
 
+@pytest.mark.parametrize("words", [["--remote", "gpus"], ["--rem=gpus"]])
+def test_a_training_for_a_queue_is_not_queued_once_a_replica(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--remote gpus: .*each replica .*: python train\.py … --remote gpus"
+    ):
+        prepare([*TRAINING, *words], tmp_path)
+    assert prepare([*TRAINING, "--remote", ""], tmp_path).words[-1] == "", "as the trainer takes it: here"
+
+
 @pytest.mark.parametrize("variable", ["STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE"])
 def test_the_file_of_a_servers_password_is_mounted_and_never_read(variable: str, tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("hunter2")
-    passed = passed_variables({variable: str(secret)})
-    [spec] = plan_for(tmp_path, gpus="1", passed=passed).replicas
-    [mount] = [mount for mount in spec.mounts if mount.source == str(secret)]
-    assert (mount.target, mount.read_only) == (str(secret), True)
-    assert spec.passed[variable] == str(secret)
+    placed = with_secret_files(request_for(tmp_path, passed=passed_variables({variable: str(secret)})))
+    assert placed.volumes == (Mount(source=str(secret), target=str(secret), read_only=True),)
+    assert placed.passed[variable] == str(secret)
     for wrong in ("password", str(tmp_path / "none")):
         with pytest.raises(UsageError, match=f"{variable}=.*absolute path of a file"):
-            plan_for(tmp_path, gpus="1", passed={variable: wrong})
+            with_secret_files(request_for(tmp_path, passed={variable: wrong}))
+
+
+@pytest.mark.parametrize("given", ["{home}/clearml.conf", "~/clearml.conf", "clearml.conf"])
+def test_clearmls_file_is_mounted_and_its_variable_leads_there(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "clearml.conf"
+    secret.write_text("api.credentials.secret_key = hunter2")
+    passed = passed_variables({"CLEARML_CONFIG_FILE": given.format(home=tmp_path)})
+    placed = with_secret_files(request_for(tmp_path, passed=passed))
+    plan = make_plan(placed, DOCKER, MACHINE, GPUS, "sha256:abc")
+    [spec] = plan.replicas
+    assert Mount(source=str(secret), target=str(secret), read_only=True) in spec.mounts
+    assert spec.environment["CLEARML_CONFIG_FILE"] == str(secret)
+    assert "CLEARML_CONFIG_FILE" not in spec.passed
+    assert "hunter2" not in "\n".join(
+        [*show_plan(plan, 0), json.dumps(plan.public()), *labels(spec, 0).values()]
+    )
+
+
+def test_clearmls_file_that_is_not_there_is_noted_and_stops_nothing(tmp_path: Path) -> None:
+    for wrong in (tmp_path, tmp_path / "gone"):
+        asked = request_for(tmp_path, passed={"CLEARML_CONFIG_FILE": str(wrong)})
+        placed = with_secret_files(asked)
+        assert (placed.volumes, placed.passed) == ((), asked.passed)
+        [note] = preflight_notes(placed, make_plan(placed, DOCKER, MACHINE, GPUS, "x"), MACHINE, [])
+        assert note.startswith(f"CLEARML_CONFIG_FILE={wrong}: no such file")
 
 
 def test_a_volume_of_the_servers_and_their_address_are_part_of_the_plan(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import importlib
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from socketserver import ThreadingUnixStreamServer
 import pytest
 
 from launcher import preflight
-from launcher.access import check_data, check_password_file, check_runs_access, may
+from launcher.access import check_data, check_runs_access, check_secret_file, may
 from launcher.build import project_folder
 from launcher.engines.base import Image, Mount, ReplicaState
 from launcher.errors import CheckpointError, DataError, EngineError, LauncherError, UsageError
@@ -166,6 +167,7 @@ def test_an_engine_that_is_too_old_is_named_with_its_version(old_engine: str, tm
 
 def refused_as_nobody(act: Callable[[], object]) -> str:
     """Return the words of the launcher's error that `act` raises for a user without any group."""
+    importlib.import_module("docker.errors")  # here, as the interpreter may be root's alone
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -433,15 +435,36 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
     weights = tmp_path / "w.pt"
     weights.touch(0o600)
     with pytest.raises(CheckpointError, match=r"w\.pt: replicas run as"):
-        check_data([weights], [Mount(source=str(weights), target=str(weights))], STRANGER)
+        check_data({weights: CheckpointError}, [Mount(source=str(weights), target=str(weights))], STRANGER)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [("--cfg", UsageError), ("--hyp", UsageError), ("--space", UsageError), ("--hooks", UsageError),
+     ("--weights", CheckpointError)],
+)  # fmt: skip
+def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
+    option: str, error: type[LauncherError], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("cfg: [yolov5n.yaml]\n")
+    path.chmod(0o600)
+    args = prepare_args(
+        [option, str(path)], cwd=tmp_path, runs=tmp_path / "runs", runs_inside="/runs", isolated=True
+    )
+    with pytest.raises(
+        LauncherError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
+    ) as caught:
+        check_data(args.reads, args.mounts, STRANGER)
+    assert type(caught.value) is error
 
 
 def test_a_password_file_that_replicas_cannot_read_is_told_with_two_ways_out(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.touch(0o600)
-    check_password_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
+    check_secret_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
     with pytest.raises(UsageError, match=rf"setfacl -m u:12345:r {path}, or give --user {os.getuid()}:"):
-        check_password_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
+        check_secret_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
 
 
 def test_root_in_a_container_has_no_right_beyond_its_mode(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,41 @@ def test_a_fleet_of_another_runs_folder_is_named_as_the_holder_and_may_be_joined
         assert "2 already running" in out
 
 
+def test_a_dry_run_on_a_held_gpu_shows_the_plan_and_all_that_would_stop_it(home: Home) -> None:
+    assert home.up("a", "--gpus", "1-2")[0] == 0
+    asked = ("--gpus", "2-3", "--memory", "900g", "--dry-run")
+    code, out, error = home.up("b", *asked, runs="others")
+    assert (code, error) == (2, "")
+    assert re.search(r"^p-b-gpu2 +GPU 2 .*900 GB", out, re.MULTILINE)
+    assert re.search(r"^setsid env .*--name b", out, re.MULTILINE)
+    wrong = out[out.index("would fail now") :]
+    assert (
+        "would fail now: --gpus 2-3: GPU 2 is held by p-a-gpu2 of fleet p/a; choose others (free: 0,3)"
+        in wrong
+    )
+    assert "would fail now: --memory 900 GB: 2 replicas need 1800 GB" in wrong
+    plan = json.loads(home.up("b", *asked, "--json", runs="others")[1])
+    assert [replica["device"] for replica in plan["replicas"]] == ["gpu:2", "gpu:3"]
+    assert [problem["exit_code"] for problem in plan["problems"]] == [2, 2]
+    assert "GPU 2 is held by p-a-gpu2" in plan["problems"][0]["message"]
+    assert not [note for note in plan["notes"] if "--force" in note]
+    assert not (home.folder / "others").exists()
+
+
+def test_a_dry_run_says_what_runs_already_and_what_differs(home: Home) -> None:
+    assert home.up("a", "--gpus", "1-2")[0] == 0
+    code, out, _ = home.up("a", "--gpus", "1-2", "--dry-run")
+    assert code == 0
+    assert "note: already running: p-a-gpu1, p-a-gpu2; `up` leaves them as they are" in out
+    code, out, _ = home.up("a", "--gpus", "1-2", "--memory", "64m", "--dry-run")
+    assert code == 2
+    assert "would fail now: fleet p/a exists and differs" in out
+    assert "memory" in out[out.index("differs") :]
+    code, out, _ = home.up("a", "--gpus", "1-2", "--memory", "64m", "--recreate", "--dry-run")
+    assert code == 0
+    assert "note: --recreate: 2 replicas of this fleet would be stopped and removed first" in out
+
+
 def test_free_takes_the_rest_and_keeps_it_when_repeated(home: Home) -> None:
     assert home.up("a", "--gpus", "1")[0] == 0
     assert home.up("b", "--gpus", "free:2", runs="others")[0] == 0
@@ -207,7 +243,30 @@ def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
     assert "p-b-gpu2" in out
     assert watched.poll() is None
     watched.terminate()
-    assert "rolled back: 1 replica" in watched.communicate(timeout=60)[0]
+    assert "rolled back: 1 replica removed, what they wrote stays" in watched.communicate(timeout=60)[0]
+
+
+def test_a_terminal_that_goes_in_the_midst_of_a_start_takes_the_fleet_back(home: Home) -> None:
+    watched = home.start("up", "--gpus", "1-2", "--settle", "60", "--", "--project", "p", "--name", "a")
+    assert watched.stdout is not None
+    assert any(line.startswith("started p-a-gpu2") for line in watched.stdout)
+    watched.send_signal(signal.SIGHUP)
+    assert "rolled back: 2 replicas" in watched.communicate(timeout=60)[0]
+    assert watched.returncode == 130
+    assert home.devices() == []
+
+
+def test_a_fleet_whose_start_nobody_reads_to_the_end_is_started_all_the_same(home: Home) -> None:
+    begun = home.start(*up_words("a", "--gpus", "1-3"))
+    assert begun.stdout is not None
+    begun.stdout.close()  # as `head` does once it has its lines
+    assert begun.wait(60) == 0
+    assert home.devices() == ["gpu:1", "gpu:2", "gpu:3"]
+    ended = home.start("kill-all", "--yes")
+    assert ended.stdout is not None
+    ended.stdout.close()
+    assert ended.wait(60) == 0
+    assert home.devices() == []
 
 
 def test_one_training_on_several_gpus_is_one_replica_that_counts_from_zero(home: Home) -> None:

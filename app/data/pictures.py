@@ -1,0 +1,64 @@
+"""Where the pictures of a split are: in folders, in lists, or named one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from app.data.images import IMAGE_SUFFIXES
+from app.errors import DataError
+
+_MAX_LIST_BYTES = 1 << 30
+
+
+def find_pictures(entries: Iterable[Path], root: Path, source: str) -> Iterator[Path]:
+    """Yield the pictures of a split's entries; lists may name theirs from `root`.
+
+    Raises DataError for what is not there or cannot be listed, beginning with `source`; PermissionError for an entry
+    in a folder that may not be looked into.
+    """
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry)
+        elif entry.suffix.lower() == ".txt" and entry.is_file():
+            yield from _listed(entry, root)
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+            yield entry
+        else:
+            raise DataError(f"{source}: {entry} is not there; put the pictures there or fix the path")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the pictures under `folder`, following links to folders, each real folder once."""
+    seen: set[str] = set()
+    for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(current)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield Path(current, name)
+
+
+def _refuse(error: OSError) -> None:
+    """Raise what keeps a folder from being listed: without its pictures this would be another dataset."""
+    if not isinstance(error, FileNotFoundError):  # it has gone since it was seen
+        raise error
+
+
+def _listed(path: Path, root: Path) -> Iterator[Path]:
+    """Yield the pictures that a list names: absolute, or relative to the list's folder, else to the root."""
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise DataError(f"{path}: over a gigabyte, so not a list of pictures; check the path")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read as text: {error}; check the file") from None
+    for line in lines:
+        name = line.strip()
+        if name and "\0" not in name:
+            beside = path.parent / name
+            yield Path(os.path.normpath(beside if beside.exists() else root / name))
