@@ -49,7 +49,10 @@ RUN mkdir -p /usr/src/app/runs && if ! command -v python; then ln -s python3 /us
 COPY app /usr/src/app
 LABEL starling.trainer=1 starling.cuda=13.0
 """
-LAUNCHER = [sys.executable, "-m", "launcher"]
+LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
+"""What pip installs."""
+SETTLE_S = 1.0
+"""For processes to have started before they are ended: both sides end trainers that run."""
 UP = [*LAUNCHER, "up", "--memory", "64m", "--image", IMAGE]
 TRAINING = ["--", "--data", "blood/blood.yaml", "--weights", "", "--project", "bench", "--evolve", "60"]
 
@@ -76,6 +79,7 @@ def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
         "DOCKER_BUILDKIT": "0",
         "PYTHONPATH": str(REPOSITORY),
     }
+    here.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: pip compiles what it installs
     try:
         for _ in range(60):
             if subprocess.run(["docker", "info"], env=here, capture_output=True).returncode == 0:
@@ -142,9 +146,11 @@ class Bench:
         """Start and end so many replicas both ways."""
         last = replicas - 1
         self.time(f"loop {replicas}", "bash", "-c", self.loop(replicas))
+        time.sleep(SETTLE_S)
         self.time(f"docker kill {replicas}", "bash", "-c", "docker kill $(docker ps -q)")
         self.run("bash", "-c", "docker rm $(docker ps -aq)")
         self.time(f"up {replicas}", *UP, "--gpus", f"0-{last}", *TRAINING)
+        time.sleep(SETTLE_S)
         self.time(f"status {replicas}", *LAUNCHER, "status")
         self.time(f"kill-all {replicas}", *LAUNCHER, "kill-all", "--yes")
 

@@ -5,7 +5,6 @@ Everything but click is imported where it is needed, so that `--help` is quick.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -362,8 +361,6 @@ def _count(states: Sequence[ReplicaState]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every error made on purpose is one message and its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # A command lives for a moment: a quarter of it would go into looking for garbage among its own modules.
-    gc.set_threshold(50_000)
     try:
         code = cli.main(args=words, prog_name="launcher", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -381,9 +378,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         _drop_output()  # the reader (`head`) has gone
         sys.exit(0)
-    finally:
-        gc.freeze()  # and so would the end of the interpreter
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class LauncherError(Exception):
@@ -55,5 +54,7 @@ class ReplicaFailed(LauncherError):
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    from difflib import get_close_matches
+
     close = get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -58,7 +58,9 @@ class Connection:
         self._manner = manner
         self._address = address
         self._socket = socket_path(address or engine_address())
-        self._api: Api = SocketApi(self._socket) if self._socket else SdkApi(lambda: self.asking)
+        self._api: Api = (
+            SocketApi(self._socket) if self._socket and not self.remote else SdkApi(lambda: self.asking)
+        )
         # docker-py's clients are not made for several threads at once: each thread has its own.
         self._clients = threading.local()
         self._version = manner.version
@@ -66,9 +68,9 @@ class Connection:
             hello = self._api.ask("GET", "/_ping", ANSWER_TIMEOUT_S)
             hello.refuse()
             if self._version is None:
-                self._version = hello.headers.get("Api-Version", "0")
+                self._version = hello.headers.get("api-version", "0")
                 self._refuse_old(self._version)
-        self.is_podman = "Libpod-Api-Version" in hello.headers
+        self.is_podman = "libpod-api-version" in hello.headers
         """Whether it is Podman that answers, at Docker's address too."""
 
     @property
@@ -81,7 +83,7 @@ class Connection:
         return self._request("GET", path, query, self._manner.patience_s)
 
     def act(self, method: str, path: str, **query: Any) -> None:
-        """Have something done, however long it takes; raises likewise. Only what may be done twice: see SocketApi."""
+        """Have something done, however long it takes; raises likewise."""
         self._request(method, path, query, ACTION_TIMEOUT_S)
 
     def containers(self, **filters: Sequence[str]) -> Sequence[Mapping[str, Any]]:

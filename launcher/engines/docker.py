@@ -26,6 +26,7 @@ from launcher.ownership import (
     is_ours,
     plan_of,
 )
+from launcher.parallel import in_parallel
 from launcher.processes import printable
 from launcher.reach import box
 
@@ -173,7 +174,7 @@ class DockerEngine:
         """Return this owner's replicas, by name."""
         with self._to.translated():
             found = self._to.containers(label=[f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"])
-        states = (self.state(item["Id"]) for item in found)
+        states = [done.value for done in in_parallel(self.state, [item["Id"] for item in found])]
         return sorted((state for state in states if state is not None), key=_natural)
 
     def claims(self) -> Sequence[Claim]:

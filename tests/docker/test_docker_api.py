@@ -44,7 +44,7 @@ def test_both_ways_list_inspect_and_refuse_alike(ways: tuple[Api, Api], containe
         return [way.ask("GET", request_target("1.41", path, query), 10).document() for way in ways]
 
     hellos = [way.ask("GET", "/_ping", 10) for way in ways]
-    assert hellos[0].headers["Api-Version"] == hellos[1].headers["Api-Version"]
+    assert hellos[0].headers["api-version"] == hellos[1].headers["api-version"]
     listed = told("/containers/json", all=True, filters={"label": [f"test={container}"]})
     assert listed[0] == listed[1]
     assert len(listed) == 2
