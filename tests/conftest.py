@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +14,10 @@ from typing import Any
 
 # Before torch is imported: tests are many and small, threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# pytest-xdist's workers ignore Ctrl-C, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
