@@ -247,7 +247,9 @@ def test_nobody_waits_while_another_fleet_is_watched_over(home: Home) -> None:
 
 
 def test_a_terminal_that_goes_in_the_midst_of_a_start_takes_the_fleet_back(home: Home) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, also by what is started here
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # `nohup` has it ignored, also by what is started here
     try:
         watched = home.start("up", "--gpus", "1-2", "--settle", "60", "--", "--project", "p", "--name", "a")
     finally:
