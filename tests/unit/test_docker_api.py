@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingUnixStreamServer
 
 import docker.errors
 import pytest
@@ -24,46 +20,28 @@ from launcher.engines.docker_api import (
     request_target,
     socket_path,
 )
+from tests.doubles.docker_engine import EngineDouble, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class EngineDouble(BaseHTTPRequestHandler):
-    """A double of an engine without containers, for answers that a real one gives only in trouble."""
+class Troubled(EngineDouble):
+    """A double of an engine without containers."""
 
-    def do_GET(self) -> None:
-        status, body = 200, b"[]"
+    def content(self) -> tuple[int, bytes]:
         if "hang" in self.path:
             time.sleep(5)
-        elif "missing" in self.path:
-            status, body = 404, b'{"message": "No such container: missing"}'
-        elif "page" in self.path:
-            status, body = 502, b"<html>Bad Gateway</html>"
-        elif "nonsense" in self.path:
-            body = b"<html>"
-        self.send_response(status)
-        self.send_header("Api-Version", "1.41")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        """Say nothing."""
-
-    def address_string(self) -> str:
-        return "a unix socket"
+        if "missing" in self.path:
+            return 404, b'{"message": "No such container: missing"}'
+        if "page" in self.path:
+            return 502, b"<html>Bad Gateway</html>"
+        return 200, b"<html>" if "nonsense" in self.path else b"[]"
 
 
 @pytest.fixture
 def place() -> Iterator[str]:
-    # A socket's path is at most 107 characters long, so not below pytest's own folders.
-    with tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder:
-        path = f"{folder}/docker.sock"
-        with ThreadingUnixStreamServer(path, EngineDouble) as server:
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            yield path
-            server.shutdown()
+    with served(Troubled) as path:
+        yield path
 
 
 def test_an_answer_has_its_headers_whatever_their_spelling(place: str) -> None:
@@ -84,11 +62,11 @@ def test_an_answer_has_its_headers_whatever_their_spelling(place: str) -> None:
 def test_what_is_no_whole_answer_is_an_error_of_the_transport(
     place: str, sent: bytes, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(double: EngineDouble) -> None:
+    def answer(double: Troubled) -> None:
         double.request.recv(65536)
         double.request.sendall(sent)
 
-    monkeypatch.setattr(EngineDouble, "handle", answer)
+    monkeypatch.setattr(Troubled, "handle", answer)
     with pytest.raises(ConnectionError, match=words) as broken:
         SocketApi(place).ask("GET", "/_ping", 3)
     assert is_transport(broken.value)

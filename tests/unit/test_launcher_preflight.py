@@ -12,9 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingUnixStreamServer
 
 import pytest
 
@@ -32,6 +30,7 @@ from launcher.runs_folder import check_runs
 from launcher.sizes import GIB
 from launcher.training_args import prepare_args
 from tests.conftest import REPOSITORY
+from tests.doubles.docker_engine import EngineDouble, served
 
 STRANGER = "12345:12345"
 """A user whom no file of these tests belongs to."""
@@ -127,35 +126,20 @@ def test_a_command_line_with_four_mistakes_names_all_four(tmp_path: Path) -> Non
 # --- the engine
 
 
-class OldEngine(BaseHTTPRequestHandler):
+class OldEngine(EngineDouble):
     """A double of an engine from before 20.10: it answers /_ping and /version, and nothing else."""
 
-    def do_GET(self) -> None:
+    api_version = "1.40"
+
+    def content(self) -> tuple[int, bytes]:
         document = {"Version": "19.03.15", "ApiVersion": "1.40", "MinAPIVersion": "1.12"}
-        body = json.dumps(document).encode() if self.path.endswith("/version") else b"OK"
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Api-Version", "1.40")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        """Say nothing."""
-
-    def address_string(self) -> str:
-        return "a unix socket"
+        return 200, json.dumps(document).encode() if self.path.endswith("/version") else b"OK"
 
 
 @pytest.fixture
 def old_engine() -> Iterator[str]:
-    # A socket's path is at most 107 characters long, so not below pytest's own folders.
-    with tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder:
-        path = f"{folder}/docker.sock"
-        with ThreadingUnixStreamServer(path, OldEngine) as server:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            yield f"unix://{path}"
-            server.shutdown()
+    with served(OldEngine) as path:
+        yield f"unix://{path}"
 
 
 def test_an_engine_that_is_too_old_is_named_with_its_version(old_engine: str, tmp_path: Path) -> None:
