@@ -34,6 +34,7 @@ STOREYS = [
     ["app.config"],
     ["app.outputs"],
     ["app.errors"],
+    ["app.core"],
 ]
 """From the roof to the ground; a module imports from its own storey's room and from storeys below."""
 
