@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
-from app.errors import StarlingError, is_out_of_memory
+from app.errors import StarlingError, is_out_of_memory, refusal
 
 Parsed = TypeVar("Parsed")
 
@@ -80,8 +80,9 @@ def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException]
         if debug:
             traceback.print_exc()
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
-        return 1
+        refused = refusal(error)
+        print(f"error: {refused or f'{where}{error.strerror or error}'}", file=sys.stderr, flush=True)
+        return refused.exit_code if refused else 1
     except Exception as error:
         if not is_out_of_memory(error):
             raise

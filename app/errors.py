@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
+
+from app.core.folder import LinkRefused
 
 
 class StarlingError(Exception):
@@ -47,6 +51,18 @@ class ServerError(StarlingError):
     exit_code = 5
 
 
+class DiskFull(StarlingError):
+    """A write that the disk refused: it is full, over its quota, or failing. What was written before stays."""
+
+    exit_code = 6
+
+
+class GpuLost(StarlingError):
+    """A GPU that no longer answers: fallen off the bus, or reset under the training."""
+
+    exit_code = 7
+
+
 class Stopped(StarlingError):
     """The run was stopped by a signal after saving a checkpoint; it can be resumed."""
 
@@ -61,6 +77,57 @@ class Pruned(StarlingError):
     def __init__(self, reason: str, epoch: int) -> None:
         super().__init__(reason)
         self.epoch = epoch
+
+
+class FileRefused(OSError):
+    """A file of ours that cannot be taken for one: a pipe, a device, or a second name of somebody else's file."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(errno.EINVAL, problem, str(path))
+
+
+class DiskRefused(OSError):
+    """A write, or its sync, that the disk refused."""
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a write for which there is no room: on the disk, in the quota, or by a limit on a file's size."""
+
+
+@contextmanager
+def disk_write(path: Path) -> Iterator[None]:
+    """Around a write to a file that may have no name: raise DiskRefused, with the path, where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskRefused) or error.errno not in FULL | {errno.EIO}:
+            raise
+        raise DiskRefused(error.errno, error.strerror, str(path)) from error
+
+
+def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | None:
+    """Return what a refused write means wherever it happens: a link or a full disk; None for any other error.
+
+    `path` is where, for an error that does not say.
+    """
+    where = error.filename or path
+    place = f"{where}: " if where else ""
+    if isinstance(error, LinkRefused):
+        target = ""
+        with suppress(OSError):
+            target = f" to {os.readlink(error.filename)}"
+        return UsageError(
+            f"{place}is a symbolic link{target}, and links below the runs folder are not followed; "
+            "remove the link, or give that place as an absolute --project"
+        )
+    if isinstance(error, FileRefused):
+        return UsageError(f"{place}{error.strerror}; move it away, and start again")
+    if isinstance(error, DiskRefused) or error.errno in FULL:
+        return DiskFull(
+            f"{place}cannot be written ({error.strerror}); what was written before is intact. "
+            "Free some space, or choose another --project, and start again"
+        )
+    return None
 
 
 @contextmanager

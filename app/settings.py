@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from app.errors import ConfigError, StarlingError, UsageError, suggest
+from app.errors import ConfigError, StarlingError, UsageError, refusal, suggest
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import is_below_top, read_file
 
 _WORDS = {
     "true": True,
@@ -68,7 +69,7 @@ def read() -> Settings:
     """Return the settings in force; raises ConfigError for a damaged file."""
     path = settings_path()
     try:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads(read_file(path) if is_below_top(path) else path.read_bytes())
         if not isinstance(stored, dict):
             raise ValueError("not a mapping")
     except FileNotFoundError:
@@ -112,7 +113,7 @@ def _write(changed: Settings) -> None:
     try:
         write_atomic(path, json.dumps(asdict(changed), indent=2) + "\n")
     except OSError as error:
-        raise UsageError(
+        raise refusal(error, path) or UsageError(
             f"{path}: cannot be written ({error.strerror}); free it, or set STARLING_RUNS"
         ) from None
 

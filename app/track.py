@@ -18,8 +18,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from app.errors import StarlingError, UsageError
-from app.outputs.run_dir import runs_root
+from app.errors import StarlingError, UsageError, refusal
+from app.outputs.folders import name_top, runs_root
 from app.tracking.delivery import Bridge, bridge_lock
 from app.tracking.lock import exclusive
 from app.tracking.run_files import export, find_logs, pending
@@ -66,7 +66,7 @@ def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
     except TimeoutError:
         problem = "a bridge is at work on it"
     except OSError as error:
-        problem = str(error)
+        problem = str(refusal(error) or error)
     return SyncResult(log=str(log), tracker=tracker.name, sent=sent, left_out=left_out, problem=problem)
 
 
@@ -103,6 +103,7 @@ def _run_sync(options: argparse.Namespace) -> int:
             "no tracker is on; name one with --tracker, or turn it on with python -m app.settings"
         )
     results = []
+    name_top(options.directory)
     for name in names:
         tracker = TRACKERS[name].open(options.runs, os.environ)
         results += sync(options.directory, tracker, from_start=options.from_start)
@@ -248,6 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
     except StarlingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        refused = refusal(error)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {refused or f'{where}{error.strerror or error}'}", file=sys.stderr)
+        return refused.exit_code if refused else 1
     except KeyboardInterrupt:
         return 130
 

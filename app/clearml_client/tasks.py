@@ -154,7 +154,6 @@ def command_line(task: Answer, folder: Path) -> list[str]:
             {key: _number(f"{where}/{key}", value) for key, value in values.items()}, where
         )
         path = folder / "hyp.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
         write_yaml(path, hyp.as_dict(), comment=f"Of the ClearML task {task['id']}")
         words += ["--hyp", str(path)]
     return words

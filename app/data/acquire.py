@@ -21,7 +21,7 @@ from app.config.yaml_reader import read_yaml, write_yaml
 from app.data.archive import unpack
 from app.data.convert import CONVERTERS, Converted, read_open_images_classes
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
-from app.errors import ConfigError, DataError, suggest
+from app.errors import ConfigError, DataError, refusal, suggest
 from app.outputs.run_dir import runs_root
 
 DATASETS_FOLDER = Path("../datasets")
@@ -137,8 +137,8 @@ def acquire(
             f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself"
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{error.filename or root}: {error.strerror or error}; make room, or choose another folder"
+        raise refusal(error, root) or DataError(
+            f"{error.filename or root}: {error.strerror or error}; choose another folder"
         ) from None
     shutil.rmtree(archives, ignore_errors=True)
     with suppress(OSError):  # another dataset is on its way

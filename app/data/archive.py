@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from app.errors import DataError
+from app.errors import DataError, DiskFull
 
 MAX_ENTRIES = 4_000_000
 MAX_UNPACKED_BYTES = 200 << 30
@@ -86,9 +86,7 @@ def _zip_entries(archive: Path) -> Iterator[_Entry]:
     with zipfile.ZipFile(archive) as file:
         needed, free = sum(item.file_size for item in file.infolist()), shutil.disk_usage(archive.parent).free
         if needed > free:
-            raise DataError(
-                f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room"
-            )
+            raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
         for item in file.infolist():
             kind = stat.S_IFMT(item.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

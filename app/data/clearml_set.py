@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,9 @@ from app.data.acquire import CLEARML_SCHEME as SCHEME
 from app.data.acquire import write_description
 from app.data.dataset import Dataset, DatasetDescription, read_class_names
 from app.data.download import only_one
-from app.errors import DataError, ServerError
+from app.errors import DataError, ServerError, refusal
+from app.outputs.atomic import write_atomic
+from app.outputs.folders import make_folder, remove_tree, rename
 
 FOLDER = ".cache/clearml"
 """Below the runs folder: fetched once for all containers of the host."""
@@ -160,7 +161,7 @@ def _fetch(
 ) -> None:
     workshop = root.with_name(f".{identity}.building")
     building = workshop / "set"
-    shutil.rmtree(workshop, ignore_errors=True)  # left by a kill
+    remove_tree(workshop)  # left by a kill
     with _named(f"--data {data}"):
         api = _api(f"--data {data}", environment)
         task = _check_is_done(api, identity, f"--data {data}")
@@ -171,7 +172,7 @@ def _fetch(
             show(lambda: f"{data}: {size / 1e6:.0f} MB")
 
         try:
-            building.mkdir(parents=True)
+            make_folder(building)
             answer = run_sdk(
                 "fetch", identity, str(building), folder=workshop, environment=environment, show=progress
             )
@@ -180,14 +181,14 @@ def _fetch(
             if _leads_away(building, mapping):
                 # What guides have: the place where the data lay on another machine.
                 write_description(building, path, mapping, read_class_names(path))
-            (building / _FETCHED_ID).write_text(json.dumps(answer))
-            building.rename(root)
+            write_atomic(building / _FETCHED_ID, json.dumps(answer))
+            rename(building, root)
         except OSError as error:
-            raise DataError(
-                f"--data {data}: {error.filename or root}: {error.strerror or error}; make room, or choose another runs folder"
+            raise refusal(error, root) or DataError(
+                f"--data {data}: {error.filename or root}: {error.strerror or error}; choose another runs folder"
             ) from None
         finally:
-            shutil.rmtree(workshop, ignore_errors=True)
+            remove_tree(workshop)
     say(f"{root}: ready")
 
 

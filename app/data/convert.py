@@ -22,7 +22,7 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from app.errors import DataError, suggest
+from app.errors import DataError, refusal, suggest
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels, counted from the picture's corner."""
@@ -278,7 +278,9 @@ def _new_labels(images: Path) -> Iterator[Path]:
         yield building
         building.rename(target)
     except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}; check its disk") from None
+        raise refusal(error, target) or DataError(
+            f"{target}: cannot be written: {error.strerror}; check the owner of the folder"
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

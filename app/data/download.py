@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from app.errors import StarlingError, UsageError
+from app.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
+from app.outputs.folders import make_folder, open_file, remove, rename
 
 MIRROR = "STARLING_MIRROR"
 """Environment variable: a base URL that holds every file by its bare name, asked in place of the public hosts."""
@@ -88,7 +89,6 @@ def fetch(
     """
     check_url(download.url)
     target = download.target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with only_one(target, say):
         if target.is_file():  # another process was faster
             return sha256_of(target)
@@ -96,8 +96,8 @@ def fetch(
         _receive_all(download, part, say, show, sleep, clock)
         digest = _checked(download, part)
         write_atomic(record_path(target), f"{digest}  {target.name}\n")
-        os.replace(part, target)
-        _notes_path(part).unlink(missing_ok=True)
+        rename(part, target)
+        remove(_notes_path(part))
         fsync_directory(target.parent)
         return digest
 
@@ -138,8 +138,11 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold `target` against other processes that would make it too; wait for them, and say so."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "a") as file:
+    make_folder(target.parent)
+    lock = open_file(
+        target.with_name(f".{target.name}.lock"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True
+    )
+    with open(lock, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -162,12 +165,9 @@ def _receive_all(
             _receive(download, part, show, clock)
             return
         except (_Broken, OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-                errno.EACCES,
-            ):
+            if isinstance(error, OSError) and (refused := refusal(error, part)):
+                raise refused from None
+            if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
                 raise FetchError(f"{part}: {error.strerror}; make room or choose another folder") from None
             kept = _size(part)
             permanent = isinstance(error, urllib.error.HTTPError) and error.code not in _TRANSIENT
@@ -195,18 +195,22 @@ def _receive(download: Download, part: Path, show: Show, clock: Callable[[], flo
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             if have == download.size or (download.sha256 and sha256_of(part) == download.sha256):
                 return  # it had all arrived
-            part.unlink()
+            remove(part)
             raise _Broken("the server's file is shorter than what had arrived") from None
         raise
     with response:
         start, total = _range_of(response, have)
         if start not in (0, have):
-            part.unlink(missing_ok=True)
+            remove(part)
             raise _Broken("the server sent another part than asked for")
         _check_answer(download, response, start, total)
         if start == 0:
             _note(download, part, response)
-        with open(part, "ab" if start else "wb") as file:
+        begin = os.O_APPEND if start else os.O_TRUNC
+        with (
+            disk_write(part),
+            open(open_file(part, os.O_WRONLY | os.O_CREAT | begin, alone=True), "wb") as file,
+        ):
             got = _copy(download, response, file, start, total, show, clock)
             file.flush()
             os.fsync(file.fileno())
@@ -263,7 +267,7 @@ def _check_answer(
         raise FetchError(f"{download.url}: {total} bytes, published are {download.size}; refused")
     free = shutil.disk_usage(download.target.parent).free
     if total - start > free:
-        raise FetchError(
+        raise DiskFull(
             f"{download.target.parent}: {_megabytes(total - start)} to come, {_megabytes(free)} free; make room"
         )
 
@@ -277,8 +281,8 @@ def _checked(download: Download, part: Path) -> str:
         problem = f"has SHA-256 {digest}, published is {download.sha256.lower()}"
     else:
         return digest
-    part.unlink()
-    _notes_path(part).unlink(missing_ok=True)
+    remove(part)
+    remove(_notes_path(part))
     raise FetchError(f"{download.url}: what arrived {problem}; it was thrown away")
 
 

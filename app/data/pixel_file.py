@@ -8,13 +8,11 @@ decoding it. So a flipped byte is found before it is trained on, and nobody wait
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import mmap
 import os
-import stat
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ import numpy as np
 from app.data.dataset import Progress
 from app.data.limits import container_cpu_count, container_memory_limit, container_memory_used
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import open_file, state_of
 
 FORMAT = "starling-pixels-3"
 """Changes whenever the stored bytes of the same pictures would."""
@@ -76,11 +75,7 @@ class PixelLayout:
 
 def open_regular(path: Path) -> IO[bytes]:
     """Open a regular file to read, never through a link; raises OSError for anything else by that name."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")
+    return open(open_file(path, os.O_RDONLY), "rb")
 
 
 def read_head(file: IO[bytes]) -> dict[str, Any] | None:
@@ -130,10 +125,8 @@ class PixelFile:
 
     def is_at(self, path: Path) -> bool:
         """Return whether this very file still has that name."""
-        try:
-            return os.path.samestat(self._status, os.lstat(path))
-        except FileNotFoundError:
-            return False
+        there = state_of(path)
+        return there is not None and os.path.samestat(self._status, there)
 
     def picture(self, index: int) -> Picture | None:
         """Return the bytes of a picture [n]; None if they are not those that were written."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 from app.outputs.atomic import TEMPORARY_SUFFIX
+from app.outputs.folders import make_folder, names_in, open_file, remove, state_of
 
 CACHE_FOLDER = ".cache"
 """Below the runs folder, so that every container of the host shares it."""
@@ -60,11 +61,11 @@ def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], Non
     path = folder / f"{layout.key}{SUFFIX}"
     found = PixelFile.open(path, layout)
     if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with _only_builder(path, say):
             found = PixelFile.open(path, layout)
             if found is None:
-                if path.exists():
+                if state_of(path) is not None:
                     say(f"{path}: cut off or damaged; it is built anew")
                 _sweep(folder, layout.key)
                 _make_room(folder, layout, say)
@@ -79,7 +80,7 @@ def discard(path: Path, file: PixelFile) -> None:
     """Remove the damaged `file` at `path`, unless a new one has taken its place; who maps it keeps it."""
     with suppress(OSError):
         if file.is_at(path):
-            path.unlink()
+            remove(path)
 
 
 def kept_files(folder: Path) -> list[KeptFile]:
@@ -106,7 +107,7 @@ def remove_idle(folder: Path) -> list[KeptFile]:
     for kept in kept_files(folder):
         with suppress(OSError), open_regular(kept.path) as file:
             if _try_lock(file.fileno()):
-                kept.path.unlink()
+                remove(kept.path)
                 removed.append(kept)
     _sweep(folder)
     return removed
@@ -137,7 +138,7 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
                 yield
             finally:
                 with suppress(OSError):
-                    lock.unlink()
+                    remove(lock)
             return
         finally:
             os.close(descriptor)
@@ -146,20 +147,20 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
 
 def _sweep(folder: Path, own_key: str | None = None) -> None:
     """Remove what killed builders left; `own_key` is the one whose lock the caller holds."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        named = _LEFTOVER.fullmatch(path.name)
+    for name in names_in(folder):
+        named, path = _LEFTOVER.fullmatch(name), folder / name
         if named is None:
             continue
         with suppress(OSError):
             if named[1] == own_key:
-                path.unlink()
+                remove(path)
                 continue
             lock = folder / f"{named[1]}.lock"
             descriptor = _open_lock(lock)
             try:
                 if _try_lock(descriptor) and _is_at(descriptor, lock):  # so nobody is at it
-                    path.unlink()
-                    lock.unlink()
+                    remove(path)
+                    remove(lock)
             finally:
                 os.close(descriptor)
 
@@ -186,21 +187,18 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
         for _, path, size in sorted(idle):
             if short <= 0:
                 return
-            path.unlink()
+            remove(path)
             short -= size
             say(f"{path}: removed for space, the least recently used picture cache ({_gib(size)})")
 
 
 def _own_files(folder: Path) -> list[Path]:
-    try:
-        return [Path(entry.path) for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
-    except FileNotFoundError:
-        return []
+    return [folder / name for name in names_in(folder) if _NAME.fullmatch(name)]
 
 
 def _open_lock(path: Path) -> int:
-    """Return a descriptor of the lock's file; never through a link, as it is written to."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    """Return a descriptor of the lock's file; never through a link or of another's file, as it is written to."""
+    return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -213,10 +211,8 @@ def _try_lock(descriptor: int) -> bool:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Return whether the open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
+    there = state_of(path)
+    return there is not None and os.path.samestat(os.fstat(descriptor), there)
 
 
 def _gib(nbytes: int) -> str:

@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 import cv2
 import numpy as np
 
+from app.core.folder import LinkRefused
 from app.data.dataset import Dataset, Progress
 from app.data.letterbox import Size
 from app.data.limits import container_memory_limit, container_memory_used
 from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from app.data.pixel_folder import Say, discard, shared_pixels
 from app.data.resized import PictureChangedError, ResizedPictures, read_only
-from app.errors import ConfigError
+from app.errors import ConfigError, refusal
 
 StoreMode = Literal["auto", "ram", "disk", "device", "off"]
 _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
@@ -149,6 +150,8 @@ class ImageStore:
             self._file = shared_pixels(self._folder, layout, build, say=self._say)
         except OSError as error:
             where, why = error.filename or self._folder, error.strerror or error
+            if isinstance(error, LinkRefused):
+                return f"no shared file: {refusal(error)}"
             return f"no shared file: {where}: {why}; make room there or make it writable"
         except PictureChangedError as error:
             return f"no shared file: {error} changed while it was decoded; start again when the pictures are ready"

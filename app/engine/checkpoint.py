@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from app.errors import CheckpointError, readable
+from app.errors import CheckpointError, readable, refusal
 from app.outputs.atomic import write_atomic
 from app.outputs.run_dir import previous_of, runs_root
 
@@ -20,7 +20,8 @@ FORMAT = "starling-1"
 def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:
     """Write `state` (tensors, numbers, text, lists, dicts) so that `path` is always whole.
 
-    `previous` gets the checkpoint that `path` held. Raises CheckpointError with the path when it cannot be written; the old file is intact then.
+    `previous` gets the checkpoint that `path` held. When it cannot be written the old file is intact: raises DiskFull
+    where the disk refuses, UsageError for a folder that is a link, CheckpointError for any other reason.
     """
     content = {"format": FORMAT, **state}
     content["digest"] = _digest(content)
@@ -30,9 +31,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | No
         cause = _disk_error(error)
         if cause is None:
             raise
-        raise CheckpointError(
+        raise refusal(cause, path) or CheckpointError(
             f"{path}: the checkpoint could not be saved ({cause.strerror}); the previous one is intact. "
-            "Free some space or choose another --project"
+            "Check the folder's owner, or choose another --project"
         ) from error
 
 

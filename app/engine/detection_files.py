@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,7 +149,7 @@ class SourceFiles:
         if self._video is None:
             hw = (drawn.shape[0], drawn.shape[1])
             temporary = self._stack.enter_context(atomic_path(self._path))
-            self._video = _VideoFile(temporary, frame.fps, hw)
+            self._video = _VideoFile(temporary, self._path, frame.fps, hw)
             self._stack.callback(self._video.close)
             self._files.annotated.append(self._path)
         self._video.write(drawn)
@@ -156,22 +158,30 @@ class SourceFiles:
 class _VideoFile:
     """An mp4 whose frames all have the size of the first."""
 
-    def __init__(self, path: Path, fps: float, hw: tuple[int, int]) -> None:
+    def __init__(self, path: Path, shown: Path, fps: float, hw: tuple[int, int]) -> None:
+        """Begin the file at `path`, which messages call `shown`."""
         # MPEG-4 part 2: the encoder that every build of OpenCV carries.
         self._writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (hw[1], hw[0]))
         if not self._writer.isOpened():
-            raise DataError(f"{path.parent}: a video of {hw[1]} x {hw[0]} cannot be written; try --nosave")
-        self._hw = hw
+            raise DataError(f"{shown.parent}: a video of {hw[1]} x {hw[0]} cannot be written; try --nosave")
+        self._path, self._shown, self._hw = path, shown, hw
+        self._frames = 0
 
     def write(self, image: np.ndarray[Any, Any]) -> None:
         """Append one RGB frame."""
         if image.shape[:2] != self._hw:  # a stream may change its resolution
             image = cv2.resize(image, (self._hw[1], self._hw[0]), interpolation=cv2.INTER_AREA)
         self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        self._frames += 1
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file. Raises OSError where the disk has not taken all of it, which OpenCV does not say."""
         self._writer.release()
+        written = cv2.VideoCapture(str(self._path))
+        frames = written.get(cv2.CAP_PROP_FRAME_COUNT)
+        written.release()
+        if frames != self._frames:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shown))
 
 
 def folder_name(names: tuple[str, ...], index: int) -> str:

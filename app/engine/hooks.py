@@ -25,6 +25,7 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.errors import UsageError, readable, suggest
+from app.outputs.atomic import write_atomic
 from app.outputs.run_dir import RunDir, folder_below
 
 NAMES = (
@@ -98,9 +99,10 @@ class Training:
         given = Path(path)
         source = (self.save_dir / given if not given.exists() else given).resolve(strict=True)
         if not source.is_relative_to(self.save_dir.resolve()):
-            folder = folder_below(self.save_dir, _FOLDER)
-            folder.mkdir(exist_ok=True)
-            source = Path(shutil.copy2(source, folder))
+            copy = folder_below(self.save_dir, _FOLDER) / source.name
+            with open(source, "rb") as file:
+                write_atomic(copy, lambda out: shutil.copyfileobj(file, out))
+            source = copy
         self.log(source)
 
 

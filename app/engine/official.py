@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.data.download import MIRROR, Download, FetchError, fetch, mirrored, read_text, record_path, sha256_of
 from app.engine.progress import Progress
-from app.errors import CheckpointError
+from app.errors import CheckpointError, refusal
 
 OFFICIAL = tuple(f"yolov5{size}{levels}.pt" for levels in ("", "6") for size in "nsmlx")
 """Detection weights trained on COCO: P5 at 640 pixels, P6 at 1280."""
@@ -60,7 +60,7 @@ def official_weights(name: str, progress: Progress) -> Path:
             f"that can, and put it into {path.parent} or into this folder ({Path.cwd()})"
         ) from None
     except OSError as error:
-        raise CheckpointError(
+        raise refusal(error, path) or CheckpointError(
             f"--weights {name}: {path.parent} cannot be written ({error.strerror}); set STARLING_WEIGHTS to a folder "
             "that can, or give the path of a .pt file"
         ) from None

@@ -68,7 +68,6 @@ def is_shown(epoch: int, config: TrainConfig) -> bool:
 def draw_epoch(validation: Validation, data: Dataset, folder: Path, epoch: int) -> Path:
     """Draw the first preview's detections into a file of the epoch's own, and return it."""
     path = folder / BY_EPOCH_FOLDER / f"{BY_EPOCH}_epoch{epoch}.jpg"
-    path.parent.mkdir(exist_ok=True)
     _draw_detections(validation.previews[0], data, path)
     return path
 

@@ -47,6 +47,7 @@ from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageErr
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
+from app.outputs.folders import name_top, remove
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -204,12 +205,12 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
         for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
             sweep(folder_below(run.path, name))
         if job.state is None:
-            run.previous.unlink(missing_ok=True)  # with --exist-ok: of the training that was here before
+            remove(run.previous)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
         report_findings(workshop.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridges = start_bridges(log, warn=progress.say)
-        status = WorkerStatus(runs_root(), worker_name())
+        status = WorkerStatus(runs_root(), worker_name(), progress.say)
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
                             memory_bytes=workshop.compute.memory_bytes, hooks=hooks)  # fmt: skip
@@ -272,6 +273,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     if state["epoch"] >= config.epochs and holds_best(last.with_name("best.pt"), rows):
         raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
     folder = last.parent.parent
+    name_top(folder.parent)
     say(
         f"resuming {folder} at epoch {min(state['epoch'] + 1, config.epochs)}/{config.epochs}, from {taken.name}"
     )

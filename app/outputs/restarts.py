@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from app.errors import refusal
 from app.outputs.atomic import write_atomic
-from app.outputs.worker_status import FOLDER, read_status
+from app.outputs.worker_status import FOLDER, print_warning, read_status
 
 
 class RestartRecord:
-    """Write `<runs>/.workers/<replica>.restarts.json`. A failure to write is never a reason to stop.
+    """Write `<runs>/.workers/<replica>.restarts.json`. A failure to write is never a reason to stop: it is told once.
 
     Fields: restarts (so far), max_restarts, exit_code (the last attempt's), oom_killed (the kernel killed one of the
     replica's processes for memory), delay_s (of the wait that goes on); Unix seconds: restart_at (when it ends),
     updated. Fields that do not apply are null.
     """
 
-    def __init__(self, root: Path, replica: str, max_restarts: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        replica: str,
+        max_restarts: int,
+        warn: Callable[[str], None] = print_warning,
+    ) -> None:
+        self._warn, self._warned = warn, False
         self.path = root / FOLDER / f"{replica}.restarts.json"
         self._status = root / FOLDER / f"{replica}.json"
         self._max_restarts = max_restarts
@@ -58,8 +66,12 @@ class RestartRecord:
         self._write(self.path, fields)
 
     def _write(self, path: Path, fields: dict[str, object]) -> None:
-        with contextlib.suppress(OSError):
+        try:
             write_atomic(path, json.dumps(fields))
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"status: {refusal(error, path) or error}; `launcher status` lacks it")
+            self._warned = True
 
 
 def unfinished_run(status: Path) -> str | None:

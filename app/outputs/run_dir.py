@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from app.errors import UsageError
+from app.errors import UsageError, refusal
+from app.outputs.folders import make_folder, name_top, open_folder
+from app.outputs.folders import runs_root as runs_root
 
 DIFF = "uncommitted.diff"
-
-
-def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the shared runs folder: `$STARLING_RUNS`, else `runs` below the current directory."""
-    return Path(environment.get("STARLING_RUNS") or "runs").absolute()
 
 
 def project_dir(project: str, root: Path) -> Path:
     """Return the folder of a project.
 
-    An absolute `project` stands as it is. Any other lands below `root`, with one leading `runs/` taken
+    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one leading `runs/` taken
     off, so that `--project runs/train` and `--project train` name the same folder.
 
     Raises UsageError for a project that would climb out of `root`, by its name or through a link.
     """
     if PurePosixPath(project).is_absolute():
+        name_top(Path(project))
         return Path(project)
     parts = [part for part in PurePosixPath(project).parts if part != "."]
     if parts and parts[0] == "runs":
@@ -39,14 +36,18 @@ def project_dir(project: str, root: Path) -> Path:
 
 
 def folder_below(parent: Path, *parts: str) -> Path:
-    """Return `parent/…` with `parts`; raises UsageError where a link among them leads out of `parent`."""
-    path = parent.joinpath(*parts)
-    if not path.resolve().is_relative_to(parent.resolve()):
+    """Return `parent/…` with `parts`, a link among them replaced by the folder in `parent` that it leads to.
+
+    Raises UsageError where it leads out of `parent`.
+    """
+    path, top = parent.joinpath(*parts), parent.resolve()
+    real = path.resolve()
+    if not real.is_relative_to(top):
         raise UsageError(
-            f"{path}: a link that leads out of {parent}, to {path.resolve()}; "
+            f"{path}: a link that leads out of {parent}, to {real}; "
             "remove the link, or give that place as an absolute --project"
         )
-    return path
+    return parent / real.relative_to(top)
 
 
 def check_name(name: str) -> str:
@@ -61,31 +62,31 @@ def next_free_dir(parent: Path, name: str) -> Path:
 
     Safe among processes that ask at once: the creation itself decides.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    number = max((_suffix(child.name, name) for child in parent.iterdir()), default=0) + 1
-    while True:
-        path = parent / (name if number <= 1 else f"{name}{number}")
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number = max(number, 1) + 1
+    with open_folder(parent, create=True) as folder:
+        number = max((_suffix(other, name) for other in folder.names()), default=0) + 1
+        while True:
+            free = name if number <= 1 else f"{name}{number}"
+            try:
+                os.mkdir(free, dir_fd=folder.descriptor)
+                return parent / free
+            except FileExistsError:
+                number = max(number, 1) + 1
 
 
 def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = False) -> Path:
     """Create and return the folder of a new run; with `exist_ok` the one of that name, there or not.
 
-    Raises UsageError where the project leaves `root` or cannot be written.
+    Raises UsageError where the project leaves `root` or cannot be written, DiskFull where there is no room.
     """
     parent = project_dir(project, root)
     try:
         if not exist_ok:
             return next_free_dir(parent, name)
         path = folder_below(parent, name)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         return path
     except OSError as error:
-        raise UsageError(
+        raise refusal(error, parent) or UsageError(
             f"{parent}: results cannot be written here ({error.strerror}); "
             "check the folder's owner, or choose another --project"
         ) from None

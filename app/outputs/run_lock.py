@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from app.errors import UsageError
+from app.errors import UsageError, refusal
+from app.outputs.folders import make_folder, open_file
 
 LOCK = ".lock"
 
@@ -21,7 +22,6 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     The kernel releases the lock when its holder dies, so there is nothing to clean up.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with _open(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,12 +38,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> IO[str]:
-    """Open the lock's file, but not through a link: it is about to be emptied."""
+    """Open the lock's file, which is about to be emptied: a link, or a second name of another file, is refused."""
     try:
-        return open(
-            os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "a+"
-        )
+        make_folder(path.parent)
+        return open(open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, alone=True), "a+")
     except OSError as error:
-        raise UsageError(
+        raise refusal(error, path) or UsageError(
             f"{path}: cannot be locked ({error.strerror}); it must be a file that this user may write"
         ) from None

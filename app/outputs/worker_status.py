@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from app.errors import refusal
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import read_file
 
 FOLDER = ".workers"
 """Below the runs folder; the launcher reads `<runs>/.workers/<replica>.json`."""
+
+
+def print_warning(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def worker_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -23,23 +30,30 @@ def worker_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 class WorkerStatus:
-    """Write what this worker is doing. A failure to write is never a reason to stop training.
+    """Write what this worker is doing. A failure to write is never a reason to stop training: `warn` is told once.
 
     Fields: worker, pid, phase (starting, training, validating, waiting, done, failed, stopped), run_dir,
     candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message, lasting (of a
     failure: it would come again); Unix seconds: search_ends_at (expected), updated. Fields not known yet are absent; a number that is none (NaN) is null.
     """
 
-    def __init__(self, root: Path, worker: str) -> None:
+    def __init__(self, root: Path, worker: str, warn: Callable[[str], None] = print_warning) -> None:
         self.path = root / FOLDER / f"{worker}.json"
+        self._warn: Callable[[str], None] | None = warn
         self._fields: dict[str, object] = {"worker": worker, "pid": os.getpid(), "phase": "starting"}
 
     def update(self, **fields: object) -> None:
         """Change the given fields and replace the file."""
         self._fields.update(fields, updated=time.time())
-        with contextlib.suppress(OSError):
-            plain = {key: _finite(value) for key, value in self._fields.items()}
+        plain = {key: _finite(value) for key, value in self._fields.items()}
+        try:
             write_atomic(self.path, json.dumps(plain, allow_nan=False, default=str))
+        except OSError as error:
+            if self._warn is not None:
+                self._warn(
+                    f"status: {refusal(error, self.path) or error}; training goes on, `launcher status` lacks it"
+                )
+            self._warn = None
 
 
 def tell_failure(root: Path, worker: str, message: str) -> None:
@@ -55,7 +69,7 @@ def tell_failure(root: Path, worker: str, message: str) -> None:
 def read_status(path: Path) -> dict[str, object]:
     """Return what a worker's file tells; nothing for one that is absent or garbled."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.errors import StarlingError, UsageError
+from app.errors import StarlingError, UsageError, refusal
 
 DEFAULT_OUT = Path("results_overlay.png")
 
@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error.filename or given.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        refused = refusal(error, given.out)
+        words = refused or f"{error.filename or given.out}: {error.strerror or error}"
+        print(f"error: {words}", file=sys.stderr)
+        return refused.exit_code if refused else 1
     print(given.out.absolute())
     return 0
 

@@ -25,8 +25,9 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from app.errors import CheckpointError, UsageError
+from app.errors import CheckpointError, UsageError, disk_write, refusal
 from app.outputs.atomic import fsync_directory
+from app.outputs.folders import make_folder, open_file, state_of
 from app.search.leases import FileLease, FileLeaseWatch, lease_path
 
 T = TypeVar("T")
@@ -44,13 +45,17 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the context into a CheckpointError that names `path` and the remedy."""
+    """Turn an OSError inside the context into a StarlingError that names `path` and the remedy.
+
+    DiskFull where the disk refuses, UsageError for a link, CheckpointError for any other reason.
+    """
     try:
-        yield
+        with disk_write(path):
+            yield
     except OSError as error:
-        raise CheckpointError(
+        raise refusal(error, path) or CheckpointError(
             f"{path}: cannot be written ({error.strerror}); the study is intact: check that the folder belongs to this "
-            "user and that the volume has room, then start the worker again"
+            "user, then start the worker again"
         ) from error
 
 
@@ -75,7 +80,7 @@ class JournalStudyStorage:
         directory = directory.absolute()
         if create:
             with writing(directory):
-                directory.mkdir(parents=True, exist_ok=True)
+                make_folder(directory)
         self._directory = directory
         self._say = say
         path = directory / JOURNAL
@@ -111,7 +116,7 @@ class JournalStudyStorage:
 def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
     with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
     try:
         _acquire(descriptor, path, say)
         yield
@@ -123,7 +128,7 @@ def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Ite
 def locked_if_free(path: Path) -> Iterator[bool]:
     """Hold the lock of `locked` if nobody else does; yields whether."""
     with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,9 +163,10 @@ class SafeJournalBackend(BaseJournalBackend):
         self._path = path.absolute()
         # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
         self._seen = (0, 0)
-        if create and not self._path.exists():
+        if create and self._is_missing():
             os.close(self._open(os.O_RDWR | os.O_CREAT))
-            fsync_directory(self._path.parent)
+            with writing(self._path):
+                fsync_directory(self._path.parent)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the records from number `log_number_from` on; a line without its end is not there yet.
@@ -187,7 +193,7 @@ class SafeJournalBackend(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append records durably, after cutting off what a killed writer left of a line.
 
-        Raises CheckpointError where the disk is full or fails; the journal then stands as it was.
+        Raises DiskFull where the disk is full or fails; the journal then stands as it was.
         """
         payload = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         descriptor = self._open(os.O_RDWR)
@@ -221,11 +227,15 @@ class SafeJournalBackend(BaseJournalBackend):
         # view from the file's. The caller hears that it is not safe.
         os.fsync(descriptor)
 
+    def _is_missing(self) -> bool:
+        with writing(self._path):
+            return state_of(self._path) is None
+
     def _open(self, flags: int) -> int:
         try:
-            return os.open(self._path, flags | os.O_CLOEXEC, 0o644)
+            return open_file(self._path, flags, alone=flags & os.O_RDWR != 0)
         except OSError as error:
-            raise CheckpointError(
+            raise refusal(error, self._path) or CheckpointError(
                 f"{self._path}: cannot be opened ({error.strerror}); check that the search's folder is there and "
                 "belongs to this user"
             ) from error

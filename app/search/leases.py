@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from app.outputs.folders import make_folder, open_file, remove, state_of
 from app.search.outcome import LeaseLost
 
 FOLDER = "leases"
@@ -70,12 +71,12 @@ class FileLease:
     """A worker's own lease; to be taken while the study is locked. Raises OSError where the disk refuses."""
 
     def __init__(self, path: Path, worker: str, kernel: str | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
         # Left by a worker that died between taking the lease and recording the candidate.
-        path.unlink(missing_ok=True)
+        remove(path)
         holder = {"worker": worker, "pid": os.getpid(), "kernel": kernel_id() if kernel is None else kernel}
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._descriptor, json.dumps(holder).encode())
@@ -104,17 +105,15 @@ class FileLease:
             return False
         mine = os.fstat(self._descriptor)
         try:
-            there = os.stat(self._path)
-        except FileNotFoundError:
-            return False
+            there = state_of(self._path)
         except OSError:
             return True
-        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+        return there is not None and os.path.samestat(there, mine)
 
     def close(self) -> None:
         """Give the lease back: its candidate has ended."""
         if self.is_held():
-            self._path.unlink(missing_ok=True)
+            remove(self._path)
         self.abandon()
 
     def abandon(self) -> None:
@@ -174,11 +173,11 @@ class FileLeaseWatch:
         """
         path = lease_path(self._search, number)
         try:
-            status = os.stat(path)
-            mark: tuple[int, int] | None = (status.st_ino, status.st_mtime_ns)
+            status = state_of(path)
         except OSError:
-            # No lease: whoever reclaimed it died half way, or the folder was removed.
-            mark = None
+            status = None
+        # No lease: whoever reclaimed it died half way, or the folder was removed.
+        mark = None if status is None else (status.st_ino, status.st_mtime_ns)
         if mark is not None and self._holder_died(path):
             return "its worker died"
         if self._stillness.seconds(number, mark) >= self._lease_s:
@@ -187,7 +186,7 @@ class FileLeaseWatch:
 
     def revoke(self, number: int) -> None:
         """Remove a lease, so that its holder stops."""
-        lease_path(self._search, number).unlink(missing_ok=True)
+        remove(lease_path(self._search, number))
         self._stillness.forget(number)
 
     def _holder_died(self, path: Path) -> bool:
@@ -195,7 +194,7 @@ class FileLeaseWatch:
         if not self._kernel:
             return False
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_file(path, os.O_RDWR)
         except OSError:
             return False
         try:

@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from app.config.study_url import parse_study_url
 from app.errors import UsageError
 from app.outputs.file_system import network_file_system
-from app.outputs.run_dir import runs_root
+from app.outputs.folders import make_folder, runs_root
 from app.search.journal import JournalStudyStorage, writing
 from app.search.leases import Lease, LeaseWatch
 
@@ -86,7 +86,7 @@ def open_storage(
     directory = directory.absolute()
     if create:
         with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
     if not url:
         return JournalStudyStorage(directory, create=create, say=say)
     from app.search.database_storage import (

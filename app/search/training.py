@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ from app.engine.training import (
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
+from app.outputs.folders import is_file, make_folder, names_in, remove, remove_tree, rename
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
@@ -177,7 +177,7 @@ class _Trainings:
         self._config = replace(config, noval=True, noplots=True, patience=0)
         self._workshops, self._directory, self._log, self._bridges = workshops, directory, log, bridges
         self._progress, self._stop = progress, stop
-        self._status = WorkerStatus(runs_root(), worker_name())
+        self._status = WorkerStatus(runs_root(), worker_name(), progress.say)
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": "", "name": config.run_name}
         self._told = 0
@@ -237,7 +237,7 @@ class _Trainings:
             keep_winners_weights(self._study)
             best, drawn = RunDir(self._directory).best, self._directory / WINNERS_PICTURE
             # Every worker comes by at the end; the first one draws.
-            if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
+            if is_file(best) and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
                 workshop = self._workshops.of(summary.best.settings)
                 pictures.draw_labels(workshop.data.train, self._directory)
                 draw_weights(workshop, best, self._directory)
@@ -255,14 +255,16 @@ class _Trainings:
         """
         run = RunDir(candidate.directory)
         if candidate.finalist_of is None:
-            shutil.rmtree(run.weights, ignore_errors=True)
+            remove_tree(run.weights)
         else:
             for checkpoint in (run.last, run.previous):
-                checkpoint.unlink(missing_ok=True)
+                remove(checkpoint)
         for folder in candidate.resumes_from:
             # The folder stays: a worker that was frozen in a save may thaw, and is to fail at its lease, not at this.
-            for checkpoint in RunDir(folder).weights.glob("*.pt"):
-                checkpoint.unlink(missing_ok=True)
+            weights = RunDir(folder).weights
+            for name in names_in(weights):
+                if name.endswith(".pt"):
+                    remove(weights / name)
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
@@ -334,11 +336,11 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
     """
     best = RunDir(directory).best
     with locked(directory / "weights.lock"):
-        if not best.is_file() or fitness > _fitness_of(best):
-            best.parent.mkdir(exist_ok=True)
-            run.best.replace(best)
+        if not is_file(best) or fitness > _fitness_of(best):
+            make_folder(best.parent)
+            rename(run.best, best)
             # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
-            (directory / WINNERS_PICTURE).unlink(missing_ok=True)
+            remove(directory / WINNERS_PICTURE)
 
 
 def keep_winners_weights(study: SearchStudy) -> None:
@@ -350,13 +352,13 @@ def keep_winners_weights(study: SearchStudy) -> None:
     winner = best_of(finished)
     finals = [training for training in finished if training.finalist_of is not None]
     runs = {training.number: RunDir(study.candidate_dir(training.number)) for training in finals}
-    mine = [t for t in finals if t.finalist_of == winner.number and runs[t.number].best.is_file()]
+    mine = [t for t in finals if t.finalist_of == winner.number and is_file(runs[t.number].best)]
     if mine:
         taken = max(mine, key=lambda training: training.fitness)
-        runs[taken.number].best.replace(RunDir(study.directory).best)
-        (study.directory / WINNERS_PICTURE).unlink(missing_ok=True)
+        rename(runs[taken.number].best, RunDir(study.directory).best)
+        remove(study.directory / WINNERS_PICTURE)
     for run in runs.values():
-        shutil.rmtree(run.weights, ignore_errors=True)
+        remove_tree(run.weights)
 
 
 def _fitness_of(path: Path) -> float:

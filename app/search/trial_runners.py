@@ -12,6 +12,7 @@ from typing import Protocol
 
 from app.clearml_client.api import ClearmlApi, ClearmlRefusedError
 from app.clearml_client.tasks import TASK_VARIABLE, enqueue
+from app.outputs.folders import make_folder, open_file
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STOP_S = 30.0
@@ -47,8 +48,9 @@ class LocalRunner:
 
     def start(self, task: str) -> None:
         """Start a training for the task; what it prints goes to the task, and into a file."""
-        self._output.mkdir(parents=True, exist_ok=True)
-        with open(self.log_of(task), "wb") as output:
+        make_folder(self._output)
+        log = open_file(self.log_of(task), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, alone=True)
+        with open(log, "wb") as output:
             self._processes[task] = subprocess.Popen(
                 [sys.executable, "-u", str(TRAIN)],
                 env={**os.environ, TASK_VARIABLE: task},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config.train_config import DEFAULT_SAMPLER, Sampler
-from app.errors import ConfigError, Pruned, Stopped
+from app.errors import ConfigError, Pruned, Stopped, refusal
 from app.outputs.worker_status import worker_name
 from app.search.outcome import (
     Candidate,
@@ -167,6 +167,8 @@ class _Worker:
         """The longest drawing so far."""
         self._drawings.took(self._drawing_s)  # the first one, too, has its share of the time to wait for
         self.trained = 0
+        self._behind: set[str] = set()
+        """Reasons that were said for views that could not be written."""
         self._apart = False
         """Whether it was said that the runs folder is not shared."""
 
@@ -264,8 +266,14 @@ class _Worker:
         try:
             write()
         except Exception as error:
-            self._say(f"{self._study.directory}: evolve files are behind the study: {error}")
+            self._say_behind(str((isinstance(error, OSError) and refusal(error)) or error))
         return time.monotonic() - began
+
+    def _say_behind(self, reason: str) -> None:
+        """Say why the views could not be written, once for each reason."""
+        if reason not in self._behind:
+            self._behind.add(reason)
+            self._say(f"{self._study.directory}: evolve files are behind the study: {reason}")
 
     def _succeeded(self, title: str, outcome: Outcome) -> None:
         self.trained += 1

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from app.errors import StarlingError
-from app.outputs.run_dir import runs_root
+from app.errors import StarlingError, refusal
+from app.outputs.folders import name_top, runs_root
 from app.tracking.delivery import Bridge, bridge_lock
 from app.tracking.events import last_event
 from app.tracking.lock import exclusive
@@ -82,7 +82,7 @@ def follow(
             failures += 1
             if failures == 1:
                 print(f"{bridge.log}: {error}; kept, and tried again", file=sys.stderr, flush=True)
-            _hold_up(bridge, str(error))
+            _hold_up(bridge, str((isinstance(error, OSError) and refusal(error)) or error))
             if was_done and done_since is not None:
                 last_failures += 1
                 if last_failures >= LAST_ATTEMPTS or time.monotonic() - done_since > LAST_ATTEMPTS_S:
@@ -135,7 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--parent", type=ProcessIdentity.parse, help="the trainer, as PID:START: its end is the log's"
     )
     parser.add_argument("--opened-at", type=int, default=0, help="the log's size when the trainer opened it")
+    parser.add_argument("--top", type=Path, help="the folder below which no link is followed [the log's]")
     options = parser.parse_args(arguments)
+    name_top(options.top or options.log.parent)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # The terminal's Ctrl-C is the trainer's to handle; the bridge goes on until the log ends.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import open_file, read_file
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +55,7 @@ class Cursor:
         Starting anew is safe, since everything a tracker is told may be told twice.
         """
         try:
-            stored = json.loads(cursor_path(log, tracker).read_bytes())
+            stored = json.loads(read_file(cursor_path(log, tracker)))
             runs = {uuid: RunProgress(**run) for uuid, run in stored.pop("runs").items()}
             cursor = cls(**stored, runs=runs)
             same_log = cursor.first_line == _first_line(log) and 0 <= cursor.offset <= log.stat().st_size
@@ -76,7 +78,7 @@ def cursor_path(log: Path, tracker: str) -> Path:
 
 def _first_line(log: Path) -> str:
     try:
-        with open(log, "rb") as file:
+        with open(open_file(log, os.O_RDONLY), "rb") as file:
             line = file.readline(1 << 20)
     except FileNotFoundError:
         return ""

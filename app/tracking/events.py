@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from app.errors import refusal
 from app.outputs.atomic import append_line
+from app.outputs.folders import make_folder, open_file
 from app.outputs.redaction import Redaction
 
 SCHEMA = 1
@@ -135,7 +137,7 @@ class EventLog:
         head = {"v": SCHEMA, "time": round(self._clock(), 3), "run": uuid or "", "event": event}
         try:
             if self._next_seq is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path.parent)
                 self._next_seq = _last_seq(self.path) + 1
             line = json.dumps({**head, "seq": self._next_seq, **complete}, allow_nan=False)
             # A torn tail, left by a kill or a full disk, gets its line end first and is skipped by readers.
@@ -144,9 +146,8 @@ class EventLog:
         except OSError as error:
             self.dropped += 1
             if self.dropped == 1:
-                self._warn(
-                    f"tracking: cannot append to {self.path} ({error}); training goes on, events are lost"
-                )
+                reason = refusal(error, self.path) or f"{self.path}: {error}"
+                self._warn(f"tracking: cannot append: {reason}; training goes on, events are lost")
 
     def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
         """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches.
@@ -184,6 +185,11 @@ class EventLog:
         return {name: _plain(value, self._redacted) for name, value in complete.items()}
 
 
+def _opened(path: Path) -> IO[bytes]:
+    """Open a log to read: never a link, and never a pipe, which would hang the reader."""
+    return open(open_file(path, os.O_RDONLY), "rb")
+
+
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     """Return the whole events from byte `offset` on (some MiB at most), and the offset to go on from.
 
@@ -191,7 +197,7 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     that does not exist yet has no events.
     """
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             file.seek(offset)
             chunk = file.read(_CHUNK_BYTES)
     except FileNotFoundError:
@@ -269,7 +275,7 @@ def _number(name: str, value: Any) -> float:
 def _is_torn(path: Path) -> bool:
     """Return whether the file's last byte is not a line end."""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             if not file.seek(0, os.SEEK_END):
                 return False
             file.seek(-1, os.SEEK_END)
@@ -281,7 +287,7 @@ def _is_torn(path: Path) -> bool:
 def last_event(path: Path) -> Event | None:
     """Return the last whole event of a log, or None; reads the tail only."""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             start = max(0, size - _TAIL_BYTES)
             file.seek(start)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from app.outputs.folders import make_folder, open_file
 
 
 @contextmanager
@@ -16,9 +19,9 @@ def exclusive(path: Path, timeout_s: float, *, poll_s: float = 0.05) -> Iterator
     Raises TimeoutError when another process still holds it after `timeout_s` seconds (a frozen one may for
     ever), and OSError when the file cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     deadline = time.monotonic() + timeout_s
-    with open(path, "ab") as file:
+    with open(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True), "ab") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

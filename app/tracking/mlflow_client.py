@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from app.errors import StarlingError
+from app.core.folder import LinkRefused
+from app.errors import FileRefused, StarlingError
 from app.outputs.redaction import without_credentials
 from app.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
@@ -51,7 +52,7 @@ def translated(*, refuse: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except StarlingError:
+    except (StarlingError, LinkRefused, FileRefused):
         raise
     except Exception as error:
         # Anything: the client passes on whatever its parsers raise when a server answers nonsense.

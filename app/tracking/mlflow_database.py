@@ -6,19 +6,63 @@ MLflow itself adds tables to an older database without a word and without a copy
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import stat
 from pathlib import Path
 from urllib.parse import quote
 
+from app.core.folder import Folder, LinkRefused
+from app.errors import FileRefused
+from app.outputs.folders import open_folder
 from app.tracking.tracker import TrackerUnavailableError
 
 _LOCKED_S = 30
 """So long another process may hold the database; SQLite's own 5 s are little beside many busy trainers on a slow disk."""
 
 
+FOLDER, DATABASE = "mlflow", "mlflow.db"
+"""The folder below the runs folder."""
+_held: dict[Path, Folder] = {}
+"""Open until the process ends, since SQLite opens the database again and again, and MLflow keeps it by its path."""
+
+
 def database_uri(runs: Path) -> str:
     """Return the address of the embedded database."""
-    return f"sqlite:///{runs.absolute() / 'mlflow' / 'mlflow.db'}?timeout={_LOCKED_S}"
+    return uri_of(runs.absolute() / FOLDER / DATABASE)
+
+
+def uri_of(database: Path) -> str:
+    """Return the address of the embedded database at this path."""
+    return f"sqlite:///{database}?timeout={_LOCKED_S}"
+
+
+def held_database(runs: Path) -> Path:
+    """Return a path of the embedded database that stays in the folder which `<runs>/mlflow` is now.
+
+    The folder is made where it is missing, and held open. Raises LinkRefused where it, or a file of the database, is a
+    link, and FileRefused for a file that has a second name.
+    """
+    path = runs.absolute() / FOLDER
+    folder = open_folder(path, create=True)
+    kept = _held.get(path)
+    if kept is not None and os.path.samestat(os.fstat(kept.descriptor), os.fstat(folder.descriptor)):
+        folder.close()
+        folder = kept
+    _held[path] = folder
+    for name in folder.names():
+        if name.startswith(DATABASE):
+            _check_own(folder, name)
+    return folder.proc_path / DATABASE
+
+
+def _check_own(folder: Folder, name: str) -> None:
+    """Raise for what is no file of ours. It is not opened: closing it again would give up SQLite's locks on it."""
+    state = folder.stat(name)
+    if stat.S_ISLNK(state.st_mode):
+        raise LinkRefused(folder.path / name)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+        raise FileRefused(folder.path / name, "is not a regular file with one name alone")
 
 
 def check_schema(database: Path) -> None:
@@ -55,7 +99,7 @@ def upgrade_schema(database: Path) -> Path | None:
         check_schema(database)
     copy = database.with_name(f"{database.name}.{stored}")
     _copy(database, copy)
-    engine = create_sqlalchemy_engine(database_uri(database.parents[1]))
+    engine = create_sqlalchemy_engine(uri_of(held_database(database.parents[1])))
     try:
         _upgrade_db(engine)
     except BaseException as error:
@@ -70,9 +114,10 @@ def upgrade_schema(database: Path) -> Path | None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a database as SQLite does, whole though others write to it."""
+    held = held_database(source.parents[1]).parent
     with (
-        contextlib.closing(sqlite3.connect(source, timeout=_LOCKED_S)) as here,
-        contextlib.closing(sqlite3.connect(target, timeout=_LOCKED_S)) as there,
+        contextlib.closing(sqlite3.connect(held / source.name, timeout=_LOCKED_S)) as here,
+        contextlib.closing(sqlite3.connect(held / target.name, timeout=_LOCKED_S)) as there,
     ):
         here.backup(there)
 
@@ -81,7 +126,7 @@ def _revision(database: Path) -> str | None:
     """Return the version of a database's tables; None: there is none, or none that holds an experiment."""
     if not database.is_file():
         return None
-    address = f"file:{quote(str(database.absolute()))}?mode=ro"
+    address = f"file:{quote(str(held_database(database.parents[1])))}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, timeout=_LOCKED_S, uri=True)) as connection:
         try:
             if connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is None:

@@ -27,7 +27,14 @@ from app.outputs.redaction import without_credentials
 from app.tracking.lock import exclusive
 from app.tracking.login import read_password
 from app.tracking.mlflow_client import CLIENT_LIMITS, patient, translated
-from app.tracking.mlflow_database import check_schema, database_uri, upgrade_schema
+from app.tracking.mlflow_database import (
+    FOLDER,
+    check_schema,
+    database_uri,
+    held_database,
+    upgrade_schema,
+    uri_of,
+)
 from app.tracking.mlflow_names import (
     KEY_LENGTH,
     TAG_LENGTH,
@@ -76,7 +83,7 @@ class MlflowTracker:
     def __init__(self, runs: Path, environment: Mapping[str, str], *, register: bool = False) -> None:
         """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
         self._register = register
-        self._folder = runs / "mlflow"
+        self._folder = runs.absolute() / FOLDER
         self._database = self._folder / "mlflow.db"
         self._environment = environment
         self._uri = environment.get("MLFLOW_TRACKING_URI") or ""
@@ -273,8 +280,10 @@ class MlflowTracker:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             check_schema(self._database)
+            uri = uri_of(held_database(self._folder.parent))
             # Whoever opens an empty database creates its tables: the caller holds the lock.
-            SqlAlchemyStore(self._uri, f"{_PROXIED}:/")
+            SqlAlchemyStore(uri, f"{_PROXIED}:/")
+            return MlflowClient(tracking_uri=uri)
         return MlflowClient(tracking_uri=self._uri)
 
     @contextmanager

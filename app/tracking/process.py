@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.errors import refusal
+from app.outputs.folders import make_folder, open_file, read_file, state_of, top_of
 from app.tracking.cursor import cursor_path
 from app.tracking.events import EventLog
 from app.tracking.process_identity import ProcessIdentity
@@ -79,7 +81,8 @@ class BridgeHandle:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
-        with open(self._output, "ab") as output:
+        output_file = open_file(self._output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True)
+        with open(output_file, "ab") as output:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -97,7 +100,7 @@ class BridgeHandle:
     def _cursor(self) -> dict[str, Any]:
         """Return what the bridge's cursor file says; nothing where there is none yet, or it is damaged."""
         try:
-            cursor = json.loads(cursor_path(self._log.path, self.tracker).read_bytes())
+            cursor = json.loads(read_file(cursor_path(self._log.path, self.tracker)))
         except (OSError, ValueError):
             return {}
         return cursor if isinstance(cursor, dict) else {}
@@ -163,14 +166,16 @@ def start_bridge(
         return None
     trainer = ProcessIdentity.of(os.getpid())
     default = [sys.executable, "-P", "-m", "app.tracking.bridge", str(log.path.absolute())]
-    default += ["--tracker", kind.name, "--parent", str(trainer)]
+    default += ["--tracker", kind.name, "--parent", str(trainer), "--top", str(top_of(log.path)[0])]
     try:
-        log.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.path.parent)
         # A resumed run's log ends with the `log_end` of the session before.
-        size = log.path.stat().st_size if log.path.exists() else 0
+        state = state_of(log.path)
+        size = 0 if state is None else state.st_size
         return BridgeHandle(log, command or [*default, "--opened-at", str(size)], warn, kind.name)
     except OSError as error:
-        warn(f"tracking: the bridge cannot be started ({error}); events stay in {log.path}")
+        reason = refusal(error) or error
+        warn(f"tracking: the bridge cannot be started ({reason}); events stay in {log.path}")
         return None
 
 

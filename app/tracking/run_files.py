@@ -11,6 +11,7 @@ from pathlib import Path
 
 from app.errors import UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
+from app.outputs.folders import read_file
 from app.tracking.cursor import cursor_path
 from app.tracking.events import read_events
 
@@ -53,7 +54,7 @@ def pending(log: Path, trackers: Sequence[str]) -> list[Pending]:
 
 def _pending(log: Path, tracker: str) -> Pending:
     try:
-        cursor = json.loads(cursor_path(log, tracker).read_bytes())
+        cursor = json.loads(read_file(cursor_path(log, tracker)))
     except (OSError, ValueError):
         cursor = {}
     offset = int(cursor.get("offset", 0))
@@ -114,5 +115,6 @@ def _run_files(directory: Path) -> Iterator[Path]:
 
 def _event_logs(directory: Path) -> Iterator[Path]:
     for folder, _, files in os.walk(directory):
-        if LOG_NAME in files:
-            yield Path(folder) / LOG_NAME
+        log = Path(folder) / LOG_NAME
+        if LOG_NAME in files and log.is_file() and not log.is_symlink():
+            yield log

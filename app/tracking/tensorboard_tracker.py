@@ -5,11 +5,18 @@ TensorBoard's own writer, without TensorFlow; its import costs 0.3 s of CPU and 
 
 from __future__ import annotations
 
+import fnmatch
+import os
+import socket
 import struct
+import time as time_module
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.errors import refusal
+from app.outputs.folders import is_file, names_in, open_file
 from app.outputs.redaction import without_credentials
 from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
 
@@ -26,7 +33,7 @@ class TensorBoardTracker:
     name = "tensorboard"
 
     def __init__(self) -> None:
-        self._writers: dict[str, Any] = {}
+        self._writers: dict[str, _EventFile] = {}
         self._steps: dict[tuple[str, str], int] = {}
         """Run and series -> highest step in its files."""
 
@@ -97,21 +104,20 @@ class TensorBoardTracker:
         if step <= self._steps.get((run_id, name), -1):
             return
         summary = Summary(value=[Summary.Value(tag=name, **value)])
-        writer.add_event(Event(wall_time=time, step=step, summary=summary))
+        writer.add(Event(wall_time=time, step=step, summary=summary))
         self._steps[run_id, name] = step
 
-    def _writer(self, run_id: str) -> Any:
+    def _writer(self, run_id: str) -> _EventFile:
         if run_id not in self._writers:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
             folder = Path(run_id)
             if not folder.is_dir():
                 raise TrackerRejectedError(f"{folder} does not exist")
-            self._steps |= {(run_id, name): step for name, step in _steps_in(folder).items()}
             try:
-                self._writers[run_id] = EventFileWriter(run_id)
+                self._steps |= {(run_id, name): step for name, step in _steps_in(folder).items()}
+                self._writers[run_id] = _EventFile(folder)
             except OSError as error:
-                raise TrackerUnavailableError(f"TensorBoard: {folder}: {error.strerror}") from None
+                reason = refusal(error) or f"{folder}: {error.strerror}"
+                raise TrackerUnavailableError(f"TensorBoard: {reason}") from None
         return self._writers[run_id]
 
     def _flush(self) -> None:
@@ -122,14 +128,46 @@ class TensorBoardTracker:
             raise TrackerUnavailableError(f"TensorBoard: {error}") from None
 
 
+class _EventFile:
+    """A new event file of a run, in TensorBoard's own records. Its own writer opens files by path, through links."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create the file. Raises OSError."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time_module.time()
+        name = PATTERN.replace(
+            "*", f"{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+        )
+        file = open_file(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._records = RecordWriter(os.fdopen(file, "wb"))
+        self.add(Event(wall_time=now, file_version="brain.Event:2"))
+        self.flush()
+
+    def add(self, event: Any) -> None:
+        """Append an event."""
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Hand to the disk what was added. Raises OSError."""
+        self._records.flush()
+
+    def close(self) -> None:
+        """Flush and close. Raises OSError."""
+        self._records.close()
+
+
 def _steps_in(folder: Path) -> dict[str, int]:
     """Return the highest step of each series in a run's event files; a torn end of a file is passed over."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
     steps: dict[str, int] = {}
-    for path in folder.glob(PATTERN):
-        for record in RawEventFileLoader(str(path)).Load():
+    for name in fnmatch.filter(names_in(folder), PATTERN):
+        if not is_file(folder / name):
+            continue
+        for record in RawEventFileLoader(str(folder / name)).Load():
             event = Event.FromString(record)
             for value in event.summary.value:
                 steps[value.tag] = max(event.step, steps.get(value.tag, -1))

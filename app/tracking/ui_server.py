@@ -16,8 +16,9 @@ from pathlib import Path
 
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import open_file, read_file, remove
 from app.tracking.mlflow_client import CLIENT_LIMITS
-from app.tracking.mlflow_database import database_uri
+from app.tracking.mlflow_database import database_uri, held_database
 from app.tracking.mlflow_tracker import MlflowTracker
 from app.tracking.process_identity import ProcessIdentity
 
@@ -93,7 +94,7 @@ def stop(runs: Path) -> UiServer | None:
     was_alive = server.process.is_alive()
     if was_alive:
         _end_group(server.process)
-    _record(runs).unlink(missing_ok=True)
+    remove(_record(runs))
     return server if was_alive else None
 
 
@@ -119,7 +120,9 @@ def _spawn(runs: Path, host: str, port: int, allowed_hosts: str) -> subprocess.P
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment["MLFLOW_DISABLE_TELEMETRY"] = CLIENT_LIMITS["MLFLOW_DISABLE_TELEMETRY"]
     environment.pop("MLFLOW_TRACKING_URI", None)
-    with open(_log(runs), "wb") as output:
+    held_database(runs)  # for what may be wrong with its folder
+    log = open_file(_log(runs), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, alone=True)
+    with open(log, "wb") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -165,7 +168,7 @@ def _end_group(process: ProcessIdentity) -> None:
 
 def _read(runs: Path) -> UiServer | None:
     try:
-        return UiServer(**json.loads(_record(runs).read_bytes()))
+        return UiServer(**json.loads(read_file(_record(runs))))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -61,7 +61,7 @@ def test_a_failed_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError("no rename today")
 
     monkeypatch.setattr(os, "replace", refuse)
