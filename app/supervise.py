@@ -31,7 +31,14 @@ PASSED_ON = (*STOPS, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUS
 WATCHED = frozenset({*PASSED_ON, signal.SIGCHLD})
 
 KILLED = 128 + signal.SIGKILL
-MISTAKES = {2: "the command line", 3: "the data", 4: "the checkpoint", 126: "the command", 127: "the command"}
+MISTAKES = {
+    2: "the command line",
+    3: "the data",
+    4: "the checkpoint",
+    6: "the full disk",
+    126: "the command",
+    127: "the command",
+}
 """Exit codes that the same command would end with again -> what to mend."""
 
 PR_SET_PDEATHSIG = 1

@@ -17,14 +17,14 @@ from click.core import ParameterSource
 
 from launcher.config_file import ConfiguredCommand, root_option
 from launcher.engines.limits import STOP_GRACE_S
-from launcher.errors import LauncherError, UsageError
+from launcher.errors import LauncherError, UsageError, disk_full
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
 
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 `status` with no replica, or one that failed; 2 usage;
-3 data; 4 checkpoint; 5 engine; 130 interrupted."""
+3 data; 4 checkpoint; 5 engine; 6 disk full; 7 GPU lost; 130 interrupted."""
 
 _MODULES = frozenset({"clean", "completion", "doctor", "init", "kill", "track"})
 """Commands that are modules of `launcher.commands`."""
@@ -378,3 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         _drop_output()  # the reader (`head`) has gone
         sys.exit(0)
+    except OSError as error:
+        full = disk_full(error)
+        if full is None or "--debug" in words[:1]:
+            raise
+        click.echo(f"error: {full}", err=True)
+        sys.exit(full.exit_code)

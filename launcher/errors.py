@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
@@ -35,6 +36,22 @@ class EngineError(LauncherError):
     exit_code = 5
 
 
+class DiskFull(LauncherError):
+    """A write that the disk refused: it is full, over its quota, or failing."""
+
+    exit_code = 6
+
+
+class GpuLost(LauncherError):
+    """A GPU that no longer answers."""
+
+    exit_code = 7
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a write for which there is no room: on the disk, in the quota, or by a limit on a file's size."""
+
+
 class NameTaken(EngineError):
     """A replica's name is held by something else."""
 
@@ -43,13 +60,25 @@ class ConnectionLost(EngineError):
     """The connection to another machine is gone, and does not come back by waiting."""
 
 
+def disk_full(error: OSError) -> DiskFull | None:
+    """Return what an error of a write means where the disk has no room for it; None for any other error."""
+    if error.errno not in FULL:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return DiskFull(f"{where}cannot be written ({error.strerror}); free some space, and try again")
+
+
+TRAINERS_OWN = frozenset({2, 3, 4, DiskFull.exit_code, GpuLost.exit_code})
+"""Exit codes of a trainer that say what is wrong."""
+
+
 class ReplicaFailed(LauncherError):
     """A replica ended with an error while `up` was watching it; carries the trainer's own exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         # Codes outside the documented ones (a signal, an import error) are the engine's affair: 5.
-        self.exit_code = exit_code if exit_code in (2, 3, 4) else EngineError.exit_code
+        self.exit_code = exit_code if exit_code in TRAINERS_OWN else EngineError.exit_code
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

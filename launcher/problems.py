@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 from launcher.errors import (
     CheckpointError,
     DataError,
+    DiskFull,
     EngineError,
     LauncherError,
     UsageError,
@@ -16,7 +17,9 @@ from launcher.errors import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST_SPECIFIC = tuple(kind.exit_code for kind in (DataError, CheckpointError, EngineError, UsageError))
+MOST_SPECIFIC = tuple(
+    kind.exit_code for kind in (DataError, CheckpointError, DiskFull, EngineError, UsageError)
+)
 """Of several problems the one that is named first here gives the exit code: the user's file says more than a flag."""
 
 

@@ -26,6 +26,8 @@ _EXITS = {
     3: "data error",
     4: "checkpoint error",
     5: "engine error",
+    6: "disk full",
+    7: "GPU lost",
     127: "command not found",
 }
 

@@ -19,7 +19,7 @@ from launcher.cli import absolute, say
 from launcher.compose import Compose, last_words
 from launcher.engines.docker import DockerEngine
 from launcher.engines.services import Service
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError, UsageError, disk_full
 from launcher.sizes import format_size
 from launcher.track import open_host
 from launcher.track_archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member
@@ -73,7 +73,9 @@ def _whole_or_nothing(file: Path) -> Iterator[IO[bytes]]:
         if name:
             Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UsageError(f"{file}: cannot be written ({error.strerror}); name another place") from None
+            raise disk_full(error) or UsageError(
+                f"{file}: cannot be written ({error.strerror}); name another place"
+            ) from None
         raise
 
 

@@ -26,7 +26,7 @@ from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
 from launcher.engines.local_log import read_log
 from launcher.engines.process_usage import read_sessions
-from launcher.errors import EngineError, NameTaken, UsageError
+from launcher.errors import EngineError, NameTaken, UsageError, disk_full
 from launcher.inventory import Machine
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
 
@@ -366,6 +366,6 @@ def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EngineError(
-            f"{error.filename or folder}: {error.strerror or error}; check the runs folder's permissions and free space"
+        raise disk_full(error) or EngineError(
+            f"{error.filename or folder}: {error.strerror or error}; check the permissions of the runs folder"
         ) from error

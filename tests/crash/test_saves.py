@@ -13,7 +13,7 @@ import torch
 
 from app import settings, train
 from app.engine.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from app.errors import CheckpointError
+from app.errors import DiskFull
 from app.outputs.atomic import sweep
 from app.outputs.run_dir import previous_of
 from app.search.journal import SafeJournalBackend
@@ -82,9 +82,9 @@ def test_full_disk_keeps_the_old_checkpoint_whole_and_names_the_path(small_disk:
     path = small_disk / "last.pt"
     save_checkpoint(path, {"value": OLD, "tensor": torch.ones(10_000)})
     for elements in (60_000, 500_000):  # too much beside the old one; more than there is at all
-        with pytest.raises(CheckpointError, match=r"last\.pt.*No space left") as caught:
+        with pytest.raises(DiskFull, match=r"last\.pt.*No space left") as caught:
             save_checkpoint(path, {"value": NEW, "tensor": torch.ones(elements)}, previous=previous_of(path))
-        assert caught.value.exit_code == 4
+        assert caught.value.exit_code == 6
         assert load_checkpoint(path)["value"] == OLD
         assert not list(small_disk.glob(".*"))
 
@@ -99,11 +99,11 @@ def no_tracking(runs: Path) -> None:
     ("fault", "words"),
     [(("full_disk", "100000"), "File too large"), (("failing_disk",), "Input/output error")],
 )
-def test_training_on_a_disk_that_refuses_ends_with_exit_4_and_one_message(
+def test_training_on_a_disk_that_refuses_ends_with_exit_6_and_one_message(
     start: Start, tiny_args: list[str], runs: Path, fault: tuple[str, ...], words: str
 ) -> None:
     trainer = start([*tiny_args, "--noplots", "--noval", "--epochs", "1"], fault)
-    assert trainer.wait() == 4, trainer.output
+    assert trainer.wait() == 6, trainer.output
     message = trainer.output.splitlines()[-1]
     assert message.startswith("error: ")
     assert str(runs / "train" / "exp" / "weights" / "last.pt") in message

@@ -19,9 +19,9 @@ NTH = 400
 CALLS = {
     "write": "write",
     "fsync": "fsync",
-    "rename": "?rename,?renameat",
-    "link": "?link,?linkat",
-    "unlink": "?unlink,?unlinkat",
+    "rename": "renameat",
+    "link": "linkat",
+    "unlink": "unlinkat",
     "flock": "flock",
     "pread": "pread64",
     "pwrite": "pwrite64",
@@ -36,17 +36,21 @@ RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}
 def harmless(call: str, count: int, scratch: Path) -> None:
     """Make `count` calls that change nothing that matters."""
     descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT, 0o644)
-    other = scratch.with_suffix(".other")
+    # By a descriptor, as the writers do: for the kernel, and so for strace, that is another call than by path.
+    folder = os.open(scratch.parent, os.O_RDONLY)
     for _ in range(count):
         if call == "write":
             os.write(descriptor, b"x")
         elif call == "fsync":
             os.fsync(descriptor)
         elif call == "rename":
-            os.rename(scratch, scratch)
+            os.rename(scratch.name, scratch.name, src_dir_fd=folder, dst_dir_fd=folder)
         elif call in ("link", "unlink"):
             with contextlib.suppress(OSError):
-                os.link(scratch, scratch) if call == "link" else os.unlink(other)
+                if call == "link":
+                    os.link(scratch.name, scratch.name, src_dir_fd=folder, dst_dir_fd=folder)
+                else:
+                    os.unlink(f"{scratch.name}.other", dir_fd=folder)
         elif call == "flock":
             import fcntl
 
@@ -59,6 +63,7 @@ def harmless(call: str, count: int, scratch: Path) -> None:
             os.ftruncate(descriptor, 1)
         else:
             os.fstatvfs(descriptor)
+    os.close(folder)
     os.close(descriptor)
 
 
@@ -109,7 +114,7 @@ def main(action: str, cases: str, *calls: str) -> None:
                 os._exit(_child(act, call, len(ends[call]) + 1, root / "template", case))
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             ends[call].append(
-                "killed" if code < 0 else "refused" if code == 4 else "done" if code == 0 else "broken"
+                "killed" if code < 0 else "refused" if code == 6 else "done" if code == 0 else "broken"
             )
             if len(ends[call]) > 100 or ends[call][-1] == "broken":
                 break
@@ -117,14 +122,14 @@ def main(action: str, cases: str, *calls: str) -> None:
 
 
 def _child(act: Callable[[Path], None], call: str, place: int, template: Path, case: Path) -> int:
-    from app.errors import CheckpointError
+    from app.errors import DiskFull
 
     shutil.copytree(template, case)
     harmless(call, NTH - place, case.with_suffix(".scratch"))
     try:
         act(case)
-    except CheckpointError:
-        return 4
+    except DiskFull:
+        return 6
     except BaseException:
         return 1
     return 0

@@ -77,7 +77,7 @@ def test_content_is_on_disk_before_the_rename_and_the_rename_after(
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda *a, **b: (events.append("replace"), replace(*a, **b))[1])
     write_atomic(tmp_path / "file", b"content")
     assert events == ["fsync", "replace", "fsync"]
 

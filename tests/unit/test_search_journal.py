@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import CheckpointError, UsageError
+from app.errors import CheckpointError, DiskFull, UsageError
 from app.search import journal
 from app.search.journal import JournalStudyStorage, SafeJournalBackend, locked
 from app.search.study import SearchStudy
@@ -84,7 +84,7 @@ def test_kill_during_append_keeps_every_whole_record(
     assert path.read_bytes() == LINE * (survived + 1)
 
 
-def test_full_disk_is_exit_4_with_the_path_and_tears_nothing(
+def test_full_disk_is_exit_6_with_the_path_and_tears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "j"
@@ -93,9 +93,9 @@ def test_full_disk_is_exit_4_with_the_path_and_tears_nothing(
     full = os.statvfs_result((4096, 4096, 100, 0, 0, 10, 10, 10, 0, 255))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstatvfs", lambda descriptor: full)
-        with pytest.raises(CheckpointError, match="No space left") as caught:
+        with pytest.raises(DiskFull, match="No space left") as caught:
             backend.append_logs([RECORD])
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 6
     assert str(path) in str(caught.value)
     backend.append_logs([RECORD])
     assert path.read_bytes() == LINE * 2
@@ -108,7 +108,7 @@ def test_write_that_fails_half_way_is_taken_back(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(LINE) + 50, hard))
     try:
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(DiskFull, match="cannot be written"):
             backend.append_logs([RECORD])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -122,7 +122,7 @@ def test_failed_fsync_is_never_reported_as_saved(tmp_path: Path, monkeypatch: py
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(journal.os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(DiskFull, match="Input/output error"):
         backend.append_logs([RECORD])
 
 
