@@ -82,8 +82,9 @@ class Pruned(StarlingError):
 class FileRefused(OSError):
     """A file of ours that cannot be taken for one: a pipe, a device, or a second name of somebody else's file."""
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: Path, problem: str, remedy: str = "remove it, and start again") -> None:
         super().__init__(errno.EINVAL, problem, str(path))
+        self.remedy = remedy
 
 
 class DiskRefused(OSError):
@@ -121,7 +122,7 @@ def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | N
             "remove the link, or give that place as an absolute --project"
         )
     if isinstance(error, FileRefused):
-        return UsageError(f"{place}{error.strerror}; move it away, and start again")
+        return UsageError(f"{place}{error.strerror}; {error.remedy}")
     if isinstance(error, DiskRefused) or error.errno in FULL:
         return DiskFull(
             f"{place}cannot be written ({error.strerror}); what was written before is intact. "
