@@ -136,7 +136,7 @@ def make_plan(
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
         )
-    if placement.isolated:
+    if request.user:
         found.check(check_user, request.user)
     if problems is None:
         found.raise_any()

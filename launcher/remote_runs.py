@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.core import folder, handover
+import app.core.folder
+import app.core.handover
 from app.core.handover import NOBODYS_ID
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
@@ -19,7 +20,7 @@ from launcher.inventory import Gpu
 from launcher.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
 from launcher.runs_folder import replica_user
 
-_SENT = {"app.core.folder": folder, "app.core.handover": handover}
+_SENT = {"app.core.folder": app.core.folder, "app.core.handover": app.core.handover}
 """What is sent to a machine where root logs in, in the order in which each needs those before."""
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
