@@ -6,9 +6,11 @@ import csv
 import io
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import app.core.handover
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState, mask
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.env_file import read_env_file
@@ -73,9 +75,10 @@ def _make_runs(spec: ReplicaSpec) -> list[str]:
     as_root = os.getuid() == 0 and uid not in ("", "0")
     if not runs.exists():
         owner = ["-o", uid, "-g", spec.user.partition(":")[2]] if as_root else []
-        return [shlex.join(["install", "-d", *owner, str(runs)])]
+        return [shlex.join(["install", "-d", "-m", "700", *owner, str(runs)])]
     if as_root and runs.stat().st_uid == 0:
-        return [shlex.join(["chown", "-hR", "--from=0", spec.user, str(runs)])]
+        # `chown -R` looks names up anew, and would hand over hard links to files of the system's.
+        return [shlex.join([sys.executable, "-I", str(app.core.handover.__file__), str(runs), spec.user])]
     return []
 
 

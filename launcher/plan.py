@@ -15,6 +15,7 @@ from launcher.engines.base import Mount, ReplicaSpec
 from launcher.errors import LauncherError, UsageError
 from launcher.inventory import Gpu, Machine
 from launcher.problems import Problems
+from launcher.runs_folder import check_user
 from launcher.sizes import GIB, MIB, format_size
 from launcher.training_args import TrainingArgs
 
@@ -135,10 +136,8 @@ def make_plan(
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
         )
-    if request.user.startswith("0:"):
-        notes.append(
-            "replicas run as root without capabilities; chown the runs folder, or give --user UID:GID, for another user"
-        )
+    if request.user:
+        found.check(check_user, request.user)
     if problems is None:
         found.raise_any()
     template = _template(request, placement, image_id, memory)

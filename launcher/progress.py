@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.core.folder import Folder
 from launcher.parallel import in_parallel
 from launcher.reach import box
 
@@ -71,12 +72,12 @@ def read_progress(runs: Path, replica: str) -> Progress:
     What an earlier replica of this name said has been put away by the supervisor, so no clock decides. Links and pipes
     are not followed or waited for: replicas can put them there.
     """
-    return progress_in(read_json(runs / FOLDER / f"{replica}.json"))
+    return progress_in(_read_runs(runs, f"{replica}.json"))
 
 
 def read_restarts(runs: Path, replica: str) -> Restarts:
     """Return what the replica's supervisor says; an empty account for a file that is absent or foreign."""
-    return restarts_in(read_json(runs / FOLDER / f"{replica}.restarts.json"))
+    return restarts_in(_read_runs(runs, f"{replica}.restarts.json"))
 
 
 Told = tuple[Progress, Restarts]
@@ -108,7 +109,15 @@ def _files_of(state: ReplicaState) -> tuple[str, str]:
 
 
 def _read_here(state: ReplicaState, file: str) -> dict[str, Any]:
-    return read_json(state.runs / FOLDER / file)
+    return _read_runs(state.runs, file)
+
+
+def _read_runs(runs: Path, file: str) -> dict[str, Any]:
+    try:
+        with Folder.resolve(runs) as top:
+            return read_json_below(top, FOLDER, file)
+    except OSError:
+        return {}
 
 
 def _read_there(there: Box, states: Sequence[ReplicaState]) -> Mapping[Path, bytes] | None:
@@ -157,13 +166,27 @@ def restarts_in(values: Mapping[str, Any]) -> Restarts:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file that others may have put there; an empty one for anything else."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return {}
-            return _parse(file.read(MOST_BYTES))
-    except OSError:
+        with Folder.resolve(path.parent) as folder:
+            return _read(folder, path.name)
+    except (OSError, ValueError):
         return {}
+
+
+def read_json_below(top: Folder, folder: str, file: str) -> dict[str, Any]:
+    """Return the JSON object in `<top>/<folder>/<file>`, following no link; an empty one for anything else."""
+    try:
+        with top.folder(folder) as below:
+            return _read(below, file)
+    except (OSError, ValueError):
+        return {}
+
+
+def _read(folder: Folder, file: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a folder; raises OSError, and ValueError for what is no file's name."""
+    if not stat.S_ISREG(folder.stat(file).st_mode):
+        return {}  # a device would not be opened without effect
+    with os.fdopen(folder.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+        return _parse(opened.read(MOST_BYTES)) if stat.S_ISREG(os.fstat(opened.fileno()).st_mode) else {}
 
 
 def _parse(text: bytes) -> dict[str, Any]:

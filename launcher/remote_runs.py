@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import app.core.folder
+import app.core.handover
+from app.core.handover import NOBODYS_ID
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
 from launcher.host_lock import FOLDERS, NAME
 from launcher.host_paths import is_the_systems
 from launcher.inventory import Gpu
 from launcher.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
-from launcher.runs_folder import NOBODYS_ID
+from launcher.runs_folder import replica_user
+
+_SENT = {"app.core.folder": app.core.folder, "app.core.handover": app.core.handover}
+"""What is sent to a machine where root logs in, in the order in which each needs those before."""
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
 
@@ -38,13 +45,13 @@ def check_remote_runs(box: Box, runs: Path) -> None:
 
 def remote_replica_user(box: Box, runs: Path, asked: str | None) -> str:
     """Return the `uid:gid` that replicas run as there, as `replica_user` chooses it here."""
-    from launcher.runs_folder import replica_user
-
     if asked is not None or box.ids[0] != 0:
         return replica_user(runs, box.ids, asked)
-    quoted = shlex.quote(str(runs))
-    code, owner = box.ask(f'[ -n "$(ls -A -- {quoted})" ] && stat -c %u:%g -- {quoted}')
-    return f"{NOBODYS_ID}:{NOBODYS_ID}" if code else owner.strip()
+    code, owner = box.ask(f"stat -L -c %u:%g -- {shlex.quote(str(runs))}")
+    uid, _, gid = owner.strip().partition(":")
+    if code or not (uid.isdigit() and gid.isdigit()) or int(uid) == 0:
+        return f"{NOBODYS_ID}:{NOBODYS_ID}"
+    return replica_user(runs, (int(uid), int(gid)), None)
 
 
 @contextlib.contextmanager
@@ -52,17 +59,17 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
     """Make the folder there, give it to `user` when root calls, and hold it against every other `up` there.
 
     A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when it cannot
-    be made, or another `up` holds it for too long.
+    be made or given away, or another `up` holds it for too long.
     """
     quoted = shlex.quote(str(runs))
     new = box.ask(f"[ -e {quoted} ]")[0] != 0
-    if box.ask(f"mkdir -p -- {quoted}")[0]:
+    if new and box.ask(f"mkdir -p -- {shlex.quote(str(runs.parent))} && mkdir -m 700 -- {quoted}")[0]:
         raise EngineError(
             f"{runs}: cannot be made on {box.name}; check the disk and the folder's owner there"
         )
     try:
-        if box.ids[0] == 0 and user and not user.startswith("0:"):
-            _hand_over(box, quoted, user)
+        if box.ids[0] == 0 and user:
+            _hand_over(box, runs, user, say)
         _hold(box, 9, f"command exec 9<{quoted}", " on this runs folder", say)
         yield
     except BaseException:
@@ -73,12 +80,40 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
         _let_go(box, 9)
 
 
-def _hand_over(box: Box, quoted: str, user: str) -> None:
-    """Give root's files below the folder to the replicas' user; those of anybody else stay theirs, links too."""
-    box.ask(
-        f"case $(stat -c %u -- {quoted}) in 0|{user.split(':')[0]}) "
-        f"find -P {quoted} -user 0 -exec chown -h {user} -- {{}} + ;; esac",
+def _hand_over(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> None:
+    """Give root's files below the folder to the replicas' user, as `hand_over` does it here, by a Python there.
+
+    No tool of a shell's does it: each names files by their paths, which replicas can swap meanwhile.
+    """
+    words = " ".join(map(shlex.quote, (str(runs), user)))
+    script = base64.b64encode(handover_program().encode()).decode()
+    code, said = box.ask(
+        f"command -v python3 >/dev/null && printf %s {script} | base64 -d | python3 -I -S - {words} 2>&1",
         limit_s=LOCK_WAIT_S,
+    )
+    lines = [line.removeprefix("starling: ") for line in said.splitlines() if line.startswith("starling: ")]
+    if code == 0 or (not lines and not _is_roots(box, runs)):
+        for line in lines:
+            say(f"note: {line}")
+        return
+    why = lines[-1] if lines else f"{runs} is root's, and to hand it over needs `python3` there, 3.8 or newer"
+    raise EngineError(f"{box.name}: {why}; or log in as an ordinary user and name a folder of that user's")
+
+
+def _is_roots(box: Box, runs: Path) -> bool:
+    return box.ask(f'[ "$(stat -L -c %u -- {shlex.quote(str(runs))})" = 0 ]')[0] == 0
+
+
+def handover_program() -> str:
+    """Return a program for the standard input of a Python elsewhere: this version's own way to hand a folder over."""
+    sources = {name: Path(module.__file__ or "").read_text() for name, module in _SENT.items()}
+    return (
+        f"import sys, types\nsources = {sources!r}\n"
+        "for name in ('app', 'app.core', *sources):\n"
+        "    sys.modules[name] = module = types.ModuleType(name)\n"
+        "    module.__package__ = name.rpartition('.')[0]\n"
+        "    exec(compile(sources.get(name, ''), name, 'exec'), module.__dict__)\n"
+        "sys.exit(sys.modules['app.core.handover'].main(sys.argv[1:]))\n"
     )
 
 

@@ -1,26 +1,25 @@
 """Run folders below `runs/`, for `clean`: which are a fleet's, whether anybody works in them, and their removal.
 
-Replicas write there, so nothing found is trusted: links are never followed, and only `<runs>/<project>/<name>` with a
-run's own files in it is ever removed.
+Replicas write there, at any moment, so nothing found is trusted: folders are held open by descriptors, links are never
+followed, and only `<runs>/<project>/<name>` with a run's own files in it is ever removed, and only that very folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
-import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from app.core.folder import Folder, LinkRefused
 from launcher.errors import EngineError, UsageError
 from launcher.progress import FOLDER as WORKERS
-from launcher.progress import MOST_BYTES
+from launcher.progress import read_json_below
 
 _SIGNS = (
     ".lock",
@@ -35,6 +34,8 @@ _SIGNS = (
 """A folder without any of these is no run's."""
 
 _LEASES = "leases"
+_MOST_HELD = 200
+"""Locks that are held at once; a replica may have left any number of files that look like locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class RunFolder:
     fleet: str
     files: int
     bytes: int
+    identity: tuple[int, int] = (0, 0)
+    """Device and inode: the folder that was looked at, whatever has its name by now."""
 
 
 def run_folders(runs: Path, fleet: str, replicas: Iterable[str]) -> list[RunFolder]:
@@ -56,114 +59,158 @@ def run_folders(runs: Path, fleet: str, replicas: Iterable[str]) -> list[RunFold
     project, name = PurePosixPath(fleet).parent, PurePosixPath(fleet).name
     if fleet.startswith("/") or ".." in PurePosixPath(fleet).parts or not name or not project.parts:
         raise UsageError(f"{fleet}: is no fleet; its name is project/name")
-    names = [name]
-    for replica in replicas:
-        said = PurePosixPath(_said_folder(runs, replica)).name
-        if re.fullmatch(re.escape(name) + r"[1-9]\d{0,5}", said) and said not in names:
-            names.append(said)
-    found = (_look(runs, runs / project / folder, fleet) for folder in names)
+    try:
+        with Folder.resolve(runs) as top:
+            names = [name]
+            for replica in replicas:
+                said = PurePosixPath(_said_folder(top, replica)).name
+                if re.fullmatch(re.escape(name) + r"[1-9]\d{0,5}", said) and said not in names:
+                    names.append(said)
+            found = [_look(top, (*project.parts, folder), fleet) for folder in names]
+    except FileNotFoundError:
+        return []
     return [folder for folder in found if folder is not None]
 
 
-def _said_folder(runs: Path, replica: str) -> str:
+def _said_folder(top: Folder, replica: str) -> str:
     """Return the run folder in a replica's status file; an empty text for anything else."""
-    if "/" in replica:
-        return ""
-    try:
-        descriptor = os.open(runs / WORKERS / f"{replica}.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            said = json.loads(file.read(MOST_BYTES)).get("run_dir")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+    said = read_json_below(top, WORKERS, f"{replica}.json").get("run_dir")
     return said if isinstance(said, str) and "\0" not in said else ""
 
 
-def _look(runs: Path, path: Path, fleet: str) -> RunFolder | None:
-    """Return the folder at `path`, or None where there is none; raises UsageError for what is no run's folder."""
-    for place in (path, *path.parents[: len(path.relative_to(runs).parts) - 1]):
-        if place.is_symlink():
-            raise UsageError(
-                f"{place}: is a link, which leads out of the runs folder; it and its target stay"
-            )
-    if not path.exists():
+def _look(top: Folder, parts: Sequence[str], fleet: str) -> RunFolder | None:
+    """Return the folder at `parts`, or None where there is none; raises UsageError for what is no run's folder."""
+    path = top.path.joinpath(*parts)
+    no_run = f"{path}: holds no run ({', '.join(_SIGNS[:4])}, …), so it stays; remove it by hand"
+    try:
+        folder = top.folder(*parts)
+    except LinkRefused as link:
+        raise UsageError(
+            f"{link.filename}: is a link, which leads out of the runs folder; it and its target stay"
+        ) from None
+    except FileNotFoundError:
         return None
-    if not path.is_dir() or not any(os.path.lexists(path / sign) for sign in _SIGNS):
-        raise UsageError(f"{path}: holds no run ({', '.join(_SIGNS[:4])}, …), so it stays; remove it by hand")
-    files = size = 0
-    for found in _files(path):
-        files += 1
-        size += found.st_blocks * 512
-    return RunFolder(path=path, fleet=fleet, files=files, bytes=size)
+    except NotADirectoryError:
+        raise UsageError(no_run) from None
+    with folder:
+        if not any(folder.has(sign) for sign in _SIGNS):
+            raise UsageError(no_run)
+        files = size = 0
+        for _, _, state in folder.tree():
+            if not stat.S_ISDIR(state.st_mode):
+                files += 1
+                size += state.st_blocks * 512
+        return RunFolder(path=path, fleet=fleet, files=files, bytes=size, identity=_identity(folder))
 
 
-def _files(path: Path) -> Iterator[os.stat_result]:
-    for folder, _, names in os.walk(path, followlinks=False):
-        for name in names:
-            with contextlib.suppress(OSError):
-                yield os.lstat(os.path.join(folder, name))
+def _identity(folder: Folder) -> tuple[int, int]:
+    state = os.fstat(folder.descriptor)
+    return state.st_dev, state.st_ino
 
 
 @contextlib.contextmanager
-def unused(run: RunFolder) -> Iterator[None]:
-    """Hold every lock in the folder; raises UsageError naming the first that somebody else holds."""
-    held: list[int] = []
+def unused(runs: Path, run: RunFolder) -> Iterator[Folder]:
+    """Hold every lock in the folder, and give the folder; raises UsageError naming the first that somebody else holds."""
+    with contextlib.ExitStack() as held, Folder.resolve(runs) as top:
+        try:
+            folder = held.enter_context(top.folder(*run.path.relative_to(runs).parts))
+        except OSError:
+            raise _changed(run) from None
+        if _identity(folder) != run.identity:
+            raise _changed(run)
+        count = 0
+        for holder, name, state in folder.tree():
+            if stat.S_ISREG(state.st_mode) and (name.endswith(".lock") or holder.path.name == _LEASES):
+                with contextlib.ExitStack() as lock:
+                    _lock(run, holder, name, lock)
+                    count += 1
+                    if count <= _MOST_HELD:  # the others are only looked at
+                        held.enter_context(lock.pop_all())
+        yield folder
+
+
+def _lock(run: RunFolder, holder: Folder, name: str, held: contextlib.ExitStack) -> None:
+    """Take one lock for as long as `held` lasts."""
     try:
-        for path in _locks(run.path):
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:
-                continue
-            held.append(descriptor)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                said = os.read(descriptor, 200).decode(errors="replace").strip().splitlines()
-                who = "".join(letter for letter in said[0] if letter.isprintable()) if said else "a process"
-                raise UsageError(
-                    f"{run.path}: is in use ({who} holds {path.name}), so it stays; end that first"
-                ) from None
-            except OSError:
-                continue  # a file system without locks
-        yield
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
-
-
-def _locks(path: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(path, followlinks=False):
-        for name in names:
-            if name.endswith(".lock") or os.path.basename(folder) == _LEASES:
-                yield Path(folder, name)
-
-
-def delete(runs: Path, run: RunFolder) -> None:
-    """Remove a run's folder, and its project's once that is empty; never what links in it lead to.
-
-    It is first renamed, so that an interrupted removal leaves nothing that looks like a whole run. Raises EngineError
-    for what the disk refuses.
-    """
-    aside = runs / f".removing-{secrets.token_hex(6)}"
+        descriptor = holder.open(name, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    held.callback(os.close, descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return
     try:
-        os.rename(run.path, aside)
-        shutil.rmtree(aside)  # by descriptors: a folder swapped for a link meanwhile is not entered
-    except OSError as error:
-        raise EngineError(
-            f"{error.filename or run.path}: could not be removed ({error.strerror}); it belongs to another user, or the "
-            "disk refuses: remove it by hand"
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        said = os.read(descriptor, 200).decode(errors="replace").strip().splitlines()
+        who = "".join(letter for letter in said[0] if letter.isprintable()) if said else "a process"
+        raise UsageError(
+            f"{run.path}: is in use ({who} holds {holder.path.name}/{name}), so it stays; end that first"
         ) from None
-    for place in run.path.parents:
-        if place == runs or not place.is_relative_to(runs):
-            break
-        with contextlib.suppress(OSError):
-            place.rmdir()
+    except OSError:
+        return  # a file system without locks
+
+
+def _changed(run: RunFolder) -> UsageError:
+    return UsageError(
+        f"{run.path}: is not the folder that was listed, somebody has put another in its place; nothing was removed there: "
+        "look at it, and call `launcher clean` again"
+    )
+
+
+def delete(runs: Path, run: RunFolder, folder: Folder) -> None:
+    """Remove a run's folder, held open as `folder`, and its project's once that is empty; never what links lead to.
+
+    It is first renamed, so that an interrupted removal leaves nothing that looks like a whole run; and what was renamed
+    is removed only if it is the folder that was looked at. Raises EngineError for what the disk refuses, UsageError for
+    another folder in its place.
+    """
+    parts = run.path.relative_to(runs).parts
+    aside = f".removing-{secrets.token_hex(6)}"
+    with contextlib.ExitStack() as held:
+        try:
+            way = [held.enter_context(Folder.resolve(runs))]
+            for part in parts[:-1]:
+                way.append(held.enter_context(way[-1].folder(part)))
+            top, holder = way[0], way[-1]
+            os.rename(parts[-1], aside, src_dir_fd=holder.descriptor, dst_dir_fd=top.descriptor)
+            if not _is(top, aside, folder):
+                with contextlib.suppress(OSError):
+                    os.rename(aside, parts[-1], src_dir_fd=top.descriptor, dst_dir_fd=holder.descriptor)
+                raise _changed(run)
+            folder.empty()
+            os.rmdir(aside, dir_fd=top.descriptor)
+        except LinkRefused:
+            raise _changed(run) from None
+        except OSError as error:
+            raise EngineError(
+                f"{_whole(run, error)}: could not be removed ({error.strerror}); it belongs to another user, or the "
+                "disk refuses: remove it by hand"
+            ) from None
+        for above, part in reversed(list(zip(way, parts[:-1], strict=False))):
+            with contextlib.suppress(OSError):
+                os.rmdir(part, dir_fd=above.descriptor)
+
+
+def _is(top: Folder, name: str, folder: Folder) -> bool:
+    """Return whether an entry of `top` is this very folder, and no link to it."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(top.stat(name), os.fstat(folder.descriptor))
+    return False
+
+
+def _whole(run: RunFolder, error: OSError) -> str:
+    """Return the path that an error is about; a system call with a descriptor knows a name only."""
+    named = str(error.filename or "")
+    return named if named.startswith("/") else str(run.path)
 
 
 def forget_workers(runs: Path, replicas: Iterable[str]) -> None:
     """Remove what the trainers and supervisors of replicas that are gone have told."""
-    for replica in replicas:
+    for replica in filter(lambda name: "/" not in name, replicas):
         for file in (f"{replica}.json", f"{replica}.restarts.json"):
-            with contextlib.suppress(OSError):
-                (runs / WORKERS / file).unlink()
+            with (
+                contextlib.suppress(OSError, ValueError),
+                Folder.resolve(runs) as top,
+                top.folder(WORKERS) as workers,
+            ):
+                os.unlink(file, dir_fd=workers.descriptor)

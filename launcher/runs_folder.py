@@ -8,32 +8,51 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from app.core.folder import Folder
+from app.core.handover import NOBODYS_ID, Refused, allowed_user, hand_over, open_top, strip_set_ids, user_for
 from launcher.errors import UsageError
 from launcher.host_paths import is_the_systems
 from launcher.lock_wait import wait_for_lock
+from launcher.ownership import caller_ids
 
-NOBODYS_ID = 10001
-"""The uid and gid of replicas when root calls: no person's, so results are not handed to a stranger."""
+STRIP_S = 2.0
+"""How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
 
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
     """Return the `uid:gid` that replicas run as: what was asked, else the caller's own.
 
-    When root calls it is the owner of the runs folder. A folder that is new or empty is given to NOBODYS_ID, so
-    that replicas are not root either; one that already holds root's files stays root's, and replicas are then root
-    without a single capability. Raises UsageError for anything but UID:GID.
+    When root calls it is the owner of the runs folder; one that is root's, or is still to be made, is given to
+    NOBODYS_ID. Replicas are never root: a program of theirs with mode 4755 would make every user of the host root.
+    Raises UsageError for anything but UID:GID, and for root by any spelling.
     """
     if asked is not None:
         uid, _, gid = asked.partition(":")
-        if not (uid.isascii() and uid.isdigit() and gid.isascii() and gid.isdigit()):
+        if not (_is_number(uid) and _is_number(gid)):
             raise UsageError(f"--user {asked}: must be numbers, UID:GID; `id -u` and `id -g` print yours")
+        check_user(f"{int(uid)}:{int(gid)}")
         return f"{int(uid)}:{int(gid)}"
     if caller[0] != 0:
-        return f"{caller[0]}:{caller[1]}"
-    if not runs.exists() or not any(runs.iterdir()):
-        return f"{NOBODYS_ID}:{NOBODYS_ID}"
-    owner = runs.stat()
-    return f"{owner.st_uid}:{owner.st_gid}"
+        return f"{caller[0]}:{caller[1] or caller[0]}"
+    try:
+        owner = user_for(runs.stat())
+    except FileNotFoundError:
+        owner = NOBODYS_ID, NOBODYS_ID
+    return f"{owner[0]}:{owner[1]}"
+
+
+def check_user(user: str) -> None:
+    """Raise UsageError for a `uid:gid` that no replica may have."""
+    if not allowed_user(*map(int, user.split(":"))):
+        raise UsageError(
+            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that a "
+            "replica of root's leaves in the runs folder could make every user of the machine root; give another UID:GID, "
+            "or leave --user out"
+        )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 12
 
 
 def check_runs(runs: Path) -> None:
@@ -59,59 +78,102 @@ def check_runs(runs: Path) -> None:
 
 @contextlib.contextmanager
 def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder, give it to `user` when root calls, and hold it against every other `up` on this host.
+    """Make the folder, hold it against every other `up` on this host, and give it to `user` when root calls.
 
-    A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when another
-    `up` holds it for too long.
+    Set-id bits below it are taken away. A folder made here is removed again when the block fails and left nothing in
+    it. Raises EngineError when another `up` holds it for too long, UsageError for a folder that cannot be made or given
+    away.
     """
-    new = [place for place in (runs, *runs.parents) if not place.exists()]
-    runs.mkdir(parents=True, exist_ok=True)
-    try:
-        if os.getuid() == 0 and user:
-            _hand_over(runs, *map(int, user.split(":")))
-        with _locked(runs, say):
-            yield
-    except BaseException:
-        for place in new:
-            with contextlib.suppress(OSError):
-                place.rmdir()
-        raise
+    with contextlib.ExitStack() as held:
+        with _refused(runs):
+            made = _make(runs, held)
+        try:
+            with _refused(runs):
+                top = held.enter_context(_open(runs))
+            with _locked(top, say):
+                with _refused(runs):
+                    _secure(top, user, made=bool(made), say=say)
+                yield
+        except BaseException:
+            for holder, name in made:
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=holder.descriptor)
+            raise
 
 
-def _hand_over(runs: Path, uid: int, gid: int) -> None:
-    """Give root's files below the runs folder to the replicas' user; those of anybody else stay theirs."""
-    if runs.stat().st_uid not in (0, uid) or uid == 0:
-        return
-    os.chown(runs, uid, gid, follow_symlinks=False)
-    for folder, folders, files in os.walk(runs, followlinks=False):
-        for name in (*folders, *files):
-            path = os.path.join(folder, name)
-            with contextlib.suppress(FileNotFoundError):
-                if os.lstat(path).st_uid == 0:
-                    os.chown(path, uid, gid, follow_symlinks=False)
+def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
+    """Make what is missing; return each folder made, by what holds it and its name, the deepest first.
+
+    The runs folder is its user's alone; those above it are as the user's own `mkdir` makes them.
+    """
+    missing = [place for place in (runs, *runs.parents) if not os.path.lexists(place)]
+    if not missing:
+        return []
+    made: list[tuple[Folder, str]] = []
+    holder = held.enter_context(Folder.resolve(missing[-1].parent))
+    for place in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place.name, 0o700 if place == runs else 0o777, dir_fd=holder.descriptor)
+            made.insert(0, (holder, place.name))
+        if place != runs:
+            holder = held.enter_context(holder.folder(place.name))
+    return made
+
+
+def _open(runs: Path) -> Folder:
+    """Open the folder, and look again at where its path has led."""
+    top = open_top(runs, trusted=caller_ids()[:1]) if os.getuid() == 0 else Folder.resolve(runs)
+    real = Path(os.readlink(top.proc_path))
+    if is_the_systems((real,), Path.home()):
+        top.close()
+        raise Refused(f"--runs {runs}: leads to {real}, which is the system's; give a folder of its own")
+    return top
+
+
+def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -> None:
+    """Hand the folder over when root calls, and take set-id bits away; say what was left alone."""
+    if os.getuid() != 0 or not user:
+        account = strip_set_ids(top, STRIP_S if os.getuid() else None)
+    else:
+        if made and os.fstat(top.descriptor).st_uid != 0:
+            raise Refused(
+                f"{top.path}: was made by root and belongs to uid {os.fstat(top.descriptor).st_uid}: its file system does "
+                "not know this machine's root (NFS with root_squash); make it as an ordinary user, and give --user UID:GID"
+            )
+        account = hand_over(top, *map(int, user.split(":")))
+    for line in account.lines():
+        say(f"note: {line}")
 
 
 @contextlib.contextmanager
-def _locked(runs: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _refused(runs: Path) -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(
+            f"--runs {runs}: {error.filename or runs}: {error.strerror}; check the folder's owner, or give another"
+        ) from None
+
+
+@contextlib.contextmanager
+def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock on the folder itself: no lock file to leave behind, and a dead holder's is released."""
-    descriptor = os.open(runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def take() -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(top.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
             pass  # a file system without locks; the engine's names still keep replicas single
         return True
 
-    try:
-        wait_for_lock(
-            take,
-            wait=lambda: "waiting for another `launcher up` on this runs folder",
-            give_up=lambda: f"{runs}: another `launcher up` holds it; wait for that one, or end it",
-            say=say,
-        )
-        yield
-    finally:
-        os.close(descriptor)
+    wait_for_lock(
+        take,
+        wait=lambda: "waiting for another `launcher up` on this runs folder",
+        give_up=lambda: f"{top.path}: another `launcher up` holds it; wait for that one, or end it",
+        say=say,
+    )
+    yield

@@ -10,11 +10,13 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MOST_PARTS = 64
+"""Of a path in messages; a hostile tree may be thousands of levels deep."""
 _LINK_ERRORS = frozenset({errno.ELOOP, errno.ENOTDIR})
 
 
@@ -25,6 +27,16 @@ class LinkRefused(OSError):
         super().__init__(
             errno.ELOOP, "is a symbolic link, and links below the runs folder are not followed", str(path)
         )
+
+
+class _Level:
+    """A folder that a walk has entered: how it was named and found, and which folders of it are still to be entered."""
+
+    __slots__ = ("deep", "folders", "name", "path", "state")
+
+    def __init__(self, folder: Folder, name: str, state: os.stat_result, deep: int = 0) -> None:
+        self.name, self.path, self.state, self.deep = name, folder.path, state, deep
+        self.folders: list[tuple[str, os.stat_result]] = []
 
 
 class Folder:
@@ -41,9 +53,10 @@ class Folder:
 
     @classmethod
     def resolve(cls, path: Path, *, create: bool = False) -> Folder:
-        """Open the top of a tree: links in `path` itself are followed, this once."""
+        """Open the top of a tree: links in `path` itself are followed, this once. One that is made is its user's alone."""
         if create:
-            path.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
         return cls(os.open(path, _DIRECTORY), path)
 
     @property
@@ -56,7 +69,7 @@ class Folder:
         below = os.dup(self.descriptor)
         path = self.path
         for part in parts:
-            parent, path = below, path / part
+            parent, path = below, _path_below(path, part)
             try:
                 below = _open_directory(parent, _component(part), path, mode if create else None)
             finally:
@@ -88,21 +101,89 @@ class Folder:
         """Return the names of all entries, sorted."""
         return sorted(os.listdir(self.descriptor))
 
-    def tree(self) -> Iterator[tuple[Folder, str, os.stat_result]]:
-        """Yield every entry below, as its folder (open until the next step), its name and what it is itself.
+    def tree(self, *, folders_last: bool = False) -> Iterator[tuple[Folder, str, os.stat_result]]:
+        """Yield every entry below, as its folder (open until the next step), its name and what it was found to be.
 
-        A folder is yielded before what it holds. Entries that vanish meanwhile, and folders that may not be entered,
-        are passed over.
+        A folder is yielded before what it holds, or after it with `folders_last`. Entries that vanish meanwhile, and
+        folders that may not be entered, are passed over. However deep or large the tree is, three descriptors and the
+        names of the folders that are still to be entered are all that the walk holds.
         """
-        for name in self.names():
+        levels: list[_Level] = []
+        here = self._again()
+        try:
+            level = _Level(here, "", os.fstat(here.descriptor))
+            while True:
+                for name, state in here._entries():
+                    if stat.S_ISDIR(state.st_mode):
+                        level.folders.append((name, state))
+                    if not (folders_last and stat.S_ISDIR(state.st_mode)):
+                        yield here, name, state
+                levels.append(level)
+                below: Folder | None = None
+                while below is None:
+                    if levels[-1].folders:
+                        name, state = levels[-1].folders.pop()
+                        below = _enter(here, name)
+                        if below is None and folders_last:
+                            yield here, name, state
+                        continue
+                    left = levels.pop()
+                    if not levels:
+                        return
+                    here = self._back(here, levels)
+                    if folders_last and levels[-1].deep == left.deep - 1:
+                        yield here, left.name, left.state
+                here.close()
+                here, level = below, _Level(below, name, os.fstat(below.descriptor), levels[-1].deep + 1)
+        finally:
+            here.close()
+
+    def empty(self) -> None:
+        """Remove all that this folder holds; never what links in it lead to. Raises OSError for what cannot be removed."""
+        for folder, name, state in self.tree(folders_last=True):
+            remove = os.rmdir if stat.S_ISDIR(state.st_mode) else os.unlink
             try:
-                state = self.stat(name)
+                remove(name, dir_fd=folder.descriptor)
             except FileNotFoundError:
                 continue
-            yield self, name, state
-            if stat.S_ISDIR(state.st_mode):
-                with contextlib.suppress(OSError), self.folder(name) as below:
-                    yield from below.tree()
+            except OSError as error:
+                raise folder._named(error, name) from None
+
+    def _again(self) -> Folder:
+        """Return this folder opened once more: two readers of one descriptor would share their place in it."""
+        return Folder(os.open(".", _DIRECTORY, dir_fd=self.descriptor), self.path)
+
+    def _entries(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the entries of this folder, one at a time, in the order of the file system."""
+        with self._again() as own, os.scandir(own.descriptor) as entries:
+            for entry in entries:
+                try:
+                    yield entry.name, entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+
+    def _back(self, left: Folder, levels: list[_Level]) -> Folder:
+        """Close `left` and return the folder of the last level, which held it when it was entered.
+
+        Where somebody has moved a part of the tree meanwhile, the way is taken again from the top; where that does not
+        lead there either, the walk goes on at the top, and `levels` are cut to that.
+        """
+        with left:
+            for open_it in (lambda: left._parent(), lambda: self._at(levels)):
+                with contextlib.suppress(OSError):
+                    found = open_it()
+                    if os.path.samestat(os.fstat(found.descriptor), levels[-1].state):
+                        found.path = levels[-1].path
+                        return found
+                    found.close()
+        del levels[1:]
+        return self._again()
+
+    def _parent(self) -> Folder:
+        return Folder(os.open("..", _DIRECTORY, dir_fd=self.descriptor), self.path.parent)
+
+    def _at(self, levels: Sequence[_Level]) -> Folder:
+        return self.folder(*(level.name for level in levels[1:]))
 
     def close(self) -> None:
         """Give the descriptor back; a second time does nothing."""
@@ -120,6 +201,26 @@ class Folder:
 
     def _named(self, error: OSError, name: str) -> OSError:
         return _refusal(error, self.descriptor, name, self.path / name)
+
+
+def _enter(here: Folder, name: str) -> Folder | None:
+    """Return a folder that can be entered and listed; None for any other."""
+    with contextlib.suppress(OSError):
+        below = here.folder(name)
+        try:
+            below._again().close()
+        except OSError:
+            below.close()
+            return None
+        return below
+    return None
+
+
+def _path_below(path: Path, name: str) -> Path:
+    """Return what messages call an entry; of a path that nobody could read, the middle is left out."""
+    if len(path.parts) < _MOST_PARTS:
+        return path / name
+    return Path(*path.parts[: _MOST_PARTS - 2], "…", name)
 
 
 def _open_directory(parent: int, name: str, path: Path, make_with: int | None) -> int:

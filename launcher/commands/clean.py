@@ -129,7 +129,7 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
                 )
             replicas = [state.name for state in everyone if state.fleet == name]
             for run in run_folders(place, name, replicas):
-                with unused(run):
+                with unused(place, run):
                     folders[run.path] = (place, run)
         gone = [name for name in bare if not any(run.fleet == name for _, run in folders.values())]
         if gone:
@@ -146,8 +146,8 @@ def _remove(engine: Engine, found: _Found) -> None:
     failures = fleet.discard(engine, still)
     for runs, run in found.folders:
         try:
-            with unused(run):  # again: the answer may have taken a while
-                delete(runs, run)
+            with unused(runs, run) as folder:  # again: the answer may have taken a while
+                delete(runs, run, folder)
         except LauncherError as error:
             failures.append(str(error))
     if found.folders:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +63,8 @@ def test_a_tree_is_walked_without_entering_links_and_no_descriptor_is_left(tmp_p
         found = [str((folder.path / name).relative_to(tmp_path)) for folder, name, _ in runs.tree()]
         with pytest.raises(FileNotFoundError):
             runs.folder("a", "not there")
-    assert found == ["runs/a", "runs/a/b", "runs/a/b/file", "runs/a/link"]
+    assert sorted(found) == ["runs/a", "runs/a/b", "runs/a/b/file", "runs/a/link"]
+    assert found.index("runs/a") < found.index("runs/a/b") < found.index("runs/a/b/file")
     assert descriptors() == before
 
 
@@ -72,3 +77,97 @@ def test_what_is_missing_is_named_by_its_whole_path(tmp_path: Path) -> None:
             folder.folder("file")
     assert missing.value.filename == str(tmp_path / "gone")
     assert no_folder.value.filename == str(tmp_path / "file")
+
+
+DEEP = 1500
+"""Levels: more than Python's recursion, a path's letters or a process's descriptors would allow."""
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A tree of DEEP levels with a file at its end, for a process of few descriptors."""
+    (tmp_path / "deep").mkdir()
+    at = os.open(tmp_path / "deep", os.O_RDONLY)
+    for _ in range(DEEP):
+        os.mkdir("a folder", dir_fd=at)
+        below = os.open("a folder", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=at))
+    os.close(at)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 24, limits[1]))
+    yield tmp_path / "deep"
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    if (tmp_path / "deep").exists():
+        with Folder.resolve(tmp_path / "deep") as folder:
+            folder.empty()
+
+
+@pytest.mark.parametrize("folders_last", [False, True])
+def test_a_tree_of_any_depth_is_walked_with_a_few_descriptors(deep: Path, folders_last: bool) -> None:
+    before = descriptors()
+    with Folder.resolve(deep) as folder:
+        found = [name for _, name, _ in folder.tree(folders_last=folders_last)]
+    assert found.count("a folder") == DEEP
+    assert found.index("file") == (0 if folders_last else DEEP)
+    assert descriptors() == before
+
+
+def test_a_tree_of_any_depth_is_emptied_with_a_few_descriptors(deep: Path) -> None:
+    with Folder.resolve(deep) as folder:
+        folder.empty()
+    assert list(deep.iterdir()) == []
+
+
+def test_a_walk_goes_on_at_the_top_when_the_tree_is_moved_away_under_it_and_never_outside(
+    tmp_path: Path,
+) -> None:
+    for name in ("runs/a/b/c", "runs/z", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere/secret").touch()
+    found = []
+    with Folder.resolve(tmp_path / "runs") as runs:
+        for _, name, _ in runs.tree():
+            found.append(name)
+            if name == "c":
+                (tmp_path / "runs/a/b").rename(tmp_path / "elsewhere/b")
+    assert sorted(found) == ["a", "b", "c", "z"]
+
+
+def test_emptying_removes_links_and_never_what_they_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/file").touch()
+    (tmp_path / "run/a/b").mkdir(parents=True)
+    for place in ("run/link", "run/a/link", "run/a/b/link"):
+        (tmp_path / place).symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / "run/a/pipe")
+    with Folder.resolve(tmp_path / "run") as folder:
+        folder.empty()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert (tmp_path / "victim/file").exists()
+
+
+def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run/a").mkdir(parents=True)
+    (tmp_path / "run/a/file").touch()
+    unlink = os.unlink
+
+    def refuse(path: str, *, dir_fd: int | None = None) -> None:
+        if path == "file":
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr("os.unlink", refuse)
+    with Folder.resolve(tmp_path / "run") as folder, pytest.raises(PermissionError) as refused:
+        folder.empty()
+    assert refused.value.filename == str(tmp_path / "run/a/file")
+
+
+def test_a_top_that_is_made_is_its_users_alone_and_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Folder.resolve(tmp_path / "new/runs", create=True))
+        (tmp_path / "old").mkdir(mode=0o755)
+        stack.enter_context(Folder.resolve(tmp_path / "old", create=True))
+    assert stat.S_IMODE((tmp_path / "new/runs").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o755

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +20,8 @@ from launcher.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.errors import EngineError, UsageError
-from launcher.run_folders import RunFolder, delete, run_folders, unused
+from launcher.progress import read_progress
+from launcher.run_folders import RunFolder, delete, forget_workers, run_folders, unused
 from tests.contract.test_engines import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,10 +172,9 @@ def test_results_whose_lock_is_held_stay_and_the_holder_is_named(lock: str, tmp_
         file.write("process 77 on box\n")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="process 77 on box holds"), unused(run):
+        with pytest.raises(UsageError, match="process 77 on box holds"), unused(tmp_path, run):
             raise AssertionError("not reached")
-    with unused(run):
-        delete(tmp_path, run)
+    remove(tmp_path, run)
     assert not path.exists()
 
 
@@ -193,8 +197,7 @@ def test_links_are_never_followed(tmp_path: Path) -> None:
     (inside / "out").symlink_to(outside)
     (inside / "linked.lock").symlink_to(outside / ".lock")
     [run] = run_folders(runs, "blood/real", [])
-    with unused(run):
-        delete(runs, run)
+    remove(runs, run)
     assert (outside / "weights/last.pt").exists()
     assert not inside.exists()
 
@@ -206,9 +209,146 @@ def test_a_folder_that_holds_no_run_stays(tmp_path: Path) -> None:
         run_folders(tmp_path, FLEET, [])
 
 
-def test_what_the_disk_refuses_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="could not be removed"):
-        delete(tmp_path, RunFolder(path=tmp_path / FLEET, fleet=FLEET, files=0, bytes=0))
+def test_what_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path)
+    [run] = run_folders(tmp_path, FLEET, [])
+
+    def refuse(name: str, **_: object) -> None:
+        raise PermissionError(1, "Operation not permitted", name)
+
+    monkeypatch.setattr("os.unlink", refuse)
+    with pytest.raises(EngineError, match=r"last\.pt: could not be removed|\.lock: could not be removed"):
+        remove(tmp_path, run)
+
+
+def remove(runs: Path, run: RunFolder) -> None:
+    """Remove a run as `clean` does once the user has said yes."""
+    with unused(runs, run) as folder:
+        delete(runs, run, folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder outside the runs folder that looks like a run, and must stay whatever somebody does."""
+    return make_run(tmp_path / "elsewhere")
+
+
+def swap_project(runs: Path, elsewhere: Path) -> None:
+    (runs / "blood").rename(runs / "aside")
+    (runs / "blood").symlink_to(elsewhere.parent)
+
+
+def swap_run(runs: Path, elsewhere: Path) -> None:
+    (runs / FLEET).rename(runs / "aside")
+    (runs / FLEET).symlink_to(elsewhere)
+
+
+def move_another_in(runs: Path, elsewhere: Path) -> None:
+    (runs / FLEET).rename(runs / "aside")
+    elsewhere.rename(runs / FLEET)
+
+
+Swap = Callable[[Path, Path], None]
+
+
+@pytest.mark.parametrize("swap", [swap_project, swap_run, move_another_in])
+@pytest.mark.parametrize(
+    "moment", ["while the user is asked", "while the locks are held", "before the rename"]
+)
+def test_another_folder_put_in_a_runs_place_after_the_look_is_never_removed(
+    swap: Swap, moment: str, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs)
+    [run] = run_folders(runs, FLEET, [])
+    real = os.rename
+
+    def rename(*words: str, **folders: int) -> None:
+        monkeypatch.setattr("os.rename", real)
+        swap(runs, elsewhere)
+        real(*words, **folders)
+
+    def clean() -> None:
+        if moment == "while the user is asked":
+            swap(runs, elsewhere)
+        with unused(runs, run) as folder:
+            if moment == "while the locks are held":
+                swap(runs, elsewhere)
+            if moment == "before the rename":
+                monkeypatch.setattr("os.rename", rename)
+            delete(runs, run, folder)
+
+    with contextlib.suppress(UsageError):  # what was looked at may be removed where it is now
+        clean()
+    stays = runs / FLEET if swap is move_another_in else elsewhere
+    assert (stays / "weights/last.pt").exists()
+
+
+RACE_S = 1.5
+
+
+def test_a_replica_that_swaps_its_project_as_fast_as_it_can_has_nothing_removed_elsewhere(
+    tmp_path: Path, elsewhere: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    attacker = os.fork()
+    if attacker == 0:
+        while True:
+            with contextlib.suppress(OSError):
+                os.rename(runs / "blood", runs / "aside")
+                os.symlink(elsewhere.parent, runs / "blood")
+                os.unlink(runs / "blood")
+                os.rename(runs / "aside", runs / "blood")
+    removed, until = 0, time.monotonic() + RACE_S
+    try:
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                make_run(runs, "aside/search")
+                os.rename(runs / "aside", runs / "blood")
+            with contextlib.suppress(UsageError, EngineError):
+                for run in run_folders(runs, FLEET, []):
+                    remove(runs, run)
+                    removed += 1
+            assert sorted(path.name for path in elsewhere.iterdir()) == [".lock", "weights"]
+        assert os.waitpid(attacker, os.WNOHANG) == (0, 0), "the attacker has died"
+    finally:
+        os.kill(attacker, signal.SIGKILL)
+        os.waitpid(attacker, 0)
+
+
+def test_a_run_with_more_locks_than_a_process_has_descriptors_is_removed_and_a_held_one_still_counts(
+    tmp_path: Path,
+) -> None:
+    path = make_run(tmp_path)
+    (path / "leases").mkdir()
+    for number in range(600):
+        (path / f"leases/{number}").touch()
+    [run] = run_folders(tmp_path, FLEET, [])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+    try:
+        for held in ("0", "300", "599"):
+            with open(path / "leases" / held) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                with pytest.raises(UsageError, match=f"holds leases/{held}"), unused(tmp_path, run):
+                    raise AssertionError("not reached")
+        remove(tmp_path, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not path.exists()
+
+
+def test_links_in_place_of_the_status_folder_are_not_followed(tmp_path: Path) -> None:
+    runs, outside = tmp_path / "runs", tmp_path / "outside"
+    make_run(runs, "blood/search2")
+    outside.mkdir()
+    (outside / "r.json").write_text(json.dumps({"run_dir": "/runs/blood/search2", "phase": "training"}))
+    (runs / ".workers").symlink_to(outside)
+    assert run_folders(runs, FLEET, ["r"]) == []
+    assert read_progress(runs, "r").phase is None
+    forget_workers(runs, ["r"])
+    assert (outside / "r.json").exists()
 
 
 @pytest.mark.parametrize("said", ["blood/other", "/etc", "search", "search2/..", "..", 7, None, "a\0b"])

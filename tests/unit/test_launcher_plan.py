@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.core.handover import NOBODYS_ID
 from launcher.dataset_yaml import read_dataset
 from launcher.devices import Device, split_cores
 from launcher.dry_run import docker_run, show_plan
@@ -28,7 +29,7 @@ from launcher.plan import (
     replica_name,
 )
 from launcher.preflight import preflight_notes
-from launcher.runs_folder import NOBODYS_ID, check_runs, replica_user
+from launcher.runs_folder import check_runs, replica_user
 from launcher.secret_files import with_secret_files
 from launcher.sizes import GIB, format_cores, format_size, parse_size
 from launcher.training_args import TrainingArgs, prepare_args
@@ -56,7 +57,7 @@ def prepare(words: list[str], tmp_path: Path, isolated: bool = True) -> Training
 def request_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Request:
     args = prepare(words or ["--project", "blood", "--name", "search", "--evolve", "60"], tmp_path)
     values = {"gpus": "1"} if "cpus" not in asked else {}
-    return Request(args=args, runs=tmp_path / "runs", user="1000:1000", **(values | asked))  # type: ignore[arg-type]
+    return Request(args=args, runs=tmp_path / "runs", **({"user": "1000:1000"} | values | asked))  # type: ignore[arg-type]
 
 
 def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Plan:
@@ -552,13 +553,25 @@ def test_replicas_run_as_the_caller_and_never_as_a_stranger(tmp_path: Path) -> N
     assert replica_user(runs, (1000, 100), None) == "1000:100"
     assert replica_user(runs, (0, 0), None) == f"{NOBODYS_ID}:{NOBODYS_ID}"
     assert replica_user(runs, (0, 0), "5:6") == "5:6"
-    runs.mkdir()
-    (runs / "train").mkdir()
+    (runs / "train").mkdir(parents=True)
     owner = runs.stat()
-    assert replica_user(runs, (0, 0), None) == f"{owner.st_uid}:{owner.st_gid}"
-    for wrong in ("me", "1", "1:x", ":"):
-        with pytest.raises(UsageError, match="--user"):
+    expected = NOBODYS_ID if owner.st_uid == 0 else owner.st_uid
+    assert replica_user(runs, (0, 0), None).split(":")[0] == str(expected)
+    assert replica_user(runs, (1000, 0), None) == "1000:1000"
+    for wrong in ("me", "1", "1:x", ":", "1:2:3", "+1:2", "1 :2", "٣:٣", "-1:5", "9" * 5000 + ":5"):
+        with pytest.raises(UsageError, match="must be numbers"):
             replica_user(runs, (0, 0), wrong)
+
+
+@pytest.mark.parametrize(
+    "user", ["0:0", "0:5", "00:5", "000:005", "5:0", "5:00", "4294967296:5", "4294967295:5", "5:2147483648"]
+)
+def test_root_is_refused_as_a_replicas_user_in_every_spelling(user: str, tmp_path: Path) -> None:
+    for caller in ((0, 0), (1000, 100)):
+        with pytest.raises(UsageError, match="never run as root or in root's group"):
+            replica_user(tmp_path, caller, user)
+    with pytest.raises(UsageError, match="never run as root or in root's group"):
+        plan_for(tmp_path, gpus="1", user=user)
 
 
 def test_behind_sudo_the_caller_is_who_typed_it(monkeypatch: pytest.MonkeyPatch) -> None:

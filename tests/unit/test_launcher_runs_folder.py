@@ -1,0 +1,226 @@
+"""`up` makes, holds and hands over the runs folder, here and on a machine behind ssh, whoever may write it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from launcher.box import Box
+from launcher.errors import EngineError, UsageError
+from launcher.remote_runs import remote_replica_user, remote_runs_folder
+from launcher.runs_folder import runs_folder
+from tests.conftest import REPOSITORY
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
+USER, STRANGER = 10001, 12345
+
+
+def owners(*paths: Path) -> list[int]:
+    return [path.lstat().st_uid for path in paths]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+class Shell:
+    """A shell of this machine, as the one that a connection keeps open on another."""
+
+    name = "box"
+
+    def __init__(self, ids: tuple[int, int], path: str = os.defpath) -> None:
+        self.ids = ids
+        self._path = path
+        self._shell = subprocess.Popen(
+            ["/bin/sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PATH": path}, text=True
+        )
+
+    def ask(self, script: str, limit_s: float = 20) -> tuple[int, str]:
+        assert self._shell.stdin is not None
+        assert self._shell.stdout is not None
+        self._shell.stdin.write(f"{{ {script}\n}} </dev/null 2>/dev/null\nprintf '\\n%s %s\\n' ended $?\n")
+        self._shell.stdin.flush()
+        said = ""
+        while True:
+            line = self._shell.stdout.readline()
+            if line.startswith("ended "):
+                return int(line.split()[1]), said.removesuffix("\n")
+            said += line
+
+    def close(self) -> None:
+        self._shell.communicate()
+
+
+Hold = Callable[[Path, str], Any]
+
+
+@pytest.fixture(params=["here", "behind ssh"])
+def hold(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Any]]:
+    """Make, hand over and hold the folder, on this machine or as it is done by a shell."""
+    if request.param == "here":
+        yield lambda runs, user: runs_folder(runs, user, lambda _: None)
+        return
+    shell = Shell((os.geteuid(), os.getegid()), os.environ["PATH"])
+    yield lambda runs, user: remote_runs_folder(cast(Box, shell), runs, user, lambda _: None)
+    shell.close()
+
+
+@needs_root
+def test_a_new_folder_is_its_users_alone_and_one_of_roots_is_handed_over_with_all_in_it(
+    hold: Hold, tmp_path: Path
+) -> None:
+    new, old = tmp_path / "a b/runs", tmp_path / "old"
+    (old / "train").mkdir(parents=True)
+    (old / "train/file").touch()
+    with hold(new, f"{USER}:{USER}"), hold(old, f"{USER}:{USER}"):
+        assert owners(new, old, old / "train", old / "train/file") == [USER] * 4
+        assert mode(new) == 0o700
+        (new / "result").touch()
+    assert new.exists()
+
+
+def test_a_folder_that_was_made_goes_again_when_nothing_was_started(hold: Hold, tmp_path: Path) -> None:
+    user = f"{os.geteuid() or USER}:{os.getegid() or USER}"
+
+    def fail() -> None:
+        with hold(tmp_path / "runs", user):
+            assert mode(tmp_path / "runs") == 0o700
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_root
+def test_a_link_in_the_folder_and_set_id_bits_give_nobody_anything(hold: Hold, tmp_path: Path) -> None:
+    runs, victim = tmp_path / "runs", tmp_path / "shadow"
+    runs.mkdir()
+    victim.touch(mode=0o600)
+    os.chown(runs, USER, USER)
+    (runs / "link").symlink_to(victim)
+    os.link(victim, runs / "name")
+    (runs / "shell").touch()
+    (runs / "shell").chmod(0o4755)
+    with hold(runs, f"{USER}:{USER}"):
+        assert owners(victim, runs / "link") == [0, 0]
+        assert mode(runs / "shell") == 0o755
+
+
+@needs_root
+def test_somebody_elses_link_to_a_folder_of_roots_is_refused(hold: Hold, tmp_path: Path) -> None:
+    (tmp_path / "roots").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "roots")
+    os.lchown(tmp_path / "runs", STRANGER, STRANGER)
+    with (
+        pytest.raises((UsageError, EngineError), match=f"link of uid {STRANGER}"),
+        hold(tmp_path / "runs", "5:5"),
+    ):
+        raise AssertionError("not reached")
+    assert owners(tmp_path / "roots") == [0]
+
+
+@needs_root
+def test_a_file_system_that_knows_no_root_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.fchown", refuse)
+    with (
+        pytest.raises(UsageError, match="root_squash"),
+        runs_folder(tmp_path / "runs", "5:5", lambda _: None),
+    ):
+        raise AssertionError("not reached")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_turns_into_one_of_the_systems_after_the_check_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("/etc")
+    with (
+        pytest.raises(UsageError, match="leads to /etc, which is the system's"),
+        runs_folder(tmp_path / "runs", "5:5", lambda _: None),
+    ):
+        raise AssertionError("not reached")
+
+
+@needs_root
+def test_without_python_there_a_folder_of_roots_is_refused_and_another_works(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("stat", "mkdir", "rmdir", "base64", "cat", "flock"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    shell = Shell((0, 0), str(tools))
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with (
+        pytest.raises(EngineError, match="needs `python3` there"),
+        remote_runs_folder(cast(Box, shell), runs, "5:5", lambda _: None),
+    ):
+        raise AssertionError("not reached")
+    os.chown(runs, 5, 5)
+    with remote_runs_folder(cast(Box, shell), runs, "5:5", lambda _: None):
+        pass
+    shell.close()
+
+
+def test_replicas_behind_ssh_are_never_root(tmp_path: Path) -> None:
+    shell = cast(Box, Shell((0, 0)))
+    assert remote_replica_user(shell, tmp_path / "new", None) == f"{USER}:{USER}"
+    own = tmp_path.stat()
+    expected = f"{USER}:{USER}" if own.st_uid == 0 else f"{own.st_uid}:{own.st_gid}"
+    assert remote_replica_user(shell, tmp_path, None) == expected
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 1000, 0)
+        assert remote_replica_user(shell, tmp_path, None) == "1000:1000"
+    for asked in ("0:0", "00:5", "5:0"):
+        with pytest.raises(UsageError, match="never run as root"):
+            remote_replica_user(shell, tmp_path, asked)
+    cast(Shell, shell).close()
+
+
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_the_command_refuses_root_with_exit_code_2_by_flag_and_by_file(way: str, tmp_path: Path) -> None:
+    words = ["--user", "00:5"] if way == "flag" else []
+    if way == "file":
+        (tmp_path / "starling.yaml").write_text("user: 0:5\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "up", "--cpu", "1", *words, "--", "--evolve", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": "unix:///nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (2, 5), (
+        done.stderr
+    )  # 5 where no engine answers either: all that is wrong is told
+    assert "never run as root" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@needs_root
+def test_the_line_that_a_dry_run_prints_hands_over_as_up_does(tmp_path: Path) -> None:
+    from launcher.dry_run import _make_runs
+    from tests.unit.test_launcher_plan import plan_for
+
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "file").touch()
+    os.link(runs / "file", tmp_path / "linked")
+    [line] = _make_runs(plan_for(tmp_path, gpus="1").replicas[0])
+    done = subprocess.run(shlex.split(line), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1000 1000\n"), done.stderr
+    assert owners(runs, tmp_path / "linked") == [1000, 0]
+    runs.rename(tmp_path / "aside")
+    [line] = _make_runs(plan_for(tmp_path, gpus="1").replicas[0])
+    subprocess.run(shlex.split(line), check=True)
+    assert (owners(runs), mode(runs)) == ([1000], 0o700)
