@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import open_regular, printable
+from app.core.tar_reader import TarReader, is_tar
+from app.core.unpacked_stream import DamagedArchive
+from app.data.zip_reader import ZipReader, is_zip
 from app.errors import DataError, DiskFull
 
 MAX_ENTRIES = 4_000_000
@@ -22,7 +27,10 @@ MAX_RATIO = 100
 """Bytes unpacked for each byte packed: text reaches about 20, bombs 1000."""
 _ALWAYS_ALLOWED = 64 << 20
 """Bytes that the ratio does not count against: small archives of label files pack well."""
+_ENTRY_BYTES = 4 << 10
+"""What each file counts for beside its content: even an empty one takes time, and a block of most disks."""
 _CHUNK = 1 << 20
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _NOISE = ("__MACOSX", ".DS_Store")
 """What one operating system adds to every archive."""
 
@@ -30,7 +38,8 @@ _NOISE = ("__MACOSX", ".DS_Store")
 @dataclass(frozen=True, slots=True)
 class _Entry:
     name: str
-    open: Callable[[], IO[bytes]]
+    size: int
+    chunks: Callable[[], Iterator[bytes]]
 
 
 def unpack(
@@ -40,71 +49,114 @@ def unpack(
 
     `strip` is a leading folder that is left off where an entry has it. `show` gets the number of files so far.
     Raises DataError for an absolute path, `..`, a link, a device, an encrypted entry, a file that would replace
-    another, a bomb, or anything that is no archive; what was unpacked before it is left to the caller to remove.
+    another, a bomb, anything that is cut or damaged, and anything that is no archive; OSError for a full disk. Then a
+    folder that this call made is gone again; where the folder was there before, its caller removes what is in it.
     """
-    allowed = min(MAX_UNPACKED_BYTES, max(archive.stat().st_size * MAX_RATIO, _ALWAYS_ALLOWED))
-    unpacked = count = 0
+    made = not os.path.lexists(folder)
     try:
-        for count, entry in enumerate(_entries(archive), start=1):
-            if count > MAX_ENTRIES:
-                raise DataError(f"{archive}: over {MAX_ENTRIES} files; refused")
-            target = folder.joinpath(*_safe_parts(archive, entry.name, strip))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # "x": nothing is ever replaced, neither by a name that stands twice nor by a second archive.
-            with entry.open() as source, open(target, "xb") as file:
-                while chunk := source.read(_CHUNK):
-                    unpacked += len(chunk)
-                    if unpacked > allowed:
-                        raise DataError(f"{archive}: unpacks to over {allowed >> 20} MiB; refused as a bomb")
-                    file.write(chunk)
-            show(count)
+        return _unpack(archive, folder, strip, show)
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _unpack(archive: Path, folder: Path, strip: str, show: Callable[[int], None]) -> int:
+    count = 0
+    try:
+        with open_regular(archive) as file:
+            allowance = _Allowance(os.fstat(file.fileno()).st_size)
+            for count, entry in enumerate(_entries(file, archive), start=1):
+                if count > MAX_ENTRIES:
+                    raise DataError(f"{archive}: over {MAX_ENTRIES} files; refused")
+                target = folder.joinpath(*_safe_parts(archive, entry.name, strip))
+                _write(entry, target, allowance)
+                show(count)
     except FileExistsError as error:
-        raise DataError(f"{archive}: {error.filename} would be written twice; refused") from None
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise DataError(f"{archive}: cannot be unpacked: {error}; delete it and fetch it again") from None
+        raise DataError(f"{archive}: {printable(error.filename)} would be written twice; refused") from None
+    except (DamagedArchive, BudgetExceeded) as error:
+        raise DataError(
+            f"{archive}: cannot be unpacked: {printable(str(error))}; delete it and fetch it again"
+        ) from None
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        raise DataError(
+            f"{archive}: cannot be unpacked: {printable(error.filename or folder)}: {error.strerror or error}; "
+            "check the archive and the folder"
+        ) from None
     return count
 
 
-def _entries(archive: Path) -> Iterator[_Entry]:
+def _write(entry: _Entry, target: Path, allowance: _Allowance) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free if entry.size > _CHUNK else _CHUNK
+    if entry.size > free:
+        raise DamagedArchive(f"{entry.name!r} claims {entry.size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+    allowance.take(_ENTRY_BYTES)
+    # "x": nothing is ever replaced, neither by a name that stands twice nor by a second archive.
+    with open(target, "xb") as file:
+        for chunk in entry.chunks():
+            allowance.take(len(chunk))
+            file.write(chunk)
+
+
+class _Allowance:
+    """The bytes that an archive may still unpack to, by its own size."""
+
+    def __init__(self, packed: int) -> None:
+        self._most = min(MAX_UNPACKED_BYTES, max(packed * MAX_RATIO, _ALWAYS_ALLOWED))
+        self._taken = 0
+
+    def take(self, count: int) -> None:
+        """Count bytes. Raises BudgetExceeded for a bomb."""
+        self._taken += count
+        if self._taken > self._most:
+            raise BudgetExceeded(f"it unpacks to over {self._most >> 20} MiB, so it is taken for a bomb")
+
+
+def _entries(file: IO[bytes], archive: Path) -> Iterator[_Entry]:
     """Yield the plain files of a zip or tar file, whatever it is called. Raises DataError for any other kind."""
-    if zipfile.is_zipfile(archive):
-        yield from _zip_entries(archive)
-    elif tarfile.is_tarfile(archive):
-        yield from _tar_entries(archive)
-    else:
+    head = file.read(512)
+    if not is_tar(head) and is_zip(file):
+        return _zip_entries(ZipReader(file), archive)
+    if not is_tar(head) and not _is_old_tar(head):
         raise DataError(f"{archive}: neither a zip nor a tar file; delete it and fetch it again")
+    file.seek(0)
+    # The whole stream has an allowance too: headers and members that are passed over are never written.
+    stream = _Allowance(os.fstat(file.fileno()).st_size)
+    return _tar_entries(TarReader(file, stream.take), archive)
 
 
-def _zip_entries(archive: Path) -> Iterator[_Entry]:
-    with zipfile.ZipFile(archive) as file:
-        needed, free = sum(item.file_size for item in file.infolist()), shutil.disk_usage(archive.parent).free
-        if needed > free:
-            raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
-        for item in file.infolist():
-            kind = stat.S_IFMT(item.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise DataError(f"{archive}: {item.filename} is a link or a device; refused")
-            if item.flag_bits & 1:
-                raise DataError(f"{archive}: {item.filename} is encrypted; unpack it yourself")
-            if not item.is_dir() and not _is_noise(item.filename):
-                yield _Entry(item.filename, lambda item=item: file.open(item))  # type: ignore[misc]
+def _zip_entries(file: ZipReader, archive: Path) -> Iterator[_Entry]:
+    needed, free = sum(entry.size for entry in file.entries()), shutil.disk_usage(archive.parent).free
+    if needed > free:
+        raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
+    for entry in file.entries():
+        name = printable(entry.name)
+        if entry.kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DataError(f"{archive}: {name} is a link or a device; refused")
+        if entry.encrypted:
+            raise DataError(f"{archive}: {name} is encrypted; unpack it yourself")
+        if not entry.is_folder and not _is_noise(entry.name):
+            yield _Entry(entry.name, entry.size, partial(file.chunks, entry))
 
 
-def _tar_entries(archive: Path) -> Iterator[_Entry]:
-    with tarfile.open(archive) as file:
-        for item in file:
-            if not (item.isreg() or item.isdir()):
-                raise DataError(f"{archive}: {item.name} is a link or a device; refused")
-            source = file.extractfile(item) if item.isreg() and not _is_noise(item.name) else None
-            if source is not None:
-                yield _Entry(item.name, lambda source=source: source)  # type: ignore[misc]
+def _tar_entries(file: TarReader, archive: Path) -> Iterator[_Entry]:
+    for member in file.members():
+        if not (member.isreg() or member.isdir()):
+            raise DataError(f"{archive}: {printable(member.name)} is a link or a device; refused")
+        if member.isreg() and not _is_noise(member.name):
+            yield _Entry(member.name, member.size, partial(file.chunks, member))
+
+
+def _is_old_tar(head: bytes) -> bool:
+    """Return whether a first header without a mark, as tar wrote before 1988, has the checksum of one."""
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _is_noise(name: str) -> bool:
@@ -115,8 +167,10 @@ def _safe_parts(archive: Path, name: str, strip: str) -> tuple[str, ...]:
     """Return the path of an entry as components below the folder; raises DataError for one that leads elsewhere."""
     path = PurePosixPath(name)
     parts = tuple(part for part in path.parts if part != ".")
-    odd = "\\" in name or "\0" in name or os.path.isabs(name) or (parts and parts[0][1:2] == ":")
+    odd = "\\" in name or os.path.isabs(name) or (parts and parts[0][1:2] == ":")
     if odd or not parts or ".." in parts:
         raise DataError(f"{archive}: {name!r} leads out of the folder; refused")
+    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise DataError(f"{archive}: {name!r} has a control character in its name; refused")
     lead = PurePosixPath(strip).parts
     return parts[len(lead) :] if lead and parts[: len(lead)] == lead and len(parts) > len(lead) else parts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from app import settings
+from tests.conftest import REPOSITORY
 from tests.crash.conftest import start as start
 
 
@@ -70,3 +73,49 @@ def attack(request: pytest.FixtureRequest, sentinel: Path) -> Callable[[Path], N
 @pytest.fixture
 def attack_as_ours(sentinel: Path) -> Callable[[Path], None]:
     return lambda path: _as_ours(path, Malicious(sentinel))
+
+
+Measured = Callable[..., list[str]]
+
+_MEASURE = """
+import resource, sys, time
+from pathlib import Path
+from app.errors import StarlingError
+{setup}
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+idle = peak()
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+for path in map(Path, sys.argv[2:]):
+    began = time.monotonic()
+    try:
+        read(path)
+        said = "taken"
+    except StarlingError as error:
+        said = str(error)
+    seconds = time.monotonic() - began
+    assert seconds < 20, f"{{path}} took {{seconds:.1f}} s"
+    assert peak() - idle < int(sys.argv[1]), f"{{path}} took {{peak() - idle >> 20}} MiB: {{said}}"
+    print(said.replace(chr(10), " "))
+"""
+
+
+@pytest.fixture
+def measured() -> Measured:
+    """Return what reads files in a process of its own, and holds its time and memory: `setup` defines `read(path)`.
+
+    The result is what was said of each file: "taken", or the message.
+    """
+
+    def measure(setup: str, files: list[Path], most_bytes: int = 1 << 30) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE.format(setup=setup), str(most_bytes), *map(str, files)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return measure
