@@ -35,7 +35,11 @@ def _long(size: int, code: bytes = b"\x8a") -> bytes:
 
 
 def _tensor(numel: bytes, size: bytes, stride: bytes) -> bytes:
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + numel + b"tQ"
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+        + numel
+        + b"tQ"
+    )
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
         + storage
@@ -124,12 +128,20 @@ def as_ours(content: bytes, path: Path) -> Path:
 
 def as_legacy(content: bytes, path: Path) -> Path:
     """Write the pickle as the object of a file from before torch 1.6."""
-    head = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2)]
+    head = [
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+        pickle.dumps(1001, 2),
+        pickle.dumps({"little_endian": True}, 2),
+    ]
     path.write_bytes(b"".join(head) + HEAD + content + b"." + pickle.dumps([], 2))
     return path
 
 
-FORMS: dict[str, Callable[[bytes, Path], Path]] = {"foreign": as_foreign, "ours": as_ours, "legacy": as_legacy}
+FORMS: dict[str, Callable[[bytes, Path], Path]] = {
+    "foreign": as_foreign,
+    "ours": as_ours,
+    "legacy": as_legacy,
+}
 
 
 def sparse_file(path: Path) -> Path:
@@ -146,7 +158,9 @@ def sparse_file(path: Path) -> Path:
 
 def crowded_file(path: Path) -> Path:
     """Write a zip of torch's with 300,000 entries of no bytes."""
-    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0)
+    entry = struct.pack(
+        "<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w/data.pkl", HEAD + b"}.")
         start = archive.start_dir  # type: ignore[attr-defined]
