@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from app.core.paths import at_home
+from app.core.plain_json import read_json
 from app.errors import ConfigError, StarlingError, UsageError, suggest
 from app.outputs.atomic import write_atomic
 
@@ -60,7 +62,7 @@ def settings_path(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the settings file, which need not exist."""
     if runs := environment.get("STARLING_RUNS"):
         return Path(runs) / "settings.json"
-    config = environment.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    config = environment.get("XDG_CONFIG_HOME") or at_home("~/.config")
     return Path(config) / "starling" / "settings.json"
 
 
@@ -68,7 +70,7 @@ def read() -> Settings:
     """Return the settings in force; raises ConfigError for a damaged file."""
     path = settings_path()
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("not a mapping")
     except FileNotFoundError:

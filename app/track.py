@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from app.config.flags import PathParser
 from app.errors import StarlingError, UsageError
 from app.outputs.run_dir import runs_root
 from app.tracking.delivery import Bridge, bridge_lock
@@ -187,10 +188,10 @@ def _run_upgrade(options: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.track`."""
-    parser = argparse.ArgumentParser(
+    parser = PathParser(
         prog="python -m app.track", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = PathParser(add_help=False)
     common.add_argument(
         "--runs", type=Path, default=runs_root(), help="the runs folder (default: %(default)s)"
     )
@@ -248,6 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
     except StarlingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

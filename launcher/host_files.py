@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from app.core import regular_file
+from app.core.paths import at_home
 
 if TYPE_CHECKING:
     from launcher.box import Box
@@ -112,7 +113,7 @@ def expand(files: HostFiles, base: Path, given: str) -> Path:
     if path.parts and path.parts[0] == "~":
         path = files.home.joinpath(*path.parts[1:])
     elif files is LOCAL:
-        path = Path(os.path.expanduser(path))  # leaves the home of nobody as it is
+        path = at_home(path)
     return Path(os.path.abspath(base / path))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from app.core.plain_json import parse_json
 from launcher.errors import EngineError, UsageError
 from launcher.progress import FOLDER as WORKERS
 from launcher.progress import MOST_BYTES
@@ -72,7 +72,7 @@ def _said_folder(runs: Path, replica: str) -> str:
     try:
         descriptor = os.open(runs / WORKERS / f"{replica}.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            said = json.loads(file.read(MOST_BYTES)).get("run_dir")
+            said = parse_json(file.read(MOST_BYTES)).get("run_dir")
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     return said if isinstance(said, str) and "\0" not in said else ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from app.core.paths import at_home
 from app.core.regular_file import is_file
 from app.core.words import shown
 from app.errors import CheckpointError, readable
@@ -105,7 +106,7 @@ def load_newest(last: Path, say: Callable[[str], None]) -> tuple[dict[str, Any],
 def find_last(resume: str) -> Path:
     """Return the checkpoint that `--resume` means; raises CheckpointError when there is none."""
     if resume != "latest":
-        path = Path(resume).expanduser()
+        path = at_home(resume)
         return path / "weights" / "last.pt" if path.is_dir() else path
     found = sorted(
         (path for path in runs_root().rglob("weights/last*.pt") if _resumes(path.relative_to(runs_root()))),

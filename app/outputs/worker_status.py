@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.core.plain_json import read_json
 from app.outputs.atomic import write_atomic
 
 FOLDER = ".workers"
@@ -55,7 +56,7 @@ def tell_failure(root: Path, worker: str, message: str) -> None:
 def read_status(path: Path) -> dict[str, object]:
     """Return what a worker's file tells; nothing for one that is absent or garbled."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -14,6 +14,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from app.core.plain_json import read_json
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import write_atomic
 from app.tracking.mlflow_client import CLIENT_LIMITS
@@ -165,7 +166,7 @@ def _end_group(process: ProcessIdentity) -> None:
 
 def _read(runs: Path) -> UiServer | None:
     try:
-        return UiServer(**json.loads(_record(runs).read_bytes()))
+        return UiServer(**read_json(_record(runs)))
     except (OSError, ValueError, TypeError):
         return None
 
