@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
-from app.errors import StarlingError, is_out_of_memory, refusal
+from app.core.words import shown
+from app.errors import StarlingError, UsageError, is_out_of_memory, refusal
 
 Parsed = TypeVar("Parsed")
 
@@ -57,6 +59,8 @@ def run_command(
         failed(error)
         say_error(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        return _say_os_error(error)
     return _run(lambda: run(parsed), debug(parsed), failed)
 
 
@@ -79,10 +83,7 @@ def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException]
     except OSError as error:
         if debug:
             traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
-        refused = refusal(error)
-        print(f"error: {refused or f'{where}{error.strerror or error}'}", file=sys.stderr, flush=True)
-        return refused.exit_code if refused else 1
+        return _say_os_error(error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -94,3 +95,13 @@ def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException]
         )
         return 1
     return 0
+
+
+def _say_os_error(error: OSError) -> int:
+    """Print the system's words; a name that no file can have is wrong usage, whichever file spells it."""
+    refused = refusal(error)
+    where = f"{shown(error.filename)}: " if error.filename else ""
+    print(f"error: {refused or f'{where}{error.strerror or error}'}", file=sys.stderr, flush=True)
+    if refused:
+        return refused.exit_code
+    return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else 1

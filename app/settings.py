@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from app.core.paths import at_home
+from app.core.plain_json import parse_json, read_json
 from app.errors import ConfigError, StarlingError, UsageError, refusal, suggest
 from app.outputs.atomic import write_atomic
 from app.outputs.folders import is_below_top, read_file
@@ -61,7 +63,7 @@ def settings_path(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the settings file, which need not exist."""
     if runs := environment.get("STARLING_RUNS"):
         return Path(runs) / "settings.json"
-    config = environment.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    config = environment.get("XDG_CONFIG_HOME") or at_home("~/.config")
     return Path(config) / "starling" / "settings.json"
 
 
@@ -69,7 +71,7 @@ def read() -> Settings:
     """Return the settings in force; raises ConfigError for a damaged file."""
     path = settings_path()
     try:
-        stored = json.loads(read_file(path) if is_below_top(path) else path.read_bytes())
+        stored = parse_json(read_file(path)) if is_below_top(path) else read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("not a mapping")
     except FileNotFoundError:

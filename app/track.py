@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from app.config.flags import PathParser
 from app.errors import StarlingError, UsageError, refusal
 from app.outputs.folders import name_top, runs_root
 from app.tracking.delivery import Bridge, bridge_lock
@@ -188,10 +189,10 @@ def _run_upgrade(options: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.track`."""
-    parser = argparse.ArgumentParser(
+    parser = PathParser(
         prog="python -m app.track", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = PathParser(add_help=False)
     common.add_argument(
         "--runs", type=Path, default=runs_root(), help="the runs folder (default: %(default)s)"
     )

@@ -5,6 +5,7 @@ Everything but click is imported where it is needed, so that `--help` is quick.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from app.core.paths import at_home, impossible
+from app.core.words import shown
 from launcher.config_file import ConfiguredCommand, root_option
 from launcher.engines.limits import STOP_GRACE_S
 from launcher.errors import LauncherError, UsageError, disk_full
@@ -330,7 +333,7 @@ def _refuse_host() -> None:
 
 def absolute(path: Path) -> Path:
     """Return `path` expanded and absolute, its links kept as they are."""
-    return Path(os.path.abspath(path.expanduser()))
+    return Path(os.path.abspath(at_home(path)))
 
 
 def say(line: str) -> None:
@@ -362,6 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every error made on purpose is one message and its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        problem = impossible(words)
+        if problem:
+            raise UsageError(problem)
         code = cli.main(args=words, prog_name="launcher", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
@@ -379,7 +385,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _drop_output()  # the reader (`head`) has gone
         sys.exit(0)
     except OSError as error:
-        full = disk_full(error)
+        full: LauncherError | None = disk_full(error)
+        if error.errno == errno.ENAMETOOLONG:
+            full = UsageError(f"{shown(error.filename)}: {error.strerror}")
         if full is None or "--debug" in words[:1]:
             raise
         click.echo(f"error: {full}", err=True)

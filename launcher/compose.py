@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.paths import at_home
 from launcher.errors import EngineError, UsageError
 
 FILE_NAME = "docker-compose.yml"
@@ -29,7 +30,7 @@ def find_compose_file(given: Path | None, cwd: Path | None = None) -> Path:
     Raises UsageError when there is none.
     """
     if given is not None:
-        path = given.expanduser().absolute()
+        path = at_home(given).absolute()
         if not path.is_file():
             raise UsageError(f"--compose-file {given}: no such file; it is the {FILE_NAME} of this project")
         return path

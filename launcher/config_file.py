@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from app.core.paths import at_home
 from launcher.errors import UsageError, suggest
 from launcher.replica_names import ReplicaName
 
@@ -114,7 +115,7 @@ def _load(ctx: click.Context, param: click.Parameter, value: Path | None) -> Non
     up = _up(ctx)
     if up is None:
         return
-    settings = read_settings(Path(os.path.abspath(path.expanduser())), up)
+    settings = read_settings(Path(os.path.abspath(at_home(path))), up)
     ctx.meta[_SETTINGS] = settings
     wanted = keys_of(ctx.command).values()
     names = {option.name for option in wanted} if ctx.command is up else SHARED
@@ -273,7 +274,7 @@ def _complete(ctx: click.Context, settings: Settings) -> None:
 def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_absolute(item, folder) for item in value)
-    return value if value is None else folder / Path(value).expanduser()
+    return value if value is None else folder / at_home(value)
 
 
 def without_overridden(words: Sequence[str], winners: Sequence[str]) -> tuple[str, ...]:

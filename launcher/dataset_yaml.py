@@ -69,19 +69,17 @@ def _entries(value: Any) -> list[str]:
 
 
 def _read(path: Path, files: HostFiles) -> dict[str, Any]:
-    import yaml
+    from app.core.plain_yaml import NotYaml, load_yaml
 
     try:
         raw = files.read(path, MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
             raise DataError(f"{path}: over 1 MB, so no dataset description; give the dataset's YAML")
-        description = yaml.safe_load(raw)
+        description = load_yaml(raw)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise DataError(f"{path}{line}: not valid YAML; correct the file") from None
+    except NotYaml as error:
+        raise DataError(f"{path}{error.place}: not valid YAML: {error.problem}; correct the file") from None
     if not isinstance(description, dict):
         raise DataError(f"{path}: holds no `train:` and `val:`; give the dataset's YAML")
     return description

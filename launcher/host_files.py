@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from app.core import regular_file
+from app.core.paths import at_home
+
 if TYPE_CHECKING:
     from launcher.box import Box
 
@@ -51,11 +54,11 @@ class LocalFiles:
 
     def is_file(self, path: Path) -> bool:
         """Return whether a file is there."""
-        return path.is_file()
+        return regular_file.is_file(path)
 
     def is_dir(self, path: Path) -> bool:
         """Return whether a folder is there."""
-        return path.is_dir()
+        return regular_file.is_folder(path)
 
     def real(self, path: Path) -> Path:
         """Return the path with every link followed."""
@@ -63,7 +66,7 @@ class LocalFiles:
 
     def read(self, path: Path, most_bytes: int) -> bytes:
         """Return the head of a file; raises OSError."""
-        with path.open("rb") as file:
+        with regular_file.open_regular(path) as file:
             return file.read(most_bytes)
 
 
@@ -110,7 +113,7 @@ def expand(files: HostFiles, base: Path, given: str) -> Path:
     if path.parts and path.parts[0] == "~":
         path = files.home.joinpath(*path.parts[1:])
     elif files is LOCAL:
-        path = path.expanduser()
+        path = at_home(path)
     return Path(os.path.abspath(base / path))
 
 

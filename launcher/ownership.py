@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from app.core.plain_json import parse_json
 from launcher.engines.base import ReplicaSpec
 from launcher.processes import printable, user_name
 
@@ -91,7 +91,7 @@ def plan_of(found: Mapping[str, str]) -> dict[str, Any] | None:
     if hashlib.sha256(text.encode()).hexdigest() != found.get(SPEC_LABEL):
         return None
     try:
-        plan = json.loads(text)
+        plan = parse_json(text)
     except ValueError:
         return None
     return plan if isinstance(plan, dict) and isinstance(plan.get("runs"), str) else None

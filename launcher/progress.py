@@ -5,7 +5,6 @@ Data from inside a replica, so not trusted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.core.folder import Folder
+from app.core.plain_json import parse_json
 from launcher.parallel import in_parallel
 from launcher.reach import box
 
@@ -191,7 +191,7 @@ def _read(folder: Folder, file: str) -> dict[str, Any]:
 
 def _parse(text: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from app.core.paths import at_home
+from app.core.plain_json import read_json
 from launcher.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -82,16 +83,16 @@ def _context_host(environment: Mapping[str, str]) -> str | None:
     Read here, since docker-py takes a context that it does not find for the default one, which is another machine.
     Raises EngineError for a context that is not there.
     """
-    folder = Path(environment.get("DOCKER_CONFIG") or Path("~/.docker").expanduser())
+    folder = Path(environment.get("DOCKER_CONFIG") or at_home("~/.docker"))
     name = environment.get("DOCKER_CONTEXT")
     if not name:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            name = json.loads((folder / "config.json").read_text()).get("currentContext")
+            name = read_json(folder / "config.json").get("currentContext")
     if not isinstance(name, str) or name in ("", "default"):
         return None
     meta = folder / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest() / "meta.json"
     try:
-        return str(json.loads(meta.read_text())["Endpoints"]["docker"]["Host"])
+        return str(read_json(meta)["Endpoints"]["docker"]["Host"])
     except (OSError, ValueError, KeyError, TypeError):
         raise EngineError(
             f"Docker context {name}: is not there, or names no engine; `docker context ls` lists those that are"

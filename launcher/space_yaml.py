@@ -15,11 +15,11 @@ def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]
 
     What is wrong with the space is the trainer's to say: a file that cannot be read names nothing.
     """
-    import yaml
+    from app.core.plain_yaml import NotYaml, load_yaml
 
     try:
-        space = yaml.safe_load(files.read(yaml_path, MOST_BYTES))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
+        space = load_yaml(files.read(yaml_path, MOST_BYTES))
+    except (OSError, NotYaml):
         return ()
     names = space.get("cfg") if isinstance(space, dict) else None
     found = (

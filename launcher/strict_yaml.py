@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +55,13 @@ def read_mapping(path: Path) -> dict[str, Value]:
     Raises UsageError with file and line for a file that cannot be read or is too large, for anything but one
     document with a mapping, and for tags, anchors, aliases and keys that stand twice.
     """
-    import yaml
+    from app.core.plain_yaml import NotYaml, compose_yaml
 
     content = _read(path)
     try:
-        node = yaml.compose(content, Loader=_strict_loader())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        node = compose_yaml(content, MOST_LEVELS)
+    except NotYaml as error:
+        raise UsageError(f"{path}{error.place}: not valid YAML: {error.problem}") from None
     if node is None:
         return {}
     value = _value(node, path)
@@ -78,51 +72,27 @@ def read_mapping(path: Path) -> dict[str, Value]:
     return value.fields
 
 
-def _read(path: Path) -> str:
-    """Return the text of a regular file, never waiting for a pipe."""
+def _read(path: Path) -> bytes:
+    """Return the bytes of a regular file, never waiting for a pipe."""
+    from app.core.budget import BudgetExceeded
+    from app.core.regular_file import printable, read_regular
+
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UsageError(f"{path}: is not a file; give a YAML file")
-            content = file.read(MOST_BYTES + 1)
+        return read_regular(path, MOST_BYTES)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if len(content) > MOST_BYTES:
-        raise UsageError(f"{path}: over {MOST_BYTES // 1024} KiB, so no file of settings; check the path")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-
-
-def _strict_loader() -> type[Any]:
-    """Return SafeLoader without anchors, aliases, tags and deep nesting; made here, so that yaml loads late."""
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        levels = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            problem = None
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                problem = "anchors and aliases (&name, *name) are not accepted; write the value out"
-            elif getattr(event, "tag", None):
-                problem = "tags (!name) are not accepted; write a plain value"
-            elif self.levels >= MOST_LEVELS:
-                problem = f"nested deeper than {MOST_LEVELS} levels"
-            if problem:
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-            self.levels += 1
-            node = super().compose_node(parent, index)
-            self.levels -= 1
-            return node
-
-    return StrictLoader
+        raise UsageError(
+            f"{printable(path)}: cannot be read, or is not a file ({error.strerror}); give a YAML file"
+        ) from None
+    except BudgetExceeded:
+        raise UsageError(
+            f"{path}: over {MOST_BYTES // 1024} KiB, so no file of settings; check the path"
+        ) from None
 
 
 def _value(node: Any, path: Path) -> Value:
     import yaml
+
+    from app.core.words import shown
 
     line = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
@@ -135,6 +105,6 @@ def _value(node: Any, path: Path) -> Value:
         if not isinstance(key, yaml.ScalarNode):
             raise UsageError(f"{at}: a key must be a plain word")
         if key.value in fields:
-            raise UsageError(f"{at}: the key {key.value!r} stands twice; keep one of them")
+            raise UsageError(f"{at}: the key {shown(repr(key.value))} stands twice; keep one of them")
         fields[key.value] = _value(value, path)
     return Value(line=line, fields=fields)

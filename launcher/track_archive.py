@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from app.core.plain_json import parse_json
 from launcher.errors import DataError
 
 FORMAT = 1
@@ -142,7 +143,7 @@ def members(path: Path, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarI
 
 def _read_manifest(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> dict[str, Any]:
     try:
-        value = json.loads(file.read()) if member.size <= _MOST_MANIFEST else None
+        value = parse_json(file.read()) if member.size <= _MOST_MANIFEST else None
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from app.core.paths import at_home
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
@@ -290,7 +291,7 @@ def _kept_weights(given: str, files: HostFiles) -> Path:
     if files is LOCAL:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or files.home / ".cache")
         folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
-        folder = folder.expanduser().absolute()
+        folder = at_home(folder).absolute()
     if files.is_file(folder / name):
         return folder / name
     raise CheckpointError(
@@ -328,7 +329,7 @@ def _project(values: _Words, runs: Path, default: str) -> str:
     given = values.get("--project")
     if not given:
         return default
-    path = Path(given).expanduser()
+    path = at_home(given)
     if path.is_absolute():
         if not path.is_relative_to(runs) or path == runs:
             raise UsageError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from app.clearml_client.credentials import Credentials
+from app.core.plain_json import parse_json
 from app.errors import ServerError
 
 CONNECT_S, READ_S = 3.0, 10.0
@@ -220,7 +221,7 @@ class _Multipart:
 
 def _is_clearml(raw: bytes) -> bool:
     try:
-        return "result_code" in json.loads(raw)["meta"]
+        return "result_code" in parse_json(raw)["meta"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
@@ -228,7 +229,7 @@ def _is_clearml(raw: bytes) -> bool:
 def _data(url: str, status: int, raw: bytes) -> Answer:
     """Return the answer's data; raises for what is none, and for a refusal."""
     try:
-        answer = json.loads(raw)
+        answer = parse_json(raw)
         meta, data = answer["meta"], answer.get("data") or {}
         code, subcode, message = (
             int(meta["result_code"]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.core.paths import at_home
 from app.errors import UsageError, readable
 
 API_HOST, WEB_HOST, FILES_HOST = "https://api.clear.ml", "https://app.clear.ml", "https://files.clear.ml"
@@ -34,9 +35,7 @@ class Credentials:
 def config_file(environment: Mapping[str, str]) -> Path:
     """Return ClearML's configuration file, which need not exist."""
     given = environment.get("CLEARML_CONFIG_FILE")
-    return (
-        Path(given).expanduser() if given else Path(environment.get("HOME") or Path.home()) / "clearml.conf"
-    )
+    return at_home(given) if given else Path(environment.get("HOME") or Path.home()) / "clearml.conf"
 
 
 def is_configured(environment: Mapping[str, str]) -> bool:

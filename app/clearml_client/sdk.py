@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.clearml_client.script import ROOT
+from app.core.plain_json import parse_json
 from app.errors import ServerError, UsageError
 
 IDLE_S = 120.0
@@ -75,7 +75,7 @@ def run_sdk(
     if process.returncode != 0:
         raise SdkError(f"ClearML's SDK failed: {_reason(lines)}")
     try:
-        return dict(json.loads(lines[-1]))
+        return dict(parse_json(lines[-1]))
     except (IndexError, ValueError, TypeError):
         raise SdkError(f"ClearML's SDK gave no answer: {_reason(lines)}") from None
 

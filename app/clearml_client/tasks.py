@@ -14,6 +14,7 @@ from app.clearml_client.script import describe_script
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
+from app.core.plain_json import parse_json
 from app.errors import ConfigError, UsageError, suggest
 
 ARGS, HYP, PROPERTIES = "Args", "Hyp", "properties"
@@ -185,9 +186,9 @@ def _parsed(name: str, text: str, default: Any) -> Any:
     """Return the text of a task's argument as the type of its default."""
     if type(default) not in _SIMPLE:
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             return tuple(int(item) for item in (found if isinstance(found, list) else [found]))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise ConfigError(f"Args/{name}", text, "must be a list of numbers, as [0, 1]") from None
     if isinstance(default, bool):
         words = {"true": True, "1": True, "false": False, "0": False, "": False}

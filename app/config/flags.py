@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, Self
 
+from app.core.paths import impossible
 from app.errors import UsageError, suggest
 
 
@@ -27,7 +29,19 @@ class Flag:
         group.add_argument(*self.names, **{**options, **self.options})
 
 
-class CommandParser(argparse.ArgumentParser):
+class PathParser(argparse.ArgumentParser):
+    """A parser that refuses words which no path can be, before anything looks for them."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; a word that no path can be is an error of the command line."""
+        words = sys.argv[1:] if args is None else list(args)
+        problem = impossible(words)
+        if problem:
+            self.error(problem)
+        return super().parse_known_args(words, namespace)
+
+
+class CommandParser(PathParser):
     """A parser whose errors are ours: one message, with the flag that may have been meant."""
 
     refused: Mapping[str, str] = {}

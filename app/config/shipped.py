@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from app.core.paths import at_home
 from app.errors import DataError, UsageError, readable, suggest
 
 Kind = Literal["layouts", "hyps", "datasets", "spaces"]
@@ -33,7 +34,7 @@ def find_config(kind: Kind, name: str) -> Path:
 
     Raises UsageError, for a dataset DataError, listing what is shipped.
     """
-    given = Path(name).expanduser()
+    given = at_home(name)
     error = DataError if kind == "datasets" else UsageError
     with readable(error):
         if given.is_file():

@@ -2,74 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from app.core.budget import BudgetExceeded
+from app.core.plain_yaml import NotYaml, load_yaml
+from app.core.regular_file import printable, read_regular
+from app.core.words import shown
 from app.errors import StarlingError, UsageError, readable
 from app.outputs.atomic import write_atomic
 
 MAX_BYTES = 256 * 1024
 """Real descriptions stay below 40 KB; what is larger is not a configuration."""
-MAX_DEPTH = 32
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 booleans and floats, and without aliases or duplicate keys."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node, refusing aliases and deep nesting before anything is built."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not accepted; write the value out", event.start_mark
-            )
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark
-            )
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        """Construct a mapping, refusing a key that stands twice."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a plain value", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads `no` as False and `1e-3` as text; class names and learning rates mean what they say here.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
 
 
 def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[str, Any]:
@@ -79,29 +26,23 @@ def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[
     oversized or malformed one, object tags, aliases, duplicate keys, or anything but a mapping with text keys at the top.
     """
     try:
-        with readable(unreadable), open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        with readable(unreadable):
+            content = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise unreadable(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    if len(content) > MAX_BYTES:
+        raise unreadable(f"{printable(path)}: cannot be read: {error.strerror}; check the path") from None
+    except BudgetExceeded:
         raise UsageError(
             f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a configuration; check the path"
-        )
+        ) from None
     try:
-        value = yaml.load(content.decode("utf-8-sig"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+        value = load_yaml(content)
+    except NotYaml as error:
+        raise UsageError(f"{path}{error.place}: {error.problem}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: must hold `key: value` lines, found {type(value).__name__}")
     for key in value:
         if not isinstance(key, str):
-            raise UsageError(f"{path}: the key {key!r} must be text")
+            raise UsageError(f"{path}: the key {shown(repr(key))} must be text")
     return value
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from app.command import run_command
+from app.config.flags import PathParser
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
 from app.data.acquire import (
@@ -38,7 +39,7 @@ from app.errors import DataError
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.data`."""
-    parser = argparse.ArgumentParser(
+    parser = PathParser(
         prog="python -m app.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

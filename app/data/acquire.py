@@ -18,6 +18,7 @@ from typing import Any
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
+from app.core.paths import at_home
 from app.data.archive import unpack
 from app.data.convert import CONVERTERS, Converted, read_open_images_classes
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
@@ -113,7 +114,7 @@ def acquire(
     the folder is moved or mounted. Raises DataError where it cannot be had, UsageError for a wrong description.
     """
     steps, mapping = read_steps(path), read_yaml(path)
-    root = into.expanduser().absolute().resolve() / dataset_name(path, mapping)
+    root = at_home(into).absolute().resolve() / dataset_name(path, mapping)
     if root.is_dir():
         say(f"{root}: is there already; nothing is fetched")
         return root

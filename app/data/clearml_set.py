@@ -16,6 +16,7 @@ from app.clearml_client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefuse
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk
 from app.config.yaml_reader import read_yaml
+from app.core.paths import at_home
 from app.data.acquire import CLEARML_SCHEME as SCHEME
 from app.data.acquire import write_description
 from app.data.dataset import Dataset, DatasetDescription, read_class_names
@@ -197,7 +198,7 @@ def _leads_away(folder: Path, mapping: Mapping[str, Any]) -> bool:
     given = mapping.get("path")
     if not isinstance(given, str):
         return False
-    root = (folder / Path(given).expanduser()).resolve()
+    root = (folder / at_home(given)).resolve()
     return not (root.is_relative_to(folder.resolve()) and root.is_dir())
 
 

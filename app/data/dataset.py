@@ -14,6 +14,7 @@ import numpy as np
 
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
+from app.core.paths import at_home
 from app.data.findings import Finding
 from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
 from app.data.labels import LabelFile, Polygon, label_path, read_labels
@@ -253,7 +254,7 @@ def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool
     """
     if given is not None and (not isinstance(given, str) or "\0" in given):
         raise ConfigError(f"{path_yaml}: path", given, "must be a folder")
-    named = Path(given or ".").expanduser()
+    named = at_home(given or ".")
     bases = (path_yaml.parent, Path.cwd(), Path.cwd().parent / "datasets")
     candidates = list(dict.fromkeys(Path(os.path.normpath(base / named)) for base in bases))
     for root in candidates:
@@ -272,7 +273,7 @@ def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool
 
 def _locate(root: Path, entry: str) -> Path:
     """Return the path an entry means; `../train/images`, as some exporters write it, may mean it without `../`."""
-    path = root / Path(entry).expanduser()
+    path = root / at_home(entry)
     if entry.startswith("../") and not path.exists() and (root / entry[3:]).exists():
         return root / entry[3:]
     return Path(os.path.normpath(path))

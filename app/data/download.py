@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.plain_json import read_json
 from app.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
 from app.outputs.folders import make_folder, open_file, remove, rename
@@ -301,7 +302,7 @@ def _note(download: Download, part: Path, response: http.client.HTTPResponse) ->
 def _validator_of(download: Download, part: Path) -> str | None:
     """Return what to resume with; None where the part is of another file, or nothing could tell that it is not."""
     try:
-        notes = json.loads(_notes_path(part).read_bytes())
+        notes = read_json(_notes_path(part))
     except (OSError, ValueError):
         return None
     if not isinstance(notes, dict) or notes.get("url") != download.url:

@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from app.core.plain_json import parse_json
 from app.data.dataset import Progress
 from app.data.limits import container_cpu_count, container_memory_limit, container_memory_used
 from app.outputs.atomic import write_atomic
@@ -81,7 +82,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def read_head(file: IO[bytes]) -> dict[str, Any] | None:
     """Return what the head of an open file says, whatever its content; None where it is no head of ours."""
     try:
-        words = json.loads(file.read(_PAGE))
+        words = parse_json(file.read(_PAGE))
     except (ValueError, RecursionError):
         return None
     return words if isinstance(words, dict) and words.get("format") == FORMAT else None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from app.core.paths import at_home
 from app.data.images import IMAGE_SUFFIXES, decode_image
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
@@ -77,7 +78,7 @@ def find_sources(source: str) -> list[Source]:
 
     Raises DataError where nothing is there, UsageError for several endless streams.
     """
-    found = _read_list(Path(source).expanduser()) if _is_list(source) else _find(source, Path())
+    found = _read_list(at_home(source)) if _is_list(source) else _find(source, Path())
     endless = [one.shown for one in found if one.kind == "stream"]
     if endless and len(found) > 1:
         raise UsageError(
@@ -115,7 +116,7 @@ def _find(source: str, folder: Path) -> list[Source]:
         return [_remote(source, scheme.lower())]
     if source.isdecimal():
         return [Source(kind="stream", address=int(source))]
-    given = Path(source).expanduser()
+    given = at_home(source)
     for path in (folder / given, given):
         if path.is_dir():
             return _of_paths(

@@ -24,6 +24,7 @@ from typing import Any
 
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
+from app.core.paths import at_home
 from app.errors import UsageError, readable, suggest
 from app.outputs.atomic import write_atomic
 from app.outputs.run_dir import RunDir, folder_below
@@ -135,7 +136,7 @@ def find_hooks(given: str, environment: Mapping[str, str] = os.environ) -> dict[
     if not named:
         return found
     flag = "--hooks" if given else VARIABLE
-    path = Path(named).expanduser()
+    path = at_home(named)
     with readable(UsageError):
         if path.is_file():
             path.open("rb").close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.core.paths import at_home
+from app.core.plain_json import parse_json
 from app.data.download import MIRROR, Download, FetchError, fetch, mirrored, read_text, record_path, sha256_of
 from app.engine.progress import Progress
 from app.errors import CheckpointError, refusal
@@ -32,8 +33,8 @@ def official_name(name: str) -> str | None:
 def weights_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return where fetched weights are kept: `$STARLING_WEIGHTS`, else `starling/weights` in the user's cache."""
     if given := environment.get("STARLING_WEIGHTS"):
-        return Path(given).expanduser().absolute()
-    cache = environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        return at_home(given).absolute()
+    cache = environment.get("XDG_CACHE_HOME") or at_home("~/.cache")
     return Path(cache) / "starling" / "weights"
 
 
@@ -87,7 +88,7 @@ def _published(name: str, url: str) -> tuple[str | None, int | None]:
     if os.environ.get(MIRROR):
         return _sidecar(f"{url}.sha256"), None
     try:
-        assets = json.loads(read_text(RELEASE_FACTS))["assets"]
+        assets = parse_json(read_text(RELEASE_FACTS))["assets"]
         asset = next(asset for asset in assets if asset["name"] == name)
         digest, size = asset.get("digest"), asset["size"]
     except (FetchError, ValueError, KeyError, TypeError, StopIteration):

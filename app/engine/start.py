@@ -11,6 +11,7 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
+from app.core.paths import at_home
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.engine.official import OFFICIAL, official_name, official_weights
 from app.engine.progress import Progress
@@ -95,7 +96,7 @@ def find_weights(name: str) -> Path:
 
     Raises CheckpointError with the remedy where there is none.
     """
-    given = Path(name).expanduser()
+    given = at_home(name)
     for path in (given, given.with_name(given.name + ".pt")):
         if path.is_file():
             return path

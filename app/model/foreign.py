@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.core.words import shown
 from app.errors import CheckpointError, readable
 from app.model.blocks import DEFAULT_ACTIVATION
 from app.model.inert_pickle import Record, TensorRef
+from app.model.stored_tensors import StoredTensors
 from app.model.torch_file import TorchFile, open_torch_file
 
 MAX_DEPTH = 64
@@ -62,9 +63,11 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
     except PermissionError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or shown(error)}; check the path"
+        ) from None
     except Exception as error:
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {error}") from None
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {shown(error)}") from None
 
 
 class _Reader:
@@ -72,9 +75,7 @@ class _Reader:
 
     def __init__(self, file: TorchFile) -> None:
         self._file = file
-        # Tensors share a storage; together they may not grow past the file.
-        self._elements_left = file.size
-        self._storages: dict[str, Tensor] = {}
+        self._tensors = StoredTensors(file)
 
     def checkpoint(self) -> ForeignCheckpoint:
         """Return what the file holds; raises CheckpointError."""
@@ -100,17 +101,7 @@ class _Reader:
 
     def _tensor(self, ref: TensorRef) -> Tensor:
         """Return a copy of a tensor, float32 where it is floating-point."""
-        storage = self._storages.get(ref.storage.key)
-        if storage is None:
-            content = self._file.read_storage(ref.storage)
-            storage = torch.empty(0, dtype=ref.storage.dtype)
-            if content:  # frombuffer refuses an empty buffer
-                storage = torch.frombuffer(bytearray(content), dtype=ref.storage.dtype)
-            self._storages[ref.storage.key] = storage
-        self._elements_left -= prod(ref.size)
-        if self._elements_left < 0:
-            raise CheckpointError("its tensors are together larger than the file")
-        view = storage.as_strided(ref.size, ref.stride, ref.offset)
+        view = self._tensors.view(ref)
         return view.to(torch.float32 if view.is_floating_point() else view.dtype, copy=True).contiguous()
 
 

@@ -1,23 +1,25 @@
 """Read a pickle of module objects as data: nothing that it names is imported, called or built.
 
-Two passes. The first walks the opcodes and refuses any that such files do not need, and any global outside one table.
-The second builds inert records in place of objects.
+Two passes. The first (`pickle_check`) walks the opcodes: it refuses any that such files do not need, any global outside
+one table, and what would take too much memory or time to build. The second builds inert records in place of objects.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from app.errors import CheckpointError
+from app.model.pickle_check import PickleWalk, refused_global
+
+Table = Mapping[tuple[str, str], Any]
+"""What stands for each global that a pickle may name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,15 @@ class Pickled:
     """Where the next byte after it stands."""
 
 
-def read_pickle(content: bytes, start: int = 0) -> Pickled:
-    """Read the pickle that begins at byte `start`.
+def read_pickle(content: bytes, start: int = 0, table: Table | None = None) -> Pickled:
+    """Read the pickle that begins at byte `start`; `table` says what stands for each global, GLOBALS where absent.
 
-    Raises CheckpointError for an opcode or a global that a YOLOv5 checkpoint does not need; whatever the standard
-    unpickler raises for a damaged one passes on.
+    Raises CheckpointError for an opcode, a global or a size that a YOLOv5 checkpoint does not need; whatever the
+    standard unpickler raises for a damaged one passes on.
     """
-    end = _check_opcodes(content, start)
-    reader = _Reader(io.BytesIO(content[start:end]))
+    table = GLOBALS if table is None else table
+    end = _check_opcodes(content, start, table)
+    reader = _Reader(io.BytesIO(content[start:end]), table)
     return Pickled(reader.load(), reader.storages, end)
 
 
@@ -84,6 +87,10 @@ class Storage:
     numel: int
 
 
+_MOST_DIMENSIONS = 16
+"""Convolutions have four."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor lies in the file; read when asked for."""
@@ -95,8 +102,9 @@ class TensorRef:
 
     def __post_init__(self) -> None:
         """Check that every element lies inside the storage, and that none is there twice."""
-        numbers = (self.offset, *self.size, *self.stride)
-        if not all(type(n) is int and n >= 0 for n in numbers) or len(self.size) != len(self.stride):
+        numbers = (self.offset, *self.size[:_MOST_DIMENSIONS], *self.stride[:_MOST_DIMENSIONS])
+        possible = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        if not possible or len(self.size) > _MOST_DIMENSIONS or len(self.size) != len(self.stride):
             raise ValueError("a tensor with impossible sizes")
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if prod(self.size) and (last >= self.storage.numel or prod(self.size) > self.storage.numel):
@@ -151,7 +159,24 @@ _IGNORED = {
 }
 """Settings and scores beside the model; kept as records that nobody reads."""
 
-GLOBALS: Mapping[tuple[str, str], Any] = {
+PLAIN_GLOBALS: Table = {
+    ("collections", "OrderedDict"): _Mapping,
+    ("torch", "BFloat16Storage"): _StorageType(torch.bfloat16),
+    ("torch", "BoolStorage"): _StorageType(torch.bool),
+    ("torch", "ByteStorage"): _StorageType(torch.uint8),
+    ("torch", "CharStorage"): _StorageType(torch.int8),
+    ("torch", "DoubleStorage"): _StorageType(torch.float64),
+    ("torch", "FloatStorage"): _StorageType(torch.float32),
+    ("torch", "HalfStorage"): _StorageType(torch.float16),
+    ("torch", "IntStorage"): _StorageType(torch.int32),
+    ("torch", "LongStorage"): _StorageType(torch.int64),
+    ("torch", "ShortStorage"): _StorageType(torch.int16),
+    ("torch._utils", "_rebuild_parameter"): _Function("_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function("_rebuild_tensor_v2"),
+}
+"""All that stands in a checkpoint of this trainer: tensors and plain values."""
+
+GLOBALS: Table = {
     **{
         (module, name): _record(name)
         for table in (_MODULES, _IGNORED)
@@ -160,45 +185,36 @@ GLOBALS: Mapping[tuple[str, str], Any] = {
     },
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
-    ("collections", "OrderedDict"): _Mapping,
-    ("torch", "DoubleStorage"): _StorageType(torch.float64),
-    ("torch", "FloatStorage"): _StorageType(torch.float32),
-    ("torch", "HalfStorage"): _StorageType(torch.float16),
-    ("torch", "LongStorage"): _StorageType(torch.int64),
-    ("torch._utils", "_rebuild_parameter"): _Function("_rebuild_parameter"),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function("_rebuild_tensor_v2"),
+    **PLAIN_GLOBALS,
 }
 """Every global that a checkpoint may name, and what stands for it."""
-
-_OPCODE_NAMES = (
-    "PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
-    "BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
-)
-OPCODES = frozenset(_OPCODE_NAMES.split())
-"""What protocol 2 needs for module objects."""
 
 
 class _Reader(pickle.Unpickler):
     """Builds records only; every way to a global or a storage goes through the two methods below."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, table: Table) -> None:
         super().__init__(file)
+        self._table = table
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a global."""
         try:
-            return GLOBALS[module, name]
+            return self._table[module, name]
         except KeyError:
-            raise _refused(module, name) from None
+            raise refused_global(module, name) from None
 
     def persistent_load(self, pid: Any) -> Storage | type[Record]:
         """Return the storage that a persistent id describes, or the class (torch before 1.6 adds its source)."""
         if pid[0] == "module" and isinstance(pid[1], type) and issubclass(pid[1], Record):
             return pid[1]
         kind, storage_type, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not re.fullmatch(r"\d+", key):
+        if (
+            kind != "storage"
+            or not isinstance(storage_type, _StorageType)
+            or not re.fullmatch(r"[0-9]{1,18}", key)
+        ):
             raise ValueError("an unknown kind of persistent id")
         if view not in ([], [None]):
             raise ValueError("a storage that is a part of another")
@@ -210,27 +226,6 @@ class _Reader(pickle.Unpickler):
         return storage
 
 
-def _refused(module: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"the pickle names {module}.{name}, which a YOLOv5 checkpoint does not need; nothing was loaded"
-    )
-
-
-def _check_opcodes(content: bytes, start: int) -> int:
+def _check_opcodes(content: bytes, start: int, known: Collection[tuple[str, str]] = GLOBALS) -> int:
     """Refuse a pickle by its opcodes alone, before anything is built; return where it ends."""
-    stream = io.BytesIO(content)
-    stream.seek(start)
-    largest = 0
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name not in OPCODES:
-            raise CheckpointError(f"the pickle uses {opcode.name}, which a YOLOv5 checkpoint does not need")
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            if (module, name) not in GLOBALS:
-                raise _refused(module, name)
-        if opcode.name == "LONG_BINPUT" and argument is not None:
-            largest = max(largest, argument)
-    # The unpickler reserves a table as long as the largest number.
-    if largest > stream.tell() - start:
-        raise CheckpointError("the pickle's memo is larger than the pickle")
-    return stream.tell()
+    return PickleWalk(content, start, known).end()

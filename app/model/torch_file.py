@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import torch
+from torch import Tensor
+
+from app.core.regular_file import open_regular
 from app.errors import CheckpointError
-from app.model.inert_pickle import Pickled, Storage, read_pickle
+from app.model.inert_pickle import GLOBALS, Pickled, Storage, Table, read_pickle
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """The largest official checkpoint's pickle is under 1 MiB."""
+MAX_DIRECTORY_BYTES = 4 * 2**20
+"""A zip's list of entries: room for 50,000 storages; the largest official checkpoint has under 1,000."""
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How torch before 1.6 begins: a pickle of the number 0x1950a86a20f9469cfc6c."""
 LEGACY_PROTOCOL = 1001
 _COUNT = 8
 """Bytes of the number of elements before each storage of the older form."""
+_LOCAL_HEADER = struct.Struct("<26xHH")
+"""What stands before an entry's bytes: at its end the lengths of the name and of the extra field that follow."""
+_SPARSE_FROM = 64 * 2**20
+_SPARSE_RATIO = 4
 
 
 class TorchFile(Protocol):
@@ -28,8 +41,8 @@ class TorchFile(Protocol):
     content: Any
     """The pickled object; see `inert_pickle`."""
 
-    def read_storage(self, storage: Storage) -> bytes:
-        """Return a storage's raw little-endian numbers, as many as it says; raises CheckpointError."""
+    def read_storage(self, storage: Storage) -> Tensor:
+        """Return a storage's numbers, [numel] on the CPU; raises CheckpointError."""
 
 
 @contextmanager
@@ -39,52 +52,110 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
     Raises CheckpointError, without the path, for what is neither or cannot be trusted; OSError; and whatever damage
     makes the standard library raise.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = _true_size(file)
         if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             yield _LegacyFile(file, size)
             return
+    with open_zip_form(path) as archive:
+        archive.read_content(GLOBALS)
+        yield archive
+
+
+@contextmanager
+def open_zip_form(path: Path) -> Iterator[ZipForm]:
+    """Open a file of the present form, without reading its pickle; raises as `open_torch_file` does."""
+    with open_regular(path) as file:
+        size = _true_size(file)
+        directory = _ShortReads(file)
         try:
-            archive = zipfile.ZipFile(file)
+            archive = zipfile.ZipFile(directory)  # type: ignore[call-overload]  # it needs read, seek and tell
         except zipfile.BadZipFile:
             raise CheckpointError("damaged, or not a checkpoint: neither of torch's two forms") from None
+        directory.limit = None
         with archive:
-            yield _ZipFile(archive, size)
+            yield ZipForm(archive, file, size)
 
 
-class _ZipFile:
+def _true_size(file: IO[bytes]) -> int:
+    """Return the file's size; raises CheckpointError where most of it is a hole, which costs its maker nothing."""
+    state = os.fstat(file.fileno())
+    on_disk = state.st_blocks * 512
+    # Some network file systems count no blocks at all.
+    if on_disk and state.st_size > max(_SPARSE_FROM, _SPARSE_RATIO * on_disk):
+        raise CheckpointError("most of the file is a hole without bytes on the disk; copy the file again")
+    return state.st_size
+
+
+class _ShortReads:
+    """The file that a zip's list of entries is read from: the list is read at once, however long it says it is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.limit: int | None = MAX_DIRECTORY_BYTES
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if self.limit is not None and size > self.limit:
+            raise CheckpointError(f"a zip whose list of entries is over {self.limit // 2**20} MiB")
+        return self._file.read(size)
+
+
+class ZipForm:
     """A zip with the entry `data.pkl` and one for each storage, none of them compressed."""
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        self._archive, self.size = archive, size
-        self._bytes_left = size
-        """Entries may overlap; together they may not grow past the file."""
+    def __init__(self, archive: zipfile.ZipFile, file: IO[bytes], size: int) -> None:
+        self._archive, self._file, self.size = archive, file, size
+        self.content: Any = None
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError("its entries are compressed, which torch never does")
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError("its entries are together larger than the file")
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError("a zip without a pickle of torch; not a checkpoint")
         self._root = pickles[0].removesuffix("data.pkl")
-        content = self._read("data.pkl", MAX_PICKLE_BYTES)
-        if self._root + "byteorder" in archive.namelist() and self._read("byteorder", 16) != b"little":
-            raise CheckpointError("written on a big-endian machine, which is not supported")
-        self.content = read_pickle(content).value
 
-    def read_storage(self, storage: Storage) -> bytes:
+    def read_pickle_bytes(self) -> bytes:
+        """Return the pickle as it stands in the file."""
+        return self._read("data.pkl", MAX_PICKLE_BYTES)
+
+    def read_content(self, table: Table) -> None:
+        """Read the pickle into `content`; `table` says what stands for each global."""
+        content = self.read_pickle_bytes()
+        if self._root + "byteorder" in self._archive.namelist() and self._read("byteorder", 16) != b"little":
+            raise CheckpointError("written on a big-endian machine, which is not supported")
+        self.content = read_pickle(content, table=table).value
+
+    def read_storage(self, storage: Storage) -> Tensor:
         """Return an entry's numbers."""
-        expected = storage.numel * storage.dtype.itemsize
-        content = self._read(f"data/{storage.key}", expected)
-        if len(content) != expected:
-            raise CheckpointError(f"storage {storage.key} is cut short; copy the file again")
-        return content
+        entry = self._archive.getinfo(f"{self._root}data/{storage.key}")
+        if entry.file_size != storage.numel * storage.dtype.itemsize:
+            raise CheckpointError(
+                f"storage {storage.key} is cut short or of another size; copy the file again"
+            )
+        return _fill(storage, lambda buffer: self._read_into(entry, buffer))
 
     def _read(self, name: str, limit: int) -> bytes:
-        """Return an entry's bytes; refuses compressed ones, which torch never writes, and any above `limit`."""
+        """Return the bytes of a small entry; refuses any above `limit`."""
         entry = self._archive.getinfo(self._root + name)
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
-            raise CheckpointError(f"the entry {name} is compressed or too large")
-        self._bytes_left -= entry.file_size
-        if self._bytes_left < 0:
-            raise CheckpointError("its entries are together larger than the file")
-        return self._archive.read(entry)
+        if entry.file_size > limit:
+            raise CheckpointError(f"the entry {name} is too large")
+        content = bytearray(entry.file_size)
+        self._read_into(entry, memoryview(content))
+        return bytes(content)
+
+    def _read_into(self, entry: zipfile.ZipInfo, buffer: memoryview) -> None:
+        """Fill `buffer`, which is as long as the entry; without the copies that the archive's own reader makes."""
+        with self._archive.open(entry):  # checks what stands before the entry
+            pass
+        self._file.seek(entry.header_offset)
+        lengths = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
+        self._file.seek(sum(lengths), os.SEEK_CUR)
+        _read_whole(self._file, buffer)
+        if zlib.crc32(buffer) != entry.CRC:
+            raise CheckpointError("damaged: an entry does not match its sum; copy the file again")
 
 
 class _LegacyFile:
@@ -113,11 +184,25 @@ class _LegacyFile:
                 raise CheckpointError(f"storage {key} is cut short or of another size; copy the file again")
             offsets[key] = position + _COUNT
             position = offsets[key] + storage.numel * storage.dtype.itemsize
+            if position > self.size:
+                break
         if position > self.size:
             raise CheckpointError("the file is cut short; copy it again")
         return offsets
 
-    def read_storage(self, storage: Storage) -> bytes:
+    def read_storage(self, storage: Storage) -> Tensor:
         """Return the numbers that follow the pickles."""
         self._file.seek(self._offsets[storage.key])
-        return self._file.read(storage.numel * storage.dtype.itemsize)
+        return _fill(storage, lambda buffer: _read_whole(self._file, buffer))
+
+
+def _fill(storage: Storage, read: Callable[[memoryview], None]) -> Tensor:
+    """Return a fresh tensor [numel] whose bytes `read` wrote."""
+    tensor = torch.empty(storage.numel, dtype=storage.dtype)
+    read(tensor.view(torch.uint8).numpy().data)
+    return tensor
+
+
+def _read_whole(file: IO[bytes], buffer: memoryview) -> None:
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise CheckpointError("the file is cut short; copy it again")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from app.core.plain_json import parse_json
 from app.errors import refusal
 from app.outputs.atomic import write_atomic
 from app.outputs.folders import read_file
@@ -69,7 +70,7 @@ def tell_failure(root: Path, worker: str, message: str) -> None:
 def read_status(path: Path) -> dict[str, object]:
     """Return what a worker's file tells; nothing for one that is absent or garbled."""
     try:
-        values = json.loads(read_file(path))
+        values = parse_json(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

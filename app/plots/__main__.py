@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.config.flags import PathParser
 from app.errors import StarlingError, UsageError, refusal
 
 DEFAULT_OUT = Path("results_overlay.png")
@@ -14,7 +15,7 @@ DEFAULT_OUT = Path("results_overlay.png")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.plots`."""
-    parser = argparse.ArgumentParser(
+    parser = PathParser(
         prog="python -m app.plots", description="Draw the progress of several runs in one picture."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a results.csv")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.command import run_command
+from app.config.flags import PathParser
 
 if TYPE_CHECKING:
     from app.search.outcome import Attempt
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app.search`."""
-    parser = argparse.ArgumentParser(
+    parser = PathParser(
         prog="python -m app.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from app.core.plain_json import parse_json
 from app.outputs.folders import make_folder, open_file, remove, state_of
 from app.search.outcome import LeaseLost
 
@@ -198,7 +199,7 @@ class FileLeaseWatch:
         except OSError:
             return False
         try:
-            holder = json.loads(os.read(descriptor, 4096) or b"{}")
+            holder = parse_json(os.read(descriptor, 4096) or b"{}")
             if not isinstance(holder, dict) or holder.get("kernel") != self._kernel:
                 return False
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from app.config.hyp import Hyp
 from app.config.shipped import find_config
 from app.config.train_config import OPTIMIZERS, TrainConfig
 from app.config.yaml_reader import read_yaml
+from app.core.paths import at_home
 from app.errors import ConfigError, UsageError, readable, suggest
 from app.search.genes import GENES, Gene, genes_of
 
@@ -178,7 +179,7 @@ def _beside(folder: Path, name: Any) -> Any:
     """Return the absolute path of a layout that lies at `name` from `folder`, else the name as it is."""
     if not isinstance(name, str):
         return name
-    path = folder / Path(name).expanduser()
+    path = folder / at_home(name)
     with readable(UsageError):
         return str(path.resolve()) if path.is_file() else name
 

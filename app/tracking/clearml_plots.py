@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from app.core.plain_json import parse_json
 
 _WIDTH = 640
 
@@ -41,7 +42,7 @@ def confusion_plot(text: str) -> dict[str, Any]:
 
     Raises ValueError or KeyError for anything else.
     """
-    matrix = json.loads(text)
+    matrix = parse_json(text)
     names, counts = [str(name) for name in matrix["names"]], matrix["counts"]
     return {
         "data": [

@@ -14,6 +14,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from app.core.plain_json import parse_json
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import write_atomic
 from app.outputs.folders import open_file, read_file, remove
@@ -168,7 +169,7 @@ def _end_group(process: ProcessIdentity) -> None:
 
 def _read(runs: Path) -> UiServer | None:
     try:
-        return UiServer(**json.loads(read_file(_record(runs))))
+        return UiServer(**parse_json(read_file(_record(runs))))
     except (OSError, ValueError, TypeError):
         return None
 

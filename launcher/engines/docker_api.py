@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
+from app.core.plain_json import parse_json
+
 
 class Refused(Exception):
     """An engine's answer to a request that it does not grant."""
@@ -41,7 +43,7 @@ class Answer:
         """Return the JSON document, None for an empty answer; raises Refused, and ConnectionError for no JSON."""
         self.refuse()
         try:
-            return json.loads(self.body) if self.body else None
+            return parse_json(self.body) if self.body else None
         except ValueError:
             raise ConnectionError(f"no JSON came back: {self.body[:80]!r}") from None
 
@@ -50,7 +52,7 @@ class Answer:
         if self.status < 400:
             return
         try:
-            words = json.loads(self.body)["message"]
+            words = parse_json(self.body)["message"]
         except (ValueError, KeyError, TypeError):
             words = self.body.decode(errors="replace").strip() or f"status {self.status}"
         raise Refused(self.status, str(words))

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from app.core.plain_json import read_json
 from launcher.claims import Claim
 from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
@@ -280,7 +281,7 @@ class LocalEngine:
         code, oom_killed = None, False
         if record.pid and not alive:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                ended = json.loads(self._exit_path(name).read_text())
+                ended = read_json(self._exit_path(name))
                 code, oom_killed = int(ended["exit_code"]), bool(ended["oom_killed"])
         plan = plan_of(record.labels) or {}
         return ReplicaState(
@@ -349,7 +350,7 @@ def _dump(record: _Record) -> str:
 def _load(path: Path) -> _Record | None:
     """Return the record in a file; None for anything else that may lie there."""
     try:
-        values: Any = json.loads(path.read_text())
+        values: Any = read_json(path)
         record = _Record(**values)
         whole = (
             isinstance(record.pid, int)

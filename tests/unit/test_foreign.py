@@ -205,7 +205,7 @@ def test_each_of_the_two_passes_refuses_a_global_by_itself(monkeypatch: pytest.M
     named = r"the pickle names posix\.getpid"
     with pytest.raises(CheckpointError, match=named):
         inert_pickle._check_opcodes(content, 0)
-    monkeypatch.setattr(inert_pickle, "_check_opcodes", lambda content, start: len(content))
+    monkeypatch.setattr(inert_pickle, "_check_opcodes", lambda content, *_: len(content))
     with pytest.raises(CheckpointError, match=named):
         read_pickle(content)
 

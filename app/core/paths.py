@@ -1,0 +1,45 @@
+"""Paths that a user or a file gives: impossible ones are found at the edge, before any system call meets them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.core.words import shown
+
+MOST_NAME_BYTES = 255
+"""Linux's limit for one name in a path."""
+MOST_PATH_BYTES = 4095
+
+
+def at_home(path: str | Path) -> Path:
+    """Return the path with `~` replaced by the home folder; a `~somebody` without a home stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def impossible(words: Iterable[str]) -> str | None:
+    """Return what is wrong with the first word of a command line that no path can be; None where all can.
+
+    Addresses (`https://…`) and lists (`0,1,2`) may be longer than a path.
+    """
+    for word in words:
+        value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
+        problem = _problem(value)
+        if problem:
+            return f"{shown(word, 60)}: {problem}; correct the path"
+    return None
+
+
+def _problem(value: str) -> str | None:
+    if "\0" in value:
+        return "holds a NUL, which no path can"
+    if value.startswith("~") and os.path.expanduser(value).startswith("~"):
+        return "no user of that name has a home folder"
+    if "://" in value or "," in value:
+        return None
+    if len(os.fsencode(value)) > MOST_PATH_BYTES:
+        return f"longer than {MOST_PATH_BYTES} bytes, which no path can be"
+    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in value.split("/")):
+        return f"has a name longer than {MOST_NAME_BYTES} bytes, which no file can have"
+    return None

@@ -1,0 +1,14 @@
+"""Somebody else's words inside our messages: short, on one line, without control characters."""
+
+from __future__ import annotations
+
+MOST_SHOWN = 160
+"""Characters; a name that a file makes up may be as long as the file."""
+
+
+def shown(words: object, most: int = MOST_SHOWN) -> str:
+    """Return the first line of `words`, control characters written as escapes, cut to `most` characters."""
+    text = str(words)[: 4 * most].strip()
+    line = (text.splitlines() or [""])[0]
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return printable if len(printable) <= most else f"{printable[: most - 1]}…"
