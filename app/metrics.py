@@ -162,9 +162,12 @@ def average_precision(
 
 
 def _area(recalls: Floats, precisions: Floats) -> tuple[float, tuple[Floats, Floats]]:
-    """Return the area under the falling envelope of precision over recall, and the envelope (Everingham et al.)."""
-    x = np.concatenate(([0.0], recalls, [1.0]))
-    y = np.concatenate(([1.0], precisions, [0.0]))
+    """Return the area under the falling envelope of precision over recall, and the envelope (Everingham et al.).
+
+    Beyond the last recall the precision is 0, as COCO counts it: a label that no detection finds never scores.
+    """
+    x = np.concatenate(([0.0], recalls, [recalls[-1], 1.0]))
+    y = np.concatenate(([1.0], precisions, [0.0, 0.0]))
     envelope = np.maximum.accumulate(y[::-1])[::-1]
     grid = np.linspace(0, 1, RECALL_POINTS)
     return float(np.trapezoid(np.interp(grid, x, envelope), grid)), (x, envelope)

@@ -14,10 +14,12 @@ import numpy as np
 
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
+from app.core.file_kinds import IMAGE_SUFFIXES
 from app.core.paths import at_home
 from app.data.findings import Finding
-from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
-from app.data.labels import LabelFile, Polygon, label_path, read_labels
+from app.data.images import ImageHeader, UnusableImageError, read_header
+from app.data.label_kinds import doubtful_polygons, read_keypoints
+from app.data.labels import Keypoints, LabelFile, Polygon, label_path, read_labels
 from app.data.limits import container_cpu_count
 from app.data.pictures import find_pictures
 from app.errors import ConfigError, DataError, readable, suggest
@@ -25,7 +27,20 @@ from app.errors import ConfigError, DataError, readable, suggest
 SPLITS = ("train", "val", "test")
 _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
 _TOLERATED_KEYS = frozenset(
-    ("author", "channels", "description", "kpt_shape", "license", "minival", "roboflow", "url", "version")
+    (
+        *(
+            "author",
+            "channels",
+            "date",
+            "description",
+            "docs",
+            "flip_idx",
+            "kpt_names",
+            "kpt_shape",
+            "license",
+        ),
+        *("minival", "roboflow", "skeleton", "task", "url", "version"),
+    )
 )
 """Keys that exporters write and that change nothing here. `download` is read by app.data.acquire, when asked for."""
 _MAX_CLASSES = 100_000
@@ -47,6 +62,8 @@ class DatasetDescription:
     """Class names by class number; one name under single_cls."""
     nc_in_labels: int
     """Classes that label files may name; more than `nc` only under single_cls."""
+    keypoints: Keypoints | None = None
+    """Keypoints of every label row; None where the description declares none."""
 
     @property
     def nc(self) -> int:
@@ -84,6 +101,7 @@ class DatasetDescription:
             splits={split: tuple(_locate(root, e) for e in some) for split, some in entries.items()},
             names=("item",) if single_cls and len(names) > 1 else names,
             nc_in_labels=len(names),
+            keypoints=read_keypoints(path, mapping),
         )
 
 
@@ -153,7 +171,7 @@ class Dataset:
         source = f"{description.path_yaml}: {split}"
         paths = sorted(dict.fromkeys(find_pictures(description.splits[split], description.root, source)))
         report = progress if callable(progress) else None
-        scanned = list(_scan(paths, description.nc_in_labels, report))
+        scanned = list(_scan(paths, description, report))
         problems = [problem for item in scanned for problem in item.problems]
         if problems and strict:
             raise DataError(_many(f"{split}: unusable pictures under --strict", problems))
@@ -186,7 +204,10 @@ class Dataset:
             polygons=[item.label_file.polygons for item in usable]
             if any(item.label_file.polygons for item in usable)
             else [],
-            notes=[note for item in scanned for note in item.label_file.notes],
+            notes=[
+                *doubtful_polygons(description.path_yaml, (item.label_file for item in usable)),
+                *(note for item in scanned for note in item.label_file.notes),
+            ],
             unpaired=[*_unlabelled(usable), *_orphans(scanned)],
             skipped=len(scanned) - len(usable),
             digest=_digest(description, usable),
@@ -279,11 +300,13 @@ def _locate(root: Path, entry: str) -> Path:
     return Path(os.path.normpath(path))
 
 
-def _scan(paths: list[Path], nc: int, progress: Progress | None) -> Iterator[_Scanned]:
+def _scan(
+    paths: list[Path], description: DatasetDescription, progress: Progress | None
+) -> Iterator[_Scanned]:
     """Check headers and labels in threads, in order: the time goes into opening files."""
 
     def scan_one(path: Path) -> _Scanned:
-        label_file = read_labels(label_path(path), nc)
+        label_file = read_labels(label_path(path), description.nc_in_labels, description.keypoints)
         try:
             header = read_header(path)
         except UnusableImageError as error:

@@ -1,10 +1,12 @@
-"""Label rows: one text file a picture, one object a row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
+"""Label rows: one text file an image, one object a row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
 
-All coordinates are parts of the picture's width and height, 0 to 1. A polygon is kept beside the box around it.
+All coordinates are parts of the image's width and height, 0 to 1. A polygon is kept beside the box around it. Where the
+dataset declares keypoints, a row is `class x y w h` and the keypoints, which a detector does not learn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,24 @@ MAX_ROWS = 100_000
 _MAX_NAMED = 1000
 """Faulty rows named per file; the rest are counted."""
 
+CLIPPED_BEYOND = 0.01
+"""Parts of an image by which a coordinate may lie outside [0, 1]: rounding, which is clipped. Further out is a fault."""
+
 Polygon = np.ndarray[Any, Any]
 """[k,2] float32: the corners, x and y, each 0 to 1 of a picture, or pixels where the name says so."""
+
+
+class Keypoints(NamedTuple):
+    """The keypoints of every row, as a dataset's `kpt_shape` declares them."""
+
+    count: int
+    dimensions: int
+    """2 for x and y, 3 for x, y and visibility."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of a row: class, box and keypoints."""
+        return 5 + self.count * self.dimensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +54,11 @@ class LabelFile:
     problems: tuple[Finding, ...] = ()
     """Rows that cannot be true. The picture is not to be used."""
     notes: tuple[Finding, ...] = ()
-    """Rows left out without harm: repetitions and boxes of no size."""
+    """Rows left out or clipped without harm: repetitions, boxes of no size, coordinates a little outside."""
+    clipped: int = 0
+    """Rows of which a coordinate was clipped."""
+    left_out: int = 0
+    """Rows left out without harm."""
     missing: bool = False
     """Whether there is no such file."""
 
@@ -54,11 +76,17 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def read_labels(path: Path, nc: int) -> LabelFile:
-    """Read one label file; a missing or empty one means a picture of background.
+def label_path_beside(image: Path) -> Path:
+    """Return where the labels of `image` are if they lie beside it."""
+    return image.with_suffix(".txt")
 
-    `nc` is the number of classes. UTF-8 with or without a byte order mark, any line end. Never raises for
-    what the file holds: faults are returned, so that the caller can collect those of a whole dataset.
+
+def read_labels(path: Path, nc: int, keypoints: Keypoints | None = None) -> LabelFile:
+    """Read one label file; a missing or empty one means an image of background.
+
+    `nc` is the number of classes, `keypoints` what the dataset declares. UTF-8 with or without a byte order mark, any
+    line end. Never raises for what the file holds: faults are returned, so that the caller can collect those of a
+    whole dataset.
     """
     try:
         with open(path, "rb") as file:
@@ -73,47 +101,58 @@ def read_labels(path: Path, nc: int) -> LabelFile:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return _unusable(path, "not UTF-8 text", "check that it is a label file")
-    return parse_labels(text, nc, str(path))
+    return parse_labels(text, nc, str(path), keypoints)
 
 
-def parse_labels(text: str, nc: int, source: str) -> LabelFile:
+def parse_labels(text: str, nc: int, source: str, keypoints: Keypoints | None = None) -> LabelFile:
     """Parse the text of a label file; `source` is its name in messages."""
     rows: dict[tuple[float, ...], int] = {}
     polygons: list[Polygon | None] = []
     problems: list[Finding] = []
     notes: list[Finding] = []
-    faults = left_out = 0
-    for number, line in enumerate(text.split("\n"), start=1):
+    faults = left_out = clipped = 0
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
         fields = line.split()
         if not fields:
             continue
         if len(rows) == MAX_ROWS:
             what = f"more than {MAX_ROWS:,} rows"
-            problems.append(Finding(source, number, what, "check that it is one picture's label file"))
+            problems.append(Finding(source, number, what, "check that it is one image's label file"))
             break
-        row = _parse_row(fields, nc)
+        row = _parse_row(fields, nc, keypoints)
         if isinstance(row, _Fault):
             faults += 1
             if faults <= _MAX_NAMED:
                 problems.append(Finding(source, number, row.problem, row.remedy))
-        elif row[3] <= 0 or row[4] <= 0 or row in rows:
+            continue
+        if row.clipped:
+            clipped += 1
+            if clipped <= _MAX_NAMED:
+                notes.append(Finding(source, number, f"{row.clipped}, clipped", "nothing, or normalise it"))
+        if row.box[3] <= 0 or row.box[4] <= 0 or row.box in rows:
             left_out += 1
-            what = f"the same as line {rows[row]}" if row in rows else "a box of no size"
+            what = f"the same as line {rows[row.box]}" if row.box in rows else "a box of no size"
             if left_out <= _MAX_NAMED:
                 notes.append(Finding(source, number, f"{what}, left out", "remove the row"))
         else:
-            rows[row] = number
-            polygons.append(_polygon(fields) if len(fields) > 5 else None)
+            rows[row.box] = number
+            polygons.append(row.polygon)
     if faults > _MAX_NAMED:
         more = f"{faults - _MAX_NAMED} more faulty rows"
         problems.append(Finding(source, None, more, "check that it is a label file"))
-    if left_out > _MAX_NAMED:
-        notes.append(Finding(source, None, f"{left_out - _MAX_NAMED} more rows left out", "remove them"))
+    for count, done, remedy in (
+        (left_out, "left out", "remove them"),
+        (clipped, "clipped", "normalise them"),
+    ):
+        if count > _MAX_NAMED:
+            notes.append(Finding(source, None, f"{count - _MAX_NAMED} more rows {done}", remedy))
     return LabelFile(
         rows=np.array(list(rows), np.float32).reshape(-1, 5),
         polygons=tuple(polygons) if any(polygon is not None for polygon in polygons) else (),
         problems=tuple(problems),
         notes=tuple(notes),
+        clipped=clipped,
+        left_out=left_out,
     )
 
 
@@ -122,38 +161,108 @@ class _Fault(NamedTuple):
     remedy: str
 
 
-def _parse_row(fields: list[str], nc: int) -> tuple[float, ...] | _Fault:
-    """Return (class, x, y, w, h), or what is wrong with the row."""
+class _Row(NamedTuple):
+    box: tuple[float, ...]
+    """Class, x, y, w, h."""
+    polygon: Polygon | None
+    clipped: str
+    """The first coordinate that was clipped, in words; empty where none was."""
+
+
+def _parse_row(fields: list[str], nc: int, keypoints: Keypoints | None) -> _Row | _Fault:
+    """Return the row, or what is wrong with it."""
     columns = len(fields)
-    if columns != 5 and (columns < 7 or columns % 2 == 0):
-        return _Fault(
-            f"{columns} columns", "a box has 5 (class x y w h), a polygon class and 3 or more points"
-        )
     try:
         values = [float(field) for field in fields]
     except ValueError:
         return _Fault(
             f"{_first_non_number(fields)!r} is not a number", "write class and coordinates as numbers"
         )
-    number = values[0]
+    fault = _wrong_columns(values, nc, keypoints) or _wrong_class(fields[0], values[0], nc)
+    if fault is not None:
+        return fault
+    is_box = columns == 5 or keypoints is not None
+    end, clipped = 5 if is_box else columns, ""
+    for position, value in enumerate(values[1:end], start=1):
+        if 0.0 <= value <= 1.0:
+            continue
+        name = "xywh"[position - 1] if is_box else "xy"[(position - 1) % 2]
+        outside = f"{name}={fields[position][:40]} outside [0,1]"
+        if not -CLIPPED_BEYOND <= value <= 1 + CLIPPED_BEYOND:
+            return _Fault(outside, "normalise it or drop the row")
+        values[position] = min(max(value, 0.0), 1.0)
+        clipped = clipped or outside
+    if is_box:
+        return _Row(tuple(values[:5]), None, clipped)
+    polygon = np.array(values[1:], np.float32).reshape(-1, 2)
+    return _Row((values[0], *_box_around(values[1::2], values[2::2])), polygon, clipped)
+
+
+def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) -> _Fault | None:
+    """Return what is wrong with the number of columns, or with what they hold in this number."""
+    columns = len(values)
+    if columns == 5:
+        return None
+    if keypoints is not None:
+        if columns == keypoints.columns:
+            return None
+        return _Fault(
+            f"{columns} columns",
+            f"with kpt_shape [{keypoints.count}, {keypoints.dimensions}] a row has {keypoints.columns} (class x y w h "
+            "and the keypoints), or 5 without keypoints; fix the row or the YAML's kpt_shape",
+        )
+    if (
+        columns >= 10
+        and columns % 5 == 0
+        and all(value.is_integer() and 0 <= value < nc for value in values[::5])
+    ):
+        return _Fault(
+            f"{columns // 5} boxes on one line", "write each box, class x y w h, on a line of its own"
+        )
+    if _looks_like_pose(values):
+        count = (columns - 5) // 3
+        return _Fault(
+            f"{columns} columns that read as a box and {count} keypoints with visibility",
+            f"write kpt_shape: [{count}, 3] into the dataset's YAML",
+        )
+    if columns < 7 or columns % 2 == 0:
+        return _Fault(
+            f"{columns} columns", "a box has 5 (class x y w h), a polygon class and 3 or more points"
+        )
+    return None
+
+
+def _looks_like_pose(values: list[float]) -> bool:
+    """Return whether a row that no polygon can be, or hardly any, reads as class, box, and points with visibility."""
+    columns = len(values)
+    if columns < 8 or (columns - 5) % 3 or not all(value in (0, 1, 2) for value in values[7::3]):
+        return False
+    seen = [(x, y) for x, y, v in zip(values[5::3], values[6::3], values[7::3], strict=True) if v or x or y]
+    return columns % 2 == 0 or 2 in values[7::3] or surrounds(values[1:5], seen)
+
+
+def surrounds(box_xywhn: Sequence[float], points: Iterable[Sequence[float]]) -> bool:
+    """Return whether a box lies in the image and around points, with the tolerance that hand-drawn ones need."""
+    x, y, w, h = box_xywhn
+    left, right, top, bottom = x - w / 2, x + w / 2, y - h / 2, y + h / 2
+    if min(w, h) <= 0 or min(left, top) < -CLIPPED_BEYOND or max(right, bottom) > 1 + CLIPPED_BEYOND:
+        return False
+    slack_x, slack_y = w / 10, h / 10
+    return all(
+        left - slack_x <= px <= right + slack_x and top - slack_y <= py <= bottom + slack_y
+        for px, py in points
+    )
+
+
+def _wrong_class(field: str, number: float, nc: int) -> _Fault | None:
     if number < 0 or not number.is_integer():  # which NaN and infinity are not
-        return _Fault(f"class {fields[0][:40]} is not a whole number from 0", "write the class's number")
+        return _Fault(f"class {field[:40]} is not a whole number from 0", "write the class's number")
     if number >= nc:
         return _Fault(
-            f"class {fields[0][:40]} but the dataset has {nc} (0 to {nc - 1})",
+            f"class {field[:40]} but the dataset has {nc} (0 to {nc - 1})",
             "fix the row or the YAML's names",
         )
-    for position, value in enumerate(values[1:], start=1):
-        if not 0.0 <= value <= 1.0:
-            name = "xywh"[position - 1] if columns == 5 else "xy"[(position - 1) % 2]
-            return _Fault(f"{name}={fields[position][:40]} outside [0,1]", "normalise it or drop the row")
-    if columns == 5:
-        return tuple(values)
-    return number, *_box_around(values[1::2], values[2::2])
-
-
-def _polygon(fields: list[str]) -> Polygon:
-    return np.array([float(field) for field in fields[1:]], np.float32).reshape(-1, 2)
+    return None
 
 
 def _box_around(xs: list[float], ys: list[float]) -> tuple[float, float, float, float]:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from app.core.file_kinds import IMAGE_SUFFIXES
 from app.core.paths import at_home
-from app.data.images import IMAGE_SUFFIXES, decode_image
+from app.data.images import decode_image
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
 

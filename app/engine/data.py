@@ -19,9 +19,11 @@ from app.data.findings import REPORT, write_report
 from app.data.limits import container_memory_limit
 from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
+from app.engine.cut_list import cut_list
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
 from app.engine.progress import Progress, duration
+from app.engine.validator import CONFIDENCE, MAX_DETECTIONS
 from app.errors import DataError
 from app.model.detector import Detector
 
@@ -43,6 +45,11 @@ class TrainingData:
     train_painter: DevicePainter | None = None
     """Paints training images on the GPU, where the pictures lie there."""
     val_painter: DevicePainter | None = None
+
+    @property
+    def cut(self) -> str | None:
+        """What cuts the lists of detections that the validations of a training score."""
+        return cut_list(self.val, CONFIDENCE, MAX_DETECTIONS)
 
 
 def load_data(
@@ -84,7 +91,10 @@ def load_data(
         say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
         for line in left_out(split):
             say(line)
-    return TrainingData(train, val, stores[0], stores[1], description.names)
+    data = TrainingData(train, val, stores[0], stores[1], description.names)
+    if data.cut:
+        say(f"val: {data.cut}")
+    return data
 
 
 def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], None]) -> TrainingData:

@@ -19,6 +19,7 @@ from app.data.loader import ValLoader
 from app.data.store import ImageStore
 from app.engine import pictures
 from app.engine.coco import CocoPredictions
+from app.engine.cut_list import cut_list
 from app.engine.data import fit_stride, left_out
 from app.engine.device import Compute, select_compute
 from app.engine.inference import Predictor, fit_classes, load_predictor
@@ -115,6 +116,11 @@ class _Bench:
             model, self.data.names, single_cls=self.config.single_cls, source=" ".join(weights)
         )
 
+    @property
+    def cut(self) -> str | None:
+        """What cuts the lists of detections that are scored."""
+        return cut_list(self.data, self.config.conf_thres, self.config.max_det)
+
     def loader(self, model: Predictor, size: int) -> ValLoader:
         """Return the split in letterboxed batches; squares, all of one shape, where speed is asked for."""
         return ValLoader(
@@ -192,6 +198,8 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         validation.metrics, data.names, classes=config.verbose or data.nc < LISTED_CLASSES
     ):
         say(line)
+    if bench.cut:
+        say(bench.cut)
     say(
         "ms an image: "
         + ", ".join(f"{stage} {value:.1f}" for stage, value in milliseconds.items())
@@ -200,6 +208,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     pictures.draw_validation(validation, data, folder)
     draw_worst(worst, data, ImageStore(data, size, "off"), folder / "worst.jpg")
     report = {**_figures(validation), "ms_per_image": _rounded(milliseconds), "run": str(folder)}
+    report["cut_list"] = bench.cut
     if config.save_json:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
     twins = len(data) - len({path.stem for path in data.images})
@@ -234,6 +243,8 @@ def study(config: ValConfig) -> dict[str, Any]:
     models = [bench.model((weights,)) for weights in config.weights]  # all, before the first takes its time
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     lines, best = [], None
+    if bench.cut:
+        say(bench.cut)
     for weights, label, model in zip(config.weights, _labels(config.weights), models, strict=True):
         rows: list[dict[str, Any]] = []
         table = folder / f"study_{Path(config.data).stem}_{label}.txt"
@@ -256,7 +267,7 @@ def study(config: ValConfig) -> dict[str, Any]:
     plot_study(lines, folder / "study.png", place=bench.compute.describe())
     say(f"results in {folder}")
     assert best is not None, "a study has sizes and weights"
-    return {**best, "run": str(folder)}
+    return {**best, "cut_list": bench.cut, "run": str(folder)}
 
 
 def _study_table(weights: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -119,7 +119,8 @@ def search(config: TrainConfig) -> None:
     _say_summary(summary, directory, progress)
     upload_results(config, directory, progress.say)
     if config.json:
-        print(json.dumps(_as_json(summary, directory)), flush=True)
+        document = {**_as_json(summary, directory), "cut_list": workshops.usual.data.cut}
+        print(json.dumps(document), flush=True)
 
 
 def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:

@@ -18,10 +18,8 @@ from app.data.letterbox import boxes_to_original, letterbox_geometry
 from app.loss import DetectionLoss, LossGains
 from app.matching import match_detections
 from app.metrics import average_precision
-from app.model.blocks import ACTIVATIONS
 from app.model.detector import Detector, build_detector
 from app.model.foreign import read_foreign_checkpoint
-from app.model.layout import read_layout
 from app.model.weights import load_weights
 from app.suppression import non_max_suppression
 
@@ -189,21 +187,12 @@ def _forward(path: Path) -> Iterator[Check]:
 
 @torch.no_grad()
 def _forward_case(case: str, vectors: Mapping[str, Any]) -> str:
-    """Compare with the activation that the vector was made with, which neither its name nor its recipe says."""
     name, _, nc = case.rpartition("_nc")
     images, expected = torch.from_numpy(vectors[f"{case}_input"]), vectors[f"{case}_decoded"]
-    layout = read_layout(_layout_path(name))
-    problems = []
-    for activation in ACTIVATIONS:
-        detector = build_detector({**layout, "activation": activation}, nc=int(nc)).eval()
-        recipe_weights(detector)
-        try:
-            _close("decoded", detector(images)[0], expected, absolute=1e-3)
-        except MismatchError as problem:
-            problems.append(f"{activation} {problem}")
-            continue
-        return f"with {activation}"
-    raise MismatchError("; ".join(problems))
+    detector = build_detector(_layout_path(name), nc=int(nc)).eval()
+    recipe_weights(detector)
+    _close("decoded", detector(images)[0], expected, absolute=1e-3)
+    return f"{expected.shape[1]} predictions an image"
 
 
 def _loss(path: Path) -> Iterator[Check]:

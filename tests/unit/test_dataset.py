@@ -52,6 +52,22 @@ def test_a_picture_without_labels_is_background(folder: Path) -> None:
     assert dataset.labels[0].shape == (0, 5)
 
 
+def test_a_changed_kpt_shape_changes_the_rows_and_the_digest(folder: Path) -> None:
+    row = "0 .3 .4 .1 .12 .27 .36 .33 .36 .3 .4 .27 .44 .33 .44\n"
+    for path in (folder / "labels" / "train").iterdir():
+        path.write_text(row)
+    text = "train: images/train\nnames: [x]\n"
+    polygons = Dataset.load(_describe(folder, text), "train")
+    boxes = Dataset.load(_describe(folder, f"{text}kpt_shape: [5, 2]\nflip_idx: [1, 0, 2, 4, 3]\n"), "train")
+    assert np.allclose(boxes.labels[0], [[0, 0.3, 0.4, 0.1, 0.12]])
+    assert polygons.polygons
+    assert not boxes.polygons
+    assert boxes.digest != polygons.digest
+    assert "all 3 label rows have 15 columns" in str(polygons.notes[0])
+    assert "kpt_shape: [5, 2]" in polygons.notes[0].remedy
+    assert not boxes.notes
+
+
 def test_single_cls_counts_every_class_as_one(folder: Path) -> None:
     description = DatasetDescription.from_yaml(folder / "data.yaml", single_cls=True)
     dataset = Dataset.load(description, "train")
@@ -104,6 +120,13 @@ def test_an_exporters_parent_paths_are_understood(folder: Path) -> None:
         ("trian: images/train\nnames: [x]\n", "did you mean 'train'"),
         ("train: 3\nnames: [x]\n", "must be a folder"),
         ("train: images/train\npath: 7\nnames: [x]\n", "must be a folder"),
+        ("train: images/train\nnames: [x]\nkpt_shape: 17\n", "kpt_shape.*must be"),
+        ("train: images/train\nnames: [x]\nkpt_shape: [17, 4]\n", "kpt_shape.*must be"),
+        ("train: images/train\nnames: [x]\nkpt_shape: [0, 3]\n", "kpt_shape.*must be"),
+        ("train: images/train\nnames: [x]\nkpt_shape: [true, 2]\n", "kpt_shape.*must be"),
+        ("train: images/train\nnames: [x]\nkpt_shape: [2, 3]\nflip_idx: [0, 2]\n", "0 to 1 .*each once"),
+        ("train: images/train\nnames: [x]\nkpt_shape: [2, 3]\nflip_idx: 1\n", "each once"),
+        ("train: images/train\nnames: [x]\nflip_idx: [1, 0]\n", "flip_idx.*needs `kpt_shape"),
         ("train: !!python/object/apply:os.system ['true']\nnames: [x]\n", "data.yaml:1"),
     ],
 )

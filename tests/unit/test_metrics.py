@@ -117,8 +117,28 @@ def test_perfect_detections_score_one() -> None:
     metrics = average_precision(correct, np.array([0.9, 0.8, 0.7]), np.array([0, 0, 2]), np.array([0, 0, 2]))
     assert metrics.classes.tolist() == [0, 2]
     assert metrics.labels.tolist() == [2, 1]
-    assert metrics.map5095 == pytest.approx(0.995, abs=1e-3)  # the classic's envelope falls to 0 at recall 1
+    assert metrics.map5095 == pytest.approx(0.995, abs=1e-3)  # the envelope falls to 0 at recall 1
     assert metrics.precision == metrics.recall == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("found", "labels"), [(1, 4), (300, 1000), (3, 4)])
+def test_labels_beyond_the_last_recall_add_nothing_to_the_score(found: int, labels: int) -> None:
+    correct = np.ones((found, 10), dtype=bool)
+    metrics = average_precision(correct, np.linspace(0.9, 0.5, found), np.zeros(found), np.zeros(labels))
+    assert metrics.map50 == pytest.approx(found / labels, abs=0.01)  # every detection is right
+    beyond = metrics.curves.confidence > found / labels  # the axis of recall is the same grid
+    assert metrics.curves.precision_at_recall[0, beyond].tolist() == [0] * int(beyond.sum())
+
+
+def test_a_shorter_list_of_detections_never_scores_higher() -> None:
+    stream = np.random.default_rng(5)
+    correct = (stream.random((200, 1)) < np.linspace(0.9, 0.1, 200)[:, None]) & np.ones((200, 10), bool)
+    confidence, actual = np.linspace(1, 0, 200), np.zeros(150)
+    scores = [
+        average_precision(correct[:kept], confidence[:kept], np.zeros(kept), actual).map5095
+        for kept in (10, 50, 100, 200)
+    ]
+    assert scores == sorted(scores)
 
 
 def test_a_class_without_detections_scores_zero_and_counts_in_the_mean() -> None:

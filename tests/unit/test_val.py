@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from app import train, val
 from app.config.val_flags import parse_args
 from app.data.dataset import Dataset, DatasetDescription
+from app.engine import data as engine_data
 from app.engine import device, evaluation
 from app.engine.checkpoint import save_checkpoint
 from app.engine.coco import CocoPredictions, image_id
+from app.engine.cut_list import cut_list
 from app.engine.inference import Augmented, Ensemble, SingleClass
 from app.engine.mistakes import WorstImages
 from app.engine.validator import ScoredImage
@@ -120,14 +122,37 @@ def test_hybrid_labels_hold_every_label_and_leave_the_metrics_alone(
         assert len(written) > len(labels)
 
 
-def test_max_det_and_conf_thres_bound_what_is_found(
+def test_max_det_and_conf_thres_bound_what_is_found_and_the_figures_say_so(
     peer_args: list[str], runs: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report_of([*peer_args, "--max-det", "1", "--conf-thres", "0.5", "--save-txt", "--save-conf"], capsys)
+    assert val.main([*peer_args, "--max-det", "1", "--conf-thres", "0.5", "--save-txt", "--save-conf"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cut = json.loads(lines[-1])["cut_list"]
+    assert cut in lines
+    assert "confidence 0.5" in cut
+    assert "1 detections an image, and images with more labels than that: 4" in cut
     files = list((runs / "val" / "exp" / "labels").iterdir())
     rows = [line.split() for path in files for line in path.read_text().splitlines()]
     assert 0 < len(rows) <= len(files) == 4
     assert all(float(row[5]) > 0.5 for row in rows)
+
+
+def test_figures_of_a_whole_list_of_detections_say_nothing_of_a_cut_one(tiny_data: Path) -> None:
+    data = Dataset.load(DatasetDescription.from_yaml(tiny_data), "val")
+    most = max(map(len, data.labels))
+    assert cut_list(data, 0.01, most) is None
+    assert "0.011" in str(cut_list(data, 0.011, most))
+    assert "more labels than that: 1 (" in str(cut_list(data, 0.001, sorted(map(len, data.labels))[-2]))
+
+
+def test_a_training_says_that_its_own_validation_scores_a_cut_list(
+    tiny_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_data, "MAX_DETECTIONS", 2)
+    assert train.main([*tiny_args, "--epochs", "1", "--noplots", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"val: {json.loads(lines[-1])['cut_list']}" in lines
+    assert sum("cut list" in line for line in lines) == 2
 
 
 def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(
