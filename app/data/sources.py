@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
 import re
 import urllib.parse
 from collections.abc import Generator
@@ -17,6 +19,7 @@ import numpy as np
 from app.data.images import IMAGE_SUFFIXES, decode_image
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
+from app.outputs.names import Subject
 
 VIDEO_SUFFIXES = frozenset(
     (".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
@@ -44,6 +47,18 @@ class Source:
         if isinstance(self.address, int):
             return f"webcam {self.address}"
         return hide_secrets(self.address) if "://" in self.address else self.address
+
+    @property
+    def subject(self) -> Subject:
+        """What the names of this source's files depend on; no secret of an address is in it."""
+        identity = self.shown
+        if isinstance(self.address, str):
+            identity = os.path.abspath(self.address)
+            if "://" in self.address:
+                url = urllib.parse.urlsplit(self.address)
+                query = hashlib.sha256(f"{url.query}#{url.fragment}".encode()).hexdigest()
+                identity = self.shown + (f"?sha256={query}" if url.query or url.fragment else "")
+        return Subject(identity=identity, file_name=self.file_name, film=self.kind != "picture")
 
     @property
     def file_name(self) -> str:
@@ -86,15 +101,15 @@ def find_sources(source: str) -> list[Source]:
     return found
 
 
-def frames(source: Source, downloads: Path, stride: int = 1) -> Generator[Frame, None, None]:
-    """Yield the frames of one source, every `stride`-th of a video; a remote file lands in `downloads`.
+def frames(source: Source, fetched: Path, stride: int = 1) -> Generator[Frame, None, None]:
+    """Yield the frames of one source, every `stride`-th of a video; a remote file is fetched to `fetched`.
 
     Raises DataError where it cannot be read.
     """
     address = source.address
     if source.remote:
         assert isinstance(address, str)
-        address = str(download(address, downloads / source.file_name, source.shown))
+        address = str(download(address, fetched, source.shown))
     if source.kind == "picture":
         yield Frame(image=decode_image(Path(str(address))), number=0, total=1, fps=0.0)
         return

@@ -77,7 +77,9 @@ def detect(config: DetectConfig) -> None:
     )
     folder = _run_folder(config, sources)
     progress.say(f"{compute.describe()}; run: {folder}")
-    run = _Run(config, folder, names, detector, progress, len(sources))
+    run = _Run(
+        config, DetectionFiles(folder, names, config, sources), names, detector, progress, len(sources)
+    )
     with StopSignal() as stop:
         run.look_at_all(sources, stop)
     run.tell(stop)
@@ -89,18 +91,17 @@ class _Run:
     def __init__(
         self,
         config: DetectConfig,
-        folder: Path,
+        files: DetectionFiles,
         names: tuple[str, ...],
         detector: PictureDetector,
         progress: Progress,
         sources: int,
     ) -> None:
         self._config = config
-        self._folder = folder
         self._names = names
         self._detector = detector
         self._progress = progress
-        self._files = DetectionFiles(folder, names, config)
+        self._files = files
         self._tally = Tally(sources)
         self._window = _Window(progress) if config.view_img else None
         self._began = time.monotonic()
@@ -125,7 +126,7 @@ class _Run:
             )
 
     def _look_at(self, source: Source, outputs: SourceFiles, stop: StopSignal) -> None:
-        with closing(frames(source, self._folder / "downloads", self._config.vid_stride)) as stream:
+        with closing(frames(source, self._files.download(source), self._config.vid_stride)) as stream:
             for place, frame in enumerate(stream, 1):
                 detections = self._detector(frame.image)
                 drawn = None
@@ -170,7 +171,7 @@ class _Run:
             self._progress.say(
                 f"{len(tally.skipped)} of {tally.sources} sources could not be read and are left out"
             )
-        self._progress.say(f"results in {self._folder}")
+        self._progress.say(f"results in {self._files.folder}")
         if self._config.json:
             self._progress.say(json.dumps(self._summary(seconds, stop), ensure_ascii=False))
         stop.raise_if_requested()
@@ -178,7 +179,7 @@ class _Run:
     def _summary(self, seconds: float, stop: StopSignal) -> dict[str, Any]:
         tally, files = self._tally, self._files
         return {
-            "run": str(self._folder),
+            "run": str(files.folder),
             "sources": tally.sources,
             "skipped": tally.skipped,
             "frames": tally.frames,
@@ -186,6 +187,8 @@ class _Run:
             "classes": {self._names[index]: count for index, count in sorted(tally.found.items())},
             "seconds": round(seconds, 3),
             "stopped": stop.requested,
+            "outputs": str(files.register.path) if files.register.path.exists() else None,
+            "renamed": files.register.renamed,
             "annotated": [str(path) for path in files.annotated],
             "labels": str(files.labels) if files.labels else None,
             "csv": str(files.csv) if files.csv else None,

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 TEMPORARY_SUFFIX = ".part"
+_BEGINNING = 80
+"""Bytes of a file's name that its temporary name repeats."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -50,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Renamed to `path` at the end, after a sync; removed on any error, and the old file is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}{path.suffix}")
+    temporary = path.with_name(f".{_beginning(path.stem)}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -70,7 +72,13 @@ def sweep(directory: Path) -> None:
 
 def _temporary_name(path: Path) -> Path:
     # A random name: on a shared volume two containers may have the same process id.
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{_beginning(path.name)}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+
+
+def _beginning(name: str) -> str:
+    """Return so much of a file's name that a temporary name, some 50 bytes longer, is not too long where it fits."""
+    content = os.fsencode(name)
+    return name if len(content) <= _BEGINNING else content[:_BEGINNING].decode("utf-8", "ignore")
 
 
 def _link_over(path: Path, other: Path) -> None:
