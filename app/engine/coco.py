@@ -115,7 +115,7 @@ def _annotations(data: Dataset) -> dict[str, Any]:
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": number, "name": name} for number, name in enumerate(data.names)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(data.distinct_names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

@@ -26,6 +26,7 @@ from app.engine.predictor import PictureDetector, Thresholds, fit_size
 from app.engine.progress import Progress, duration
 from app.engine.stop_signal import StopSignal
 from app.errors import DataError, UsageError
+from app.outputs.names import distinct
 from app.outputs.run_dir import create_run_dir, runs_root
 
 NAMED_CLASSES = 6
@@ -61,7 +62,7 @@ def detect(config: DetectConfig) -> None:
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")
     model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
-    names = _names(config, model)
+    names = distinct(_names(config, model))
     _check_classes(config, names)
     detector = PictureDetector(
         model,

@@ -18,7 +18,7 @@ from app.data.sources import Frame, Source
 from app.errors import DataError
 from app.outputs.atomic import append_line, atomic_path, write_atomic
 from app.outputs.file_system import folds_names, longest_name
-from app.outputs.names import Named, cut, folded, numbered
+from app.outputs.names import Named, cut, distinct, folded, numbered
 from app.outputs.register import Kind, Register
 from app.plots.drawing import draw_detections
 from app.plots.style import save_picture
@@ -208,18 +208,7 @@ def class_folders(names: Sequence[str], place: Path) -> tuple[str, ...]:
     ]
     if len({folded(name) for name in plain}) == len(plain):
         return tuple(plain)
-    fold = folded if folds_names(place) else str
-    counts = Counter(map(fold, plain))
-    taken = set(counts)
-    folders = []
-    for index, name in enumerate(plain):
-        if counts[fold(name)] > 1:
-            name = f"{name} {index}"
-            while fold(name) in taken:
-                name += f" {index}"
-            taken.add(fold(name))
-        folders.append(name)
-    return tuple(folders)
+    return distinct(plain, fold=folded if folds_names(place) else str)
 
 
 def _folder_name(name: str) -> str:

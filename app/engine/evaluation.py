@@ -30,6 +30,7 @@ from app.engine.validator import (
     SUPPRESSION,
     ScoredImage,
     Validation,
+    class_figures,
     class_table,
     to_input,
     validate,
@@ -197,7 +198,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         sinks.append(coco.add)
     validation, milliseconds = bench.validate(model, size, previews=pictures.PREVIEWS, sinks=sinks)
     for line in class_table(
-        validation.metrics, data.names, classes=config.verbose or data.nc < LISTED_CLASSES
+        validation.metrics, data.distinct_names, classes=config.verbose or data.nc < LISTED_CLASSES
     ):
         say(line)
     say(
@@ -207,7 +208,15 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     )
     pictures.draw_validation(validation, data, folder)
     draw_worst(worst, data, ImageStore(data, size, "off"), folder / "worst.jpg")
-    report = {**_figures(validation), "ms_per_image": _rounded(milliseconds), "run": str(folder)}
+    classes = class_figures(validation.metrics, data.distinct_names)
+    report = {
+        **_figures(validation),
+        "imgsz": size,
+        "batch": config.batch_size,
+        "classes": [{key: _rounded_figure(value) for key, value in row.items()} for row in classes],
+        "ms_per_image": _rounded(milliseconds),
+        "run": str(folder),
+    }
     if config.save_json:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
     if register is not None:
@@ -264,7 +273,14 @@ def study(config: ValConfig) -> dict[str, Any]:
             fitted = fit_stride(size, model.image_multiple, say)
             validation, milliseconds = bench.validate(model, fitted)
             figures = _figures(validation)
-            rows.append({"imgsz": fitted, **figures, "ms_per_image": _rounded(milliseconds)})
+            rows.append(
+                {
+                    "imgsz": fitted,
+                    "batch": config.batch_size,
+                    **figures,
+                    "ms_per_image": _rounded(milliseconds),
+                }
+            )
             write_atomic(table, _study_table(weights, rows))  # now: the largest sizes may be more than fits
             total = sum(milliseconds.values())
             say(f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image")
@@ -314,3 +330,7 @@ def _figures(validation: Validation) -> dict[str, Any]:
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {key: round(float(value), 5) for key, value in values.items()}
+
+
+def _rounded_figure(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value

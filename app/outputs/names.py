@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -193,6 +194,31 @@ class Names:
 
     def _fold(self, text: str) -> str:
         return folded(text) if self.folds else text
+
+
+def distinct(
+    names: Sequence[str],
+    *,
+    numbers: Sequence[int] | None = None,
+    fold: Callable[[str], str] = str,
+    reserved: Iterable[str] = (),
+) -> tuple[str, ...]:
+    """Return class names that all differ: those of equal or reserved names get the number of their class.
+
+    `numbers` are the classes' numbers, where they are not those of the positions.
+    """
+    counts = Counter(map(fold, names))
+    counts.update(map(fold, reserved))
+    taken = set(counts)
+    result = []
+    for index, name in zip(numbers or range(len(names)), names, strict=True):
+        if counts[fold(name)] > 1:
+            name = f"{name} {index}"
+            while fold(name) in taken:
+                name += f" {index}"
+            taken.add(fold(name))
+        result.append(name)
+    return tuple(result)
 
 
 def folded(text: str) -> str:
