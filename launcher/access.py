@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePath
 
+from app.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 from launcher.engines.base import Mount
 from launcher.errors import LauncherError, UsageError
 from launcher.problems import Problems
@@ -20,9 +21,7 @@ READ, WRITE, ENTER = 4, 2, 1
 
 MOST_OF_A_FOLDER = 20
 """A sample: permissions rarely differ from file to file, and a dataset may hold a million."""
-PICTURES_AND_LABELS = frozenset(
-    [".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp", ".pfm", ".txt"]
-)
+IMAGES_AND_LABELS = IMAGE_SUFFIXES | {".txt"}
 
 
 def check_data(reads: Mapping[Path, type[LauncherError]], mounts: Sequence[Mount], user: str) -> None:
@@ -76,7 +75,8 @@ def _sample(place: Path) -> list[Path]:
             wanted = (
                 Path(entry.path)
                 for entry in entries
-                if os.path.splitext(entry.name)[1].lower() in PICTURES_AND_LABELS or entry.is_dir()
+                if not is_hidden(entry.name)
+                and (suffix_of(entry.name) in IMAGES_AND_LABELS or entry.is_dir())
             )
             return list(islice(wanted, MOST_OF_A_FOLDER))
     except OSError:

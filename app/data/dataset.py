@@ -14,8 +14,9 @@ import numpy as np
 
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
+from app.core.file_kinds import IMAGE_SUFFIXES
 from app.data.findings import Finding
-from app.data.images import IMAGE_SUFFIXES, ImageHeader, UnusableImageError, read_header
+from app.data.images import ImageHeader, UnusableImageError, read_header
 from app.data.labels import LabelFile, Polygon, label_path, read_labels
 from app.data.limits import container_cpu_count
 from app.data.pictures import find_pictures

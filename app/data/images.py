@@ -21,7 +21,6 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from app.data.letterbox import Size
 from app.errors import DataError, is_out_of_memory
 
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
 MIN_SIDE = 10
 """Pictures with a shorter side hold nothing to learn from."""
 MAX_PIXELS = 178_956_970

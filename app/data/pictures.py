@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from app.data.images import IMAGE_SUFFIXES
+from app.core.file_kinds import IMAGE_SUFFIXES
 from app.errors import DataError
 
 _MAX_LIST_BYTES = 1 << 30

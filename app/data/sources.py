@@ -16,7 +16,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from app.data.images import IMAGE_SUFFIXES, decode_image
+from app.core.file_kinds import IMAGE_SUFFIXES
+from app.data.images import decode_image
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
 from app.outputs.names import Subject
