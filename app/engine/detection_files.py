@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 
 from app.config.detect_config import DetectConfig
-from app.data.sources import Frame, Source
+from app.data.films import Frame
+from app.data.sources import Source
 from app.errors import DataError
 from app.outputs.atomic import append_line, atomic_path, write_atomic
 from app.outputs.file_system import folds_names, longest_name

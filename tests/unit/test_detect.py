@@ -180,7 +180,7 @@ def test_the_guide_s_line_without_a_source_looks_at_the_pictures_carried(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(detecting, "find_sources", lambda source: seen.append(source) or [])
+    monkeypatch.setattr(detecting, "find_sources", lambda source, left_out: seen.append(source) or [])
     assert (
         main(["--weights", WEIGHTS, "--img", "832", "--device", "cpu"]) == 3
     )  # as nothing is left to look at
