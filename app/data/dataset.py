@@ -23,6 +23,7 @@ from app.data.labels import Keypoints, LabelFile, Polygon, label_path, read_labe
 from app.data.limits import container_cpu_count
 from app.data.pictures import find_pictures
 from app.errors import ConfigError, DataError, readable, suggest
+from app.outputs.names import distinct
 
 SPLITS = ("train", "val", "test")
 _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
@@ -43,6 +44,8 @@ _TOLERATED_KEYS = frozenset(
     )
 )
 """Keys that exporters write and that change nothing here. `download` is read by app.data.acquire, when asked for."""
+BACKGROUND = "background"
+"""What a confusion matrix calls that which is no class."""
 _MAX_CLASSES = 100_000
 
 Progress = Callable[[int, int], None]
@@ -138,6 +141,11 @@ class Dataset:
     def nc(self) -> int:
         """Number of classes."""
         return len(self.names)
+
+    @property
+    def distinct_names(self) -> tuple[str, ...]:
+        """Class names to show and to count by: classes of equal names have their numbers."""
+        return distinct(self.names, reserved=(BACKGROUND,))
 
     @property
     def findings(self) -> list[Finding]:

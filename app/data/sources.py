@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
 import re
 import urllib.parse
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import cv2
-import numpy as np
-
-from app.core.file_kinds import IMAGE_SUFFIXES
+from app.core.file_kinds import (
+    IMAGE_SUFFIXES,
+    UNREAD_IMAGE_SUFFIXES,
+    is_hidden,
+    is_hidden_copy,
+    suffix_of,
+)
 from app.core.paths import at_home
+from app.data.films import (
+    ANIMATED_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Ended,
+    Frame,
+    is_animated,
+    read_animation,
+    read_video,
+)
 from app.data.images import decode_image
+from app.data.left_out import LeftOut
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
+from app.outputs.names import Subject
 
-VIDEO_SUFFIXES = frozenset(
-    (".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
-)
 STREAM_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
-STREAM_TIMEOUT_MS = 15_000
 MAX_LIST_BYTES = 64 << 20
+HIDDEN = "hidden files, which may be copies"
+KNOWN_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | {".apng"}
 
 Kind = Literal["picture", "video", "stream"]
 
@@ -48,6 +62,18 @@ class Source:
         return hide_secrets(self.address) if "://" in self.address else self.address
 
     @property
+    def subject(self) -> Subject:
+        """What the names of this source's files depend on; no secret of an address is in it."""
+        identity = self.shown
+        if isinstance(self.address, str):
+            identity = os.path.abspath(self.address)
+            if "://" in self.address:
+                url = urllib.parse.urlsplit(self.address)
+                query = hashlib.sha256(f"{url.query}#{url.fragment}".encode()).hexdigest()
+                identity = self.shown + (f"?sha256={query}" if url.query or url.fragment else "")
+        return Subject(identity=identity, file_name=self.file_name, film=self.kind != "picture")
+
+    @property
     def file_name(self) -> str:
         """A plain file name that outputs are named after."""
         if isinstance(self.address, int):
@@ -59,27 +85,14 @@ class Source:
         return re.sub(r"[^\w.-]+", "_", name).lstrip(".")[-100:] or "stream"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Frame:
-    """One picture, or one frame of a video."""
-
-    image: np.ndarray[Any, Any]
-    """Upright RGB, uint8 [H,W,3]."""
-    number: int
-    """Place in its video, from 0; 0 for a picture."""
-    total: int
-    """Frames that its video will give; 1 for a picture, 0 where nobody knows."""
-    fps: float
-    """Frames a second of what is written from this video; 0 for a picture."""
-
-
 @readable(DataError)
-def find_sources(source: str) -> list[Source]:
-    """Return what `--source` names, in order.
+def find_sources(source: str, left_out: LeftOut | None = None) -> list[Source]:
+    """Return what `--source` names, in order; `left_out` counts the images and films that are passed over.
 
     Raises DataError where nothing is there, UsageError for several endless streams.
     """
-    found = _read_list(at_home(source)) if _is_list(source) else _find(source, Path())
+    left_out = LeftOut() if left_out is None else left_out
+    found = _read_list(at_home(source), left_out) if _is_list(source) else _find(source, Path(), left_out)
     endless = [one.shown for one in found if one.kind == "stream"]
     if endless and len(found) > 1:
         raise UsageError(
@@ -88,20 +101,27 @@ def find_sources(source: str) -> list[Source]:
     return found
 
 
-def frames(source: Source, downloads: Path, stride: int = 1) -> Generator[Frame, None, None]:
-    """Yield the frames of one source, every `stride`-th of a video; a remote file lands in `downloads`.
+def frames(
+    source: Source, fetched: Path, stride: int = 1, ended: Ended = lambda frames, listed: None
+) -> Generator[Frame, None, None]:
+    """Yield the frames of one source, every `stride`-th of a film; a remote file is fetched to `fetched`.
 
-    Raises DataError where it cannot be read.
+    `ended` is told of a film that ends early. Raises DataError where the source cannot be read.
     """
     address = source.address
     if source.remote:
         assert isinstance(address, str)
-        address = str(download(address, downloads / source.file_name, source.shown))
+        address = str(download(address, fetched, source.shown))
     if source.kind == "picture":
         yield Frame(image=decode_image(Path(str(address))), number=0, total=1, fps=0.0)
         return
-    with closing(_read_video(address, source, stride)) as video:
-        yield from video
+    path = Path(str(address))
+    if source.kind == "video" and path.suffix.lower() in ANIMATED_SUFFIXES:
+        film = read_animation(path, source.shown, stride, ended)
+    else:
+        film = read_video(address, source.shown, stride, ended, stream=source.kind == "stream")
+    with closing(film):
+        yield from film
 
 
 def hide_secrets(address: str) -> str:
@@ -110,7 +130,7 @@ def hide_secrets(address: str) -> str:
     return urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
 
 
-def _find(source: str, folder: Path) -> list[Source]:
+def _find(source: str, folder: Path, left_out: LeftOut) -> list[Source]:
     """Return what one word names; a relative path is tried from `folder` too."""
     scheme, separator, _ = source.partition("://")
     if separator:
@@ -121,41 +141,59 @@ def _find(source: str, folder: Path) -> list[Source]:
     for path in (folder / given, given):
         if path.is_dir():
             return _of_paths(
-                sorted(path.iterdir()), f"{path}: holds no pictures or videos; name a folder that does"
+                sorted(path.iterdir()), f"{path}: holds no images or films; name a folder that does", left_out
             )
         if path.exists():
             return [_local(path)]
     if any(character in source for character in "*?["):
-        matches = sorted(glob.glob(str(folder / given), recursive=True))
-        return _of_paths(
-            [Path(match) for match in matches], f"--source {source}: nothing matches; check the pattern"
-        )
+        matches = sorted(glob.glob(str(folder / given), recursive=True, include_hidden=True))
+        nothing = f"--source {source}: nothing matches; check the pattern"
+        return _of_paths([Path(match) for match in matches], nothing, left_out, given.parts)
     raise DataError(
         f"--source {source}: no such file or folder ({given.absolute()}); "
         "give a path, glob, URL, .txt list, webcam number or stream"
     )
 
 
-def _of_paths(paths: list[Path], nothing: str) -> list[Source]:
-    """Return sources for those paths that are pictures or videos; raises DataError if none is."""
-    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    found = [_local(path) for path in paths if path.suffix.lower() in known and path.is_file()]
+def _of_paths(
+    paths: list[Path], nothing: str, left_out: LeftOut, written: tuple[str, ...] = ()
+) -> list[Source]:
+    """Return sources for those paths that are images or films; raises DataError if none is.
+
+    `written` are the parts of the pattern that somebody wrote down: a hidden folder among them is meant.
+    """
+    passed_over = LeftOut()
+    found = []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix not in KNOWN_SUFFIXES | UNREAD_IMAGE_SUFFIXES or not path.is_file():
+            continue
+        if any(is_hidden(part) for part in (path.parts if written else (path.name,)) if part not in written):
+            passed_over.add(HIDDEN, path, "name them one by one if they are meant", kind=suffix)
+        elif suffix in KNOWN_SUFFIXES:
+            found.append(_local(path))
+        else:
+            passed_over.add_unread_image(path)
     if not found:
-        raise DataError(f"{nothing} (known: {', '.join(sorted(suffix[1:] for suffix in known))})")
+        known = ", ".join(sorted(suffix[1:] for suffix in KNOWN_SUFFIXES))
+        raise DataError("\n  ".join([f"{nothing} (known: {known})", *passed_over.lines()]))
+    left_out.update([passed_over])
     return found
 
 
 def _local(path: Path) -> Source:
     kind = _kind(path.suffix)
+    if kind is None and path.suffix.lower() in UNREAD_IMAGE_SUFFIXES:
+        raise DataError(f"{path}: {path.suffix} images are not read; convert it to JPEG or PNG")
     if kind is None:
-        raise DataError(f"{path}: neither a picture nor a video by its name; convert it, or rename it")
-    return Source(kind=kind, address=str(path))
+        raise DataError(f"{path}: neither an image nor a film by its name; convert it, or rename it")
+    return Source(kind="video" if kind == "picture" and is_animated(path) else kind, address=str(path))
 
 
 def _kind(suffix: str) -> Kind | None:
     if suffix.lower() in IMAGE_SUFFIXES:
         return "picture"
-    return "video" if suffix.lower() in VIDEO_SUFFIXES else None
+    return "video" if suffix.lower() in VIDEO_SUFFIXES | {".apng"} else None
 
 
 def _remote(address: str, scheme: str) -> Source:
@@ -176,7 +214,7 @@ def _is_list(source: str) -> bool:
     return "://" not in source and Path(source).suffix.lower() in (".txt", ".streams")
 
 
-def _read_list(path: Path) -> list[Source]:
+def _read_list(path: Path, left_out: LeftOut) -> list[Source]:
     """Return what the lines of a list name; relative paths go from the list's folder, or from here."""
     try:
         with open(path, "rb") as file:
@@ -195,52 +233,23 @@ def _read_list(path: Path) -> list[Source]:
         if not word or word.startswith("#"):
             continue
         try:
-            found += _find(word, path.parent)
+            found += _listed(word, path.parent, left_out)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
     if not found:
-        raise DataError(f"{path}: an empty list; give one path or URL a line")
+        nothing = f"{path}: names no image or film; give one path or URL a line"
+        raise DataError("\n  ".join([nothing, *left_out.lines()]))
     return found
 
 
-def _read_video(address: str | int, source: Source, stride: int) -> Generator[Frame, None, None]:
-    capture = _open(address, source)
-    try:
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        fps = fps / stride if 0 < fps < 1000 else 25.0  # cameras and broken files give 0, or nonsense
-        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if source.kind == "video" else 0
-        number = -1
-        while capture.grab():
-            number += 1
-            if number % stride:
-                continue
-            whole, image = capture.retrieve()
-            if not whole:
-                break
-            yield Frame(
-                image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-                number=number,
-                total=max(-(-total // stride), 0),
-                fps=fps,
-            )
-        if number < 0:
-            raise DataError(f"{source.shown}: gave no frame; check the file, or the camera")
-    finally:
-        capture.release()
-
-
-def _open(address: str | int, source: Source) -> cv2.VideoCapture:
-    """Return an opened capture; raises DataError with what to check."""
-    if source.kind == "stream" and not isinstance(address, int):
-        timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
-        timeouts += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
-        capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts)
-    else:
-        capture = cv2.VideoCapture(address)
-    if capture.isOpened():
-        return capture
-    remedy = {
-        "video": "the file is damaged or of an unknown kind; convert it to mp4",
-        "stream": "check that it is on, and may be read from here",
-    }
-    raise DataError(f"{source.shown}: cannot be opened; {remedy[source.kind]}")
+def _listed(word: str, folder: Path, left_out: LeftOut) -> list[Source]:
+    """Return what a line of a list names; an image of a kind that is not read, and a hidden copy, are counted only."""
+    if "://" not in word:
+        unread = Path(word).suffix.lower() in UNREAD_IMAGE_SUFFIXES - {".apng"}
+        if (unread or is_hidden_copy(word)) and any((place / word).is_file() for place in (folder, Path())):
+            if unread:
+                left_out.add_unread_image(word)
+            else:
+                left_out.add(HIDDEN, word, "take them out of the list", kind=suffix_of(word))
+            return []
+    return _find(word, folder, left_out)

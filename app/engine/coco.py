@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,40 @@ _IOU_50 = 0
 """Row of IoU 0.5 in COCO's precisions."""
 
 
-def image_id(path: Path) -> int | str:
-    """Return how COCO files name a picture: the number that its file is called, else the name without suffix."""
-    return int(path.stem) if path.stem.isdecimal() and path.stem.isascii() else path.stem
+def image_ids(stems: Sequence[str]) -> list[int | str]:
+    """Return how COCO files name images, all different: the number that a file is called, else its name.
+
+    Of `1` and `0001` only the shorter is a number.
+    """
+    numbers: dict[int, str] = {}
+    for stem in sorted(filter(_is_number, stems), key=len, reverse=True):
+        numbers[int(stem)] = stem
+    return [int(stem) if _is_number(stem) and numbers[int(stem)] == stem else stem for stem in stems]
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isdecimal() and stem.isascii()
 
 
 class CocoPredictions:
     """Collect detections; `add` is a sink for `validate`. Categories are class numbers, from 0."""
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, data: Dataset, stems: Sequence[str] = ()) -> None:
+        """Call the images of `data` by `stems`, or by the names of their files."""
         self._data = data
+        self._ids = image_ids(stems or [path.stem for path in data.images])
         self._rows: list[dict[str, Any]] = []
         self._positions: list[int] = []
         """Of each row, its picture's position in the dataset."""
 
     def add(self, image: ScoredImage) -> None:
         """Take one image's detections; boxes become [left, top, width, height] in pixels."""
-        name = image_id(self._data.images[image.index])
         for box, (confidence, kind) in zip(
             _left_top_size(image.detections[:, :4]), image.detections[:, 4:].tolist(), strict=True
         ):
             self._rows.append(
                 {
-                    "image_id": name,
+                    "image_id": self._ids[image.index],
                     "category_id": int(kind),
                     "bbox": [round(side, 3) for side in box],
                     "score": round(confidence, 5),
@@ -103,7 +115,7 @@ def _annotations(data: Dataset) -> dict[str, Any]:
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": number, "name": name} for number, name in enumerate(data.names)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(data.distinct_names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from app.config.detect_config import DetectConfig
 from app.config.shipped import find_config
 from app.data.acquire import find_dataset
 from app.data.dataset import DatasetDescription, read_class_names
-from app.data.sources import Frame, Source, find_sources, frames
+from app.data.films import Frame
+from app.data.findings import write_report
+from app.data.left_out import LeftOut
+from app.data.sources import Source, find_sources, frames
 from app.engine.detection_files import DetectionFiles, SourceFiles
 from app.engine.device import select_compute
 from app.engine.inference import Predictor, load_predictor
@@ -26,8 +30,11 @@ from app.engine.predictor import PictureDetector, Thresholds, fit_size
 from app.engine.progress import Progress, duration
 from app.engine.stop_signal import StopSignal
 from app.errors import DataError, UsageError
+from app.outputs.names import distinct
 from app.outputs.run_dir import create_run_dir, runs_root
 
+LEFT_OUT = "left_out.csv"
+"""What was passed over, in the run folder."""
 NAMED_CLASSES = 6
 """Classes named in a line before it only counts them."""
 
@@ -37,13 +44,17 @@ class Tally:
     """What a run has seen and found."""
 
     sources: int
+    left_out: LeftOut
+    """All that is passed over, these sources and films included."""
     done: int = 0
     """Sources finished, unusable ones included."""
     frames: int = 0
     found: Counter[int] = field(default_factory=Counter)
     """Detections by class number."""
     skipped: list[str] = field(default_factory=list)
-    """Sources that could not be read, and why."""
+    """Sources that could not be read."""
+    damaged: list[dict[str, Any]] = field(default_factory=list)
+    """Films that end early: source, frames read, frames that the file lists."""
 
     def describe(self, found: Counter[int], names: tuple[str, ...]) -> str:
         """Return `44 RBC, 3 WBC`, the most frequent first."""
@@ -56,12 +67,13 @@ def detect(config: DetectConfig) -> None:
     """Look at every source and write what was asked for. Raises Stopped after a signal, results so far kept."""
     progress = Progress()
     source = config.source or _sample_pictures(progress)
-    sources = find_sources(source)
+    left_out = LeftOut()
+    sources = find_sources(source, left_out)
     compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")
     model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
-    names = _names(config, model)
+    names = distinct(_names(config, model))
     _check_classes(config, names)
     detector = PictureDetector(
         model,
@@ -77,7 +89,14 @@ def detect(config: DetectConfig) -> None:
     )
     folder = _run_folder(config, sources)
     progress.say(f"{compute.describe()}; run: {folder}")
-    run = _Run(config, folder, names, detector, progress, len(sources))
+    run = _Run(
+        config,
+        DetectionFiles(folder, names, config, sources),
+        names,
+        detector,
+        progress,
+        Tally(len(sources), left_out),
+    )
     with StopSignal() as stop:
         run.look_at_all(sources, stop)
     run.tell(stop)
@@ -89,19 +108,18 @@ class _Run:
     def __init__(
         self,
         config: DetectConfig,
-        folder: Path,
+        files: DetectionFiles,
         names: tuple[str, ...],
         detector: PictureDetector,
         progress: Progress,
-        sources: int,
+        tally: Tally,
     ) -> None:
         self._config = config
-        self._folder = folder
         self._names = names
         self._detector = detector
         self._progress = progress
-        self._files = DetectionFiles(folder, names, config)
-        self._tally = Tally(sources)
+        self._files = files
+        self._tally = tally
         self._window = _Window(progress) if config.view_img else None
         self._began = time.monotonic()
 
@@ -118,6 +136,9 @@ class _Run:
                     raise
                 self._progress.say(f"left out: {error}")
                 self._tally.skipped.append(source.shown)
+                self._tally.left_out.add(
+                    "sources that cannot be read", source.shown, "replace them, or remove them"
+                )
             self._tally.done += 1
         if self._tally.frames == 0:
             raise DataError(
@@ -125,7 +146,8 @@ class _Run:
             )
 
     def _look_at(self, source: Source, outputs: SourceFiles, stop: StopSignal) -> None:
-        with closing(frames(source, self._folder / "downloads", self._config.vid_stride)) as stream:
+        fetched, ended = self._files.download(source), partial(self._tell_damage, source)
+        with closing(frames(source, fetched, self._config.vid_stride, ended)) as stream:
             for place, frame in enumerate(stream, 1):
                 detections = self._detector(frame.image)
                 drawn = None
@@ -140,6 +162,14 @@ class _Run:
                 self._show(source, frame, place, found)
                 if stop.requested:
                     return
+
+    def _tell_damage(self, source: Source, read: int, listed: int | None) -> None:
+        """Say and count that a film has ended before its end."""
+        part = f"{read} of {listed} frames" if listed else f"only the first {read} frames"
+        self._progress.say(f"{source.shown}: {part}: the file is damaged; copy it again, or convert it")
+        self._tally.damaged.append({"source": source.shown, "frames": read, "listed": listed})
+        lost = listed - read if listed else 1
+        self._tally.left_out.add("frames of damaged films", source.shown, "replace the films", count=lost)
 
     def _show(self, source: Source, frame: Frame, place: int, found: Counter[int]) -> None:
         """Show one line that the next replaces: where, what, how fast, and the time left if it can be known."""
@@ -166,11 +196,11 @@ class _Run:
             f"{sum(tally.found.values())} detections: {tally.describe(tally.found, self._names)}"
         )
         self._progress.say(self._detector.seconds.describe(tally.frames))
-        if tally.skipped:
-            self._progress.say(
-                f"{len(tally.skipped)} of {tally.sources} sources could not be read and are left out"
-            )
-        self._progress.say(f"results in {self._folder}")
+        for line in tally.left_out.lines():
+            self._progress.say(line)
+        if len(tally.left_out):
+            write_report(self._files.folder / LEFT_OUT, tally.left_out.findings())
+        self._progress.say(f"results in {self._files.folder}")
         if self._config.json:
             self._progress.say(json.dumps(self._summary(seconds, stop), ensure_ascii=False))
         stop.raise_if_requested()
@@ -178,14 +208,18 @@ class _Run:
     def _summary(self, seconds: float, stop: StopSignal) -> dict[str, Any]:
         tally, files = self._tally, self._files
         return {
-            "run": str(self._folder),
+            "run": str(files.folder),
             "sources": tally.sources,
             "skipped": tally.skipped,
+            "damaged": tally.damaged,
+            "left_out": tally.left_out.as_list(),
             "frames": tally.frames,
             "detections": sum(tally.found.values()),
             "classes": {self._names[index]: count for index, count in sorted(tally.found.items())},
             "seconds": round(seconds, 3),
             "stopped": stop.requested,
+            "outputs": str(files.register.path) if files.register.path.exists() else None,
+            "renamed": files.register.renamed,
             "annotated": [str(path) for path in files.annotated],
             "labels": str(files.labels) if files.labels else None,
             "csv": str(files.csv) if files.csv else None,

@@ -6,7 +6,8 @@ import csv
 import errno
 import io
 import os
-import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,47 +16,69 @@ import cv2
 import numpy as np
 
 from app.config.detect_config import DetectConfig
-from app.data.sources import Frame, Source
+from app.data.films import Frame
+from app.data.sources import Source
 from app.errors import DataError
 from app.outputs.atomic import append_line, atomic_path, write_atomic
+from app.outputs.file_system import folds_names, longest_name
+from app.outputs.names import Named, cut, distinct, folded, numbered
+from app.outputs.register import Kind, Register
 from app.plots.drawing import draw_detections
-from app.plots.style import class_name, save_picture
+from app.plots.style import save_picture
 
-CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2")
+CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2", "file")
 KEPT_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 """Kinds that an annotated picture keeps; any other becomes a .jpg."""
+ROOM_FOR_NUMBER = 25
+"""Bytes that a class's folder name leaves for the numbers of classes of equal names."""
 
 
 class DetectionFiles:
     """Write what was found, one source at a time, below one run folder. Nothing is written outside it."""
 
-    def __init__(self, folder: Path, names: tuple[str, ...], config: DetectConfig) -> None:
-        """Prepare to write into `folder`; nothing is written before there is something to write."""
-        self._folder = folder
+    def __init__(
+        self, folder: Path, names: tuple[str, ...], config: DetectConfig, sources: Sequence[Source]
+    ) -> None:
+        """Name the files of all `sources` and write down the names; files of other sources are kept."""
+        self.folder = folder
         self._names = names
         self._config = config
-        self._stems: set[str] = set()
+        subjects = numbered([source.subject for source in sources])
+        self.register = Register(folder, subjects)
+        self._named = {
+            id(source): self.register.of(subject) for source, subject in zip(sources, subjects, strict=True)
+        }
         self.annotated: list[Path] = []
-        """Pictures and videos written."""
+        """Images and films written."""
         self.labels: Path | None = folder / "labels" if config.save_txt else None
         self.csv: Path | None = folder / "predictions.csv" if config.save_csv else None
         self.crops: Path | None = folder / "crops" if config.save_crop else None
+        self._class_folders = class_folders(names, folder) if self.crops else ()
+        if self.keeps_pictures or self.labels or self.csv or self.crops:
+            self.register.write()
         if self.csv:
-            write_atomic(self.csv, ",".join(CSV_COLUMNS) + "\n")
+            shown = {source.shown for source in sources}
+            write_atomic(self.csv, "".join(_kept_rows(self.csv, self.register, shown)))
 
     def open(self, source: Source) -> SourceFiles:
-        """Return the writer of one source, to be closed; outputs of equal names get -2, -3, …"""
-        name = Path(source.file_name)
-        stem, number = name.stem, 1
-        while stem in self._stems:
-            number += 1
-            stem = f"{name.stem}-{number}"
-        self._stems.add(stem)
-        suffix = name.suffix if name.suffix.lower() in KEPT_SUFFIXES else ".jpg"
-        path = self._folder / f"{stem}{suffix if source.kind == 'picture' else '.mp4'}"
-        return SourceFiles(self, source, stem, path)
+        """Return the writer of one source, to be closed; what an earlier run wrote of the source is removed."""
+        named = self._named[id(source)]
+        wanted: list[tuple[Kind, bool]] = [
+            ("labels", self.labels is not None),
+            ("crops", self.crops is not None),
+            ("annotated", self.keeps_pictures),
+        ]
+        self.register.remove_earlier(named, [kind for kind, asked in wanted if asked])
+        suffix = Path(source.file_name).suffix
+        suffix = suffix if suffix.lower() in KEPT_SUFFIXES else ".jpg"
+        path = self.folder / f"{named.base}{suffix if source.kind == 'picture' else '.mp4'}"
+        return SourceFiles(self, source, named, path)
 
-    def write_csv(self, source: Source, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
+    def download(self, source: Source) -> Path:
+        """Return where a file behind a URL is fetched to."""
+        return self.folder / "downloads" / f"{self._named[id(source)].base}{Path(source.file_name).suffix}"
+
+    def write_csv(self, source: Source, stem: str, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
         """Append one row a detection, all of a frame in one write."""
         if self.csv is None or not len(detections):
             return
@@ -64,7 +87,8 @@ class DetectionFiles:
         for x1, y1, x2, y2, confidence, kind in detections.tolist():
             corners = (f"{value:.1f}" for value in (x1, y1, x2, y2))
             name = self._names[int(kind)]
-            writer.writerow((source.shown, frame.number, int(kind), name, f"{confidence:.4f}", *corners))
+            where = (source.shown, frame.number, int(kind), name)
+            writer.writerow((*where, f"{confidence:.4f}", *corners, stem))
         append_line(self.csv, text.getvalue())
 
     def write_labels(self, stem: str, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> None:
@@ -79,20 +103,20 @@ class DetectionFiles:
             rows.append(" ".join([str(int(kind)), *(f"{value:.6g}" for value in row)]))
         write_atomic(self.labels / f"{stem}.txt", "\n".join(rows) + "\n")
 
-    def write_crops(self, stem: str, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> None:
-        """Write each detection's part of the picture to crops/<class>/."""
+    def write_crops(self, named: Named, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
+        """Write each detection's part of the image to crops/<class>/."""
         if self.crops is None:
             return
-        height, width = image.shape[:2]
-        for number, (x1, y1, x2, y2, _, kind) in enumerate(detections.tolist(), 1):
+        height, width = frame.image.shape[:2]
+        written: Counter[int] = Counter()
+        for x1, y1, x2, y2, _, kind in detections.tolist():
             left, top = max(int(x1), 0), max(int(y1), 0)
             right, bottom = min(int(np.ceil(x2)), width), min(int(np.ceil(y2)), height)
             if right > left and bottom > top:
-                folder = self.crops / folder_name(self._names, int(kind))
-                save_picture(
-                    image[top:bottom, left:right],
-                    folder / f"{stem}{'' if number == 1 else f'-{number}'}.jpg",
-                )
+                written[int(kind)] += 1
+                name = named.crop(frame.number, written[int(kind)])
+                folder = self.crops / self._class_folders[int(kind)]
+                save_picture(frame.image[top:bottom, left:right], folder / f"{name}.jpg")
 
     def draw(self, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return a copy of the picture with its detections drawn."""
@@ -116,11 +140,11 @@ class DetectionFiles:
 class SourceFiles:
     """The outputs of one source; a context manager that finishes its video."""
 
-    def __init__(self, files: DetectionFiles, source: Source, stem: str, path: Path) -> None:
-        """Write for `source` under names that begin with `stem`, its picture or video to `path`."""
+    def __init__(self, files: DetectionFiles, source: Source, named: Named, path: Path) -> None:
+        """Write for `source` under the names of `named`, the annotated image or film to `path`."""
         self._files = files
         self._source = source
-        self._stem = stem
+        self._named = named
         self._path = path
         self._video: _VideoFile | None = None
         self._stack = ExitStack()
@@ -136,10 +160,10 @@ class SourceFiles:
 
     def add(self, frame: Frame, detections: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> None:
         """Write everything that was asked for of one picture or frame."""
-        stem = self._stem if self._source.kind == "picture" else f"{self._stem}_{frame.number}"
+        stem = self._named.stem(frame.number)
         self._files.write_labels(stem, frame.image, detections)
-        self._files.write_csv(self._source, frame, detections)
-        self._files.write_crops(stem, frame.image, detections)
+        self._files.write_csv(self._source, stem, frame, detections)
+        self._files.write_crops(self._named, frame, detections)
         if drawn is None or not self._files.keeps_pictures:
             return
         if self._source.kind == "picture":
@@ -184,7 +208,36 @@ class _VideoFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shown))
 
 
-def folder_name(names: tuple[str, ...], index: int) -> str:
-    """Return a class's name as one plain folder name: names come from files that anybody may have written."""
-    name = re.sub(r"[^\w .+-]+", "_", class_name(names, index, longest=100)).strip(" .")
-    return name or f"class {index}"
+def class_folders(names: Sequence[str], place: Path) -> tuple[str, ...]:
+    """Return one folder name for each class, all different in `place`; names come from files of anybody.
+
+    A name that is a folder name stays as it is. Classes whose names are equal, or become so, get their numbers.
+    """
+    room = longest_name(place) - ROOM_FOR_NUMBER
+    plain = [
+        cut(_folder_name(name), room).strip(" .") or f"class {index}" for index, name in enumerate(names)
+    ]
+    if len({folded(name) for name in plain}) == len(plain):
+        return tuple(plain)
+    return distinct(plain, fold=folded if folds_names(place) else str)
+
+
+def _folder_name(name: str) -> str:
+    """Return a class's name without what a folder's may not have, here or on Windows."""
+    return "".join(
+        letter if letter.isprintable() and letter not in r'/\:*?"<>|' else "_" for letter in name.strip(" .")
+    )
+
+
+def _kept_rows(path: Path, register: Register, shown: set[str]) -> Iterator[str]:
+    """Yield the head of a CSV and the rows of sources that are not of this run, if it is there already."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for row in csv.DictReader(file):
+                of_this_run = register.is_of_this_run(row["file"]) if row.get("file") else False
+                if not of_this_run and (row.get("file") or row.get("image") not in shown):
+                    writer.writerow(row)
+    yield text.getvalue()

@@ -31,11 +31,14 @@ from app.engine.validator import (
     SUPPRESSION,
     ScoredImage,
     Validation,
+    class_figures,
     class_table,
     to_input,
     validate,
 )
 from app.outputs.atomic import write_atomic
+from app.outputs.names import subjects_of
+from app.outputs.register import Register
 from app.outputs.run_dir import create_run_dir, runs_root
 
 TIMED = (PRE_PROCESS, INFERENCE, SUPPRESSION)
@@ -72,9 +75,14 @@ class Stopwatch:
 class LabelFiles:
     """Write detections as label files, one a picture, empty where nothing was found; `add` is a sink."""
 
-    def __init__(self, folder: Path, data: Dataset, *, confidence: bool, hybrid_iou: float | None) -> None:
-        """Write into `folder`; with `hybrid_iou` the labels too, and no detection that overlaps one more."""
-        self._folder, self._data = folder, data
+    def __init__(
+        self, folder: Path, stems: Sequence[str], *, confidence: bool, hybrid_iou: float | None
+    ) -> None:
+        """Write into `folder`, image by image under `stems`.
+
+        With `hybrid_iou` the labels are written too, and no detection that overlaps one by more.
+        """
+        self._folder, self._stems = folder, stems
         self._confidence, self._hybrid_iou = confidence, hybrid_iou
 
     def add(self, image: ScoredImage) -> None:
@@ -87,7 +95,7 @@ class LabelFiles:
         for box, (confidence, kind) in zip(boxes_xywhn, found[:, 4:].tolist(), strict=True):
             numbers = [*box, confidence] if self._confidence else box
             lines.append(" ".join([f"{int(kind)}", *(f"{number:.6g}" for number in numbers)]) + "\n")
-        write_atomic(self._folder / f"{self._data.images[image.index].stem}.txt", "".join(lines))
+        write_atomic(self._folder / f"{self._stems[image.index]}.txt", "".join(lines))
 
 
 def _with_labels(image: ScoredImage, iou: float) -> Tensor:
@@ -186,16 +194,17 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     model = bench.model(config.weights)
     size = fit_stride(config.imgsz, model.image_multiple, say)
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
-    worst, coco = WorstImages(), CocoPredictions(data)
+    register, stems = _name_outputs(config, data, folder)
+    worst, coco = WorstImages(), CocoPredictions(data, stems)
     sinks = [worst.add]
     if config.writes_labels:
         hybrid = config.iou_thres if config.save_hybrid else None
-        sinks.append(LabelFiles(folder / "labels", data, confidence=config.save_conf, hybrid_iou=hybrid).add)
+        sinks.append(LabelFiles(folder / "labels", stems, confidence=config.save_conf, hybrid_iou=hybrid).add)
     if config.save_json:
         sinks.append(coco.add)
     validation, milliseconds = bench.validate(model, size, previews=pictures.PREVIEWS, sinks=sinks)
     for line in class_table(
-        validation.metrics, data.names, classes=config.verbose or data.nc < LISTED_CLASSES
+        validation.metrics, data.distinct_names, classes=config.verbose or data.nc < LISTED_CLASSES
     ):
         say(line)
     if bench.cut:
@@ -207,17 +216,40 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     )
     pictures.draw_validation(validation, data, folder)
     draw_worst(worst, data, ImageStore(data, size, "off"), folder / "worst.jpg")
-    report = {**_figures(validation), "ms_per_image": _rounded(milliseconds), "run": str(folder)}
-    report["cut_list"] = bench.cut
+    classes = class_figures(validation.metrics, data.distinct_names)
+    report = {
+        **_figures(validation),
+        "imgsz": size,
+        "batch": config.batch_size,
+        "classes": [{key: _rounded_figure(value) for key, value in row.items()} for row in classes],
+        "cut_list": bench.cut,
+        "ms_per_image": _rounded(milliseconds),
+        "run": str(folder),
+    }
     if config.save_json:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
-    twins = len(data) - len({path.stem for path in data.images})
-    if twins and (config.writes_labels or config.save_json):
-        say(
-            f"{twins} pictures have the name of another in another folder; their rows cannot be told apart by it"
-        )
+    if register is not None:
+        report["outputs"], report["renamed"] = str(register.path), register.renamed
+        if register.renamed:
+            say(
+                f"{len(register.renamed)} images have an addition to their names in the outputs: {register.path}"
+            )
     say(f"results in {folder}")
     return report
+
+
+def _name_outputs(config: ValConfig, data: Dataset, folder: Path) -> tuple[Register | None, list[str]]:
+    """Return the name of each image's outputs, written down in the run folder if there are to be any."""
+    if not (config.writes_labels or config.save_json):
+        return None, []
+    subjects = subjects_of(data.images)
+    register = Register(folder, subjects)
+    names = [register.of(subject) for subject in subjects]
+    if config.writes_labels:
+        for named in names:
+            register.remove_earlier(named, ["labels"])
+    register.write()
+    return register, [named.base for named in names]
 
 
 def _score_as_coco(
@@ -252,7 +284,14 @@ def study(config: ValConfig) -> dict[str, Any]:
             fitted = fit_stride(size, model.image_multiple, say)
             validation, milliseconds = bench.validate(model, fitted)
             figures = _figures(validation)
-            rows.append({"imgsz": fitted, **figures, "ms_per_image": _rounded(milliseconds)})
+            rows.append(
+                {
+                    "imgsz": fitted,
+                    "batch": config.batch_size,
+                    **figures,
+                    "ms_per_image": _rounded(milliseconds),
+                }
+            )
             write_atomic(table, _study_table(weights, rows))  # now: the largest sizes may be more than fits
             total = sum(milliseconds.values())
             say(f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image")
@@ -302,3 +341,7 @@ def _figures(validation: Validation) -> dict[str, Any]:
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {key: round(float(value), 5) for key, value in values.items()}
+
+
+def _rounded_figure(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value

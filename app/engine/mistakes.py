@@ -89,13 +89,14 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     images = np.full((len(found), height, width, 3), FILL, np.uint8)
     boxes, kinds, texts = [], [], []
+    names = data.distinct_names
     for image, picture, mistakes in zip(images, pictures, found, strict=True):
         image[: picture.shape[0], : picture.shape[1]] = picture
         scale = picture.shape[1] / int(data.shapes_hw[mistakes.index, 1])
         boxes.append(torch.cat((mistakes.missed[:, 1:], mistakes.false[:, :4])).numpy() * scale)
         kinds.append(np.repeat([0, 1], [len(mistakes.missed), len(mistakes.false)]))
-        missed = [data.names[int(kind)] for kind in mistakes.missed[:, 0]]
-        false = [f"{data.names[int(row[5])]} {float(row[4]):.2f}" for row in mistakes.false]
+        missed = [names[int(kind)] for kind in mistakes.missed[:, 0]]
+        false = [f"{names[int(row[5])]} {float(row[4]):.2f}" for row in mistakes.false]
         texts.append(missed + false)
     titles = [f"{data.images[m.index].name}: {len(m.missed)} missed, {len(m.false)} false" for m in found]
     plot_batch(images, boxes, kinds, None, KINDS, titles, path, texts=texts)

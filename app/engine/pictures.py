@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from app.config.train_config import AUTO_INTERVAL, TrainConfig
-from app.data.dataset import Dataset
+from app.data.dataset import BACKGROUND, Dataset
 from app.data.loader import Batch, ValLoader
 from app.engine.data import TrainingData
 from app.engine.device import Compute
@@ -35,8 +35,9 @@ def draw_labels(data: Dataset, folder: Path) -> None:
     from app.plots.labels import plot_labels, plot_labels_correlogram
 
     labels = np.concatenate(data.labels) if data.labels else np.zeros((0, 5), np.float32)
-    plot_labels(labels, data.names, folder / LABELS[0])
-    plot_labels_correlogram(labels, data.names, folder / LABELS[1])
+    names = data.distinct_names
+    plot_labels(labels, names, folder / LABELS[0])
+    plot_labels_correlogram(labels, names, folder / LABELS[1])
 
 
 def draw_final(
@@ -85,16 +86,16 @@ def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None
         targets = folder / f"val_batch{number}_labels.jpg"
         _draw_targets(preview.indices, preview.images, preview.targets, data, targets)
         _draw_detections(preview, data, folder / f"val_batch{number}_pred.jpg")
-    counts = validation.confusion.counts
-    matrix = {"names": [*data.names, "background"], "counts": counts.tolist()}
+    counts, distinct = validation.confusion.counts, data.distinct_names
+    matrix = {"names": [*distinct, BACKGROUND], "counts": counts.tolist()}
     # Before the picture: trackers are told of that one, and look for the counts beside it.
     write_atomic(folder / "confusion_matrix.json", json.dumps(matrix))
-    plot_confusion_matrix(counts, data.names, folder / "confusion_matrix.png")
+    plot_confusion_matrix(counts, distinct, folder / "confusion_matrix.png")
     metrics = validation.metrics
     if not len(metrics.classes):
         return
     classes = metrics.classes.tolist()
-    names, curves = [data.names[index] for index in classes], metrics.curves
+    names, curves = [distinct[index] for index in classes], metrics.curves
     axis = curves.confidence  # 0 to 1; the recall axis has the same grid
     plot_pr_curve(
         axis, curves.precision_at_recall, metrics.ap, names, folder / "PR_curve.png", classes=classes
@@ -144,5 +145,11 @@ def _plot(
     from app.plots.batches import plot_batch
 
     plot_batch(
-        images, boxes, classes, scores, data.names, [data.images[index].name for index in indices], path
+        images,
+        boxes,
+        classes,
+        scores,
+        data.distinct_names,
+        [data.images[index].name for index in indices],
+        path,
     )

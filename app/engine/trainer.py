@@ -464,7 +464,7 @@ class Trainer:
     def _say_classes(self, validation: Validation) -> None:
         """Print the best epoch's figures for all classes and for each."""
         self._reporter.say(f"best epoch: {self.best.epoch + 1}")
-        for line in class_table(validation.metrics, self.data.names):
+        for line in class_table(validation.metrics, self.data.val.distinct_names):
             self._reporter.say(line)
 
 

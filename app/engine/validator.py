@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from app.suppression import non_max_suppression
 CONFIDENCE = 0.001
 IOU = 0.6
 MAX_DETECTIONS = 300
+FIGURES = ("precision", "recall", "mAP50", "mAP50_95")
+"""Keys of a validation's figures."""
 LOADING, PRE_PROCESS, INFERENCE, LOSS, SUPPRESSION, SCORING = (
     "loading",
     "pre-process",
@@ -241,22 +244,48 @@ def _score(pictures: list[_Matched]) -> Metrics:
 
 
 def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True) -> list[str]:
-    """Return lines with the figures of all classes together, and with `classes` of each that has labels."""
-    rows: list[tuple[str, int, float, float, float, float]] = [
-        ("all", int(metrics.labels.sum()), metrics.precision, metrics.recall, metrics.map50, metrics.map5095)
+    """Return lines with the figures of all classes together, and with `classes` of each; `-` without labels."""
+    rows: list[tuple[str, int, tuple[float, ...] | None]] = [
+        (
+            "all",
+            int(metrics.labels.sum()),
+            (metrics.precision, metrics.recall, metrics.map50, metrics.map5095),
+        )
     ]
     if classes:
-        for row, index in enumerate(metrics.classes):
-            ap = metrics.ap[row]
-            precision, recall = metrics.precision_by_class[row], metrics.recall_by_class[row]
-            rows.append((names[index], int(metrics.labels[row]), precision, recall, ap[0], ap.mean()))
+        rows += [
+            (
+                row["name"],
+                row["labels"],
+                None if row["precision"] is None else tuple(row[key] for key in FIGURES),
+            )
+            for row in class_figures(metrics, names)
+        ]
     width = max(len("class"), *(len(row[0]) for row in rows))
     lines = [f"{'class':>{width}}  {'labels':>7}  {'P':>6}  {'R':>6}  {'mAP50':>6}  mAP50-95"]
-    for name, labels, precision, recall, map50, map5095 in rows:
-        lines.append(
-            f"{name:>{width}}  {labels:>7}  {precision:6.3f}  {recall:6.3f}  {map50:6.3f}  {map5095:8.3f}"
-        )
+    for name, labels, figures in rows:
+        shown = [f"{figure:.3f}" for figure in figures] if figures else ["-"] * len(FIGURES)
+        precision, recall, map50, map5095 = shown
+        lines.append(f"{name:>{width}}  {labels:>7}  {precision:>6}  {recall:>6}  {map50:>6}  {map5095:>8}")
     return lines
+
+
+def class_figures(metrics: Metrics, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return number, name, labels and the four figures of each class; None for the figures of one without labels."""
+    rows = {int(index): row for row, index in enumerate(metrics.classes)}
+    figures: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        row = rows.get(index)
+        scores: Sequence[float | None] = [None] * len(FIGURES)
+        if row is not None:
+            ap = metrics.ap[row]
+            scores = [metrics.precision_by_class[row], metrics.recall_by_class[row], ap[0], ap.mean()]
+        labels = 0 if row is None else int(metrics.labels[row])
+        told = (None if score is None else float(score) for score in scores)
+        figures.append(
+            {"class": index, "name": name, "labels": labels, **dict(zip(FIGURES, told, strict=True))}
+        )
+    return figures
 
 
 def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:

@@ -18,6 +18,8 @@ from app.outputs.folders import open_file, open_folder
 
 TEMPORARY_SUFFIX = ".part"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_BEGINNING = 80
+"""Bytes of a file's name that its temporary name repeats."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -56,7 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Renamed to `path` at the end, after a sync; removed on any error, and the old file is untouched then.
     """
     with open_folder(path.parent, create=True) as folder, disk_write(path):
-        temporary = f".{path.stem}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}{path.suffix}"
+        temporary = f".{_beginning(path.stem)}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}{path.suffix}"
         try:
             yield folder.proc_path / temporary
             descriptor = folder.open(temporary, os.O_RDONLY)
@@ -81,7 +83,13 @@ def sweep(directory: Path) -> None:
 
 def _temporary_name(name: str) -> str:
     # A random name: on a shared volume two containers may have the same process id.
-    return f".{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    return f".{_beginning(name)}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+
+
+def _beginning(name: str) -> str:
+    """Return so much of a file's name that a temporary name, some 50 bytes longer, is not too long where it fits."""
+    content = os.fsencode(name)
+    return name if len(content) <= _BEGINNING else content[:_BEGINNING].decode("utf-8", "ignore")
 
 
 def _is_file(folder: Folder, name: str) -> bool:

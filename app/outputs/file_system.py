@@ -1,8 +1,13 @@
-"""Which kind of file system a folder lies on: on some, a lock taken on one host is not seen on the next."""
+"""Which kind of file system a folder lies on.
+
+On some, a lock taken on one host is not seen on the next; on some, `A` and `a` are one name.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import uuid
 from pathlib import Path
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -53,3 +58,25 @@ def file_system_type(path: Path, mounts: str) -> str:
         if path.is_relative_to(point) and len(point.parts) >= deepest:
             deepest, found = len(point.parts), after.split(" ")[0]
     return found
+
+
+NAME_MAX = 255
+"""Bytes of a file name where the file system does not say."""
+
+
+def longest_name(folder: Path) -> int:
+    """Return how many bytes a file name may have in `folder`."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return NAME_MAX
+
+
+def folds_names(folder: Path) -> bool:
+    """Return whether `folder` takes names that differ by case only for one; writes a file there for a moment."""
+    probe = folder / f".case-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.with_name(probe.name.upper()).exists()
+    finally:
+        probe.unlink(missing_ok=True)

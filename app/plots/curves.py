@@ -97,7 +97,8 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
     # Nothing is nothing: a cell without an instance stays white.
     shown = np.ma.masked_equal(shares, 0)
     image = axes.imshow(shown, cmap=style.share_map(), vmin=0, vmax=1, interpolation="nearest")
-    labels = [style.figure_name(names, i, longest=18) for i in range(number - 1)] + ["background"]
+    named = [names[i] if i < len(names) else "" for i in range(number - 1)]
+    labels = [*style.figure_names(named, longest=18), "background"]
     _class_ticks(axes, labels, side)
     if number - 1 < MOST_ANNOTATED:
         _annotate(axes, shares, counts, side)
@@ -176,9 +177,10 @@ def _curves(
     if known:
         above = 3 if len(known) > 1 else 1  # the mean of one class would hide it
         axes.plot(px, py[known].mean(axis=0), color="black", linewidth=3, label=overall, zorder=above)
+    labels = style.figure_names(names, longest=22, classes=classes) if named else []
     for i in known:
         colour, dash = style.line_style(classes[i])
-        label = f"{style.figure_name(names, i, longest=22)} {notes[i]}".rstrip() if named else None
+        label = f"{labels[i]} {notes[i]}".rstrip() if named else None
         width, opacity = (1.3, 1.0) if named else (0.6, 0.45)
         axes.plot(px, py[i], color=colour, linestyle=dash, label=label, linewidth=width, alpha=opacity)
     if known:

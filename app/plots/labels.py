@@ -131,7 +131,8 @@ def _bars(axes: Axes, classes: np.ndarray, names: Sequence[str]) -> None:
     axes.set_ylim(0, max(int(counts.max()), 1) * (1.25 if upright else 1.1))
     if number <= MOST_NAMED:
         longest = 14 if upright else max(4, 150 // number)
-        labels = [style.figure_name(names, i, longest=longest) for i in range(number)]
+        named = [names[i] if i < len(names) else "" for i in range(number)]
+        labels = style.figure_names(named, longest=longest)
         size = float(np.clip(600 / number, 5.5, style.TICK_SIZE))
         axes.set_xticks(places, labels, rotation=90 if upright else 0, fontsize=size)
         axes.tick_params(axis="x", length=0)

@@ -6,7 +6,7 @@ state and any thread may draw. matplotlib is imported by the functions that draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from app.outputs.atomic import write_atomic
+from app.outputs.names import distinct
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +80,10 @@ def ink_on(colour: Rgb) -> Rgb:
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
-def class_name(names: Sequence[str], index: int, *, longest: int = 28) -> str:
+def class_name(names: Sequence[str] | Mapping[int, str], index: int, *, longest: int = 28) -> str:
     """Return a class's name on one line, shortened in the middle to `longest` characters; `class 7` if it has none."""
-    name = str(names[index]) if 0 <= index < len(names) else ""
+    known = index in names if isinstance(names, Mapping) else 0 <= index < len(names)
+    name = str(names[index]) if known else ""
     name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     return shorten(name, longest) or f"class {index}"
 
@@ -92,7 +94,7 @@ def shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
 
 
-def figure_name(names: Sequence[str], index: int, *, longest: int = 28) -> str:
+def figure_name(names: Sequence[str] | Mapping[int, str], index: int, *, longest: int = 28) -> str:
     """Return a class's name as matplotlib can draw it; `class 7` where most of its letters have no glyph.
 
     `$` is escaped, else matplotlib would read a formula. A leading `_` would hide it from legends.
@@ -103,6 +105,22 @@ def figure_name(names: Sequence[str], index: int, *, longest: int = 28) -> str:
     if 2 * len(missing) > len(name):
         drawable = f"class {index}"
     return ("\u200a" if drawable.startswith("_") else "") + drawable.replace("$", r"\$")
+
+
+def figure_names(
+    names: Sequence[str], *, longest: int = 28, classes: Sequence[int] | None = None
+) -> list[str]:
+    """Return the names of several classes as matplotlib can draw them, all different.
+
+    `classes` are their numbers, where these are not the positions; names that are equal once shortened, or that cannot
+    be drawn, are told by them.
+    """
+    numbers = list(classes) if classes is not None else list(range(len(names)))
+    drawable = [
+        figure_name({number: name}, number, longest=longest)
+        for number, name in zip(numbers, names, strict=True)
+    ]
+    return list(distinct(drawable, numbers=numbers))
 
 
 @cache

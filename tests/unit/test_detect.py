@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from app.data import sources
 from app.data.remote_source import download
 from app.detect import main
 from app.engine import detecting
-from app.engine.detection_files import folder_name
+from app.engine.detection_files import class_folders
 from app.engine.inference import Augmented
 from app.errors import DataError, UsageError
 from tests.conftest import MINI_SET, REPOSITORY
@@ -160,7 +161,7 @@ def test_a_signal_finishes_the_video_so_far_and_says_so(
     assert main([*FLAGS, "--source", str(video)]) == 143
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stopped"] is True
     assert frames_of(runs / "detect/exp/clip.mp4")[0] == 2
-    assert [path.name for path in (runs / "detect/exp").iterdir()] == ["clip.mp4"]
+    assert sorted(path.name for path in (runs / "detect/exp").iterdir()) == ["clip.mp4", "outputs.json"]
 
 
 def test_equal_names_from_two_folders_do_not_replace_each_other(
@@ -169,14 +170,17 @@ def test_equal_names_from_two_folders_do_not_replace_each_other(
     (folder / "deeper").mkdir()
     shutil.copyfile(PICTURES[2], folder / "deeper" / "a.jpg")
     told = detect(capsys, "--source", str(folder / "**" / "*.jpg"))
-    assert [Path(path).name for path in told["annotated"]] == ["a.jpg", "a-2.jpg"]
+    names = [Path(path).name for path in told["annotated"]]
+    assert names[0] == "a.jpg"
+    assert re.fullmatch(r"a-[0-9a-f]{6}\.jpg", names[1])
+    assert told["renamed"] == [{"source": str(folder / "deeper" / "a.jpg"), "name": Path(names[1]).stem}]
 
 
 def test_the_guide_s_line_without_a_source_looks_at_the_pictures_carried(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(detecting, "find_sources", lambda source: seen.append(source) or [])
+    monkeypatch.setattr(detecting, "find_sources", lambda source, left_out: seen.append(source) or [])
     assert (
         main(["--weights", WEIGHTS, "--img", "832", "--device", "cpu"]) == 3
     )  # as nothing is left to look at
@@ -235,11 +239,21 @@ def test_outputs_never_replace_the_pictures_looked_at(runs: Path, capsys: pytest
     assert digests(run) == before
 
 
-def test_a_class_name_cannot_lead_out_of_the_crops_folder() -> None:
-    for name in ("../../etc", "/etc", "..", "a/b", "a\0b", "", " . "):
-        folder = folder_name((name,), 0)
+def test_a_class_name_cannot_lead_out_of_the_crops_folder(tmp_path: Path) -> None:
+    names = ("../../etc", "/etc", "..", "a/b", "a\0b", "", " . ", "a\nb", "\x1b[2J", "CON|", "é" * 300)
+    folders = class_folders(names, tmp_path)
+    for folder in folders:
         assert folder not in ("", ".", "..")
-        assert not set("/\0\\") & set(folder)
+        assert not set("/\0\\\n\x1b") & set(folder)
+        (tmp_path / folder).mkdir()  # a name too long, or there already, would raise
+    assert class_folders(("cell (red)", "Größe"), tmp_path) == ("cell (red)", "Größe")
+
+
+def test_classes_of_equal_names_have_crop_folders_by_number(tmp_path: Path) -> None:
+    names = ("cell", "a/b", "cell", "a:b", "cell 0", "x" * 300, "x" * 299)
+    folders = class_folders(names, tmp_path)
+    assert folders[:5] == ("cell 0 0", "a_b 1", "cell 2", "a_b 3", "cell 0")
+    assert len(set(folders)) == len(names)
 
 
 def test_thresholds_and_classes_choose_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,7 +463,7 @@ def test_a_video_that_cannot_be_begun_leaves_nothing(
     code, message = fail(capsys, "--source", str(video))
     assert code == 3
     assert "--nosave" in message
-    assert not list((runs / "detect" / "exp").iterdir())
+    assert [path.name for path in (runs / "detect" / "exp").iterdir()] == ["outputs.json"]
 
 
 def test_a_film_is_kept_as_far_as_it_could_be_read(

@@ -19,7 +19,7 @@ from app.data.dataset import Dataset, DatasetDescription
 from app.engine import data as engine_data
 from app.engine import device, evaluation
 from app.engine.checkpoint import save_checkpoint
-from app.engine.coco import CocoPredictions, image_id
+from app.engine.coco import CocoPredictions, image_ids
 from app.engine.cut_list import cut_list
 from app.engine.inference import Augmented, Ensemble, SingleClass
 from app.engine.mistakes import WorstImages
@@ -372,8 +372,11 @@ def test_the_worst_images_of_several_processes_are_the_worst_of_all() -> None:
 
 
 def test_a_picture_is_named_in_coco_by_its_number_if_it_has_one() -> None:
-    assert image_id(Path("val/000000397133.jpg")) == 397133
-    assert image_id(Path("val/frame_7.jpg")) == "frame_7"
+    assert image_ids(["000000397133", "frame_7"]) == [397133, "frame_7"]
+
+
+def test_two_pictures_of_one_number_have_two_names_in_coco() -> None:
+    assert image_ids(["0001", "1", "01", "2"]) == ["0001", 1, "01", 2]
 
 
 def test_perfect_detections_score_one_with_pycocotools_and_none_zero(tiny_data: Path) -> None:
