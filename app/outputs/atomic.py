@@ -64,8 +64,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`; to be called by whoever alone writes there."""
-    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    for pattern in (f".*{TEMPORARY_SUFFIX}", f".*{TEMPORARY_SUFFIX}.*"):  # of write_atomic and of atomic_path
+        for leftover in directory.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def _temporary_name(path: Path) -> Path:
