@@ -144,7 +144,11 @@ class Ledger:
     def _count_failure(self, trial: FrozenTrial) -> None:
         self.last_reason = str(trial.user_attrs.get("reason", self.last_reason))
         ending = trial.user_attrs.get("ending")
-        may_retry = trial.user_attrs.get("lost_before", 0) < self._max_retries
+        # A finalist has been trained to its end before: what its workers die of is not its hyp, and without all of its
+        # repetitions it would be judged by fewer than the others.
+        may_retry = (
+            FINALIST_OF in trial.user_attrs or trial.user_attrs.get("lost_before", 0) < self._max_retries
+        )
         if ending == State.STOPPED or (ending == State.LOST and may_retry):
             self._orphans[trial.number] = trial
         else:

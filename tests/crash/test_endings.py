@@ -18,8 +18,8 @@ from app.tracking.events import read_events
 from tests.crash.conftest import Start
 
 REPLICA = "train-one-cpu0"
-STEPS = [int(step) for step in os.environ.get("STARLING_END_STEPS", "1,4,14,24,33").split(",")]
-"""Writes of the end at which the trainer is killed; all of them take a minute."""
+STEPS = [int(step) for step in os.environ.get("STARLING_END_STEPS", "1,14,30").split(",")]
+"""Writes of the end, of some 40, at which the trainer is killed."""
 STILL = "lr0: 0.0\nwarmup_bias_lr: 0.0\nwarmup_epochs: 0.0\nweight_decay: 0.0\n"
 """Hyperparameters under which the fitness never changes."""
 
@@ -180,7 +180,7 @@ def test_epochs_lowered_at_a_resume_end_the_training_with_a_validation(
     assert (run / "results.png").is_file()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [4, 30])
 def test_a_replica_killed_in_its_end_finishes_its_own_run_and_begins_no_other(
     killed: Callable[..., Path],
     tiny_args: list[str],
