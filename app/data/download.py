@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.lock import take, try_flock
 from app.errors import StarlingError, UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
 
@@ -139,13 +140,19 @@ def sha256_of(path: Path) -> str:
 def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold `target` against other processes that would make it too; wait for them, and say so."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    path = target.with_name(f".{target.name}.lock")
+
+    def wait(descriptor: int) -> bool:
+        if not try_flock(descriptor):
             say(f"{target}: another process is fetching it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
+
+    descriptor, _ = take(path, lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), wait)
+    try:
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _receive_all(

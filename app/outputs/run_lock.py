@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
+from app.core.lock import take, take_folder
 from app.errors import UsageError
 
 LOCK = ".lock"
@@ -22,27 +21,29 @@ def run_lock(folder: Path) -> Iterator[None]:
     The kernel releases the lock when its holder dies, so there is nothing to clean up.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _open(folder / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        # Two locks: the file tells who holds it, the folder's holds though somebody removes the file.
+        descriptor, free = take(folder / LOCK, lambda: _open(folder / LOCK))
+        file = stack.enter_context(open(descriptor, "a+"))
+        if free:
+            descriptor, free = take_folder(folder)
+            stack.callback(os.close, descriptor)
+        if not free:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UsageError(
                 f"{folder}: already in use by {holder}; wait for it, stop it, or choose another --name"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path) -> int:
     """Open the lock's file, but not through a link: it is about to be emptied."""
     try:
-        return open(
-            os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "a+"
-        )
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be locked ({error.strerror}); it must be a file that this user may write"

@@ -129,7 +129,9 @@ class Ledger:
                 self._epochs += self._plan.epochs
             elif trial.state is TrialState.PRUNED:
                 self.pruned += 1
-                self._epochs += int(trial.user_attrs["epochs"])
+                # A repair of the journal may have dropped the number; the last rung it reached is known.
+                reached = max(trial.intermediate_values, default=0)
+                self._epochs += int(trial.user_attrs.get("epochs", reached))
             elif trial.state is TrialState.FAIL:
                 self._count_failure(trial)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from app.core.lock import take, try_flock
 
 
 @contextmanager
@@ -18,13 +20,22 @@ def exclusive(path: Path, timeout_s: float, *, poll_s: float = 0.05) -> Iterator
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_s
-    with open(path, "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{path} is held by another process") from None
-                time.sleep(poll_s)
+
+    def acquire(descriptor: int) -> bool:
+        while not try_flock(descriptor):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(poll_s)
+        return True
+
+    descriptor, free = take(path, lambda: _open(path), acquire)
+    try:
+        if not free:
+            raise TimeoutError(f"{path} is held by another process")
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)

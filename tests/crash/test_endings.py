@@ -188,8 +188,10 @@ def test_a_replica_killed_in_its_end_finishes_its_own_run_and_begins_no_other(
     monkeypatch: pytest.MonkeyPatch,
     step: int,
 ) -> None:
-    monkeypatch.setenv("STARLING_REPLICA", REPLICA)
     run = killed(step)
+    [status_file] = (runs / ".workers").glob("*.json")
+    status_file.rename(status_file.with_name(f"{REPLICA}.json"))
+    monkeypatch.setenv("STARLING_REPLICA", REPLICA)
     assert train.main([*tiny_args, "--name", "one"]) == 0
     assert [path.name for path in (runs / "train").iterdir()] == ["one"]
     assert (run / "results.png").is_file()
