@@ -213,6 +213,8 @@ class TrainCommand:
     given: frozenset[str]
     arguments: tuple[str, ...] = ()
     """The words it was parsed from."""
+    goes_on: bool = False
+    """Whether it resumes the run that its replica left, which the words do not say."""
 
     def resumed(self, saved: TrainConfig) -> TrainConfig:
         """Return the configuration of a resume: the saved one, with what was given now.

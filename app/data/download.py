@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.lock import take, try_flock
 from app.core.plain_json import read_json
 from app.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
@@ -140,16 +141,19 @@ def sha256_of(path: Path) -> str:
 def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold `target` against other processes that would make it too; wait for them, and say so."""
     make_folder(target.parent)
-    lock = open_file(
-        target.with_name(f".{target.name}.lock"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True
-    )
-    with open(lock, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    path = target.with_name(f".{target.name}.lock")
+
+    def wait(descriptor: int) -> bool:
+        if not try_flock(descriptor):
             say(f"{target}: another process is fetching it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
+
+    descriptor, _ = take(path, lambda: open_file(path, os.O_WRONLY | os.O_CREAT, alone=True), wait)
+    try:
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _receive_all(

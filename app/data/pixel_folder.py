@@ -8,7 +8,6 @@ end with their holder, so that a killed builder's place is taken at once.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.core.lock import is_at, try_flock
 from app.data.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 from app.outputs.atomic import TEMPORARY_SUFFIX
 from app.outputs.folders import make_folder, names_in, open_file, remove, state_of
@@ -93,7 +93,7 @@ def kept_files(folder: Path) -> list[KeptFile]:
                 path=path,
                 nbytes=status.st_size,
                 used_at=status.st_mtime,
-                in_use=not _try_lock(file.fileno()),
+                in_use=not try_flock(file.fileno()),
                 pictures=head.get("pictures"),
                 image_size=head.get("image_size"),
             )
@@ -106,7 +106,7 @@ def remove_idle(folder: Path) -> list[KeptFile]:
     removed = []
     for kept in kept_files(folder):
         with suppress(OSError), open_regular(kept.path) as file:
-            if _try_lock(file.fileno()):
+            if try_flock(file.fileno()):
                 remove(kept.path)
                 removed.append(kept)
     _sweep(folder)
@@ -124,13 +124,13 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
     for _ in range(_ROUNDS):
         descriptor = _open_lock(lock)
         try:
-            while not _try_lock(descriptor):
+            while not try_flock(descriptor):
                 if not told:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     say(f"waiting for {holder or 'another process'}, which builds the picture cache {path}")
                     told = True
                 time.sleep(POLL_S)
-            if not _is_at(descriptor, lock):
+            if not is_at(descriptor, lock):
                 continue
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -158,7 +158,7 @@ def _sweep(folder: Path, own_key: str | None = None) -> None:
             lock = folder / f"{named[1]}.lock"
             descriptor = _open_lock(lock)
             try:
-                if _try_lock(descriptor) and _is_at(descriptor, lock):  # so nobody is at it
+                if try_flock(descriptor) and is_at(descriptor, lock):  # so nobody is at it
                     remove(path)
                     remove(lock)
             finally:
@@ -176,7 +176,7 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
             with suppress(OSError):
                 file = locks.enter_context(open_regular(path))
                 status = os.fstat(file.fileno())
-                if _try_lock(file.fileno()):
+                if try_flock(file.fileno()):
                     idle.append((status.st_mtime, path, status.st_size))
         if sum(size for _, _, size in idle) < short:
             raise OSError(
@@ -199,20 +199,6 @@ def _own_files(folder: Path) -> list[Path]:
 def _open_lock(path: Path) -> int:
     """Return a descriptor of the lock's file; never through a link or of another's file, as it is written to."""
     return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether the open file is still the one of that name."""
-    there = state_of(path)
-    return there is not None and os.path.samestat(os.fstat(descriptor), there)
 
 
 def _gib(nbytes: int) -> str:

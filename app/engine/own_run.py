@@ -12,9 +12,7 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import RESUMABLE, TrainCommand
-from app.engine.best_weights import holds_best
 from app.engine.checkpoint import load_newest
-from app.engine.results import EpochRow
 from app.errors import CheckpointError, UsageError
 from app.outputs.restarts import unfinished_run
 from app.outputs.run_dir import RunDir, project_dir, runs_root
@@ -33,7 +31,8 @@ def go_on(
     """Return the command that goes on with this replica's own run; the very command where there is none.
 
     Only the launcher's replicas (`$STARLING_REPLICA`) do so, and only with a run of the same command: by its seed it
-    ends with the same weights as a new one. A run without a checkpoint is begun again in its folder.
+    ends with the same weights as a new one. A run whose epochs are all done is finished. A run without a checkpoint is
+    begun again in its folder.
     """
     replica = environment.get("STARLING_REPLICA")
     if not replica or command.config.resume or command.config.evolve:
@@ -52,10 +51,10 @@ def go_on(
     except CheckpointError as error:
         say(f"{error}; starting anew")
         return command
-    if not _is_same(state, command.config, hyp) or _is_finished(state, command.config, run):
+    if not _is_same(state, command.config, hyp):
         return command
     config = replace(command.config, resume=str(run.last))
-    return replace(command, config=config, given=(command.given & FREE) - {"name"} | {"resume"})
+    return replace(command, config=config, given=(command.given & FREE) - {"name"} | {"resume"}, goes_on=True)
 
 
 def _own_run(status: Path, config: TrainConfig, root: Path) -> RunDir | None:
@@ -82,8 +81,3 @@ def _is_same(state: Mapping[str, Any], config: TrainConfig, hyp: Callable[[Train
     free = FREE | ({"batch_size"} if config.batch_size == AUTO_BATCH else set())
     alike = replace(config, **{field: getattr(saved, field) for field in free}) == saved
     return state.get("kind") == "resumable" and alike and saved_hyp == hyp(config)
-
-
-def _is_finished(state: Mapping[str, Any], config: TrainConfig, run: RunDir) -> bool:
-    rows = [EpochRow.from_list(values) for values in state["rows"]]
-    return bool(state["epoch"] >= config.epochs and holds_best(run.best, rows))

@@ -105,11 +105,11 @@ def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None
     plot_confidence_curve("R", axis, curves.recall, names, folder / "R_curve.png", classes=classes)
 
 
-def draw_results(results_csv: Path, path: Path) -> None:
-    """Draw results.png from results.csv."""
+def draw_results(results_csv: Path, path: Path, best_epoch: int) -> None:
+    """Draw results.png from results.csv; `best_epoch` counts from 0."""
     from app.plots.results import plot_results
 
-    plot_results(results_csv, path)
+    plot_results(results_csv, path, best_epoch=best_epoch)
 
 
 def _draw_targets(

@@ -14,12 +14,12 @@ from app.engine.progress import Progress, duration
 from app.engine.results import EpochRow
 from app.outputs.run_dir import RunDir
 from app.outputs.worker_status import WorkerStatus
-from app.tracking.events import RUN_ARTIFACTS, EventLog
+from app.tracking.events import RUN_ARTIFACTS, EventLog, tells_metrics
 
 STATUS_EVERY_S = 2.0
 BEST_EVERY_S = 300.0
 """Seconds between two sendings of a best.pt that gets better each epoch; the last one is sent in any case."""
-_PHASES = {"finished": "done", "failed": "failed", "killed": "stopped", "pruned": "done"}
+_PHASES = {"failed": "failed", "killed": "stopped", "pruned": "done"}
 """How a run ended -> what its worker's status says."""
 
 
@@ -88,6 +88,11 @@ class Reporter:
         if self._events is not None:
             self.progress.listen(lambda line: self._event("message", text=line))
         self._update(phase="starting", run_dir=str(self._run_path), message=None, lasting=None)
+
+    def goes_on_after(self, row: EpochRow) -> None:
+        """Tell the figures of the last epoch before a resume, where a kill came before they were told."""
+        if self._events is not None and not tells_metrics(self._events.path, self.label.uuid, row.epoch):
+            self._event("metrics", step=row.epoch, values=row.values())
 
     def epoch_began(self) -> None:
         """Start the epoch's clock."""
@@ -177,8 +182,13 @@ class Reporter:
             self._model(RunDir(self._run_path).best, "best", best)
         self._event("run_end", status=status, reason=reason)
         self.progress.listen(None)
-        if self.label.parent is None:  # a candidate's end is not its worker's
+        # A candidate's end is not its worker's; a finished run is done when its results have been delivered.
+        if self.label.parent is None and status != "finished":
             self._update(phase=_PHASES[status], message=reason or None, lasting=lasting or None)
+
+    def done(self) -> None:
+        """Tell that nothing is left to do of a finished run."""
+        self._update(phase="done", run_dir=str(self._run_path), message=None, lasting=None)
 
     def _model(self, path: Path, name: str, row: EpochRow) -> None:
         if self._kind(path) is not None and path.is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config.train_config import TrainConfig
-from app.engine.best_weights import best_row, holds_best
+from app.engine.best_weights import best_row, held_row
 from app.engine.checkpoint import save_checkpoint
 from app.engine.results import EpochRow
 from app.outputs.run_dir import RunDir
@@ -20,6 +20,8 @@ class Saver:
 
     saved: tuple[int, int] | None
     """Epoch and iteration of the checkpoint that this process saved last."""
+    began: tuple[int, int]
+    """Epoch and iteration at which this process began."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Saver:
         self._writes, self._clock = writes, clock
         self._saved_at = clock()
         self.saved = None
+        self.began = (0, 0)
         self._kept: EpochRow | None = None
         """The row whose weights are in best.pt."""
 
@@ -47,8 +50,8 @@ class Saver:
         return self._writes and not self._config.nosave and passed >= 60 * self._config.save_minutes
 
     def is_best(self, row: EpochRow) -> bool:
-        """Return whether the row was validated and beats the one whose weights are kept."""
-        return row.validated and (self._kept is None or row.fitness > self._kept.fitness)
+        """Return whether the row was validated and is at least as good as the one whose weights are kept."""
+        return row.validated and (self._kept is None or row.fitness >= self._kept.fitness)
 
     def save_last(self, position: tuple[int, int]) -> None:
         """Save `last.pt` at this epoch and iteration."""
@@ -66,12 +69,16 @@ class Saver:
             self.save_last((done, 0))
         if best:
             self._save_best(row)
-        period = self._config.save_period
-        if self._writes and period > 0 and done % period == 0:
-            kept = self._run.weights / f"epoch{row.epoch}.pt"
+        kept = self._kept_of(done)
+        if kept is not None:
             save_checkpoint(kept, self._weights())
-            return kept
-        return None
+        return kept
+
+    def _kept_of(self, done: int) -> Path | None:
+        """Return the file that `--save-period` keeps after so many epochs; None where none is due."""
+        period = self._config.save_period
+        due = self._writes and period > 0 and done > 0 and done % period == 0
+        return self._run.weights / f"epoch{done - 1}.pt" if due else None
 
     def _save_best(self, row: EpochRow) -> None:
         if self._writes:
@@ -80,17 +87,24 @@ class Saver:
 
     def restored(self, rows: Sequence[EpochRow], position: tuple[int, int]) -> None:
         """Find out which row's weights best.pt holds, and mend what a kill between two saves left."""
+        self.began = position
         best = best_row(rows)
-        if best is None or not self._writes or holds_best(self._run.best, rows):
+        held = held_row(self._run.best, rows) if self._writes else best
+        if best is None or held == best:
             self._kept = best
         elif (best.epoch + 1, 0) == position:
             self._say(f"{self._run.best}: written anew from the checkpoint, whose epoch is the best")
             self._save_best(best)
+        elif held is not None and held.fitness == best.fitness:
+            self._kept = held  # an older version kept the first of equals
         else:
             self._say(
                 f"{self._run.best}: the weights of the best epoch ({best.epoch + 1}) are not there; "
-                "the file will hold the best of the epochs to come"
+                "the file will hold the best of the epochs to come, or the last one's where none comes"
             )
+        kept = self._kept_of(position[0]) if not position[1] else None
+        if kept is not None and not kept.is_file():  # a kill came before it
+            save_checkpoint(kept, self._weights())
 
     def finish(self) -> None:
         """Leave a best.pt in any case: a candidate that went on in a folder of its own may have none."""

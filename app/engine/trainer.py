@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from app.config.train_config import TrainConfig
 from app.config.yaml_reader import write_yaml
 from app.data.loader import Batch
 from app.engine import pictures
+from app.engine.best_weights import kept_row
 from app.engine.checkpoint import load_checkpoint, require
 from app.engine.compiling import CompiledForward
 from app.engine.data import TrainingData, training_loader, validation_loader
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
+from app.engine.ending import is_over
 from app.engine.learner import Learner
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.reporter import Reporter
@@ -149,7 +151,7 @@ class Trainer:
         """
         self._begin()
         self._reporter.hook("on_train_start", epoch=self.epoch)
-        while self.epoch < self.config.epochs:
+        while not is_over(self.rows, self.epoch, self.config):
             self._reporter.epoch_began()
             self._reporter.hook("on_train_epoch_start", epoch=self.epoch)
             self._fit_epoch()
@@ -159,11 +161,10 @@ class Trainer:
             self._score_epoch()
             if self.epoch < self.config.epochs:
                 self._stop_if_asked()
-            if self._out_of_patience():
-                self._reporter.say(
-                    f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
-                )
-                break
+        if self.epoch < self.config.epochs:
+            self._reporter.say(
+                f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
+            )
         return self._finish()
 
     def _begin(self) -> None:
@@ -173,6 +174,9 @@ class Trainer:
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
             pictures.draw_labels(self.data.train, self.run.path)
+        if self.rows:  # a kill may have come before the row was written, or this folder is another worker's
+            write_results(self.run.results_csv, self.rows)
+            self._reporter.goes_on_after(self.rows[-1])
         self._reporter.appeared(*(self.run.path / name for name in FIRST_FILES))
         self._reporter.hook("on_pretrain_routine_end", model=self.model)
         if self._rollbacks_left and self.epoch == self.iteration == 0:
@@ -341,25 +345,16 @@ class Trainer:
     def _row(self, losses: tuple[float, float, float], validation: Validation | None) -> EpochRow:
         metrics, val_losses = NOT_VALIDATED, NOT_VALIDATED[:3]
         if validation is not None:
-            m = validation.metrics
-            metrics, val_losses = (m.precision, m.recall, m.map50, m.map5095), validation.losses
+            metrics, val_losses = _scores(validation).values()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return EpochRow(
             self.epoch, losses, metrics, val_losses, (rates[BIASES], rates[DECAYED], rates[NORMS])
         )
 
-    def _best_rows(self) -> list[EpochRow]:
-        return [row for row in self.rows if row.validated]
-
     @property
     def best(self) -> EpochRow:
-        """The validated row with the highest fitness, the first of equals."""
-        return max(self._best_rows(), key=lambda row: row.fitness)
-
-    def _out_of_patience(self) -> bool:
-        if not self.config.patience or not self._best_rows():
-            return False
-        return self.epoch - 1 - self.best.epoch >= self.config.patience
+        """The validated row with the highest fitness, the newest of equals; the last row where none was validated."""
+        return kept_row(self.rows)
 
     # --- state ------------------------------------------------------------------------------------------
 
@@ -440,16 +435,30 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         self._ahead = None  # an early stop has no use for it
+        self._end_saved()
         self._saver.finish()
         if not self.config.noplots:
             if self._draws:
-                pictures.draw_results(self.run.results_csv, self.run.path / "results.png")
+                pictures.draw_results(self.run.results_csv, self.run.path / "results.png", self.best.epoch)
             validation = pictures.draw_final(
                 self._best_model(), self.val_loader, self.data, self.compute, self.run.path, self._group
             )
             self._say_classes(validation)
         self._reporter.hook("on_train_end")
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
+
+    def _end_saved(self) -> None:
+        """See to it that the last epoch is validated and saved, where it ended sooner than was planned."""
+        trained_here = self._saver.began != (self.epoch, self.iteration)
+        if not (trained_here or any(row.validated for row in self.rows)):  # a resume has lowered --epochs
+            validation = self._validate()
+            self.rows[-1] = replace(self.rows[-1], **_scores(validation))
+            if self._group.is_main:
+                write_results(self.run.results_csv, self.rows)
+            self.iteration = 0
+            self._saver.save_epoch(self.rows[-1], best=self.rows[-1].validated, last=True)
+        elif trained_here and self._saver.saved != (self.epoch, self.iteration):  # --nosave and an early stop
+            self._saver.save_last((self.epoch, self.iteration))
 
     def _best_model(self) -> Detector:
         """Return the averaged weights of the best epoch."""
@@ -472,6 +481,12 @@ def _running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """Return the means and variances that BatchNorm keeps, which ranks average as they do gradients."""
     kept = ("running_mean", "running_var")
     return [value for name, value in model.named_buffers() if name.endswith(kept)]
+
+
+def _scores(validation: Validation) -> dict[str, Any]:
+    """Return what a validation adds to its epoch's row."""
+    m = validation.metrics
+    return {"metrics": (m.precision, m.recall, m.map50, m.map5095), "val_losses": validation.losses}
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:

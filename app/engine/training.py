@@ -20,7 +20,7 @@ from app.data.pixel_folder import CACHE_FOLDER
 from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
-from app.engine.best_weights import holds_best
+from app.engine.best_weights import kept_row, unscored
 from app.engine.checkpoint import find_last, load_newest, require
 from app.engine.data import (
     DEVICE_SHARE,
@@ -33,6 +33,7 @@ from app.engine.data import (
 )
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
+from app.engine.ending import End, figures_of, read_summary, what_is_left, write_mark, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
@@ -137,6 +138,7 @@ class _Job:
     folder: Path | None
     """The run to go on in; None for a new one."""
     state: dict[str, Any] | None
+    left: End = End.TRAINING
 
 
 def train(command: TrainCommand) -> None:
@@ -157,6 +159,10 @@ def train(command: TrainCommand) -> None:
     hooks = find_hooks(job.config.hooks)
     with joined(job.config, place) as group:
         _check_same_state(job, group)
+        if group.from_main(job.left) in (End.DELIVERING, End.WHOLE):
+            if group.is_main:
+                _end_again(job, progress)
+            return
         workshop = open_workshop(job.config, job.start, job.hyp, progress.say, group)
         if group.is_main:
             _lead(job, workshop, progress, hooks)
@@ -220,37 +226,60 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
             )
         finally:
             finish_bridges(bridges, stop)
-    best = result.best
-    progress.say(
-        f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
-        f"results in {run.path}"
-    )
-    upload_results(config, run.path, progress.say)
+        _deliver(config, run, result.rows, job.run_uuid, progress.say)
+        reporter.done()
+
+
+def _end_again(job: _Job, progress: Progress) -> None:
+    """Do what is left of a run whose figures and pictures are made and told: send, copy, and say how it ended."""
+    assert job.folder is not None, "there is a run to resume"
+    assert job.state is not None, "there is a checkpoint to resume"
+    run, rows = RunDir(job.folder), [EpochRow.from_list(values) for values in job.state["rows"]]
+    status = WorkerStatus(runs_root(), worker_name())
+    with run_lock(run.path), StopSignal() as stop:
+        log = EventLog(run.events, job.run_uuid, warn=progress.say)
+        if job.left is End.DELIVERING:
+            finish_bridges(start_bridges(log, warn=progress.say), stop)
+        _deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
+        status.update(phase="done", run_dir=str(run.path))
+
+
+def _deliver(
+    config: TrainConfig,
+    run: RunDir,
+    rows: Sequence[EpochRow],
+    run_uuid: str,
+    say: Callable[[str], None],
+    *,
+    again: bool = False,
+) -> None:
+    """Say how a finished training ended, copy its results, and note that nothing is left to do.
+
+    `again`: the results have been copied before.
+    """
+    best = kept_row(rows)
+    if note := unscored(rows):
+        say(note)
+    else:
+        say(
+            f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
+            f"results in {run.path}"
+        )
+    delivered = again or upload_results(config, run.path, say)
     if config.json:
-        print(json.dumps({**summary(best, run), "cut_list": workshop.data.cut}), flush=True)
+        told = {**figures_of(rows, run), "cut_list": read_summary(run).get("cut_list")}
+        print(json.dumps(told), flush=True)
+    if delivered and not again:  # a copy that failed is tried again by a resume
+        write_mark(run, rows, run_uuid)
 
 
-def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
-    """Copy the results to `--bucket`, if one is given."""
-    if config.bucket:
-        project = config.run_project.removeprefix("runs/")
-        below = Path(project).name if Path(project).is_absolute() else project
-        upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
-
-
-def summary(best: EpochRow, run: RunDir) -> dict[str, Any]:
-    """Return what `--json` prints of the best epoch."""
-    precision, recall, map50, map5095 = best.metrics
-    return {
-        "precision": precision,
-        "recall": recall,
-        "mAP50": map50,
-        "mAP50_95": map5095,
-        "fitness": best.fitness,
-        "epoch": best.epoch + 1,
-        "run": str(run.path),
-        "weights": str(run.best),
-    }
+def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> bool:
+    """Copy the results to `--bucket`, if one is given; return whether all went well."""
+    if not config.bucket:
+        return True
+    project = config.run_project.removeprefix("runs/")
+    below = Path(project).name if Path(project).is_absolute() else project
+    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
@@ -269,16 +298,24 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         )
     require(taken, state, RESUMED)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
-    rows = [EpochRow.from_list(values) for values in state["rows"]]
-    if state["epoch"] >= config.epochs and holds_best(last.with_name("best.pt"), rows):
-        raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
-    folder = last.parent.parent
+    folder, done = last.parent.parent, state["epoch"]
     name_top(folder.parent)
-    say(
-        f"resuming {folder} at epoch {min(state['epoch'] + 1, config.epochs)}/{config.epochs}, from {taken.name}"
-    )
+    left = what_is_left(RunDir(folder), state, config)
+    early = done < config.epochs
+    if left is End.WHOLE and not command.goes_on:
+        raise UsageError(
+            f"{last}: stopped early after {done} epochs (--patience {config.patience}); go on with a larger --patience, "
+            "or 0 for none"
+            if early
+            else f"{last}: all {done} epochs are done; go on with a larger --epochs"
+        )
+    if left is End.TRAINING:
+        say(f"resuming {folder} at epoch {done + 1}/{config.epochs}, from {taken.name}")
+    else:
+        over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
+        say(f"finishing {folder}: {over}, from {taken.name}")
     hyp = Hyp.from_mapping(state["hyp"], str(last))
-    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state)
+    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left)
 
 
 def train_in(
@@ -319,6 +356,8 @@ def train_in(
         raise
     finally:
         workshop.group.training_is_over()
+    if workshop.group.is_main and reporter.label.parent is None:
+        write_summary(run, result.rows, reporter.label.uuid, cut_list=workshop.data.cut)
     reporter.ended("finished", best=result.best)
     return result
 

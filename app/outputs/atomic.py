@@ -77,7 +77,8 @@ def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`, if it is there; to be called by whoever alone writes there."""
     with suppress(FileNotFoundError), open_folder(directory) as folder:
         for name in folder.names():
-            if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):
+            # The names of write_atomic end so; in those of atomic_path the file's own suffix follows.
+            if name.startswith(".") and (name.endswith(TEMPORARY_SUFFIX) or f"{TEMPORARY_SUFFIX}." in name):
                 _remove(folder, name)
 
 

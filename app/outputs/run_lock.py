@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
+from app.core.lock import take, take_folder
 from app.errors import UsageError, refusal
-from app.outputs.folders import make_folder, open_file
+from app.outputs.folders import make_folder, open_file, open_folder
 
 LOCK = ".lock"
 
@@ -22,26 +21,30 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     The kernel releases the lock when its holder dies, so there is nothing to clean up.
     """
-    with _open(folder / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        # Two locks: the file tells who holds it, the folder's holds though somebody removes the file.
+        descriptor, free = take(folder / LOCK, lambda: _open(folder / LOCK))
+        file = stack.enter_context(open(descriptor, "a+"))
+        if free:
+            descriptor, free = take_folder(lambda: open_folder(folder).descriptor)
+            stack.callback(os.close, descriptor)
+        if not free:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UsageError(
                 f"{folder}: already in use by {holder}; wait for it, stop it, or choose another --name"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path) -> int:
     """Open the lock's file, which is about to be emptied: a link, or a second name of another file, is refused."""
     try:
         make_folder(path.parent)
-        return open(open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, alone=True), "a+")
+        return open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, alone=True)
     except OSError as error:
         raise refusal(error, path) or UsageError(
             f"{path}: cannot be locked ({error.strerror}); it must be a file that this user may write"

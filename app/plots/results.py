@@ -93,14 +93,16 @@ def smooth(values: np.ndarray, deviation: float = SMOOTHING) -> np.ndarray:
 
 
 def _best_row(table: dict[str, np.ndarray], epochs: np.ndarray) -> int | None:
-    """Return the row of highest fitness; None where nothing was measured."""
+    """Return the row of highest fitness, the newest of equals; None where nothing was measured."""
     from app.metrics import fitness
 
     if not {"metrics/mAP_0.5", "metrics/mAP_0.5:0.95"} <= table.keys():
         return None
     pairs = zip(table["metrics/mAP_0.5"].tolist(), table["metrics/mAP_0.5:0.95"].tolist(), strict=True)
     scores = np.array([float(fitness(map50, map5095)) for map50, map5095 in pairs])
-    return int(np.nanargmax(scores)) if np.isfinite(scores).any() else None
+    if not np.isfinite(scores).any():
+        return None
+    return int(np.flatnonzero(scores == np.nanmax(scores))[-1])
 
 
 def _row_of(epochs: np.ndarray, epoch: int) -> int | None:

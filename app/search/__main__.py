@@ -1,10 +1,11 @@
-"""Look at a search, and give it what older ones found.
+"""Look at a search, give it what older ones found, and repair its journal.
 
 python -m app.search show runs/blood/search            progress, the best hyp, a table of candidates
 python -m app.search report runs/blood/search          write its report.html anew
 python -m app.search import old/evolve.csv --to runs/blood/search
                                                        let it evolve from the results of an older search,
                                                        which had as many epochs and the same image size
+python -m app.search repair runs/blood/search          drop damaged records of its journal, and name their candidates
 """
 
 from __future__ import annotations
@@ -49,10 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument(
         "--imgsz", type=int, metavar="PIXELS", help="their image side [that of opt.yaml beside the file]"
     )
-    for command in (show, report, importing):
-        command.add_argument(
-            "--study", metavar="URL", default="", help="database that the study lives in [a journal]"
-        )
+    repairing = commands.add_parser(
+        "repair",
+        help="drop the damaged records of a search's journal alone, name their candidates, keep a copy",
+    )
+    repairing.add_argument("directory", type=Path, metavar="DIR", help="folder of the search")
+    for command in (show, report, importing, repairing):
+        if command is not repairing:
+            command.add_argument(
+                "--study", metavar="URL", default="", help="database that the study lives in [a journal]"
+            )
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -64,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "show": _show,
         "report": _report,
         "import": _import,
+        "repair": _repair,
     }
     return run_command(lambda: given, bodies[given.command], debug=lambda given: False)
 
@@ -95,6 +103,22 @@ def _import(given: argparse.Namespace) -> None:
         print(f"left out: {reason}")
     there = f", {done.already_there} were there already" if done.already_there else ""
     print(f"{given.to}: {done.imported} of {done.rows} results imported{there}")
+
+
+def _repair(given: argparse.Namespace) -> None:
+    from app.search.repair import as_json, repair
+
+    done = repair(given.directory)
+    if given.json:
+        print(as_json(done))
+        return
+    for dropped in done.dropped:
+        about = f" (candidate {', '.join(map(str, dropped.candidates))})" if dropped.candidates else ""
+        print(f"{done.journal}:{dropped.line}: dropped{about}: {dropped.what}")
+    if done.copy is None:
+        print(f"{done.journal}: no record is damaged; nothing was changed")
+    else:
+        print(f"the file as it was: {done.copy}; start workers that were running again")
 
 
 def _show(given: argparse.Namespace) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -25,9 +23,11 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
+from app.core.lock import take, take_folder, try_flock
 from app.errors import CheckpointError, UsageError, disk_write, refusal
 from app.outputs.atomic import fsync_directory
-from app.outputs.folders import make_folder, open_file, state_of
+from app.outputs.folders import make_folder, open_file, open_folder, state_of
+from app.search.checksum import has_lost_line_end, looks_like_record, opened, sealed
 from app.search.leases import FileLease, FileLeaseWatch, lease_path
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class JournalStudyStorage:
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclude all other workers of the study while the context lasts. Not reentrant."""
-        return locked(self._directory / LOCK, say=self._say)
+        return folder_locked(self._directory / LOCK, say=self._say)
 
     def persist(self, operation: Callable[[], T]) -> T:
         """Run an operation on the study; a disk that fails once is not tried again."""
@@ -115,40 +115,47 @@ class JournalStudyStorage:
 @contextmanager
 def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
-    with writing(path):
-        descriptor = open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
+    descriptor, _ = take(path, lambda: _open_lock(path), lambda d: _acquire(d, path, say))
     try:
-        _acquire(descriptor, path, say)
         yield
     finally:
         os.close(descriptor)
 
 
 @contextmanager
+def folder_locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold `locked(path)`, and its folder, so that nobody else gets in where the file is removed meanwhile."""
+    with locked(path, say=say):
+        descriptor, _ = take_folder(
+            lambda: open_folder(path.parent).descriptor, lambda d: _acquire(d, path, say)
+        )
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
     """Hold the lock of `locked` if nobody else does; yields whether."""
-    with writing(path):
-        descriptor = open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
+    descriptor, free = take(path, lambda: _open_lock(path))
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield free
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> None:
+def _open_lock(path: Path) -> int:
+    with writing(path):
+        return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
+
+
+def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> bool:
     """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
     pause, complain_at = 0.001, time.monotonic() + _PATIENCE_S
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
+        if try_flock(descriptor):
+            return True
         if time.monotonic() > complain_at:
             complain_at = time.monotonic() + _PATIENCE_S
             say(f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?")
@@ -163,6 +170,8 @@ class SafeJournalBackend(BaseJournalBackend):
         self._path = path.absolute()
         # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
         self._seen = (0, 0)
+        self._identity: tuple[int, int] | None = None
+        """Device and inode of the file that was read."""
         if create and self._is_missing():
             os.close(self._open(os.O_RDWR | os.O_CREAT))
             with writing(self._path):
@@ -176,11 +185,20 @@ class SafeJournalBackend(BaseJournalBackend):
         """
         number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
         with open(self._open(os.O_RDONLY), "rb") as file:
-            if os.fstat(file.fileno()).st_size < offset:
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if self._identity not in (None, identity):
+                raise CheckpointError(
+                    f"{self._path}: was repaired or replaced while in use; start the worker again"
+                )
+            self._identity = identity
+            if status.st_size < offset:
                 raise CheckpointError(f"{self._path}: was cut short while in use; restore it from a copy")
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):
+                    if has_lost_line_end(line):
+                        raise self._damaged(number + 1)
                     return
                 number, offset = number + 1, offset + len(line)
                 if number <= log_number_from:
@@ -195,11 +213,14 @@ class SafeJournalBackend(BaseJournalBackend):
 
         Raises DiskFull where the disk is full or fails; the journal then stands as it was.
         """
-        payload = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        descriptor = self._open(os.O_RDWR)
+        payload = b"".join(map(sealed, logs))
+        # A repair puts another file in place: whoever waited for it must not write to the one that has gone.
+        descriptor, _ = take(
+            self._path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self._path, lambda line: None)
+        )
         try:
-            _acquire(descriptor, self._path, lambda line: None)
             end = _end_of_last_line(descriptor)
+            self._refuse_lost_line_end(descriptor, end)
             if end == 0:
                 self._refuse_what_is_none(os.pread(descriptor, len(_BEGINNING), 0))
             with writing(self._path):
@@ -250,18 +271,25 @@ class SafeJournalBackend(BaseJournalBackend):
         return f"{self._path}: is there and is not a study's journal; move it away, or start a search under another --name"
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
-            if number == 1:
+        record = opened(line)
+        if record is None:
+            if number == 1 and not looks_like_record(line):
                 raise UsageError(self._no_journal())
-            raise CheckpointError(
-                f"{self._path}:{number}: not a record of a study; restore the file from a copy, or start a search "
-                "under another --name"
-            )
+            raise self._damaged(number)
         return record
+
+    def _damaged(self, number: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}:{number}: not a record of a study, or a damaged one; to drop it alone: "
+            f"python -m app.search repair {self._path.parent}"
+        )
+
+    def _refuse_lost_line_end(self, descriptor: int, end: int) -> None:
+        """Raise CheckpointError where what stands behind the last line is a whole record: no writer leaves that."""
+        tail = os.pread(descriptor, os.fstat(descriptor).st_size - end, end)
+        if has_lost_line_end(tail):
+            lines = sum(1 for _ in self.read_logs(0)) if end else 0
+            raise self._damaged(lines + 1)
 
 
 def _end_of_last_line(descriptor: int) -> int:

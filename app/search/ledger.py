@@ -129,7 +129,9 @@ class Ledger:
                 self._epochs += self._plan.epochs
             elif trial.state is TrialState.PRUNED:
                 self.pruned += 1
-                self._epochs += int(trial.user_attrs["epochs"])
+                # A repair of the journal may have dropped the number; the last rung it reached is known.
+                reached = max(trial.intermediate_values, default=0)
+                self._epochs += int(trial.user_attrs.get("epochs", reached))
             elif trial.state is TrialState.FAIL:
                 self._count_failure(trial)
 
@@ -144,7 +146,11 @@ class Ledger:
     def _count_failure(self, trial: FrozenTrial) -> None:
         self.last_reason = str(trial.user_attrs.get("reason", self.last_reason))
         ending = trial.user_attrs.get("ending")
-        may_retry = trial.user_attrs.get("lost_before", 0) < self._max_retries
+        # A finalist has been trained to its end before: what its workers die of is not its hyp, and without all of its
+        # repetitions it would be judged by fewer than the others.
+        may_retry = (
+            FINALIST_OF in trial.user_attrs or trial.user_attrs.get("lost_before", 0) < self._max_retries
+        )
         if ending == State.STOPPED or (ending == State.LOST and may_retry):
             self._orphans[trial.number] = trial
         else:

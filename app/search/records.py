@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
 from app.search.ledger import FINALIST_OF
-from app.search.outcome import Attempt, Finished, State
+from app.search.outcome import METRIC_COLUMNS, Attempt, Finished, State
 from app.search.samplers.knowledge import SAMPLER
 from app.search.samplers.proposer import SEED
 from app.search.space import split_values
@@ -22,7 +23,8 @@ def as_finished(trial: FrozenTrial, seed_hyp: Mapping[str, float], again: tuple[
         hyp={**seed_hyp, **hyp},
         settings=settings,
         fitness=float(trial.value),
-        metrics=attributes["metrics"],
+        # A repair of the journal may have dropped them.
+        metrics=attributes.get("metrics", dict.fromkeys(METRIC_COLUMNS, math.nan)),
         worker=attributes["worker"],
         is_seed=attributes.get(SAMPLER) == SEED,
         finalist_of=attributes.get(FINALIST_OF),

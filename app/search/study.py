@@ -56,7 +56,7 @@ class StudyRules:
     lease_s: float = 120.0
     """Seconds without a sign of life after which a worker counts as gone."""
     max_retries: int = 2
-    """Times that a candidate is tried again after its worker was lost."""
+    """Times that a candidate is tried again after its worker was lost; a finalist's repetition as often as it takes."""
     spare_failures: int = 5
     """Failed candidates beyond the budget at which the search gives up."""
 

@@ -27,6 +27,7 @@ RUN_ARTIFACTS = {
     "opt.yaml": "config",
     "hyp.yaml": "config",
     "results.csv": "table",
+    "summary.json": "table",
     "*.diff": "diff",
     "*.png": "plot",
     "*.jpg": "plot",
@@ -299,6 +300,35 @@ def last_event(path: Path) -> Event | None:
         for event in _parse([line] if line.endswith(b"\n") else [], size):
             return event
     return None
+
+
+def last_status(path: Path, run: str) -> str | None:
+    """Return how the newest session of `run` in a log ended; an empty text while it has not, None without a log.
+
+    Reads all of the log.
+    """
+    status: str | None = None
+    offset = 0
+    while True:
+        events, after = read_events(path, offset)
+        if after == offset:
+            return status
+        for event in events:
+            if event.run == run and event.name in ("run_start", "run_end"):
+                status = str(event.fields.get("status", "")) if event.name == "run_end" else ""
+        offset = after
+
+
+def tells_metrics(path: Path, run: str, step: int) -> bool:
+    """Return whether a log holds the metrics of a run at this step. Reads all of the log."""
+    offset = 0
+    while True:
+        events, after = read_events(path, offset)
+        if any(e.name == "metrics" and e.run == run and e.fields["step"] == step for e in events):
+            return True
+        if after == offset:
+            return False
+        offset = after
 
 
 def _last_seq(path: Path) -> int:

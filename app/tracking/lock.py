@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from app.core.lock import take, try_flock
 from app.outputs.folders import make_folder, open_file
 
 
@@ -21,13 +21,22 @@ def exclusive(path: Path, timeout_s: float, *, poll_s: float = 0.05) -> Iterator
     """
     make_folder(path.parent)
     deadline = time.monotonic() + timeout_s
-    with open(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True), "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{path} is held by another process") from None
-                time.sleep(poll_s)
+
+    def acquire(descriptor: int) -> bool:
+        while not try_flock(descriptor):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(poll_s)
+        return True
+
+    descriptor, free = take(path, lambda: _open(path), acquire)
+    try:
+        if not free:
+            raise TimeoutError(f"{path} is held by another process")
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True)

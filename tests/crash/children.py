@@ -69,6 +69,38 @@ def die_before_best(count: str) -> None:
     saving.save_checkpoint = save  # type: ignore[assignment]
 
 
+def die_in_the_end(epochs: str, step: str) -> None:
+    """Be killed at the given write or rename after `last.pt` of the last of `epochs` epochs is in place.
+
+    Where the end has fewer of them, note their number in `$STARLING_RUNS/../steps`, and live on.
+    """
+    replace, write, seen = os.replace, os.write, [0, 0]
+
+    def count() -> None:
+        seen[1] += seen[0] >= int(epochs)
+        if seen[1] == int(step):
+            _die()
+
+    def counted_replace(source: object, target: object, **options: object) -> None:
+        count()
+        replace(source, target, **options)  # type: ignore[arg-type]
+        seen[0] += Path(str(target)).name == "last.pt"
+
+    def counted_write(descriptor: int, content: bytes) -> int:
+        count()
+        return write(descriptor, content)
+
+    os.replace, os.write = counted_replace, counted_write  # type: ignore[assignment]
+    note = Path(os.environ["STARLING_RUNS"]).parent / "steps"
+    leave = os._exit
+
+    def noted_exit(code: int) -> None:
+        note.write_text(str(seen[1]))
+        leave(code)
+
+    os._exit = noted_exit  # type: ignore[assignment]
+
+
 def slow_iterations(marker: str) -> None:
     """Touch `marker` after the first iteration; take a tenth of a second for each one."""
     from app.engine.trainer import Trainer
@@ -203,6 +235,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     for function in (
         die_at_iteration,
         die_before_best,
+        die_in_the_end,
         slow_iterations,
         slow_saves,
         slow_validation,

@@ -13,11 +13,12 @@ import pytest
 
 from app.errors import CheckpointError, DiskFull, UsageError
 from app.search import journal
+from app.search.checksum import sealed
 from app.search.journal import JournalStudyStorage, SafeJournalBackend, locked
 from app.search.study import SearchStudy
 
 RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}
-LINE = (json.dumps(RECORD, separators=(",", ":")) + "\n").encode()
+LINE = sealed(RECORD)
 
 
 def in_child(action: Callable[[], None]) -> int:

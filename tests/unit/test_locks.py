@@ -1,0 +1,93 @@
+"""A lock whose file somebody removes never lets two in: neither one who waits for it, nor one who comes later."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from app.core.lock import is_at, take, try_flock
+from app.data.download import only_one
+from app.errors import UsageError
+from app.outputs.run_lock import LOCK as RUN_LOCK
+from app.outputs.run_lock import run_lock
+from app.search.journal import LOCK as STUDY_LOCK
+from app.search.journal import JournalStudyStorage, locked
+from app.tracking.lock import exclusive
+
+Lock = Callable[[Path], AbstractContextManager[None]]
+LOCKS: dict[str, Lock] = {
+    ".target.lock": lambda path: only_one(path.with_name("target")),
+    "bridge.lock": lambda path: exclusive(path, 10, poll_s=0.01),
+    "weights.lock": locked,
+}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_who_waited_for_a_lock_whose_file_was_removed_locks_the_new_one(tmp_path: Path, name: str) -> None:
+    path, lock = tmp_path / name, LOCKS[name]
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait_and_hold() -> None:
+        with lock(path):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=wait_and_hold)
+    with lock(path):
+        thread.start()
+        assert not inside.wait(0.1)
+        path.unlink()
+    assert inside.wait(10)
+    descriptor = os.open(path, os.O_RDWR)  # the new file is there, and held
+    assert not try_flock(descriptor)
+    os.close(descriptor)
+    leave.set()
+    thread.join()
+
+
+def test_a_run_whose_lock_file_was_removed_is_refused_to_a_second_trainer(tmp_path: Path) -> None:
+    with run_lock(tmp_path / "run"):
+        (tmp_path / "run" / RUN_LOCK).unlink()
+        with pytest.raises(UsageError, match="already in use"), run_lock(tmp_path / "run"):
+            pass
+    with run_lock(tmp_path / "run"):
+        pass
+
+
+def test_a_study_whose_lock_file_was_removed_lets_nobody_in_before_its_holder_is_out(tmp_path: Path) -> None:
+    first, second = JournalStudyStorage(tmp_path), JournalStudyStorage(tmp_path)
+    inside = threading.Event()
+
+    def enter() -> None:
+        with second.lock():
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    with first.lock():
+        (tmp_path / STUDY_LOCK).unlink()
+        thread.start()
+        assert not inside.wait(0.3)
+    assert inside.wait(10)
+    thread.join()
+
+
+def test_a_lock_is_given_only_on_the_file_that_the_path_names(tmp_path: Path) -> None:
+    path, opened = tmp_path / "lock", []
+
+    def replaced_at_first() -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        opened.append(descriptor)
+        if len(opened) == 1:
+            path.unlink()
+        return descriptor
+
+    descriptor, free = take(path, replaced_at_first)
+    assert free
+    assert len(opened) == 2
+    assert is_at(descriptor, path)
+    os.close(descriptor)
