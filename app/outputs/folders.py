@@ -74,18 +74,25 @@ def open_file(path: Path, flags: int, mode: int = 0o644, *, alone: bool = False)
             if folder.has(path.name) and not _is_followed_or_plain(folder.stat(path.name)):
                 raise FileRefused(path, "is not a regular file") from None
             raise error from None
-    state = os.fstat(descriptor)
-    problem = "" if stat.S_ISREG(state.st_mode) else "is not a regular file"
-    if not problem and alone and state.st_nlink > 1:
-        problem = (
-            f"is one file under {state.st_nlink} names (hard links), and a change would reach the others"
-        )
-    if problem:
+    try:
+        _check(path, os.fstat(descriptor), alone=alone)
+    except FileRefused:
         os.close(descriptor)
-        raise FileRefused(path, problem)
+        raise
     if flags & os.O_TRUNC:  # not at once: it may have been another's
         os.ftruncate(descriptor, 0)
     return descriptor
+
+
+def _check(path: Path, state: os.stat_result, *, alone: bool) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise FileRefused(path, "is not a regular file")
+    if alone and state.st_nlink > 1:
+        raise FileRefused(
+            path,
+            f"is one file under {state.st_nlink} names (hard links), and a change would reach the others",
+            f"give it a file of its own: cp -p {path} {path}.own && mv {path}.own {path}",
+        )
 
 
 def _is_followed_or_plain(state: os.stat_result) -> bool:
