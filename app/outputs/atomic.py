@@ -73,7 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`, if it is there; to be called by whoever alone writes there."""
-    with suppress(FileNotFoundError), open_folder(directory) as folder:
+    with suppress(FileNotFoundError, NotADirectoryError), open_folder(directory) as folder:
         for name in folder.names():
             if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):
                 _remove(folder, name)
