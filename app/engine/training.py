@@ -274,6 +274,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         raise UsageError(f"{last}: all {state['epoch']} epochs are done; go on with a larger --epochs")
     folder = last.parent.parent
     name_top(folder.parent)
+    name_top(folder)
     say(
         f"resuming {folder} at epoch {min(state['epoch'] + 1, config.epochs)}/{config.epochs}, from {taken.name}"
     )

@@ -80,10 +80,12 @@ def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = Fals
     """
     parent = project_dir(project, root)
     try:
-        if not exist_ok:
-            return next_free_dir(parent, name)
-        path = folder_below(parent, name)
-        make_folder(path)
+        if exist_ok:
+            path = folder_below(parent, name)
+            make_folder(path)
+        else:
+            path = next_free_dir(parent, name)
+        name_top(path)
         return path
     except OSError as error:
         raise refusal(error, parent) or UsageError(
