@@ -14,12 +14,14 @@ APP = "/usr/src/app"
 
 def write_double(app: Path, trainer: str) -> None:
     """Make an `app` package in which `train.py` is `trainer`, and of the rest what a supervisor needs."""
-    (app / "outputs").mkdir(parents=True)
+    app.mkdir(parents=True)
     (app / "train.py").write_text(trainer)
     for name in ("__init__.py", "supervise.py", "errors.py"):
         shutil.copy(REPOSITORY / "app" / name, app / name)
-    for path in (REPOSITORY / "app" / "outputs").glob("*.py"):
-        shutil.copy(path, app / "outputs" / path.name)
+    for folder in ("core", "outputs"):
+        (app / folder).mkdir()
+        for path in (REPOSITORY / "app" / folder).glob("*.py"):
+            shutil.copy(path, app / folder / path.name)
 
 
 def build_double(folder: Path, base: str, tag: str, trainer: str, address: str | None = None) -> None:
