@@ -17,8 +17,8 @@ DIFF = "uncommitted.diff"
 def project_dir(project: str, root: Path) -> Path:
     """Return the folder of a project.
 
-    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one leading `runs/` taken
-    off, so that `--project runs/train` and `--project train` name the same folder.
+    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one
+    leading `runs/` taken off, so that `--project runs/train` and `--project train` name the same folder.
 
     Raises UsageError for a project that would climb out of `root`, by its name or through a link.
     """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from app.data.__main__ import main as data_command
 from app.errors import DiskFull, DiskRefused, GpuLost, refusal
 from app.plots.__main__ import main as plots_command
 from launcher import errors as launcher_errors
-from tests.conftest import TINY_LAYOUT
+from tests.conftest import REPOSITORY, TINY_LAYOUT
 
 SEARCH = ["--project", "blood", "--name", "search", "--evolve", "1"]
 
@@ -273,3 +276,17 @@ def test_each_way_of_having_no_room_is_a_full_disk_and_an_unreadable_file_is_non
     assert str(full).startswith("/r/x: ")
     assert isinstance(refusal(DiskRefused(errno.EIO, "Input/output error", "/r/x")), DiskFull)
     assert refusal(OSError(errno.EIO, "Input/output error", "/r/x")) is None
+
+
+def test_a_local_replica_that_fills_the_disk_leaves_its_exit_code_all_the_same(small_disk: Path) -> None:
+    program = REPOSITORY / "launcher/engines/supervisor.py"
+    trainer = f"head -c 2000000 /dev/zero > {small_disk}/fill; exit 6"
+    command = [sys.executable, "-I", str(program), str(small_disk / "exit"), str(small_disk / "log"), "", "0", "--",
+               "sh", "-c", trainer]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    deadline = time.monotonic() + 30
+    while not (small_disk / "exit").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads((small_disk / "exit").read_text())["exit_code"] == 6
+    assert shutil.disk_usage(small_disk).free < 4096
