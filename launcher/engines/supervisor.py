@@ -47,13 +47,18 @@ def main(argv: list[str]) -> int:
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     limit = memory_limit(int(memory))
-    ending = reserved(f"{exit_file}.part")
+    ending = reserved(unfinished(exit_file))
     code = supervise(command, log_file, limit)
     ended = {"exit_code": code, "finished": time.time(), "oom_killed": limit.oom_killed}
     limit.close()
     os.ftruncate(ending, os.pwrite(ending, json.dumps(ended).encode(), 0))
-    os.replace(f"{exit_file}.part", exit_file)
+    os.replace(unfinished(exit_file), exit_file)
     return 0
+
+
+def unfinished(exit_file: str) -> str:
+    """Return the name that the exit file has until the command has ended."""
+    return f"{exit_file}.part"
 
 
 def reserved(path: str) -> int:
