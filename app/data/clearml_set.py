@@ -23,7 +23,7 @@ from app.data.dataset import Dataset, DatasetDescription, read_class_names
 from app.data.download import only_one
 from app.errors import DataError, ServerError, refusal
 from app.outputs.atomic import write_atomic
-from app.outputs.folders import make_folder, remove_tree, rename
+from app.outputs.folders import make_folder, open_folder, remove_tree, rename
 
 FOLDER = ".cache/clearml"
 """Below the runs folder: fetched once for all containers of the host."""
@@ -76,6 +76,10 @@ def fetch_clearml_set(
         with only_one(root, say):
             if not root.is_dir():  # no other process was faster
                 _fetch(data, identity, root, environment, say, show)
+    try:
+        open_folder(root).close()  # a link in its place would be another's data
+    except OSError as error:
+        raise refusal(error, root) or DataError(f"--data {data}: {root}: {error.strerror}") from None
     return find_description(root, data)
 
 

@@ -300,6 +300,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
     folder, done = last.parent.parent, state["epoch"]
     name_top(folder.parent)
+    name_top(folder)
     left = what_is_left(RunDir(folder), state, config)
     early = done < config.epochs
     if left is End.WHOLE and not command.goes_on:

@@ -75,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`, if it is there; to be called by whoever alone writes there."""
-    with suppress(FileNotFoundError), open_folder(directory) as folder:
+    with suppress(FileNotFoundError, NotADirectoryError), open_folder(directory) as folder:
         for name in folder.names():
             # The names of write_atomic end so; in those of atomic_path the file's own suffix follows.
             if name.startswith(".") and (name.endswith(TEMPORARY_SUFFIX) or f"{TEMPORARY_SUFFIX}." in name):

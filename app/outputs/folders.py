@@ -18,6 +18,8 @@ from app.core.folder import Folder
 from app.errors import FileRefused
 
 _named: list[Path] = []
+_settled: dict[Path, Path] = {}
+"""Top as it is named -> where it was when this process first used it: a link that is moved later moves no run."""
 
 
 def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
@@ -26,9 +28,13 @@ def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def name_top(folder: Path) -> None:
-    """Follow no link below `folder` from now on, unless it lies below the runs folder, where none is followed anyway."""
+    """Follow no link below `folder` from now on, unless it lies below a top, where none is followed anyway.
+
+    A folder that holds the user's home is no top: what else is in the home is the user's own to link.
+    """
     folder = folder.absolute()
-    if folder not in _named and top_of(folder) == (folder, ()):
+    holds_home = Path(os.path.expanduser("~")).is_relative_to(folder)
+    if not holds_home and folder not in _named and top_of(folder) == (folder, ()):
         _named.append(folder)
 
 
@@ -36,12 +42,19 @@ def top_of(path: Path) -> tuple[Path, tuple[str, ...]]:
     """Return the top that `path` lies below, and the names that lead from there to it; the path itself below none."""
     path = path.absolute()
     for top in (runs_root(), *sorted(_named, key=lambda named: -len(named.parts))):
-        for place in (top, Path(os.path.realpath(top))):
+        for place in dict.fromkeys((top, _real(top))):
             if path.is_relative_to(place):
                 names = Path(os.path.normpath(path.relative_to(place))).parts
                 if ".." not in names:
                     return place, names
     return path, ()
+
+
+def _real(top: Path) -> Path:
+    """Return where a top lies, resolved once; the top itself while there is nothing."""
+    if top not in _settled and os.path.isdir(top):
+        _settled[top] = Path(os.path.realpath(top))
+    return _settled.get(top, top)
 
 
 def is_below_top(path: Path) -> bool:
@@ -52,7 +65,8 @@ def is_below_top(path: Path) -> bool:
 def open_folder(path: Path, *, create: bool = False) -> Folder:
     """Open a folder for outputs, made where `create` says so. Raises LinkRefused for a link below its top."""
     top, names = top_of(path)
-    with Folder.resolve(top, create=create) as folder:
+    with Folder.resolve(_settled.get(top, top), create=create) as folder:
+        folder.path = top
         return folder.folder(*names, create=create)
 
 
@@ -74,18 +88,25 @@ def open_file(path: Path, flags: int, mode: int = 0o644, *, alone: bool = False)
             if folder.has(path.name) and not _is_followed_or_plain(folder.stat(path.name)):
                 raise FileRefused(path, "is not a regular file") from None
             raise error from None
-    state = os.fstat(descriptor)
-    problem = "" if stat.S_ISREG(state.st_mode) else "is not a regular file"
-    if not problem and alone and state.st_nlink > 1:
-        problem = (
-            f"is one file under {state.st_nlink} names (hard links), and a change would reach the others"
-        )
-    if problem:
+    try:
+        _check(path, os.fstat(descriptor), alone=alone)
+    except FileRefused:
         os.close(descriptor)
-        raise FileRefused(path, problem)
+        raise
     if flags & os.O_TRUNC:  # not at once: it may have been another's
         os.ftruncate(descriptor, 0)
     return descriptor
+
+
+def _check(path: Path, state: os.stat_result, *, alone: bool) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise FileRefused(path, "is not a regular file")
+    if alone and state.st_nlink > 1:
+        raise FileRefused(
+            path,
+            f"is one file under {state.st_nlink} names (hard links), and a change would reach the others",
+            f"give it a file of its own: cp -p {path} {path}.own && mv {path}.own {path}",
+        )
 
 
 def _is_followed_or_plain(state: os.stat_result) -> bool:

@@ -17,8 +17,8 @@ DIFF = "uncommitted.diff"
 def project_dir(project: str, root: Path) -> Path:
     """Return the folder of a project.
 
-    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one leading `runs/` taken
-    off, so that `--project runs/train` and `--project train` name the same folder.
+    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one
+    leading `runs/` taken off, so that `--project runs/train` and `--project train` name the same folder.
 
     Raises UsageError for a project that would climb out of `root`, by its name or through a link.
     """
@@ -80,10 +80,12 @@ def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = Fals
     """
     parent = project_dir(project, root)
     try:
-        if not exist_ok:
-            return next_free_dir(parent, name)
-        path = folder_below(parent, name)
-        make_folder(path)
+        if exist_ok:
+            path = folder_below(parent, name)
+            make_folder(path)
+        else:
+            path = next_free_dir(parent, name)
+        name_top(path)
         return path
     except OSError as error:
         raise refusal(error, parent) or UsageError(

@@ -35,7 +35,7 @@ from app.engine.training import (
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
-from app.outputs.folders import is_file, make_folder, names_in, remove, remove_tree, rename
+from app.outputs.folders import is_file, make_folder, name_top, names_in, remove, remove_tree, rename
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
@@ -78,6 +78,7 @@ def search(config: TrainConfig) -> None:
     progress = Progress()
     hooks = find_hooks(config.hooks)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
+    name_top(directory)
     check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
     space, seed_settings = read_space(config)

@@ -231,6 +231,7 @@ class LocalEngine:
         with _translated(self._folder):
             for path in (
                 self._exit_path(name),
+                Path(supervisor.unfinished(str(self._exit_path(name)))),
                 log,
                 *(log.with_name(f"{log.name}.{number}") for number in range(1, supervisor.LOG_FILES)),
                 self._record_path(name),

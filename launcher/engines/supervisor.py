@@ -23,6 +23,7 @@ from typing import Any
 LOG_BYTES = 10 * 1024**2
 LOG_FILES = 3
 LONGEST_LINE = 1024**2
+RESERVED_BYTES = 4096
 PR_SET_PDEATHSIG = 1
 
 
@@ -46,14 +47,28 @@ def main(argv: list[str]) -> int:
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     limit = memory_limit(int(memory))
+    ending = reserved(unfinished(exit_file))
     code = supervise(command, log_file, limit)
     ended = {"exit_code": code, "finished": time.time(), "oom_killed": limit.oom_killed}
     limit.close()
-    temporary = f"{exit_file}.part"
-    with open(temporary, "w", encoding="ascii") as file:
-        json.dump(ended, file)
-    os.replace(temporary, exit_file)
+    os.ftruncate(ending, os.pwrite(ending, json.dumps(ended).encode(), 0))
+    os.replace(unfinished(exit_file), exit_file)
     return 0
+
+
+def unfinished(exit_file: str) -> str:
+    """Return the name that the exit file has until the command has ended."""
+    return f"{exit_file}.part"
+
+
+def reserved(path: str) -> int:
+    """Return a descriptor of a new file that has room for what is written at the end: a trainer may fill the disk."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    with contextlib.suppress(OSError):  # a file system that reserves nothing
+        os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
+    return descriptor
 
 
 def memory_limit(limit: int) -> Any:

@@ -400,3 +400,14 @@ def test_a_named_top_below_the_runs_folder_loosens_nothing(runs: Path, outside: 
     name_top(runs / "blood")
     with pytest.raises(LinkRefused):
         write_atomic(runs / "blood/precious", b"x")
+
+
+def test_a_runs_folder_that_is_a_link_is_resolved_once(runs: Path, outside: Path, tmp_path: Path) -> None:
+    runs.rename(tmp_path / "big")
+    (tmp_path / "other").symlink_to(tmp_path / "big")
+    name_top(tmp_path / "other")
+    write_atomic(tmp_path / "other/exp/a", b"x")
+    (tmp_path / "other").unlink()
+    (tmp_path / "other").symlink_to(outside)
+    write_atomic(tmp_path / "other/exp/b", b"x")
+    assert sorted(path.name for path in (tmp_path / "big/exp").iterdir()) == ["a", "b"]

@@ -57,6 +57,8 @@ def write(runs: Path, values: object) -> None:
         ({"exit_code": 137, "oom_killed": True}, "OOM-KILLED at 20 GB"),
         ({"exit_code": 137}, "killed (137)"),
         ({"exit_code": 3}, "exited 3: data error"),
+        ({"exit_code": 6}, "exited 6: disk full"),
+        ({"exit_code": 7}, "exited 7: GPU lost"),
         ({"exit_code": 143}, "stopped 143: resumable"),
         ({"exit_code": 139}, "killed by signal 11"),
         ({"exit_code": 77}, "exited 77: error"),

@@ -73,7 +73,7 @@ def test_crashes_without_end_are_given_up_with_the_trainers_own_code(tmp_path: P
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 4, 127, 130, 143])
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 6, 127, 130, 143])
 def test_an_end_that_another_try_would_not_change_is_the_end(code: int, tmp_path: Path) -> None:
     assert supervise(tmp_path, f"exit {code}")[:2] == (code, 1)
 
