@@ -310,6 +310,11 @@ def main(argv: Sequence[str]) -> int:
     except (Refused, OSError) as error:
         sys.stderr.write(f"starling: {error}\n")
         return 2
+    if account.handed and user is None:
+        sys.stderr.write(
+            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} now, as no trainer runs as root; "
+            "make the folder yourself beforehand, and results are yours\n"
+        )
     for line in account.lines():
         sys.stderr.write(f"starling: {line}\n")
     sys.stdout.write(f"{uid} {gid}\n")
