@@ -132,12 +132,23 @@ def hand_over(top: Folder, uid: int, gid: int) -> Account:
         keeper.look(folder, name, state, account)
     if giving:
         with _explained(top.path, uid, gid):
-            if os.fstat(top.descriptor).st_uid != uid:
-                os.fchown(
-                    top.descriptor, uid, gid
-                )  # at the very end: an interrupted call starts all over again
-                account.handed += 1
+            _hand_top(top, uid, gid, account)
     return account
+
+
+def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
+    """Hand over the folder itself: at the very end, so that an interrupted call starts all over again.
+
+    It becomes its user's alone, so that nobody on the host reaches what replicas leave in it; one that others may write
+    is shared on purpose, and stays so.
+    """
+    state = os.fstat(top.descriptor)
+    if state.st_uid == uid:
+        return
+    if not state.st_mode & _OTHERS_WRITE:
+        os.fchmod(top.descriptor, stat.S_IMODE(state.st_mode) & ~0o077)
+    os.fchown(top.descriptor, uid, gid)
+    account.handed += 1
 
 
 def strip_set_ids(top: Folder, limit_s: float | None = None) -> Account:
@@ -312,7 +323,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if account.handed and user is None:
         sys.stderr.write(
-            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} now, as no trainer runs as root; "
+            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} alone now, as no trainer runs as root; "
             "make the folder yourself beforehand, and results are yours\n"
         )
     for line in account.lines():
