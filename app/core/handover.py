@@ -172,6 +172,7 @@ class _Keeper:
     def __init__(self, top: Folder, uid: int, gid: int) -> None:
         self._uid, self._gid, self._me = uid, gid, os.geteuid()
         self._mount = _mount_of(top.descriptor)
+        self._records = top.path / ".launcher"
 
     def look(self, folder: Folder, name: str, state: os.stat_result, account: Account) -> None:
         """Judge an entry by what the walk saw; only one that wants a change is opened, and judged again."""
@@ -192,6 +193,10 @@ class _Keeper:
         if stat.S_ISBLK(state.st_mode) or stat.S_ISCHR(state.st_mode):
             return self._me == 0
         return stat.S_ISDIR(state.st_mode) and self._gives(state)
+
+    def _is_record(self, folder: Folder, name: str) -> bool:
+        """Return whether an entry is the local engine's: its records count only while they are root's."""
+        return folder.path == self._records or folder.path / name == self._records
 
     def _gives(self, state: os.stat_result) -> bool:
         return self._gid >= 0 and state.st_uid == 0
@@ -219,7 +224,7 @@ class _Keeper:
             elif armed:
                 _disarm(place, found)
                 account.stripped += 1
-        if not self._gives(found):
+        if not self._gives(found) or self._is_record(folder, name):
             return
         if stat.S_ISREG(found.st_mode) and not _surely_roots(folder, found):
             account.leave(path, "is root's, and somebody else may have put it there: it stays root's")

@@ -15,6 +15,7 @@ import os
 import runpy
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -46,14 +47,33 @@ def main(argv: list[str]) -> int:
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     limit = memory_limit(int(memory))
-    code = supervise(command, log_file, limit)
+    folder = open_folder(exit_file)
+    code = supervise(command, RotatedLog(folder, os.path.basename(log_file)), limit)
     ended = {"exit_code": code, "finished": time.time(), "oom_killed": limit.oom_killed}
     limit.close()
-    temporary = f"{exit_file}.part"
-    with open(temporary, "w", encoding="ascii") as file:
-        json.dump(ended, file)
-    os.replace(temporary, exit_file)
+    write_ended(folder, os.path.basename(exit_file), json.dumps(ended).encode())
     return 0
+
+
+def open_folder(file: str) -> int:
+    """Open the folder that a file lies in: itself no link, whatever somebody who may write beside it puts there."""
+    return os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def open_new(folder: int, name: str, flags: int) -> int:
+    """Open a file that nobody else has made: what has its name is removed first."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+
+
+def write_ended(folder: int, name: str, said: bytes) -> None:
+    """Leave word of the end, whole or not at all."""
+    temporary = f"{name}.part"
+    descriptor = open_new(folder, temporary, os.O_WRONLY)
+    os.write(descriptor, said)
+    os.close(descriptor)
+    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def memory_limit(limit: int) -> Any:
@@ -67,7 +87,7 @@ def cgroup_name(pid: int, started: int) -> str:
     return f"starling-{pid}-{started}"
 
 
-def supervise(command: list[str], log_file: str, limit: Any) -> int:
+def supervise(command: list[str], log: RotatedLog, limit: Any) -> int:
     """Run the command, pass SIGTERM and SIGINT on to it, copy its output; return its exit code."""
     children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
@@ -88,7 +108,6 @@ def supervise(command: list[str], log_file: str, limit: Any) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         limit.enter()
 
-    log = RotatedLog(log_file)
     try:
         child = subprocess.Popen(
             command,
@@ -144,8 +163,8 @@ def stamped(lines: bytes) -> bytes:
 class RotatedLog:
     """A log of bounded size: FILE, FILE.1, FILE.2. A full disk loses lines, never the training."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, folder: int, name: str) -> None:
+        self._folder, self._name = folder, name
         self._file = self._open()
 
     def write(self, data: bytes) -> None:
@@ -156,15 +175,27 @@ class RotatedLog:
 
     def _rotate(self) -> None:
         for number in range(LOG_FILES - 1, 0, -1):
-            older = f"{self._path}.{number}"
-            newer = self._path if number == 1 else f"{self._path}.{number - 1}"
+            older = f"{self._name}.{number}"
+            newer = self._name if number == 1 else f"{self._name}.{number - 1}"
             with contextlib.suppress(FileNotFoundError):
-                os.replace(newer, older)
+                os.replace(newer, older, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.close(self._file)
         self._file = self._open()
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        """Open the log to go on with it; a file that is somebody else's, or has another name, is not written to."""
+        flags = os.O_WRONLY | os.O_APPEND
+        try:
+            found = os.open(
+                self._name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder
+            )
+        except OSError:
+            return open_new(self._folder, self._name, flags)
+        state = os.fstat(found)
+        if stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and state.st_uid == os.geteuid():
+            return found
+        os.close(found)
+        return open_new(self._folder, self._name, flags)
 
 
 def start_time(pid: int) -> int:
