@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,6 +142,20 @@ def test_the_compose_file_beside_the_launcher_is_found_and_a_missing_one_is_name
     assert find_compose_file(None, tmp_path) == REPOSITORY / "docker-compose.yml"
     with pytest.raises(UsageError, match=r"--compose-file nowhere\.yml: no such file"):
         find_compose_file(Path("nowhere.yml"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes another user's file")
+def test_another_users_compose_file_here_is_not_run_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.compose.__file__", str(tmp_path / "site-packages/launcher/compose.py"))
+    here = tmp_path / "docker-compose.yml"
+    here.write_text("# Experiment tracking\n")
+    assert find_compose_file(None, tmp_path) == here
+    os.chown(here, 12345, 12345)
+    with pytest.raises(UsageError, match=r"another user \(uid 12345\).*--compose-file"):
+        find_compose_file(None, tmp_path)
+    assert find_compose_file(here, tmp_path) == here
 
 
 class Recorder:
