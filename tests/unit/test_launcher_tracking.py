@@ -19,7 +19,7 @@ from launcher.engines.services import Service, read_services
 from launcher.errors import DataError, EngineError, UsageError
 from launcher.servers import check_network_choice, join
 from launcher.track import provide_images
-from launcher.track_archive import MANIFEST, ArchiveWriter, Contents, verify
+from launcher.track_archive import MANIFEST, ArchiveWriter, Contents, held, verify
 from tests.conftest import REPOSITORY
 
 SECRET = "5f1c-not-to-be-seen"
@@ -268,3 +268,17 @@ def test_a_link_in_a_backup_is_refused(tmp_path: Path) -> None:
         tar.addfile(link)
     with pytest.raises(DataError, match="which no backup has"):
         verify(tmp_path / "a.tar")
+
+
+def test_a_backup_swapped_after_its_check_is_not_what_is_restored(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.tar")
+    with held(path) as at:
+        verify(path, at)
+        path.rename(tmp_path / "aside")
+        path.write_text("another")
+        assert verify(path, at).files == 3
+        with pytest.raises(DataError):
+            verify(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is not a file"), held(tmp_path / "pipe"):
+        raise AssertionError("not reached")
