@@ -54,7 +54,7 @@ COPY datasets/bccd-mini /usr/src/datasets/bccd-mini
 COPY app /usr/src/app
 WORKDIR /usr/src/app
 
-# The entry point starts as root only to become the owner of runs/, and gives up every capability on the way.
+# The entry point starts as root only to become the owner of runs/, never root, and gives up every capability on the way.
 # data/hyps is where command lines of the older trainers look for the shipped hyperparameters.
 # Files of the host keep their paths inside, also those of a person whose home is /root: the way there must be open.
 RUN chmod 0755 /usr/local/bin/starling-entrypoint \

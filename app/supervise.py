@@ -11,6 +11,7 @@ code is the trainer's last. Standard library only, and asleep while the trainer 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,6 +24,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from app.core.folder import Folder
+from app.core.handover import strip_set_ids
 from app.outputs.restarts import RestartRecord
 from app.outputs.run_dir import runs_root
 
@@ -40,6 +43,9 @@ MISTAKES = {
     127: "the command",
 }
 """Exit codes that the same command would end with again -> what to mend."""
+
+STRIP_S = 5.0
+"""How long the end of a replica may take to look for set-id bits; a stop leaves it a minute in all."""
 
 PR_SET_PDEATHSIG = 1
 KILLS_FILE = "STARLING_OOM_KILLS"
@@ -285,7 +291,17 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.
     policy = RestartPolicy(max_restarts=given.max_restarts, delay_s=given.delay, early_s=given.early)
     replica = environment.get("STARLING_REPLICA")
     record = RestartRecord(runs_root(environment), replica, policy.max_restarts) if replica else None
-    return Supervisor(given.command, policy, record).run()
+    code = Supervisor(given.command, policy, record).run()
+    if replica:
+        strip(runs_root(environment))
+    return code
+
+
+def strip(runs: Path) -> None:
+    """Take set-id bits off what this replica may have left in the runs folder, where other users of the host reach it."""
+    with contextlib.suppress(OSError), Folder.resolve(runs) as top:
+        for line in strip_set_ids(top, STRIP_S).lines():
+            say(f"{runs}: {line}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ def read_told(shell: Shell, paths: Sequence[Path], most_bytes: int) -> dict[Path
     """Return the heads of files there, empty for what is no file; None where `dd` there cannot leave links alone."""
     if shell.ask(f"dd if=/dev/null {_UNFOLLOWED}")[0]:
         return None
-    commands = [f"dd if={_quote(path)} {_UNFOLLOWED} bs={most_bytes:d} count=1 | base64" for path in paths]
+    commands = [
+        f"({_enter(path.parent)} && dd if=./{_quote(Path(path.name))} {_UNFOLLOWED} bs={most_bytes:d} count=1) | base64"
+        for path in paths
+    ]
     texts = _outputs(shell, commands, MOST_TOLD)
     return {path: base64.b64decode(text) for path, text in zip(paths, texts, strict=True)}
 
@@ -58,6 +61,17 @@ def _outputs(shell: Shell, commands: Sequence[str], at_once: int) -> list[str]:
         lines = [f"printf '%s\\n' {_MARK}; {command}" for command in commands[start : start + at_once]]
         texts += shell.ask("\n".join(lines))[1].split(f"{_MARK}\n")[1:]
     return texts
+
+
+def _enter(folder: Path) -> str:
+    """Return the words that make a folder the working directory, unless its own name is a link by then.
+
+    A working directory stays what it is, whatever is renamed meanwhile; the kernel says where it really is.
+    """
+    above, name = _quote(folder.parent), _quote(Path(folder.name))
+    return (
+        f'cd -P -- {above} && above=$(pwd -P) && cd -P -- ./{name} && [ "$(pwd -P)" = "${{above%/}}"/{name} ]'
+    )
 
 
 def _quote(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from app.core.paths import at_home
 from launcher.errors import EngineError, UsageError
+from launcher.ownership import caller_ids
 
 FILE_NAME = "docker-compose.yml"
 FILE_VARIABLE = "STARLING_COMPOSE_FILE"
@@ -38,6 +39,12 @@ def find_compose_file(given: Path | None, cwd: Path | None = None) -> Path:
     here = (cwd or Path.cwd()) / FILE_NAME
     for path in (beside, here):
         if path.is_file() and path.read_text(errors="replace").startswith("# Experiment tracking"):
+            owner = path.stat().st_uid
+            if path != beside and owner not in (0, os.getuid(), caller_ids()[0]):
+                raise UsageError(
+                    f"{path}: belongs to another user (uid {owner}), who would decide what runs on this machine; read it, "
+                    f"and name it if you trust it: --compose-file {path}"
+                )
             return path
     raise UsageError(
         f"no {FILE_NAME} of this project beside the launcher nor here; work in the project's folder, "

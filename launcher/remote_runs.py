@@ -132,11 +132,21 @@ class RemoteHostLock:
 def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHostLock]:
     """Hold that machine against every other `up`, from here or there, as `host_lock` holds this one."""
     places = " ".join(map(str, FOLDERS))
-    found = (
+    chosen = (
         f'for d in {places}; do case $([ -L "$d" ] || stat -c %a "$d") in 1??[2367]) break ;; esac; done; '
-        f'f=$d/{NAME}; [ -e "$f" ] || (umask 0333; set -C; : >"$f"); '
+        f"f=$d/{NAME}"
+    )
+    found = (
+        f'{chosen}; [ -e "$f" ] || (umask 0333; set -C; : >"$f"); '
         '[ -f "$f" ] && [ ! -L "$f" ] && command exec 8<"$f"'
     )
+    _, wrong = box.ask(
+        f'{chosen}; if [ -L "$f" ] || {{ [ -e "$f" ] && [ ! -f "$f" ]; }}; then printf %s "$f"; fi'
+    )
+    if wrong:
+        raise EngineError(
+            f"{wrong} on {box.name}: not a file, and the lock of `launcher up` is to be there; remove it: sudo rm {wrong}"
+        )
     lock = RemoteHostLock(box)
     try:
         _hold(box, 8, found, ": one at a time on that machine", say)

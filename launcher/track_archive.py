@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import stat
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,11 +88,32 @@ def database_member(database: str) -> str:
     return f"databases/{database}.dump"
 
 
-def verify(path: Path) -> Contents:
-    """Read the whole file and return what it holds; raises DataError for one that is not whole or not ours."""
+@contextmanager
+def held(path: Path) -> Iterator[Path]:
+    """Hold a backup open, and give a path to this very file: its own may lead to another one by the next look.
+
+    Raises DataError for what is no file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DataError(f"{path}: is not a file; give the file that `launcher track backup` wrote")
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def verify(path: Path, at: Path | None = None) -> Contents:
+    """Read the whole file and return what it holds; raises DataError for one that is not whole or not ours.
+
+    `at` is where to read it, where `path` is but its name for messages.
+    """
     digests: dict[str, str] = {}
     manifest: dict[str, Any] | None = None
-    with opened(path) as archive:
+    with opened(path, at) as archive:
         for member, file in members(path, archive):
             if manifest is not None:
                 raise DataError(f"{path}: goes on after its manifest; it is not a backup of these servers")
@@ -117,10 +140,10 @@ def verify(path: Path) -> Contents:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tarfile.TarFile]:
+def opened(path: Path, at: Path | None = None) -> Iterator[tarfile.TarFile]:
     """Open a backup; raises DataError for what is no tar, or breaks off."""
     try:
-        with tarfile.open(path, mode="r:") as archive:
+        with tarfile.open(at or path, mode="r:") as archive:
             yield archive
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

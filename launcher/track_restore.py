@@ -22,7 +22,16 @@ from launcher.engines.docker import DockerEngine
 from launcher.engines.services import Service
 from launcher.errors import EngineError, UsageError
 from launcher.track import bring_up, confirmed, open_host, provide_images
-from launcher.track_archive import ARTIFACTS, DATABASES, Contents, database_member, members, opened, verify
+from launcher.track_archive import (
+    ARTIFACTS,
+    DATABASES,
+    Contents,
+    database_member,
+    held,
+    members,
+    opened,
+    verify,
+)
 from launcher.track_backup import FOLDER
 
 STAGE_ARTIFACTS = (
@@ -38,18 +47,21 @@ _FIRST_START_S = 60.0
 def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
     """Replace what the servers keep by what FILE holds, and bring them up; raises DataError for a damaged file."""
     file = absolute(file)
-    contents = verify(file)
-    host, config = open_host(), compose.config()
-    say(f"{file}: whole; {contents.files} files of {contents.created or 'an unknown time'}")
-    if not yes and not confirmed(f"put them in place of all that project {config['name']} keeps?", "restore"):
-        raise UsageError("nothing changed")
-    provide_images(compose, config, host, build=False)
-    postgres, mlflow = _database_up(compose, config, host)
-    try:
-        _stage(file, contents, postgres, mlflow)
-    except BaseException:
-        _discard_stage(postgres, mlflow)
-        raise
+    with held(file) as at:
+        contents = verify(file, at)
+        host, config = open_host(), compose.config()
+        say(f"{file}: whole; {contents.files} files of {contents.created or 'an unknown time'}")
+        if not yes and not confirmed(
+            f"put them in place of all that project {config['name']} keeps?", "restore"
+        ):
+            raise UsageError("nothing changed")
+        provide_images(compose, config, host, build=False)
+        postgres, mlflow = _database_up(compose, config, host)
+        try:
+            _stage(file, at, contents, postgres, mlflow)
+        except BaseException:
+            _discard_stage(postgres, mlflow)
+            raise
     _swap_databases(compose, postgres)
     if contents.has_artifacts:
         _in_artifacts(mlflow, SWAP_ARTIFACTS, None)
@@ -73,9 +85,9 @@ def _database_up(compose: Compose, config: dict[str, Any], host: DockerEngine) -
     return services["postgres"], services["mlflow"]
 
 
-def _stage(file: Path, contents: Contents, postgres: Service, mlflow: Service) -> None:
+def _stage(file: Path, at: Path, contents: Contents, postgres: Service, mlflow: Service) -> None:
     """Load the dumps into new databases, and the artifacts into a new folder of their volume."""
-    with opened(file) as archive:
+    with opened(file, at) as archive:
         dumps = {database_member(name): (name, role) for name, role in DATABASES.items()}
         for member, payload in members(file, archive):
             if member.name in dumps:
@@ -83,7 +95,7 @@ def _stage(file: Path, contents: Contents, postgres: Service, mlflow: Service) -
                 _load_database(postgres, database, role, payload)
                 say(f"database {database}: loaded")
     if contents.has_artifacts:
-        _in_artifacts(mlflow, STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, sink))
+        _in_artifacts(mlflow, STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, at, sink))
         say("artifacts: copied")
 
 
@@ -163,9 +175,9 @@ def _in_artifacts(mlflow: Service, script: str, send: Callable[[IO[bytes]], None
     )
 
 
-def _send_artifacts(file: Path, sink: IO[bytes]) -> None:
+def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
     """Write the artifacts of a backup to `sink` as a tar of their own."""
-    with opened(file) as archive, tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out:
+    with opened(file, at) as archive, tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out:
         for member, payload in members(file, archive):
             if member.name.startswith(ARTIFACTS):
                 copy = tarfile.TarInfo(member.name.removeprefix(ARTIFACTS))

@@ -132,12 +132,23 @@ def hand_over(top: Folder, uid: int, gid: int) -> Account:
         keeper.look(folder, name, state, account)
     if giving:
         with _explained(top.path, uid, gid):
-            if os.fstat(top.descriptor).st_uid != uid:
-                os.fchown(
-                    top.descriptor, uid, gid
-                )  # at the very end: an interrupted call starts all over again
-                account.handed += 1
+            _hand_top(top, uid, gid, account)
     return account
+
+
+def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
+    """Hand over the folder itself: at the very end, so that an interrupted call starts all over again.
+
+    It becomes its user's alone, so that nobody on the host reaches what replicas leave in it; one that others may write
+    is shared on purpose, and stays so.
+    """
+    state = os.fstat(top.descriptor)
+    if state.st_uid == uid:
+        return
+    if not state.st_mode & _OTHERS_WRITE:
+        os.fchmod(top.descriptor, stat.S_IMODE(state.st_mode) & ~0o077)
+    os.fchown(top.descriptor, uid, gid)
+    account.handed += 1
 
 
 def strip_set_ids(top: Folder, limit_s: float | None = None) -> Account:
@@ -161,6 +172,7 @@ class _Keeper:
     def __init__(self, top: Folder, uid: int, gid: int) -> None:
         self._uid, self._gid, self._me = uid, gid, os.geteuid()
         self._mount = _mount_of(top.descriptor)
+        self._records = top.path / ".launcher"
 
     def look(self, folder: Folder, name: str, state: os.stat_result, account: Account) -> None:
         """Judge an entry by what the walk saw; only one that wants a change is opened, and judged again."""
@@ -181,6 +193,10 @@ class _Keeper:
         if stat.S_ISBLK(state.st_mode) or stat.S_ISCHR(state.st_mode):
             return self._me == 0
         return stat.S_ISDIR(state.st_mode) and self._gives(state)
+
+    def _is_record(self, folder: Folder, name: str) -> bool:
+        """Return whether an entry is the local engine's: its records count only while they are root's."""
+        return folder.path == self._records or folder.path / name == self._records
 
     def _gives(self, state: os.stat_result) -> bool:
         return self._gid >= 0 and state.st_uid == 0
@@ -208,7 +224,7 @@ class _Keeper:
             elif armed:
                 _disarm(place, found)
                 account.stripped += 1
-        if not self._gives(found):
+        if not self._gives(found) or self._is_record(folder, name):
             return
         if stat.S_ISREG(found.st_mode) and not _surely_roots(folder, found):
             account.leave(path, "is root's, and somebody else may have put it there: it stays root's")
@@ -310,6 +326,11 @@ def main(argv: Sequence[str]) -> int:
     except (Refused, OSError) as error:
         sys.stderr.write(f"starling: {error}\n")
         return 2
+    if account.handed and user is None:
+        sys.stderr.write(
+            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} alone now, as no trainer runs as root; "
+            "make the folder yourself beforehand, and results are yours\n"
+        )
     for line in account.lines():
         sys.stderr.write(f"starling: {line}\n")
     sys.stdout.write(f"{uid} {gid}\n")

@@ -1,25 +1,25 @@
 #!/bin/sh
-# Run the trainer as the owner of the mounted runs folder, without capabilities.
+# Run the trainer as the owner of the mounted runs folder, without capabilities, and never as root.
 #
 # `docker run -v ~/gbr/runs:/usr/src/app/runs IMAGE python train.py ...` says nothing about users: the container
 # starts as root, and what it writes has to belong to whoever owns that folder on the host. So this script becomes
-# that owner and keeps nothing. With `docker run --user` (what the launcher does) there is nothing to change.
+# that owner and keeps nothing. A folder of root's, which Docker makes where there is none, is handed over first: a
+# program that root leaves there with mode 4755 would make every user of the host root. With `docker run --user` (what
+# the launcher does) there is nothing to change.
 set -eu
 
 runs="${STARLING_RUNS:-/usr/src/app/runs}"
 
-if [ "$(id -u)" -ne 0 ] || grep -q '^CapEff:[[:space:]]*0*$' /proc/self/status; then
+if [ "$(id -u)" -ne 0 ]; then
     exec "$@"
 fi
-
-uid="$(stat -c %u "$runs")"
-gid="$(stat -c %g "$runs")"
-if [ "$uid" -ne 0 ]; then
-    exec setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs \
-        --inh-caps=-all --bounding-set=-all "$@"
+if grep -q '^CapEff:[[:space:]]*0*$' /proc/self/status; then
+    echo "starling: this container is root and has no capability to become another user, and no trainer runs as" \
+        "root; give it a user: docker run --user UID:GID" >&2
+    exit 2
 fi
 
-# Docker creates a missing mount source as root. Only root can write there; of root's powers it keeps the one that
-# reads a home folder closed to others.
-echo "starling: $runs belongs to root, so the results will too; chown it to work as another user" >&2
-exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+dac_override "$@"
+# It says what is wrong itself: a file system without owners, the root of a rootless engine.
+user="$(python -I -S -B /usr/src/app/core/handover.py "$runs")"
+exec setpriv --reuid "${user% *}" --regid "${user#* }" --clear-groups --no-new-privs \
+    --inh-caps=-all --bounding-set=-all "$@"

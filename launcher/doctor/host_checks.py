@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import secrets
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from app.core.folder import Folder
 from launcher.box import Box
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
@@ -122,8 +123,14 @@ def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
 def check_locks(runs: Path) -> Finding:
     """Write and lock a file in the folder, as trainers will."""
     try:
-        with tempfile.NamedTemporaryFile(dir=runs, prefix=".doctor-") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with Folder.resolve(runs) as folder:
+            name = f".doctor-{secrets.token_hex(8)}"
+            descriptor = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(descriptor)
+                os.unlink(name, dir_fd=folder.descriptor)
     except OSError as error:
         return Finding(
             "runs folder",

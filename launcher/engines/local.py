@@ -14,14 +14,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from app.core.plain_json import read_json
+from app.core.folder import Folder
+from app.core.plain_json import parse_json
 from launcher.claims import Claim
 from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
@@ -32,6 +33,7 @@ from launcher.inventory import Machine
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
 
 FOLDER = ".launcher"
+MOST_RECORD_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +89,31 @@ class LocalEngine:
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise NameTaken when a record that is not this owner's has one of these names."""
-        for name in names:
-            path = self._record_path(name)
-            record = _load(path)
-            if path.exists() and not (record and is_ours(record.labels, name, self._owner)):
-                raise self._name_taken(name)
+        with self._opened() as folder:
+            for name in names:
+                record = self._own(folder, name)
+                if folder is not None and folder.has(f"{name}.json") and record is None:
+                    raise self._name_taken(name)
 
     def create(self, spec: ReplicaSpec) -> str:
         """Record a replica; raises NameTaken when its record is there."""
         record = _Record(id=self._new_id(), labels=labels(spec, self._owner), created=time.time())
-        with _translated(self._folder):
-            temporary = self._folder / f".{spec.name}.{record.id}.part"
-            _write_in_new_folder(temporary, _dump(record))
+        temporary = f".{spec.name}.{record.id}.part"
+        with _translated(self._folder), self._written(temporary, _dump(record)) as folder:
             try:
                 # A link fails where a rename would replace: the name is taken by one creator only.
-                os.link(temporary, self._record_path(spec.name))
+                os.link(
+                    temporary,
+                    f"{spec.name}.json",
+                    src_dir_fd=folder.descriptor,
+                    dst_dir_fd=folder.descriptor,
+                    follow_symlinks=False,
+                )
             except FileExistsError:
                 raise self._name_taken(spec.name) from None
             finally:
-                temporary.unlink()
-            self._exit_path(spec.name).unlink(missing_ok=True)
+                _unlink(folder, temporary)
+            _unlink(folder, f"{spec.name}.exit.json")
         self._specs[record.id] = spec
         return record.id
 
@@ -146,9 +153,14 @@ class LocalEngine:
                 start_time=start_time,
                 started=time.time(),
             )
-            temporary = self._folder / f".{spec.name}.{record.id}.part"
-            temporary.write_text(_dump(running))
-            os.replace(temporary, self._record_path(spec.name))
+            temporary = f".{spec.name}.{record.id}.part"
+            with self._written(temporary, _dump(running)) as folder:
+                os.replace(
+                    temporary,
+                    f"{spec.name}.json",
+                    src_dir_fd=folder.descriptor,
+                    dst_dir_fd=folder.descriptor,
+                )
 
     def list(self) -> list[ReplicaState]:
         """Return this owner's replicas below the runs folder."""
@@ -227,27 +239,24 @@ class LocalEngine:
         ):
             memory_limit.remove_cgroup(cgroup)  # a supervisor that was killed could not
         name = record.labels[REPLICA_LABEL]
-        log = self._log_path(name)
-        with _translated(self._folder):
-            for path in (
-                self._exit_path(name),
-                Path(supervisor.unfinished(str(self._exit_path(name)))),
-                log,
-                *(log.with_name(f"{log.name}.{number}") for number in range(1, supervisor.LOG_FILES)),
-                self._record_path(name),
-            ):
-                path.unlink(missing_ok=True)
+        ending = f"{name}.exit.json"
+        older = (f"{name}.log.{number}" for number in range(1, supervisor.LOG_FILES))
+        with _translated(self._folder), Folder.resolve(self._runs) as top:
+            with self._opened() as folder:
+                for file in (ending, supervisor.unfinished(ending), f"{name}.log", *older, f"{name}.json"):
+                    if folder is not None:
+                        _unlink(folder, file)
             with contextlib.suppress(OSError):
-                self._folder.rmdir()
+                os.rmdir(FOLDER, dir_fd=top.descriptor)
         self._specs.pop(replica_id, None)
 
     def _name_taken(self, name: str) -> NameTaken:
-        path = self._record_path(name)
-        record = _load(path)
+        with self._opened() as folder:
+            record = folder and _load(folder, f"{name}.json")
         if record and not is_ours(record.labels, name, self._owner) and in_use_by(record.labels, name):
             return NameTaken(in_use_by(record.labels, name))
         return NameTaken(
-            f"{name}: this name is held by {path}; give the training another --name, or move that file away"
+            f"{name}: this name is held by {self._folder / name}.json; give the training another --name, or move that file away"
         )
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
@@ -262,16 +271,49 @@ class LocalEngine:
             return b""
 
     def _records(self) -> Iterator[_Record]:
-        names: list[str] = []
-        # Globbing does not take a folder that vanishes while it is read.
-        with contextlib.suppress(FileNotFoundError):
-            names = os.listdir(self._folder)
-        for name in sorted(names):
-            if not name.endswith(".json") or name.endswith(".exit.json"):
-                continue
-            record = _load(self._folder / name)
-            if record and is_ours(record.labels, name.removesuffix(".json"), self._owner):
-                yield record
+        with self._opened() as folder:
+            for file in folder.names() if folder is not None else ():
+                if file.endswith(".json") and not file.endswith(".exit.json"):
+                    record = self._own(folder, file.removesuffix(".json"))
+                    if record is not None:
+                        yield record
+
+    def _own(self, folder: Folder | None, name: str) -> _Record | None:
+        """Return the record of this name if it is this owner's, by its labels and by who wrote the file.
+
+        Whoever may write the runs folder can put any record there, in anybody's name.
+        """
+        record = _load(folder, f"{name}.json", self._writers) if folder is not None else None
+        return record if record and is_ours(record.labels, name, self._owner) else None
+
+    @property
+    def _writers(self) -> frozenset[int]:
+        return frozenset({0, os.getuid(), self._owner})
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Folder | None]:
+        """Open the folder of records, following no link below the runs folder; None where there is none."""
+        with contextlib.ExitStack() as held:
+            folder = None
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                folder = held.enter_context(held.enter_context(Folder.resolve(self._runs)).folder(FOLDER))
+            yield folder
+
+    @contextlib.contextmanager
+    def _written(self, file: str, text: str) -> Iterator[Folder]:
+        """Write a new file and give its folder, made as often as somebody who removes the last record takes it away."""
+        for attempt in range(10):
+            with Folder.resolve(self._runs, create=True) as top, top.folder(FOLDER, create=True) as folder:
+                try:
+                    descriptor = folder.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                except FileNotFoundError:
+                    if attempt == 9:
+                        raise
+                    continue
+                with open(descriptor, "w", encoding="utf-8") as written:
+                    written.write(text)
+                yield folder
+                return
 
     def _find(self, replica_id: str) -> _Record | None:
         return next((record for record in self._records() if record.id == replica_id), None)
@@ -281,8 +323,8 @@ class LocalEngine:
         name = record.labels[REPLICA_LABEL]
         code, oom_killed = None, False
         if record.pid and not alive:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                ended = read_json(self._exit_path(name))
+            with self._opened() as folder, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                ended = parse_json(_read(folder, f"{name}.exit.json", self._writers) if folder else "")
                 code, oom_killed = int(ended["exit_code"]), bool(ended["oom_killed"])
         plan = plan_of(record.labels) or {}
         return ReplicaState(
@@ -299,9 +341,6 @@ class LocalEngine:
             pid=record.pid if alive else 0,
             plan=plan,
         )
-
-    def _record_path(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
 
     def _exit_path(self, name: str) -> Path:
         return self._folder / f"{name}.exit.json"
@@ -328,18 +367,6 @@ def _alive(record: _Record) -> bool:
         return False
 
 
-def _write_in_new_folder(path: Path, text: str) -> None:
-    """Write a file, and make its folder as often as somebody who removes the last record takes that away."""
-    for attempt in range(10):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.write_text(text)
-            return
-        except FileNotFoundError:
-            if attempt == 9:
-                raise
-
-
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -348,10 +375,10 @@ def _dump(record: _Record) -> str:
     return json.dumps({name: getattr(record, name) for name in _Record.__dataclass_fields__})
 
 
-def _load(path: Path) -> _Record | None:
-    """Return the record in a file; None for anything else that may lie there."""
+def _load(folder: Folder, file: str, writers: Collection[int] | None = None) -> _Record | None:
+    """Return the record in a file; None for anything else that may lie there, or that none of the `writers` has written."""
     try:
-        values: Any = read_json(path)
+        values: Any = parse_json(_read(folder, file, writers))
         record = _Record(**values)
         whole = (
             isinstance(record.pid, int)
@@ -359,8 +386,22 @@ def _load(path: Path) -> _Record | None:
             and isinstance(record.labels, dict)
         )
         return record if whole and record.pid >= 0 and record.pid != 1 else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+
+
+def _read(folder: Folder, file: str, writers: Collection[int] | None) -> bytes:
+    """Return a regular file of bounded size; raises OSError, and ValueError for anything else."""
+    with open(folder.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+        state = os.fstat(opened.fileno())
+        if not stat.S_ISREG(state.st_mode) or (writers is not None and state.st_uid not in writers):
+            raise ValueError(f"{file}: is no record")
+        return opened.read(MOST_RECORD_BYTES)
+
+
+def _unlink(folder: Folder, file: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(file, dir_fd=folder.descriptor)
 
 
 @contextlib.contextmanager

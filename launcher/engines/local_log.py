@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from app.core.folder import Folder
 from launcher.engines.base import LogLine
 from launcher.engines.supervisor import LOG_FILES
 from launcher.instants import parse_stamp
@@ -92,7 +95,7 @@ class LogReader:
         newer: IO[bytes] | None = None
         for name in self._names:
             try:
-                file = name.open("rb")
+                file = _open(name)
             except OSError:
                 continue
             if own is not None and os.path.samestat(os.fstat(file.fileno()), own):
@@ -102,6 +105,14 @@ class LogReader:
                 newer.close()
             newer = file
         return newer
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file of a folder that others may write: neither is a link, and a pipe is not waited for."""
+    with Folder.resolve(path.parent.parent) as above, above.folder(path.parent.name) as folder:
+        if not stat.S_ISREG(folder.stat(path.name).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return open(folder.open(path.name, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def _line(line: bytes) -> LogLine:

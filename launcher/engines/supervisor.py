@@ -15,6 +15,7 @@ import os
 import runpy
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -47,12 +48,13 @@ def main(argv: list[str]) -> int:
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     limit = memory_limit(int(memory))
-    ending = reserved(unfinished(exit_file))
-    code = supervise(command, log_file, limit)
+    folder, name = open_folder(exit_file), os.path.basename(exit_file)
+    ending = reserved(folder, unfinished(name))
+    code = supervise(command, RotatedLog(folder, os.path.basename(log_file)), limit)
     ended = {"exit_code": code, "finished": time.time(), "oom_killed": limit.oom_killed}
     limit.close()
     os.ftruncate(ending, os.pwrite(ending, json.dumps(ended).encode(), 0))
-    os.replace(unfinished(exit_file), exit_file)
+    os.replace(unfinished(name), name, src_dir_fd=folder, dst_dir_fd=folder)
     return 0
 
 
@@ -61,14 +63,24 @@ def unfinished(exit_file: str) -> str:
     return f"{exit_file}.part"
 
 
-def reserved(path: str) -> int:
+def reserved(folder: int, name: str) -> int:
     """Return a descriptor of a new file that has room for what is written at the end: a trainer may fill the disk."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    descriptor = open_new(folder, name, os.O_WRONLY)
     with contextlib.suppress(OSError):  # a file system that reserves nothing
         os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
     return descriptor
+
+
+def open_folder(file: str) -> int:
+    """Open the folder that a file lies in: itself no link, whatever somebody who may write beside it puts there."""
+    return os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def open_new(folder: int, name: str, flags: int) -> int:
+    """Open a file that nobody else has made: what has its name is removed first."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
 
 
 def memory_limit(limit: int) -> Any:
@@ -82,7 +94,7 @@ def cgroup_name(pid: int, started: int) -> str:
     return f"starling-{pid}-{started}"
 
 
-def supervise(command: list[str], log_file: str, limit: Any) -> int:
+def supervise(command: list[str], log: RotatedLog, limit: Any) -> int:
     """Run the command, pass SIGTERM and SIGINT on to it, copy its output; return its exit code."""
     children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
@@ -103,7 +115,6 @@ def supervise(command: list[str], log_file: str, limit: Any) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         limit.enter()
 
-    log = RotatedLog(log_file)
     try:
         child = subprocess.Popen(
             command,
@@ -159,8 +170,8 @@ def stamped(lines: bytes) -> bytes:
 class RotatedLog:
     """A log of bounded size: FILE, FILE.1, FILE.2. A full disk loses lines, never the training."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, folder: int, name: str) -> None:
+        self._folder, self._name = folder, name
         self._file = self._open()
 
     def write(self, data: bytes) -> None:
@@ -171,15 +182,27 @@ class RotatedLog:
 
     def _rotate(self) -> None:
         for number in range(LOG_FILES - 1, 0, -1):
-            older = f"{self._path}.{number}"
-            newer = self._path if number == 1 else f"{self._path}.{number - 1}"
+            older = f"{self._name}.{number}"
+            newer = self._name if number == 1 else f"{self._name}.{number - 1}"
             with contextlib.suppress(FileNotFoundError):
-                os.replace(newer, older)
+                os.replace(newer, older, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.close(self._file)
         self._file = self._open()
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        """Open the log to go on with it; a file that is somebody else's, or has another name, is not written to."""
+        flags = os.O_WRONLY | os.O_APPEND
+        try:
+            found = os.open(
+                self._name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder
+            )
+        except OSError:
+            return open_new(self._folder, self._name, flags)
+        state = os.fstat(found)
+        if stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and state.st_uid == os.geteuid():
+            return found
+        os.close(found)
+        return open_new(self._folder, self._name, flags)
 
 
 def start_time(pid: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -168,19 +169,100 @@ def test_trainer_trains_as_any_user_that_owns_its_runs_folder(trainer_image: str
     assert (tmp_path / "train" / "exp" / "results.csv").stat().st_uid == owner
 
 
-@pytest.mark.skipif(not as_root(), reason="only root can make a folder of root")
-def test_folder_that_docker_made_as_root_works_and_keeps_one_capability(
+needs_root = pytest.mark.skipif(not as_root(), reason="only root can make a folder of root")
+NOBODY, STRANGER = 10001, 12345
+
+
+def roots_folder(tmp_path: Path, kind: str) -> Path:
+    """Return a runs folder of root's: one that Docker makes, an empty one, or one with an older version's results."""
+    runs = tmp_path / "runs"
+    os.chmod(tmp_path, 0o755)
+    if kind != "missing":
+        runs.mkdir(mode=0o755)
+    if kind == "with results":
+        (runs / "gbr/search").mkdir(parents=True)
+        (runs / "gbr/search/evolve.csv").write_text("lr0\n0.01\n")
+        (runs / "gbr/search/shell").touch()
+        (runs / "gbr/search/shell").chmod(0o4755)
+    return runs
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["missing", "empty", "with results"])
+def test_a_runs_folder_of_roots_is_handed_over_and_the_trainer_is_never_root(
+    kind: str, trainer_image: str, tmp_path: Path
+) -> None:
+    runs = roots_folder(tmp_path, kind)
+    script = "touch runs/here && id -u && id -g && grep CapEff /proc/self/status"
+    answers = [
+        docker("run", "--rm", "-v", f"{runs}:{INSIDE}", trainer_image, "sh", "-c", script) for _ in range(2)
+    ]
+    for answer in answers:
+        assert answer.returncode == 0, answer.stderr
+        uid, gid, _, capabilities = answer.stdout.split()
+        assert (uid, gid, int(capabilities, 16)) == (str(NOBODY), str(NOBODY), 0)
+    assert "no trainer runs as root" in answers[0].stderr
+    assert answers[1].stderr == ""
+    assert {path.lstat().st_uid for path in (runs, *runs.rglob("*"))} == {NOBODY}
+    assert {path.lstat().st_mode & 0o6000 for path in runs.rglob("*")} == {0}
+    assert runs.stat().st_mode & 0o7777 == 0o700
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["missing", "empty", "with results", "a user's"])
+def test_a_set_user_id_program_made_inside_gives_another_user_of_the_host_nothing_of_roots(
+    kind: str, trainer_image: str, tmp_path: Path
+) -> None:
+    runs = roots_folder(tmp_path, kind)
+    if kind == "a user's":
+        os.chown(runs, 54321, 54321)
+    script = "cp /bin/bash runs/shell && chmod 4755 runs/shell && ls -l runs/shell"
+    made = docker("run", "--rm", "-v", f"{runs}:{INSIDE}", trainer_image, "sh", "-c", script)
+    assert made.returncode == 0, made.stderr
+    descriptor = os.open(runs.parent, os.O_PATH)  # whatever may be entered on the way there
+    # Only the program that setpriv starts has lost root's capabilities: so that one starts the next.
+    words = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups", "/usr/bin/env"]
+    tried = subprocess.run(
+        [*words, f"/proc/self/fd/{descriptor}/runs/shell", "-p", "-c", 'echo "$EUID"'],
+        pass_fds=[descriptor],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(descriptor)
+    if kind == "a user's":
+        # This user opened the folder to all; a replica's supervisor takes the bit away at its end, the next `up` too.
+        assert tried.stdout.strip() == "54321", tried.stderr
+    else:
+        assert (tried.returncode != 0, tried.stdout) == (True, ""), "the folder cannot be entered"
+
+
+def test_root_without_the_capabilities_to_become_another_user_is_refused_and_runs_nothing(
+    trainer_image: str,
+) -> None:
+    answer = docker("run", "--rm", "--cap-drop", "ALL", trainer_image, "echo", "ran")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "docker run --user UID:GID" in answer.stderr
+
+
+@needs_root
+def test_a_folder_that_root_may_not_give_away_is_refused_and_runs_nothing(
     trainer_image: str, tmp_path: Path
 ) -> None:
-    script = "touch runs/here && id -u && grep CapEff /proc/self/status"
+    words = ["--cap-drop", "CHOWN", "-v", f"{tmp_path / 'runs'}:{INSIDE}"]
+    answer = docker("run", "--rm", *words, trainer_image, "echo", "ran")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "root_squash" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
-    answer = docker("run", "--rm", "-v", f"{tmp_path / 'new'}:{INSIDE}", trainer_image, "sh", "-c", script)
 
-    assert answer.returncode == 0, answer.stderr
-    assert "belongs to root" in answer.stderr
-    uid, _, capabilities = answer.stdout.split()
-    assert uid == "0"
-    assert int(capabilities, 16) == 1 << 1  # CAP_DAC_OVERRIDE
+@needs_root
+def test_what_is_mounted_below_the_runs_folder_is_not_handed_over(trainer_image: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/secret").touch()
+    mounts = ["-v", f"{tmp_path / 'runs'}:{INSIDE}", "-v", f"{tmp_path / 'data'}:{INSIDE}/data"]
+    assert docker("run", "--rm", *mounts, trainer_image, "true").returncode == 0
+    assert [(tmp_path / name).stat().st_uid for name in ("runs", "data", "data/secret")] == [NOBODY, 0, 0]
 
 
 @pytest.mark.slow

@@ -31,6 +31,13 @@ TRAINER = """
 import sys, time
 print("args", sys.argv[1:], flush=True)
 if "--fail" in sys.argv: raise SystemExit(3)
+if "--arm" in sys.argv:
+    import os, shutil
+    shutil.copy("/bin/bash", os.environ["STARLING_RUNS"] + "/shell")
+    os.chmod(os.environ["STARLING_RUNS"] + "/shell", 0o4755)
+    print("armed", os.getuid(), os.getgid(), flush=True)
+    time.sleep(3)
+    raise SystemExit(0)
 if "--hog" in sys.argv:
     hog = bytearray()
     while True: hog += b"x" * 10_000_000
@@ -113,6 +120,63 @@ def test_up_status_and_kill_all_by_fleet(cli: Cli) -> None:
     assert [row["state"] for row in report["replicas"]] == ["running"]
     assert cli("kill-all", "--yes", cli.fleet).returncode == 0
     assert cli.containers() == []
+
+
+def euid_of(program: Path) -> str:
+    """Return the effective uid that another user of the host gets from a program; nothing where it cannot be run."""
+    descriptor = os.open(program.parent.parent, os.O_PATH)  # whatever may be entered on the way there
+    place = f"/proc/self/fd/{descriptor}/{program.parent.name}/{program.name}"
+    # Only the program that setpriv starts has lost root's capabilities: so that one starts the next.
+    words = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "/usr/bin/env", place]
+    said = subprocess.run(
+        [*words, "-p", "-c", 'echo "$EUID"'],
+        pass_fds=[descriptor],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(descriptor)
+    return said.stdout.strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of root")
+@pytest.mark.parametrize("kind", ["missing", "empty", "with results", "opened again"])
+def test_a_replica_of_roots_is_never_root_and_its_set_user_id_program_gives_nobody_anything(
+    kind: str, cli: Cli
+) -> None:
+    runs = cli.folder / "runs"
+    os.chmod(cli.folder, 0o755)
+    if kind != "missing":
+        (runs / "test/old").mkdir(parents=True) if kind == "with results" else runs.mkdir(mode=0o755)
+    if kind == "opened again":
+        os.chown(runs, 10001, 10001)
+    done = cli.up("--cpu", "1", training=("--arm",))
+    assert done.returncode == 0, done.stderr
+    [inspected] = json.loads(docker("inspect", cli.replica))
+    assert inspected["Config"]["User"] == "10001:10001"
+    deadline = time.monotonic() + 10
+    while not (runs / "shell").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    during = euid_of(runs / "shell")
+    assert during == ("10001" if kind == "opened again" else ""), "the folder is the replica's user's alone"
+    assert docker("wait", cli.replica) == "0"
+    assert "armed 10001 10001" in docker("logs", cli.replica)
+    assert (runs / "shell").stat().st_mode & 0o7000 == 0
+    assert euid_of(runs / "shell") == ("12345" if kind == "opened again" else "")
+    assert {path.lstat().st_uid for path in (runs, *runs.rglob("*"))} == {10001}
+    assert runs.stat().st_mode & 0o777 == (0o755 if kind == "opened again" else 0o700)
+
+
+def test_root_as_a_replicas_user_is_exit_code_2_and_makes_nothing(cli: Cli) -> None:
+    for user in ("0:0", "00:5", "5:0"):
+        done = cli.up("--cpu", "1", "--user", user)
+        assert done.returncode == 2
+        assert "never run as root" in done.stderr
+    (cli.folder / "starling.yaml").write_text("user: 0:0\n")
+    assert cli.up("--cpu", "1").returncode == 2
+    assert cli.containers() == []
+    assert not (cli.folder / "runs").exists()
 
 
 def test_two_ups_at_once_make_one_fleet(cli: Cli) -> None:

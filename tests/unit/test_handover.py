@@ -69,6 +69,21 @@ def test_all_that_is_roots_is_handed_over_and_the_files_of_others_stay_theirs(ru
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("before", "after"), [(0o755, 0o700), (0o750, 0o700), (0o1777, 0o1777), (0o2775, 0o2775)]
+)
+def test_a_folder_of_roots_becomes_its_users_alone_unless_it_is_shared_on_purpose(
+    runs: Path, before: int, after: int
+) -> None:
+    runs.chmod(before)
+    give(runs)
+    assert mode(runs) == after
+    runs.chmod(0o755)
+    give(runs)
+    assert mode(runs) == 0o755, "who opens it again is obeyed"
+
+
+@needs_root
 def test_a_folder_of_another_user_is_handed_to_nobody(runs: Path) -> None:
     os.chown(runs, STRANGER, STRANGER)
     give(runs)

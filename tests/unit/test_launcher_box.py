@@ -61,6 +61,17 @@ def test_files_there_are_read_in_one_question_and_links_and_pipes_never(tmp_path
     assert shell.questions == 2, "one for what it can, one for all files"
 
 
+def test_a_link_in_place_of_their_folder_is_not_followed_there_either(tmp_path: Path) -> None:
+    (tmp_path / "big disk/it's outside").mkdir(parents=True)
+    (tmp_path / "big disk/it's outside/r.json").write_text("{}")
+    (tmp_path / "runs").symlink_to("big disk")  # people keep their runs on another disk
+    (tmp_path / "big disk/.workers").symlink_to("it's outside")
+    paths = [tmp_path / "runs" / name / "r.json" for name in (".workers", "it's outside", "gone")]
+    found = read_told(Shell(), paths, 100)
+    assert found is not None
+    assert [found[path] for path in paths] == [b"", b"{}", b""]
+
+
 def test_more_files_than_one_answer_may_hold_are_asked_for_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,7 +211,7 @@ def test_a_replica_from_before_a_reboot_is_dead_whoever_has_its_number_now(
 
 def test_a_log_flood_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LOG_BYTES", 1000)
-    log = supervisor.RotatedLog(str(tmp_path / "log"))
+    log = supervisor.RotatedLog(supervisor.open_folder(str(tmp_path / "log")), "log")
     for _ in range(200):
         log.write(b"x" * 99 + b"\n")
     assert len(list(tmp_path.iterdir())) == supervisor.LOG_FILES

@@ -96,7 +96,7 @@ def test_a_reader_that_is_slower_than_the_rotation_misses_only_what_was_thrown_a
     writing.set()
 
     def write() -> None:
-        log = supervisor.RotatedLog(str(path))
+        log = supervisor.RotatedLog(supervisor.open_folder(str(path)), path.name)
         for number in range(600):
             log.write(supervisor.stamped(f"{number:05d}\n".encode()))
             time.sleep(0.001)

@@ -15,7 +15,8 @@ import pytest
 
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
-from launcher.remote_runs import remote_replica_user, remote_runs_folder
+from launcher.host_lock import NAME
+from launcher.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
 from launcher.runs_folder import runs_folder
 from tests.conftest import REPOSITORY
 
@@ -224,3 +225,25 @@ def test_the_line_that_a_dry_run_prints_hands_over_as_up_does(tmp_path: Path) ->
     [line] = _make_runs(plan_for(tmp_path, gpus="1").replicas[0])
     subprocess.run(shlex.split(line), check=True)
     assert (owners(runs), mode(runs)) == ([1000], 0o700)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / NAME
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr("launcher.remote_runs.FOLDERS", (tmp_path,))
+    shell = Shell((os.getuid(), os.getgid()), os.environ["PATH"])
+    {"link": lambda: place.symlink_to("nowhere"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[
+        kind
+    ]()
+    with (
+        pytest.raises(EngineError, match=f"{place} on box: not a file"),
+        remote_host_lock(cast(Box, shell), lambda _: None),
+    ):
+        raise AssertionError("not reached")
+    place.rmdir() if kind == "folder" else place.unlink()
+    with remote_host_lock(cast(Box, shell), lambda _: None):
+        assert place.is_file()
+    shell.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from launcher.engines.services import Service, read_services
 from launcher.errors import DataError, EngineError, UsageError
 from launcher.servers import check_network_choice, join
 from launcher.track import provide_images
-from launcher.track_archive import MANIFEST, ArchiveWriter, Contents, verify
+from launcher.track_archive import MANIFEST, ArchiveWriter, Contents, held, verify
 from tests.conftest import REPOSITORY
 
 SECRET = "5f1c-not-to-be-seen"
@@ -143,6 +144,20 @@ def test_the_compose_file_beside_the_launcher_is_found_and_a_missing_one_is_name
         find_compose_file(Path("nowhere.yml"))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes another user's file")
+def test_another_users_compose_file_here_is_not_run_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.compose.__file__", str(tmp_path / "site-packages/launcher/compose.py"))
+    here = tmp_path / "docker-compose.yml"
+    here.write_text("# Experiment tracking\n")
+    assert find_compose_file(None, tmp_path) == here
+    os.chown(here, 12345, 12345)
+    with pytest.raises(UsageError, match=r"another user \(uid 12345\).*--compose-file"):
+        find_compose_file(None, tmp_path)
+    assert find_compose_file(here, tmp_path) == here
+
+
 class Recorder:
     """A double of Compose that writes down what would be run."""
 
@@ -253,3 +268,17 @@ def test_a_link_in_a_backup_is_refused(tmp_path: Path) -> None:
         tar.addfile(link)
     with pytest.raises(DataError, match="which no backup has"):
         verify(tmp_path / "a.tar")
+
+
+def test_a_backup_swapped_after_its_check_is_not_what_is_restored(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.tar")
+    with held(path) as at:
+        verify(path, at)
+        path.rename(tmp_path / "aside")
+        path.write_text("another")
+        assert verify(path, at).files == 3
+        with pytest.raises(DataError):
+            verify(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is not a file"), held(tmp_path / "pipe"):
+        raise AssertionError("not reached")

@@ -142,6 +142,17 @@ def test_a_stop_while_waiting_for_the_next_try_ends_at_once(tmp_path: Path) -> N
     assert attempts(tmp_path) == 1
 
 
+@pytest.mark.parametrize("end", ["exit 0", "exit 3", "kill -TERM $$"])
+def test_set_id_bits_that_a_trainer_leaves_in_the_runs_folder_are_gone_with_it(
+    end: str, tmp_path: Path
+) -> None:
+    make = "mkdir -p a/b; cp /bin/true a/b/shell; chmod 4755 a/b/shell; cp /bin/true group; chmod 2755 group"
+    _, _, said = supervise(tmp_path, f"{make}; {end}", "--max-restarts", "0")
+    assert (tmp_path / "a/b/shell").stat().st_mode & 0o7777 == 0o755
+    assert (tmp_path / "group").stat().st_mode & 0o7777 == 0o755
+    assert "2 files lost their set-user-id or set-group-id bit" in said
+
+
 def test_the_trainer_dies_with_its_supervisor(tmp_path: Path) -> None:
     process = begin(tmp_path, "echo $$ > pid; exec sleep 60")
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
