@@ -14,6 +14,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import found, is_file, is_folder, read_regular
 from app.data.images import IMAGE_SUFFIXES, decode_image
 from app.data.remote_source import download
 from app.errors import DataError, UsageError, readable
@@ -23,7 +25,9 @@ VIDEO_SUFFIXES = frozenset(
 )
 STREAM_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
 STREAM_TIMEOUT_MS = 15_000
-MAX_LIST_BYTES = 64 << 20
+MAX_LIST_BYTES = 16 << 20
+MAX_FRAME_PIXELS = 8192 * 4352
+"""Of a video: 8K is smaller. A decoder holds some 20 frames, those that later ones refer to."""
 
 Kind = Literal["picture", "video", "stream"]
 
@@ -117,11 +121,11 @@ def _find(source: str, folder: Path) -> list[Source]:
         return [Source(kind="stream", address=int(source))]
     given = Path(source).expanduser()
     for path in (folder / given, given):
-        if path.is_dir():
+        if is_folder(path):
             return _of_paths(
                 sorted(path.iterdir()), f"{path}: holds no pictures or videos; name a folder that does"
             )
-        if path.exists():
+        if found(path):
             return [_local(path)]
     if any(character in source for character in "*?["):
         matches = sorted(glob.glob(str(folder / given), recursive=True))
@@ -137,7 +141,7 @@ def _find(source: str, folder: Path) -> list[Source]:
 def _of_paths(paths: list[Path], nothing: str) -> list[Source]:
     """Return sources for those paths that are pictures or videos; raises DataError if none is."""
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    found = [_local(path) for path in paths if path.suffix.lower() in known and path.is_file()]
+    found = [_local(path) for path in paths if path.suffix.lower() in known and is_file(path)]
     if not found:
         raise DataError(f"{nothing} (known: {', '.join(sorted(suffix[1:] for suffix in known))})")
     return found
@@ -177,28 +181,27 @@ def _is_list(source: str) -> bool:
 def _read_list(path: Path) -> list[Source]:
     """Return what the lines of a list name; relative paths go from the list's folder, or from here."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_LIST_BYTES + 1)
+        content = read_regular(path, MAX_LIST_BYTES)
     except OSError as error:
         raise DataError(f"--source {path}: cannot be read: {error.strerror}; check the path") from None
-    if len(content) > MAX_LIST_BYTES:
-        raise DataError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB, so not a list; check the path")
+    except BudgetExceeded as error:
+        raise DataError(f"{path}: {error}, so not a list; check the path") from None
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text; a list has one path or URL a line") from None
-    found: list[Source] = []
+    sources: list[Source] = []
     for number, line in enumerate(lines, 1):
         word = line.strip()
         if not word or word.startswith("#"):
             continue
         try:
-            found += _find(word, path.parent)
+            sources += _find(word, path.parent)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    if not found:
+    if not sources:
         raise DataError(f"{path}: an empty list; give one path or URL a line")
-    return found
+    return sources
 
 
 def _read_video(address: str | int, source: Source, stride: int) -> Generator[Frame, None, None]:
@@ -215,6 +218,7 @@ def _read_video(address: str | int, source: Source, stride: int) -> Generator[Fr
             whole, image = capture.retrieve()
             if not whole:
                 break
+            _check_frame(image.shape[1], image.shape[0], source)
             yield Frame(
                 image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
                 number=number,
@@ -227,8 +231,17 @@ def _read_video(address: str | int, source: Source, stride: int) -> Generator[Fr
         capture.release()
 
 
+def _check_frame(width: float, height: float, source: Source) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise DataError(
+            f"{source.shown}: frames of {width:.0f} x {height:.0f} pixels, over {MAX_FRAME_PIXELS:,}; scale it down"
+        )
+
+
 def _open(address: str | int, source: Source) -> cv2.VideoCapture:
     """Return an opened capture; raises DataError with what to check."""
+    if source.kind == "video" and not is_file(str(address)):  # OpenCV would wait for the writer of a FIFO
+        raise DataError(f"{source.shown}: is not a regular file; check the path")
     if source.kind == "stream" and not isinstance(address, int):
         timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
         timeouts += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
@@ -236,6 +249,7 @@ def _open(address: str | int, source: Source) -> cv2.VideoCapture:
     else:
         capture = cv2.VideoCapture(address)
     if capture.isOpened():
+        _check_frame(capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT), source)
         return capture
     remedy = {
         "video": "the file is damaged or of an unknown kind; convert it to mp4",
