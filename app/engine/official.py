@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from app.data.download import MIRROR, Download, FetchError, fetch, mirrored, read_text, record_path, sha256_of
 from app.engine.progress import Progress
 from app.errors import CheckpointError
@@ -71,8 +73,8 @@ def official_weights(name: str, progress: Progress) -> Path:
 def _verified(path: Path) -> Path:
     """Return `path` if its digest is the one recorded beside it; raises CheckpointError otherwise."""
     try:
-        recorded = record_path(path).read_text(encoding="ascii", errors="replace").split()[:1]
-    except OSError:
+        recorded = read_regular(record_path(path), 4096).decode("ascii", "replace").split()[:1]
+    except (OSError, BudgetExceeded):
         return path  # put there by hand
     if recorded and recorded[0] != sha256_of(path):
         raise CheckpointError(
@@ -90,7 +92,7 @@ def _published(name: str, url: str) -> tuple[str | None, int | None]:
         assets = json.loads(read_text(RELEASE_FACTS))["assets"]
         asset = next(asset for asset in assets if asset["name"] == name)
         digest, size = asset.get("digest"), asset["size"]
-    except (FetchError, ValueError, KeyError, TypeError, StopIteration):
+    except (FetchError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
         return None, None  # the file itself may still be had
     match = re.fullmatch(r"sha256:([0-9a-f]{64})", str(digest))
     return match[1] if match else None, size if isinstance(size, int) else None
