@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from PIL import ImageFile
 
-from app.core.budget import MEMORY_BYTES, Budget, BudgetExceeded
+from app.core.budget import MEMORY_BYTES, SECONDS, Budget, BudgetExceeded
 
 if TYPE_CHECKING:
     from app.data.images import ImageHeader
@@ -28,6 +29,7 @@ _SCAN_BYTES = 12
 _HEADER_BYTES = 64 << 20
 _EXIF_BYTES = 1 << 16
 """One segment of a JPEG. Pillow reads all values of the directory, which may claim the same bytes again and again."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 _MARKER = 4
 """Bytes of a mark or a length."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
@@ -80,12 +82,28 @@ def has_many_scans(image: ImageFile.ImageFile, file: IO[bytes], file_size: int) 
     return head != b"\xff\xda" + length.to_bytes(2, "big") + bytes([components])
 
 
-def check_scans(content: bytes, header: ImageHeader) -> None:
-    """Raise BudgetExceeded for a JPEG of so many scans that decoding would take too long."""
+def check_content(content: bytes, header: ImageHeader) -> None:
+    """Raise BudgetExceeded for what would take too long or too much memory, which only the whole file shows."""
     if header.many_scans:
         scans, (height, width) = content.count(b"\xff\xda"), header.hw
         if scans * height * width > _PIXELS_OF_SCANS:
-            raise BudgetExceeded(f"{scans} scans of {width} x {height} pixels take more than 20 s to decode")
+            raise BudgetExceeded(
+                f"{scans} scans of {width} x {height} pixels take more than {SECONDS:g} s to decode"
+            )
+    if content.startswith(_PNG):
+        _check_chunks(content)
+
+
+def _check_chunks(content: bytes) -> None:
+    """Refuse a PNG with a chunk that claims more bytes than there are: OpenCV takes the memory before it looks."""
+    at = len(_PNG)
+    while at + 8 <= len(content):
+        length, kind = struct.unpack_from(">L4s", content, at)
+        if kind == b"IEND":
+            return
+        at += 12 + length
+        if at > len(content):
+            raise BudgetExceeded(f"a chunk claims {length:,} bytes, more than the file has")
 
 
 class CountedFile:

@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from app.core.budget import MEMORY_BYTES, BudgetExceeded
 from app.core.regular_file import open_regular, read_regular
-from app.data.image_cost import DECODING, CountedFile, check_scans, decode_bytes, has_many_scans
+from app.data.image_cost import DECODING, CountedFile, check_content, decode_bytes, has_many_scans
 from app.data.letterbox import Size
 from app.errors import DataError, is_out_of_memory
 
@@ -130,7 +130,7 @@ def decode_image(path: Path) -> np.ndarray[Any, Any]:
     try:
         content = read_regular(path, MEMORY_BYTES)
         header = _checked(io.BytesIO(content), len(content), 0)
-        check_scans(content, header)
+        check_content(content, header)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check the file") from None
     except (UnusableImageError, BudgetExceeded) as error:

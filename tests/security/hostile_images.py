@@ -109,9 +109,17 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "profile-bomb.png": (lambda: png(20, 8, 0, extra=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(50 << 20)))), ""),
     "claims.jpg": (lambda: saved("RGB", 16, "JPEG").replace(b"\0\x10\0\x10", b"\xff\xff\xff\xff", 1), ""),
     "claims.webp": (lambda: saved("RGB", 16, "WEBP")[:4] + b"\xff" * 4 + saved("RGB", 16, "WEBP")[8:], "truncated|corrupt"),
+    "chunk.png": (lambda: _chunk_that_claims(0x7F00_0000), "a chunk claims"),
     "rle.bmp": (lambda: _rle_bmp(20_000), "pixels|corrupt|MiB"),
 }  # fmt: skip
 """Name -> what builds the image, and what the message says; empty where the image may be taken or refused."""
+
+
+def _chunk_that_claims(length: int) -> bytes:
+    """Return a PNG whose pixels' chunk claims this length; OpenCV 5.0 takes as much memory, and 13 s for 2 GB."""
+    whole = png(20, 8, 0)
+    at = whole.index(b"IDAT") - 4
+    return whole[:at] + struct.pack(">L", length) + whole[at + 4 :]
 
 
 def _rle_bmp(side: int) -> bytes:
