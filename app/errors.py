@@ -133,7 +133,8 @@ def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | N
 
 @contextmanager
 def readable(kind: type[StarlingError]) -> Iterator[None]:
-    """Raise `kind`, with the path and the remedy, for a path of the user's that this process may not look at.
+    """Raise `kind`, with the path and the remedy, for a path of the user's that this process may not look at, or that
+    is too long for the file system.
 
     Around a block, or as a function's decorator.
     """
@@ -144,6 +145,10 @@ def readable(kind: type[StarlingError]) -> Iterator[None]:
             f"{error.filename}: cannot be read: {error.strerror} for uid {os.geteuid()}; check the owner and the mode "
             "of the file and of the folders above it"
         ) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise kind(f"{str(error.filename)[:200]}: cannot be read: {error.strerror}; check the path") from None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

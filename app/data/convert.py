@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ast
 import csv
-import json
+import errno
+import io
 import math
 import os
 import re
 import shutil
 import uuid
 import xml.etree.ElementTree as ElementTree
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from app.core.budget import Budget, BudgetExceeded
+from app.core.regular_file import is_file, open_regular, printable, read_regular
+from app.data.json_stream import members
 from app.errors import DataError, refusal, suggest
 
 Box = tuple[float, float, float, float]
@@ -31,7 +36,18 @@ Row = tuple[int, Box]
 
 _MAX_XML_BYTES = 4 << 20
 _MAX_CLASS_FILE_BYTES = 4 << 20
+_MAX_LINES_BYTES = 16 << 20
+"""Of a list of names, or one picture's annotations in lines."""
+_MAX_CSV_LINE = 1 << 20
+_MAX_BOXES = 20_000_000
+"""Of one file of annotations: the largest public set has 15 million."""
+_MAX_SIDE = 1 << 20
+"""Pixels of an annotated picture's side; the reader of pictures takes far less."""
 _OPEN_IMAGES_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf")
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_NO_HARD_LINKS = frozenset(
+    {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
+)
 _BEYOND_EDGE = 0.01
 """Parts of a picture that a corner may lie outside by rounding; further out it is in other units."""
 
@@ -65,11 +81,16 @@ def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, in
 def _voc_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
     """Return the rows of a VOC annotation, and the picture's width and height."""
     content = _read(path, _MAX_XML_BYTES)
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    # As text, so that the file cannot choose an encoding in which the next test sees nothing.
+    if "\0" in text or "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path}: declares entities, which no annotation needs; refused")
     rows: list[Row] = []
     try:
-        tree = ElementTree.fromstring(content)
+        tree = ElementTree.fromstring(text)
         width, height = (int(_text(tree, f"size/{side}")) for side in ("width", "height"))
         for item in tree.iter("object"):
             if (item.findtext("difficult") or "0").strip() == "1":
@@ -78,7 +99,7 @@ def _voc_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
                 float(_text(item, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")
             )
             rows.append((_class_of(path, _text(item, "name"), names), (left - 1, top - 1, right, bottom)))
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a VOC annotation: {error}; fetch the dataset again") from None
     return rows, width, height
 
@@ -115,16 +136,23 @@ def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str)
     boxes: dict[str, list[Box]] = defaultdict(list)
     path = _below(root, source)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                try:
-                    name, some = _wheat_boxes(row)
-                except (KeyError, ValueError, SyntaxError, TypeError):
-                    raise DataError(
-                        f"{path}:{number}: not a row of a Global Wheat CSV; check the file"
-                    ) from None
-                boxes[name].extend(some)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        budget = Budget(seconds=math.inf, boxes=_MAX_BOXES // 10)
+        for number, row in enumerate(csv.DictReader(_csv_lines(path)), start=2):
+            try:
+                name, some = _wheat_boxes(row)
+            except (
+                KeyError,
+                ValueError,
+                SyntaxError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                MemoryError,
+            ):
+                raise DataError(f"{path}:{number}: not a row of a Global Wheat CSV; check the file") from None
+            budget.spend(boxes=1 + len(some))
+            boxes[name].extend(some)
+    except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     for name, some in boxes.items():
         image = _below(root, f"{images}/{name}")
@@ -149,26 +177,58 @@ def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) 
     """
     path = _below(root, source)
     try:
-        with open(path, "rb") as file:
-            content = json.load(file)
-        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
-        _check_names(path, [str(category["name"]) for category in categories], names)
-        classes = {category["id"]: number for number, category in enumerate(categories)}
-        rows: dict[int, list[Row]] = defaultdict(list)
-        for item in content["annotations"]:
-            if not item.get("iscrowd"):
-                left, top, width, height = _four(item["bbox"])
-                rows[item["image_id"]].append(
-                    (classes[item["category_id"]], (left, top, left + width, top + height))
-                )
-        for image in content["images"]:
-            target = _below(root, f"{images}/{image['file_name']}")
-            _write_labels(target, rows.get(image["id"], []), int(image["width"]), int(image["height"]))
-        return len(content["images"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        categories, pictures, boxes = _read_coco(path)
+        categories.sort()
+        _check_names(path, [name for _, name in categories], names)
+        classes = {identity: number for number, (identity, _) in enumerate(categories)}
+        for identity, name, width, height in pictures:
+            rows = ((classes[int(values[0])], _four(values[1:])) for values in _fives(boxes.get(identity)))
+            _write_labels(_below(root, f"{images}/{name}"), rows, width, height)
+        return len(pictures)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, BudgetExceeded) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise
         raise DataError(
-            f"{path}: not COCO annotations: {type(error).__name__}: {error}; fetch it again"
+            f"{path}: not COCO annotations: {type(error).__name__}: {printable(str(error)[:200])}; fetch it again"
         ) from None
+
+
+def _read_coco(
+    path: Path,
+) -> tuple[list[tuple[int, str]], list[tuple[Any, str, int, int]], dict[Any, array[float]]]:
+    """Return the categories (id, name), the images (id, file name, width, height), and the boxes of each image.
+
+    A box is five numbers: the category's id, left, top, right, bottom. The file is read piece by piece, as those of
+    real datasets have up to gigabytes.
+    """
+    budget = Budget(seconds=math.inf, boxes=_MAX_BOXES, images=_MAX_BOXES // 10, categories=100_000)
+    categories: list[tuple[int, str]] = []
+    pictures: list[tuple[Any, str, int, int]] = []
+    boxes: dict[Any, array[float]] = defaultdict(lambda: array("d"))
+    there = set()
+    for key, item in members(path):
+        there.add(key)
+        if key == "categories":
+            budget.spend(categories=1)
+            categories.append((int(item["id"]), str(item["name"])))
+        elif key == "images":
+            budget.spend(images=1)
+            pictures.append((item["id"], str(item["file_name"]), int(item["width"]), int(item["height"])))
+        elif key == "annotations" and not item.get("iscrowd"):
+            budget.spend(boxes=1)
+            left, top, width, height = _four(item["bbox"])
+            values = (float(int(item["category_id"])), left, top, left + width, top + height)
+            boxes[item["image_id"]].extend(values)
+    for key in ("categories", "images", "annotations"):
+        if key not in there:
+            raise KeyError(key)
+    return categories, pictures, boxes
+
+
+def _fives(values: array[float] | None) -> Iterator[array[float]]:
+    for start in range(0, len(values or ()), 5):
+        assert values is not None
+        yield values[start : start + 5]
 
 
 def convert_open_images(
@@ -223,24 +283,23 @@ def read_open_images_classes(path: Path) -> dict[str, str]:
 def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, Row | None]]:
     """Yield picture and row for each line of a CSV of boxes; no row for a box around a group."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            lacking = [column for column in _OPEN_IMAGES_COLUMNS if column not in header]
-            if lacking:
-                raise DataError(f"{path}:1: no column {', '.join(lacking)}; is it the CSV of boxes?")
-            pick = itemgetter(*(header.index(column) for column in _OPEN_IMAGES_COLUMNS))
-            for fields in reader:
-                if not fields:
-                    continue
-                try:
-                    if len(fields) != len(header):
-                        raise ValueError(f"{len(fields)} columns, the heading has {len(header)}")
-                    row = _open_images_row(pick(fields), numbers)
-                except ValueError as error:
-                    raise DataError(f"{path}:{reader.line_num}: {error}; fetch the file again") from None
-                yield row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.reader(_csv_lines(path))
+        header = next(reader, [])
+        lacking = [column for column in _OPEN_IMAGES_COLUMNS if column not in header]
+        if lacking:
+            raise DataError(f"{path}:1: no column {', '.join(lacking)}; is it the CSV of boxes?")
+        pick = itemgetter(*(header.index(column) for column in _OPEN_IMAGES_COLUMNS))
+        for fields in reader:
+            if not fields:
+                continue
+            try:
+                if len(fields) != len(header):
+                    raise ValueError(f"{len(fields)} columns, the heading has {len(header)}")
+                row = _open_images_row(pick(fields), numbers)
+            except ValueError as error:
+                raise DataError(f"{path}:{reader.line_num}: {error}; fetch the file again") from None
+            yield row
+    except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; fetch the file again") from None
 
 
@@ -328,19 +387,32 @@ def _class_of(path: Path, name: str, names: Sequence[str]) -> int:
 
 def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
     """Write the label file of a picture: boxes cut to the picture, those that lie outside or have no area left out."""
-    if width < 1 or height < 1:
-        raise DataError(f"{image}: annotated as {width}×{height} pixels; fetch the dataset again")
+    if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
+        raise DataError(
+            f"{image}: annotated as {str(width)[:12]} × {str(height)[:12]} pixels; fetch the dataset again"
+        )
     lines = dict.fromkeys(_label_lines(rows, width, height))
     from app.data.labels import label_path  # NumPy; a host that only fetches has none
 
     path = label_path(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Not through write_atomic: a dataset has up to millions of these, and its folder appears as a whole by one rename.
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
     except FileExistsError:
         raise DataError(f"{path}: is there already; labels are never replaced: move it away first") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    """Return what to raise for a file whose name came out of an annotation; a full disk is the caller's to tell."""
+    if error.errno in _NO_ROOM:
+        return error
+    return DataError(
+        f"{printable(str(path)[:300])}: cannot be written: {error.strerror}; check the annotations"
+    )
 
 
 def _label_lines(rows: Iterable[Row], width: int, height: int) -> Iterator[str]:
@@ -365,14 +437,16 @@ def _size_of(image: Path) -> tuple[int, int]:
 
 def _link(source: Path, target: Path) -> None:
     """Give a picture a second name; a copy where the file system has no hard links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, target)
     except FileNotFoundError:
         raise DataError(f"{source}: is not there; fetch the dataset again") from None
     except FileExistsError:
         raise DataError(f"{target}: is there already; move it away first") from None
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS or not is_file(source):
+            raise _unwritable(target, error) from None
         shutil.copyfile(source, target)
 
 
@@ -399,16 +473,24 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    text = _read(path, 1 << 30).decode("utf-8-sig", "replace")
+    text = _read(path, _MAX_LINES_BYTES).decode("utf-8-sig", "replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _read(path: Path, limit: int) -> bytes:
     try:
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
+        return read_regular(path, limit)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; fetch the dataset again") from None
-    if len(content) > limit:
-        raise DataError(f"{path}: over {limit >> 20} MiB, so not what it should be; fetch the dataset again")
-    return content
+    except BudgetExceeded as error:
+        raise DataError(f"{path}: {error}, so not what it should be; fetch the dataset again") from None
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a CSV of any length. Raises OSError, UnicodeDecodeError, and BudgetExceeded for a long line."""
+    with open_regular(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        while line := text.readline(_MAX_CSV_LINE):
+            if len(line) == _MAX_CSV_LINE:
+                raise BudgetExceeded(f"a line of more than {_MAX_CSV_LINE >> 20} million characters")
+            yield line

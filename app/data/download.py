@@ -23,6 +23,8 @@ from typing import IO, Any
 
 from app.core.lock import take, try_flock
 from app.core.plain_json import read_json
+from app.core.regular_file import printable
+from app.data.paced import PacedHttp, PacedHttps
 from app.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
 from app.outputs.folders import make_folder, open_file, remove, rename
@@ -35,6 +37,7 @@ ATTEMPTS = 5
 TIMEOUT_S = 30.0
 """Longest silence of a server."""
 _CHUNK = 1 << 18
+_NOTES_BYTES = 1 << 16
 _AGENT = "starling-trainer"
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
 
@@ -110,7 +113,7 @@ def read_text(url: str, *, max_bytes: int = 4 << 20, timeout_s: float = 10.0) ->
     try:
         with _open(url, {}, timeout_s) as response:
             content: bytes = response.read(max_bytes + 1)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise FetchError(f"{url}: {_reason(error)}") from None
     if len(content) > max_bytes:
         raise FetchError(f"{url}: larger than {max_bytes} bytes")
@@ -169,7 +172,7 @@ def _receive_all(
         try:
             _receive(download, part, show, clock)
             return
-        except (_Broken, OSError, http.client.HTTPException) as error:
+        except (_Broken, OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, OSError) and (refused := refusal(error, part)):
                 raise refused from None
             if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
@@ -258,6 +261,11 @@ def _check_answer(
     download: Download, response: http.client.HTTPResponse, start: int, total: int | None
 ) -> None:
     """Refuse, before a byte is written, what cannot be the file. Raises FetchError."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise FetchError(
+            f"{download.url}: sent packed ({printable(encoding[:40])}), which was not asked for; refused"
+        )
     if response.headers.get_content_type() == "text/html":
         raise FetchError(
             f"{download.url}: answered with a web page, not a file; is there a login or a proxy?"
@@ -306,7 +314,7 @@ def _note(download: Download, part: Path, response: http.client.HTTPResponse) ->
 def _validator_of(download: Download, part: Path) -> str | None:
     """Return what to resume with; None where the part is of another file, or nothing could tell that it is not."""
     try:
-        notes = read_json(_notes_path(part))
+        notes = read_json(_notes_path(part), _NOTES_BYTES)
     except (OSError, ValueError):
         return None
     if not isinstance(notes, dict) or notes.get("url") != download.url:
@@ -318,10 +326,17 @@ def _validator_of(download: Download, part: Path) -> str | None:
 def _range_of(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
     """Return where the body starts in the file, and the file's bytes in all where the server says."""
     if response.status == http.client.PARTIAL_CONTENT:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        match = re.fullmatch(
+            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range", ""), re.ASCII
+        )
         return (int(match[1]), int(match[2])) if match else (-1, None)
     length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, _whole(length)
+
+
+def _whole(length: str) -> int | None:
+    """Return the number of bytes that a header says; None for what is no such number."""
+    return int(length) if re.fullmatch(r"\d{1,18}", length, re.ASCII) else None
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -341,7 +356,7 @@ def _open(url: str, headers: Mapping[str, str], timeout_s: float) -> http.client
     request = urllib.request.Request(
         url, headers={"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
     )
-    response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(
+    response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects, PacedHttp, PacedHttps).open(
         request, timeout=timeout_s
     )
     return response
@@ -356,10 +371,10 @@ def _is_loopback(host: str) -> bool:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} {error.reason}"
+        return f"the server answers {error.code} {printable(str(error.reason)[:100])}"
     if isinstance(error, urllib.error.URLError):
         return str(getattr(error.reason, "strerror", None) or error.reason)
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return printable(str(getattr(error, "strerror", None) or error)[:200]) or type(error).__name__
 
 
 def _size(path: Path) -> int:

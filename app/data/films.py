@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from app.core.regular_file import is_file
 from app.data.images import MAX_PIXELS, MIN_SIDE
 from app.errors import DataError
 
@@ -36,6 +37,8 @@ VIDEO_SUFFIXES = frozenset(
 ANIMATED_SUFFIXES = frozenset((".apng", ".gif", ".png", ".webp"))
 """Images that may hold several frames, which are looked at one by one."""
 STREAM_TIMEOUT_MS = 15_000
+MAX_FRAME_PIXELS = 8192 * 4352
+"""Of a film: 8K is smaller. A decoder holds some 20 frames, those that later ones refer to."""
 SNIFFED = 1 << 16
 """Bytes in which the head of an animated PNG or WebP says that it is one."""
 ANIMATION_FPS = 10.0
@@ -165,6 +168,7 @@ def read_video(
             if not whole:
                 number -= 1
                 break
+            _check_frame(image.shape[1], image.shape[0], shown)
             yield Frame(
                 image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
                 number=number,
@@ -195,6 +199,13 @@ def ends_early(frames: int, listed: int, *, exact: bool, last_s: float, fps: flo
     return not (timed and fps > 0) or last_s < 0.9 * listed / fps - 0.5
 
 
+def _check_frame(width: float, height: float, shown: str) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise DataError(
+            f"{shown}: frames of {width:.0f} x {height:.0f} pixels, over {MAX_FRAME_PIXELS:,}; scale the film down"
+        )
+
+
 def _listed_frames(capture: cv2.VideoCapture) -> int:
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     return int(count) if 0 < count < MOST_FRAMES else 0
@@ -212,6 +223,9 @@ def _lists_every_frame(path: Path) -> bool:
 
 def _open(address: str | int, shown: str, stream: bool) -> cv2.VideoCapture:
     """Return an opened capture; raises DataError with what to check."""
+    if isinstance(address, str) and not stream and not is_file(address):
+        # OpenCV would wait for the writer of a FIFO
+        raise DataError(f"{shown}: is not a regular file; check the path")
     if stream and not isinstance(address, int):
         timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
         timeouts += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
@@ -219,6 +233,7 @@ def _open(address: str | int, shown: str, stream: bool) -> cv2.VideoCapture:
     else:
         capture = cv2.VideoCapture(address)
     if capture.isOpened():
+        _check_frame(capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT), shown)
         return capture
     remedy = (
         "check that it is on, and may be read from here"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-import stat
+import re
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,28 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from app.core.budget import MEMORY_BYTES, BudgetExceeded
+from app.core.regular_file import open_regular, read_regular
+from app.data.image_cost import DECODING, CountedFile, check_content, decode_bytes, has_many_scans
 from app.data.letterbox import Size
 from app.errors import DataError, is_out_of_memory
 
 MIN_SIDE = 10
 """Pictures with a shorter side hold nothing to learn from."""
 MAX_PIXELS = 178_956_970
-"""Half a gigabyte as RGB; larger pictures are taken for attacks or mistakes."""
+"""Half a gigabyte as RGB; larger pictures are taken for attacks or mistakes. What takes more memory to decode than
+others (16 bits a channel, JPEGs in several scans, …) has a lower limit: see app.data.image_cost."""
 
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
+"""Pillow's readers that are asked; MPO is a JPEG to it."""
 _MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"))
 """Pillow's names of the pixels that OpenCV decodes to 8-bit RGB as they are meant."""
 _CONVERTED_MODES = frozenset(("CMYK", "YCbCr", "RGBa", "La"))
 """Those that Pillow converts: OpenCV takes every CMYK for inverted, which only Adobe's JPEGs are."""
 _ORIENTATION = 0x0112
+_WHOLE_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
+"""EXIF types -> struct's letters."""
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _TURNS = {
     2: (None, 1),
     3: (cv2.ROTATE_180, None),
@@ -49,6 +59,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
+_DEEP_ROWS = 64
+_ROUNDED = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
+"""16 bits -> 8."""
 _CONVERT = "convert it to 8-bit RGB"
 _REPLACE = "replace the picture or remove it"
 
@@ -71,6 +84,10 @@ class ImageHeader:
     """EXIF orientation, 1 (upright) to 8."""
     pixels: Literal["plain", "deep", "converted"]
     """How the pixels become RGB: by OpenCV, from 16 bits a channel, or by Pillow."""
+    many_scans: bool
+    """Whether it is a JPEG whose pixels come in several scans, each of which takes time."""
+    decode_bytes: int
+    """The most memory that decoding takes, the file's bytes included."""
     file_size: int
     """Bytes on disk."""
     changed_ns: int
@@ -84,13 +101,13 @@ def read_header(path: Path) -> ImageHeader:
     or too large. Truncation is seen by the end mark of JPEG and PNG; other formats are decoded once to know.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnusableImageError("not a regular file")
-        if status.st_size == 0:
-            raise UnusableImageError("empty file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
+                raise UnusableImageError("empty file")
             return _checked(file, *file_stamp(status))
+    except IsADirectoryError:
+        raise UnusableImageError("not a regular file") from None
     except OSError as error:
         raise UnusableImageError(f"cannot be read: {error.strerror or error}") from None
 
@@ -110,22 +127,24 @@ def decode_image(path: Path) -> np.ndarray[Any, Any]:
     is no memory for it, which is no fault of the picture's, raises MemoryError naming the path.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MEMORY_BYTES)
+        header = _checked(io.BytesIO(content), len(content), 0)
+        check_content(content, header)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check the file") from None
+    except (UnusableImageError, BudgetExceeded) as error:
+        rest = "" if isinstance(error, UnusableImageError) else f"; {_REPLACE}"
+        raise DataError(f"{path}: {error}{rest}") from None
+    height, width = header.hw
     try:
-        header = _checked(io.BytesIO(content), len(content), 0)
-    except UnusableImageError as error:
-        raise DataError(f"{path}: {error}") from None
-    try:
-        image = _DECODERS[header.pixels](content)
-        if image is None:
-            raise DataError(f"{path}: cannot be decoded; {_REPLACE}")
-        image = _upright(image, header)
+        with DECODING.taken(header.decode_bytes):
+            image = _DECODERS[header.pixels](content)
+            if image is None:
+                raise DataError(f"{path}: cannot be decoded; {_REPLACE}")
+            image = _upright(image, header)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        height, width = header.hw
         raise MemoryError(f"{path}: no room to decode its {width} x {height} pixels") from None
     if image.shape[:2] != header.hw:
         raise DataError(f"{path}: header says {header.hw}, pixels are {image.shape[:2]}; replace the picture")
@@ -141,14 +160,14 @@ def _decode_deep(content: bytes) -> np.ndarray[Any, Any] | None:
     image = _imdecode(content, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None or image.dtype not in (np.uint8, np.uint16):
         return None
-    if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    channels = 1 if image.ndim == 2 else image.shape[2]
-    if channels < 3:
-        return cv2.cvtColor(
-            np.ascontiguousarray(image.reshape(*image.shape[:2], -1)[..., 0]), cv2.COLOR_GRAY2RGB
-        )
-    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGB if channels == 4 else cv2.COLOR_BGR2RGB)
+    image = image.reshape(*image.shape[:2], -1)
+    rgb = np.empty((*image.shape[:2], 3), np.uint8)
+    for start in range(0, len(image), _DEEP_ROWS):  # a few rows at once, so that no second copy is made
+        rows = image[start : start + _DEEP_ROWS]
+        if image.shape[2] < 3:
+            rows = rows[..., :1]
+        rgb[start : start + _DEEP_ROWS] = (_ROUNDED[rows] if image.dtype == np.uint16 else rows)[..., 2::-1]
+    return rgb
 
 
 def _decode_converted(content: bytes) -> np.ndarray[Any, Any] | None:
@@ -174,33 +193,55 @@ def _imdecode(content: bytes, flags: int) -> np.ndarray[Any, Any] | None:
 
 
 def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
+    counted = CountedFile(file)
     try:
-        with Image.open(file) as image:
+        with Image.open(counted, formats=_FORMATS) as image:  # type: ignore[arg-type]
             width, height = image.size
             _check_size(width, height)
-            if image.format not in ("MPO", "JPEG") and getattr(image, "is_animated", False):
+            if _is_animated(image):
                 raise UnusableImageError("animated or of several pages", "export one frame")
-            pixels = _pixels(image)
-            orientation = _orientation(image)
-            _check_end(image, file, file_size)
+            pixels, orientation = _pixels(image), _orientation(image)
+            many_scans = has_many_scans(image, file, file_size)
+            needed = decode_bytes(image, pixels, many_scans) + file_size
+            if needed > MEMORY_BYTES:
+                raise UnusableImageError(
+                    f"{width} x {height} pixels need {needed >> 20} MiB to decode, over {MEMORY_BYTES >> 20}",
+                    f"scale it down, or {_CONVERT}",
+                )
+            counted.end_of_header()
+            _check_end(image, file, file_size, needed)
     except (UnusableImageError, MemoryError):
         raise
+    except BudgetExceeded as error:
+        raise UnusableImageError(f"its header is over the limit: {error}") from None
     except Image.DecompressionBombError:
         raise UnusableImageError(f"claims more than {MAX_PIXELS:,} pixels", "scale it down") from None
     except UnidentifiedImageError:
         raise UnusableImageError("not a picture of a known format") from None
     except Exception as error:
         # Pillow's plug-ins raise many kinds on hostile bytes (SyntaxError, struct.error, OverflowError, ...).
-        raise UnusableImageError(f"corrupt: {error}") from None
+        raise UnusableImageError(f"corrupt: {str(error)[:200]}") from None
     if orientation >= 5:
         height, width = width, height
     return ImageHeader(
         hw=(height, width),
         orientation=orientation,
         pixels=pixels,
+        many_scans=many_scans,
+        decode_bytes=needed,
         file_size=file_size,
         changed_ns=changed_ns,
     )
+
+
+def _is_animated(image: ImageFile.ImageFile) -> bool:
+    if image.format == "TIFF":  # to ask it for its pages would read them all
+        try:
+            image.seek(1)
+        except EOFError:
+            return False
+        return True
+    return image.format not in ("MPO", "JPEG") and bool(getattr(image, "is_animated", False))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -227,11 +268,36 @@ def _orientation(image: Image.Image) -> int:
     # TIFF by itself, as does Pillow.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
-    value = image.getexif().get(_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    exif = image.info.get("exif")
+    found = _exif_orientation(exif) if isinstance(exif, bytes) else None
+    if found is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        match = _XMP_ORIENTATION.search(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp)
+        found = int(match[1]) if match else 1
+    return found if 1 <= found <= 8 else 1
 
 
-def _check_end(image: Image.Image, file: IO[bytes], file_size: int) -> None:
+def _exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation that stands in the first directory of EXIF data; None where none does.
+
+    Not through Pillow, which reads every value of the directory: those of a few kilobytes can claim gigabytes.
+    """
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None or len(exif) < 8:
+        return None
+    (start,) = struct.unpack_from(f"{order}L", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start) if start + 2 <= len(exif) else (0,)
+    for at in range(start + 2, min(start + 2 + 12 * count, len(exif) - 11), 12):
+        tag, kind = struct.unpack_from(f"{order}2H", exif, at)
+        if tag == _ORIENTATION and kind in _WHOLE_NUMBERS:
+            (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], exif, at + 8)
+            return int(value)
+    return None
+
+
+def _check_end(image: Image.Image, file: IO[bytes], file_size: int, needed: int) -> None:
     """Refuse a truncated picture, decoding it only where the last bytes do not settle the question."""
     position = file.tell()
     file.seek(max(file_size - 32, 0))
@@ -241,8 +307,14 @@ def _check_end(image: Image.Image, file: IO[bytes], file_size: int) -> None:
         return
     if image.format == "PNG" and b"IEND" in tail:
         return
+    if image.format == "WEBP":
+        file.seek(4)
+        if int.from_bytes(file.read(4), "little") + 8 > file_size:
+            raise UnusableImageError("truncated")
+        return
     try:
-        image.load()
+        with DECODING.taken(needed):
+            image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise UnusableImageError(f"truncated or corrupt: {error}") from None
 

@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from app.core.budget import Budget, BudgetExceeded
+from app.core.regular_file import read_regular
 from app.data.findings import Finding
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20
 """A larger file is not one picture's labels."""
+MAX_LINES = 1_000_000
+"""Nor is one of more lines, blank, repeated and faulty ones included."""
+MAX_LINE_BYTES = 1 << 20
+"""Nor is one of longer lines: a polygon of 50,000 points has less."""
 MAX_ROWS = 100_000
 """Nor is one of more rows; as targets of one batch they would fill any memory."""
 
@@ -89,19 +95,30 @@ def read_labels(path: Path, nc: int, keypoints: Keypoints | None = None) -> Labe
     whole dataset.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = read_regular(path, MAX_BYTES)
+        _check_lines(content)
     except FileNotFoundError:
         return LabelFile(rows=np.zeros((0, 5), np.float32), missing=True)
+    except BudgetExceeded as error:
+        return _unusable(path, str(error), "check that it is a label file")
     except OSError as error:
         return _unusable(path, f"cannot be read: {error.strerror}", "check its permissions")
-    if len(content) > MAX_BYTES:
-        return _unusable(path, f"larger than {MAX_BYTES >> 20} MiB", "check that it is a label file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return _unusable(path, "not UTF-8 text", "check that it is a label file")
     return parse_labels(text, nc, str(path), keypoints)
+
+
+def _check_lines(content: bytes) -> None:
+    """Raise BudgetExceeded for text whose lines would take too much time or memory."""
+    if len(content) <= MAX_LINE_BYTES:
+        return
+    budget = Budget(lines=MAX_LINES)
+    budget.spend(lines=max(content.count(b"\n"), content.count(b"\r")))
+    longest = max(len(line) for line in content.replace(b"\r", b"\n").split(b"\n"))
+    if longest > MAX_LINE_BYTES:
+        raise BudgetExceeded(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
 
 
 def parse_labels(text: str, nc: int, source: str, keypoints: Keypoints | None = None) -> LabelFile:

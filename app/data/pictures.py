@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from app.core.budget import Budget, BudgetExceeded
 from app.core.file_kinds import IMAGE_SUFFIXES
+from app.core.regular_file import found, is_file, is_folder, open_regular
 from app.errors import DataError
 
-_MAX_LIST_BYTES = 1 << 30
+_MAX_LIST_BYTES = 256 << 20
+_MAX_LINES = 4_000_000
+_MAX_NAME = 16 << 10
+"""Characters of a line; no file system takes a quarter of it."""
 
 
 def find_pictures(entries: Iterable[Path], root: Path, source: str) -> Iterator[Path]:
@@ -19,11 +26,11 @@ def find_pictures(entries: Iterable[Path], root: Path, source: str) -> Iterator[
     in a folder that may not be looked into.
     """
     for entry in entries:
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _walk(entry)
-        elif entry.suffix.lower() == ".txt" and entry.is_file():
+        elif entry.suffix.lower() == ".txt" and is_file(entry):
             yield from _listed(entry, root)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and is_file(entry):
             yield entry
         else:
             raise DataError(f"{source}: {entry} is not there; put the pictures there or fix the path")
@@ -51,14 +58,19 @@ def _refuse(error: OSError) -> None:
 
 def _listed(path: Path, root: Path) -> Iterator[Path]:
     """Yield the pictures that a list names: absolute, or relative to the list's folder, else to the root."""
-    if path.stat().st_size > _MAX_LIST_BYTES:
-        raise DataError(f"{path}: over a gigabyte, so not a list of pictures; check the path")
+    budget = Budget(seconds=math.inf, list_bytes=_MAX_LIST_BYTES, lines=_MAX_LINES)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open_regular(path) as file:
+            text = io.TextIOWrapper(file, "utf-8-sig")
+            while line := text.readline(_MAX_NAME):
+                budget.spend(list_bytes=len(line), lines=1)
+                if len(line) == _MAX_NAME:
+                    raise BudgetExceeded(f"a line of more than {_MAX_NAME:,} characters")
+                name = line.strip()
+                if name and "\0" not in name:
+                    beside = path.parent / name
+                    yield Path(os.path.normpath(beside if found(beside) else root / name))
+    except BudgetExceeded as error:
+        raise DataError(f"{path}: {error}, so not a list of pictures; check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read as text: {error}; check the file") from None
-    for line in lines:
-        name = line.strip()
-        if name and "\0" not in name:
-            beside = path.parent / name
-            yield Path(os.path.normpath(beside if beside.exists() else root / name))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import http.client
+import re
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.regular_file import printable
+from app.data.paced import PacedHttp, PacedHttps
 from app.errors import DataError
 from app.outputs.atomic import write_atomic
 
@@ -41,7 +45,13 @@ def download(url: str, path: Path, shown: str, *, limit: int = MAX_BYTES) -> Pat
     def receive(file: IO[bytes]) -> None:
         with _opener().open(_request(url), timeout=TIMEOUT_S) as answer:
             promised = answer.headers.get("Content-Length", "")
-            expected = int(promised) if promised.isdecimal() else None
+            expected = int(promised) if re.fullmatch(r"\d{1,18}", promised, re.ASCII) else None
+            packed = answer.headers.get("Content-Encoding", "identity").strip().lower()
+            if packed not in ("", "identity"):
+                raise DataError(f"{shown}: sent packed ({printable(packed[:40])}), which was not asked for")
+            free = shutil.disk_usage(path.parent).free
+            if (expected or 0) > free:
+                raise DataError(f"{shown}: {expected:,} bytes to come, {free:,} are free; make room")
             received = 0
             while chunk := answer.read(CHUNK):
                 received += len(chunk)
@@ -56,13 +66,15 @@ def download(url: str, path: Path, shown: str, *, limit: int = MAX_BYTES) -> Pat
     try:
         write_atomic(path, receive)
     except urllib.error.HTTPError as error:
-        raise DataError(f"{shown}: the server answers {error.code} ({error.reason}); check the URL") from None
+        raise DataError(
+            f"{shown}: the server answers {error.code} ({printable(str(error.reason)[:100])}); check the URL"
+        ) from None
     except urllib.error.URLError as error:
         raise DataError(
-            f"{shown}: cannot be reached ({error.reason}); check the URL and the network"
+            f"{shown}: cannot be reached ({printable(str(error.reason)[:200])}); check the URL and the network"
         ) from None
     except (TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
-        raise DataError(f"{shown}: could not be fetched ({error}); try again") from None
+        raise DataError(f"{shown}: could not be fetched ({printable(str(error)[:200])}); try again") from None
     return path
 
 
@@ -82,8 +94,8 @@ def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        PacedHttp(),
+        PacedHttps(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _Redirects(),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from app.core.budget import BudgetExceeded
 from app.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -21,6 +22,7 @@ from app.core.file_kinds import (
     suffix_of,
 )
 from app.core.paths import at_home
+from app.core.regular_file import found, is_file, is_folder, read_regular
 from app.data.films import (
     ANIMATED_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -37,7 +39,7 @@ from app.errors import DataError, UsageError, readable
 from app.outputs.names import Subject
 
 STREAM_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
-MAX_LIST_BYTES = 64 << 20
+MAX_LIST_BYTES = 16 << 20
 HIDDEN = "hidden files, which may be copies"
 KNOWN_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | {".apng"}
 
@@ -139,11 +141,11 @@ def _find(source: str, folder: Path, left_out: LeftOut) -> list[Source]:
         return [Source(kind="stream", address=int(source))]
     given = at_home(source)
     for path in (folder / given, given):
-        if path.is_dir():
+        if is_folder(path):
             return _of_paths(
                 sorted(path.iterdir()), f"{path}: holds no images or films; name a folder that does", left_out
             )
-        if path.exists():
+        if found(path):
             return [_local(path)]
     if any(character in source for character in "*?["):
         matches = sorted(glob.glob(str(folder / given), recursive=True, include_hidden=True))
@@ -163,22 +165,22 @@ def _of_paths(
     `written` are the parts of the pattern that somebody wrote down: a hidden folder among them is meant.
     """
     passed_over = LeftOut()
-    found = []
+    sources = []
     for path in paths:
         suffix = path.suffix.lower()
-        if suffix not in KNOWN_SUFFIXES | UNREAD_IMAGE_SUFFIXES or not path.is_file():
+        if suffix not in KNOWN_SUFFIXES | UNREAD_IMAGE_SUFFIXES or not is_file(path):
             continue
         if any(is_hidden(part) for part in (path.parts if written else (path.name,)) if part not in written):
             passed_over.add(HIDDEN, path, "name them one by one if they are meant", kind=suffix)
         elif suffix in KNOWN_SUFFIXES:
-            found.append(_local(path))
+            sources.append(_local(path))
         else:
             passed_over.add_unread_image(path)
-    if not found:
+    if not sources:
         known = ", ".join(sorted(suffix[1:] for suffix in KNOWN_SUFFIXES))
         raise DataError("\n  ".join([f"{nothing} (known: {known})", *passed_over.lines()]))
     left_out.update([passed_over])
-    return found
+    return sources
 
 
 def _local(path: Path) -> Source:
@@ -217,36 +219,35 @@ def _is_list(source: str) -> bool:
 def _read_list(path: Path, left_out: LeftOut) -> list[Source]:
     """Return what the lines of a list name; relative paths go from the list's folder, or from here."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_LIST_BYTES + 1)
+        content = read_regular(path, MAX_LIST_BYTES)
     except OSError as error:
         raise DataError(f"--source {path}: cannot be read: {error.strerror}; check the path") from None
-    if len(content) > MAX_LIST_BYTES:
-        raise DataError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB, so not a list; check the path")
+    except BudgetExceeded as error:
+        raise DataError(f"{path}: {error}, so not a list; check the path") from None
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text; a list has one path or URL a line") from None
-    found: list[Source] = []
+    sources: list[Source] = []
     for number, line in enumerate(lines, 1):
         word = line.strip()
         if not word or word.startswith("#"):
             continue
         try:
-            found += _listed(word, path.parent, left_out)
+            sources += _listed(word, path.parent, left_out)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    if not found:
+    if not sources:
         nothing = f"{path}: names no image or film; give one path or URL a line"
         raise DataError("\n  ".join([nothing, *left_out.lines()]))
-    return found
+    return sources
 
 
 def _listed(word: str, folder: Path, left_out: LeftOut) -> list[Source]:
     """Return what a line of a list names; an image of a kind that is not read, and a hidden copy, are counted only."""
     if "://" not in word:
         unread = Path(word).suffix.lower() in UNREAD_IMAGE_SUFFIXES - {".apng"}
-        if (unread or is_hidden_copy(word)) and any((place / word).is_file() for place in (folder, Path())):
+        if (unread or is_hidden_copy(word)) and any(is_file(place / word) for place in (folder, Path())):
             if unread:
                 left_out.add_unread_image(word)
             else:

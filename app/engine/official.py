@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.core.budget import BudgetExceeded
 from app.core.paths import at_home
 from app.core.plain_json import parse_json
+from app.core.regular_file import read_regular
 from app.data.download import MIRROR, Download, FetchError, fetch, mirrored, read_text, record_path, sha256_of
 from app.engine.progress import Progress
 from app.errors import CheckpointError, refusal
@@ -72,8 +74,8 @@ def official_weights(name: str, progress: Progress) -> Path:
 def _verified(path: Path) -> Path:
     """Return `path` if its digest is the one recorded beside it; raises CheckpointError otherwise."""
     try:
-        recorded = record_path(path).read_text(encoding="ascii", errors="replace").split()[:1]
-    except OSError:
+        recorded = read_regular(record_path(path), 4096).decode("ascii", "replace").split()[:1]
+    except (OSError, BudgetExceeded):
         return path  # put there by hand
     if recorded and recorded[0] != sha256_of(path):
         raise CheckpointError(

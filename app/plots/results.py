@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from app.errors import DataError
 from app.plots import style
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MAX_BYTES = 8 << 20
+"""A results.csv of 10,000 epochs has 3 MB."""
 PANELS = (
     ("train/box_loss", "train / box loss"),
     ("train/obj_loss", "train / objectness loss"),
@@ -63,9 +68,9 @@ def read_results(csv_path: Path) -> dict[str, np.ndarray]:
     if csv_path.exists() and not csv_path.is_file():  # a pipe would never end
         raise DataError(f"{csv_path}: is not a regular file; give the results.csv of a run")
     try:
-        with open(csv_path, newline="", encoding="utf-8") as file:
-            lines = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = read_regular(csv_path, MAX_BYTES).decode("utf-8")
+        lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
         raise DataError(f"{csv_path}: cannot be read ({error}); give the results.csv of a run") from error
     if not lines:
         return {}
