@@ -8,6 +8,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from app.core.words import shown
+
+_MOST_FIELD, _MOST_VALUE = 4096, 400
+"""Characters of a message: a field may carry a path, a value may be a whole file."""
+
 
 class StarlingError(Exception):
     """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
@@ -25,7 +30,7 @@ class ConfigError(UsageError):
     """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{field}={value!r}: {problem}")
+        super().__init__(f"{shown(field, _MOST_FIELD)}={_repr(value)}: {problem}")
         self.field = field
 
 
@@ -61,6 +66,13 @@ class Pruned(StarlingError):
     def __init__(self, reason: str, epoch: int) -> None:
         super().__init__(reason)
         self.epoch = epoch
+
+
+def _repr(value: object) -> str:
+    try:
+        return shown(repr(value), _MOST_VALUE)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__}"
 
 
 @contextmanager
