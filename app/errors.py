@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -77,7 +78,7 @@ def _repr(value: object) -> str:
 
 @contextmanager
 def readable(kind: type[StarlingError]) -> Iterator[None]:
-    """Raise `kind`, with the path and the remedy, for a path of the user's that this process may not look at.
+    """Raise `kind`, with the path and the remedy, for a path of the user's that cannot be, or may not be looked at.
 
     Around a block, or as a function's decorator.
     """
@@ -87,6 +88,12 @@ def readable(kind: type[StarlingError]) -> Iterator[None]:
         raise kind(
             f"{error.filename}: cannot be read: {error.strerror} for uid {os.geteuid()}; check the owner and the mode "
             "of the file and of the folders above it"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise kind(
+            f"{shown(error.filename)}: {error.strerror}: no file can be there; correct the path"
         ) from None
 
 

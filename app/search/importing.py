@@ -14,6 +14,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from app.config.hyp import Hyp
 from app.config.yaml_reader import read_yaml
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from app.errors import UsageError, suggest
 from app.search.ledger import IMPORTED
 from app.search.outcome import METRIC_COLUMNS
@@ -105,11 +107,11 @@ def _content(params: Mapping[str, float], value: float | None) -> tuple[Any, ...
 def read_evolve_csv(path: Path) -> list[OldResult]:
     """Return the rows of an evolve.csv, padded by spaces or not. Raises UsageError naming the line."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(
-                f"{path}: larger than {MAX_BYTES >> 20} MiB, so not an evolve.csv; check the path"
-            )
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+    except BudgetExceeded:
+        raise UsageError(
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, so not an evolve.csv; check the path"
+        ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except UnicodeDecodeError:

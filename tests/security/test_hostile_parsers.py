@@ -207,7 +207,7 @@ def test_any_bytes_are_yaml_or_not_yaml() -> None:
         parts = [generator.choice(seeds) for _ in range(generator.randint(1, 3))]
         content = bytearray(generator.choice([b"\n", b": ", b", "]).join(parts))
         for _ in range(generator.randint(0, 6)):
-            content[generator.randrange(len(content)) : 0] = bytes([generator.choice(marks)])
+            content[generator.randrange(len(content) + 1) : 0] = bytes([generator.choice(marks)])
         for read in (load_yaml, compose_yaml):
             with contextlib.suppress(NotYaml):
                 read(bytes(content))
