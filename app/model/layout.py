@@ -156,7 +156,7 @@ def _row(index: int, row: Any, modules: Sequence[str]) -> Row:
 
 def _activation(mapping: Mapping[str, Any], key: str) -> str:
     activation = mapping.get(key, DEFAULT_ACTIVATION)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
     return str(activation)
 
