@@ -24,6 +24,8 @@ from app.engine.checkpoint import load_checkpoint, save_checkpoint
 from app.errors import ConfigError, StarlingError
 from app.model.detector import build_detector
 from app.model.pickle_check import PickleWalk
+from app.search.journal import JOURNAL
+from app.search.study import SearchStudy, StudyRules
 from app.tracking.cursor import Cursor, cursor_path
 from app.tracking.delivery import Bridge
 from app.tracking.events import EventLog, last_event, read_events
@@ -417,6 +419,29 @@ def test_a_pipe_in_the_place_of_a_log_keeps_nobody_waiting(tmp_path: Path) -> No
     with pytest.raises(OSError, match="regular file"):
         read_events(tmp_path / "events.jsonl")
     assert track.main(["status", str(tmp_path), "--runs", str(tmp_path)]) == 2
+
+
+# Journals
+
+
+def test_odd_values_and_lines_in_a_journal_are_taken_or_refused_by_name(tmp_path: Path) -> None:
+    study = SearchStudy.open_or_create(
+        tmp_path, seed_hyp={"lr0": 0.01}, budget=3, study_seed=0, signature={"data": "d"}, rules=StudyRules()
+    )
+    study.ask("w").lease.close()  # type: ignore[union-attr]
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    changed = [[*lines[:at], odd, *lines[at:]] for odd in ODD_LINES for at in (0, len(lines))]
+    for number, line in enumerate(lines):
+        record = json.loads(line)
+        for key in record:
+            odd_records = [json.dumps({**record, key: odd}).encode() + b"\n" for odd in ODD_JSON[::4]]
+            changed += [[*lines[:number], odd, *lines[number + 1 :]] for odd in odd_records]
+    for content in changed:
+        (tmp_path / JOURNAL).write_bytes(b"".join(content))
+        with contextlib.suppress(StarlingError):
+            read = SearchStudy.read(tmp_path)
+            read.progress()
+            read.finished()
 
 
 # JSON
