@@ -18,7 +18,8 @@ Parsed = TypeVar("Parsed")
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
     """Print one line to stderr; of several processes that train together, rank 0 does."""
     if speaks(environment):
-        print(line, file=sys.stderr, flush=True)
+        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:

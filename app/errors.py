@@ -11,6 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from app.core.folder import LinkRefused
+from app.core.words import shown
+
+_MOST_FIELD, _MOST_VALUE = 4096, 400
+"""Characters of a message: a field may carry a path, a value may be a whole file."""
 
 
 class StarlingError(Exception):
@@ -29,7 +33,7 @@ class ConfigError(UsageError):
     """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{field}={value!r}: {problem}")
+        super().__init__(f"{shown(field, _MOST_FIELD)}={_repr(value)}: {problem}")
         self.field = field
 
 
@@ -131,10 +135,16 @@ def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | N
     return None
 
 
+def _repr(value: object) -> str:
+    try:
+        return shown(repr(value), _MOST_VALUE)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__}"
+
+
 @contextmanager
 def readable(kind: type[StarlingError]) -> Iterator[None]:
-    """Raise `kind`, with the path and the remedy, for a path of the user's that this process may not look at, or that
-    is too long for the file system.
+    """Raise `kind`, with the path and the remedy, for a path of the user's that cannot be, or may not be looked at.
 
     Around a block, or as a function's decorator.
     """
@@ -148,7 +158,9 @@ def readable(kind: type[StarlingError]) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise kind(f"{str(error.filename)[:200]}: cannot be read: {error.strerror}; check the path") from None
+        raise kind(
+            f"{shown(error.filename)}: {error.strerror}: no file can be there; correct the path"
+        ) from None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -376,7 +376,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except LauncherError as error:
         if "--debug" in words[:1]:
             raise
-        click.echo(f"error: {error}", err=True)
+        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        click.echo(f"error: {error}".encode("utf-8", "backslashreplace").decode(), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

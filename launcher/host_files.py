@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from app.core import regular_file
 from app.core.paths import at_home
+from app.core.regular_file import is_file, is_folder, open_regular
 
 if TYPE_CHECKING:
     from launcher.box import Box
@@ -54,11 +54,11 @@ class LocalFiles:
 
     def is_file(self, path: Path) -> bool:
         """Return whether a file is there."""
-        return regular_file.is_file(path)
+        return is_file(path)
 
     def is_dir(self, path: Path) -> bool:
         """Return whether a folder is there."""
-        return regular_file.is_folder(path)
+        return is_folder(path)
 
     def real(self, path: Path) -> Path:
         """Return the path with every link followed."""
@@ -66,7 +66,7 @@ class LocalFiles:
 
     def read(self, path: Path, most_bytes: int) -> bytes:
         """Return the head of a file; raises OSError."""
-        with regular_file.open_regular(path) as file:
+        with open_regular(path) as file:
             return file.read(most_bytes)
 
 

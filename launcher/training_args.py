@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from app.core.paths import at_home
+from app.core.paths import at_home, path_problem
+from app.core.words import shown
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
@@ -110,6 +111,10 @@ def prepare_args(
     name = values.get("--name") or "exp"
     if "/" in name or name in (".", ".."):
         raise UsageError(f"--name {name}: must be one folder name, without '/' or '..'")
+    for option, given in (("--project", project), ("--name", name)):
+        problem = path_problem(given)
+        if problem:
+            raise UsageError(f"{option} {shown(given, 60)}: {problem}; give a shorter name")
     _refuse_link_out("--project", runs / project / name, runs, files)
     return TrainingArgs(
         words=values.words,

@@ -25,19 +25,19 @@ def impossible(words: Iterable[str]) -> str | None:
     """
     for word in words:
         value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
-        problem = _problem(value)
+        is_path = "://" not in value and "," not in value
+        problem = path_problem(value) if is_path or "\0" in value else None
         if problem:
             return f"{shown(word, 60)}: {problem}; correct the path"
     return None
 
 
-def _problem(value: str) -> str | None:
+def path_problem(value: str) -> str | None:
+    """Return what makes `value` no path of a file in any file system; None where it may be one."""
     if "\0" in value:
         return "holds a NUL, which no path can"
     if value.startswith("~") and os.path.expanduser(value).startswith("~"):
         return "no user of that name has a home folder"
-    if "://" in value or "," in value:
-        return None
     if len(os.fsencode(value)) > MOST_PATH_BYTES:
         return f"longer than {MOST_PATH_BYTES} bytes, which no path can be"
     if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in value.split("/")):

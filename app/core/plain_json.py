@@ -17,8 +17,7 @@ from app.core.words import shown
 MAX_BYTES = 64 << 20
 """Room for a COCO file of 500,000 boxes; notes of ours are below 100 KB."""
 MAX_LEVELS = 64
-_MOST_DIGITS = 40
-_MOST_INT = 1 << 64
+_MOST_BITS = 64
 
 
 class NotJson(ValueError):
@@ -28,14 +27,13 @@ class NotJson(ValueError):
 def parse_json(content: bytes | str, *, levels: int = MAX_LEVELS) -> Any:
     """Return the value. NaN and infinities pass, as Python writes them. Raises NotJson."""
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, parse_int=_whole)
+        text = content.decode() if isinstance(content, bytes) else content
+        value = json.loads(text.removeprefix("\ufeff"))
     except RecursionError:
         raise NotJson(f"nested deeper than {levels} levels") from None
     except ValueError as error:
         raise NotJson(f"no JSON: {shown(error)}") from None
-    if _is_deep(value, levels):
-        raise NotJson(f"nested deeper than {levels} levels")
+    _check(value, levels)
     return value
 
 
@@ -47,23 +45,19 @@ def read_json(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Any:
         raise NotJson(str(error)) from None
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS or abs(number := int(digits)) > _MOST_INT:
-        raise ValueError(f"a whole number of {len(digits)} digits, which no reader needs")
-    return number
-
-
-def _is_deep(value: Any, levels: int) -> bool:
-    """Return whether lists and mappings stand in each other more than `levels` times."""
+def _check(value: Any, levels: int) -> None:
+    """Raise NotJson for lists and mappings too deep in each other, and for numbers that no reader needs."""
     layer = [value]
     for _ in range(levels + 1):
+        for item in layer:
+            if type(item) is int and item.bit_length() > _MOST_BITS:
+                raise NotJson(f"a whole number of more than {_MOST_BITS} bits")
         layer = [
             item
             for container in layer
             if isinstance(container, list | dict)
             for item in (container.values() if isinstance(container, dict) else container)
-            if isinstance(item, list | dict)
         ]
         if not layer:
-            return False
-    return True
+            return
+    raise NotJson(f"nested deeper than {levels} levels")

@@ -97,7 +97,7 @@ def find_weights(name: str) -> Path:
     Raises CheckpointError with the remedy where there is none.
     """
     given = at_home(name)
-    for path in (given, given.with_name(given.name + ".pt")):
+    for path in (given, Path(f"{given}.pt")):
         if path.is_file():
             return path
     official = official_name(name)

@@ -15,11 +15,22 @@ from app.config.shipped import find_config
 from app.errors import ConfigError
 from app.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION, BottleneckCSP, Concat, Conv
 from app.model.head import Detect
-from app.model.layout import check_anchors, parse_layout, read_layout
+from app.model.layout import Layout, Row, check_anchors, parse_layout, read_layout
 from app.model.rows import BLOCKS, Port
 
 Anchors = Sequence[Sequence[Any]] | int | float
 """Pixels, one row a level; or a number of anchors a level."""
+
+MAX_PARAMETERS = 250_000_000
+"""1 GB of float32; the largest published layout, yolov5x6, has 141 million."""
+MAX_REPEATS = 2_000
+"""Blocks with their repeats; yolov5x6 has under 200."""
+MAX_CHANNELS = 65_536
+MAX_STRIDE = 1024
+_FITTING: set[str] = set()
+"""Layouts whose size this process has checked."""
+MIN_STRIDE = 0.25
+"""A map of four times the image's sides."""
 
 
 class Detector(nn.Module):
@@ -118,13 +129,8 @@ def build_detector(
     levels = len(plan.rows[-1].sources)
     chosen = plan.anchors if anchors is None else check_anchors(anchors, levels)
 
-    ports: list[Port] = []
-    layers: list[nn.Module] = []
-    for row in plan.rows[:-1]:
-        inputs = [ports[s] if s >= 0 else Port(channels, 1.0) for s in row.sources]
-        built = BLOCKS[row.module](row, plan, inputs)
-        layers.append(built.module)
-        ports.append(built.port)
+    _check_size(plan, channels, nc, chosen)
+    layers, ports = _build_rows(plan, channels)
     _set_activation(layers, Conv, plan.activation)
     _set_activation(layers, BottleneckCSP, plan.csp_activation)
     maps = [ports[s] for s in plan.rows[-1].sources]
@@ -138,6 +144,58 @@ def build_detector(
             raise ConfigError("names", tuple(names), f"{len(names)} names for {nc} classes")
         detector.names = tuple(names)
     return detector
+
+
+def _build_rows(plan: Layout, channels: int, count: bool = False) -> tuple[list[nn.Module], list[Port]]:
+    """Return the layers above the head, and what flows out of each; `count` ends where they grow too large."""
+    ports: list[Port] = []
+    layers: list[nn.Module] = []
+    parameters = 0
+    for row in plan.rows[:-1]:
+        inputs = [ports[s] if s >= 0 else Port(channels, 1.0) for s in row.sources]
+        built = BLOCKS[row.module](row, plan, inputs)
+        if count:
+            parameters += sum(parameter.numel() for parameter in built.module.parameters())
+            _check_row(row, built.port, parameters)
+        layers.append(built.module)
+        ports.append(built.port)
+    return layers, ports
+
+
+def _check_size(plan: Layout, channels: int, nc: int, anchors: tuple[tuple[float, ...], ...] | int) -> None:
+    """Raise ConfigError for a layout too large to build, found on tensors that take no memory."""
+    key = repr((plan, channels, nc, anchors))
+    if key in _FITTING:  # a search builds the same layout for each candidate
+        return
+    repeats = sum(plan.repeats(row.number) for row in plan.rows)
+    if repeats > MAX_REPEATS:
+        raise ConfigError("depth_multiple", plan.depth, f"{repeats} blocks; at most {MAX_REPEATS}")
+    try:
+        with torch.device("meta"):
+            _, ports = _build_rows(plan, channels, count=True)
+    except (RuntimeError, OverflowError):  # a size that 64 bits do not hold
+        raise ConfigError("layout", None, "its sizes are beyond any memory; lower the channels") from None
+    each = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
+    head = sum(ports[s].channels for s in plan.rows[-1].sources if s >= 0) * each * (5 + nc)
+    if head > MAX_PARAMETERS:
+        raise ConfigError("nc", nc, f"a head of {head} parameters; at most {MAX_PARAMETERS}")
+    _FITTING.add(key)
+
+
+def _check_row(row: Row, port: Port, parameters: int) -> None:
+    """Raise ConfigError where the layers up to this row are larger than any that can be trained."""
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"row {row.index}", row.args, f"{parameters} parameters so far; at most {MAX_PARAMETERS}"
+        )
+    if not 1 <= port.channels <= MAX_CHANNELS:
+        raise ConfigError(f"row {row.index}", row.args, f"{port.channels} channels; at most {MAX_CHANNELS}")
+    if not MIN_STRIDE <= port.stride <= MAX_STRIDE:
+        raise ConfigError(
+            f"row {row.index}",
+            row.args,
+            f"one cell for {port.stride:g} pixels; from {MIN_STRIDE} to {MAX_STRIDE} can be",
+        )
 
 
 def _set_activation(

@@ -26,6 +26,8 @@ KNOWN_KEYS = (
 )
 """`ch`, `names` and `yaml_file` stand in layouts kept inside other trainers' checkpoints; they change nothing."""
 MAX_ROWS = 200
+_LARGEST = 1e6
+"""Pixels of an anchor's side, and far above any multiple."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +156,7 @@ def _row(index: int, row: Any, modules: Sequence[str]) -> Row:
 
 def _activation(mapping: Mapping[str, Any], key: str) -> str:
     activation = mapping.get(key, DEFAULT_ACTIVATION)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
     return str(activation)
 
@@ -170,4 +172,5 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether it is a number that float32 holds; a whole number may be longer than any float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

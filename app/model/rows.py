@@ -13,6 +13,9 @@ from app.model.ghost import C3Ghost, GhostConv
 from app.model.layout import Layout, Row
 from app.model.transformer import HEADS, C3Transformer
 
+MAX_KERNELS = 16
+"""Pools side by side; published layouts have three."""
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -169,8 +172,10 @@ def _build_spp(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
     channels, kernels = (*row.args, [5, 9, 13])[:2] if len(row.args) in (1, 2) else (None, None)
     if not _is_size(channels) or not isinstance(kernels, list | tuple) or not kernels:
         raise ConfigError(f"row {row.index}", row.args, "SPP takes channels and a list of kernels")
-    if not all(_is_size(kernel) and kernel % 2 for kernel in kernels):
-        raise ConfigError(f"row {row.index}", kernels, "the pools of SPP need odd kernels")
+    if len(kernels) > MAX_KERNELS or not all(_is_size(kernel) and kernel % 2 for kernel in kernels):
+        raise ConfigError(
+            f"row {row.index}", kernels, f"the pools of SPP need odd kernels, {MAX_KERNELS} at most"
+        )
     c_out = _channels_out(row, layout, channels)
     return Built(SPP(port.channels, c_out, kernels), Port(c_out, port.stride))
 

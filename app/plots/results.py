@@ -11,6 +11,7 @@ import numpy as np
 
 from app.core.budget import BudgetExceeded
 from app.core.regular_file import read_regular
+from app.core.words import shown
 from app.errors import DataError
 from app.plots import style
 
@@ -35,6 +36,11 @@ PANELS = (
 """Column and title, in reading order of two rows of five."""
 SMOOTHING = 3.0
 """Standard deviation of the smoothing, in rows."""
+
+
+_MOST_BYTES = 16 << 20
+"""Room for 100,000 epochs."""
+_MOST_COLUMNS = 1000
 
 
 def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -> None:
@@ -68,10 +74,14 @@ def read_results(csv_path: Path) -> dict[str, np.ndarray]:
     if csv_path.exists() and not csv_path.is_file():  # a pipe would never end
         raise DataError(f"{csv_path}: is not a regular file; give the results.csv of a run")
     try:
-        text = read_regular(csv_path, MAX_BYTES).decode("utf-8")
+        text = read_regular(csv_path, _MOST_BYTES).decode()
         lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+        if lines and len(lines[0]) > _MOST_COLUMNS:
+            raise BudgetExceeded(f"more than {_MOST_COLUMNS} columns")
     except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
-        raise DataError(f"{csv_path}: cannot be read ({error}); give the results.csv of a run") from error
+        raise DataError(
+            f"{csv_path}: cannot be read ({shown(error)}); give the results.csv of a run"
+        ) from error
     if not lines:
         return {}
     header, *rows = lines

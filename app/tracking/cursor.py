@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
+from app.core.plain_json import parse_json
+from app.core.words import shown
 from app.outputs.atomic import write_atomic
 from app.outputs.folders import open_file, read_file
+
+_Kept = TypeVar("_Kept", "RunProgress", "Cursor")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,15 +61,24 @@ class Cursor:
         Starting anew is safe, since everything a tracker is told may be told twice.
         """
         try:
-            stored = json.loads(read_file(cursor_path(log, tracker)))
-            runs = {uuid: RunProgress(**run) for uuid, run in stored.pop("runs").items()}
-            cursor = cls(**stored, runs=runs)
+            stored = parse_json(read_file(cursor_path(log, tracker)))
+            runs = {uuid: _checked(RunProgress(**run)) for uuid, run in stored.pop("runs").items()}
+            cursor = _checked(cls(**stored, runs=runs))
             same_log = cursor.first_line == _first_line(log) and 0 <= cursor.offset <= log.stat().st_size
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return cls(destination=destination)
         if cursor.destination != destination or (cursor.offset and not same_log):
             return cls(destination=destination)
         return cursor
+
+    @classmethod
+    def look(cls, log: Path, tracker: str) -> Cursor:
+        """Return what the cursor file says, for whoever only shows it; an empty cursor for a damaged file."""
+        try:
+            stored = parse_json(read_file(cursor_path(log, tracker)))
+            return _checked(cls(**{"destination": "", **stored, "runs": {}}))
+        except (OSError, ValueError, TypeError):
+            return cls(destination="")
 
     def save(self, log: Path, tracker: str) -> None:
         """Replace the cursor file; raises OSError."""
@@ -74,6 +89,23 @@ class Cursor:
 def cursor_path(log: Path, tracker: str) -> Path:
     """Return the cursor file of `log` for one tracker: `events.mlflow.cursor` beside `events.jsonl`."""
     return log.with_name(f"{log.stem}.{tracker}.cursor")
+
+
+def _checked(kept: _Kept) -> _Kept:
+    """Return what was read if each field holds what it should; raises ValueError."""
+    for item in fields(kept):
+        value, kind = getattr(kept, item.name), str(item.type)
+        if kind == "float" and not isinstance(value, bool):
+            sound = isinstance(value, (int, float)) and math.isfinite(value)
+        elif kind == "int":
+            sound = type(value) is int and 0 <= value < 2**63
+        elif kind == "dict[str, int]":
+            sound = isinstance(value, dict) and all(type(step) is int for step in value.values())
+        else:
+            sound = type(value).__name__ == kind.partition("[")[0]
+        if not sound:
+            raise ValueError(f"{item.name}={shown(repr(value), 60)}")
+    return kept
 
 
 def _first_line(log: Path) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from app.core.regular_file import is_file
+from app.core.words import shown
 from app.tracking.cursor import Cursor, RunProgress, cursor_path
-from app.tracking.events import Event, console_text, metric_values, read_events
+from app.tracking.events import Damage, Event, console_text, metric_values, read_lines
 from app.tracking.tracker import (
     DatasetInput,
     ModelFile,
@@ -19,10 +23,12 @@ from app.tracking.tracker import (
     TrackerRejectedError,
 )
 
+_IMPOSSIBLE_NAMES = frozenset({errno.ENAMETOOLONG, errno.ELOOP})
+"""What the system says of a path that no file can have; any other error may pass."""
 SAMPLES_KEPT = 360
 """Samples of the machine that wait for a tracker that is away: an hour of them."""
 TRAINER_GONE = "the trainer's process ended without a word: killed, or out of memory; resume with --resume"
-_EVENTS_BETWEEN_SAVES = 50
+_LINES_BETWEEN_SAVES = 50
 
 
 class Bridge:
@@ -46,6 +52,7 @@ class Bridge:
             "message": self._log_console,
             "run_end": self._end_run,
         }
+        self._named_damage = False
         self._samples: deque[tuple[str, Mapping[str, float], int, float]] = deque()
 
     @property
@@ -61,12 +68,12 @@ class Bridge:
         """
         count = 0
         while not stop():
-            events, end = read_events(self.log, self.cursor.offset)
+            lines, end = read_lines(self.log, self.cursor.offset)
             if end == self.cursor.offset:
                 break
-            count += self._deliver_batch(events[:_EVENTS_BETWEEN_SAVES], stop)
-            if len(events) <= _EVENTS_BETWEEN_SAVES and self.cursor.offset != end and not stop():
-                # What stands behind the last event is none: torn lines, or another version's.
+            count += self._deliver_batch(lines[:_LINES_BETWEEN_SAVES], stop)
+            if len(lines) <= _LINES_BETWEEN_SAVES and self.cursor.offset != end and not stop():
+                # What stands behind the last event is none: empty lines, or another version's.
                 self.cursor.offset = end
                 self._save()
         self._send_samples()
@@ -106,18 +113,20 @@ class Bridge:
             self.cursor.problem = problem
             self._save()
 
-    def _deliver_batch(self, events: list[Event], stop: Callable[[], bool]) -> int:
+    def _deliver_batch(self, lines: list[Event | Damage], stop: Callable[[], bool]) -> int:
         count = 0
-        newest = {_artifact_of(event): event.seq for event in events if event.name == "artifact"}
+        newest = {_artifact_of(line): line.seq for line in lines if _is_artifact(line)}
         try:
-            for event in events:
+            for line in lines:
                 if stop():
                     break
+                if isinstance(line, Damage):
+                    self._leave_out_line(line)
                 # Of a file that was written again meanwhile, the newest is sent once.
-                if event.seq >= newest.get(_artifact_of(event), event.seq):
-                    self._deliver_one(event)
-                self.cursor.offset = event.end
-                count += 1
+                elif line.seq >= newest.get(_artifact_of(line), line.seq):
+                    self._deliver_one(line)
+                self.cursor.offset = line.end
+                count += isinstance(line, Event)
         finally:
             self._save()
         return count
@@ -131,8 +140,24 @@ class Bridge:
                 self.cursor.sent += 1
         except TrackerRejectedError as error:
             self._leave_out(event, str(error))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            self._leave_out(event, f"not a valid event: {error!r}")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            self._leave_out(event, f"not a valid event: {shown(repr(error))}")
+        except OSError as error:
+            if error.errno not in _IMPOSSIBLE_NAMES:
+                raise
+            self._leave_out(event, f"{shown(error.filename)}: {error.strerror}")
+
+    def _leave_out_line(self, line: Damage) -> None:
+        """Count a damaged line; the first is named, since a damaged log may hold a million."""
+        self.cursor.rejected += 1
+        if not self._named_damage:
+            self._named_damage = True
+            print(
+                f"{self.log}: the line that ends at byte {line.end} is damaged and left out ({line.reason}); "
+                "so are others like it, without a word for each",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _leave_out(self, event: Event, reason: str) -> None:
         self.cursor.rejected += 1
@@ -146,7 +171,7 @@ class Bridge:
             name=str(fields["name"]),
             project=str(fields["project"]),
             time=event.time,
-            directory=(self.log.parent / str(fields["dir"])).resolve(),
+            directory=_real(self.log.parent / str(fields["dir"])),
             parent_uuid=parent.get("uuid"),
             parent_name=str(parent.get("name", "")),
             params=dict(fields["params"]),
@@ -250,11 +275,11 @@ class Bridge:
 
     def _file_of(self, event: Event, run: RunProgress) -> tuple[Path, str]:
         """Return the file that an event names and its folder below the run directory ('' is the top)."""
-        directory = (self.log.parent / run.directory).resolve()
-        path = (directory / str(event.fields["path"])).resolve()
+        directory = _real(self.log.parent / run.directory)
+        path = _real(directory / str(event.fields["path"]))
         if not path.is_relative_to(directory):
-            raise TrackerRejectedError(f"{event.fields['path']} leaves the run directory {directory}")
-        if not path.is_file():
+            raise TrackerRejectedError(f"{shown(event.fields['path'])} leaves the run directory {directory}")
+        if not is_file(path):
             raise TrackerRejectedError(f"{path} does not exist")
         folder = path.parent.relative_to(directory).as_posix()
         return path, "" if folder == "." else folder
@@ -269,6 +294,10 @@ class Bridge:
         self.cursor.save(self.log, self._tracker.name)
 
 
+def _is_artifact(line: Event | Damage) -> TypeGuard[Event]:
+    return isinstance(line, Event) and line.name == "artifact"
+
+
 def _artifact_of(event: Event) -> tuple[str, str]:
     """Return the run and the file that an event is about; '' where it is about none."""
     return event.run, str(event.fields.get("path", "")) if event.name == "artifact" else ""
@@ -277,3 +306,8 @@ def _artifact_of(event: Event) -> tuple[str, str]:
 def bridge_lock(log: Path, tracker: str) -> Path:
     """Return the lock file that makes sure that one process at a time delivers `log`."""
     return cursor_path(log, tracker).with_suffix(".lock")
+
+
+def _real(path: Path) -> Path:
+    """Return the path with every link followed; a loop of links stays as it is."""
+    return Path(os.path.realpath(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any
 
+from app.core.plain_json import parse_json
+from app.core.words import shown
 from app.errors import refusal
 from app.outputs.atomic import append_line
 from app.outputs.folders import make_folder, open_file
@@ -71,6 +74,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _CHUNK_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10
+
+
+_MOST_TEXT = 1 << 20
+"""Characters of one text; a line of the console or a parameter is far shorter."""
+_MOST_NAME = 4096
+_MOST_COUNT = 1 << 53
+"""Of steps and sequence numbers: what every database and every float holds exactly."""
+_LATEST_TIME = 1e11
+"""Seconds since the epoch: the year 5138."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """A line that is no event; `end` is the byte offset in the log just behind it."""
+
+    end: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +217,12 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     A last line without its line end is left for the next call; a line that is no event is skipped. A log
     that does not exist yet has no events.
     """
+    found, end = read_lines(path, offset)
+    return [event for event in found if isinstance(event, Event)], end
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[Event | Damage], int]:
+    """Return what `read_events` does, with the lines that are no event in their places."""
     try:
         with _opened(path) as file:
             file.seek(offset)
@@ -232,19 +258,80 @@ def metric_values(event: Event) -> dict[str, float]:
     return {str(name): float(value) for name, value in event.fields["values"].items()}
 
 
-def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event]:
+def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event | Damage]:
     for line in lines:
         offset += len(line)
-        try:
-            record = json.loads(line)
-            name = record.pop("event")
-            record = {**_DEFAULTS.get(name, {}), **record}
-            if record.pop("v") != SCHEMA or _FIELDS[name] - record.keys():
-                continue
-            seq, at, run = int(record.pop("seq")), float(record.pop("time")), str(record.pop("run"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if not line.strip():
             continue
-        yield Event(name=name, seq=seq, time=at, run=run, fields=record, end=offset)
+        try:
+            event = _event(line, offset)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield Damage(end=offset, reason=shown(error))
+            continue
+        if event is not None:
+            yield event
+
+
+def _event(line: bytes, end: int) -> Event | None:
+    """Return the event in a line; None for one of another version. Raises what `_parse` catches for anything else."""
+    record = parse_json(line)
+    name = record.pop("event")
+    record = {**_DEFAULTS.get(name, {}), **record}
+    if record.pop("v") != SCHEMA or name not in _FIELDS:
+        return None
+    missing = _FIELDS[name] - record.keys()
+    if missing:
+        raise ValueError(f"{name} without {', '.join(sorted(missing))}")
+    seq, at, run = record.pop("seq"), record.pop("time"), record.pop("run")
+    for field in ("run", *_FIELDS[name]):
+        value = run if field == "run" else record[field]
+        if not _KINDS[field](value):
+            raise ValueError(f"{name} with {field}={shown(repr(value), 60)}")
+    if not _is_count(seq) or not _is_number(at) or not 0 <= at <= _LATEST_TIME:
+        raise ValueError(f"{name} with an impossible number or time")
+    return Event(name=name, seq=seq, time=float(at), run=run, fields=record, end=end)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= _MOST_COUNT
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_NAME and not _NO_TEXT.search(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_TEXT and not _HALVES.search(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_name, value))
+
+
+def _is_figures(value: Any) -> bool:
+    """Return whether it maps names to numbers; NaN and infinities are written as texts."""
+    return _is_mapping(value) and all(_is_number(item) or item in _NOT_FINITE for item in value.values())
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_NOT_FINITE = ("nan", "inf", "-inf")
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "project", "dir", "path", "kind", "role", "digest", "run"), _is_name),
+    **dict.fromkeys(("text", "reason", "source"), _is_text),
+    **dict.fromkeys(("params", "tags"), _is_mapping),
+    **dict.fromkeys(("values", "figures"), _is_figures),
+    "parent": lambda value: value is None or _is_mapping(value),
+    "shared": lambda value: isinstance(value, bool),
+    "step": _is_count,
+    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "status": lambda value: value in STATUSES,
+}
+"""What each field holds: whoever may write a run's folder may write anything into its log."""
 
 
 def _plain(value: Any, redacted: Callable[[str], str]) -> Any:
@@ -298,7 +385,8 @@ def last_event(path: Path) -> Event | None:
     for line in reversed(lines):  # a bridge asks twice a second: no more is parsed than the last one
         size -= len(line)
         for event in _parse([line] if line.endswith(b"\n") else [], size):
-            return event
+            if isinstance(event, Event):
+                return event
     return None
 
 

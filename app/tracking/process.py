@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from app.errors import refusal
-from app.outputs.folders import make_folder, open_file, read_file, state_of, top_of
-from app.tracking.cursor import cursor_path
+from app.outputs.folders import make_folder, open_file, state_of, top_of
+from app.tracking.cursor import Cursor
 from app.tracking.events import EventLog
 from app.tracking.process_identity import ProcessIdentity
 from app.tracking.trackers import TrackerKind, wanted_trackers
@@ -51,7 +49,7 @@ class BridgeHandle:
             self._restarts += 1
             with contextlib.suppress(OSError):
                 self.process = self._spawn()
-        elif problem := self._problem():
+        elif problem := self._cursor().problem:
             self._warn_once(problem)
 
     def finish(self, timeout_s: float, *, patient: bool) -> bool:
@@ -61,10 +59,10 @@ class BridgeHandle:
         to go on. With `patient`, one that is registering a model is given `BUSY_S` more: a large one takes its time.
         """
         status = self._wait(timeout_s)
-        if status is None and patient and self._cursor().get("busy"):
+        if status is None and patient and self._cursor().busy:
             status = self._wait(BUSY_S)
         if status != 0:
-            self._warn_once(self._problem() or f"see {self._output}")
+            self._warn_once(self._cursor().problem or f"see {self._output}")
         return status == 0
 
     def _wait(self, timeout_s: float) -> int | None:
@@ -93,17 +91,9 @@ class BridgeHandle:
                 start_new_session=True,
             )
 
-    def _problem(self) -> str:
-        """Return why the bridge says that it is held up, or an empty string."""
-        return str(self._cursor().get("problem", ""))
-
-    def _cursor(self) -> dict[str, Any]:
-        """Return what the bridge's cursor file says; nothing where there is none yet, or it is damaged."""
-        try:
-            cursor = json.loads(read_file(cursor_path(self._log.path, self.tracker)))
-        except (OSError, ValueError):
-            return {}
-        return cursor if isinstance(cursor, dict) else {}
+    def _cursor(self) -> Cursor:
+        """Return what the bridge's cursor file says; an empty one where there is none yet, or it is damaged."""
+        return Cursor.look(self._log.path, self.tracker)
 
     def _warn_once(self, problem: str) -> None:
         if not self._warned:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.core.regular_file import printable
 from app.errors import UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
-from app.outputs.folders import read_file
-from app.tracking.cursor import cursor_path
+from app.tracking.cursor import Cursor
 from app.tracking.events import read_events
 
 LOG_NAME = "events.jsonl"
@@ -53,19 +53,15 @@ def pending(log: Path, trackers: Sequence[str]) -> list[Pending]:
 
 
 def _pending(log: Path, tracker: str) -> Pending:
-    try:
-        cursor = json.loads(read_file(cursor_path(log, tracker)))
-    except (OSError, ValueError):
-        cursor = {}
-    offset = int(cursor.get("offset", 0))
+    cursor = Cursor.look(log, tracker)
     return Pending(
         log=str(log),
         tracker=tracker,
-        sent=int(cursor.get("sent", 0)),
-        pending=_count(log, offset if offset <= log.stat().st_size else 0),
-        left_out=int(cursor.get("rejected", 0)),
-        dropped=int(cursor.get("dropped", 0)),
-        problem=str(cursor.get("problem", "")),
+        sent=cursor.sent,
+        pending=_count(log, cursor.offset if cursor.offset <= log.stat().st_size else 0),
+        left_out=cursor.rejected,
+        dropped=cursor.dropped,
+        problem=cursor.problem,
     )
 
 
@@ -93,11 +89,13 @@ def export(directory: Path, target: Path, *, force: bool = False) -> int:
     files = sorted(_run_files(directory))
 
     def write(out: object) -> None:
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:  # type: ignore[call-overload]
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:  # type: ignore[call-overload]
             for path in files:
                 stored = path.suffix in {".pt", ".onnx", ".jpg", ".png"}  # compressed as they are
                 kind = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
-                archive.write(path, Path(directory.resolve().name) / path.relative_to(directory), kind)
+                archive.write(
+                    path, printable(Path(directory.resolve().name) / path.relative_to(directory)), kind
+                )
 
     write_atomic(target, write)
     return len(files)
@@ -116,5 +114,6 @@ def _run_files(directory: Path) -> Iterator[Path]:
 def _event_logs(directory: Path) -> Iterator[Path]:
     for folder, _, files in os.walk(directory):
         log = Path(folder) / LOG_NAME
-        if LOG_NAME in files and log.is_file() and not log.is_symlink():
+        # Not a pipe, which nobody may ever write, nor a link.
+        if LOG_NAME in files and stat.S_ISREG(log.lstat().st_mode):
             yield log

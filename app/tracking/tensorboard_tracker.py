@@ -160,6 +160,7 @@ class _EventFile:
 
 def _steps_in(folder: Path) -> dict[str, int]:
     """Return the highest step of each series in a run's event files; a torn end of a file is passed over."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -168,7 +169,10 @@ def _steps_in(folder: Path) -> dict[str, int]:
         if not is_file(folder / name):
             continue
         for record in RawEventFileLoader(str(folder / name)).Load():
-            event = Event.FromString(record)
+            try:
+                event = Event.FromString(record)
+            except DecodeError:
+                continue  # its sum is right, and yet it is no event: somebody else's bytes
             for value in event.summary.value:
                 steps[value.tag] = max(event.step, steps.get(value.tag, -1))
     return steps

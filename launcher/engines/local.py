@@ -381,9 +381,12 @@ def _load(folder: Folder, file: str, writers: Collection[int] | None = None) -> 
         values: Any = parse_json(_read(folder, file, writers))
         record = _Record(**values)
         whole = (
-            isinstance(record.pid, int)
-            and isinstance(record.start_time, int)
+            all(isinstance(text, str) for text in (record.id, record.boot))
+            and all(type(number) is int for number in (record.pid, record.start_time))
+            and isinstance(record.created, (int, float))
+            and isinstance(record.started, (int, float, type(None)))
             and isinstance(record.labels, dict)
+            and all(isinstance(text, str) for text in record.labels.values())
         )
         return record if whole and record.pid >= 0 and record.pid != 1 else None
     except (OSError, ValueError, TypeError, RecursionError):
