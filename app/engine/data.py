@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.device_paint import DevicePainter
 from app.data.findings import REPORT, write_report
+from app.data.labels import CLIPPED_BEYOND
 from app.data.limits import container_memory_limit
 from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
@@ -50,6 +52,12 @@ class TrainingData:
     def cut(self) -> str | None:
         """What cuts the lists of detections that the validations of a training score."""
         return cut_list(self.val, CONFIDENCE, MAX_DETECTIONS)
+
+    def account(self) -> dict[str, Any]:
+        """Return what `--json` says of the data: what both splits leave out, and whether figures are of a cut list."""
+        splits = {"train": self.train, "val": self.val}
+        left_out = {name: split.left_out.as_list() for name, split in splits.items()}
+        return {"cut_list": self.cut, "left_out": left_out}
 
 
 def load_data(
@@ -219,6 +227,11 @@ def left_out(split: Dataset, shown: int = 5) -> list[str]:
     more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
     if more:
         lines.append(f"    and {more} more")
-    if split.unpaired:
-        lines.append(f"  {len(split.unpaired)} pictures without a label file, or the other way round")
+    lines += [f"  {line}" for line in split.left_out.lines()]
+    if split.unlabelled:
+        lines.append(f"  {len(split.unlabelled)} images without a label file, taken for background")
+    if split.clipped:
+        lines.append(
+            f"  {split.clipped} label rows with a value up to {CLIPPED_BEYOND} outside [0, 1], clipped"
+        )
     return lines

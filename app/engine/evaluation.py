@@ -208,7 +208,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     pictures.draw_validation(validation, data, folder)
     draw_worst(worst, data, ImageStore(data, size, "off"), folder / "worst.jpg")
     report = {**_figures(validation), "ms_per_image": _rounded(milliseconds), "run": str(folder)}
-    report["cut_list"] = bench.cut
+    report |= {"cut_list": bench.cut, "left_out": data.left_out.as_list()}
     if config.save_json:
         report["coco"] = _score_as_coco(config, coco, validation, folder, say)
     twins = len(data) - len({path.stem for path in data.images})
@@ -267,7 +267,7 @@ def study(config: ValConfig) -> dict[str, Any]:
     plot_study(lines, folder / "study.png", place=bench.compute.describe())
     say(f"results in {folder}")
     assert best is not None, "a study has sizes and weights"
-    return {**best, "cut_list": bench.cut, "run": str(folder)}
+    return {**best, "cut_list": bench.cut, "left_out": bench.data.left_out.as_list(), "run": str(folder)}
 
 
 def _study_table(weights: str, rows: Sequence[dict[str, Any]]) -> str:

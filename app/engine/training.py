@@ -226,7 +226,7 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
     )
     upload_results(config, run.path, progress.say)
     if config.json:
-        print(json.dumps({**summary(best, run), "cut_list": workshop.data.cut}), flush=True)
+        print(json.dumps({**summary(best, run), **workshop.data.account()}), flush=True)
 
 
 def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
