@@ -19,7 +19,8 @@ from typing import Any
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.data.archive import unpack
-from app.data.convert import CONVERTERS, Converted, read_open_images_classes
+from app.data.convert import Converted, read_open_images_classes
+from app.data.converters import CONVERTERS
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
 from app.errors import ConfigError, DataError, suggest
 from app.outputs.run_dir import runs_root
@@ -248,7 +249,7 @@ def _step(where: str, item: object, nc: int | None) -> Step:
         raise ConfigError(where, item, "must be `url:`, `names:` or `convert:` with text values")
     if "names" in item:
         return _names_step(where, item, nc)
-    return _convert_step(where, item) if "convert" in item else _fetch_step(where, item)
+    return convert_step(where, item) if "convert" in item else _fetch_step(where, item)
 
 
 def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
@@ -257,7 +258,8 @@ def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
     return Names(source=_inside(f"{where}.names", item["names"]), count=nc)
 
 
-def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
+def convert_step(where: str, item: Mapping[str, str]) -> Convert:
+    """Return the converter that a step names, with its arguments; raises ConfigError, which begins with `where`."""
     name = item["convert"]
     if name not in CONVERTERS:
         raise ConfigError(
