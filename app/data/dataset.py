@@ -148,6 +148,11 @@ class Dataset:
         return len(self.names)
 
     @property
+    def boxes(self) -> int:
+        """Number of label rows."""
+        return sum(map(len, self.labels))
+
+    @property
     def findings(self) -> list[Finding]:
         """All that is wrong with the split, by file."""
         every = (*self.problems, *self.notes, *self.unread, *self.unlabelled, *self.unpaired)

@@ -21,6 +21,7 @@ from app.data.labels import CLIPPED_BEYOND
 from app.data.limits import container_memory_limit
 from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
+from app.data.unlabelled import explain_no_box
 from app.engine.cut_list import cut_list
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
@@ -76,6 +77,9 @@ def load_data(
     """
     description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
+    check_boxes(description, "train", train)
+    if not val.boxes:
+        say(f"warning: {explain_no_box(description, 'val', val)}\n  validation scores 0 without labels")
     budget = int(container_memory_limit() * CACHE_SHARE / processes)
     stores = []
     for name, split in (("train", train), ("val", val)):
@@ -95,8 +99,7 @@ def load_data(
         if device_free_bytes is not None and store.on_device:
             device_free_bytes -= store.nbytes
         stores.append(store)
-        boxes = sum(len(rows) for rows in split.labels)
-        say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
+        say(f"{name}: {len(split)} pictures, {split.boxes} boxes; decoded pictures: {store.reason}")
         for line in left_out(split):
             say(line)
     data = TrainingData(train, val, stores[0], stores[1], description.names)
@@ -207,6 +210,12 @@ def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
     if fitted != size:
         say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
     return fitted
+
+
+def check_boxes(description: DatasetDescription, split: str, data: Dataset) -> None:
+    """Raise DataError, saying where labels may be, for a split without any box."""
+    if not data.boxes:
+        raise DataError(explain_no_box(description, split, data))
 
 
 def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
