@@ -23,3 +23,9 @@ def parts_of(entry: str) -> list[str]:
     if parts and _DRIVE.fullmatch(parts[0]):
         parts = parts[1:]
     return [part for part in parts if part not in ("", ".", "..")]
+
+
+def tails(entry: str) -> list[str]:
+    """Return the paths that an entry ends in, the longest first: `a/b/c`, `b/c`, `c`."""
+    parts = parts_of(entry)
+    return ["/".join(parts[drop:]) for drop in range(len(parts))]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from app.config.class_names import names_by_number
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.data.archive import unpack
@@ -238,7 +239,7 @@ def class_names(path: Path, mapping: Mapping[str, Any], steps: Sequence[Step]) -
             raise ConfigError(f"{path}: names", "a list and a step", "must be one of them; remove the other")
         return ()
     if isinstance(names, dict):
-        names = [names[number] for number in sorted(names)]
+        names = names_by_number(names)
     if not isinstance(names, list):
         raise ConfigError(f"{path}: names", names, "give the class names; the labels are converted by them")
     return tuple(str(name) for name in names)

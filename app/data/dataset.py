@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from app.config.class_names import names_by_number
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
 from app.data.findings import REPORT, Finding
@@ -269,11 +270,10 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
             raise ConfigError(f"{path}: names", None, "give the class names as a list")
         return tuple(f"class{number}" for number in range(nc))
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise ConfigError(
-                f"{path}: names", list(names)[:10], "the keys must be 0, 1, 2, ... without gaps"
-            )
-        names = [names[number] for number in range(len(names))]
+        keys = list(names)[:10]
+        names = names_by_number(names)
+        if names is None:
+            raise ConfigError(f"{path}: names", keys, "the keys must be 0, 1, 2, ... without gaps")
     if not isinstance(names, list) or not names or any(isinstance(n, list | dict | None) for n in names):
         raise ConfigError(f"{path}: names", names, "must be a list of names, or number: name lines")
     if nc is not None and nc != len(names):

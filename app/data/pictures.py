@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.core.entries import parts_of, spellings
+from app.core.entries import parts_of, spellings, tails
 from app.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -77,16 +77,10 @@ def _why_not(entry: Path, root: Path) -> str:
 
 def likely_path(entry: str, root: Path) -> Path | None:
     """Return where an entry that is not there may be: below `root` with fewer leading folders, or in other case."""
-    parts = parts_of(entry)
-    for drop in range(len(parts)):
-        path = root.joinpath(*parts[drop:])
-        if exists(path):
-            return path
-    for drop in range(len(parts)):
-        matched = _in_any_case(root, parts[drop:])
-        if matched is not None:
-            return matched
-    return None
+    below = next((root / tail for tail in tails(entry) if exists(root / tail)), None)
+    if below is not None:
+        return below
+    return next((one for tail in tails(entry) if (one := _in_any_case(root, tail.split("/")))), None)
 
 
 def _in_any_case(root: Path, parts: list[str]) -> Path | None:

@@ -11,6 +11,7 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
+from app.core.misplaced import misplaced
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.engine.official import OFFICIAL, official_name, official_weights
 from app.engine.progress import Progress
@@ -98,10 +99,14 @@ def find_weights(name: str) -> Path:
     given = Path(name).expanduser()
     for path in (given, given.with_name(given.name + ".pt")):
         if path.is_file():
+            if wrong := misplaced("--weights", path):
+                raise CheckpointError(f"--weights {name}: {wrong}")
             return path
     official = official_name(name)
     if official is not None:
         return official_weights(official, Progress())
+    if wrong := misplaced("--weights", given):
+        raise CheckpointError(f"--weights {name}: {wrong}")
     raise CheckpointError(
         f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
         "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"
