@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.core.entries import spellings, tails
 from launcher.errors import DataError
 from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.host_paths import is_the_systems
@@ -37,7 +38,8 @@ def read_dataset(yaml_path: Path, files: HostFiles = LOCAL) -> Dataset:
     named = description.get("path") or "."
     if not isinstance(named, str):
         raise DataError(f"{yaml_path}: path={named!r} is not a folder's name")
-    root = expand(files, yaml_path.parent, named)
+    roots = [expand(files, yaml_path.parent, name) for name in (named, named.replace("\\", "/"))]
+    root = next((one for one in roots if files.is_dir(one)), roots[0])
     if not files.is_dir(root):
         raise DataError(f"{yaml_path}: its root {root} (path: {named}) is not a folder; correct `path`")
     _allowed(root, yaml_path, files)
@@ -53,13 +55,15 @@ def read_dataset(yaml_path: Path, files: HostFiles = LOCAL) -> Dataset:
 def _find_split(root: Path, entry: str, yaml_path: Path, split: str, files: HostFiles) -> Path | None:
     """Return where a split's folder or list is; None for an absent test split, which training does without."""
     place = expand(files, root, entry)
-    # Exported datasets often write `../train/images` for a folder beside the YAML.
-    for candidate in (place, expand(files, root, entry.removeprefix("../"))):
+    for candidate in (expand(files, root, spelling) for spelling in spellings(entry)):
         if files.is_dir(candidate) or files.is_file(candidate):
             return candidate
     if split == "test":
         return None
-    raise DataError(f"{yaml_path}: {split}: {place} does not exist; correct `{split}` or `path`")
+    below = [expand(files, root, tail) for tail in tails(entry)]
+    likely = next((one for one in below if files.is_dir(one) or files.is_file(one)), None)
+    hint = f" ({likely} is there)" if likely else ""
+    raise DataError(f"{yaml_path}: {split}: {place} does not exist; correct `{split}` or `path`{hint}")
 
 
 def _entries(value: Any) -> list[str]:

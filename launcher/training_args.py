@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from app.core.misplaced import misplaced
 from app.core.paths import at_home, path_problem
 from app.core.words import shown
 from launcher.dataset_yaml import read_dataset
@@ -268,6 +269,8 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFil
         return None
     path = expand(files, cwd, given)
     if files.is_file(path):
+        if files is LOCAL and (wrong := _misplaced(option, path)):
+            raise _MISSING[option](f"{option} {given}: {wrong}")
         return path
     if option == "--weights" and files.is_file(path.with_name(f"{path.name}.pt")):
         return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
@@ -279,6 +282,8 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFil
         return None
     if isolated and PurePosixPath(given).is_relative_to(_IMAGE_ROOT):
         return None
+    if files is LOCAL and (wrong := _misplaced(option, path)):
+        raise _MISSING[option](f"{option} {given}: {wrong}")
     hint = suggest(name, known)
     remedy = {
         "--data": "give the path of a dataset YAML",
@@ -287,6 +292,10 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFil
     }.get(option, f"give a path, or one of: {', '.join(sorted(known))}")
     where = "" if files is LOCAL else f" on the remote machine ({path})"
     raise _MISSING[option](f"{option} {given}: no such file{where}{hint}; {remedy}")
+
+
+def _misplaced(option: str, path: Path) -> str | None:
+    return None if option == "--hooks" else misplaced(option, path)
 
 
 def _kept_weights(given: str, files: HostFiles) -> Path:

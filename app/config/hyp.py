@@ -22,6 +22,100 @@ _FRACTIONS = (
 )
 
 
+_YOLOV7 = "a key of YOLOv7, which has no counterpart here; remove the line"
+_LATER = (
+    "a key of Ultralytics' later trainers (YOLOv8 and on), which has no counterpart here; remove the line"
+)
+_SETTING = "a setting of Ultralytics' later trainers, not a hyperparameter; remove the line, and see --help for its flag"
+FOREIGN_KEYS = {
+    "giou": "the name of 2020 for today's `box`, with the same meaning; write box in its place",
+    **dict.fromkeys(("xy", "wh"), "a gain of a loss of 2019; `box` is today's, remove the line"),
+    **dict.fromkeys(("loss_ota", "paste_in", "anchor_ota", "cls_pw_ota"), _YOLOV7),
+    **dict.fromkeys(
+        (
+            *(
+                "dfl",
+                "pose",
+                "kobj",
+                "rle",
+                "angle",
+                "nbs",
+                "close_mosaic",
+                "bgr",
+                "cutmix",
+                "erasing",
+                "auto_augment",
+            ),
+            *(
+                "crop_fraction",
+                "copy_paste_mode",
+                "overlap_mask",
+                "mask_ratio",
+                "dropout",
+                "cos_lr",
+                "label_smooth",
+            ),
+        ),
+        _LATER,
+    ),
+    **dict.fromkeys(
+        (
+            *(
+                "task",
+                "mode",
+                "model",
+                "data",
+                "epochs",
+                "time",
+                "patience",
+                "batch",
+                "imgsz",
+                "save",
+                "save_period",
+            ),
+            *(
+                "cache",
+                "device",
+                "workers",
+                "project",
+                "name",
+                "exist_ok",
+                "pretrained",
+                "optimizer",
+                "verbose",
+                "seed",
+            ),
+            *(
+                "deterministic",
+                "single_cls",
+                "rect",
+                "resume",
+                "amp",
+                "fraction",
+                "profile",
+                "freeze",
+                "multi_scale",
+            ),
+            *(
+                "val",
+                "split",
+                "save_json",
+                "conf",
+                "iou",
+                "max_det",
+                "half",
+                "dnn",
+                "plots",
+                "classes",
+                "cfg",
+            ),
+            *("tracker", "save_dir", "compile", "augment", "agnostic_nms", "vid_stride"),
+        ),
+        _SETTING,
+    ),
+}
+"""Keys of other trainers' files, and what to do about them."""
+
 _LARGEST = 10**300
 """A whole number in a YAML may be longer than any float."""
 
@@ -110,6 +204,10 @@ class Hyp:
         known = [field.name for field in fields(cls)]
         values: dict[str, float | None] = {}
         for key, value in mapping.items():
+            if key in FOREIGN_KEYS:
+                others = [other for other in mapping if other in FOREIGN_KEYS and other != key]
+                more = f"; other trainers' keys in this file too: {', '.join(others)}" if others else ""
+                raise UsageError(f"{source}: {key!r} is {FOREIGN_KEYS[key]}{more}")
             if key not in known:
                 raise UsageError(f"{source}: unknown hyperparameter {key!r}{suggest(key, known)}")
             if isinstance(value, bool) or not isinstance(value, int | float | None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from app.core.misplaced import misplaced
 from app.core.paths import at_home
 from app.errors import DataError, UsageError, readable, suggest
 
@@ -38,6 +39,8 @@ def find_config(kind: Kind, name: str) -> Path:
     error = DataError if kind == "datasets" else UsageError
     with readable(error):
         if given.is_file():
+            if wrong := misplaced(_OPTION[kind], given):
+                raise error(f"{_OPTION[kind]} {name}: {wrong}")
             return given
     relative = PurePosixPath(name)
     if relative.is_absolute() and relative.is_relative_to(CLASSIC_ROOT):
@@ -46,6 +49,8 @@ def find_config(kind: Kind, name: str) -> Path:
         shipped = SHIPPED / kind / (relative.name if relative.suffix else f"{relative.name}.yaml")
         if shipped.is_file():
             return shipped
+    if wrong := misplaced(_OPTION[kind], given):
+        raise error(f"{_OPTION[kind]} {name}: {wrong}")
     known = sorted(path.name for path in (SHIPPED / kind).glob("*.yaml"))
     raise error(
         f"{_OPTION[kind]} {name}: no such file{suggest(relative.name, known)}; "

@@ -5,6 +5,7 @@ python -m app.data download VOC.yaml --into DIR   into DIR/VOC
 python -m app.data download yolov5s.pt            weights, into ~/.cache/starling/weights
 python -m app.data version DIR --name cells       a new version of a ClearML dataset, of what DIR holds
 python -m app.data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
+python -m app.data convert my.yaml DIR coco source=boxes.json images=images/train    the same, with a converter you name
 python -m app.data cache                          list the files of decoded pictures, below the runs folder
 python -m app.data cache --remove                 remove those that no training uses
 """
@@ -28,6 +29,7 @@ from app.data.acquire import (
     Names,
     acquire,
     class_names,
+    convert_step,
     read_steps,
     run_steps,
     write_description,
@@ -66,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("name", help="dataset YAML, shipped name or path")
     convert.add_argument("folder", type=Path, help="the dataset's folder")
+    convert.add_argument(
+        "step",
+        nargs="*",
+        metavar="STEP",
+        help="a converter and its arguments, `coco source=boxes.json images=images/train` [the description's steps]",
+    )
     cache = commands.add_parser("cache", help="list or remove files of decoded pictures")
     cache.add_argument(
         "folder", nargs="?", type=Path, metavar="DIR", help="folder of the files [.cache in the runs folder]"
@@ -102,9 +110,15 @@ def _download(given: argparse.Namespace) -> None:
 
 def _convert(given: argparse.Namespace) -> None:
     path = find_config("datasets", given.name)
-    steps = [step for step in read_steps(path) if isinstance(step, Convert | Names)]
+    steps: list[Convert | Names]
+    if given.step:
+        steps = [_step_of_words(given.step)]
+    else:
+        steps = [step for step in read_steps(path) if isinstance(step, Convert | Names)]
     if not any(isinstance(step, Convert) for step in steps):
-        raise DataError(f"{path}: has no `convert:` steps; its labels are ready as they are published")
+        raise DataError(
+            f"{path}: has no `convert:` steps; name a converter and its arguments after the folder"
+        )
     if not given.folder.is_dir():
         raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
     mapping, say = read_yaml(path), Progress().say
@@ -114,6 +128,12 @@ def _convert(given: argparse.Namespace) -> None:
     if not known and not own.exists():  # the names came with the data; a file of the user's stays as it is
         write_description(given.folder, path, mapping, names)
         say(f"{own}: the description with its class names; give it to --data")
+
+
+def _step_of_words(words: Sequence[str]) -> Convert:
+    """Return the step that `NAME key=value ...` stands for."""
+    pairs = [word.partition("=") for word in words[1:]]
+    return convert_step("convert", {"convert": words[0], **{key: value for key, _, value in pairs}})
 
 
 def _version(given: argparse.Namespace) -> None:

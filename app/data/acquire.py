@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from app.config.class_names import names_by_number
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
 from app.core.paths import at_home
 from app.data.archive import unpack
-from app.data.convert import CONVERTERS, Converted, read_open_images_classes
+from app.data.convert import Converted, read_open_images_classes
+from app.data.converters import CONVERTERS
 from app.data.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
 from app.errors import ConfigError, DataError, refusal, suggest
 from app.outputs.run_dir import runs_root
@@ -238,7 +240,7 @@ def class_names(path: Path, mapping: Mapping[str, Any], steps: Sequence[Step]) -
             raise ConfigError(f"{path}: names", "a list and a step", "must be one of them; remove the other")
         return ()
     if isinstance(names, dict):
-        names = [names[number] for number in sorted(names)]
+        names = names_by_number(names)
     if not isinstance(names, list):
         raise ConfigError(f"{path}: names", names, "give the class names; the labels are converted by them")
     return tuple(str(name) for name in names)
@@ -249,7 +251,7 @@ def _step(where: str, item: object, nc: int | None) -> Step:
         raise ConfigError(where, item, "must be `url:`, `names:` or `convert:` with text values")
     if "names" in item:
         return _names_step(where, item, nc)
-    return _convert_step(where, item) if "convert" in item else _fetch_step(where, item)
+    return convert_step(where, item) if "convert" in item else _fetch_step(where, item)
 
 
 def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
@@ -258,7 +260,8 @@ def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
     return Names(source=_inside(f"{where}.names", item["names"]), count=nc)
 
 
-def _convert_step(where: str, item: Mapping[str, str]) -> Convert:
+def convert_step(where: str, item: Mapping[str, str]) -> Convert:
+    """Return the converter that a step names, with its arguments; raises ConfigError, which begins with `where`."""
     name = item["convert"]
     if name not in CONVERTERS:
         raise ConfigError(

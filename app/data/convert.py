@@ -17,7 +17,7 @@ import uuid
 import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -70,17 +70,17 @@ def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, in
     folder = root / source
     stems = _lines(folder / "ImageSets" / "Main" / f"{split}.txt")
     for stem in stems:
-        image = _below(folder, f"JPEGImages/{stem}.jpg")
-        rows, width, height = _voc_rows(_below(folder, f"Annotations/{stem}.xml"), names)
+        image = below(folder, f"JPEGImages/{stem}.jpg")
+        rows, width, height = read_voc(below(folder, f"Annotations/{stem}.xml"), names)
         target = root / "images" / into / image.name
         _link(image, target)
-        _write_labels(target, rows, width, height)
+        write_labels(target, rows, width, height)
     return len(stems)
 
 
-def _voc_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
+def read_voc(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
     """Return the rows of a VOC annotation, and the picture's width and height."""
-    content = _read(path, _MAX_XML_BYTES)
+    content = read_bounded(path, _MAX_XML_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -98,7 +98,7 @@ def _voc_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
             left, top, right, bottom = (
                 float(_text(item, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")
             )
-            rows.append((_class_of(path, _text(item, "name"), names), (left - 1, top - 1, right, bottom)))
+            rows.append((class_of(path, _text(item, "name"), names), (left - 1, top - 1, right, bottom)))
     except (ElementTree.ParseError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a VOC annotation: {error}; fetch the dataset again") from None
     return rows, width, height
@@ -123,7 +123,7 @@ def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
             if score and 1 <= category <= len(names):
                 rows.append((category - 1, (left, top, left + width, top + height)))
         image = root / source / "images" / f"{path.stem}.jpg"
-        _write_labels(image, rows, *_size_of(image))
+        write_labels(image, rows, *size_of(image))
     return len(annotations)
 
 
@@ -134,7 +134,7 @@ def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str)
     `image_id,width,height,bbox,source`, bbox as `[left, top, width, height]` (GWHD 2020).
     """
     boxes: dict[str, list[Box]] = defaultdict(list)
-    path = _below(root, source)
+    path = below(root, source)
     try:
         budget = Budget(seconds=math.inf, boxes=_MAX_BOXES // 10)
         for number, row in enumerate(csv.DictReader(_csv_lines(path)), start=2):
@@ -155,16 +155,16 @@ def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str)
     except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; check the file") from None
     for name, some in boxes.items():
-        image = _below(root, f"{images}/{name}")
-        _write_labels(image, [(0, box) for box in some], *_size_of(image))
+        image = below(root, f"{images}/{name}")
+        write_labels(image, [(0, box) for box in some], *size_of(image))
     return len(boxes)
 
 
 def _wheat_boxes(row: Mapping[str, str]) -> tuple[str, list[Box]]:
     if "BoxesString" in row:
         texts = [text for text in row["BoxesString"].split(";") if text.strip() and text.strip() != "no_box"]
-        return row["image_name"], [_four(text.split()) for text in texts]
-    left, top, width, height = _four(ast.literal_eval(row["bbox"]))
+        return row["image_name"], [four_numbers(text.split()) for text in texts]
+    left, top, width, height = four_numbers(ast.literal_eval(row["bbox"]))
     name = row["image_id"]
     return (name if PurePosixPath(name).suffix else f"{name}.jpg"), [(left, top, left + width, top + height)]
 
@@ -175,15 +175,17 @@ def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) 
     Categories become classes in the order of their ids, which must name the description's classes. Crowd regions
     are left out. Source: cocodataset.org, data format, object detection.
     """
-    path = _below(root, source)
+    path = below(root, source)
     try:
         categories, pictures, boxes = _read_coco(path)
         categories.sort()
         _check_names(path, [name for _, name in categories], names)
         classes = {identity: number for number, (identity, _) in enumerate(categories)}
         for identity, name, width, height in pictures:
-            rows = ((classes[int(values[0])], _four(values[1:])) for values in _fives(boxes.get(identity)))
-            _write_labels(_below(root, f"{images}/{name}"), rows, width, height)
+            rows = (
+                (classes[int(values[0])], four_numbers(values[1:])) for values in _fives(boxes.get(identity))
+            )
+            write_labels(below(root, f"{images}/{name}"), rows, width, height)
         return len(pictures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, BudgetExceeded) as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -216,7 +218,7 @@ def _read_coco(
             pictures.append((item["id"], str(item["file_name"]), int(item["width"]), int(item["height"])))
         elif key == "annotations" and not item.get("iscrowd"):
             budget.spend(boxes=1)
-            left, top, width, height = _four(item["bbox"])
+            left, top, width, height = four_numbers(item["bbox"])
             values = (float(int(item["category_id"])), left, top, left + width, top + height)
             boxes[item["image_id"]].extend(values)
     for key in ("categories", "images", "annotations"):
@@ -241,15 +243,15 @@ def convert_open_images(
     appears whole or not at all. Where `images` is not there at all, nothing is read. Source: the data formats page
     of Open Images V6. Raises DataError, with file and line, for a row that cannot be true.
     """
-    folder = _below(root, images)
+    folder = below(root, images)
     if not folder.is_dir():
         return Converted(0, f"{images} is not there, so {source} is not read")
-    described = read_open_images_classes(_below(root, classes))
+    described = read_open_images_classes(below(root, classes))
     _check_names(root / classes, list(described.values()), names)
     numbers = {label: number for number, label in enumerate(described)}
     pictures = elsewhere = 0
     with _new_labels(folder) as labels:
-        rows = _open_images_rows(_below(root, source), numbers)
+        rows = _open_images_rows(below(root, source), numbers)
         for image, some in groupby(rows, key=itemgetter(0)):
             if not (folder / f"{image}.jpg").is_file():
                 elsewhere += sum(1 for _ in some)
@@ -266,7 +268,7 @@ def read_open_images_classes(path: Path) -> dict[str, str]:
 
     The file has a row `/m/0k4j,Car` a class; later releases have a heading. Raises DataError for anything else.
     """
-    text = _read(path, _MAX_CLASS_FILE_BYTES).decode("utf-8-sig", "replace")
+    text = read_bounded(path, _MAX_CLASS_FILE_BYTES).decode("utf-8-sig", "replace")
     found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         row = next(csv.reader([line]), [])
@@ -310,7 +312,7 @@ def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple
         raise ValueError(f"{image[:40]!r} is no ImageID")
     if label not in numbers:
         raise ValueError(f"{label[:40]!r} is not among the class descriptions")
-    left, top, right, bottom = box = _four(corners)
+    left, top, right, bottom = box = four_numbers(corners)
     if not (
         -_BEYOND_EDGE <= left <= right <= 1 + _BEYOND_EDGE
         and -_BEYOND_EDGE <= top <= bottom <= 1 + _BEYOND_EDGE
@@ -358,16 +360,6 @@ def _add_lines(path: Path, lines: Iterable[str]) -> bool:
     return new
 
 
-CONVERTERS: dict[str, Callable[..., int | Converted]] = {
-    "voc": convert_voc,
-    "visdrone": convert_visdrone,
-    "wheat": convert_wheat,
-    "coco": convert_coco,
-    "openimages": convert_open_images,
-}
-"""Converters by the name that a description's `convert:` step gives."""
-
-
 def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
     if len(found) != len(names):
         raise DataError(f"{path}: {len(found)} categories, the description has {len(names)}; make them agree")
@@ -378,14 +370,15 @@ def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None
             )
 
 
-def _class_of(path: Path, name: str, names: Sequence[str]) -> int:
+def class_of(path: Path, name: str, names: Sequence[str]) -> int:
+    """Return the number of a class; raises DataError, naming `path`, for one that the description has not."""
     try:
         return list(names).index(name)
     except ValueError:
         raise DataError(f"{path}: class {name!r} is not in the description{suggest(name, names)}") from None
 
 
-def _write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
+def write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
     """Write the label file of a picture: boxes cut to the picture, those that lie outside or have no area left out."""
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise DataError(
@@ -425,7 +418,8 @@ def _label_lines(rows: Iterable[Row], width: int, height: int) -> Iterator[str]:
             yield f"{number} " + " ".join(f"{value:.6f}" for value in values)
 
 
-def _size_of(image: Path) -> tuple[int, int]:
+def size_of(image: Path) -> tuple[int, int]:
+    """Return an image's width and height; raises DataError where it cannot be used."""
     from app.data.images import UnusableImageError, read_header  # OpenCV is slow to import
 
     try:
@@ -450,7 +444,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _below(root: Path, name: str) -> Path:
+def below(root: Path, name: str) -> Path:
     """Return a path below `root`; raises DataError for a name, out of an annotation, that leads elsewhere."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -458,7 +452,8 @@ def _below(root: Path, name: str) -> Path:
     return root / path
 
 
-def _four(values: Iterable[Any]) -> Box:
+def four_numbers(values: Iterable[Any]) -> Box:
+    """Return four finite numbers; raises ValueError for anything else."""
     left, top, right, bottom = (float(value) for value in values)
     if not all(math.isfinite(value) for value in (left, top, right, bottom)):
         raise ValueError("a box that is not finite")
@@ -473,11 +468,12 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    text = _read(path, _MAX_LINES_BYTES).decode("utf-8-sig", "replace")
+    text = read_bounded(path, _MAX_LINES_BYTES).decode("utf-8-sig", "replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _read(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return a file's bytes; raises DataError where it cannot be read or has more than `limit`."""
     try:
         return read_regular(path, limit)
     except OSError as error:

@@ -12,16 +12,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from app.config.class_names import names_by_number
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
-from app.core.file_kinds import IMAGE_SUFFIXES
 from app.core.paths import at_home
-from app.data.findings import Finding
+from app.data.findings import REPORT, Finding
 from app.data.images import ImageHeader, UnusableImageError, read_header
 from app.data.label_kinds import doubtful_polygons, read_keypoints
-from app.data.labels import Keypoints, LabelFile, Polygon, label_path, read_labels
+from app.data.labels import Keypoints, LabelFile, Polygon
+from app.data.left_out import LeftOut
 from app.data.limits import container_cpu_count
-from app.data.pictures import find_pictures
+from app.data.pairs import read_pair, unlabelled, without_partner
+from app.data.pictures import FoundImages, find_pictures, locate
 from app.errors import ConfigError, DataError, readable, suggest
 from app.outputs.names import distinct
 
@@ -101,7 +103,7 @@ class DatasetDescription:
         return cls(
             path_yaml=path,
             root=root,
-            splits={split: tuple(_locate(root, e) for e in some) for split, some in entries.items()},
+            splits={split: tuple(locate(root, e) for e in some) for split, some in entries.items()},
             names=("item",) if single_cls and len(names) > 1 else names,
             nc_in_labels=len(names),
             keypoints=read_keypoints(path, mapping),
@@ -129,8 +131,16 @@ class Dataset:
     """Pictures left out, and why; the number of them is `skipped`."""
     notes: list[Finding]
     """Label rows left out without harm."""
+    unread: list[Finding] = field(default_factory=list)
+    """Images of kinds that are not read, one finding for all of them."""
+    unlabelled: list[Finding] = field(default_factory=list)
+    """Pictures without a label file, which are background."""
     unpaired: list[Finding] = field(default_factory=list)
-    """Pictures without a label file, which are background, and label files without a picture."""
+    """Label files that are not read, as those without a picture."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """All that is passed over, counted by reason."""
+    clipped: int = 0
+    """Label rows with a value a little outside [0, 1]."""
     skipped: int
     digest: str
     """Hex SHA-256 of names, labels, and the pictures' relative paths, sizes in pixels and in bytes."""
@@ -148,9 +158,15 @@ class Dataset:
         return distinct(self.names, reserved=(BACKGROUND,))
 
     @property
+    def boxes(self) -> int:
+        """Number of label rows."""
+        return sum(map(len, self.labels))
+
+    @property
     def findings(self) -> list[Finding]:
         """All that is wrong with the split, by file."""
-        return sorted((*self.problems, *self.notes, *self.unpaired), key=lambda f: (f.file, f.line or 0))
+        every = (*self.problems, *self.notes, *self.unread, *self.unlabelled, *self.unpaired)
+        return sorted(every, key=lambda f: (f.file, f.line or 0))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -177,18 +193,18 @@ class Dataset:
                 f"{description.path_yaml}: has no `{split}:`; add it, or use a split it has ({given})"
             )
         source = f"{description.path_yaml}: {split}"
-        paths = sorted(dict.fromkeys(find_pictures(description.splits[split], description.root, source)))
+        found = find_pictures(description.splits[split], description.root, source)
         report = progress if callable(progress) else None
-        scanned = list(_scan(paths, description, report))
-        problems = [problem for item in scanned for problem in item.problems]
+        scanned = list(_scan(found.images, description, report))
+        problems = [*found.absent, *(problem for item in scanned for problem in item.problems)]
         if problems and strict:
             raise DataError(_many(f"{split}: unusable pictures under --strict", problems))
         usable = [item for item in scanned if item.header is not None and not item.problems]
         if not usable:
             where = ", ".join(str(entry) for entry in description.splits[split])
             reason = _many("none is usable", problems) if problems else "no pictures there; check the path"
-            raise DataError(f"{description.path_yaml}: {split}: {where}: {reason}")
-        return cls._assemble(description, usable, problems, scanned)
+            raise DataError("\n  ".join([f"{source}: {where}: {reason}", *found.left_out.lines()]))
+        return cls._assemble(description, usable, problems, scanned, found)
 
     @classmethod
     def _assemble(
@@ -197,7 +213,12 @@ class Dataset:
         usable: list[_Scanned],
         problems: list[Finding],
         scanned: list[_Scanned],
+        found: FoundImages,
     ) -> Self:
+        files = [item.label_file for item in scanned]
+        unread = found.left_out.findings()
+        unpaired = list(without_partner(item.path for item in scanned))
+        skipped = len(scanned) - len(usable) + found.absent_count
         labels = [item.label_file.rows for item in usable]
         if description.single_cls:
             for rows in labels:
@@ -213,11 +234,16 @@ class Dataset:
             if any(item.label_file.polygons for item in usable)
             else [],
             notes=[
+                *found.notes,
                 *doubtful_polygons(description.path_yaml, (item.label_file for item in usable)),
-                *(note for item in scanned for note in item.label_file.notes),
+                *(note for file in files for note in file.notes),
             ],
-            unpaired=[*_unlabelled(usable), *_orphans(scanned)],
-            skipped=len(scanned) - len(usable),
+            unread=unread,
+            unlabelled=list(unlabelled(item.path for item in usable if item.label_file.missing)),
+            unpaired=unpaired,
+            skipped=skipped,
+            clipped=sum(file.clipped for file in files),
+            left_out=_account(found.left_out, skipped, problems, files, unpaired),
             digest=_digest(description, usable),
             stamps=np.array([(header.file_size, header.changed_ns) for header in headers], np.int64),
         )
@@ -253,11 +279,10 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
             raise ConfigError(f"{path}: names", None, "give the class names as a list")
         return tuple(f"class{number}" for number in range(nc))
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise ConfigError(
-                f"{path}: names", list(names)[:10], "the keys must be 0, 1, 2, ... without gaps"
-            )
-        names = [names[number] for number in range(len(names))]
+        keys = list(names)[:10]
+        names = names_by_number(names)
+        if names is None:
+            raise ConfigError(f"{path}: names", keys, "the keys must be 0, 1, 2, ... without gaps")
     if not isinstance(names, list) or not names or any(isinstance(n, list | dict | None) for n in names):
         raise ConfigError(f"{path}: names", names, "must be a list of names, or number: name lines")
     if nc is not None and nc != len(names):
@@ -283,11 +308,13 @@ def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool
     """
     if given is not None and (not isinstance(given, str) or "\0" in given):
         raise ConfigError(f"{path_yaml}: path", given, "must be a folder")
-    named = at_home(given or ".")
+    spelled = dict.fromkeys((given or ".", (given or ".").replace("\\", "/")))
     bases = (path_yaml.parent, Path.cwd(), Path.cwd().parent / "datasets")
-    candidates = list(dict.fromkeys(Path(os.path.normpath(base / named)) for base in bases))
+    candidates = list(
+        dict.fromkeys(Path(os.path.normpath(base / at_home(name))) for name in spelled for base in bases)
+    )
     for root in candidates:
-        if root.is_dir() and _locate(root, first_entry).exists():
+        if root.is_dir() and locate(root, first_entry).exists():
             return root
     for root in candidates:
         if root.is_dir():
@@ -300,21 +327,13 @@ def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool
     )
 
 
-def _locate(root: Path, entry: str) -> Path:
-    """Return the path an entry means; `../train/images`, as some exporters write it, may mean it without `../`."""
-    path = root / at_home(entry)
-    if entry.startswith("../") and not path.exists() and (root / entry[3:]).exists():
-        return root / entry[3:]
-    return Path(os.path.normpath(path))
-
-
 def _scan(
     paths: list[Path], description: DatasetDescription, progress: Progress | None
 ) -> Iterator[_Scanned]:
     """Check headers and labels in threads, in order: the time goes into opening files."""
 
     def scan_one(path: Path) -> _Scanned:
-        label_file = read_labels(label_path(path), description.nc_in_labels, description.keypoints)
+        label_file = read_pair(path, description.nc_in_labels, description.keypoints)
         try:
             header = read_header(path)
         except UnusableImageError as error:
@@ -331,43 +350,25 @@ def _scan(
             yield item
 
 
-def _unlabelled(usable: list[_Scanned]) -> Iterator[Finding]:
-    for item in usable:
-        if item.label_file.missing:
-            remedy = f"write {label_path(item.path)}, empty if nothing is in the picture"
-            yield Finding(str(item.path), None, "no label file, so taken for background", remedy)
-
-
-def _orphans(scanned: list[_Scanned]) -> Iterator[Finding]:
-    """Find the label files beside those of the split's pictures that belong to no picture on disk.
-
-    A split may list a part of a folder, so it is the folder that is asked for the picture. Text files that
-    lie among the pictures themselves may be anything (lists, licences) and are not judged.
-    """
-    folders: dict[Path, set[Path]] = {}
-    for item in scanned:
-        folders.setdefault(label_path(item.path).parent, set()).add(item.path.parent)
-    for labels, pictures in sorted(folders.items()):
-        if labels in pictures:
-            continue
-        stems = {
-            stem
-            for folder in pictures
-            for stem, suffix in map(os.path.splitext, _names(folder))
-            if suffix.lower() in IMAGE_SUFFIXES
-        }
-        for name in sorted(_names(labels)):
-            stem, suffix = os.path.splitext(name)
-            if suffix == ".txt" and stem not in stems and name != "classes.txt":  # which annotators write
-                problem = "a label file without a picture, not used"
-                yield Finding(str(labels / name), None, problem, "add the picture or remove the file")
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+def _account(
+    account: LeftOut,
+    skipped: int,
+    problems: list[Finding],
+    files: list[LabelFile],
+    unpaired: list[Finding],
+) -> LeftOut:
+    """Return the account of images that were passed over with all else that a split leaves out."""
+    named = f"{REPORT} of a run names each"
+    if problems:
+        account.add(
+            "images that cannot be used, or whose labels cannot", problems[0].file, named, count=skipped
+        )
+    rows = sum(file.left_out for file in files)
+    first = next((note.file for file in files if file.left_out for note in file.notes), "")
+    account.add("label rows that repeat another or have no size", first, named, count=rows)
+    if unpaired:
+        account.add("label files that are not read", unpaired[0].file, named, count=len(unpaired))
+    return account
 
 
 def _digest(description: DatasetDescription, usable: Iterable[_Scanned]) -> str:

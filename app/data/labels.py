@@ -39,14 +39,14 @@ Polygon = np.ndarray[Any, Any]
 class Keypoints(NamedTuple):
     """The keypoints of every row, as a dataset's `kpt_shape` declares them."""
 
-    count: int
+    number: int
     dimensions: int
     """2 for x and y, 3 for x, y and visibility."""
 
     @property
     def columns(self) -> int:
         """Columns of a row: class, box and keypoints."""
-        return 5 + self.count * self.dimensions
+        return 5 + self.number * self.dimensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +225,7 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
             return None
         return _Fault(
             f"{columns} columns",
-            f"with kpt_shape [{keypoints.count}, {keypoints.dimensions}] a row has {keypoints.columns} (class x y w h "
+            f"with kpt_shape [{keypoints.number}, {keypoints.dimensions}] a row has {keypoints.columns} (class x y w h "
             "and the keypoints), or 5 without keypoints; fix the row or the YAML's kpt_shape",
         )
     if (

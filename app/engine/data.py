@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from app.data.batching import Batching
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.device_paint import DevicePainter
 from app.data.findings import REPORT, write_report
+from app.data.labels import CLIPPED_BEYOND
 from app.data.limits import container_memory_limit
 from app.data.loader import TrainLoader, ValLoader
 from app.data.store import ImageStore
+from app.data.unlabelled import explain_no_box
 from app.engine.cut_list import cut_list
 from app.engine.device import Compute
 from app.engine.distributed import SINGLE, Group
@@ -51,6 +54,12 @@ class TrainingData:
         """What cuts the lists of detections that the validations of a training score."""
         return cut_list(self.val, CONFIDENCE, MAX_DETECTIONS)
 
+    def account(self) -> dict[str, Any]:
+        """Return what `--json` says of the data: what both splits leave out, and whether figures are of a cut list."""
+        splits = {"train": self.train, "val": self.val}
+        left_out = {name: split.left_out.as_list() for name, split in splits.items()}
+        return {"cut_list": self.cut, "left_out": left_out}
+
 
 def load_data(
     config: TrainConfig,
@@ -68,6 +77,9 @@ def load_data(
     """
     description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
+    check_boxes(description, "train", train)
+    if not val.boxes:
+        say(f"warning: {explain_no_box(description, 'val', val)}\n  validation scores 0 without labels")
     budget = int(container_memory_limit() * CACHE_SHARE / processes)
     stores = []
     for name, split in (("train", train), ("val", val)):
@@ -87,8 +99,7 @@ def load_data(
         if device_free_bytes is not None and store.on_device:
             device_free_bytes -= store.nbytes
         stores.append(store)
-        boxes = sum(len(rows) for rows in split.labels)
-        say(f"{name}: {len(split)} pictures, {boxes} boxes; decoded pictures: {store.reason}")
+        say(f"{name}: {len(split)} pictures, {split.boxes} boxes; decoded pictures: {store.reason}")
         for line in left_out(split):
             say(line)
     data = TrainingData(train, val, stores[0], stores[1], description.names)
@@ -201,6 +212,12 @@ def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
     return fitted
 
 
+def check_boxes(description: DatasetDescription, split: str, data: Dataset) -> None:
+    """Raise DataError, saying where labels may be, for a split without any box."""
+    if not data.boxes:
+        raise DataError(explain_no_box(description, split, data))
+
+
 def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
     """Write all that is wrong with pictures and labels to labels_report.csv in `folder`, and say so."""
     # A picture may be in both splits.
@@ -219,6 +236,11 @@ def left_out(split: Dataset, shown: int = 5) -> list[str]:
     more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
     if more:
         lines.append(f"    and {more} more")
-    if split.unpaired:
-        lines.append(f"  {len(split.unpaired)} pictures without a label file, or the other way round")
+    lines += [f"  {line}" for line in split.left_out.lines()]
+    if split.unlabelled:
+        lines.append(f"  {len(split.unlabelled)} images without a label file, taken for background")
+    if split.clipped:
+        lines.append(
+            f"  {split.clipped} label rows with a value up to {CLIPPED_BEYOND} outside [0, 1], clipped"
+        )
     return lines

@@ -20,7 +20,7 @@ from app.data.store import ImageStore
 from app.engine import pictures
 from app.engine.coco import CocoPredictions
 from app.engine.cut_list import cut_list
-from app.engine.data import fit_stride, left_out
+from app.engine.data import check_boxes, fit_stride, left_out
 from app.engine.device import Compute, select_compute
 from app.engine.inference import Predictor, fit_classes, load_predictor
 from app.engine.mistakes import WorstImages, draw_worst
@@ -180,10 +180,10 @@ def _open_bench(config: ValConfig) -> _Bench:
     path = find_dataset(config.data, progress.say, progress.show)
     description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     data = Dataset.load(description, config.split)
-    boxes = sum(len(rows) for rows in data.labels)
-    progress.say(f"{config.split}: {len(data)} pictures, {boxes} boxes")
+    progress.say(f"{config.split}: {len(data)} pictures, {data.boxes} boxes")
     for line in left_out(data):
         progress.say(line)
+    check_boxes(description, config.split, data)
     return _Bench(config, compute, data, progress)
 
 
@@ -223,6 +223,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         "batch": config.batch_size,
         "classes": [{key: _rounded_figure(value) for key, value in row.items()} for row in classes],
         "cut_list": bench.cut,
+        "left_out": data.left_out.as_list(),
         "ms_per_image": _rounded(milliseconds),
         "run": str(folder),
     }
@@ -306,7 +307,7 @@ def study(config: ValConfig) -> dict[str, Any]:
     plot_study(lines, folder / "study.png", place=bench.compute.describe())
     say(f"results in {folder}")
     assert best is not None, "a study has sizes and weights"
-    return {**best, "cut_list": bench.cut, "run": str(folder)}
+    return {**best, "cut_list": bench.cut, "left_out": bench.data.left_out.as_list(), "run": str(folder)}
 
 
 def _study_table(weights: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
+from app.core.misplaced import misplaced
 from app.core.paths import at_home
 from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, require
 from app.engine.official import OFFICIAL, official_name, official_weights
@@ -99,10 +100,14 @@ def find_weights(name: str) -> Path:
     given = at_home(name)
     for path in (given, Path(f"{given}.pt")):
         if path.is_file():
+            if wrong := misplaced("--weights", path):
+                raise CheckpointError(f"--weights {name}: {wrong}")
             return path
     official = official_name(name)
     if official is not None:
         return official_weights(official, Progress())
+    if wrong := misplaced("--weights", given):
+        raise CheckpointError(f"--weights {name}: {wrong}")
     raise CheckpointError(
         f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
         "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"

@@ -267,8 +267,9 @@ def _deliver(
         )
     delivered = again or upload_results(config, run.path, say)
     if config.json:
-        told = {**figures_of(rows, run), "cut_list": read_summary(run).get("cut_list")}
-        print(json.dumps(told), flush=True)
+        summary = read_summary(run)
+        account = {key: summary.get(key) for key in ("cut_list", "left_out")}
+        print(json.dumps({**figures_of(rows, run), **account}), flush=True)
     if delivered and not again:  # a copy that failed is tried again by a resume
         write_mark(run, rows, run_uuid)
 
@@ -358,7 +359,7 @@ def train_in(
     finally:
         workshop.group.training_is_over()
     if workshop.group.is_main and reporter.label.parent is None:
-        write_summary(run, result.rows, reporter.label.uuid, cut_list=workshop.data.cut)
+        write_summary(run, result.rows, reporter.label.uuid, **workshop.data.account())
     reporter.ended("finished", best=result.best)
     return result
 

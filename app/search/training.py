@@ -120,7 +120,7 @@ def search(config: TrainConfig) -> None:
     _say_summary(summary, directory, progress)
     upload_results(config, directory, progress.say)
     if config.json:
-        document = {**_as_json(summary, directory), "cut_list": workshops.usual.data.cut}
+        document = {**_as_json(summary, directory), **workshops.usual.data.account()}
         print(json.dumps(document), flush=True)
 
 

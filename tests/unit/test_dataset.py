@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.findings import write_report
+from app.engine.data import left_out
 from app.errors import DataError, UsageError
 
 
@@ -217,6 +219,156 @@ def test_labels_of_pictures_that_a_list_leaves_out_are_no_orphans(folder: Path) 
     (folder / "some.txt").write_text("images/train/a.png\n")
     description = _describe(folder, "train: some.txt\nnames: [x, y, z]\n")
     assert not Dataset.load(description, "train").findings
+
+
+def test_labels_beside_the_images_of_a_folder_named_images_are_used(folder: Path) -> None:
+    (folder / "labels" / "train" / "b.txt").rename(folder / "images" / "train" / "b.txt")
+    dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
+    assert [rows[0, 0] for rows in dataset.labels] == [0, 1, 2]
+    assert not dataset.findings
+
+
+def test_a_label_file_beside_an_image_that_has_one_in_labels_is_named_and_not_read(folder: Path) -> None:
+    (folder / "images" / "train" / "b.txt").write_text("2 .5 .5 .2 .2\n")
+    (folder / "images" / "train" / "notes.txt").write_text("hello\n")
+    dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
+    assert [rows[0, 0] for rows in dataset.labels] == [0, 1, 2]
+    (finding,) = dataset.findings
+    assert finding.file == str(folder / "images" / "train" / "b.txt")
+    assert str(folder / "labels" / "train" / "b.txt") in finding.problem
+
+
+def test_jfif_and_jpe_are_jpeg_and_other_images_are_counted_by_suffix(folder: Path) -> None:
+    images, labels = folder / "images" / "train", folder / "labels" / "train"
+    for name in ("d.jfif", "e.JPE"):
+        Image.new("RGB", (30, 20)).save(images / name, "JPEG")
+        (labels / name).with_suffix(".txt").write_text("0 .5 .5 .2 .2\n")
+    for name in ("f.avif", "g.HEIC", "h.avif", "i.ppm", "notes.md"):
+        (images / name).write_bytes(b"x")
+    (labels / "g.txt").write_text("0 .5 .5 .2 .2\n")
+    dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
+    assert len(dataset) == 5
+    first, second = dataset.left_out.lines()
+    assert "images of a kind that is not read: 4 (.avif 2, .heic 1, .ppm 1)" in first
+    assert "label files that are not read: 1, first" in second
+    assert [row["count"] for row in dataset.left_out.as_list()] == [4, 1]
+    texts = [str(finding) for finding in dataset.findings]
+    assert any(".avif 2, .heic 1, .ppm 1" in text for text in texts)
+    assert any("g.txt: not used: g.HEIC is of a kind that is not read" in text for text in texts)
+    assert len(texts) == 2
+
+
+def test_a_split_of_images_that_are_not_read_alone_says_so(folder: Path) -> None:
+    (folder / "heic").mkdir()
+    (folder / "heic" / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"images of a kind that is not read: 1 \(\.heic 1\)"):
+        Dataset.load(_describe(folder, "train: heic\nnames: [x]\n"), "train")
+
+
+def test_hidden_copies_are_neither_data_nor_faults(folder: Path) -> None:
+    images, labels = folder / "images" / "train", folder / "labels" / "train"
+    for name in ("._a.png", "Thumbs.db", ".DS_Store", ".hidden.avif"):
+        (images / name).write_bytes(b"x")
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"):
+        _picture(images / name / "copy.png", labels=None)
+    (labels / "._a.txt").write_bytes(b"\0")
+    (folder / "some.txt").write_text("images/train/a.png\nimages/train/._a.png\n__MACOSX/images/a.png\n")
+    for split in ("images/train", "some.txt"):
+        dataset = Dataset.load(_describe(folder, f"train: {split}\nnames: [x, y, z]\n"), "train")
+        assert len(dataset) == (1 if split == "some.txt" else 3)
+        assert not dataset.findings
+        assert not len(dataset.left_out)
+
+
+def test_the_account_counts_images_rows_and_label_files_and_clipped_rows_stay(folder: Path) -> None:
+    labels = folder / "labels" / "train"
+    (folder / "images" / "train" / "a.png").write_bytes(b"")
+    (labels / "b.txt").write_text("0 .5 .5 .1 .1\n0 .5 .5 .1 .1\n0 1.005 .5 .1 .1\n")
+    (labels / "nobody.txt").touch()
+    dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
+    assert [(row["reason"], row["count"]) for row in dataset.left_out.as_list()] == [
+        ("images that cannot be used, or whose labels cannot", 1),
+        ("label rows that repeat another or have no size", 1),
+        ("label files that are not read", 1),
+    ]
+    assert dataset.clipped == 1
+    assert len(dataset.labels[0]) == 2
+    lines = "\n".join(left_out(dataset))
+    assert "1 label rows with a value up to 0.01 outside [0, 1], clipped" in lines
+    assert all(line in lines for line in dataset.left_out.lines())
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "images\\train\\a.png\r\nimages\\train\\b.png\r\n",
+        "C:\\sets\\mine\\images\\train\\a.png\nC:\\sets\\mine\\images\\train\\b.png\n",
+        "data/images/train/a.png\ndata/images/train/b.png\n",
+        "/content/mine/images/train/a.png\r/content/mine/images/train/b.png\r",
+        ".\\images\\train\\a.png\n./images/train/b.png\n",
+    ],
+)
+def test_a_list_that_was_written_on_another_machine_is_found(folder: Path, lines: str) -> None:
+    (folder / "some.txt").write_text(lines)
+    dataset = Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
+    assert [path.name for path in dataset.images] == ["a.png", "b.png"]
+    assert not dataset.problems
+
+
+def test_list_entries_that_are_not_there_are_one_message_with_their_likely_path(folder: Path) -> None:
+    (folder / "some.txt").write_text("\n".join(f"pics/{name}.png" for name in "abc"))
+    description = _describe(folder, "train: some.txt\nnames: [x, y, z]\n")
+    with pytest.raises(DataError, match=r"3 of 3 entries are not there, first 'pics/a\.png'") as caught:
+        Dataset.load(description, "train")
+    assert f"{folder}/images/train/a.png may be meant" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_entries_of_a_list_that_are_not_there_are_one_finding_beside_those_that_are(folder: Path) -> None:
+    (folder / "some.txt").write_text(
+        "images/train/a.png\nother/images/train/b.png\n"
+        + "\n".join(f"gone/{number}.png" for number in range(50))
+    )
+    description = _describe(folder, "train: some.txt\nnames: [x, y, z]\n")
+    dataset = Dataset.load(description, "train")
+    assert len(dataset) == 1
+    assert dataset.skipped == 51
+    (finding,) = dataset.problems
+    assert str(finding).startswith(f"{folder}/some.txt:2: 51 of 52 entries are not there")
+    assert f"{folder}/images/train/b.png may be meant" in finding.remedy
+    with pytest.raises(DataError, match="51 of 52"):
+        Dataset.load(description, "train", strict=True)
+
+
+def test_a_list_with_a_name_that_no_file_system_takes_is_told_like_any_other(folder: Path) -> None:
+    (folder / "some.txt").write_text("images/train/a.png\n" + "x" * 5000 + ".png\n")
+    dataset = Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
+    assert len(dataset) == 1
+    assert len(dataset.problems) == 1
+
+
+@pytest.mark.parametrize("entry", ["images\\train", ".\\images\\train", "..\\images\\train"])
+def test_a_description_with_the_separators_of_windows_is_understood(folder: Path, entry: str) -> None:
+    assert len(Dataset.load(_describe(folder, f"path: .\ntrain: {entry}\nnames: [x, y, z]\n"), "train")) == 3
+
+
+def test_an_entry_that_is_not_there_is_told_with_its_likely_path(folder: Path) -> None:
+    for entry in ("C:\\mine\\images\\train", "Images/Train", "/content/mine/images/train"):
+        description = _describe(folder, f"path: .\ntrain: {entry}\nnames: [x, y, z]\n")
+        with pytest.raises(DataError, match=f"is not there; {folder}/images/train is there"):
+            Dataset.load(description, "train")
+
+
+def test_an_entry_that_is_there_and_holds_no_images_says_what_it_is(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+        archive.writestr("a", "b")
+    (folder / "boxes.csv").touch()
+    for entry, said in (
+        ("set.zip", "is a zip archive; unpack it"),
+        ("boxes.csv", "is a CSV table, not a folder"),
+    ):
+        with pytest.raises(DataError, match=said):
+            Dataset.load(_describe(folder, f"train: {entry}\nnames: [x]\n"), "train")
 
 
 def test_text_files_among_the_pictures_are_not_taken_for_labels(folder: Path) -> None:

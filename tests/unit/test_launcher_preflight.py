@@ -432,7 +432,7 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
 def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
     option: str, error: type[LauncherError], tmp_path: Path
 ) -> None:
-    path = tmp_path / "x.yaml"
+    path = tmp_path / ("x.pt" if option == "--weights" else "x.yaml")
     path.write_text("cfg: [yolov5n.yaml]\n")
     path.chmod(0o600)
     args = prepare_args(

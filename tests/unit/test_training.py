@@ -57,6 +57,7 @@ def test_json_is_the_last_line_and_names_the_figures(
     assert train.main([*tiny_args, "--noplots", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"precision", "recall", "mAP50", "mAP50_95"} <= figures.keys()
+    assert figures["left_out"] == {"train": [], "val": []}
     assert Path(figures["weights"]).is_file()
 
 
