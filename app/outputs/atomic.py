@@ -115,7 +115,7 @@ def append_line(path: Path, line: str) -> None:
 
     Raises OSError where the disk takes less than the whole line.
     """
-    content = line.rstrip("\n").encode() + b"\n"
+    content = line.rstrip("\n").encode("utf-8", "surrogateescape") + b"\n"  # a file name may be no text
     descriptor = os.open(path, _APPEND, 0o644)
     try:
         if os.write(descriptor, content) != len(content):
