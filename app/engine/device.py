@@ -84,7 +84,7 @@ def select_compute(
     cv2.setNumThreads(asked or cores)
     if chosen.type == "cpu" or asked:
         torch.set_num_threads(asked or cores)
-    else:
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Shapes repeat, so the search for the fastest kernels pays; which ones win differs from run to run.
         torch.backends.cudnn.benchmark = not deterministic
