@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -54,6 +55,7 @@ def run_command(
 
     `debug` says of what was parsed whether errors show their tracebacks; `failed` is told of an error that is no stop.
     """
+    _show_any_name()
     try:
         parsed = parse()
     except StarlingError as error:
@@ -63,6 +65,13 @@ def run_command(
     except OSError as error:
         return _say_os_error(error)
     return _run(lambda: run(parsed), debug(parsed), failed)
+
+
+def _show_any_name() -> None:
+    """Let a file name that is no text be printed, its bytes as `\\udcff`, which JSON reads too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException], None]) -> int:

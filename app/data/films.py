@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from app.core.regular_file import is_file
+from app.data.edit_list import shown_seconds
 from app.data.images import MAX_PIXELS, MIN_SIDE
 from app.errors import DataError
 
@@ -46,8 +48,8 @@ ANIMATION_FPS = 10.0
 MOST_FRAMES = 1 << 31
 """A film that claims more frames does not know."""
 
-_EXACT = {4: (b"ftyp", b"moov", b"mdat", b"wide", b"free"), 8: (b"AVI ",)}
-"""At which byte of a file these words stand for containers that list every frame; others estimate their number."""
+Index = Literal["mp4", "avi"]
+"""Containers that list every frame: MP4 and QuickTime; AVI."""
 
 Ended = Callable[[int, int | None], None]
 """Told of a film that ends early: frames that it gave, and frames that its file lists; None where it lists none."""
@@ -177,26 +179,36 @@ def read_video(
             )
         if number < 0:
             raise DataError(f"{shown}: gave no frame; check the file, or the camera")
-        exact = isinstance(address, str) and not stream and _lists_every_frame(Path(address))
-        if ends_early(number + 1, listed, exact=exact, last_s=at_ms / 1000, fps=rate):
+        index = _index_of(address) if listed else None
+        listed = _shown_frames(listed, address, rate) if index == "mp4" else listed
+        if ends_early(number + 1, listed, index=index, last_s=at_ms / 1000, fps=rate):
             ended(number + 1, listed)
     finally:
         capture.release()
 
 
-def ends_early(frames: int, listed: int, *, exact: bool, last_s: float, fps: float) -> bool:
+def ends_early(frames: int, listed: int, *, index: Index | None, last_s: float, fps: float) -> bool:
     """Return whether a film that gave `frames` frames, the last one `last_s` seconds after the first, is damaged.
 
-    `listed` is the number that the file tells, 0 if none. A file that lists every frame (`exact`) may list a few that are
-    not shown. In other files the number is a guess from the length in seconds and the rate `fps`, wrong where the rate
-    varies; there the last frame's time must fall short too.
+    `listed` is the number that the file tells, 0 if none. An MP4 lists every frame, and a few may not be shown. An AVI
+    lists frames too that hold nothing new and are passed over, so its last frame's time must fall short as well. In other
+    files the number is a guess from the length in seconds and the rate `fps`, wrong where the rate varies.
     """
-    if exact:
-        return frames < listed - max(2, listed // 50)
-    if frames >= 0.9 * listed - 2:
+    few = max(2, listed // 50) if index else 2 + listed // 10
+    if frames >= listed - few:
         return False
-    timed = last_s > 0 or frames == 1
-    return not (timed and fps > 0) or last_s < 0.9 * listed / fps - 0.5
+    if index == "mp4":
+        return True
+    timed = (last_s > 0 or frames == 1) and fps > 0
+    return not timed or last_s < (0.98 if index else 0.9) * listed / fps - 0.5
+
+
+def _shown_frames(listed: int, address: str | int, fps: float) -> int:
+    """Return how many of the listed frames the film's edit list shows, all of them where there is none."""
+    seconds = shown_seconds(Path(str(address)))
+    if seconds is None or not 0 < fps < 10_000:
+        return listed
+    return min(listed, math.ceil(seconds * fps))
 
 
 def _check_frame(width: float, height: float, shown: str) -> None:
@@ -211,14 +223,16 @@ def _listed_frames(capture: cv2.VideoCapture) -> int:
     return int(count) if 0 < count < MOST_FRAMES else 0
 
 
-def _lists_every_frame(path: Path) -> bool:
-    """Return whether this is a container whose index has every frame: MP4, QuickTime, AVI."""
+def _index_of(address: str | int) -> Index | None:
+    """Return which container this is, of those that list their frames, whatever its name says."""
     try:
-        with open(path, "rb") as file:
+        with open(str(address), "rb") as file:
             head = file.read(16)
     except OSError:
-        return False
-    return any(head[place : place + 4] in words for place, words in _EXACT.items())
+        return None
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
+        return "mp4"
+    return "avi" if head[8:12] == b"AVI " else None
 
 
 def _open(address: str | int, shown: str, stream: bool) -> cv2.VideoCapture:

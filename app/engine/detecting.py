@@ -69,11 +69,12 @@ def detect(config: DetectConfig) -> None:
     source = config.source or _sample_pictures(progress)
     left_out = LeftOut()
     sources = find_sources(source, left_out)
+    given = _given_names(config)  # before weights are fetched
     compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")
     model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
-    names = distinct(_names(config, model))
+    names = distinct(_names(config, model, given))
     _check_classes(config, names)
     detector = PictureDetector(
         model,
@@ -261,16 +262,20 @@ def _sample_pictures(progress: Progress) -> str:
     return str(folder)
 
 
-def _names(config: DetectConfig, model: Predictor) -> tuple[str, ...]:
+def _given_names(config: DetectConfig) -> tuple[str, ...]:
+    """Return the class names of `--data`; none without it."""
+    return tuple(read_class_names(find_dataset(config.data, Progress().say))) if config.data else ()
+
+
+def _names(config: DetectConfig, model: Predictor, given: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names, those of --data before those of the weights."""
     if not config.data:
         return model.names
-    names = read_class_names(find_dataset(config.data, Progress().say))
-    if len(names) != model.nc:
+    if len(given) != model.nc:
         raise UsageError(
-            f"--data {config.data}: {len(names)} names, but the weights know {model.nc} classes; leave it out, or fix it"
+            f"--data {config.data}: {len(given)} names, but the weights know {model.nc} classes; leave it out, or fix it"
         )
-    return names
+    return given
 
 
 def _check_classes(config: DetectConfig, names: tuple[str, ...]) -> None:

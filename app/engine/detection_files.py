@@ -7,7 +7,7 @@ import errno
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class DetectionFiles:
             self.register.write()
         if self.csv:
             shown = {source.shown for source in sources}
-            write_atomic(self.csv, "".join(_kept_rows(self.csv, self.register, shown)))
+            write_atomic(self.csv, _kept_rows(self.csv, self.register, shown))
 
     def open(self, source: Source) -> SourceFiles:
         """Return the writer of one source, to be closed; what an earlier run wrote of the source is removed."""
@@ -229,8 +229,8 @@ def _folder_name(name: str) -> str:
     )
 
 
-def _kept_rows(path: Path, register: Register, shown: set[str]) -> Iterator[str]:
-    """Yield the head of a CSV and the rows of sources that are not of this run, if it is there already."""
+def _kept_rows(path: Path, register: Register, shown: set[str]) -> bytes:
+    """Return the head of a CSV and the rows of sources that are not of this run, if it is there already."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -240,4 +240,4 @@ def _kept_rows(path: Path, register: Register, shown: set[str]) -> Iterator[str]
                 of_this_run = register.is_of_this_run(row["file"]) if row.get("file") else False
                 if not of_this_run and (row.get("file") or row.get("image") not in shown):
                     writer.writerow(row)
-    yield text.getvalue()
+    return text.getvalue().encode("utf-8", "surrogateescape")

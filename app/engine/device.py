@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import psutil
 import torch
 
 from app.data.limits import container_cpu_count
 from app.errors import UsageError
+
+MOST_THREADS = 4096
+OWN_LAUNCH = "STARLING_LAUNCHED"
+"""Set for the processes that `--device 0,1` starts by itself: what else their environment holds is the user's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +72,19 @@ def select_compute(
 ) -> Compute:
     """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
 
-    `processes` that train together on this host divide the cores among themselves. `deterministic` takes GPU
+    `processes` that train together on this host divide the cores among themselves; `OMP_NUM_THREADS` says how many threads
+    torch and OpenCV take in each of them. `deterministic` takes GPU
     kernels that give the same numbers in every run, where there are some.
 
     Raises UsageError naming what is there when the device is not.
     """
     chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
     cores = max(container_cpu_count() // processes, 1)
-    if chosen.type == "cpu":
-        torch.set_num_threads(cores)
-    else:
+    asked = asked_threads(say)
+    cv2.setNumThreads(asked or cores)
+    if chosen.type == "cpu" or asked:
+        torch.set_num_threads(asked or cores)
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Shapes repeat, so the search for the fastest kernels pays; which ones win differs from run to run.
         torch.backends.cudnn.benchmark = not deterministic
@@ -87,6 +95,30 @@ def select_compute(
     if amp == "on" and not has_bfloat16:
         say("--amp on: this hardware has no bfloat16, going on in float32")
     return Compute(chosen, amp != "off" and has_bfloat16, cores)
+
+
+def asked_threads(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the threads of one process that `OMP_NUM_THREADS` asks for; None where nobody has set it.
+
+    `torchrun` sets it to 1 for several processes of a host, which then is nobody's wish; our own launch does not.
+    """
+    given = (
+        environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    )  # of nested levels, the outermost
+    if not given:
+        return None
+    if not (given.isdecimal() and given.isascii() and 0 < int(given[:9]) <= MOST_THREADS):
+        say(f"OMP_NUM_THREADS={given[:40]}: not a number from 1 to {MOST_THREADS}, and not obeyed")
+        return None
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environment and OWN_LAUNCH not in environment
+    if by_torchrun and given == "1" and int(environment.get("LOCAL_WORLD_SIZE") or 1) > 1:
+        return None
+    return int(given)
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where `--device` names what is not here."""
+    _select_device(device.strip().lower().removeprefix("cuda:"))
 
 
 def _select_device(device: str) -> torch.device:

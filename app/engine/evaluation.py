@@ -25,6 +25,7 @@ from app.engine.device import Compute, select_compute
 from app.engine.inference import Predictor, fit_classes, load_predictor
 from app.engine.mistakes import WorstImages, draw_worst
 from app.engine.progress import Progress
+from app.engine.start import local_weights
 from app.engine.validator import (
     INFERENCE,
     PRE_PROCESS,
@@ -177,6 +178,8 @@ def _open_bench(config: ValConfig) -> _Bench:
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")
     progress.say(compute.describe())
+    for weights in config.weights:
+        local_weights(weights)  # a wrong name is found before a dataset is fetched or read
     path = find_dataset(config.data, progress.say, progress.show)
     description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     data = Dataset.load(description, config.split)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.config.export_config import ExportConfig
-from app.engine.device import select_compute
+from app.engine.device import Compute, select_compute
 from app.engine.inference import load_detector
 from app.engine.predictor import fit_size
 from app.engine.progress import Progress
@@ -85,12 +85,13 @@ def export(config: ExportConfig) -> None:
     Raises StarlingError, and writes nothing, where a form's answers differ from the detector's.
     """
     progress = Progress()
+    compute = _select_compute(config, progress.say)  # before weights are fetched
     weights = find_weights(config.weights)
     if not os.access(weights.absolute().parent, os.W_OK):
         raise UsageError(
             f"{weights.absolute().parent}: not writable, and outputs lie beside the weights; copy {weights.name} elsewhere"
         )
-    job = _prepare(config, progress.say)
+    job = _prepare(config, compute, progress.say)
     writers = {"torchscript": _torchscript, "onnx": _onnx}
     for name in dict.fromkeys(config.include):
         content, difference, usage = writers[name](job)
@@ -108,10 +109,14 @@ def export(config: ExportConfig) -> None:
         progress.say(f"    {usage.format(path=path)}")
 
 
-def _prepare(config: ExportConfig, say: Callable[[str], None]) -> _Job:
+def _select_compute(config: ExportConfig, say: Callable[[str], None]) -> Compute:
     compute = select_compute(config.device, "off", say)
     if config.half and compute.on_cpu:
         raise UsageError("--half: float16 is exported on a GPU, and none is here; leave --half out")
+    return compute
+
+
+def _prepare(config: ExportConfig, compute: Compute, say: Callable[[str], None]) -> _Job:
     detector = load_detector(config.weights, say)
     height, width = fit_size(config.size_hw, detector.image_multiple, say)
     # Fixed noise: unlike grey, it makes every anchor answer something of its own.

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.engine.device import OWN_LAUNCH
 from app.errors import UsageError
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -38,6 +39,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
     _check_free(port)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ[OWN_LAUNCH] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

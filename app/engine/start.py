@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,27 @@ class Start:
             )
 
 
+def check_freeze(detector: Detector, frozen: Sequence[int]) -> None:
+    """Raise UsageError where `--freeze` leaves no parameter to train."""
+    held = {
+        id(parameter)
+        for index in frozen_layers(detector, frozen)
+        for parameter in detector.model[index].parameters()
+    }
+    if all(id(parameter) in held for parameter in detector.parameters()):
+        count = len(detector.model)
+        raise UsageError(
+            f"--freeze {' '.join(map(str, frozen))}: nothing is left to train, the layout has {count} layers, "
+            f"0 to {count - 1}; freeze fewer (10: the backbone of yolov5s)"
+        )
+
+
+def frozen_layers(detector: Detector, frozen: Sequence[int]) -> list[int]:
+    """Return the layers that `--freeze` means: the first N for one number, those of these numbers for several."""
+    chosen = range(frozen[0]) if len(frozen) == 1 else frozen
+    return [index for index in chosen if index < len(detector.model)]
+
+
 def find_start(weights: str, cfg: str) -> Start:
     """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
     loaded = read_weights(find_weights(weights)) if weights else None
@@ -87,15 +108,17 @@ def find_start(weights: str, cfg: str) -> Start:
     if loaded is None:
         raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
     if loaded.layout is None:
-        raise UsageError(f"--weights {loaded.source}: the file carries no layout: name it with --cfg")
+        raise UsageError(
+            f"--weights {loaded.source}: a plain state dict, tensors without a layout: name the layout with --cfg"
+        )
     return Start(loaded.layout, loaded)
 
 
 @readable(CheckpointError)
-def find_weights(name: str) -> Path:
-    """Return the path of a weights file named with or without `.pt`; published ones are fetched by their bare name.
+def local_weights(name: str) -> Path | None:
+    """Return the path of a weights file named with or without `.pt`; None for a published one that is not here.
 
-    Raises CheckpointError with the remedy where there is none.
+    Nothing is fetched. Raises CheckpointError with the remedy where there is neither.
     """
     given = at_home(name)
     for path in (given, Path(f"{given}.pt")):
@@ -103,15 +126,20 @@ def find_weights(name: str) -> Path:
             if wrong := misplaced("--weights", path):
                 raise CheckpointError(f"--weights {name}: {wrong}")
             return path
-    official = official_name(name)
-    if official is not None:
-        return official_weights(official, Progress())
+    if official_name(name) is not None:
+        return None
     if wrong := misplaced("--weights", given):
         raise CheckpointError(f"--weights {name}: {wrong}")
     raise CheckpointError(
         f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
         "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"
     )
+
+
+def find_weights(name: str) -> Path:
+    """Return the path of a weights file, as `local_weights` does; published ones are fetched by their bare name."""
+    path = local_weights(name)
+    return path if path is not None else official_weights(str(official_name(name)), Progress())
 
 
 def read_weights(path: Path) -> Weights:

@@ -30,6 +30,7 @@ from app.engine.reporter import Reporter
 from app.engine.results import EpochRow, fitness, write_results
 from app.engine.saving import Saver
 from app.engine.soundness import LossWatch, is_finite
+from app.engine.start import frozen_layers
 from app.engine.stop_signal import StopSignal
 from app.engine.validator import Validation, class_table, validate
 from app.errors import CheckpointError, StarlingError, Stopped
@@ -490,8 +491,6 @@ def _scores(validation: Validation) -> dict[str, Any]:
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:
-    """Freeze the first N layers (one number) or the given ones (several)."""
-    frozen = range(layers[0]) if len(layers) == 1 else layers
-    for index in frozen:
-        if index < len(model.model):
-            model.model[index].requires_grad_(False)
+    """Freeze the layers that `--freeze` means."""
+    for index in frozen_layers(model, layers):
+        model.model[index].requires_grad_(False)

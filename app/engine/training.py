@@ -36,12 +36,13 @@ from app.engine.distributed import SINGLE, Group, Place, joined
 from app.engine.ending import End, figures_of, read_summary, what_is_left, write_mark, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
+from app.engine.preflight import check_before_fetching
 from app.engine.progress import Progress, Silence
 from app.engine.provenance import dataset_fields, keep_changes, origin_tags, place_tags
 from app.engine.relaunch import relaunch
 from app.engine.reporter import Reporter, RunLabel
 from app.engine.results import EpochRow
-from app.engine.start import Start, find_start, read_weights
+from app.engine.start import Start, check_freeze, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
 from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
@@ -89,6 +90,7 @@ def open_workshop(
     several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
     say((several if group.world_size > 1 else "") + compute.describe())
     probe = Start(start.layout, None).build(("any",), None, say)
+    check_freeze(probe, config.freeze)
     image_size = fit_stride(config.imgsz, probe.image_multiple, say)
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
@@ -151,12 +153,13 @@ def train(command: TrainCommand) -> None:
         return
     progress = Progress() if place is None or place.rank == 0 else Silence()
     command = go_on(command, read_hyp, progress.say)
+    hooks = None if command.config.resume else find_hooks(command.config.hooks)
     job = (
         _resumed_job(command, progress.say)
         if command.config.resume
         else _fresh_job(command.config, progress.say)
     )
-    hooks = find_hooks(job.config.hooks)
+    hooks = find_hooks(job.config.hooks) if hooks is None else hooks
     with joined(job.config, place) as group:
         _check_same_state(job, group)
         if group.from_main(job.left) in (End.DELIVERING, End.WHOLE):
@@ -285,6 +288,7 @@ def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
     hyp = read_hyp(config)
+    check_before_fetching(config)
     return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from app.core.words import shown
 from app.errors import CheckpointError, readable
 from app.model.blocks import DEFAULT_ACTIVATION
+from app.model.families import family_of_tensors, foreign_kind
 from app.model.inert_pickle import Record, TensorRef
 from app.model.stored_tensors import StoredTensors
 from app.model.torch_file import TorchFile, open_torch_file
@@ -56,6 +57,17 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
     detector.
     """
     try:
+        checkpoint = _read(path)
+    except CheckpointError as error:
+        raise _named(path) or error from None
+    family = family_of_tensors(checkpoint.state_dict) if checkpoint.layout is None else None
+    if family is not None:
+        raise _another(path, family)
+    return checkpoint
+
+
+def _read(path: Path) -> ForeignCheckpoint:
+    try:
         with open_torch_file(path) as file:
             return _Reader(file).checkpoint()
     except CheckpointError as error:
@@ -68,6 +80,19 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
         ) from None
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint: {shown(error)}") from None
+
+
+def _named(path: Path) -> CheckpointError | None:
+    """Return what to say of a file that is another family's, or no checkpoint at all; None where that is not known."""
+    kind = foreign_kind(path)
+    return None if kind is None else _another(path, kind)
+
+
+def _another(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {kind}; this program reads its own checkpoints and those of YOLOv5 detectors only: use the program that "
+        "the file is for, or train from --weights yolov5s.pt"
+    )
 
 
 class _Reader:

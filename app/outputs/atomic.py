@@ -143,7 +143,7 @@ def append_line(path: Path, line: str) -> None:
     Raises OSError: DiskRefused where the disk takes less than the whole line, LinkRefused and FileRefused for a link
     and for what may be a file of somebody else.
     """
-    content = line.rstrip("\n").encode() + b"\n"
+    content = line.rstrip("\n").encode("utf-8", "surrogateescape") + b"\n"  # a file name may be no text
     with disk_write(path):
         descriptor = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True)
         try:

@@ -18,6 +18,7 @@ from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
 from app.engine.distributed import Place
 from app.engine.hooks import Hook, find_hooks
+from app.engine.preflight import check_before_fetching
 from app.engine.progress import Progress
 from app.engine.provenance import dataset_fields, keep_changes, origin_tags
 from app.engine.reporter import Reporter, RunLabel
@@ -82,6 +83,7 @@ def search(config: TrainConfig) -> None:
     check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
     space, seed_settings = read_space(config)
+    check_before_fetching(config)
     check_layouts(space, config)
     workshops = Workshops(config, seed_hyp, progress.say)
     config = workshops.usual.config

@@ -12,9 +12,10 @@ from app.config.shipped import find_config
 from app.config.train_config import TrainConfig
 from app.config.yaml_reader import read_yaml
 from app.engine.data import fit_stride
-from app.engine.start import Start, find_start
+from app.engine.start import Start, check_freeze, find_start
 from app.engine.training import Workshop, open_workshop
 from app.errors import UsageError
+from app.model.detector import Detector
 from app.search.space import Space, changed
 
 
@@ -67,14 +68,19 @@ def _is_mapped(workshop: Workshop) -> bool:
 
 def image_multiple(start: Start) -> int:
     """Return what image sides of a layout must be a multiple of, in pixels; raises UsageError for one that is none."""
-    return Start(start.layout, None).build(("any",), None, lambda line: None).image_multiple
+    return _probe(start).image_multiple
+
+
+def _probe(start: Start) -> Detector:
+    return Start(start.layout, None).build(("any",), None, lambda line: None)
 
 
 def check_layouts(space: Space, config: TrainConfig) -> None:
     """Build every layout that is searched once; raises UsageError naming one that cannot be built."""
     for choice in (c for s in space.settings if s.name == "cfg" for c in s.choices):
         try:
-            image_multiple(find_start(config.weights, str(choice)))
+            probe = _probe(find_start(config.weights, str(choice)))
+            check_freeze(probe, config.freeze)
         except UsageError as error:
             raise UsageError(f"{config.space}: cfg: {choice}: {error}") from None
 

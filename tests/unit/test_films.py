@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.data.edit_list import shown_seconds
 from app.data.films import ends_early, is_animated
 from app.data.left_out import LeftOut
 from app.data.sources import Source, find_sources, frames
@@ -81,15 +83,45 @@ def test_a_film_with_damaged_bytes_says_how_many_of_its_frames_were_read(
 
 
 def test_a_film_is_short_only_where_no_witness_says_otherwise() -> None:
-    assert ends_early(31, 60, exact=True, last_s=3.0, fps=10)
-    assert not ends_early(58, 60, exact=True, last_s=5.7, fps=10)
-    assert not ends_early(980, 1000, exact=True, last_s=98, fps=10)
-    assert not ends_early(31, 0, exact=True, last_s=3.0, fps=10)
+    assert ends_early(31, 60, index="mp4", last_s=3.0, fps=10)
+    assert not ends_early(58, 60, index="mp4", last_s=5.7, fps=10)
+    assert not ends_early(980, 1000, index="mp4", last_s=98, fps=10)
+    assert not ends_early(31, 0, index="mp4", last_s=3.0, fps=10)
+    assert ends_early(31, 60, index="avi", last_s=3.0, fps=10)
+    assert not ends_early(
+        31, 60, index="avi", last_s=5.9, fps=10
+    )  # frames that hold nothing new are passed over
     # A guess of 600 frames from 20 s at a rate of 30: the rate varies, and 200 frames fill the time.
-    assert not ends_early(200, 600, exact=False, last_s=19.9, fps=30)
-    assert ends_early(200, 600, exact=False, last_s=6.6, fps=30)
-    assert ends_early(200, 600, exact=False, last_s=0.0, fps=30)  # a file without times
-    assert not ends_early(1, 100, exact=False, last_s=0.0, fps=1000)  # one frame of a tenth of a second
+    assert not ends_early(200, 600, index=None, last_s=19.9, fps=30)
+    assert ends_early(200, 600, index=None, last_s=6.6, fps=30)
+    assert ends_early(200, 600, index=None, last_s=0.0, fps=30)  # a file without times
+    assert not ends_early(1, 100, index=None, last_s=0.0, fps=1000)  # one frame of a tenth of a second
+
+
+def test_a_film_that_a_phone_has_trimmed_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    write_film(path, "mp4v", 60)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12
+    content[at : at + 4] = struct.pack(">I", 2000)  # of 6,000 ms
+    path.write_bytes(content)
+    assert shown_seconds(path) == 2.0
+    numbers, ends = look(path)
+    assert len(numbers) == 20
+    assert ends == []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_damaged_edit_list_says_nothing(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "film.mp4"
+    write_film(path, "mp4v", 5)
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(content.index(b"moov") - 4, len(content), 20):
+        content[place] = rng.integers(256)
+    path.write_bytes(content[: len(content) - int(rng.integers(200))])
+    told = shown_seconds(path)
+    assert told is None or told >= 0
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "apng"])

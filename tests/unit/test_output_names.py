@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -231,6 +232,29 @@ def test_a_second_run_into_a_folder_replaces_what_is_of_its_own_sources_and_noth
     both = again["detections"] + other["detections"]  # type: ignore[operator]
     assert rows_and_crops(run) == (both, both)
     assert len(list(csv.DictReader((run / "predictions.csv").open()))) == both
+
+
+def test_file_names_that_are_no_text_or_too_long_are_no_trouble(
+    tmp_path: Path, runs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = [
+        b"bad\xff.jpg",
+        b"n" * 251 + b".jpg",
+        "é".encode() * 125 + b".png",
+        b"new\nline.jpg",
+        b'a,b"c.jpg',
+    ]
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in names:
+        shutil.copyfile(PICTURES[0], os.fsencode(folder) + b"/" + name)
+    told = detect(capfd, folder, "--save-txt", "--save-crop", "--save-csv", "--exist-ok")
+    run = runs / "detect" / "exp"
+    assert rows_and_crops(run) == (told["detections"], told["detections"])
+    detect(capfd, folder, "--save-csv", "--exist-ok", "--nosave")
+    rows = list(csv.DictReader((run / "predictions.csv").open(errors="surrogateescape", newline="")))
+    assert len(rows) == told["detections"]
+    assert len({row["image"] for row in rows}) == len(names)
 
 
 def test_validation_writes_a_label_file_for_each_of_two_images_of_one_name(

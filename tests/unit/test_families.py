@@ -1,0 +1,174 @@
+"""A weights file of another family is named as that, in one message, and never unpickled."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.engine.start import read_weights
+from app.errors import CheckpointError
+from app.model.families import family_of_tensors
+
+U = "ultralytics.nn.modules"
+TASKS = "ultralytics.nn.tasks"
+FAMILIES: list[tuple[str, dict[str, str], str]] = [
+    ("YOLOv8", {"DetectionModel": TASKS, "C2f": f"{U}.block", "Detect": f"{U}.head"}, "yolov8n.yaml"),
+    ("YOLO11", {"DetectionModel": TASKS, "C3k2": f"{U}.block", "C2PSA": f"{U}.block"}, "yolo11n.yaml"),
+    ("YOLO12", {"DetectionModel": TASKS, "A2C2f": f"{U}.block", "C3k2": f"{U}.block"}, "yolov12n.yaml"),
+    ("YOLO26", {"DetectionModel": TASKS, "C3k2": f"{U}.block"}, "yolo26n.yaml"),
+    (
+        "YOLOv10",
+        {"YOLOv10DetectionModel": TASKS, "C2f": f"{U}.block", "v10Detect": f"{U}.head"},
+        "yolov10n.yaml",
+    ),
+    (
+        "YOLOv9",
+        {"DetectionModel": "models.yolo", "RepNCSPELAN4": "models.common", "DDetect": "models.yolo"},
+        "",
+    ),
+    ("YOLOv7", {"Model": "models.yolo", "SPPCSPC": "models.common", "IDetect": "models.yolo"}, ""),
+    ("YOLOv6", {"Model": "yolov6.models.yolo", "RepVGGBlock": "yolov6.layers.common"}, ""),
+    ("YOLOv5u", {"DetectionModel": TASKS, "C3": f"{U}.block", "Detect": f"{U}.head"}, "yolov5s.yaml"),
+    ("RT-DETR", {"RTDETRDetectionModel": TASKS, "RTDETRDecoder": f"{U}.head"}, "rtdetr-l.yaml"),
+    ("YOLOX", {"YOLOX": "yolox.models.yolox"}, ""),
+    ("YOLO-NAS", {"YoloNAS_S": "super_gradients.training.models"}, ""),
+    ("torchvision", {"FasterRCNN": "torchvision_double.models"}, ""),
+    ("segmentation", {"SegmentationModel": "models.yolo", "Segment": "models.yolo"}, ""),
+    ("YOLOv8 checkpoint for pose", {"PoseModel": TASKS, "C2f": f"{U}.block"}, "yolov8n-pose.yaml"),
+]
+
+
+@pytest.fixture
+def classes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that makes classes of these names, in modules of these names, for this test."""
+
+    def make(places: dict[str, str]) -> list[Any]:
+        made = []
+        for name, place in places.items():
+            parts = place.split(".")
+            for end in range(1, len(parts) + 1):
+                package = ".".join(parts[:end])
+                if package not in sys.modules:
+                    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+            module = sys.modules[place]
+            cls = type(name, (nn.Module,), {"__module__": place})
+            monkeypatch.setattr(module, name, cls, raising=False)
+            made.append(cls)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("family", "places", "layout"), FAMILIES, ids=[row[0] for row in FAMILIES])
+def test_a_checkpoint_of_another_family_is_named(
+    tmp_path: Path,
+    classes: Any,
+    family: str,
+    places: dict[str, str],
+    layout: str,
+    legacy: bool,
+    protocol: int,
+) -> None:
+    places = {
+        name: place.replace("torchvision_double", "torchvision.double") for name, place in places.items()
+    }
+    top, *others = (cls() for cls in classes(places))
+    top.yaml_file = layout
+    top.model = nn.Sequential(nn.Conv2d(3, 8, 3), *others)
+    path = tmp_path / "x.pt"
+    torch.save(
+        {"model": top, "epoch": -1}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy
+    )
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: a")
+    assert family in message
+    assert len(message.splitlines()) == 1
+    assert "yolov5s.pt" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("backbone.backbone.stem.conv.conv.weight", "YOLOX"),
+        ("backbone.ERBlock_2.0.rbr_dense.conv.weight", "YOLOv6"),
+        ("roi_heads.box_head.fc6.weight", "torchvision"),
+        ("head.classification_head.conv.0.weight", "torchvision"),
+        ("model.22.dfl.conv.weight", "YOLOv8"),
+        ("model.28.enc_score_head.weight", "RT-DETR"),
+        ("module.bbox_head.conv.weight", "MMDetection"),
+        ("layer1.0.conv1.weight", "classifier"),
+    ],
+)
+def test_a_plain_state_dict_of_another_family_is_named(tmp_path: Path, name: str, family: str) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"model": OrderedDict({name: torch.zeros(2), "other.weight": torch.zeros(2)})}, path)
+    with pytest.raises(CheckpointError, match=family):
+        read_weights(path)
+
+
+def test_a_plain_state_dict_of_yolov5_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "plain.pt"
+    torch.save(
+        OrderedDict({"model.0.conv.weight": torch.zeros(2), "model.24.m.0.bias": torch.zeros(2)}), path
+    )
+    assert set(read_weights(path).state) == {"model.0.conv.weight", "model.24.m.0.bias"}
+    assert family_of_tensors(["model.0.conv.weight", "model.24.anchors", "model.24.m.0.bias"]) is None
+
+
+def torchscript() -> bytes:
+    written = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Conv2d(3, 1, 1), torch.zeros(1, 3, 4, 4)), written)
+    return written.getvalue()
+
+
+def zipped(name: str) -> bytes:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        archive.writestr(name, b"x")
+    return written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("a TorchScript program", torchscript),
+        ("an ONNX model", b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(100)),
+        ("a TensorRT engine", b"ftrt" + bytes(200)),
+        (
+            "a TensorRT engine",
+            (40).to_bytes(4, "little") + json.dumps({"stride": 32}).encode() + b" " * 26 + b"ftrt",
+        ),
+        (
+            "a safetensors file",
+            (60).to_bytes(8, "little") + b'{"__metadata__":{"format":"pt"}}' + b" " * 28 + bytes(64),
+        ),
+        ("a TensorFlow Lite model", b"\x1c\0\0\0TFL3" + bytes(64)),
+        ("an HDF5 file", b"\x89HDF\r\n\x1a\n" + bytes(64)),
+        ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ("a web page", b"<!DOCTYPE html><html>Sign in</html>"),
+        ("a gzip archive", b"\x1f\x8b\x08\0" + bytes(30)),
+        ("a zip archive without a checkpoint", lambda: zipped("images/a.jpg")),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
+    tmp_path: Path, kind: str, content: Any
+) -> None:
+    path = tmp_path / "renamed.pt"
+    path.write_bytes(content() if callable(content) else content)
+    with pytest.raises(CheckpointError, match=kind) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
