@@ -75,18 +75,23 @@ def figures_of(rows: Sequence[EpochRow], run: RunDir) -> dict[str, Any]:
     }
 
 
-def write_summary(run: RunDir, rows: Sequence[EpochRow], run_uuid: str, **more: Any) -> None:
-    """Write summary.json, when all else that the end makes is there."""
+def write_summary(run: RunDir, rows: Sequence[EpochRow], run_uuid: str, notes: Sequence[str]) -> None:
+    """Write summary.json, when all else that the end makes is there; `notes` are those of the run's resumes."""
     made = sorted(path.name for pattern in _MADE for path in run.path.glob(pattern) if path.is_file())
     content = {
         **figures_of(rows, run),
         "epochs_done": len(rows),
-        "note": unscored(rows),
-        **more,
+        "notes": [*filter(None, (unscored(rows),)), *notes],
         "files": made,
         "run_uuid": run_uuid,
     }
     write_atomic(run.path / SUMMARY, json.dumps(content, indent=2) + "\n")
+
+
+def read_notes(run: RunDir) -> list[str]:
+    """Return what summary.json notes: that no epoch scored, and what kept resumes from being bit-equal."""
+    notes = _read(run.path / SUMMARY).get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def write_mark(run: RunDir, rows: Sequence[EpochRow], run_uuid: str) -> None:

@@ -22,6 +22,7 @@ from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.best_weights import kept_row, unscored
 from app.engine.checkpoint import find_last, load_newest, require
+from app.engine.conditions import NOT_EQUAL, DataDigests, conditions, data_differences, differences
 from app.engine.data import (
     DEVICE_SHARE,
     TrainingData,
@@ -33,7 +34,7 @@ from app.engine.data import (
 )
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
-from app.engine.ending import End, figures_of, what_is_left, write_mark, write_summary
+from app.engine.ending import End, figures_of, read_notes, what_is_left, write_mark, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
@@ -44,7 +45,15 @@ from app.engine.results import EpochRow
 from app.engine.start import Start, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
-from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
+from app.errors import (
+    CheckpointError,
+    DataError,
+    Pruned,
+    StarlingError,
+    Stopped,
+    UsageError,
+    is_out_of_memory,
+)
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
 from app.outputs.bucket import upload
@@ -72,6 +81,14 @@ class Workshop:
     """None under `--noautoanchor`."""
     group: Group = SINGLE
     """The processes that train one model together."""
+    digests: DataDigests | None = None
+    """Of the data's files; None where this process writes no checkpoint."""
+
+    def conditions(self, config: TrainConfig) -> dict[str, Any]:
+        """Return what a checkpoint is to record of where and on what a training runs."""
+        if self.digests is None:
+            return {}
+        return conditions(config, self.compute, self.group.world_size, self.data, self.digests)
 
 
 def open_workshop(
@@ -101,7 +118,16 @@ def open_workshop(
     )
     data = bring_to_device(data, compute, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
-    return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors, group)
+    return Workshop(
+        config,
+        start,
+        compute,
+        image_size,
+        data,
+        None if config.noautoanchor else anchors,
+        group,
+        DataDigests(data) if group.is_main else None,
+    )
 
 
 def read_hyp(config: TrainConfig) -> Hyp:
@@ -138,6 +164,8 @@ class _Job:
     """The run to go on in; None for a new one."""
     state: dict[str, Any] | None
     left: End = End.TRAINING
+    moved: bool = False
+    """Whether `--data` names another place for the data of the run to resume."""
 
 
 def train(command: TrainCommand) -> None:
@@ -162,7 +190,7 @@ def train(command: TrainCommand) -> None:
             if group.is_main:
                 _end_again(job, progress)
             return
-        workshop = open_workshop(job.config, job.start, job.hyp, progress.say, group)
+        workshop = _open_for(job, progress.say, group)
         if group.is_main:
             _lead(job, workshop, progress, hooks)
         else:
@@ -176,6 +204,38 @@ def _processes_asked(command: TrainCommand) -> int:
         state, _ = load_newest(find_last(config.resume), lambda line: None)
         config = TrainConfig.from_mapping(state.get("config", {}))
     return len(config.devices)
+
+
+def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> Workshop:
+    """Open the workshop of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
+    try:
+        workshop = open_workshop(job.config, job.start, job.hyp, say, group)
+    except DataError as error:
+        if job.folder is None or job.moved:
+            raise
+        raise type(error)(
+            f"{error}. If the data of this run has moved, name its new description: "
+            f"--resume {RunDir(job.folder).last} --data NEW.yaml"
+        ) from None
+    if job.moved:
+        problem = group.from_main(_difference_of_moved(job, workshop) if group.is_main else "")
+        if problem:
+            raise DataError(
+                f"--data {job.config.data}: not the data that {job.folder} was trained on: {problem}; name a description "
+                f"of that data, or start a new run from its weights with --weights {RunDir(job.folder or Path()).last}"
+            )
+    return workshop
+
+
+def _difference_of_moved(job: _Job, workshop: Workshop) -> str:
+    """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
+    assert job.state is not None, "there is a checkpoint to resume"
+    names = tuple(job.state["names"])
+    if names != workshop.data.names:
+        return f"the run has the classes {', '.join(names)}, the data {', '.join(workshop.data.names)}"
+    saved = job.state.get("conditions")
+    assert workshop.digests is not None, "asked on rank 0"
+    return "; ".join(data_differences(saved["data"], workshop.digests.tables())) if saved else ""
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
@@ -266,7 +326,7 @@ def _deliver(
         )
     delivered = again or upload_results(config, run.path, say)
     if config.json:
-        print(json.dumps(figures_of(rows, run)), flush=True)
+        print(json.dumps({**figures_of(rows, run), "notes": read_notes(run)}), flush=True)
     if delivered and not again:  # a copy that failed is tried again by a resume
         write_mark(run, rows, run_uuid)
 
@@ -297,6 +357,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     require(taken, state, RESUMED)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
     folder, done = last.parent.parent, state["epoch"]
+    moved = config.data != state["config"].get("data")
     left = what_is_left(RunDir(folder), state, config)
     early = done < config.epochs
     if left is End.WHOLE and not command.goes_on:
@@ -312,7 +373,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
         say(f"finishing {folder}: {over}, from {taken.name}")
     hyp = Hyp.from_mapping(state["hyp"], str(last))
-    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left)
+    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left, moved)
 
 
 def train_in(
@@ -334,9 +395,11 @@ def train_in(
         detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
-                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group)  # fmt: skip
+                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group,
+                          conditions=lambda: workshop.conditions(config))  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
+            trainer.notes = _notes_of_resume(workshop, config, state, reporter.say)
         with workshop.group.watch():
             result = trainer.fit()
     except Stopped as error:
@@ -354,9 +417,25 @@ def train_in(
     finally:
         workshop.group.training_is_over()
     if workshop.group.is_main and reporter.label.parent is None:
-        write_summary(run, result.rows, reporter.label.uuid)
+        write_summary(run, result.rows, reporter.label.uuid, trainer.notes)
     reporter.ended("finished", best=result.best)
     return result
+
+
+def _notes_of_resume(
+    workshop: Workshop, config: TrainConfig, state: Mapping[str, Any], say: Callable[[str], None]
+) -> list[str]:
+    """Say what keeps this resume from being bit-equal, and return the notes of all resumes of the run so far."""
+    notes = [str(note) for note in state.get("notes", ())]
+    if workshop.digests is None:
+        return notes
+    exact = workshop.compute.on_cpu or config.deterministic
+    changed = differences(state.get("conditions"), workshop.conditions(config), exact_kernels=exact)
+    if changed:
+        note = f"{NOT_EQUAL}{'; '.join(changed)}"
+        say(note)
+        notes.append(f"from epoch {int(state['epoch']) + 1}: {note}")
+    return notes
 
 
 def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
