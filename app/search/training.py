@@ -36,6 +36,7 @@ from app.engine.training import (
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
+from app.outputs.atomic import write_atomic
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
@@ -60,6 +61,8 @@ ESTIMATE_SHARE = 0.005
 """Most of a worker's time that working out the search's end may take."""
 FINALISTS = 3
 """With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
+DRAWN = ".drawn"
+"""Names the weights whose pictures are all drawn."""
 WINNERS_PICTURE = "confusion_matrix.png"
 """One of the pictures of what `weights/best.pt` finds: where it is not, they have to be drawn."""
 
@@ -237,10 +240,14 @@ class _Trainings:
             keep_winners_weights(self._study)
             best, drawn = RunDir(self._directory).best, self._directory / WINNERS_PICTURE
             # Every worker comes by at the end; the first one draws.
-            if best.is_file() and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
+            mark = self._directory / DRAWN
+            if best.is_file() and not (drawn.exists() and _holds(mark, _stamp(best))):
                 workshop = self._workshops.of(summary.best.settings)
                 pictures.draw_labels(workshop.data.train, self._directory)
                 draw_weights(workshop, best, self._directory)
+                write_atomic(
+                    mark, _stamp(best)
+                )  # last: whoever was killed before it leaves all to be drawn again
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         if best.is_file():
             self._log.append("model", run=self._search["uuid"], path=best.relative_to(self._directory), name="best",
@@ -353,10 +360,24 @@ def keep_winners_weights(study: SearchStudy) -> None:
     mine = [t for t in finals if t.finalist_of == winner.number and runs[t.number].best.is_file()]
     if mine:
         taken = max(mine, key=lambda training: training.fitness)
-        runs[taken.number].best.replace(RunDir(study.directory).best)
+        # In this order a worker that is killed on the way leaves the best of them to the next one.
+        for number, run in runs.items():
+            if number != taken.number:
+                shutil.rmtree(run.weights, ignore_errors=True)
         (study.directory / WINNERS_PICTURE).unlink(missing_ok=True)
+        runs[taken.number].best.replace(RunDir(study.directory).best)
     for run in runs.values():
         shutil.rmtree(run.weights, ignore_errors=True)
+
+
+def _stamp(path: Path) -> str:
+    """Return what tells a weights file from another."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(errors="replace") == text
 
 
 def _fitness_of(path: Path) -> float:
