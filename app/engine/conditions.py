@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,19 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exac
     if not (exact_kernels or changed):
         changed.append("GPU kernels give other numbers in every run without --deterministic")
     return changed
+
+
+def notes_of_resume(
+    state: Mapping[str, Any], now: Mapping[str, Any], *, exact_kernels: bool, say: Callable[[str], None]
+) -> list[str]:
+    """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far."""
+    notes = [str(note) for note in state.get("notes", ())]
+    changed = differences(state.get("conditions"), now, exact_kernels=exact_kernels)
+    if changed:
+        note = f"{NOT_EQUAL}{'; '.join(changed)}"
+        say(note)
+        notes.append(f"from epoch {int(state['epoch']) + 1}: {note}")
+    return notes
 
 
 def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,8 @@ from app.data.pixel_folder import CACHE_FOLDER
 from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
-from app.engine.best_weights import kept_row, unscored
 from app.engine.checkpoint import find_last, load_newest, require
-from app.engine.conditions import NOT_EQUAL, DataDigests, conditions, data_differences, differences
+from app.engine.conditions import DataDigests, conditions, data_differences, notes_of_resume
 from app.engine.data import (
     DEVICE_SHARE,
     TrainingData,
@@ -32,9 +30,10 @@ from app.engine.data import (
     report_findings,
     validation_loader,
 )
+from app.engine.delivery import deliver
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
-from app.engine.ending import End, figures_of, read_notes, what_is_left, write_mark, write_summary
+from app.engine.ending import End, what_is_left, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.progress import Progress, Silence
@@ -56,7 +55,6 @@ from app.errors import (
 )
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
-from app.outputs.bucket import upload
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -285,7 +283,7 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
             )
         finally:
             finish_bridges(bridges, stop)
-        _deliver(config, run, result.rows, job.run_uuid, progress.say)
+        deliver(config, run, result.rows, job.run_uuid, progress.say)
         reporter.done()
 
 
@@ -299,45 +297,8 @@ def _end_again(job: _Job, progress: Progress) -> None:
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         if job.left is End.DELIVERING:
             finish_bridges(start_bridges(log, warn=progress.say), stop)
-        _deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
+        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
         status.update(phase="done", run_dir=str(run.path))
-
-
-def _deliver(
-    config: TrainConfig,
-    run: RunDir,
-    rows: Sequence[EpochRow],
-    run_uuid: str,
-    say: Callable[[str], None],
-    *,
-    again: bool = False,
-) -> None:
-    """Say how a finished training ended, copy its results, and note that nothing is left to do.
-
-    `again`: the results have been copied before.
-    """
-    best = kept_row(rows)
-    if note := unscored(rows):
-        say(note)
-    else:
-        say(
-            f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
-            f"results in {run.path}"
-        )
-    delivered = again or upload_results(config, run.path, say)
-    if config.json:
-        print(json.dumps({**figures_of(rows, run), "notes": read_notes(run)}), flush=True)
-    if delivered and not again:  # a copy that failed is tried again by a resume
-        write_mark(run, rows, run_uuid)
-
-
-def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> bool:
-    """Copy the results to `--bucket`, if one is given; return whether all went well."""
-    if not config.bucket:
-        return True
-    project = config.run_project.removeprefix("runs/")
-    below = Path(project).name if Path(project).is_absolute() else project
-    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
@@ -399,7 +360,10 @@ def train_in(
                           conditions=lambda: workshop.conditions(config))  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
-            trainer.notes = _notes_of_resume(workshop, config, state, reporter.say)
+            if workshop.digests is not None:
+                exact = workshop.compute.on_cpu or config.deterministic
+                now = workshop.conditions(config)
+                trainer.notes = notes_of_resume(state, now, exact_kernels=exact, say=reporter.say)
         with workshop.group.watch():
             result = trainer.fit()
     except Stopped as error:
@@ -420,22 +384,6 @@ def train_in(
         write_summary(run, result.rows, reporter.label.uuid, trainer.notes)
     reporter.ended("finished", best=result.best)
     return result
-
-
-def _notes_of_resume(
-    workshop: Workshop, config: TrainConfig, state: Mapping[str, Any], say: Callable[[str], None]
-) -> list[str]:
-    """Say what keeps this resume from being bit-equal, and return the notes of all resumes of the run so far."""
-    notes = [str(note) for note in state.get("notes", ())]
-    if workshop.digests is None:
-        return notes
-    exact = workshop.compute.on_cpu or config.deterministic
-    changed = differences(state.get("conditions"), workshop.conditions(config), exact_kernels=exact)
-    if changed:
-        note = f"{NOT_EQUAL}{'; '.join(changed)}"
-        say(note)
-        notes.append(f"from epoch {int(state['epoch']) + 1}: {note}")
-    return notes
 
 
 def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:

@@ -17,6 +17,7 @@ from app.config.train_config import AUTO_FINALISTS, TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
+from app.engine.delivery import upload_results
 from app.engine.distributed import Place
 from app.engine.hooks import Hook, find_hooks
 from app.engine.progress import Progress
@@ -32,7 +33,6 @@ from app.engine.training import (
     finish_bridges,
     read_hyp,
     train_in,
-    upload_results,
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
