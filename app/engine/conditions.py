@@ -10,8 +10,8 @@ import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ WHOLE_BYTES = 1 << 20
 """Files up to this size are read whole."""
 _BLOCKS, _BLOCK = 64, 4096
 """Of a larger file so many blocks of so many bytes are read, its beginning and its end among them."""
+_CHUNK = 64
+"""Files that one task of the pool reads."""
+SAVE_WAIT_S = 2.0
+"""Longest wait of a save for the digests: a container that is stopped has a short grace."""
 NOT_EQUAL = "this resume is not bit-equal: "
 _SPLITS = {"train": "training", "val": "validation"}
 
@@ -40,28 +44,55 @@ class DataDigests:
 
     def __init__(self, data: TrainingData) -> None:
         """Begin."""
-        self._pool = ThreadPoolExecutor(min(container_cpu_count(), 8), "digests")
-        self._parts: dict[str, tuple[Dataset, list[Future[int]]]] = {
-            name: (split, [self._pool.submit(_file_digest, path) for path in split.images])
+        pool = ThreadPoolExecutor(min(container_cpu_count(), 8), "digests")
+        self._parts: dict[str, tuple[Dataset, list[Future[list[int]]]]] = {
+            name: (
+                split,
+                [
+                    pool.submit(_file_digests, split.images[first : first + _CHUNK])
+                    for first in range(0, len(split), _CHUNK)
+                ],
+            )
             for name, split in (("train", data.train), ("val", data.val))
         }
-        self._pool.shutdown(wait=False)
+        pool.shutdown(wait=False)
         self._tables: dict[str, Tensor] | None = None
 
-    def tables(self) -> dict[str, Tensor]:
-        """Return by split an int64 table [N,3]: a digest of each image's name, of its file, and of its labels."""
+    def tables(self, wait_s: float | None = None) -> dict[str, Tensor]:
+        """Return by split an int64 table [N,3]: a digest of each image's name, of its file, and of its labels.
+
+        Nothing where they are not ready after `wait_s` seconds; None waits for them.
+        """
         if self._tables is None:
+            pending = [future for _, futures in self._parts.values() for future in futures]
+            if wait(pending, wait_s).not_done:
+                return {}
             self._tables = {
-                name: _table(split, [digest.result() for digest in digests])
-                for name, (split, digests) in self._parts.items()
+                name: _table(split, [digest for future in futures for digest in future.result()])
+                for name, (split, futures) in self._parts.items()
             }
+            self._parts = {}
         return self._tables
+
+    def cancel(self) -> None:
+        """Give up what has not begun: nobody needs it any more."""
+        for _, futures in self._parts.values():
+            for future in futures:
+                future.cancel()
 
 
 def conditions(
-    config: TrainConfig, compute: Compute, processes: int, data: TrainingData, digests: DataDigests
+    config: TrainConfig,
+    compute: Compute,
+    processes: int,
+    data: TrainingData,
+    digests: DataDigests,
+    wait_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint records: plain words by their name, and the tables of the data."""
+    """Return what a checkpoint records: plain words by their name, and the tables of the data.
+
+    The tables are waited for as `DataDigests.tables` does.
+    """
     code = code_version()
     machine = {
         "python": platform.python_version(),
@@ -83,7 +114,7 @@ def conditions(
         }
     else:
         machine |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
-    return {"machine": machine, "data": digests.tables()}
+    return {"machine": machine, "data": digests.tables(wait_s)}
 
 
 def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exact_kernels: bool) -> list[str]:
@@ -92,8 +123,9 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exac
     `saved` is None for a checkpoint that records nothing; `exact_kernels` says whether the device gives the same
     numbers in every run.
     """
-    if saved is None:
+    if not _is_record(saved):
         return ["the checkpoint does not record the conditions that it was made under"]
+    assert saved is not None, "a record"
     before, after = saved["machine"], now["machine"]
     keys = dict.fromkeys((*before, *after))
     changed = [
@@ -101,10 +133,24 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exac
         for key in keys
         if before.get(key) != after.get(key)
     ]
-    changed += data_differences(saved["data"], now["data"])
+    if saved["data"]:
+        changed += data_differences(saved["data"], now["data"])
+    else:
+        changed.append("the checkpoint was saved before the digests of its data were ready")
     if not (exact_kernels or changed):
         changed.append("GPU kernels give other numbers in every run without --deterministic")
     return changed
+
+
+def _is_record(saved: object) -> bool:
+    """Return whether a checkpoint's entry is what `conditions` returns; it may come from anywhere."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("machine"), Mapping):
+        return False
+    tables = saved.get("data")
+    return isinstance(tables, Mapping) and all(
+        isinstance(table, Tensor) and table.dtype == torch.int64 and table.dim() == 2 and table.shape[1] == 3
+        for table in (tables.get(name) for name in (_SPLITS if tables else ()))
+    )
 
 
 def notes_of_resume(
@@ -118,6 +164,13 @@ def notes_of_resume(
         say(note)
         notes.append(f"from epoch {int(state['epoch']) + 1}: {note}")
     return notes
+
+
+def differences_of_moved(saved: Mapping[str, Any] | None, digests: DataDigests) -> list[str]:
+    """Return how the data differ from those that a checkpoint records; nothing where it records none."""
+    if saved is None or not _is_record(saved) or not saved["data"]:
+        return []
+    return data_differences(saved["data"], digests.tables())
 
 
 def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
@@ -164,6 +217,10 @@ def _labels_digest(split: Dataset, index: int) -> int:
     for polygon in split.polygons[index] if split.polygons else ():
         parts.append(b"-" if polygon is None else polygon.tobytes())
     return _number(b"\0".join(parts))
+
+
+def _file_digests(paths: Sequence[Path]) -> list[int]:
+    return [_file_digest(path) for path in paths]
 
 
 def _file_digest(path: Path) -> int:

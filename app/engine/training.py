@@ -20,7 +20,13 @@ from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
 from app.engine.checkpoint import find_last, load_newest, require
-from app.engine.conditions import DataDigests, conditions, data_differences, notes_of_resume
+from app.engine.conditions import (
+    SAVE_WAIT_S,
+    DataDigests,
+    conditions,
+    differences_of_moved,
+    notes_of_resume,
+)
 from app.engine.data import (
     DEVICE_SHARE,
     TrainingData,
@@ -82,11 +88,14 @@ class Workshop:
     digests: DataDigests | None = None
     """Of the data's files; None where this process writes no checkpoint."""
 
-    def conditions(self, config: TrainConfig) -> dict[str, Any]:
-        """Return what a checkpoint is to record of where and on what a training runs."""
+    def conditions(self, config: TrainConfig, wait_s: float | None = None) -> dict[str, Any]:
+        """Return what a checkpoint is to record of where and on what a training runs.
+
+        The digests of the data are waited for as `DataDigests.tables` does.
+        """
         if self.digests is None:
             return {}
-        return conditions(config, self.compute, self.group.world_size, self.data, self.digests)
+        return conditions(config, self.compute, self.group.world_size, self.data, self.digests, wait_s)
 
 
 def open_workshop(
@@ -189,10 +198,14 @@ def train(command: TrainCommand) -> None:
                 _end_again(job, progress)
             return
         workshop = _open_for(job, progress.say, group)
-        if group.is_main:
-            _lead(job, workshop, progress, hooks)
-        else:
-            _follow(job, workshop)
+        try:
+            if group.is_main:
+                _lead(job, workshop, progress, hooks)
+            else:
+                _follow(job, workshop)
+        finally:
+            if workshop.digests is not None:
+                workshop.digests.cancel()
 
 
 def _processes_asked(command: TrainCommand) -> int:
@@ -231,9 +244,8 @@ def _difference_of_moved(job: _Job, workshop: Workshop) -> str:
     names = tuple(job.state["names"])
     if names != workshop.data.names:
         return f"the run has the classes {', '.join(names)}, the data {', '.join(workshop.data.names)}"
-    saved = job.state.get("conditions")
     assert workshop.digests is not None, "asked on rank 0"
-    return "; ".join(data_differences(saved["data"], workshop.digests.tables())) if saved else ""
+    return "; ".join(differences_of_moved(job.state.get("conditions"), workshop.digests))
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
@@ -357,7 +369,7 @@ def train_in(
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
                           glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group,
-                          conditions=lambda: workshop.conditions(config))  # fmt: skip
+                          conditions=lambda: workshop.conditions(config, SAVE_WAIT_S))  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
             if workshop.digests is not None:

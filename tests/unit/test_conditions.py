@@ -104,7 +104,7 @@ def test_changed_added_and_removed_files_are_counted(
 
 
 def test_other_versions_and_devices_are_named() -> None:
-    table = {name: torch.zeros((0, 3), dtype=torch.int64) for name in ("train", "val")}
+    table = {name: torch.zeros((1, 3), dtype=torch.int64) for name in ("train", "val")}
     before: dict[str, Any] = {"machine": {"torch": "2.8", "device": "cpu", "threads": "2"}, "data": table}
     after: dict[str, Any] = {"machine": {"torch": "2.9", "device": "H200"}, "data": table}
     assert conditions.differences(before, after, exact_kernels=True) == [
@@ -112,7 +112,10 @@ def test_other_versions_and_devices_are_named() -> None:
     ]  # fmt: skip
     assert conditions.differences(after, after, exact_kernels=True) == []
     assert "--deterministic" in conditions.differences(after, after, exact_kernels=False)[0]
-    assert "does not record" in conditions.differences(None, after, exact_kernels=True)[0]
+    for foreign in (None, {}, {"machine": 3}, {**after, "data": {"train": 3}}, {**after, "data": []}):
+        assert "does not record" in conditions.differences(foreign, after, exact_kernels=True)[0]
+    early = {**after, "data": {}}
+    assert "before the digests" in conditions.differences(early, after, exact_kernels=True)[0]
 
 
 def test_large_files_are_read_in_blocks_from_the_beginning_to_the_end(tmp_path: Path) -> None:
