@@ -196,13 +196,14 @@ RESUMABLE = frozenset(
         "save_minutes",
         "exist_ok",
         "resume",
+        "data",
         "download",
         "bucket",
         "debug",
         "json",
     }
 )
-"""Flags that a resume may change; any other would make it a different training."""
+"""Flags that a resume may change; any other would make it a different training. Other `data` must hold the same images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

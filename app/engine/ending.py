@@ -75,13 +75,18 @@ def figures_of(rows: Sequence[EpochRow], run: RunDir) -> dict[str, Any]:
     }
 
 
-def write_summary(run: RunDir, rows: Sequence[EpochRow], run_uuid: str, **more: Any) -> None:
-    """Write summary.json, when all else that the end makes is there."""
+def write_summary(
+    run: RunDir, rows: Sequence[EpochRow], run_uuid: str, notes: Sequence[str], **more: Any
+) -> None:
+    """Write summary.json, when all else that the end makes is there; `notes` are those of the run's resumes.
+
+    `more` is what else `--json` prints.
+    """
     made = sorted(path.name for pattern in _MADE for path in run.path.glob(pattern) if path.is_file())
     content = {
         **figures_of(rows, run),
         "epochs_done": len(rows),
-        "note": unscored(rows),
+        "notes": [*filter(None, (unscored(rows),)), *notes],
         **more,
         "files": made,
         "run_uuid": run_uuid,
@@ -92,6 +97,15 @@ def write_summary(run: RunDir, rows: Sequence[EpochRow], run_uuid: str, **more: 
 def read_summary(run: RunDir) -> dict[str, Any]:
     """Return what `write_summary` wrote; an empty mapping where there is nothing, or something garbled."""
     return _read(run.path / SUMMARY)
+
+
+def read_account(run: RunDir) -> dict[str, Any]:
+    """Return what summary.json adds to the figures: `notes`, `cut_list` and `left_out`, null where there is none.
+
+    `notes` are that no epoch scored, and what kept resumes from being bit-equal.
+    """
+    summary = read_summary(run)
+    return {key: summary.get(key) for key in ("notes", "cut_list", "left_out")}
 
 
 def write_mark(run: RunDir, rows: Sequence[EpochRow], run_uuid: str) -> None:

@@ -18,7 +18,7 @@ from app.outputs.restarts import unfinished_run
 from app.outputs.run_dir import RunDir, project_dir, runs_root
 from app.outputs.worker_status import FOLDER
 
-FREE = RESUMABLE | {"name"}
+FREE = RESUMABLE - {"data"} | {"name"}
 """Fields that may differ between the run and the command; a run's folder may be `name2` where `name` was taken."""
 
 

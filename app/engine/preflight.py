@@ -42,7 +42,7 @@ def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False)
         for split in ("train", "val"):
             source = f"{path}: {split}"
             entries = description.splits.get(split, ())
-            if next(find_pictures(entries, description.root, source), None) is None:
+            if not find_pictures(entries, description.root, source).images:
                 raise DataError(f"{source}: no images there; check the path")
     except DataError:
         if not fetched:

@@ -63,6 +63,10 @@ class Reporter:
         self._status_at = -STATUS_EVERY_S
         self._epoch_started = clock()
         self._epoch_seconds: list[float] = []
+        self._trained_s = 0.0
+        """Seconds into this epoch when its last iteration so far ended."""
+        self._beyond = 0.0
+        """Seconds that the last epoch took beyond its iterations: validation and saves."""
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
@@ -129,26 +133,29 @@ class Reporter:
     ) -> None:
         """Show progress within an epoch. `losses` is called, and a device read, only when a line is due."""
         elapsed = max(self._clock() - self._epoch_started, 1e-9)
-        left = self._time_left(epochs - epoch - 1, elapsed * total / done, elapsed)
+        whole = elapsed * total / done
+        left = self._time_left(epochs - epoch - 1, whole + self._beyond, elapsed)
         rate = images / elapsed
+        self._trained_s = elapsed
 
         def line() -> str:
             box, obj, cls = losses()
             return (
                 f"epoch {epoch + 1}/{epochs}  {done}/{total}  box {box:.4f}  obj {obj:.4f}  cls {cls:.4f}  "
-                f"{rate:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB  left {duration(left)}"
+                f"{rate:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB" + _words_for(left)
             )
 
         self.progress.show(line)
         if self._clock() - self._status_at >= STATUS_EVERY_S:
             self._status_at = self._clock()
             self._update(phase="training", epoch=epoch + 1, epochs=epochs, images_per_s=round(rate, 1),
-                                eta_s=round(left))  # fmt: skip
+                                eta_s=_rounded(left))  # fmt: skip
 
     def epoch_ended(self, row: EpochRow, epochs: int, images: int, best: bool) -> None:
         """Tell the figures of a finished epoch."""
         seconds = max(self._clock() - self._epoch_started, 1e-9)
         self._epoch_seconds.append(seconds)
+        self._beyond = seconds - min(self._trained_s, seconds)
         left = self._time_left(epochs - row.epoch - 1, seconds, seconds)
         box, obj, cls = row.train_losses
         line = f"epoch {row.epoch + 1}/{epochs}  box {box:.4f}  obj {obj:.4f}  cls {cls:.4f}"
@@ -157,15 +164,13 @@ class Reporter:
             line += f"  P {precision:.3f}  R {recall:.3f}  mAP50 {map50:.3f}  mAP50-95 {map5095:.3f}"
             line += " *" if best else ""
         line += f"  {images / seconds:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB"
-        self.say(
-            line + (f"  left {duration(left)}" if row.epoch + 1 < epochs else f"  took {duration(seconds)}")
-        )
+        self.say(line + (_words_for(left) if row.epoch + 1 < epochs else f"  took {duration(seconds)}"))
         metrics = row.values()
         self.hook("on_fit_epoch_end", epoch=row.epoch, metrics=metrics)
         self._event("metrics", step=row.epoch, values=self._numbers(metrics))
         fitness = row.fitness if row.validated else None
         self._update(phase="training", epoch=row.epoch + 1, epochs=epochs, fitness=fitness,
-                            images_per_s=round(images / seconds, 1), eta_s=round(left))  # fmt: skip
+                            images_per_s=round(images / seconds, 1), eta_s=_rounded(left))  # fmt: skip
 
     def ended(
         self, status: str, reason: str = "", best: EpochRow | None = None, *, lasting: bool = False
@@ -223,7 +228,21 @@ class Reporter:
         if self._status is not None:
             self._status.update(**fields)
 
-    def _time_left(self, epochs_left: int, this_epoch: float, elapsed: float) -> float:
-        """Return the seconds left: the rest of this epoch, and the mean epoch for each to come."""
-        recent = self._epoch_seconds[-10:] or [this_epoch]
-        return this_epoch - elapsed + epochs_left * sum(recent) / len(recent)
+    def _time_left(self, epochs_left: int, this_epoch: float, elapsed: float) -> float | None:
+        """Return the seconds left: the rest of this epoch, and the mean epoch for each to come.
+
+        None before this process has begun its second epoch. The first one also loads, compiles and fills caches, so it
+        counts in no mean.
+        """
+        if not self._epoch_seconds or (len(self._epoch_seconds) == 1 and this_epoch == elapsed):
+            return None
+        recent = self._epoch_seconds[1:][-10:] or [this_epoch]
+        return max(this_epoch - elapsed, 0.0) + epochs_left * sum(recent) / len(recent)
+
+
+def _words_for(left: float | None) -> str:
+    return "" if left is None else f"  left {duration(left)}"
+
+
+def _rounded(left: float | None) -> int | None:
+    return None if left is None else round(left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,8 +97,11 @@ class Trainer:
         back_off: bool = True,
         clock: Callable[[], float] = time.monotonic,
         group: Group = SINGLE,
+        conditions: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         """Prepare a fresh training.
+
+        `conditions` returns what a checkpoint is to record of where and on what data it was made.
 
         `rollbacks` is how often a loss that is no number is answered by going back; `back_off` lets a batch that
         does not fit into memory go through in parts, which several processes cannot: they must stay in step.
@@ -106,6 +109,9 @@ class Trainer:
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch, self._glances = reporter, stop, on_epoch, glances
         self._image_size, self._group = image_size, group
+        self._conditions = conditions
+        self.notes: list[str] = []
+        """What the resumes of this training said of their exactness."""
         if config.sync_bn:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -390,6 +396,8 @@ class Trainer:
             "parts": self._learner.parts,
             "rollbacks_left": self._rollbacks_left,
             "class_maps": self.loader.class_maps,
+            "conditions": self._conditions(),
+            "notes": self.notes,
             **self._description(),
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,14 @@ from app.data.pixel_folder import CACHE_FOLDER
 from app.engine import pictures
 from app.engine.anchors import AnchorFitter
 from app.engine.autobatch import choose_batch
-from app.engine.best_weights import kept_row, unscored
 from app.engine.checkpoint import find_last, load_newest, require
+from app.engine.conditions import (
+    SAVE_WAIT_S,
+    DataDigests,
+    conditions,
+    differences_of_moved,
+    notes_of_resume,
+)
 from app.engine.data import (
     DEVICE_SHARE,
     TrainingData,
@@ -31,9 +36,10 @@ from app.engine.data import (
     report_findings,
     validation_loader,
 )
+from app.engine.delivery import deliver
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
-from app.engine.ending import End, figures_of, read_summary, what_is_left, write_mark, write_summary
+from app.engine.ending import End, what_is_left, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.preflight import check_before_fetching
@@ -45,10 +51,17 @@ from app.engine.results import EpochRow
 from app.engine.start import Start, check_freeze, find_start, read_weights
 from app.engine.stop_signal import StopSignal
 from app.engine.trainer import Diverged, Glances, Trainer, TrainResult
-from app.errors import CheckpointError, Pruned, StarlingError, Stopped, UsageError, is_out_of_memory
+from app.errors import (
+    CheckpointError,
+    DataError,
+    Pruned,
+    StarlingError,
+    Stopped,
+    UsageError,
+    is_out_of_memory,
+)
 from app.model.detector import Detector
 from app.outputs.atomic import sweep
-from app.outputs.bucket import upload
 from app.outputs.folders import name_top, remove
 from app.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from app.outputs.run_lock import run_lock
@@ -74,6 +87,17 @@ class Workshop:
     """None under `--noautoanchor`."""
     group: Group = SINGLE
     """The processes that train one model together."""
+    digests: DataDigests | None = None
+    """Of the data's files; None where this process writes no checkpoint."""
+
+    def conditions(self, config: TrainConfig, wait_s: float | None = None) -> dict[str, Any]:
+        """Return what a checkpoint is to record of where and on what a training runs.
+
+        The digests of the data are waited for as `DataDigests.tables` does.
+        """
+        if self.digests is None:
+            return {}
+        return conditions(config, self.compute, self.group.world_size, self.data, self.digests, wait_s)
 
 
 def open_workshop(
@@ -104,7 +128,16 @@ def open_workshop(
     )
     data = bring_to_device(data, compute, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
-    return Workshop(config, start, compute, image_size, data, None if config.noautoanchor else anchors, group)
+    return Workshop(
+        config,
+        start,
+        compute,
+        image_size,
+        data,
+        None if config.noautoanchor else anchors,
+        group,
+        DataDigests(data) if group.is_main else None,
+    )
 
 
 def read_hyp(config: TrainConfig) -> Hyp:
@@ -141,6 +174,8 @@ class _Job:
     """The run to go on in; None for a new one."""
     state: dict[str, Any] | None
     left: End = End.TRAINING
+    moved: bool = False
+    """Whether `--data` names another place for the data of the run to resume."""
 
 
 def train(command: TrainCommand) -> None:
@@ -166,11 +201,15 @@ def train(command: TrainCommand) -> None:
             if group.is_main:
                 _end_again(job, progress)
             return
-        workshop = open_workshop(job.config, job.start, job.hyp, progress.say, group)
-        if group.is_main:
-            _lead(job, workshop, progress, hooks)
-        else:
-            _follow(job, workshop)
+        workshop = _open_for(job, progress.say, group)
+        try:
+            if group.is_main:
+                _lead(job, workshop, progress, hooks)
+            else:
+                _follow(job, workshop)
+        finally:
+            if workshop.digests is not None:
+                workshop.digests.cancel()
 
 
 def _processes_asked(command: TrainCommand) -> int:
@@ -180,6 +219,37 @@ def _processes_asked(command: TrainCommand) -> int:
         state, _ = load_newest(find_last(config.resume), lambda line: None)
         config = TrainConfig.from_mapping(state.get("config", {}))
     return len(config.devices)
+
+
+def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> Workshop:
+    """Open the workshop of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
+    try:
+        workshop = open_workshop(job.config, job.start, job.hyp, say, group)
+    except DataError as error:
+        if job.folder is None or job.moved:
+            raise
+        raise type(error)(
+            f"{error}. If the data of this run has moved, name its new description: "
+            f"--resume {RunDir(job.folder).last} --data NEW.yaml"
+        ) from None
+    if job.moved:
+        problem = group.from_main(_difference_of_moved(job, workshop) if group.is_main else "")
+        if problem:
+            raise DataError(
+                f"--data {job.config.data}: not the data that {job.folder} was trained on: {problem}; name a description "
+                f"of that data, or start a new run from its weights with --weights {RunDir(job.folder or Path()).last}"
+            )
+    return workshop
+
+
+def _difference_of_moved(job: _Job, workshop: Workshop) -> str:
+    """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
+    assert job.state is not None, "there is a checkpoint to resume"
+    names = tuple(job.state["names"])
+    if names != workshop.data.names:
+        return f"the run has the classes {', '.join(names)}, the data {', '.join(workshop.data.names)}"
+    assert workshop.digests is not None, "asked on rank 0"
+    return "; ".join(differences_of_moved(job.state.get("conditions"), workshop.digests))
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
@@ -229,7 +299,7 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
             )
         finally:
             finish_bridges(bridges, stop)
-        _deliver(config, run, result.rows, job.run_uuid, progress.say)
+        deliver(config, run, result.rows, job.run_uuid, progress.say)
         reporter.done()
 
 
@@ -243,47 +313,8 @@ def _end_again(job: _Job, progress: Progress) -> None:
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         if job.left is End.DELIVERING:
             finish_bridges(start_bridges(log, warn=progress.say), stop)
-        _deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
+        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
         status.update(phase="done", run_dir=str(run.path))
-
-
-def _deliver(
-    config: TrainConfig,
-    run: RunDir,
-    rows: Sequence[EpochRow],
-    run_uuid: str,
-    say: Callable[[str], None],
-    *,
-    again: bool = False,
-) -> None:
-    """Say how a finished training ended, copy its results, and note that nothing is left to do.
-
-    `again`: the results have been copied before.
-    """
-    best = kept_row(rows)
-    if note := unscored(rows):
-        say(note)
-    else:
-        say(
-            f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
-            f"results in {run.path}"
-        )
-    delivered = again or upload_results(config, run.path, say)
-    if config.json:
-        summary = read_summary(run)
-        account = {key: summary.get(key) for key in ("cut_list", "left_out")}
-        print(json.dumps({**figures_of(rows, run), **account}), flush=True)
-    if delivered and not again:  # a copy that failed is tried again by a resume
-        write_mark(run, rows, run_uuid)
-
-
-def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> bool:
-    """Copy the results to `--bucket`, if one is given; return whether all went well."""
-    if not config.bucket:
-        return True
-    project = config.run_project.removeprefix("runs/")
-    below = Path(project).name if Path(project).is_absolute() else project
-    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
@@ -306,6 +337,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     folder, done = last.parent.parent, state["epoch"]
     name_top(folder.parent)
     name_top(folder)
+    moved = config.data != state["config"].get("data")
     left = what_is_left(RunDir(folder), state, config)
     early = done < config.epochs
     if left is End.WHOLE and not command.goes_on:
@@ -321,7 +353,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
         say(f"finishing {folder}: {over}, from {taken.name}")
     hyp = Hyp.from_mapping(state["hyp"], str(last))
-    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left)
+    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left, moved)
 
 
 def train_in(
@@ -343,9 +375,14 @@ def train_in(
         detector = _build_detector(workshop, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
                           compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
-                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group)  # fmt: skip
+                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group,
+                          conditions=lambda: workshop.conditions(config, SAVE_WAIT_S))  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
+            if workshop.digests is not None:
+                exact = workshop.compute.on_cpu or config.deterministic
+                now = workshop.conditions(config)
+                trainer.notes = notes_of_resume(state, now, exact_kernels=exact, say=reporter.say)
         with workshop.group.watch():
             result = trainer.fit()
     except Stopped as error:
@@ -363,7 +400,7 @@ def train_in(
     finally:
         workshop.group.training_is_over()
     if workshop.group.is_main and reporter.label.parent is None:
-        write_summary(run, result.rows, reporter.label.uuid, **workshop.data.account())
+        write_summary(run, result.rows, reporter.label.uuid, trainer.notes, **workshop.data.account())
     reporter.ended("finished", best=result.best)
     return result
 

@@ -43,7 +43,7 @@ def opened(line: bytes) -> dict[str, Any] | None:
 def is_sealed(text: bytes) -> bool:
     """Return whether the bytes end with the checksum of those before it."""
     found = _SEAL.fullmatch(text[-_LENGTH:])
-    return found is not None and int(found[1], 16) == zlib.crc32(text[:-_LENGTH])
+    return found is not None and int(found[1], 16) == zlib.crc32(memoryview(text)[:-_LENGTH])
 
 
 def looks_like_record(line: bytes) -> bool:

@@ -10,7 +10,10 @@ from app.search.outcome import Attempt, Progress, State
 
 
 def seconds_left(attempts: Sequence[Attempt], progress: Progress, now: datetime) -> float | None:
-    """Return the seconds until the budget is met, if the workers that train now go on; None before one has finished.
+    """Return the seconds until the budget is met, if the workers that train now go on.
+
+    None before as much has been trained as one training of full length takes: what a training that was cut short took
+    is mostly its start.
 
     A training costs what all ended attempts took together, divided by how many of full length they make: what fails
     or is lost is in the price. The trainings that are left are dealt out to whoever is free first.
@@ -32,9 +35,9 @@ def seconds_left(attempts: Sequence[Attempt], progress: Progress, now: datetime)
 
 
 def _price(attempts: Sequence[Attempt], trainings: float) -> float | None:
-    """Return the seconds that a training of full length costs; None before one has ended."""
+    """Return the seconds that a training of full length costs; None before as much has been trained."""
     seconds = sum(_seconds(a.began, a.ended) for a in attempts if a.state is not State.RUNNING)
-    return seconds / trainings if trainings else None
+    return seconds / trainings if trainings >= 1 else None
 
 
 def _seconds(began: datetime | None, ended: datetime | None) -> float:

@@ -16,6 +16,7 @@ from app.config.train_config import AUTO_FINALISTS, TrainConfig
 from app.engine import pictures
 from app.engine.checkpoint import load_checkpoint, load_newest, require
 from app.engine.data import report_findings
+from app.engine.delivery import upload_results
 from app.engine.distributed import Place
 from app.engine.hooks import Hook, find_hooks
 from app.engine.preflight import check_before_fetching
@@ -32,10 +33,10 @@ from app.engine.training import (
     finish_bridges,
     read_hyp,
     train_in,
-    upload_results,
     warn_of_idle,
 )
 from app.errors import CheckpointError, UsageError
+from app.outputs.atomic import write_atomic
 from app.outputs.folders import is_file, make_folder, name_top, names_in, remove, remove_tree, rename
 from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
@@ -61,6 +62,8 @@ ESTIMATE_SHARE = 0.005
 """Most of a worker's time that working out the search's end may take."""
 FINALISTS = 3
 """With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
+DRAWN = ".drawn"
+"""Names the weights whose pictures are all drawn."""
 WINNERS_PICTURE = "confusion_matrix.png"
 """One of the pictures of what `weights/best.pt` finds: where it is not, they have to be drawn."""
 
@@ -241,10 +244,14 @@ class _Trainings:
             keep_winners_weights(self._study)
             best, drawn = RunDir(self._directory).best, self._directory / WINNERS_PICTURE
             # Every worker comes by at the end; the first one draws.
-            if is_file(best) and (not drawn.exists() or drawn.stat().st_mtime < best.stat().st_mtime):
+            mark = self._directory / DRAWN
+            if is_file(best) and not (drawn.exists() and _holds(mark, _stamp(best))):
                 workshop = self._workshops.of(summary.best.settings)
                 pictures.draw_labels(workshop.data.train, self._directory)
                 draw_weights(workshop, best, self._directory)
+                write_atomic(
+                    mark, _stamp(best)
+                )  # last: whoever was killed before it leaves all to be drawn again
         self._log.announce(self._directory, SEARCH_ARTIFACTS, run=self._search["uuid"])
         if best.is_file():
             self._log.append("model", run=self._search["uuid"], path=best.relative_to(self._directory), name="best",
@@ -359,10 +366,24 @@ def keep_winners_weights(study: SearchStudy) -> None:
     mine = [t for t in finals if t.finalist_of == winner.number and is_file(runs[t.number].best)]
     if mine:
         taken = max(mine, key=lambda training: training.fitness)
-        rename(runs[taken.number].best, RunDir(study.directory).best)
+        # In this order a worker that is killed on the way leaves the best of them to the next one.
+        for number, run in runs.items():
+            if number != taken.number:
+                remove_tree(run.weights)
         remove(study.directory / WINNERS_PICTURE)
+        rename(runs[taken.number].best, RunDir(study.directory).best)
     for run in runs.values():
         remove_tree(run.weights)
+
+
+def _stamp(path: Path) -> str:
+    """Return what tells a weights file from another."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return is_file(path) and path.read_text(errors="replace") == text
 
 
 def _fitness_of(path: Path) -> float:

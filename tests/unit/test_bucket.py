@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from app.config.train_config import TrainConfig
-from app.engine.training import upload_results
+from app.engine.delivery import upload_results
 from app.errors import UsageError
 from app.outputs.bucket import check_bucket, upload
 

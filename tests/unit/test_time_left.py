@@ -1,0 +1,78 @@
+"""No time left is told before the second epoch: the first one also loads, compiles and fills caches."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from app.engine.progress import Progress
+from app.engine.reporter import Reporter, RunLabel
+from app.engine.results import EpochRow
+from app.outputs.worker_status import WorkerStatus
+from app.search.estimate import seconds_left
+from app.search.outcome import Attempt, State
+from app.search.outcome import Progress as SearchProgress
+from launcher.progress import read_progress
+from launcher.report import format_duration
+
+NAN = float("nan")
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def row(epoch: int) -> EpochRow:
+    return EpochRow(epoch, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5, 0.5), (NAN, NAN, NAN), (0.1, 0.1, 0.1))
+
+
+def test_the_time_left_is_told_from_the_second_epoch_on_and_without_the_first(tmp_path: Path) -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = Progress(out, clock=clock)
+    status = WorkerStatus(tmp_path, "w")
+    reporter = Reporter(RunLabel("u", "p", "n"), tmp_path, progress=progress, status=status, clock=clock)
+    told: list[float | None] = []
+
+    def train(epoch: int, seconds: float, validation: float) -> None:
+        reporter.epoch_began()
+        for done in range(1, 5):
+            clock.now += seconds / 4
+            reporter.iteration(epoch, 10, done, 4, done * 8, lambda: (1.0, 1.0, 1.0))
+            told.append(json.loads(status.path.read_text())["eta_s"])
+        clock.now += validation
+        reporter.epoch_ended(row(epoch), 10, 32, True)
+        told.append(json.loads(status.path.read_text())["eta_s"])
+
+    train(0, 300, 30)  # kernels are chosen and pictures decoded in the first
+    assert told == [None] * 5
+    assert "left" not in out.getvalue()
+    assert read_progress(tmp_path, "w").eta_s is None
+    assert format_duration(read_progress(tmp_path, "w").eta_s) == "-"
+    told.clear()
+    train(1, 40, 10)
+    assert told[0] == 30 + 30 + 8 * (40 + 30), "by its own pace, and a validation like the last one"
+    assert told[-1] == 8 * 50
+    assert "left 6m40s" in out.getvalue()
+
+
+def test_a_search_tells_no_end_before_a_whole_training_was_trained() -> None:
+    began = datetime(2026, 1, 1)
+    pruned = Attempt(
+        number=0, root=0, state=State.PRUNED, hyp={}, worker="w", began=began, ended=began + timedelta(seconds=60),
+        fitness=None, metrics={}, curve={}, reason="", epochs=1,
+    )  # fmt: skip
+    running = Attempt(
+        number=1, root=1, state=State.RUNNING, hyp={}, worker="w", began=began, ended=None, fitness=None,
+        metrics={}, curve={}, reason="",
+    )  # fmt: skip
+    progress = SearchProgress(
+        budget=10, finished=0, running=1, failed=0, best_fitness=None, pruned=1, part_trained=1 / 30
+    )
+    assert seconds_left([pruned, running], progress, began + timedelta(seconds=70)) is None
