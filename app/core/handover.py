@@ -333,8 +333,46 @@ def main(argv: Sequence[str]) -> int:
         )
     for line in account.lines():
         sys.stderr.write(f"starling: {line}\n")
-    sys.stdout.write(f"{uid} {gid}\n")
+    sys.stdout.write(f"{uid} {gid}{_reach(uid, gid) if user is None else ''}\n")
     return 0
+
+
+def _reach(uid: int, gid: int) -> str:
+    """Return ` closed` where a mounted folder of root's has to be read by root's power, ` open` where there is none.
+
+    That power also writes; so it is only kept where the kernel can take the writing away.
+    """
+    from app.core.confine import NEEDED_VERSION, landlock_version
+
+    shut = [place for place in _mounted_folders() if not _may_enter(place, uid, gid)]
+    if not shut:
+        return " open"
+    if landlock_version() >= NEEDED_VERSION:
+        return " closed"
+    sys.stderr.write(
+        f"starling: {shut[0]} is closed to {uid}:{gid}, as whom the trainer runs: open the folder on the host (chmod o+x), "
+        "mount the folders in it that are needed, or give docker run --user UID:GID\n"
+    )
+    return " open"
+
+
+def _mounted_folders() -> Iterator[str]:
+    """Yield the folders that were mounted into this container from outside."""
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            place = line.split()[4].encode().decode("unicode_escape")
+            if (
+                place != "/"
+                and not place.startswith(("/proc", "/sys", "/dev", "/etc/", "/run/"))
+                and os.path.isdir(place)
+            ):
+                yield place
+
+
+def _may_enter(place: str, uid: int, gid: int) -> bool:
+    state = os.stat(place)
+    shift = 6 if state.st_uid == uid else 3 if state.st_gid == gid else 0
+    return bool(state.st_mode >> shift & 1) or state.st_uid not in (0, uid)
 
 
 if __name__ == "__main__":

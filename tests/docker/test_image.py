@@ -237,6 +237,34 @@ def test_a_set_user_id_program_made_inside_gives_another_user_of_the_host_nothin
         assert (tried.returncode != 0, tried.stdout) == (True, ""), "the folder cannot be entered"
 
 
+@needs_root
+@pytest.mark.parametrize("writable", [True, False])
+def test_roots_closed_home_is_read_and_never_written_by_a_trainer_that_is_not_root(
+    writable: bool, trainer_image: str, tmp_path: Path
+) -> None:
+    home, runs = tmp_path / "home", tmp_path / "runs"
+    home.mkdir(mode=0o700)
+    (home / "weights.pt").write_text("weights")
+    (home / ".bashrc").write_text("theirs")
+    (home / "sudo").touch()
+    (home / "sudo").chmod(0o4755)
+    mounts = ["-v", f"{home}:/home/user{'' if writable else ':ro'}", "-v", f"{runs}:{INSIDE}"]
+    script = (
+        "cat /home/user/weights.pt; id -u; echo yes > runs/here; echo yes > /tmp/here; mv runs/here runs/there; "
+        "cd /home/user; for act in 'echo evil > .bashrc' 'truncate -s 0 .bashrc' 'rm .bashrc' 'touch new' 'mkdir d' "
+        "'ln -s x y' 'mv .bashrc z' 'chmod 4755 weights.pt' 'chown 10001 .bashrc' 'cp /bin/sh sudo' 'ln .bashrc hard' "
+        "'mv .bashrc /usr/src/app/runs/' 'touch /usr/src/app/train.py' 'echo x > /usr/src/app/train.py'; do "
+        'sh -c "$act" 2>/dev/null && echo "done: $act"; done; true'
+    )
+    answer = docker("run", "--rm", *mounts, trainer_image, "bash", "-c", script)
+    assert answer.returncode == 0, answer.stderr
+    allowed = {"done: touch /usr/src/app/train.py"}  # only its time
+    assert set(answer.stdout.removeprefix("weights").split("\n")) - allowed == {str(NOBODY), ""}
+    assert (home / ".bashrc").read_text() == "theirs"
+    assert sorted(path.name for path in home.iterdir()) == [".bashrc", "sudo", "weights.pt"]
+    assert (runs / "there").stat().st_uid == NOBODY
+
+
 def test_root_without_the_capabilities_to_become_another_user_is_refused_and_runs_nothing(
     trainer_image: str,
 ) -> None:
