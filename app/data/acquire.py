@@ -130,11 +130,14 @@ def acquire(
             if root.is_dir():  # another process was faster
                 return root
             shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            given = class_names(path, mapping, steps)
-            names = run_steps(steps, building, given, archives=archives, say=say, show=show)
-            write_description(building, path, mapping, names)
-            building.rename(root)
+            try:
+                building.mkdir()
+                given = class_names(path, mapping, steps)
+                names = run_steps(steps, building, given, archives=archives, say=say, show=show)
+                write_description(building, path, mapping, names)
+                building.rename(root)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)  # what is half unpacked; the archives stay
     except FetchError as error:
         raise DataError(
             f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself"

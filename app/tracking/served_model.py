@@ -97,6 +97,7 @@ def _decode(text: Any, row: int) -> np.ndarray:
             if len(text) > MAX_BYTES:
                 raise ValueError(f"longer than {MAX_BYTES} letters")
             text = base64.b64decode(_DATA_URL.sub("", text), validate=True)
+        _check_chunks(text)
         picture = cv2.imdecode(np.frombuffer(text, np.uint8), cv2.IMREAD_COLOR)
         if picture is None:
             raise ValueError("no format that is known")
@@ -105,6 +106,15 @@ def _decode(text: Any, row: int) -> np.ndarray:
             f"row {row}: `image` is not a picture in base64 ({str(error)[:200]}); send a JPEG's or PNG's bytes as base64"
         ) from None
     return picture
+
+
+def _check_chunks(content: bytes) -> None:
+    """Refuse a PNG with a chunk that claims more bytes than there are: OpenCV takes the memory before it looks."""
+    at = 8 if content.startswith(b"\x89PNG") else len(content)
+    while at + 8 <= len(content) and content[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+        if at > len(content):
+            raise ValueError("a PNG whose chunk claims more bytes than there are")
 
 
 def _letterbox(picture: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, float, int, int]:

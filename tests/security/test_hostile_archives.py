@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.data.acquire import acquire
 from app.data.archive import unpack
 from app.errors import DataError
 from tests.security.conftest import Measured
@@ -105,3 +106,18 @@ def test_an_archive_of_empty_files_is_a_bomb_where_it_has_too_many(
     (tmp_path / "a").write_bytes(gzip.compress(tar_of(*((f"{n}", b"") for n in range(300))), 9))
     with pytest.raises(DataError, match="bomb"):
         unpack(tmp_path / "a", tmp_path / "in")
+
+
+def test_a_dataset_whose_archive_is_damaged_leaves_nothing_half_unpacked(tmp_path: Path) -> None:
+    root = tmp_path / "datasets" / "set"
+    archive = root.parent / ".downloads" / "set" / "a.zip"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(HOSTILE["zip-checksum"][0]())
+    (tmp_path / "set.yaml").write_text(
+        "train: images\nval: images\nnames: [a]\ndownload:\n  - {url: 'https://there.example/a.zip'}\n"
+    )
+    with pytest.raises(DataError, match="checksum"):
+        acquire(tmp_path / "set.yaml", into=root.parent, say=lambda line: None)
+    assert not root.exists()
+    assert not root.with_name(".set.building").exists()
+    assert archive.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from app.data.image_cost import Room
 from app.data.images import UnusableImageError, decode_image, read_header
 from app.errors import DataError
 from tests.security.conftest import Measured
-from tests.security.hostile_images import HOSTILE, LARGEST
+from tests.security.hostile_images import HOSTILE, LARGEST, png
 
 READ = """
 import cv2
@@ -98,3 +99,12 @@ def test_threads_share_the_memory_for_large_images() -> None:
     for thread in threads:
         thread.join()
     assert max(most) == 3
+
+
+def test_a_served_model_refuses_a_chunk_that_claims_gigabytes() -> None:
+    served_model = pytest.importorskip("app.tracking.served_model")
+    text = base64.b64encode(HOSTILE["chunk.png"][0]()).decode()
+    with pytest.raises(served_model.MlflowException, match="claims more bytes"):
+        served_model._decode(text, 0)
+    whole = base64.b64encode(png(20, 8, 0) + b"after its end").decode()
+    assert served_model._decode(whole, 0).shape == (20, 20, 3)
