@@ -136,8 +136,6 @@ def is_own_checkpoint(path: Path) -> bool:
     try:
         with open_zip_form(path) as file:
             return FORMAT.encode() in file.read_pickle_bytes()
-    except PermissionError:
-        raise
     except Exception:  # nearly anything, as above; the reader of foreign files says what is wrong
         return False
 
