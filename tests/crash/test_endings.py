@@ -37,7 +37,7 @@ def killed(start: Start, tiny_args: list[str], runs: Path) -> Callable[..., Path
     def kill(step: int, *more: str, epochs: int = 2) -> Path:
         fault = ("die_in_the_end", str(epochs), str(step))
         trainer = start([*tiny_args, "--name", "one", *more], fault)
-        assert trainer.wait() == -signal.SIGKILL, trainer.output
+        assert trainer.wait(180) == -signal.SIGKILL, trainer.output
         return runs / "train" / "one"
 
     return kill
