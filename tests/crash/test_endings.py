@@ -37,7 +37,7 @@ def killed(start: Start, tiny_args: list[str], runs: Path) -> Callable[..., Path
     def kill(step: int, *more: str, epochs: int = 2) -> Path:
         fault = ("die_in_the_end", str(epochs), str(step))
         trainer = start([*tiny_args, "--name", "one", *more], fault)
-        assert trainer.wait() == -signal.SIGKILL, trainer.output
+        assert trainer.wait(180) == -signal.SIGKILL, trainer.output
         return runs / "train" / "one"
 
     return kill
@@ -180,7 +180,27 @@ def test_epochs_lowered_at_a_resume_end_the_training_with_a_validation(
     assert (run / "results.png").is_file()
 
 
-@pytest.mark.parametrize("step", [4, 30])
+def test_a_replica_finds_whatever_is_left_of_its_own_run(
+    tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STARLING_REPLICA", REPLICA)
+    args = [*tiny_args, "--name", "one", "--epochs", "1", "--noplots", "--noval"]
+    assert train.main(args) == 0
+    run, status = runs / "train" / "one", runs / ".workers" / f"{REPLICA}.json"
+    told = json.loads(status.read_text())
+    for lost in ((), (".finished",), (".finished", "summary.json")):  # killed before the last word of each
+        status.write_text(json.dumps({**told, "phase": "training"}))
+        for name in lost:
+            (run / name).unlink()
+        assert train.main(args) == 0
+        assert [path.name for path in (runs / "train").iterdir()] == ["one"], lost
+        assert json.loads(status.read_text())["phase"] == "done"
+        assert {".finished", "summary.json"} <= files(run)
+    assert ends(run) == ["finished", "finished"], "told again only where the summary was not there"
+    assert steps_of_metrics(run) == {0: 1}
+
+
+@pytest.mark.parametrize("step", [4])
 def test_a_replica_killed_in_its_end_finishes_its_own_run_and_begins_no_other(
     killed: Callable[..., Path],
     tiny_args: list[str],
