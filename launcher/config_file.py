@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from app.core.paths import at_home
+from app.core.words import shown
 from launcher.errors import UsageError, suggest
 from launcher.replica_names import ReplicaName
 
@@ -184,7 +185,7 @@ def _flag_value(option: click.Option, key: str, value: Value, at: str) -> Any:
     """Return the value for click's default map; raises UsageError where the flag would not take it."""
     if option.is_bool_flag:
         if value.boolean is None:
-            raise UsageError(f"{at}: {key}: must be true or false, found {value.text or value.kind!r}")
+            raise UsageError(f"{at}: {key}: must be true or false, found {shown(value.text or value.kind)!r}")
         return value.boolean
     if option.multiple:
         words = _texts(value, f"{at}: {key}", f"write a list: {key}: [one, two]")

@@ -28,13 +28,8 @@ def deliver(
     `again`: the results have been copied before.
     """
     best = kept_row(rows)
-    if note := unscored(rows):
-        say(note)
-    else:
-        say(
-            f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}; "
-            f"results in {run.path}"
-        )
+    reached = f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}"
+    say(f"{unscored(rows) or reached}; results in {run.path}")
     delivered = again or upload_results(config, run.path, say)
     if config.json:
         print(json.dumps({**figures_of(rows, run), **read_account(run)}), flush=True)

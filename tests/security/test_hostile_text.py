@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.data.convert import CONVERTERS
+from app.data.converters import CONVERTERS
 from app.data.json_stream import members
 from app.data.labels import read_labels
 from app.data.pictures import find_pictures
@@ -186,7 +186,7 @@ def test_a_large_coco_file_is_read_piece_by_piece(tmp_path: Path, measured: Meas
             file.write(", " + ", ".join([row] * 1000))
         file.write("]}")
     setup = """
-from app.data.convert import CONVERTERS
+from app.data.converters import CONVERTERS
 def read(path):
     assert CONVERTERS["coco"](path.parent, ["a"], source=path.name, images="images") == 1
 """

@@ -18,7 +18,7 @@ from app.engine.device import select_compute
 from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
 from app.engine.progress import Progress, duration
 from app.engine.results import COLUMNS, EpochRow, write_results
-from app.errors import CheckpointError, UsageError
+from app.errors import CheckpointError, DiskFull, UsageError
 
 NAN = math.nan
 
@@ -147,7 +147,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_the_path(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CheckpointError, match=r"last\.pt.*previous one is intact"):
+    with pytest.raises(DiskFull, match=r"last\.pt.*what was written before is intact"):
         save_checkpoint(path, {**STATE, "epoch": 4})
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]

@@ -41,6 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("w.pt", "last.pt"):
         (own / name).write_bytes(b"x")
     shutil.copy(MINI_SET / "bccd.yaml", own / "own.yaml")
+    (folder / "w.pt").write_bytes(b"x")
     return folder
 
 
@@ -87,7 +88,7 @@ def no_override() -> Iterator[None]:
         (train.main, TRAIN, "data/images/train", 3),
         (train.main, TRAIN, "data/images/val", 3),
         (val.main, ("--weights", "{own}/w.pt", "--data", "{data}/bccd.yaml"), "own/w.pt", 4),
-        (val.main, ("--weights", "{own}/w.pt", "--data", "{own}/own.yaml"), "own/own.yaml", 3),
+        (val.main, ("--weights", "{home}/w.pt", "--data", "{own}/own.yaml"), "own/own.yaml", 3),
         (detect.main, ("--weights", "{own}/w.pt", "--source", "{data}/images/val"), "own/w.pt", 4),
         (detect.main, ("--weights", "{own}/w.pt", "--source", "{data}/images/val"), "data/images/val", 3),
     ],
