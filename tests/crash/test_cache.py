@@ -188,7 +188,8 @@ def test_a_disk_that_refuses_in_mid_write_leaves_nothing_and_the_run_goes_on_in_
     heard = child.hear()
     assert heard.startswith("ready ram")
     assert f" {_checksum(dataset)} " in heard
-    assert f"no shared file: {tmp_path / 'cache'}: File too large; make room there" in heard
+    assert f"no shared file: {tmp_path / 'cache'}" in heard
+    assert "File too large; make room there" in heard
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -200,6 +201,8 @@ def tiny_set(tmp_path: Path) -> Path:
         for number in range(2):
             pixels = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
+            (root / "labels" / split).mkdir(parents=True, exist_ok=True)
+            (root / "labels" / split / f"{number}.txt").write_text("0 .5 .5 .4 .4\n")
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [x, y]\n")
     return root
 

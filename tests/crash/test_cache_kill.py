@@ -24,11 +24,10 @@ import os, signal, sys
 from pathlib import Path
 from app.data.dataset import Dataset, DatasetDescription
 from app.data.store import ImageStore
-from app.outputs import atomic
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 
-def die(*args):
+def die(*args, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def progress(done, total):
@@ -40,7 +39,8 @@ if moment == "fsync":
 if moment == "rename":
     os.replace = die
 if moment == "renamed":
-    atomic.fsync_directory = die
+    rename = os.replace
+    os.replace = lambda *args, **named: (rename(*args, **named), die())
 dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
 ImageStore(dataset, 32, "disk", cache_folder=folder / "cache", progress=progress)
 """

@@ -113,7 +113,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root and the right to mount")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a replica may be about to end
 
 
 @pytest.mark.parametrize("search", [[], SEARCH])
@@ -205,7 +205,7 @@ def test_a_film_that_the_disk_has_no_room_for_ends_detect_with_6(
     said = capsys.readouterr().err
     assert "film.mp4" in said
     assert "/proc/" not in said
-    assert not list((small_disk / "runs/detect/exp").iterdir())
+    assert [path.name for path in (small_disk / "runs/detect/exp").iterdir()] == ["outputs.json"]
 
 
 @pytest.mark.parametrize("text", ["labels/", "predictions.json", "val_batch0"])

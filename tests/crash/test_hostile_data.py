@@ -185,7 +185,8 @@ def test_a_million_rows_are_refused_by_name_in_bounded_time(data: Path) -> None:
     dataset = Dataset.load(DatasetDescription.from_yaml(data / "data.yaml"), "train")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 5
     (problem,) = dataset.problems
-    assert (Path(problem.file).name, problem.line) == ("flood.txt", 100_001)
+    assert Path(problem.file).name == "flood.txt"
+    assert "more than 16 MiB" in problem.problem
     assert len(dataset) == 4
 
 
