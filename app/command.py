@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
+from app.core.paths import lost_folder
 from app.core.words import shown
 from app.errors import StarlingError, UsageError, is_out_of_memory, refusal
 
@@ -56,7 +58,10 @@ def run_command(
     `debug` says of what was parsed whether errors show their tracebacks; `failed` is told of an error that is no stop.
     """
     _show_any_name()
+    _have_a_name()
     try:
+        if problem := lost_folder():
+            raise UsageError(problem)
         parsed = parse()
     except StarlingError as error:
         failed(error)
@@ -72,6 +77,17 @@ def _show_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _have_a_name() -> None:
+    """Let a user that the system knows by number only (`docker run --user`, a lost directory server) be called by it.
+
+    torch names a cache after its user, and ends with an error where there is no name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
 
 
 def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException], None]) -> int:
@@ -107,11 +123,23 @@ def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException]
     return 0
 
 
+_WRONG_KIND = "; look at what is there, move it away, or give another path"
+_MISPLACED = {
+    errno.ENAMETOOLONG: "",
+    errno.ENOTDIR: _WRONG_KIND,
+    errno.EISDIR: _WRONG_KIND,
+    errno.EEXIST: _WRONG_KIND,
+    errno.ELOOP: _WRONG_KIND,
+}
+"""Errors of a path that is wrong usage, whichever file spells it, and the remedy."""
+
+
 def _say_os_error(error: OSError) -> int:
-    """Print the system's words; a name that no file can have is wrong usage, whichever file spells it."""
+    """Print the system's words, and the remedy where the path is at fault; return the exit code."""
     refused = refusal(error)
     where = f"{shown(error.filename)}: " if error.filename else ""
-    print(f"error: {refused or f'{where}{error.strerror or error}'}", file=sys.stderr, flush=True)
+    remedy = _MISPLACED.get(error.errno or 0, "")
+    print(f"error: {refused or f'{where}{error.strerror or error}{remedy}'}", file=sys.stderr, flush=True)
     if refused:
         return refused.exit_code
-    return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else 1
+    return UsageError.exit_code if error.errno in _MISPLACED else 1

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.config.flags import PathParser
+from app.core.paths import real_path
 from app.errors import StarlingError, UsageError, refusal
 from app.outputs.folders import name_top, runs_root
 from app.tracking.delivery import Bridge, bridge_lock
@@ -136,7 +137,7 @@ def _run_status(options: argparse.Namespace) -> int:
 
 def _run_export(options: argparse.Namespace) -> int:
     directory: Path = options.directory
-    target = options.out or Path(f"{directory.resolve().name}.zip")
+    target = options.out or Path(f"{real_path(directory).name}.zip")
     count = export(directory, target, force=options.force)
     if options.json:
         print(json.dumps({"file": str(target), "files": count}))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from app.core.paths import at_home, impossible
+from app.core.paths import at_home, impossible, lost_folder
 from app.core.words import shown
 from launcher.config_file import ConfiguredCommand, root_option
 from launcher.engines.limits import STOP_GRACE_S
@@ -389,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         full: LauncherError | None = disk_full(error)
         if error.errno == errno.ENAMETOOLONG:
             full = UsageError(f"{shown(error.filename)}: {error.strerror}")
+        elif problem := lost_folder():
+            full = UsageError(problem)
         if full is None or "--debug" in words[:1]:
             raise
         click.echo(f"error: {full}", err=True)

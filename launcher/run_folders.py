@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from app.core.folder import Folder, LinkRefused
+from app.core.lock import try_flock
 from launcher.errors import EngineError, UsageError
 from launcher.progress import FOLDER as WORKERS
 from launcher.progress import read_json_below
@@ -126,6 +127,13 @@ def unused(runs: Path, run: RunFolder) -> Iterator[Folder]:
                     count += 1
                     if count <= _MOST_HELD:  # the others are only looked at
                         held.enter_context(lock.pop_all())
+        with contextlib.suppress(OSError):  # a file system that locks no folders
+            if not try_flock(
+                folder.descriptor
+            ):  # a trainer's second lock, should somebody remove the file of the first
+                raise UsageError(
+                    f"{run.path}: is in use (a process holds the folder), so it stays; end that first"
+                )
         yield folder
 
 

@@ -53,11 +53,17 @@ class Folder:
 
     @classmethod
     def resolve(cls, path: Path, *, create: bool = False) -> Folder:
-        """Open the top of a tree: links in `path` itself are followed, this once. One that is made is its user's alone."""
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700, exist_ok=True)
-        return cls(os.open(path, _DIRECTORY), path)
+        """Open the top of a tree: links in `path` itself are followed, this once. One that is made is its user's alone.
+
+        A link to nothing is never filled by making what it names: the disk that it leads to may not be mounted.
+        """
+        try:
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir(mode=0o700, exist_ok=True)
+            return cls(os.open(path, _DIRECTORY), path)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise link_to_nothing(path) or error from None
 
     @property
     def proc_path(self) -> Path:
@@ -201,6 +207,15 @@ class Folder:
 
     def _named(self, error: OSError, name: str) -> OSError:
         return _refusal(error, self.descriptor, name, self.path / name)
+
+
+def link_to_nothing(path: Path) -> OSError | None:
+    """Return the error of a path that goes by a link to what is not there; None for any other."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            problem = f"is a symbolic link to {os.readlink(place)}, where nothing is (is that disk mounted?)"
+            return FileNotFoundError(errno.ENOENT, problem, str(place))
+    return None
 
 
 def _enter(here: Folder, name: str) -> Folder | None:

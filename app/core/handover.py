@@ -21,7 +21,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.core.folder import Folder
+from app.core.folder import Folder, link_to_nothing
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""
@@ -103,7 +103,7 @@ def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
             todo.extend(reversed(target.split("/")))
         top = Folder(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=at), path)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+        raise link_to_nothing(path) or type(error)(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(at)
     strangers = {*makers} - {0, *trusted}

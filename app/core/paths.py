@@ -18,6 +18,23 @@ def at_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def real_path(path: str | Path) -> Path:
+    """Return the path with its links followed as far as they lead somewhere; a loop of links stays in it.
+
+    `Path.resolve` ends with RuntimeError at a loop, which anybody can make in a folder that others may write.
+    """
+    return Path(os.path.realpath(path))
+
+
+def lost_folder() -> str | None:
+    """Return what is wrong with a current folder that somebody has removed; None where it is there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder has been removed, and relative paths start there; go to one that exists (cd), and start again"
+    return None
+
+
 def impossible(words: Iterable[str]) -> str | None:
     """Return what is wrong with the first word of a command line that no path can be; None where all can.
 

@@ -23,6 +23,7 @@ from app.command import run_command
 from app.config.flags import PathParser
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml
+from app.core.paths import real_path
 from app.data.acquire import (
     DATASETS_FOLDER,
     Convert,
@@ -143,7 +144,7 @@ def _version(given: argparse.Namespace) -> None:
     made = make_version(
         given.folder,
         project=given.project,
-        name=given.name or given.folder.resolve().name,
+        name=given.name or real_path(given.folder).name,
         version=given.version,
         parent=given.parent,
         say=say,

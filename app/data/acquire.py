@@ -19,7 +19,7 @@ from typing import Any
 from app.config.class_names import names_by_number
 from app.config.shipped import find_config
 from app.config.yaml_reader import read_yaml, write_yaml
-from app.core.paths import at_home
+from app.core.paths import at_home, real_path
 from app.data.archive import unpack
 from app.data.convert import Converted, read_open_images_classes
 from app.data.converters import CONVERTERS
@@ -116,7 +116,7 @@ def acquire(
     the folder is moved or mounted. Raises DataError where it cannot be had, UsageError for a wrong description.
     """
     steps, mapping = read_steps(path), read_yaml(path)
-    root = at_home(into).absolute().resolve() / dataset_name(path, mapping)
+    root = real_path(at_home(into)) / dataset_name(path, mapping)
     if root.is_dir():
         say(f"{root}: is there already; nothing is fetched")
         return root

@@ -16,7 +16,7 @@ from app.clearml_client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefuse
 from app.clearml_client.credentials import REMEDY, find_credentials
 from app.clearml_client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk
 from app.config.yaml_reader import read_yaml
-from app.core.paths import at_home
+from app.core.paths import at_home, real_path
 from app.data.acquire import CLEARML_SCHEME as SCHEME
 from app.data.acquire import write_description
 from app.data.dataset import Dataset, DatasetDescription, read_class_names
@@ -146,7 +146,7 @@ def check_folder(folder: Path, say: Say) -> DatasetDescription:
     description = DatasetDescription.from_yaml(path)
     for split, places in description.splits.items():
         for place in places:
-            if not place.resolve().is_relative_to(folder.resolve()):
+            if not real_path(place).is_relative_to(real_path(folder)):
                 raise DataError(
                     f"{path}: {split}: {place} is outside {folder}, and would not be in the dataset"
                 )
@@ -202,8 +202,8 @@ def _leads_away(folder: Path, mapping: Mapping[str, Any]) -> bool:
     given = mapping.get("path")
     if not isinstance(given, str):
         return False
-    root = (folder / at_home(given)).resolve()
-    return not (root.is_relative_to(folder.resolve()) and root.is_dir())
+    root = real_path(folder / at_home(given))
+    return not (root.is_relative_to(real_path(folder)) and root.is_dir())
 
 
 def _api(called: str, environment: Mapping[str, str]) -> ClearmlApi:

@@ -17,6 +17,7 @@ import numpy as np
 
 from app.config.detect_config import DetectConfig
 from app.config.shipped import find_config
+from app.core.paths import real_path
 from app.data.acquire import find_dataset
 from app.data.dataset import DatasetDescription, read_class_names
 from app.data.films import Frame
@@ -290,7 +291,7 @@ def _run_folder(config: DetectConfig, sources: list[Source]) -> Path:
     for source in sources:
         if source.remote or source.kind == "stream":
             continue
-        if folder.resolve() in Path(str(source.address)).resolve().parents:
+        if real_path(folder) in real_path(str(source.address)).parents:
             raise UsageError(
                 f"--exist-ok: {source.address} lies in the run folder {folder} and could be replaced; choose another --name"
             )

@@ -24,7 +24,7 @@ from typing import Any
 
 from app.config.hyp import Hyp
 from app.config.train_config import TrainConfig
-from app.core.paths import at_home
+from app.core.paths import at_home, real_path
 from app.errors import UsageError, readable, suggest
 from app.outputs.atomic import write_atomic
 from app.outputs.run_dir import RunDir, folder_below
@@ -99,7 +99,7 @@ class Training:
         """Send a file to the trackers. One that is not in the run directory is copied there first."""
         given = Path(path)
         source = (self.save_dir / given if not given.exists() else given).resolve(strict=True)
-        if not source.is_relative_to(self.save_dir.resolve()):
+        if not source.is_relative_to(real_path(self.save_dir)):
             copy = folder_below(self.save_dir, _FOLDER) / source.name
             with open(source, "rb") as file:
                 write_atomic(copy, lambda out: shutil.copyfileobj(file, out))

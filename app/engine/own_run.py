@@ -12,6 +12,7 @@ from typing import Any
 from app.config.hyp import Hyp
 from app.config.train_config import AUTO_BATCH, TrainConfig
 from app.config.train_flags import RESUMABLE, TrainCommand
+from app.core.paths import real_path
 from app.engine.checkpoint import load_newest
 from app.errors import CheckpointError, UsageError
 from app.outputs.restarts import unfinished_run
@@ -64,7 +65,7 @@ def _own_run(status: Path, config: TrainConfig, root: Path) -> RunDir | None:
         return None
     path = Path(named)
     try:
-        at_home = path.parent.resolve() == project_dir(config.run_project, root).resolve()
+        at_home = real_path(path.parent) == real_path(project_dir(config.run_project, root))
     except UsageError:
         return None
     called = re.fullmatch(re.escape(config.run_name) + r"([1-9]\d*)?", path.name)

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from app.core.paths import real_path
 from app.engine.hooks import Hook, Hooks, Training
 from app.engine.progress import Progress, duration
 from app.engine.results import EpochRow
@@ -210,7 +211,7 @@ class Reporter:
 
     def _hook_logs(self, path: Path) -> None:
         if self._events is not None:
-            self._events.announce_file(self._run_path.resolve(), path, "artifact", run=self.label.uuid)
+            self._events.announce_file(real_path(self._run_path), path, "artifact", run=self.label.uuid)
 
     def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Return the metrics that are numbers; a hook may have added what is none."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
+
+from app.compiled import compiled
 
 Floats = NDArray[np.float32]
 
@@ -17,7 +18,7 @@ def match(detections: Tensor, image: Tensor, labels: Tensor, limits: Tensor) -> 
     return torch.from_numpy(_match(found, image.numpy(), actual, limits.numpy()))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _match(detections: Floats, image: NDArray[np.int64], labels: Floats, limits: Floats) -> NDArray[np.bool_]:
     correct = np.zeros((len(detections), len(limits)), np.bool_)
     taken = np.zeros((labels.shape[0], labels.shape[1], len(limits)), np.bool_)

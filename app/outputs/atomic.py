@@ -99,7 +99,13 @@ def _is_file(folder: Folder, name: str) -> bool:
 
 
 def _rename(folder: Folder, name: str, other: str) -> None:
-    os.replace(name, other, src_dir_fd=folder.descriptor, dst_dir_fd=folder.descriptor)
+    try:
+        os.replace(name, other, src_dir_fd=folder.descriptor, dst_dir_fd=folder.descriptor)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # By the file's own name: nobody knows the temporary one.
+        raise type(error)(error.errno, error.strerror, str(folder.path / other)) from None
 
 
 def _remove(folder: Folder, name: str) -> None:

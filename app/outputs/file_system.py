@@ -10,6 +10,8 @@ import re
 import uuid
 from pathlib import Path
 
+from app.core.paths import real_path
+
 MOUNTS = Path("/proc/self/mountinfo")
 
 NETWORK = frozenset(
@@ -37,7 +39,7 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
             mounts = MOUNTS.read_text(errors="surrogateescape")
         except OSError:
             return None
-    kind = file_system_type(path.resolve(), mounts)
+    kind = file_system_type(real_path(path), mounts)
     shared = kind in NETWORK or (kind.split(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
     return kind if shared else None
 

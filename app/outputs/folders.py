@@ -11,11 +11,14 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from app.core.folder import Folder
 from app.errors import FileRefused
+
+MOST_BYTES = 16 << 20
+"""Of a file that is read whole: settings, a worker's status, a tracker's cursor."""
 
 _named: list[Path] = []
 _settled: dict[Path, Path] = {}
@@ -115,9 +118,12 @@ def _is_followed_or_plain(state: os.stat_result) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a regular file of ours; raises OSError, FileRefused for what is none."""
+    """Return the content of a small regular file of ours; raises OSError, FileRefused for what is none."""
     with open(open_file(path, os.O_RDONLY), "rb") as file:
-        return file.read()
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise FileRefused(path, f"holds more than {MOST_BYTES >> 20} MiB, and is none of ours")
+    return content
 
 
 def state_of(path: Path) -> os.stat_result | None:
@@ -146,7 +152,7 @@ def names_in(path: Path) -> list[str]:
 
 def remove(path: Path) -> None:
     """Remove a file, or a link itself; nothing there is fine."""
-    with contextlib.suppress(FileNotFoundError), open_folder(path.parent) as folder:
+    with contextlib.suppress(FileNotFoundError), open_folder(path.parent) as folder, _named_whole(path):
         os.unlink(path.name, dir_fd=folder.descriptor)
 
 
@@ -156,7 +162,16 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path.name, ignore_errors=True, dir_fd=folder.descriptor)
 
 
+@contextlib.contextmanager
+def _named_whole(path: Path) -> Iterator[None]:
+    """Name the whole path in an error of a system call that was given a descriptor and the last part of the path."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
 def rename(path: Path, target: Path) -> None:
     """Give a file another name, replacing what has it."""
-    with open_folder(path.parent) as here, open_folder(target.parent) as there:
+    with open_folder(path.parent) as here, open_folder(target.parent) as there, _named_whole(target):
         os.replace(path.name, target.name, src_dir_fd=here.descriptor, dst_dir_fd=there.descriptor)

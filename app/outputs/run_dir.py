@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from app.core.paths import real_path
 from app.errors import UsageError, refusal
 from app.outputs.folders import make_folder, name_top, open_folder
 from app.outputs.folders import runs_root as runs_root
@@ -40,8 +43,8 @@ def folder_below(parent: Path, *parts: str) -> Path:
 
     Raises UsageError where it leads out of `parent`.
     """
-    path, top = parent.joinpath(*parts), parent.resolve()
-    real = path.resolve()
+    path, top = parent.joinpath(*parts), real_path(parent)
+    real = real_path(path)
     if not real.is_relative_to(top):
         raise UsageError(
             f"{path}: a link that leads out of {parent}, to {real}; "
@@ -79,18 +82,32 @@ def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = Fals
     Raises UsageError where the project leaves `root` or cannot be written, DiskFull where there is no room.
     """
     parent = project_dir(project, root)
+    if exist_ok:
+        return make_run_dir(folder_below(parent, name))
+    with _written_in(parent):
+        path = next_free_dir(parent, name)
+    name_top(path)
+    return path
+
+
+def make_run_dir(path: Path) -> Path:
+    """Make the folder of a run where it is missing, and return it. Raises as `create_run_dir` does."""
+    with _written_in(path.parent):
+        make_folder(path)
+    name_top(path)
+    return path
+
+
+@contextmanager
+def _written_in(parent: Path) -> Iterator[None]:
+    """Say which folder results cannot be written in, and why."""
     try:
-        if exist_ok:
-            path = folder_below(parent, name)
-            make_folder(path)
-        else:
-            path = next_free_dir(parent, name)
-        name_top(path)
-        return path
+        yield
     except OSError as error:
+        place = error.filename or parent
         raise refusal(error, parent) or UsageError(
-            f"{parent}: results cannot be written here ({error.strerror}); "
-            "check the folder's owner, or choose another --project"
+            f"{place}: results cannot be written here ({error.strerror}); "
+            "check what is there and its owner, or choose another --project"
         ) from None
 
 

@@ -14,7 +14,7 @@ from app.config.hyp import Hyp
 from app.config.shipped import find_config
 from app.config.train_config import OPTIMIZERS, TrainConfig
 from app.config.yaml_reader import read_yaml
-from app.core.paths import at_home
+from app.core.paths import at_home, real_path
 from app.errors import ConfigError, UsageError, readable, suggest
 from app.search.genes import GENES, Gene, genes_of
 
@@ -181,7 +181,7 @@ def _beside(folder: Path, name: Any) -> Any:
         return name
     path = folder / at_home(name)
     with readable(UsageError):
-        return str(path.resolve()) if path.is_file() else name
+        return str(real_path(path)) if path.is_file() else name
 
 
 def _gene(name: str, item: Any, place: str) -> Gene:
@@ -292,4 +292,4 @@ def _start(setting: Setting, config: TrainConfig, source: str) -> int | str:
 
 
 def _same_layout(one: str, other: str) -> bool:
-    return find_config("layouts", one).resolve() == find_config("layouts", other).resolve()
+    return real_path(find_config("layouts", one)) == real_path(find_config("layouts", other))

@@ -37,8 +37,8 @@ from app.engine.training import (
 )
 from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import write_atomic
-from app.outputs.folders import is_file, make_folder, name_top, names_in, remove, remove_tree, rename
-from app.outputs.run_dir import RunDir, folder_below, project_dir, runs_root
+from app.outputs.folders import is_file, make_folder, names_in, remove, remove_tree, rename
+from app.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
 from app.search.journal import locked
@@ -82,7 +82,6 @@ def search(config: TrainConfig) -> None:
     progress = Progress()
     hooks = find_hooks(config.hooks)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
-    name_top(directory)
     check_storage(config.study, directory, allow_nfs=config.allow_nfs)
     seed_hyp = read_hyp(config)
     space, seed_settings = read_space(config)
@@ -91,6 +90,7 @@ def search(config: TrainConfig) -> None:
     workshops = Workshops(config, seed_hyp, progress.say)
     config = workshops.usual.config
     warn_of_idle(config, seed_hyp, workshops.usual.data, progress.say)
+    make_run_dir(directory)
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")

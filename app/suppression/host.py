@@ -12,10 +12,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.compiled import compiled
 from app.suppression.rules import MAX_CANDIDATES, Rules, below
 
 HEAD = 2048
@@ -54,7 +54,7 @@ def _suppress_image(rows: Floats, wanted: NDArray[np.bool_], rules: Rules) -> Fl
     return _keep(rows, keys[:MAX_CANDIDATES], over, limit, rules.agnostic)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _candidates(rows: Floats, conf: np.float32, wanted: NDArray[np.bool_], multi_label: bool) -> Keys:
     """Return a key for each candidate: they sort by falling confidence, of equals by rising place.
 
@@ -86,7 +86,7 @@ def _candidates(rows: Floats, conf: np.float32, wanted: NDArray[np.bool_], multi
     return keys[:count]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _keep(rows: Floats, keys: Keys, over: np.float32, limit: int, agnostic: bool) -> Floats:
     """Return [n,6] xyxy, confidence, class of the sorted candidates that no kept one of their group overlaps."""
     nc = rows.shape[1] - 5

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from app.core.paths import real_path
 from app.errors import UsageError
 from app.outputs.atomic import write_atomic
 from app.outputs.redaction import without_credentials
@@ -391,8 +392,8 @@ class MlflowTracker:
             self._copy(file, local / file.relative_to(packed))
 
     def _copy(self, source: Path, target: Path) -> None:
-        root = (self._folder / "artifacts").resolve()
-        if not target.resolve().is_relative_to(root):
+        root = real_path(self._folder / "artifacts")
+        if not real_path(target).is_relative_to(root):
             raise TrackerRejectedError(f"{target} is outside {root}")
         with open(source, "rb") as file:
             write_atomic(target, lambda out: shutil.copyfileobj(file, out))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.core.paths import real_path
 from app.core.regular_file import printable
 from app.errors import UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
@@ -84,7 +85,7 @@ def export(directory: Path, target: Path, *, force: bool = False) -> int:
     find_logs(directory)
     if target.exists() and not force:
         raise UsageError(f"{target}: is there already; name another with --out, or replace it with --force")
-    if target.resolve().is_relative_to(directory.resolve()):
+    if real_path(target).is_relative_to(real_path(directory)):
         raise UsageError(f"{target}: lies within the run itself; name a place outside with --out")
     files = sorted(_run_files(directory))
 
@@ -94,7 +95,7 @@ def export(directory: Path, target: Path, *, force: bool = False) -> int:
                 stored = path.suffix in {".pt", ".onnx", ".jpg", ".png"}  # compressed as they are
                 kind = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
                 archive.write(
-                    path, printable(Path(directory.resolve().name) / path.relative_to(directory)), kind
+                    path, printable(Path(real_path(directory).name) / path.relative_to(directory)), kind
                 )
 
     write_atomic(target, write)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.core.paths import real_path
 from app.errors import refusal
 from app.outputs.folders import is_file, names_in, open_file
 from app.outputs.redaction import without_credentials
@@ -39,7 +40,7 @@ class TensorBoardTracker:
 
     def destination(self, log_dir: Path) -> str:
         """Name the folder: seen from elsewhere, events go through the files that are there once more."""
-        return f"files:{log_dir.resolve()}"
+        return f"files:{real_path(log_dir)}"
 
     def start_run(self, run: Run) -> str:
         """Open the run's file, and write the parameters into it."""

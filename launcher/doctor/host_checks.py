@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from app.core.folder import Folder
+from app.core.paths import real_path
 from launcher.box import Box
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
@@ -143,7 +144,7 @@ def check_locks(runs: Path) -> Finding:
 
 def check_file_system(runs: Path, mounts: Mapping[str, str]) -> Finding:
     """Judge the file system of the folder; `mounts` are types by mount point."""
-    real = runs.resolve()
+    real = real_path(runs)
     point = max(
         (point for point in mounts if real.is_relative_to(point)),
         key=lambda point: len(Path(point).parts),

@@ -311,7 +311,7 @@ def test_the_old_loop_of_docker_run_lines_cooperates_without_the_launcher(
             )  # fmt: skip
             assert started.returncode == 0, started.stderr
             containers.append(started.stdout.strip())
-        codes = [docker("wait", container, timeout_s=240).stdout.strip() for container in containers]
+        codes = [docker("wait", container, timeout_s=600).stdout.strip() for container in containers]
         assert codes == ["0", "0"], "".join(docker("logs", container).stderr for container in containers)
         rows = (runs / "gbr" / "search" / "evolve.csv").read_text().splitlines()
         assert len(rows) == 1 + 3

@@ -12,6 +12,7 @@ import pytest
 from app import detect, export, settings, train, val
 from app.core.folder import LinkRefused
 from app.data.__main__ import main as data_command
+from app.errors import FileRefused
 from app.outputs import atomic
 from app.outputs.atomic import append_line, atomic_path, sweep, write_atomic
 from app.outputs.folders import name_top, open_file, remove, remove_tree
@@ -82,7 +83,11 @@ def dangling(link: Path, target: Path) -> None:
     link.symlink_to(target.parent / "outside" / "not there" / "either")
 
 
-PLANTS: tuple[Plant, ...] = (absolute, relative, dangling)
+def loop(link: Path, target: Path) -> None:
+    link.symlink_to(link.name)
+
+
+PLANTS: tuple[Plant, ...] = (absolute, relative, dangling, loop)
 
 
 def plant(place: Path, outside: Path, how: Plant) -> None:
@@ -369,6 +374,53 @@ def test_a_second_name_of_somebody_elses_file_and_a_pipe_are_refused_where_a_fil
     said = capsys.readouterr()
     assert f"{place}: is " in said.out + said.err
     assert precious.read_text() == "as it was\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "args"),
+    [
+        ("train", []),
+        ("train/exp", []),
+        ("train/exp/weights", []),
+        ("blood", SEARCH),
+        ("blood/search", SEARCH),
+    ],
+)
+def test_a_pipe_in_place_of_a_folder_is_exit_2_by_name(
+    quick: list[str], runs: Path, capsys: pytest.CaptureFixture[str], place: str, args: list[str]
+) -> None:
+    (runs / place).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(runs / place)
+    assert train.main([*quick, *args]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {runs / place}: ")
+    assert said.count("\n") == 1
+    assert "what is there" in said
+
+
+def test_a_folder_in_place_of_a_file_is_named_by_the_files_own_name(
+    quick: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("results.csv", "opt.yaml", "summary.json", "weights/last.previous.pt"):
+        shutil.rmtree(runs / "train", ignore_errors=True)
+        (runs / "train/exp" / name / "inside").mkdir(parents=True)
+        if name.startswith("weights"):
+            (runs / "train/exp/weights/last.pt").touch()
+        assert train.main(quick) == 2, name
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {runs}/train/exp/{name}: ")
+        assert said.count("\n") == 1
+        assert (runs / "train/exp" / name / "inside").is_dir()
+
+
+def test_a_file_of_ours_that_somebody_made_endless_is_refused_unread(runs: Path) -> None:
+    from app.outputs.folders import read_file
+
+    runs.mkdir(exist_ok=True)
+    (runs / "settings.json").touch()
+    os.truncate(runs / "settings.json", 1 << 40)
+    with pytest.raises(FileRefused, match="more than 16 MiB"):
+        read_file(runs / "settings.json")
 
 
 def test_pipes_hang_no_reader(quick: list[str], runs: Path) -> None:

@@ -35,6 +35,19 @@ def test_a_link_at_the_top_is_followed_and_below_it_is_refused(tmp_path: Path) -
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("link", ["runs", "disk"])
+def test_a_link_to_nothing_at_the_top_is_named_and_what_it_names_is_not_made(
+    tmp_path: Path, link: str
+) -> None:
+    (tmp_path / link).symlink_to(tmp_path / "not mounted")
+    with pytest.raises(
+        FileNotFoundError, match=r"is a symbolic link to .*not mounted, where nothing is"
+    ) as error:
+        Folder.resolve(tmp_path / {"runs": "runs", "disk": "disk/runs"}[link], create=True)
+    assert error.value.filename == str(tmp_path / link)
+    assert not (tmp_path / "not mounted").exists()
+
+
 def test_a_folder_stays_itself_when_its_path_is_swapped_for_a_link(tmp_path: Path) -> None:
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "victim").mkdir()

@@ -28,6 +28,7 @@ STOREYS = [
     ["app.plots"],
     ["app.data", "app.model", "app.loss", "app.metrics"],
     ["app.matching", "app.suppression"],
+    ["app.compiled"],
     ["app.boxes"],
     ["app.settings"],
     ["app.clearml_client"],

@@ -163,6 +163,23 @@ def test_results_of_a_fleet_that_runs_stay(
     assert (run / "weights/last.pt").exists()
 
 
+def test_results_whose_lock_file_somebody_removed_stay_while_the_trainer_holds_the_folder(
+    tmp_path: Path,
+) -> None:
+    from app.outputs.run_lock import run_lock
+
+    run = tmp_path / "runs/blood/x"
+    (run / "weights").mkdir(parents=True)
+    [found] = run_folders(tmp_path / "runs", "blood/x", [])
+    with run_lock(run):
+        (run / ".lock").unlink()
+        with pytest.raises(UsageError, match="is in use"), unused(tmp_path / "runs", found):
+            pass
+    with unused(tmp_path / "runs", found) as folder:
+        delete(tmp_path / "runs", found, folder)
+    assert not run.exists()
+
+
 @pytest.mark.parametrize("lock", [".lock", "candidates/7/.lock", "leases/0007", "study.lock"])
 def test_results_whose_lock_is_held_stay_and_the_holder_is_named(lock: str, tmp_path: Path) -> None:
     path = make_run(tmp_path)

@@ -116,6 +116,17 @@ def test_a_link_in_the_folder_and_set_id_bits_give_nobody_anything(hold: Hold, t
         assert mode(runs / "shell") == 0o755
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.symlink_to(tmp_path / "disk")
+    with (
+        pytest.raises(UsageError, match=r"is a symbolic link to .*disk, where nothing is"),
+        runs_folder(runs, "10001:10001", print),
+    ):
+        pass
+    assert not (tmp_path / "disk").exists()
+
+
 @needs_root
 def test_somebody_elses_link_to_a_folder_of_roots_is_refused(hold: Hold, tmp_path: Path) -> None:
     (tmp_path / "roots").mkdir()
