@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from app.core.budget import BudgetExceeded
-from app.core.regular_file import open_regular, printable
+from app.core.regular_file import open_regular
 from app.core.tar_reader import TarReader, is_tar
 from app.core.unpacked_stream import DamagedArchive
+from app.core.words import printable
 from app.data.zip_reader import ZipReader, is_zip, kind_of, why_unread
 from app.errors import DataError, DiskFull
 

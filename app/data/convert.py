@@ -25,7 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from app.core.budget import Budget, BudgetExceeded
-from app.core.regular_file import is_file, open_regular, printable, read_regular
+from app.core.regular_file import is_file, open_regular, read_regular
+from app.core.words import printable
 from app.data.json_stream import members
 from app.errors import DataError, refusal, suggest
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.core.regular_file import printable
+from app.core.words import printable
 from app.errors import UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
 from app.tracking.cursor import Cursor
