@@ -20,7 +20,7 @@ import pytest
 
 from app.core.budget import SECONDS
 from app.data.archive import unpack
-from app.data.convert import CONVERTERS
+from app.data.converters import CONVERTERS
 from app.data.images import decode_image, read_header
 from app.data.labels import read_labels
 from app.data.pictures import find_pictures

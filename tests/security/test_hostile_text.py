@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.data.convert import CONVERTERS
+from app.data.converters import CONVERTERS
 from app.data.json_stream import members
 from app.data.labels import read_labels
 from app.data.pictures import find_pictures
@@ -80,9 +80,10 @@ def test_no_reader_hangs_on_a_device_or_stumbles_over_a_name(tmp_path: Path) -> 
             read_evolve_csv(path)
 
 
-def test_a_list_whose_entries_no_file_system_takes_still_yields_paths(tmp_path: Path) -> None:
+def test_a_list_whose_entries_no_file_system_takes_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{LONG}.jpg\n../{LONG}/{LONG}.png\na.jpg\n")
-    assert len(list(find_pictures([tmp_path / "list.txt"], tmp_path, "train"))) == 3
+    with pytest.raises(DataError, match=r"list\.txt:1: 3 of 3 entries are not there"):
+        find_pictures([tmp_path / "list.txt"], tmp_path, "train")
     with pytest.raises(DataError, match=r"list\.txt:1"):
         find_sources(str(tmp_path / "list.txt"))
 
@@ -186,7 +187,7 @@ def test_a_large_coco_file_is_read_piece_by_piece(tmp_path: Path, measured: Meas
             file.write(", " + ", ".join([row] * 1000))
         file.write("]}")
     setup = """
-from app.data.convert import CONVERTERS
+from app.data.converters import CONVERTERS
 def read(path):
     assert CONVERTERS["coco"](path.parent, ["a"], source=path.name, images="images") == 1
 """
