@@ -71,7 +71,7 @@ def test_no_reader_hangs_on_a_device_or_stumbles_over_a_name(tmp_path: Path) -> 
     for path in odd_paths(tmp_path, ".txt"):
         assert read_labels(path, 1).problems
         with pytest.raises(DataError):
-            list(find_pictures([path], tmp_path, "data.yaml: train"))
+            find_pictures([path], tmp_path, "data.yaml: train")
         with pytest.raises(DataError):
             find_sources(str(path))
         with pytest.raises(DataError):
@@ -91,7 +91,7 @@ def test_a_list_whose_entries_no_file_system_takes_is_named_by_its_line(tmp_path
 def test_a_list_of_one_endless_line_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"a" * 100_000)
     with pytest.raises(DataError, match="more than 16,384 characters"):
-        list(find_pictures([tmp_path / "list.txt"], tmp_path, "train"))
+        find_pictures([tmp_path / "list.txt"], tmp_path, "train")
 
 
 def coco(**changes: object) -> str:
