@@ -75,7 +75,8 @@ def read_mapping(path: Path) -> dict[str, Value]:
 def _read(path: Path) -> bytes:
     """Return the bytes of a regular file, never waiting for a pipe."""
     from app.core.budget import BudgetExceeded
-    from app.core.regular_file import printable, read_regular
+    from app.core.regular_file import read_regular
+    from app.core.words import printable
 
     try:
         return read_regular(path, MOST_BYTES)

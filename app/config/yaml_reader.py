@@ -10,8 +10,8 @@ import yaml
 
 from app.core.budget import BudgetExceeded
 from app.core.plain_yaml import NotYaml, load_yaml
-from app.core.regular_file import printable, read_regular
-from app.core.words import shown
+from app.core.regular_file import read_regular
+from app.core.words import printable, shown
 from app.errors import StarlingError, UsageError, readable
 from app.outputs.atomic import write_atomic
 

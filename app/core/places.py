@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from app.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, suffix_of
+from app.core.regular_file import found, open_regular
 
 PlaceKind = Literal["folder", "archive", "checkpoint", "model", "image", "table", "file", "special"]
 
@@ -49,12 +50,14 @@ class Place(NamedTuple):
 def look_at(path: Path) -> Place | None:
     """Return what lies at `path`, by its first bytes and its suffix; None where nothing does. Links are followed."""
     try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
+        state = found(path)
+    except OSError:  # it cannot be known
         return None
-    if stat.S_ISDIR(mode):
+    if state is None:
+        return None
+    if stat.S_ISDIR(state.st_mode):
         return Place("folder", "a folder")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(state.st_mode):
         return Place("special", "no regular file")
     suffix = suffix_of(path.name)
     if suffix in _CHECKPOINTS:
@@ -72,7 +75,7 @@ def look_at(path: Path) -> Place | None:
 
 def _archive(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(_TAR_AT + len(_TAR_MARK))
     except OSError:
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 from typing import IO
 
 from app.core.budget import BudgetExceeded
@@ -61,6 +60,11 @@ def found(path: str | os.PathLike[str]) -> os.stat_result | None:
         return None
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Return whether anything is at `path`, as `found` sees it."""
+    return found(path) is not None
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is a regular file, as `found` sees it."""
     state = found(path)
@@ -71,11 +75,6 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is a folder, as `found` sees it."""
     state = found(path)
     return state is not None and stat.S_ISDIR(state.st_mode)
-
-
-def printable(name: str | Path) -> str:
-    """Return a name that any terminal and any UTF-8 file takes: what is no text, or moves a cursor, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def _open(path: str | os.PathLike[str]) -> int:

@@ -19,11 +19,11 @@ class DamagedArchive(Exception):
     """An archive that is cut, damaged, or made to mislead; the message is the reason alone."""
 
 
-class Inflate:
-    """zlib's decompressor, with the interface of bz2's and lzma's."""
+class _Gunzip:
+    """zlib's decompressor of gzip, with the interface of bz2's and lzma's."""
 
-    def __init__(self, wbits: int = 31) -> None:
-        self._inflate = zlib.decompressobj(wbits)
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
         self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
@@ -46,7 +46,7 @@ def _xz() -> Any:
 
 
 _KINDS: dict[bytes, Callable[[], Any]] = {
-    b"\x1f\x8b": Inflate,
+    b"\x1f\x8b": _Gunzip,
     b"BZh": bz2.BZ2Decompressor,
     b"\xfd7zXZ\0": _xz,
     b"\x5d\0\0": _xz,
@@ -84,7 +84,7 @@ class _Unpacked(io.RawIOBase):
             packed, self._rest = self._rest, b""
             if not packed and self._unpack.needs_input and not (packed := self._file.read(CHUNK)):
                 raise DamagedArchive("it ends too early")
-            content = decompress(self._unpack, packed, len(buffer))
+            content = _decompress(self._unpack, packed, len(buffer))
             if content:
                 self._count(len(content))
                 buffer[: len(content)] = content
@@ -101,7 +101,7 @@ class _Unpacked(io.RawIOBase):
         return bool(self._rest)
 
 
-def decompress(unpack: Any, packed: bytes, most: int = CHUNK) -> bytes:
+def _decompress(unpack: Any, packed: bytes, most: int) -> bytes:
     """Return the next bytes, at most `most`, of a decompressor. Raises DamagedArchive."""
     try:
         content: bytes = unpack.decompress(packed, most)

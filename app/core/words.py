@@ -10,5 +10,10 @@ def shown(words: object, most: int = MOST_SHOWN) -> str:
     """Return the first line of `words`, control characters written as escapes, cut to `most` characters."""
     text = str(words)[: 4 * most].strip()
     line = (text.splitlines() or [""])[0]
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return printable if len(printable) <= most else f"{printable[: most - 1]}…"
+    text = printable(line)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(words: object) -> str:
+    """Return words that any terminal and any UTF-8 file takes: what is no text, or moves a cursor, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(words))

@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from app.core.budget import BudgetExceeded
-from app.core.regular_file import open_regular, printable
+from app.core.regular_file import open_regular
 from app.core.tar_reader import TarReader, is_tar
 from app.core.unpacked_stream import DamagedArchive
-from app.data.zip_reader import ZipReader, is_zip
+from app.core.words import printable
+from app.data.zip_reader import ZipReader, is_zip, kind_of, why_unread
 from app.errors import DataError, DiskFull
 
 MAX_ENTRIES = 4_000_000
@@ -129,17 +130,18 @@ def _entries(file: IO[bytes], archive: Path) -> Iterator[_Entry]:
 
 
 def _zip_entries(file: ZipReader, archive: Path) -> Iterator[_Entry]:
-    needed, free = sum(entry.size for entry in file.entries()), shutil.disk_usage(archive.parent).free
+    needed, free = sum(entry.file_size for entry in file.entries), shutil.disk_usage(archive.parent).free
     if needed > free:
         raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
-    for entry in file.entries():
-        name = printable(entry.name)
-        if entry.kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise DataError(f"{archive}: {name} is a link or a device; refused")
-        if entry.encrypted:
-            raise DataError(f"{archive}: {name} is encrypted; unpack it yourself")
-        if not entry.is_folder and not _is_noise(entry.name):
-            yield _Entry(entry.name, entry.size, partial(file.chunks, entry))
+    for entry in file.entries:
+        # zipfile ends a name at a NUL; the whole one is refused for it.
+        name = entry.orig_filename if "\0" in entry.orig_filename else entry.filename
+        if kind_of(entry) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DataError(f"{archive}: {printable(name)} is a link or a device; refused")
+        if problem := why_unread(entry):
+            raise DataError(f"{archive}: {printable(name)} {problem}")
+        if not name.endswith("/") and not _is_noise(name):
+            yield _Entry(name, entry.file_size, partial(file.chunks, entry))
 
 
 def _tar_entries(file: TarReader, archive: Path) -> Iterator[_Entry]:

@@ -25,7 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from app.core.budget import Budget, BudgetExceeded
-from app.core.regular_file import is_file, open_regular, printable, read_regular
+from app.core.regular_file import is_file, open_regular, read_regular
+from app.core.words import printable
 from app.data.json_stream import members
 from app.errors import DataError, refusal, suggest
 
@@ -250,14 +251,24 @@ def convert_open_images(
     _check_names(root / classes, list(described.values()), names)
     numbers = {label: number for number, label in enumerate(described)}
     pictures = elsewhere = 0
+    apart: set[Path] = set()
     with _new_labels(folder) as labels:
         rows = _open_images_rows(below(root, source), numbers)
         for image, some in groupby(rows, key=itemgetter(0)):
             if not (folder / f"{image}.jpg").is_file():
                 elsewhere += sum(1 for _ in some)
                 continue
-            lines = _label_lines((row for _, row in some if row is not None), 1, 1)
-            pictures += _add_lines(labels / f"{image}.txt", lines)
+            path = labels / f"{image}.txt"
+            lines = _once(path, _label_lines((row for _, row in some if row is not None), 1, 1))
+            if path.exists():
+                apart.add(path)
+            else:
+                pictures += 1
+            _write_lines(path, lines, "a")
+        for path in apart:
+            with open(path, encoding="utf-8") as file:
+                lines = _once(path, map(str.rstrip, file))
+            _write_lines(path, lines, "w")
         if not pictures:
             raise DataError(f"{folder}: no picture of {source} is there; they belong there as ImageID.jpg")
     return Converted(pictures, f"{elsewhere} rows of pictures that are not in {images}" if elsewhere else "")
@@ -346,18 +357,22 @@ def _new_labels(images: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _add_lines(path: Path, lines: Iterable[str]) -> bool:
-    """Add lines, but none twice, to a label file in the making; return whether it is a new one."""
+def _write_lines(path: Path, lines: Iterable[str], mode: str) -> None:
+    """Write lines to a label file in the making, or add them."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def _once(path: Path, lines: Iterable[str]) -> list[str]:
+    """Return each line once; raises DataError for more than one picture can have."""
     from app.data.labels import MAX_ROWS
 
-    new = not path.exists()
-    merged = dict.fromkeys([] if new else path.read_text("utf-8").splitlines())
+    once: dict[str, None] = {}
     for line in lines:
-        merged[line] = None
-        if len(merged) > MAX_ROWS:
+        once[line] = None
+        if len(once) > MAX_ROWS:
             raise DataError(f"{path.stem}: over {MAX_ROWS} boxes in one picture; fetch the annotations again")
-    path.write_text("".join(f"{line}\n" for line in merged), "utf-8")
-    return new
+    return list(once)
 
 
 def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from app.core.lock import take, try_flock
 from app.core.plain_json import read_json
-from app.core.regular_file import printable
+from app.core.words import printable
 from app.data.paced import PacedHttp, PacedHttps
 from app.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
 from app.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic

@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.core.regular_file import is_file
 from app.data.edit_list import shown_seconds
-from app.data.images import MAX_PIXELS, MIN_SIDE
+from app.data.images import MIN_SIDE
 from app.errors import DataError
 
 VIDEO_SUFFIXES = frozenset(
@@ -40,7 +40,8 @@ ANIMATED_SUFFIXES = frozenset((".apng", ".gif", ".png", ".webp"))
 """Images that may hold several frames, which are looked at one by one."""
 STREAM_TIMEOUT_MS = 15_000
 MAX_FRAME_PIXELS = 8192 * 4352
-"""Of a film: 8K is smaller. A decoder holds some 20 frames, those that later ones refer to."""
+"""Of a film or an animated image: 8K is smaller. A decoder holds some 20 frames of a film, those that later ones refer
+to, and up to 24 bytes a pixel of an animated image."""
 SNIFFED = 1 << 16
 """Bytes in which the head of an animated PNG or WebP says that it is one."""
 ANIMATION_FPS = 10.0
@@ -97,8 +98,9 @@ def read_animation(path: Path, shown: str, stride: int, ended: Ended) -> Generat
     number = total = 0
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
+            _check_frame(*image.size, shown)
+            if min(image.size) < MIN_SIDE:
+                width, height = image.size
                 raise DataError(
                     f"{shown}: frames of {width} x {height} pixels; scale them, each side {MIN_SIDE} or more"
                 )
@@ -108,6 +110,7 @@ def read_animation(path: Path, shown: str, stride: int, ended: Ended) -> Generat
             fps = 1000 / milliseconds if milliseconds else ANIMATION_FPS
             while number < total:
                 image.seek(number)
+                _check_frame(*image.size, shown)  # a frame of a GIF may be larger than those before it
                 if number % stride == 0:
                     pixels = np.array(image.convert("RGB"))
                     yield Frame(image=pixels, number=number, total=-(-total // stride), fps=fps / stride)
@@ -214,7 +217,7 @@ def _shown_frames(listed: int, address: str | int, fps: float) -> int:
 def _check_frame(width: float, height: float, shown: str) -> None:
     if width * height > MAX_FRAME_PIXELS:
         raise DataError(
-            f"{shown}: frames of {width:.0f} x {height:.0f} pixels, over {MAX_FRAME_PIXELS:,}; scale the film down"
+            f"{shown}: frames of {width:.0f} x {height:.0f} pixels, over {MAX_FRAME_PIXELS:,}; scale them down"
         )
 
 

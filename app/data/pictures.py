@@ -20,7 +20,7 @@ from app.core.file_kinds import (
 )
 from app.core.paths import at_home
 from app.core.places import look_at
-from app.core.regular_file import is_file, is_folder, open_regular
+from app.core.regular_file import exists, is_file, is_folder, open_regular
 from app.data.findings import Finding
 from app.data.left_out import LeftOut
 from app.errors import DataError
@@ -101,17 +101,6 @@ def _in_any_case(root: Path, parts: list[str]) -> Path | None:
             return None
         root = root / names[0]
     return root
-
-
-def exists(path: Path) -> bool:
-    """Return whether something is at a path; raises PermissionError for a folder that may not be looked into."""
-    try:
-        path.stat()
-    except PermissionError:
-        raise
-    except (OSError, ValueError):  # a name that no file system takes among them
-        return False
-    return True
 
 
 def _walk(folder: Path, found: FoundImages) -> None:

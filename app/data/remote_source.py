@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
-from app.core.regular_file import printable
+from app.core.words import printable
 from app.data.paced import PacedHttp, PacedHttps
 from app.errors import DataError
 from app.outputs.atomic import write_atomic

@@ -11,6 +11,9 @@ import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from app.core.bounded_zip import open_zip
+from app.core.regular_file import open_regular
+
 SCANNED = 4 << 20
 """Bytes of a pickle that are looked at; that of an official checkpoint has under 1 MiB."""
 
@@ -118,20 +121,12 @@ _HEADS: tuple[tuple[bytes, int, str], ...] = (
 def foreign_kind(path: Path) -> str | None:
     """Return what a file is, `a YOLOv8 checkpoint`; None where nothing says so. Reads a bounded part of the file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(SCANNED)
-        if not head.startswith(b"PK"):
-            return _of_head(head) or _of_pickle(head)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            for part, kind in _ZIP_KINDS:
-                if any(part in name for name in names):
-                    return kind
-            pickled = next((name for name in names if name.endswith("data.pkl")), None)
-            if pickled is None:
-                return "a zip archive without a checkpoint in it"
-            with archive.open(pickled) as entry:
-                return _of_pickle(entry.read(SCANNED))
+            if not head.startswith(b"PK"):
+                return _of_head(head) or _of_pickle(head)
+            with open_zip(file, SCANNED) as archive:
+                return _of_zip(archive)
     except Exception:  # a damaged or hostile file makes the standard library raise nearly anything
         return None
 
@@ -147,6 +142,20 @@ def family_of_tensors(names: Iterable[str]) -> str | None:
         ),
         None,
     )
+
+
+def _of_zip(archive: zipfile.ZipFile) -> str | None:
+    names = archive.namelist()
+    for part, kind in _ZIP_KINDS:
+        if any(part in name for name in names):
+            return kind
+    pickled = next((name for name in names if name.endswith("data.pkl")), None)
+    if pickled is None:
+        return "a zip archive without a checkpoint in it"
+    if archive.getinfo(pickled).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return None  # zipfile unpacks the other methods without a bound
+    with archive.open(pickled) as entry:
+        return _of_pickle(entry.read(SCANNED))
 
 
 def _of_head(head: bytes) -> str | None:

@@ -14,6 +14,8 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
+from app.core.bounded_zip import open_zip
+from app.core.budget import BudgetExceeded
 from app.core.regular_file import open_regular
 from app.errors import CheckpointError
 from app.model.inert_pickle import GLOBALS, Pickled, Storage, Table, read_pickle
@@ -67,12 +69,12 @@ def open_zip_form(path: Path) -> Iterator[ZipForm]:
     """Open a file of the present form, without reading its pickle; raises as `open_torch_file` does."""
     with open_regular(path) as file:
         size = _true_size(file)
-        directory = _ShortReads(file)
         try:
-            archive = zipfile.ZipFile(directory)  # type: ignore[call-overload]  # it needs read, seek and tell
+            archive = open_zip(file, MAX_DIRECTORY_BYTES)
+        except BudgetExceeded as error:
+            raise CheckpointError(f"not a checkpoint: {error}") from None
         except zipfile.BadZipFile:
             raise CheckpointError("damaged, or not a checkpoint: neither of torch's two forms") from None
-        directory.limit = None
         with archive:
             yield ZipForm(archive, file, size)
 
@@ -85,20 +87,6 @@ def _true_size(file: IO[bytes]) -> int:
     if on_disk and state.st_size > max(_SPARSE_FROM, _SPARSE_RATIO * on_disk):
         raise CheckpointError("most of the file is a hole without bytes on the disk; copy the file again")
     return state.st_size
-
-
-class _ShortReads:
-    """The file that a zip's list of entries is read from: the list is read at once, however long it says it is."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.limit: int | None = MAX_DIRECTORY_BYTES
-        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
-
-    def read(self, size: int = -1) -> bytes:
-        if self.limit is not None and size > self.limit:
-            raise CheckpointError(f"a zip whose list of entries is over {self.limit // 2**20} MiB")
-        return self._file.read(size)
 
 
 class ZipForm:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.paths import real_path
-from app.core.regular_file import printable
+from app.core.words import printable
 from app.errors import UsageError
 from app.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
 from app.tracking.cursor import Cursor

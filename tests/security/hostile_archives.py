@@ -124,12 +124,17 @@ def overlapping_zip(count: int) -> bytes:
     return whole[:at] + directory + tail
 
 
-def lzma_zip(dictionary: int) -> bytes:
-    """Return a zip file packed by LZMA that claims this dictionary."""
-    whole = bytearray(zip_of(("a", b"x" * 1000), method=zipfile.ZIP_LZMA))
-    at = 30 + 1 + 4 + 1
-    whole[at : at + 4] = struct.pack("<L", dictionary)
-    return bytes(whole)
+def crowded_zip() -> bytes:
+    """Return a zip file whose directory alone is 33 MiB: 750,000 entries without a name."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, *(0,) * 15)
+    directory = entry * 750_000
+    return directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(directory), 0, 0)
+
+
+def zip_named(name: bytes, flags: bytes = b"\0\0") -> bytes:
+    """Return a zip file whose one entry has this name of five bytes."""
+    whole = zip_of(("01234", b"x" * 100)).replace(b"01234", name)
+    return edited_zip(8, flags, whole)
 
 
 ZEROS = tar_of(("zeros", bytes(70 << 20)))
@@ -172,15 +177,23 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "file-then-folder": (lambda: tar_of(("a", b"x"), ("a/b", b"y")), "twice|not a dir|Not a dir"),
     "zip-cut": (lambda: cut(GOOD_ZIP, 0.6), "cut"),
     "zip-encrypted": (lambda: edited_zip(8, b"\1\0"), "encrypted"),
-    "zip-method": (lambda: edited_zip(10, b"\x63\0"), "method 99"),
-    "zip-claims-less": (lambda: edited_zip(24, struct.pack("<L", 5)), "more than the 5 bytes"),
-    "zip-claims-more": (lambda: edited_zip(24, struct.pack("<L", 5000)), "checksum"),
-    "zip-checksum": (lambda: edited_zip(16, b"\0\0\0\0"), "checksum"),
-    "zip-offset": (lambda: edited_zip(42, struct.pack("<L", 7)), "not where|outside"),
+    "zip-method": (lambda: edited_zip(10, b"\x62\0"), "method 98, which is not read; unpack"),
+    "zip-bzip2": (lambda: zip_of(("a", b"x"), method=zipfile.ZIP_BZIP2), "bzip2.*pack it again"),
+    "zip-lzma": (lambda: zip_of(("a", b"x"), method=zipfile.ZIP_LZMA), "LZMA.*pack it again"),
+    "zip-claims-less": (lambda: edited_zip(24, struct.pack("<L", 5)), "Bad CRC-32"),
+    "zip-claims-more": (lambda: edited_zip(24, struct.pack("<L", 5000)), "fewer bytes than it claims"),
+    "zip-checksum": (lambda: edited_zip(16, b"\0\0\0\0"), "Bad CRC-32"),
+    "zip-offset": (lambda: edited_zip(42, struct.pack("<L", 7)), "Bad magic number"),
+    "zip-offset-outside": (lambda: edited_zip(42, struct.pack("<L", 1 << 30)), "Truncated file header"),
+    "zip-version": (lambda: edited_zip(6, b"\xff"), "version 25.5"),
+    "zip-stream-damaged": (lambda: GOOD_ZIP.replace(GOOD_ZIP[42:46], b"\xff" * 4), "Error -3"),
+    "zip-extra-damaged": (lambda: edited_zip(30, b"\5\0"), "extra field|directory"),
+    "zip-name-no-text": (lambda: zip_named(b"\xff\xfe\xff\xfe\xff", b"\0\x08"), "utf-8"),
+    "zip-name-with-nul": (lambda: zip_named(b"a\0b/c"), "control character"),
+    "zip-crowded": (crowded_zip, "list of entries is more than 32 MiB"),
     "zip-packed": (lambda: edited_zip(20, struct.pack("<L", 1 << 30)), "claim more"),
-    "zip-wide-sizes-missing": (lambda: edited_zip(24, b"\xff" * 4), "MB to unpack|more|checksum"),
+    "zip-wide-sizes-missing": (lambda: edited_zip(24, b"\xff" * 4), "MB to unpack|fewer"),
     "zip-overlap": (lambda: overlapping_zip(9000), "overlap"),
-    "zip-lzma-dictionary": (lambda: lzma_zip(0xF000_0000), "256 MiB of memory"),
     "zip-nothing": (lambda: b"PK\5\6", "cut"),
     "empty": (lambda: b"", "neither a zip nor a tar"),
     "text": (lambda: b"<html>" * 200, "neither a zip nor a tar"),

@@ -43,7 +43,7 @@ def test_hostile_archives_take_little_time_and_memory(tmp_path: Path, measured: 
         "huge-pax",
         "sparse-map",
         "xz-dictionary",
-        "zip-lzma-dictionary",
+        "zip-crowded",
     ):
         files.append(tmp_path / f"{kind}.tar")
         files[-1].write_bytes(HOSTILE[kind][0]())
@@ -59,9 +59,7 @@ def test_a_tar_file_is_unpacked_whole_however_it_is_packed(tmp_path: Path, pack:
     assert (tmp_path / "in" / ("n" * 150)).read_bytes() == b"long"
 
 
-@pytest.mark.parametrize(
-    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_zip_file_is_unpacked_whole_however_it_is_packed(tmp_path: Path, method: int) -> None:
     large = bytes(range(256)) * 10_000
     (tmp_path / "a").write_bytes(
@@ -116,7 +114,7 @@ def test_a_dataset_whose_archive_is_damaged_leaves_nothing_half_unpacked(tmp_pat
     (tmp_path / "set.yaml").write_text(
         "train: images\nval: images\nnames: [a]\ndownload:\n  - {url: 'https://there.example/a.zip'}\n"
     )
-    with pytest.raises(DataError, match="checksum"):
+    with pytest.raises(DataError, match="Bad CRC-32"):
         acquire(tmp_path / "set.yaml", into=root.parent, say=lambda line: None)
     assert not root.exists()
     assert not root.with_name(".set.building").exists()

@@ -145,7 +145,7 @@ def _image(path: Path) -> None:
 
 
 def _list(path: Path) -> None:
-    list(find_pictures([path], path.parent, "train"))
+    find_pictures([path], path.parent, "train")
     find_sources(str(path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -243,6 +244,18 @@ def test_open_images_rows_of_one_picture_are_gathered_wherever_they_stand(open_i
     ]
     assert rows(open_images / "labels/train/b.txt") == []
     assert sorted(path.name for path in (open_images / "labels").rglob("*")) == ["a.txt", "b.txt", "train"]
+
+
+def test_open_images_rows_that_alternate_between_two_pictures_take_time_with_their_number_alone(
+    open_images: Path,
+) -> None:
+    pairs = 6_000
+    lines = (box_row("ab"[n % 2], "/m/01", f"0,{(n + 1) / pairs / 2:.6f},0,1") for n in range(2 * pairs))
+    (open_images / "boxes.csv").write_text("\n".join((BOXES, *lines, "")))
+    began = time.process_time()
+    assert convert_open(open_images).pictures == 2
+    assert time.process_time() - began < 8
+    assert len(rows(open_images / "labels/train/a.txt")) == pairs
 
 
 def test_open_images_split_without_its_folder_is_passed_over_and_one_without_its_pictures_is_refused(

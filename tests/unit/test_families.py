@@ -17,7 +17,8 @@ from torch import nn
 
 from app.engine.start import read_weights
 from app.errors import CheckpointError
-from app.model.families import family_of_tensors
+from app.model.families import family_of_tensors, foreign_kind
+from tests.security.hostile_archives import crowded_zip
 
 U = "ultralytics.nn.modules"
 TASKS = "ultralytics.nn.tasks"
@@ -172,3 +173,13 @@ def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
     with pytest.raises(CheckpointError, match=kind) as caught:
         read_weights(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_zip_is_named_by_what_can_be_unpacked_in_bounded_memory_alone(tmp_path: Path) -> None:
+    content = b"cultralytics.nn.modules\nC2f\n"
+    for method, kind in ((zipfile.ZIP_STORED, "a YOLOv8 checkpoint"), (zipfile.ZIP_BZIP2, None)):
+        with zipfile.ZipFile(tmp_path / "a.pt", "w", method) as archive:
+            archive.writestr("a/data.pkl", content)
+        assert foreign_kind(tmp_path / "a.pt") == kind
+    (tmp_path / "crowded.pt").write_bytes(crowded_zip())
+    assert foreign_kind(tmp_path / "crowded.pt") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import struct
@@ -35,6 +36,17 @@ def write_film(path: Path, codec: str, length: int, fps: float = 10) -> None:
     for shift in range(length):
         writer.write(np.roll(NOISE, shift * 3, axis=1))
     writer.release()
+
+
+def growing_gif(first: int, second: int) -> bytes:
+    """Return a GIF of two square frames; the header knows the first one's side alone."""
+    whole = []
+    for side in (first, second):
+        target = io.BytesIO()
+        Image.new("P", (side, side)).save(target, "GIF")
+        whole.append(target.getvalue())
+    frame = whole[1].index(b",", 13 + (3 << (whole[1][10] & 7) + 1 if whole[1][10] & 0x80 else 0))
+    return whole[0][:-1] + whole[1][frame:]
 
 
 def write_animation(path: Path, length: int) -> None:
@@ -145,6 +157,16 @@ def test_an_image_of_one_frame_stays_an_image(tmp_path: Path, suffix: str) -> No
     Image.fromarray(NOISE).save(path)
     assert not is_animated(path)
     assert find_sources(str(path), LeftOut()) == [Source(kind="picture", address=str(path))]
+
+
+def test_an_animation_whose_frames_take_over_a_gibibyte_to_decode_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "growing.gif"
+    path.write_bytes(growing_gif(64, 6000))
+    with pytest.raises(DataError, match="frames of 6000 x 6000 pixels, over 35,651,584; scale them down"):
+        look(path)
+    path.write_bytes(growing_gif(6000, 6000))
+    with pytest.raises(DataError, match="frames of 6000 x 6000"):
+        look(path)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png"])
