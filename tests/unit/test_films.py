@@ -251,6 +251,15 @@ def test_console_report_and_json_give_one_account_of_what_is_left_out(
     assert len(list(csv.reader((Path(told["run"]) / "left_out.csv").open()))) == 1 + len(counts)
 
 
+def test_a_pattern_may_follow_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).touch()
+    assert len(find_sources(str(folder / "*.jpg"))) == 2
+    assert len(find_sources(f"{tmp_path}/set [[]1]/a.*")) == 1
+
+
 def test_an_animation_that_ends_early_is_counted_without_a_number_of_frames_that_nobody_knows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
