@@ -58,6 +58,8 @@ def _read(content: bytes, kind: type[Any], take: Any) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = shown(error.problem or error.context)
+        if "escape" in words:
+            words += r"; write / in place of \, or single quotes"
         raise NotYaml(words, mark.line + 1 if mark else None) from None
     except Exception as error:  # PyYAML lets nearly anything through: of escapes like "\UFFFFFFFF", of depth
         raise NotYaml(f"not readable as YAML: {shown(error)}") from None

@@ -23,7 +23,7 @@ from app.data.labels import Keypoints, LabelFile, Polygon
 from app.data.left_out import LeftOut
 from app.data.limits import container_cpu_count
 from app.data.pairs import read_pair, unlabelled, without_partner
-from app.data.pictures import FoundImages, find_pictures, locate
+from app.data.pictures import FoundImages, exists, find_pictures, locate
 from app.errors import ConfigError, DataError, readable, suggest
 from app.outputs.names import distinct
 
@@ -321,9 +321,11 @@ def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool
             return root
     tried = ", ".join(str(root) for root in candidates)
     name = path_yaml.name if path_yaml.is_relative_to(SHIPPED) else path_yaml
+    lies_beside = exists(locate(path_yaml.parent, first_entry))
+    beside = f" ({first_entry} lies beside the YAML: write `path: .`)" if lies_beside else ""
     fetch = f"; or fetch it: python -m app.data download {name} (or --download)" if fetchable else ""
     raise DataError(
-        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`{fetch}"
+        f"{path_yaml}: the dataset is not there (tried {tried}); put it there or fix `path:`{beside}{fetch}"
     )
 
 

@@ -31,6 +31,8 @@ _MAX_NAMED = 1000
 
 CLIPPED_BEYOND = 0.01
 """Parts of an image by which a coordinate may lie outside [0, 1]: rounding, which is clipped. Further out is a fault."""
+_LEAST_INSIDE = 0.1
+"""Part of a box's side that lies, at least, between its centre and each edge of the image, where boxes share a line."""
 
 Polygon = np.ndarray[Any, Any]
 """[k,2] float32: the corners, x and y, each 0 to 1 of a picture, or pixels where the name says so."""
@@ -228,13 +230,10 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
             f"with kpt_shape [{keypoints.number}, {keypoints.dimensions}] a row has {keypoints.columns} (class x y w h "
             "and the keypoints), or 5 without keypoints; fix the row or the YAML's kpt_shape",
         )
-    if (
-        columns >= 10
-        and columns % 5 == 0
-        and all(value.is_integer() and 0 <= value < nc for value in values[::5])
-    ):
+    if _looks_joined(values, nc):
         return _Fault(
-            f"{columns // 5} boxes on one line", "write each box, class x y w h, on a line of its own"
+            f"{columns // 5} boxes on one line",
+            "write each box, class x y w h, on a line of its own; a polygon that reads so needs one point repeated",
         )
     if _looks_like_pose(values):
         count = (columns - 5) // 3
@@ -247,6 +246,24 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
             f"{columns} columns", "a box has 5 (class x y w h), a polygon class and 3 or more points"
         )
     return None
+
+
+def _looks_joined(values: list[float], nc: int) -> bool:
+    """Return whether a row reads as several boxes: each has a class, sides, and most of itself in the image.
+
+    A polygon along the edges of its image has 0 and 1 in every fifth column too, by chance; its rest is no boxes then.
+    """
+    if (
+        len(values) < 10
+        or len(values) % 5
+        or not all(_wrong_class("", one, nc) is None for one in values[::5])
+    ):
+        return False
+    boxes = (values[start + 1 : start + 5] for start in range(0, len(values), 5))
+    return all(
+        min(w, h) > 0 and min(x, 1 - x) >= w * _LEAST_INSIDE and min(y, 1 - y) >= h * _LEAST_INSIDE
+        for x, y, w, h in boxes
+    )
 
 
 def _looks_like_pose(values: list[float]) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from app.core.entries import encodings
 from app.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
 from app.data.findings import Finding
 from app.data.labels import Keypoints, LabelFile, label_path, label_path_beside, read_labels
@@ -14,10 +16,17 @@ _TEXT = ".txt"
 
 
 def read_pair(image: Path, nc: int, keypoints: Keypoints | None) -> LabelFile:
-    """Return the labels of an image: in the folder `labels` of its `images`, or else beside the image itself."""
-    path, beside = label_path(image), label_path_beside(image)
-    found = read_labels(path, nc, keypoints)
-    return read_labels(beside, nc, keypoints) if found.missing and beside != path else found
+    """Return the labels of an image: in the folder `labels` of its `images`, or else beside the image itself.
+
+    A label file is the image's too where its name differs in the encoding of accents only.
+    """
+    places = dict.fromkeys((label_path(image), label_path_beside(image)))
+    names = encodings(label_path(image).name)
+    for path in dict.fromkeys(place.with_name(name) for place in places for name in names):
+        found = read_labels(path, nc, keypoints)
+        if not found.missing:
+            break
+    return found
 
 
 def unlabelled(images: Iterable[Path]) -> Iterator[Finding]:
@@ -42,21 +51,24 @@ def without_partner(images: Iterable[Path]) -> Iterator[Finding]:
     for labels, places in sorted(folders.items()):
         if labels in places:
             continue
-        stems = {
-            os.path.splitext(name)[0]: name for place in places for name in names[place] if _is_image(name)
-        }
+        stems = {_stem(name): name for place in places for name in names[place] if _is_image(name)}
         read = set()
         for name in names[labels]:
-            stem, suffix = os.path.splitext(name)
+            stem, suffix = _stem(name), os.path.splitext(name)[1]
             if suffix == _TEXT and stem in stems and not _is_unread(stems[stem]):
                 read.add(stem)
             elif suffix.lower() == _TEXT and name != "classes.txt":  # which annotators write
                 yield _not_read(labels, name, stems.get(stem))
         for place in sorted(places):
             for name in names[place]:
-                if name.endswith(_TEXT) and name.removesuffix(_TEXT) in read:
+                if name.endswith(_TEXT) and _stem(name) in read:
                     problem = f"lies beside the image and is not read: {labels / name} is"
                     yield Finding(str(place / name), None, problem, "remove one of the two")
+
+
+def _stem(name: str) -> str:
+    """Return a name without suffix, in one of the encodings that it may have."""
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
 def _not_read(labels: Path, name: str, image: str | None) -> Finding:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.core.budget import Budget, BudgetExceeded
-from app.core.entries import parts_of, spellings, tails
+from app.core.entries import parts_of, spellings, tails, written
 from app.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -94,13 +95,17 @@ def likely_path(entry: str, root: Path) -> Path | None:
 def _in_any_case(root: Path, parts: list[str]) -> Path | None:
     for part in parts:
         try:
-            names = [name for name in os.listdir(root) if name.casefold() == part.casefold()]
+            names = [name for name in os.listdir(root) if _folded(name) == _folded(part)]
         except OSError:
             return None
         if len(names) != 1:
             return None
         root = root / names[0]
     return root
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _walk(folder: Path, found: FoundImages) -> None:
@@ -113,7 +118,7 @@ def _walk(folder: Path, found: FoundImages) -> None:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in files:
+        for name in sorted(files):  # so that the first that is left out is the same everywhere
             suffix = suffix_of(name)
             if suffix in IMAGE_SUFFIXES:
                 if not is_hidden(name):
@@ -140,6 +145,8 @@ def _read_list(path: Path, root: Path, source: str, found: FoundImages) -> None:
     absent: list[tuple[int, str]] = []
     for number, name in _entries(path):
         image = next((one for one in _meant(name, bases) if exists(one)), None)
+        if image is None and name.startswith("#"):
+            continue  # a comment
         if image is None:
             absent.append((number, name))
         else:
@@ -181,7 +188,7 @@ def _entries(path: Path) -> Iterator[tuple[int, str]]:
 
 def _meant(name: str, bases: Iterable[Path]) -> Iterator[Path]:
     """Yield the paths that a list's entry may mean."""
-    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+    for spelling in written(name):
         for base in bases:
             yield base / spelling
 

@@ -148,13 +148,23 @@ def _find(source: str, folder: Path, left_out: LeftOut) -> list[Source]:
         if found(path):
             return [_local(path)]
     if any(character in source for character in "*?["):
-        matches = sorted(glob.glob(str(folder / given), recursive=True, include_hidden=True))
+        matches = _glob(str(folder / given)) or _glob(_literal_folders(folder / given))
         nothing = f"--source {source}: nothing matches; check the pattern"
-        return _of_paths([Path(match) for match in matches], nothing, left_out, given.parts)
+        return _of_paths(matches, nothing, left_out, given.parts)
     raise DataError(
         f"--source {source}: no such file or folder ({given.absolute()}); "
         "give a path, glob, URL, .txt list, webcam number or stream"
     )
+
+
+def _glob(pattern: str) -> list[Path]:
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True, include_hidden=True))]
+
+
+def _literal_folders(pattern: Path) -> str:
+    """Return a pattern whose leading folders, as far as they are there, are no pattern: `set [1]/*.jpg`."""
+    there = next((parent for parent in pattern.parents if is_folder(parent)), Path())
+    return str(Path(glob.escape(str(there))) / pattern.relative_to(there))
 
 
 def _of_paths(

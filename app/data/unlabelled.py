@@ -53,13 +53,13 @@ class _Scene:
         return shlex.join(words)
 
 
-def explain_no_box(description: DatasetDescription, split: str, data: Dataset) -> str:
-    """Return what to say of a split without any box, in several lines."""
+def explain_no_box(description: DatasetDescription, split: str, data: Dataset, purpose: str = "learn") -> str:
+    """Return what to say of a split without any box, in several lines; `purpose` is to `learn` from it, or to `score`."""
     scene = _Scene(description, data.images)
     _look_around(scene)
     places = ", ".join(map(str, scene.wanted[:3])) + (" and others" if len(scene.wanted) > 3 else "")
     example = label_path(data.images[0])
-    head = f"{description.path_yaml}: {split}: none of its {len(data)} images has a box, so there is nothing to learn"
+    head = f"{description.path_yaml}: {split}: none of its {len(data)} images has a box, so there is nothing to {purpose}"
     looked = f"labels were looked for in {places} ({example.name} for {data.images[0].name}), and beside the images"
     clues = list(dict.fromkeys(clue for find in _CLUES for clue in find(scene)))
     empty = len(data) - len(data.unlabelled)

@@ -79,7 +79,9 @@ def load_data(
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
     check_boxes(description, "train", train)
     if not val.boxes:
-        say(f"warning: {explain_no_box(description, 'val', val)}\n  validation scores 0 without labels")
+        say(
+            f"warning: {explain_no_box(description, 'val', val, 'score')}\n  validation scores 0 without labels"
+        )
     budget = int(container_memory_limit() * CACHE_SHARE / processes)
     stores = []
     for name, split in (("train", train), ("val", val)):
@@ -212,10 +214,10 @@ def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
     return fitted
 
 
-def check_boxes(description: DatasetDescription, split: str, data: Dataset) -> None:
+def check_boxes(description: DatasetDescription, split: str, data: Dataset, purpose: str = "learn") -> None:
     """Raise DataError, saying where labels may be, for a split without any box."""
     if not data.boxes:
-        raise DataError(explain_no_box(description, split, data))
+        raise DataError(explain_no_box(description, split, data, purpose))
 
 
 def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:

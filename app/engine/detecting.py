@@ -170,8 +170,8 @@ class _Run:
         part = f"{read} of {listed} frames" if listed else f"only the first {read} frames"
         self._progress.say(f"{source.shown}: {part}: the file is damaged; copy it again, or convert it")
         self._tally.damaged.append({"source": source.shown, "frames": read, "listed": listed})
-        lost = listed - read if listed else 1
-        self._tally.left_out.add("frames of damaged films", source.shown, "replace the films", count=lost)
+        reason, lost = ("frames of damaged films", listed - read) if listed else ("ends of damaged films", 1)
+        self._tally.left_out.add(reason, source.shown, "replace the films", count=lost)
 
     def _show(self, source: Source, frame: Frame, place: int, found: Counter[int]) -> None:
         """Show one line that the next replaces: where, what, how fast, and the time left if it can be known."""

@@ -186,7 +186,7 @@ def _open_bench(config: ValConfig) -> _Bench:
     progress.say(f"{config.split}: {len(data)} pictures, {data.boxes} boxes")
     for line in left_out(data):
         progress.say(line)
-    check_boxes(description, config.split, data)
+    check_boxes(description, config.split, data, "score")
     return _Bench(config, compute, data, progress)
 
 

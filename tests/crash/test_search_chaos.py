@@ -101,7 +101,7 @@ class Story:
                     while True:
                         file.write(b"x" * 4096)
                 for name in [name for name, process in self.alive.items() if not process.is_alive()]:
-                    assert self.end(name) == 4, self.said(name)
+                    assert self.end(name) == 6, self.said(name)
                     self.refused.append(name)
                 time.sleep(0.005)
         filler.unlink()
@@ -199,7 +199,7 @@ def story(
 def test_a_third_of_the_workers_was_killed_and_nobody_else_ended_badly(story: Story) -> None:
     assert len(story.killed) >= story.started / 3
     expected = dict.fromkeys(story.ended, 0)
-    expected |= dict.fromkeys(story.killed, -signal.SIGKILL) | dict.fromkeys(story.refused, 4)
+    expected |= dict.fromkeys(story.killed, -signal.SIGKILL) | dict.fromkeys(story.refused, 6)
     assert story.ended == expected
     assert bool(story.refused) == (story.disk is not None)
     assert story.alive == {}

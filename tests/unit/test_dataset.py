@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -141,6 +142,8 @@ def test_a_wrong_description_is_a_usage_error_that_says_what(folder: Path, text:
 def test_a_missing_dataset_names_the_path_and_the_remedy(folder: Path) -> None:
     with pytest.raises(DataError, match=r"/nowhere/at/all.*fix `path:`"):
         _describe(folder, "path: /nowhere/at/all\ntrain: images\nnames: [x]\n")
+    with pytest.raises(DataError, match=r"images/train lies beside the YAML: write `path: \.`"):
+        _describe(folder, "path: D:\\sets\\mine\ntrain: images/train\nnames: [x]\n")
     description = _describe(folder, "train: images/train\nval: gone\nnames: [x, y, z]\n")
     with pytest.raises(DataError, match="gone is not there"):
         Dataset.load(description, "val")
@@ -306,6 +309,8 @@ def test_the_account_counts_images_rows_and_label_files_and_clipped_rows_stay(fo
         "data/images/train/a.png\ndata/images/train/b.png\n",
         "/content/mine/images/train/a.png\r/content/mine/images/train/b.png\r",
         ".\\images\\train\\a.png\n./images/train/b.png\n",
+        "'images/train/a.png'\n\"images\\train\\b.png\"\n",
+        "# written by hand\nimages/train/a.png\n\nimages/train/b.png\n",
     ],
 )
 def test_a_list_that_was_written_on_another_machine_is_found(folder: Path, lines: str) -> None:
@@ -313,6 +318,18 @@ def test_a_list_that_was_written_on_another_machine_is_found(folder: Path, lines
     dataset = Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
     assert [path.name for path in dataset.images] == ["a.png", "b.png"]
     assert not dataset.problems
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_images_labels_and_lists_meet_in_either_encoding_of_accents(folder: Path, written: str) -> None:
+    other = "NFD" if written == "NFC" else "NFC"
+    name, elsewhere = (unicodedata.normalize(form, "\u00e9") for form in (written, other))
+    _picture(folder / "images" / "more" / f"{name}.png")
+    (folder / "labels" / "more" / f"{name}.txt").rename(folder / "labels" / "more" / f"{elsewhere}.txt")
+    (folder / "some.txt").write_text(f"images/more/{elsewhere}.png\n", encoding="utf-8")
+    dataset = Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
+    assert dataset.boxes == 1
+    assert not dataset.findings
 
 
 def test_list_entries_that_are_not_there_are_one_message_with_their_likely_path(folder: Path) -> None:

@@ -271,3 +271,26 @@ def test_console_report_and_json_give_one_account_of_what_is_left_out(
     assert sorted(counts.values()) == [1, 1, 60 - damaged["frames"]]
     assert all(f"left out: {reason}" in out for reason in counts)
     assert len(list(csv.reader((Path(told["run"]) / "left_out.csv").open()))) == 1 + len(counts)
+
+
+def test_a_pattern_may_follow_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).touch()
+    assert len(find_sources(str(folder / "*.jpg"))) == 2
+    assert len(find_sources(f"{tmp_path}/set [[]1]/a.*")) == 1
+
+
+def test_an_animation_that_ends_early_is_counted_without_a_number_of_frames_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *others = [Image.new("RGB", (64, 64), (40 * number, 0, 0)) for number in range(5)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=50)
+    content = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(content[: len(content) * 2 // 3])
+    flags = ["--weights", WEIGHTS, "--device", "cpu", "--json", "--imgsz", "32", "--nosave"]
+    assert main([*flags, "--source", str(tmp_path / "a.gif")]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["damaged"][0]["listed"] is None
+    assert [(row["reason"], row["count"]) for row in told["left_out"]] == [("ends of damaged films", 1)]

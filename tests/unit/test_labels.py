@@ -79,6 +79,20 @@ def test_several_boxes_on_one_line_are_refused_whatever_their_number(boxes: int)
     assert str(fault).startswith(f"7.txt:2: {boxes} boxes on one line")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "0 0 0 .5 0 1 0 1 .5 1 1 0 1 0 .5",
+        "1 .05 .1 .8 .1 1 .2 .9 .8 .5 0 .2 .8 .1 .6",
+        "0 " + "0 0 1 0 1 1 0 1 " * 3,
+    ],
+)
+def test_a_polygon_with_0_or_1_in_every_fifth_column_stays_one_where_the_rest_is_no_boxes(row: str) -> None:
+    labels = parse_labels(f"{row}\n", 2, "a.txt")
+    assert not labels.problems
+    assert labels.polygons[0] is not None
+
+
 def test_nine_columns_are_a_quadrilateral_and_fifteen_without_classes_a_polygon() -> None:
     quadrilateral = parse_labels("0 .5 .1 .9 .5 .5 .9 .1 .5\n", 1, "a.txt")
     assert np.allclose(quadrilateral.rows, [[0, 0.5, 0.5, 0.8, 0.8]])
