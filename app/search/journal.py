@@ -40,6 +40,9 @@ _BEGINNING = b'{"op_code":'
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
+UNREPLAYABLE = (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""What damaged or invented records make Optuna and the ledger raise."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -64,9 +67,15 @@ def understood(journal: Path | str) -> Iterator[None]:
     """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+    except UNREPLAYABLE as error:
+        place = Path(journal)
+        drop = (
+            f"drop it alone with python -m app.search repair {place.parent}, "
+            if place.name == JOURNAL
+            else ""
+        )
         raise CheckpointError(
-            f"{journal}: holds a record that is not one of a study ({error!r}); restore it from a copy, "
+            f"{journal}: holds a record that is not one of a study ({error!r}); {drop}restore the study from a copy, "
             "or start a search under another --name"
         ) from error
 
