@@ -132,12 +132,21 @@ def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Ite
 
 
 @contextmanager
-def folder_locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Hold `locked(path)`, and its folder, so that nobody else gets in where the file is removed meanwhile."""
+def folder_locked(
+    path: Path, folder: Path | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
+    """Hold `locked(path)`, and a folder, so that nobody else gets in where the file is removed meanwhile.
+
+    The folder is that of the file, unless another one is what the lock guards; it is made if need be.
+    """
+    guarded = folder or path.parent
+
+    def open_guarded() -> int:
+        with writing(guarded):
+            return open_folder(guarded, create=True).descriptor
+
     with locked(path, say=say):
-        descriptor, _ = take_folder(
-            lambda: open_folder(path.parent).descriptor, lambda d: _acquire(d, path, say)
-        )
+        descriptor, _ = take_folder(open_guarded, lambda d: _acquire(d, path, say))
         try:
             yield
         finally:
