@@ -36,6 +36,7 @@ _CHUNK = 64
 SAVE_WAIT_S = 2.0
 """Longest wait of a save for the digests: a container that is stopped has a short grace."""
 NOT_EQUAL = "this resume is not bit-equal: "
+OTHER_DATA = "the figures and pictures of the end are of other data than the training was: "
 _SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -154,29 +155,49 @@ def _is_record(saved: object) -> bool:
 
 
 def notes_of_resume(
-    state: Mapping[str, Any], now: Mapping[str, Any], *, exact_kernels: bool, say: Callable[[str], None]
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    exact_kernels: bool,
+    say: Callable[[str], None],
+    trains: bool = True,
 ) -> list[str]:
-    """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far."""
+    """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far.
+
+    A resume that only finishes a run (not `trains`) leaves the weights as they are: there the data alone count.
+    """
     notes = [str(note) for note in state.get("notes", ())]
-    changed = differences(state.get("conditions"), now, exact_kernels=exact_kernels)
+    saved = state.get("conditions")
+    if trains:
+        changed = differences(saved, now, exact_kernels=exact_kernels)
+        note, where = NOT_EQUAL, f"from epoch {int(state['epoch']) + 1}: "
+    else:
+        changed = data_differences(_tables_of(saved), now["data"])
+        note, where = OTHER_DATA, ""
     if changed:
-        note = f"{NOT_EQUAL}{'; '.join(changed)}"
+        note += "; ".join(changed)
         say(note)
-        notes.append(f"from epoch {int(state['epoch']) + 1}: {note}")
+        notes.append(f"{where}{note}")
     return notes
 
 
 def differences_of_moved(saved: Mapping[str, Any] | None, digests: DataDigests) -> list[str]:
     """Return how the data differ from those that a checkpoint records; nothing where it records none."""
-    if saved is None or not _is_record(saved) or not saved["data"]:
-        return []
-    return data_differences(saved["data"], digests.tables())
+    tables = _tables_of(saved)
+    return data_differences(tables, digests.tables()) if tables else []
+
+
+def _tables_of(saved: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+    """Return the tables of the data that a checkpoint records; nothing where it records none."""
+    return saved["data"] if saved is not None and _is_record(saved) else {}
 
 
 def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
     """Return by split how many files have changed, were added or removed; nothing for the same images and labels."""
-    told = ((words, _split_difference(saved[name], now[name], words)) for name, words in _SPLITS.items())
-    return [difference for _, difference in told if difference]
+    told = (
+        _split_difference(saved[name], now[name], words) for name, words in _SPLITS.items() if name in saved
+    )
+    return [difference for difference in told if difference]
 
 
 def _split_difference(saved: Tensor, now: Tensor, words: str) -> str:
@@ -198,7 +219,11 @@ def _split_difference(saved: Tensor, now: Tensor, words: str) -> str:
         kinds = ((images, "image"), (labels, "label file"))
         which = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for n, kind in kinds if n)
         parts.append(f"{images + labels} of {len(saved)} {words} files changed ({which})")
-    parts += [f"{n} {words} images {what}" for n, what in ((added, "added"), (removed, "removed")) if n]
+    parts += [
+        f"{n} {words} image{'s' if n > 1 else ''} {what}"
+        for n, what in ((added, "added"), (removed, "removed"))
+        if n
+    ]
     return ", ".join(parts) or f"the order of the {len(saved)} {words} images changed"
 
 

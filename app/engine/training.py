@@ -39,7 +39,7 @@ from app.engine.data import (
 from app.engine.delivery import deliver
 from app.engine.device import Compute, select_compute
 from app.engine.distributed import SINGLE, Group, Place, joined
-from app.engine.ending import End, what_is_left, write_summary
+from app.engine.ending import End, is_over, what_is_left, write_summary
 from app.engine.hooks import Hook, Training, find_hooks
 from app.engine.own_run import go_on
 from app.engine.preflight import check_before_fetching
@@ -382,7 +382,10 @@ def train_in(
             if workshop.digests is not None:
                 exact = workshop.compute.on_cpu or config.deterministic
                 now = workshop.conditions(config)
-                trainer.notes = notes_of_resume(state, now, exact_kernels=exact, say=reporter.say)
+                trains = not is_over(trainer.rows, trainer.epoch, config)
+                trainer.notes = notes_of_resume(
+                    state, now, exact_kernels=exact, say=reporter.say, trains=trains
+                )
         with workshop.group.watch():
             result = trainer.fit()
     except Stopped as error:

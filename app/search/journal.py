@@ -40,6 +40,9 @@ _BEGINNING = b'{"op_code":'
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
+UNREPLAYABLE = (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""What damaged or invented records make Optuna and the ledger raise."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -64,9 +67,15 @@ def understood(journal: Path | str) -> Iterator[None]:
     """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+    except UNREPLAYABLE as error:
+        place = Path(journal)
+        drop = (
+            f"drop it alone with python -m app.search repair {place.parent}, "
+            if place.name == JOURNAL
+            else ""
+        )
         raise CheckpointError(
-            f"{journal}: holds a record that is not one of a study ({error!r}); restore it from a copy, "
+            f"{journal}: holds a record that is not one of a study ({error!r}); {drop}restore the study from a copy, "
             "or start a search under another --name"
         ) from error
 
@@ -123,12 +132,21 @@ def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Ite
 
 
 @contextmanager
-def folder_locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Hold `locked(path)`, and its folder, so that nobody else gets in where the file is removed meanwhile."""
+def folder_locked(
+    path: Path, folder: Path | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
+    """Hold `locked(path)`, and a folder, so that nobody else gets in where the file is removed meanwhile.
+
+    The folder is that of the file, unless another one is what the lock guards; it is made if need be.
+    """
+    guarded = folder or path.parent
+
+    def open_guarded() -> int:
+        with writing(guarded):
+            return open_folder(guarded, create=True).descriptor
+
     with locked(path, say=say):
-        descriptor, _ = take_folder(
-            lambda: open_folder(path.parent).descriptor, lambda d: _acquire(d, path, say)
-        )
+        descriptor, _ = take_folder(open_guarded, lambda d: _acquire(d, path, say))
         try:
             yield
         finally:

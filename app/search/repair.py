@@ -19,15 +19,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+
 from app.core.lock import take, try_flock
 from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import write_atomic
 from app.search.checksum import has_lost_line_end, looks_like_record, opened, sealed
-from app.search.journal import JOURNAL, LOCK, STUDY, folder_locked, writing
+from app.search.journal import JOURNAL, LOCK, STUDY, UNREPLAYABLE, folder_locked, writing
 from app.search.outcome import State
 
 CREATE_STUDY, CREATE_TRIAL, END_TRIAL = 0, 4, 6
 _FAILED, _MAXIMIZE = 3, 2
+_NOTHING = 10
+"""A record that changes nothing: what Optuna's own program in Rust discards."""
 REASON = "its record in the journal was damaged, and dropped by a repair"
 WORKER = "repair"
 LOCK_WAIT_S = 30.0
@@ -81,7 +86,7 @@ def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
 
 def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
     """Return the lines of a journal without the damaged ones, and what these were."""
-    records = [opened(line) for line in lines]
+    records = _replayed([opened(line) for line in lines])
     kept: list[bytes] = []
     dropped: list[Dropped] = []
     trials = 0
@@ -111,6 +116,38 @@ def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
         else:
             dropped.append(Dropped(line=number + 1, what=_words_for(line), candidates=_named(line, trials)))
     return kept, dropped
+
+
+class _Records(BaseJournalBackend):
+    """Records for Optuna to replay."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any] | None] = []
+        self.number = 0
+        """Of the record that was given last."""
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yield the records from number `log_number_from` on."""
+        for number in range(log_number_from, len(self.records)):
+            self.number = number
+            yield self.records[number] or {"op_code": _NOTHING}
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Refuse."""
+        raise NotImplementedError("nothing is written to what is replayed")
+
+
+def _replayed(records: Sequence[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
+    """Return the records, with None for each that Optuna cannot replay: without a checksum, damage may still be JSON."""
+    source = _Records()
+    storage = JournalStorage(source)
+    source.records = list(records)
+    while True:
+        try:
+            storage.get_all_studies()
+            return source.records
+        except UNREPLAYABLE:  # the record counts as read: the next round goes on behind it
+            source.records[source.number] = None
 
 
 def _lost_trials(

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -37,11 +38,11 @@ from app.engine.training import (
 )
 from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import write_atomic
-from app.outputs.folders import is_file, make_folder, names_in, remove, remove_tree, rename
+from app.outputs.folders import is_file, names_in, remove, remove_tree, rename
 from app.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
-from app.search.journal import locked
+from app.search.journal import folder_locked
 from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary
 from app.search.outcome import Progress as SearchProgress
 from app.search.plan import StudyPlan
@@ -240,7 +241,7 @@ class _Trainings:
     def finished(self, summary: SearchSummary) -> None:
         """Draw the winner's pictures, and tell the trackers that the whole search is done."""
         assert self._study is not None, "opened before the first candidate"
-        with locked(self._directory / "weights.lock"):
+        with weights_locked(self._directory):
             keep_winners_weights(self._study)
             best, drawn = RunDir(self._directory).best, self._directory / WINNERS_PICTURE
             # Every worker comes by at the end; the first one draws.
@@ -339,6 +340,11 @@ def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[s
     return None
 
 
+def weights_locked(directory: Path) -> AbstractContextManager[None]:
+    """Exclude the other workers from the `weights` folder of a search; its `best.pt` is compared, then replaced."""
+    return folder_locked(directory / "weights.lock", RunDir(directory).weights)
+
+
 def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
     """Keep the weights of the search's best candidate as `weights/best.pt`.
 
@@ -346,9 +352,8 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
     just then would have trained for nothing.
     """
     best = RunDir(directory).best
-    with locked(directory / "weights.lock"):
+    with weights_locked(directory):
         if not is_file(best) or fitness > _fitness_of(best):
-            make_folder(best.parent)
             rename(run.best, best)
             # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
             remove(directory / WINNERS_PICTURE)

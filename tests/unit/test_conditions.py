@@ -14,7 +14,7 @@ import torch
 from app import settings, train
 from app.engine import conditions
 from app.engine.checkpoint import load_checkpoint
-from tests.conftest import MINI_SET
+from tests.conftest import MINI_SET, TINY_LAYOUT
 
 NOTE = "this resume is not bit-equal: "
 
@@ -25,24 +25,46 @@ def no_tracking(runs: Path) -> None:
     settings.update({"mlflow": False, "tensorboard": False})
 
 
-@pytest.fixture
-def data(tiny_data: Path, tmp_path: Path) -> Path:
-    """Return the YAML of a copy of the small dataset."""
-    shutil.copytree(tiny_data.parent, tmp_path / "data")
-    return tmp_path / "data" / tiny_data.name
+@pytest.fixture(scope="module")
+def world(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a copy of the small dataset and a run of two epochs on it, which all tests share."""
+    root = tmp_path_factory.mktemp("world")
+    shutil.copytree(tiny_data.parent, root / "now" / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STARLING_RUNS", str(root / "now" / "runs"))
+        settings.update({"mlflow": False, "tensorboard": False})
+        args = ["--data", str(root / "now" / "data" / tiny_data.name), "--weights", "", "--cfg", str(TINY_LAYOUT),
+                "--img", "64", "--batch", "4", "--epochs", "2", "--device", "cpu", "--noplots", "--noval",
+                "--cache", "off"]  # fmt: skip
+        assert train.main(args) == 0
+    (root / "now").rename(root / "kept")
+    return root
 
 
 @pytest.fixture
-def trained(tiny_args: list[str], data: Path, runs: Path) -> Path:
-    """Return the folder of a run of one epoch of two."""
-    args = [*tiny_args, "--data", str(data), "--noplots", "--noval", "--cache", "off"]
-    assert train.main([*args, "--epochs", "2"]) == 0
-    run = runs / "train" / "exp"
-    # Back to the end of the first epoch: a run that was stopped there.
-    shutil.copyfile(run / "weights" / "last.previous.pt", run / "weights" / "last.pt")
+def whole(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of the run as it ended, put where it was made."""
+    now = world / "now"
+    if now.exists():
+        shutil.rmtree(now)
+    shutil.copytree(world / "kept", now)
+    monkeypatch.setenv("STARLING_RUNS", str(now / "runs"))
+    return now / "runs" / "train" / "exp"
+
+
+@pytest.fixture
+def data(whole: Path, tiny_data: Path) -> Path:
+    """Return the YAML of the dataset of the run."""
+    return whole.parents[2] / "data" / tiny_data.name
+
+
+@pytest.fixture
+def trained(whole: Path) -> Path:
+    """Return the folder of the run as if it had been stopped after its first epoch."""
+    shutil.copyfile(whole / "weights" / "last.previous.pt", whole / "weights" / "last.pt")
     for name in ("summary.json", ".finished"):
-        (run / name).unlink()
-    return run
+        (whole / name).unlink()
+    return whole
 
 
 def resume(run: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -59,15 +81,29 @@ def resume(run: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
 
 
 def test_under_the_same_conditions_a_resume_says_nothing_and_is_bit_equal(
-    trained: Path, tiny_args: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [*tiny_args, "--data", str(data), "--noplots", "--noval", "--cache", "off", "--name", "whole"]
-    assert train.main(args) == 0
     assert resume(trained, capsys) == ""
-    ours, theirs = (
-        load_checkpoint(run / "weights" / "last.pt") for run in (trained, trained.with_name("whole"))
-    )
+    kept = world / "kept" / "runs" / "train" / "exp"
+    ours, theirs = (load_checkpoint(run / "weights" / "last.pt") for run in (trained, kept))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+
+
+def test_a_resume_that_only_finishes_a_run_speaks_of_its_data_alone(
+    whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    weights = (whole / "weights" / "last.pt").read_bytes()
+    for change, said in ((False, []), (True, [f"{conditions.OTHER_DATA}1 validation image removed"])):
+        (whole / "summary.json").unlink()
+        if change:
+            next((data.parent / "images" / "val").iterdir()).unlink()
+        capsys.readouterr()
+        assert train.main(["--resume", str(whole)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if NOTE in line or conditions.OTHER_DATA in line] == said
+        assert json.loads((whole / "summary.json").read_text())["notes"][-len(said) :] == said or not said
+    assert (whole / "weights" / "last.pt").read_bytes() == weights
 
 
 def test_another_number_of_threads_is_said_and_stays_in_the_report(
@@ -99,7 +135,7 @@ def test_changed_added_and_removed_files_are_counted(
         shutil.copyfile(extra, images[0].parent / f"new{number}.jpg")
     said = resume(trained, capsys)
     assert said == (
-        "2 of 8 training files changed (1 image and 1 label file), 2 training images added, 1 training images removed"
+        "2 of 8 training files changed (1 image and 1 label file), 2 training images added, 1 training image removed"
     )
 
 

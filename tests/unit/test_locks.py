@@ -17,6 +17,7 @@ from app.outputs.run_lock import LOCK as RUN_LOCK
 from app.outputs.run_lock import run_lock
 from app.search.journal import LOCK as STUDY_LOCK
 from app.search.journal import JournalStudyStorage, locked
+from app.search.training import weights_locked
 from app.tracking.lock import exclusive
 
 Lock = Callable[[Path], AbstractContextManager[None]]
@@ -70,6 +71,22 @@ def test_a_study_whose_lock_file_was_removed_lets_nobody_in_before_its_holder_is
     thread = threading.Thread(target=enter)
     with first.lock():
         (tmp_path / STUDY_LOCK).unlink()
+        thread.start()
+        assert not inside.wait(0.3)
+    assert inside.wait(10)
+    thread.join()
+
+
+def test_the_weights_of_a_search_whose_lock_file_was_removed_have_one_writer(tmp_path: Path) -> None:
+    inside = threading.Event()
+
+    def enter() -> None:
+        with weights_locked(tmp_path):
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    with weights_locked(tmp_path):
+        (tmp_path / "weights.lock").unlink()
         thread.start()
         assert not inside.wait(0.3)
     assert inside.wait(10)

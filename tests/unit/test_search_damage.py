@@ -162,6 +162,30 @@ def test_a_search_goes_on_after_a_repair_whatever_was_lost(search: Path) -> None
         assert all(attempt.state is not State.RUNNING for attempt in study.attempts())
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"op_code":99,"worker_id":"w"}\n',
+        b'{"op_code":-1}\n',
+        b'{"op_code":4,"worker_id":"w","study_id":0,"datetime_start":"soon","user_attrs":{"root":3}}\n',
+        b'{"op_code":0,"worker_id":"w","study_name":"search"}\n',
+        b'{"op_code":2,"worker_id":"w","study_id":0}\n',
+    ],
+)
+def test_a_record_without_a_checksum_that_cannot_be_replayed_is_dropped_too(
+    search: Path, damage: bytes
+) -> None:
+    path = search / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:9], damage, *lines[9:]]))
+    with pytest.raises(CheckpointError, match=f"repair {search}"):
+        SearchStudy.read(search)
+    assert [dropped.line for dropped in repair(search).dropped] == [10]
+    assert len(SearchStudy.read(search).finished()) == 6
+    finish_all(study := join(search))
+    assert (study.progress().finished, study.progress().budget) == (6, 6)
+
+
 def test_a_block_of_zeros_over_several_records_keeps_the_numbering(search: Path) -> None:
     content = (search / JOURNAL).read_bytes()
     begin, end = content.index(b'"root":1'), content.index(b'"root":3')
