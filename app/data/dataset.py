@@ -16,6 +16,7 @@ from app.config.class_names import names_by_number
 from app.config.shipped import SHIPPED
 from app.config.yaml_reader import read_yaml
 from app.core.paths import at_home
+from app.core.regular_file import exists
 from app.data.findings import REPORT, Finding
 from app.data.images import ImageHeader, UnusableImageError, read_header
 from app.data.label_kinds import doubtful_polygons, read_keypoints
@@ -23,7 +24,7 @@ from app.data.labels import Keypoints, LabelFile, Polygon
 from app.data.left_out import LeftOut
 from app.data.limits import container_cpu_count
 from app.data.pairs import read_pair, unlabelled, without_partner
-from app.data.pictures import FoundImages, exists, find_pictures, locate
+from app.data.pictures import FoundImages, find_pictures, locate
 from app.errors import ConfigError, DataError, readable, suggest
 from app.outputs.names import distinct
 
