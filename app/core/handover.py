@@ -123,10 +123,17 @@ def hand_over(top: Folder, uid: int, gid: int) -> Account:
     `top` must belong to root or to that user; in any other folder only set-id bits are taken away. Of root's files that
     somebody else may have put there, by a hard link or a rename, only those that everybody may read anyway, and that
     have no other name, are handed over. Links, devices, sockets and pipes stay as they are, and so does what is mounted
-    below. Raises Refused where the file system does not let root change owners.
+    below. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
+    change owners.
     """
     assert allowed_user(uid, gid)
-    giving = os.fstat(top.descriptor).st_uid in (0, uid)
+    state = os.fstat(top.descriptor)
+    if state.st_uid == 0 and state.st_mode & stat.S_ISVTX and state.st_mode & stat.S_IWOTH:
+        raise Refused(
+            f"{_shown(top.path)}: is root's folder for everybody (mode {stat.S_IMODE(state.st_mode):o}), and its owner may "
+            "remove everybody's files in it; give a folder of its own below it"
+        )
+    giving = state.st_uid in (0, uid)
     account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
     for folder, name, state in top.tree(folders_last=True):
         keeper.look(folder, name, state, account)
