@@ -17,6 +17,9 @@ from launcher.engines.supervisor import LOG_FILES
 from launcher.instants import parse_stamp
 
 POLL_S = 0.2
+MOST_OF_A_FILE = 32 << 20
+"""Bytes that are read of one file: the supervisor puts its log aside at 10 MiB, so a longer file is somebody else's."""
+_CHUNK = 1 << 20
 
 
 def read_log(
@@ -84,10 +87,10 @@ class LogReader:
 
     def _read(self) -> Iterator[LogLine]:
         assert self._file is not None
-        data = self._file.read()
-        self.read_bytes += len(data)
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        yield from map(_line, lines)
+        while self._file.tell() < MOST_OF_A_FILE and (data := self._file.read(_CHUNK)):
+            self.read_bytes += len(data)
+            *lines, self._pending = (self._pending + data).split(b"\n")
+            yield from map(_line, lines)
 
     def _following(self) -> IO[bytes] | None:
         """Open the file after the one that is being read: one name newer, or the oldest there is."""

@@ -137,6 +137,17 @@ def test_what_is_written_just_before_a_rotation_is_read(
     reader.close()
 
 
+def test_a_log_that_somebody_made_endless_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    log = tmp_path / "runs/.launcher/r.log"
+    log.parent.mkdir(parents=True)
+    with open(log, "wb") as file:
+        file.write(b"a line\n")
+        file.truncate(1 << 40)
+    lines = local_log.read_log(log, lambda: False, follow=False, tail=None, since=None)
+    assert next(lines) == "a line"
+    assert [len(line) for line in lines] == [local_log.MOST_OF_A_FILE - len("a line\n")]
+
+
 def test_an_older_log_without_times_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("plain words\n2026 is no stamp\nunfinished")
     lines = list(local_log.read_log(tmp_path / "log", lambda: False, follow=False, tail=None, since=None))
