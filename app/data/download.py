@@ -212,18 +212,28 @@ def _receive(download: Download, part: Path, show: Show, clock: Callable[[], flo
             remove(part)
             raise _Broken("the server sent another part than asked for")
         _check_answer(download, response, start, total)
-        if start == 0:
-            _note(download, part, response)
-        begin = os.O_APPEND if start else os.O_TRUNC
-        with (
-            disk_write(part),
-            open(open_file(part, os.O_WRONLY | os.O_CREAT | begin, alone=True), "wb") as file,
-        ):
+        with disk_write(part), _its_writer(part, anew=start == 0) as file:
+            if start == 0:
+                _note(download, part, response)
             got = _copy(download, response, file, start, total, show, clock)
             file.flush()
             os.fsync(file.fileno())
     if total is not None and got != total:
         raise _Broken(f"the connection ended at {_megabytes(got)} of {_megabytes(total)}")
+
+
+@contextmanager
+def _its_writer(part: Path, *, anew: bool) -> Iterator[IO[bytes]]:
+    """Open the part file to append to it, emptied if it begins `anew`.
+
+    The file itself is locked too: where somebody removes the lock's file, another process may be writing here.
+    """
+    with open(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND, alone=True), "ab") as file:
+        if not try_flock(file.fileno()):
+            raise FetchError(f"{part}: another process is writing it; wait for that process, and start again")
+        if anew:
+            file.truncate(0)
+        yield file
 
 
 def _copy(

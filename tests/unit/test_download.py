@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import io
@@ -167,6 +168,20 @@ def test_part_that_had_all_arrived_is_taken_without_another_byte(server: Server,
     notes = {"url": f"{server.url}/a.bin", "validator": server.etag}
     (tmp_path / "a.bin.part.json").write_text(json.dumps(notes))
     assert get(wanted(server, tmp_path, size=len(BODY))) == DIGEST
+
+
+def test_a_part_that_another_process_writes_is_left_alone_though_the_lock_file_was_removed(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["a.bin"] = BODY
+    with open(tmp_path / "a.bin.part", "wb") as others:
+        others.write(b"theirs")
+        others.flush()
+        fcntl.flock(others, fcntl.LOCK_EX)
+        with pytest.raises(FetchError, match="another process is writing it"):
+            get(wanted(server, tmp_path))
+        assert (tmp_path / "a.bin.part").read_bytes() == b"theirs"
+    assert get(wanted(server, tmp_path)) == DIGEST
 
 
 @pytest.mark.parametrize("change", ["ranges", "etag"])
