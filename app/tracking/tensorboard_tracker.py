@@ -137,13 +137,14 @@ class _EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        now = time_module.time()
+        # TensorBoard reads the files of a run in the order of their names, and two may begin within a second.
+        seconds, rest = divmod(now_ns := time_module.time_ns(), 10**9)
         name = PATTERN.replace(
-            "*", f"{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+            "*", f"{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
         )
         file = open_file(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._records = RecordWriter(os.fdopen(file, "wb"))
-        self.add(Event(wall_time=now, file_version="brain.Event:2"))
+        self.add(Event(wall_time=now_ns / 1e9, file_version="brain.Event:2"))
         self.flush()
 
     def add(self, event: Any) -> None:

@@ -68,7 +68,8 @@ def test_a_training_in_which_no_epoch_scores_says_which_weights_best_holds(
         *lines, figures = capsys.readouterr().out.splitlines()
         (said,) = [line for line in lines if words in line]
         assert "best.pt holds the weights of epoch 2 of 2" in said
-        assert json.loads(figures)["notes"] == [said]
+        run = runs / "train" / f"run{value}"
+        assert [f"{note}; results in {run}" for note in json.loads(figures)["notes"]] == [said]
         assert "NaN" not in figures
-        best = load_checkpoint(runs / "train" / f"run{value}" / "weights" / "best.pt")
+        best = load_checkpoint(run / "weights" / "best.pt")
         assert len(best["rows"]) == 2
