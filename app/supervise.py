@@ -24,8 +24,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from app.core.budget import BudgetExceeded
 from app.core.folder import Folder
 from app.core.handover import strip_set_ids
+from app.core.regular_file import read_regular
 from app.outputs.restarts import RestartRecord
 from app.outputs.run_dir import runs_root
 
@@ -227,8 +229,8 @@ def told_kills(environment: Mapping[str, str]) -> int:
     An engine that bounds memory by looking, where no control group can be made, counts there before it kills.
     """
     try:
-        return int(Path(environment[KILLS_FILE]).read_text())
-    except (KeyError, OSError, ValueError):
+        return int(read_regular(environment[KILLS_FILE], 64))
+    except (KeyError, OSError, ValueError, BudgetExceeded):
         return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from app.core.paths import at_home
+from app.core.regular_file import is_file, open_regular
 from launcher.errors import EngineError, UsageError
 from launcher.ownership import caller_ids
 
@@ -38,7 +39,7 @@ def find_compose_file(given: Path | None, cwd: Path | None = None) -> Path:
     beside = Path(__file__).resolve().parents[1] / FILE_NAME
     here = (cwd or Path.cwd()) / FILE_NAME
     for path in (beside, here):
-        if path.is_file() and path.read_text(errors="replace").startswith("# Experiment tracking"):
+        if is_file(path) and _begins(path, b"# Experiment tracking"):
             owner = path.stat().st_uid
             if path != beside and owner not in (0, os.getuid(), caller_ids()[0]):
                 raise UsageError(
@@ -50,6 +51,11 @@ def find_compose_file(given: Path | None, cwd: Path | None = None) -> Path:
         f"no {FILE_NAME} of this project beside the launcher nor here; work in the project's folder, "
         f"or name the file: --compose-file PATH (or {FILE_VARIABLE})"
     )
+
+
+def _begins(path: Path, words: bytes) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(words)) == words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,17 +6,22 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from launcher.errors import UsageError
 
+_MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def read_env_file(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables in the file, as `docker run --env-file` reads it; raises UsageError with the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, _MOST_BYTES).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"--env-file {path}: cannot be read ({error.strerror})") from None
+    except BudgetExceeded as error:
+        raise UsageError(f"--env-file {path}: holds {error}; name the file of NAME=value lines") from None
     except UnicodeDecodeError:
         raise UsageError(f"--env-file {path}: is not UTF-8 text") from None
     variables: dict[str, str] = {}

@@ -6,6 +6,7 @@ keep the ones they have.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,9 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
+from app.core.budget import BudgetExceeded
 from app.core.plain_json import parse_json
+from app.core.regular_file import open_regular
+from app.core.tar_reader import TarReader, as_file
+from app.core.unpacked_stream import DamagedArchive, is_packed
+from app.core.words import shown
 from launcher.errors import DataError
 
 FORMAT = 1
@@ -27,6 +33,9 @@ DATABASES = {"mlflow": "mlflow", "starling": "starling"}
 """Each database and the role that owns it: MLflow's with its users, and the studies of searches."""
 
 ARTIFACTS = "artifacts/"
+MOST_FILES = 2_000_000
+"""Files in one backup: the names and digests of so many take some 600 MB, of the writer's and of the reader's memory."""
+_T = TypeVar("_T")
 _MOST_MANIFEST = 512 * 1024**2
 _CHUNK = 1024 * 1024
 
@@ -67,7 +76,12 @@ class ArchiveWriter:
         self._digests: dict[str, str] = {}
 
     def add(self, name: str, size: int, source: IO[bytes], mtime: float = 0) -> None:
-        """Add a file of `size` bytes read from `source`."""
+        """Add a file of `size` bytes read from `source`. Raises DataError for more than MOST_FILES."""
+        if len(self._digests) >= MOST_FILES:
+            raise DataError(
+                f"more than {MOST_FILES:,} files, which no backup holds; copy the artifacts' volume itself, "
+                "or delete old runs"
+            )
         member = tarfile.TarInfo(name)
         member.size, member.mtime, member.mode = size, int(mtime), 0o600
         reader = Digested(source)
@@ -113,18 +127,18 @@ def verify(path: Path, at: Path | None = None) -> Contents:
     """
     digests: dict[str, str] = {}
     manifest: dict[str, Any] | None = None
-    with opened(path, at) as archive:
-        for member, file in members(path, archive):
+    with members(path, at) as found:
+        for member in found:
             if manifest is not None:
                 raise DataError(f"{path}: goes on after its manifest; it is not a backup of these servers")
             if member.name == MANIFEST:
-                manifest = _read_manifest(path, member, file)
+                manifest = _read_manifest(path, member)
                 continue
-            digests[member.name] = _digest(file)
+            digests[member.name] = _digest(member.content)
     if manifest is None:
         raise DataError(f"{path}: has no manifest: it was cut short, or is no backup of these servers")
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{path}: has format {manifest.get('format')}; this launcher reads {FORMAT}")
+        raise DataError(f"{path}: has format {shown(manifest.get('format'))}; this launcher reads {FORMAT}")
     if (
         manifest.get("sha256") != digests
         or not {database_member(name) for name in DATABASES} <= digests.keys()
@@ -133,40 +147,75 @@ def verify(path: Path, at: Path | None = None) -> Contents:
             f"{path}: is damaged: its contents are not what its manifest says; take another backup"
         )
     return Contents(
-        created=str(manifest.get("created", "")),
+        created=shown(manifest.get("created", "")),
         has_artifacts=bool(manifest.get("has_artifacts")),
         files=len(digests),
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One file of a backup; `content` is to be read before the next member is asked for."""
+
+    name: str
+    size: int
+    mtime: float
+    content: IO[bytes]
+
+
 @contextmanager
-def opened(path: Path, at: Path | None = None) -> Iterator[tarfile.TarFile]:
-    """Open a backup; raises DataError for what is no tar, or breaks off."""
+def members(path: Path, at: Path | None = None) -> Iterator[Iterator[Member]]:
+    """Open a backup and give its members in turn.
+
+    Asking for them and reading them raises DataError for what is no tar, breaks off, or holds what no backup has.
+    """
+    with contextlib.closing(_open(path, at)) as file:
+        yield _known_members(path, TarReader(file))
+
+
+def _open(path: Path, at: Path | None) -> IO[bytes]:
     try:
-        with tarfile.open(at or path, mode="r:") as archive:
-            yield archive
+        file = open_regular(at or path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (tarfile.TarError, EOFError):
-        raise DataError(f"{path}: is no whole tar file: it was cut short, or is no backup") from None
+    if is_packed(file.read(6)):
+        file.close()
+        raise DataError(f"{path}: is packed, and no backup is; unpack it first")
+    file.seek(0)
+    return file
 
 
-def members(path: Path, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """Yield each member and its contents; raises DataError for one that no backup has."""
-    seen = set()
-    for member in archive:
-        parts = PurePosixPath(member.name).parts
-        known = member.name == MANIFEST or parts[0] in ("databases", ARTIFACTS.rstrip("/"))
-        file = archive.extractfile(member) if member.isreg() else None
-        if file is None or not known or ".." in parts or member.name in seen:
-            raise DataError(f"{path}: holds {member.name!r}, which no backup has; nothing was changed")
-        seen.add(member.name)
-        yield member, file
-
-
-def _read_manifest(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> dict[str, Any]:
+def _translated(path: Path, items: Iterator[_T]) -> Iterator[_T]:
+    """Yield the items; raise DataError for what reading them raises, and leave alone what their user raises."""
     try:
-        value = parse_json(file.read()) if member.size <= _MOST_MANIFEST else None
+        yield from items
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except BudgetExceeded as error:
+        raise DataError(f"{path}: is no backup: {error}") from None
+    except DamagedArchive as error:
+        raise DataError(
+            f"{path}: is no whole tar file: it was cut short, or is no backup ({shown(error)})"
+        ) from None
+
+
+def _known_members(path: Path, archive: TarReader) -> Iterator[Member]:
+    seen: set[str] = set()
+    for member in _translated(path, archive.members()):
+        parts = PurePosixPath(member.name).parts
+        known = member.name == MANIFEST or parts[:1] in (("databases",), (ARTIFACTS.rstrip("/"),))
+        if not (member.isreg() and known) or ".." in parts or member.name in seen:
+            raise DataError(f"{path}: holds {shown(member.name)}, which no backup has; nothing was changed")
+        seen.add(member.name)
+        if len(seen) > MOST_FILES + 1:
+            raise DataError(f"{path}: holds more than {MOST_FILES:,} files, which no backup has")
+        content = as_file(_translated(path, archive.chunks(member)))
+        yield Member(name=member.name, size=member.size, mtime=member.mtime, content=content)
+
+
+def _read_manifest(path: Path, member: Member) -> dict[str, Any]:
+    try:
+        value = parse_json(member.content.read()) if member.size <= _MOST_MANIFEST else None
     except ValueError:
         value = None
     if not isinstance(value, dict):

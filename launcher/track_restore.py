@@ -29,7 +29,6 @@ from launcher.track_archive import (
     database_member,
     held,
     members,
-    opened,
     verify,
 )
 from launcher.track_backup import FOLDER
@@ -87,12 +86,12 @@ def _database_up(compose: Compose, config: dict[str, Any], host: DockerEngine) -
 
 def _stage(file: Path, at: Path, contents: Contents, postgres: Service, mlflow: Service) -> None:
     """Load the dumps into new databases, and the artifacts into a new folder of their volume."""
-    with opened(file, at) as archive:
-        dumps = {database_member(name): (name, role) for name, role in DATABASES.items()}
-        for member, payload in members(file, archive):
+    dumps = {database_member(name): (name, role) for name, role in DATABASES.items()}
+    with members(file, at) as found:
+        for member in found:
             if member.name in dumps:
                 database, role = dumps[member.name]
-                _load_database(postgres, database, role, payload)
+                _load_database(postgres, database, role, member.content)
                 say(f"database {database}: loaded")
     if contents.has_artifacts:
         _in_artifacts(mlflow, STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, at, sink))
@@ -177,12 +176,15 @@ def _in_artifacts(mlflow: Service, script: str, send: Callable[[IO[bytes]], None
 
 def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
     """Write the artifacts of a backup to `sink` as a tar of their own."""
-    with opened(file, at) as archive, tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out:
-        for member, payload in members(file, archive):
+    with (
+        members(file, at) as found,
+        tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out,
+    ):
+        for member in found:
             if member.name.startswith(ARTIFACTS):
                 copy = tarfile.TarInfo(member.name.removeprefix(ARTIFACTS))
                 copy.size, copy.mtime, copy.mode = member.size, member.mtime, 0o644
-                out.addfile(copy, payload)
+                out.addfile(copy, member.content)
 
 
 def _feed(words: list[str], send: Callable[[IO[bytes]], None], what: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from app.core.budget import Budget
 from app.core.unpacked_stream import CHUNK, DamagedArchive, is_packed, unpacked
@@ -70,9 +71,30 @@ class TarReader:
             raise DamagedArchive(f"{member.name!r} is a sparse file, which no dataset needs")
 
 
+def as_file(chunks: Iterator[bytes]) -> IO[bytes]:
+    """Return chunks of bytes as one file, for libraries that read files."""
+    return io.BufferedReader(_Chunks(chunks), CHUNK)
+
+
 def is_tar(head: bytes) -> bool:
     """Return whether a file that begins with `head`, 512 bytes, is surely a tar file, packed or not."""
     return is_packed(head) or head[257:262] == b"ustar"
+
+
+class _Chunks(io.RawIOBase):
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        part = self._rest[: len(buffer)]
+        buffer[: len(part)] = part
+        self._rest = self._rest[len(part) :]
+        return len(part)
 
 
 class _Forward:

@@ -7,7 +7,7 @@ import errno
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import cv2
 import numpy as np
 
 from app.config.detect_config import DetectConfig
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
+from app.core.words import shown
 from app.data.films import Frame
 from app.data.sources import Source
 from app.errors import DataError
@@ -27,6 +30,7 @@ from app.plots.drawing import draw_detections
 from app.plots.style import save_picture
 
 CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2", "file")
+_MOST_CSV_BYTES = 256 << 20
 KEPT_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 """Kinds that an annotated picture keeps; any other becomes a .jpg."""
 ROOM_FOR_NUMBER = 25
@@ -57,8 +61,8 @@ class DetectionFiles:
         if self.keeps_pictures or self.labels or self.csv or self.crops:
             self.register.write()
         if self.csv:
-            shown = {source.shown for source in sources}
-            write_atomic(self.csv, _kept_rows(self.csv, self.register, shown))
+            of_sources = {source.shown for source in sources}
+            write_atomic(self.csv, _kept_rows(self.csv, self.register, of_sources))
 
     def open(self, source: Source) -> SourceFiles:
         """Return the writer of one source, to be closed; what an earlier run wrote of the source is removed."""
@@ -229,15 +233,23 @@ def _folder_name(name: str) -> str:
     )
 
 
-def _kept_rows(path: Path, register: Register, shown: set[str]) -> bytes:
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    try:
+        text = read_regular(path, _MOST_CSV_BYTES).decode("utf-8", "surrogateescape")
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except (BudgetExceeded, csv.Error) as error:
+        raise DataError(
+            f"{path}: its rows cannot be read ({shown(error)}), and would be lost; move it away"
+        ) from None
+
+
+def _kept_rows(path: Path, register: Register, of_sources: set[str]) -> bytes:
     """Return the head of a CSV and the rows of sources that are not of this run, if it is there already."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            for row in csv.DictReader(file):
-                of_this_run = register.is_of_this_run(row["file"]) if row.get("file") else False
-                if not of_this_run and (row.get("file") or row.get("image") not in shown):
-                    writer.writerow(row)
+    for row in _rows(path) if path.is_file() else ():
+        of_this_run = register.is_of_this_run(row["file"]) if row.get("file") else False
+        if not of_this_run and (row.get("file") or row.get("image") not in of_sources):
+            writer.writerow(row)
     return text.getvalue().encode("utf-8", "surrogateescape")

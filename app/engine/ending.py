@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from app.config.train_config import TrainConfig
+from app.core.plain_json import parse_json
 from app.engine.best_weights import kept_row, out_of_patience, saved_row, unscored
 from app.engine.results import EpochRow
 from app.outputs.atomic import write_atomic
+from app.outputs.folders import read_file
 from app.outputs.run_dir import RunDir
 from app.tracking.events import last_status
 
@@ -116,8 +118,8 @@ def write_mark(run: RunDir, rows: Sequence[EpochRow], run_uuid: str) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """Return a JSON object of the run folder; an empty one for an absent or garbled file."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_file(path))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

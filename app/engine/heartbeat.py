@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.core.plain_json import NotJson, parse_json
+
 BEAT_S = 1.0
 STORE_S = 10
 """Longest wait for an answer of the store."""
@@ -25,6 +27,8 @@ LOST_S = 20.0
 """Silence that is enough by itself."""
 GRACE_S = 10.0
 """Seconds the training itself has to find out, before the process is ended from outside of it."""
+_MOST_BYTES = 64 * 1024
+"""Of a rank's sign of life; an error's message is the longest part of it."""
 VERDICT_S = 12.0
 """Longest wait for a name after a collective has failed."""
 
@@ -164,9 +168,18 @@ class Heartbeat:
             return
         self._store_lost_at = None
         for rank, value in enumerate(values):
-            life = json.loads(value)
+            life = _life(value)
             if life != self._lives[rank]:
                 self._lives[rank], self._silent_since[rank] = life, self._clock()
+
+
+def _life(value: bytes) -> dict[str, object]:
+    """Return what a rank wrote; an empty one where something else than a rank of ours wrote into the store."""
+    try:
+        life = parse_json(value) if len(value) <= _MOST_BYTES else None
+    except NotJson:
+        return {}
+    return life if isinstance(life, dict) else {}
 
 
 def end_process(lost: Loss) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from app.core.plain_json import read_json
 from app.outputs.atomic import write_atomic
 from app.outputs.file_system import folds_names, longest_name
 from app.outputs.names import Key, Named, Names, Subject, folded
@@ -121,11 +122,9 @@ def _listed(folder: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Named]:
     """Return the names that a register holds; one that cannot be read, or is no register, holds none."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return {}
-        content = json.loads(path.read_bytes())
+        content = read_json(path, MAX_BYTES)
         return dict(_record(row) for row in content["sources"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -14,8 +14,12 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from app.core.plain_json import NotJson, parse_json
+
 _SEAL = re.compile(rb',"crc":"([0-9a-f]{8})"}')
 _LENGTH = len(b',"crc":"00000000"}')
+MOST_LINE_BYTES = 16 << 20
+"""Of one record; the notes of a trial, the longest ones, are below 1 MiB."""
 _SIGNS = (b'"op_code":', b'"worker_id":', b',"crc":"')
 """What stands in every record; damage rarely takes all of them."""
 
@@ -28,10 +32,12 @@ def sealed(record: Mapping[str, Any]) -> bytes:
 
 def opened(line: bytes) -> dict[str, Any] | None:
     """Return the record of a whole line; None where it is damaged, or no record."""
+    if len(line) > MOST_LINE_BYTES:
+        return None
     text = line.rstrip(b"\r\n")
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
+        record = parse_json(text)
+    except NotJson:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("op_code"), int):
         return None

@@ -27,7 +27,7 @@ from app.core.lock import take, take_folder, try_flock
 from app.errors import CheckpointError, UsageError, disk_write, refusal
 from app.outputs.atomic import fsync_directory
 from app.outputs.folders import make_folder, open_file, open_folder, state_of
-from app.search.checksum import has_lost_line_end, looks_like_record, opened, sealed
+from app.search.checksum import MOST_LINE_BYTES, has_lost_line_end, looks_like_record, opened, sealed
 from app.search.leases import FileLease, FileLeaseWatch, lease_path
 
 T = TypeVar("T")
@@ -213,7 +213,9 @@ class SafeJournalBackend(BaseJournalBackend):
             if status.st_size < offset:
                 raise CheckpointError(f"{self._path}: was cut short while in use; restore it from a copy")
             file.seek(offset)
-            for line in file:
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                if len(line) > MOST_LINE_BYTES:
+                    raise self._damaged(number + 1)
                 if not line.endswith(b"\n"):
                     if has_lost_line_end(line):
                         raise self._damaged(number + 1)

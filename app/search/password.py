@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.config.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from app.errors import UsageError, readable
 
 REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
+_MOST_BYTES = 1 << 20
 _FIELD = re.compile(r"((?:\\.|[^:\\])*)(?::|$)")
 
 
@@ -38,9 +41,9 @@ def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
 
 def _read(path: Path, variable: str) -> str:
     try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
+        return read_regular(path, _MOST_BYTES).decode()
+    except (OSError, ValueError, BudgetExceeded) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text of a password's length"
         raise UsageError(
             f"{path}: the database's password cannot be read ({reason}); correct {variable}"
         ) from None

@@ -22,7 +22,9 @@ from typing import Any
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
+from app.core.budget import BudgetExceeded
 from app.core.lock import take, try_flock
+from app.core.regular_file import read_regular
 from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import write_atomic
 from app.search.checksum import has_lost_line_end, looks_like_record, opened, sealed
@@ -35,6 +37,8 @@ _NOTHING = 10
 """A record that changes nothing: what Optuna's own program in Rust discards."""
 REASON = "its record in the journal was damaged, and dropped by a repair"
 WORKER = "repair"
+_MOST_BYTES = 512 << 20
+"""A journal of 100,000 candidates has some 200 MB."""
 LOCK_WAIT_S = 30.0
 """Seconds that a repair waits for a worker that holds the study."""
 
@@ -67,7 +71,7 @@ def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
     if not path.is_file() or path.is_symlink():
         raise UsageError(f"{directory}: holds no search; give the folder that has {JOURNAL}")
     with _alone(path, wait_s):
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = _lines_of(path)
         if lines and opened(lines[0]) is None and not any(map(looks_like_record, lines)):
             raise UsageError(f"{path}: is no study's journal, so there is nothing to repair")
         if lines and not lines[-1].endswith(b"\n") and not has_lost_line_end(lines[-1]):
@@ -82,6 +86,15 @@ def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
             write_atomic(path, b"".join(kept))
             os.chmod(path, mode & 0o777)
     return Repair(journal=path, copy=copy, dropped=tuple(dropped))
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    try:
+        return read_regular(path, _MOST_BYTES).splitlines(keepends=True)
+    except BudgetExceeded as error:
+        raise UsageError(
+            f"{path}: holds {error}, and a repair reads the whole file; restore it from a copy"
+        ) from None
 
 
 def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:

@@ -38,7 +38,7 @@ from app.engine.training import (
 )
 from app.errors import CheckpointError, UsageError
 from app.outputs.atomic import write_atomic
-from app.outputs.folders import is_file, names_in, remove, remove_tree, rename
+from app.outputs.folders import is_file, names_in, read_file, remove, remove_tree, rename
 from app.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
 from app.outputs.worker_status import WorkerStatus, worker_name
 from app.search.estimate import seconds_left
@@ -388,7 +388,7 @@ def _stamp(path: Path) -> str:
 
 
 def _holds(path: Path, text: str) -> bool:
-    return is_file(path) and path.read_text(errors="replace") == text
+    return is_file(path) and read_file(path) == text.encode()
 
 
 def _fitness_of(path: Path) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.clearml_client.machine import describe_machine
 from app.clearml_client.script import describe_script
+from app.outputs.folders import read_file
 from app.outputs.run_dir import RunDir
 from app.tracking.tracker import Run
 
@@ -15,7 +16,7 @@ def code_of(run: Run) -> dict[str, Any]:
     """Return the script of a run's task: of the code that it noted when it began, where it knew a commit."""
     commit, dirty = str(run.tags.get("git_commit", "")), run.tags.get("git_dirty") == "True"
     try:
-        diff = RunDir(run.directory).diff.read_text() if commit and dirty else ""
+        diff = read_file(RunDir(run.directory).diff).decode(errors="replace") if commit and dirty else ""
     except OSError:
         diff = ""
     return describe_script(commit, diff)

@@ -17,7 +17,7 @@ def picture_plot(url: str, path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         width, height = 4, 3
     shown = _WIDTH * height // max(width, 1)
     image_on_axes = {

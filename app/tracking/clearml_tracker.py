@@ -29,6 +29,8 @@ from app.clearml_client.tasks import (
     sections_of,
     uuid_tag,
 )
+from app.core.regular_file import open_regular
+from app.outputs.folders import read_file
 from app.tracking.clearml_origin import code_of, machine_of
 from app.tracking.clearml_plots import confusion_plot, picture_plot
 from app.tracking.lock import exclusive
@@ -159,7 +161,11 @@ class ClearmlTracker:
         if kind == "weights":
             return  # a model of the task, see log_model
         counts = path.with_suffix(".json")
-        heat_map = confusion_plot(counts.read_text()) if path.name == CONFUSION and counts.is_file() else None
+        heat_map = (
+            confusion_plot(read_file(counts).decode())
+            if path.name == CONFUSION and counts.is_file()
+            else None
+        )
         with _translated():
             key = f"{folder}/{path.name}" if folder else path.name
             url = self._api.upload(path, f"{self._place(run_id).folder}/artifacts/{key}")
@@ -314,7 +320,7 @@ class ClearmlTracker:
         item = {
             "name": path.stem,
             "type": "yaml",
-            "value": path.read_text(errors="replace"),
+            "value": read_file(path).decode(errors="replace"),
             "description": path.name,
         }
         self._api.call("tasks.edit_configuration", task=task, force=True, configuration=[item])
@@ -369,8 +375,13 @@ def _title_and_series(name: str) -> tuple[str, str]:
     return (title, series) if slash else (name, name)
 
 
+def _beginning(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(_PREVIEW_BYTES)
+
+
 def _artifact(key: str, path: Path, url: str) -> dict[str, Any]:
-    preview = path.read_bytes()[:_PREVIEW_BYTES].decode("utf-8", "replace") if path.suffix in _TEXT else ""
+    preview = _beginning(path).decode("utf-8", "replace") if path.suffix in _TEXT else ""
     return {
         "key": key,
         "type": "custom",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 
+from app.core.budget import BudgetExceeded
+from app.core.regular_file import read_regular
 from app.tracking.tracker import TrackerUnavailableError
 
 PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
+_MOST_BYTES = 1 << 20
 
 
 def read_password(environment: Mapping[str, str], client: MutableMapping[str, str]) -> None:
@@ -20,7 +22,7 @@ def read_password(environment: Mapping[str, str], client: MutableMapping[str, st
     if not named:
         return
     try:
-        client[PASSWORD] = Path(named).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        client[PASSWORD] = read_regular(named, _MOST_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError, BudgetExceeded) as error:
+        reason = getattr(error, "strerror", None) or "not text of a password's length"
         raise TrackerUnavailableError(f"{PASSWORD_FILE}={named}: cannot be read ({reason})") from None

@@ -6,6 +6,8 @@ import hashlib
 import io
 from pathlib import Path
 
+from app.outputs.folders import read_file
+
 _THUMBNAIL_SIDE = 256
 
 
@@ -16,12 +18,15 @@ def as_shown(path: Path, key: str, step: int, time: float, folder: Path) -> list
     """
     from PIL import Image
 
-    content = path.read_bytes()
+    content = read_file(path)
     digest = hashlib.sha256(content).hexdigest()[:32]
     stem = f"{key.replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}+{digest}"
-    with Image.open(io.BytesIO(content)) as picture:
-        whole, small = folder / f"{stem}.png", folder / f"{stem}+compressed.webp"
-        picture.convert("RGB").save(whole)
-        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        picture.convert("RGB").save(small)
+    whole, small = folder / f"{stem}.png", folder / f"{stem}+compressed.webp"
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.convert("RGB").save(whole)
+            picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+            picture.convert("RGB").save(small)
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{path}: {error}") from None
     return [whole, small]

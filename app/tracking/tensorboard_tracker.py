@@ -6,6 +6,7 @@ TensorBoard's own writer, without TensorFlow; its import costs 0.3 s of CPU and 
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
 import socket
 import struct
@@ -17,7 +18,7 @@ from typing import Any
 
 from app.core.paths import real_path
 from app.errors import refusal
-from app.outputs.folders import is_file, names_in, open_file
+from app.outputs.folders import is_file, names_in, open_file, read_file
 from app.outputs.redaction import without_credentials
 from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
 
@@ -63,8 +64,7 @@ class TensorBoardTracker:
 
     def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
         """Write the picture's file as it is."""
-        content = path.read_bytes()
-        height, width = _size(path)
+        content, height, width = _picture(path)
         image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": content}
         self._add(run_id, name, step, time, {"image": image})
         self._flush()
@@ -191,12 +191,13 @@ def _text(markdown: str) -> dict[str, Any]:
     return {"tensor": tensor, "metadata": create_summary_metadata(_PARAMS, "")}
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Return height and width of a picture's file."""
+def _picture(path: Path) -> tuple[bytes, int, int]:
+    """Return the bytes of a picture's file, its height and its width."""
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, struct.error) as error:
+        content = read_file(path)
+        with Image.open(io.BytesIO(content)) as picture:
+            return content, picture.height, picture.width
+    except (OSError, struct.error, Image.DecompressionBombError) as error:
         raise TrackerRejectedError(f"{path}: no picture ({error})") from None

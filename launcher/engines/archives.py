@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
-import tarfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import docker.errors
+
+from app.core.budget import Budget, BudgetExceeded
+from app.core.tar_reader import HEADER_BYTES, TarReader
+from app.core.unpacked_stream import DamagedArchive
 
 
 def read_archived_file(api: Any, container: str, path: str, most_bytes: int) -> bytes:
@@ -19,11 +23,24 @@ def read_archived_file(api: Any, container: str, path: str, most_bytes: int) -> 
     if about["mode"] >> 9 or about["size"] > most_bytes:
         stream.close()
         return b""
-    archive = b"".join(stream)
     try:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            member = tar.next()
-            file = tar.extractfile(member) if member is not None and member.isreg() else None
-            return b"" if file is None else file.read(most_bytes)
-    except tarfile.TarError:
+        return _first_file(b"".join(_at_most(stream, most_bytes + HEADER_BYTES)), most_bytes)
+    except (BudgetExceeded, DamagedArchive):
         return b""
+    finally:
+        stream.close()
+
+
+def _at_most(stream: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:
+    budget = Budget(bytes=most_bytes)
+    for chunk in stream:
+        budget.spend(bytes=len(chunk))
+        yield chunk
+
+
+def _first_file(archive: bytes, most_bytes: int) -> bytes:
+    tar = TarReader(io.BytesIO(archive))
+    member = next(tar.members(), None)
+    if member is None or not member.isreg() or member.size > most_bytes:
+        return b""
+    return b"".join(tar.chunks(member))
