@@ -40,7 +40,7 @@ RUN if [ "$COMPILER" = 1 ]; then \
 # HOME and USER also serve user ids that /etc/passwd does not know (`docker run --user`); /tmp stays writable when
 # the root file system is read-only.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONPATH=/usr/src \
+    PYTHONPATH=/usr/src/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
@@ -61,7 +61,9 @@ RUN chmod 0755 /usr/local/bin/starling-entrypoint \
     && chmod 0711 /root \
     && useradd --uid 1000 --user-group --no-create-home --home-dir /tmp starling \
     && install -d -o starling -g starling -m 1777 runs \
-    && if [ ! -e data/hyps ]; then ln -s ../config/hyps data/hyps; fi \
+    && printf '#!/bin/sh\nexec python -P -m starling "$@"\n' >/usr/local/bin/starling \
+    && chmod 0755 /usr/local/bin/starling \
+    && if [ ! -e data/hyps ]; then ln -s ../starling/config/hyps data/hyps; fi \
     && python -m compileall -q /usr/src/app
 
 # What `launcher up` asks before it starts anything: is our trainer in the image, and which driver does its CUDA need?

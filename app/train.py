@@ -1,60 +1,8 @@
 #!/usr/bin/env python3
 """Train a detector, or search its hyperparameters together with every other worker: `python train.py --help`."""
 
-from __future__ import annotations
-
-import os
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from app.command import leave, run_command, speaks
-from app.config.train_flags import TrainCommand, parse_args
-from app.errors import StarlingError
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse, train or search, and return the exit code."""
-    return run_command(lambda: _parse(argv), _run, lambda command: command.config.debug, _tell_launcher)
-
-
-def _tell_launcher(error: BaseException) -> None:
-    """Leave the reason where `launcher status` looks, also of an error before there is a run."""
-    if (replica := os.environ.get("STARLING_REPLICA")) and speaks():
-        from app.outputs.run_dir import runs_root
-        from app.outputs.worker_status import tell_failure
-
-        words = str(error) if isinstance(error, StarlingError) else f"{type(error).__name__}: {error}"
-        tell_failure(runs_root(), replica, words)
-
-
-def _parse(argv: list[str] | None) -> TrainCommand:
-    """Return what the words ask for; without any, in a ClearML agent, what its task asks for."""
-    words = sys.argv[1:] if argv is None else argv
-    if not words and os.environ.get("CLEARML_TASK_ID"):
-        from app.clearml_client.remote import arguments_of_task
-
-        words = arguments_of_task()
-    return parse_args(words)
-
-
-def _run(command: TrainCommand) -> None:
-    # Imported here so that --help and a wrong flag answer at once, without torch.
-    if command.config.remote:
-        from app.clearml_client.remote import enqueue_training
-
-        enqueue_training(command.config)
-    elif command.config.evolve:
-        from app.search.training import search
-
-        search(command.config)
-    else:
-        from app.engine.training import train
-
-        train(command)
-
+from starling.cli.command import leave
+from starling.cli.train import main
 
 if __name__ == "__main__":
     leave(main())

@@ -23,13 +23,14 @@ import cv2
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
-from app.config.hyp import Hyp
-from app.data.device_paint import DevicePainter
-from app.data.device_tables import load_tables
-from app.data.paint import paint_item
-from app.data.plan import ItemPlan, plan_item
+from starling.config.hyp import Hyp
+from starling.data.device_paint import DevicePainter
+from starling.data.device_tables import load_tables
+from starling.data.paint import paint_item
+from starling.data.plan import ItemPlan, plan_item
 
 PICTURES = 64
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from common import REPOSITORY, machine, runs_below
 
-from app.config.train_config import TrainConfig
-from app.engine.trainer import Trainer, TrainResult
-from app.search.training import search
+from starling.config.train_config import TrainConfig
+from starling.engine.trainer import Trainer, TrainResult
+from starling.search.training import search
 
 
 def main() -> int:

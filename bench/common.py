@@ -15,21 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
-from app.config.hyp import Hyp
-from app.config.train_config import TrainConfig
-from app.engine.device import Compute
-from app.engine.optimizer import ExponentialMovingAverage, build_optimizer
-from app.engine.progress import Silence
-from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import EpochRow
-from app.engine.start import find_start
-from app.engine.stop_signal import StopSignal
-from app.engine.training import Workshop, open_workshop, read_hyp, train_in
-from app.loss import DetectionLoss, LossGains
-from app.model.detector import build_detector
-from app.outputs.run_dir import RunDir
+from starling.config.hyp import Hyp
+from starling.config.train_config import TrainConfig
+from starling.engine.device import Compute
+from starling.engine.optimizer import ExponentialMovingAverage, build_optimizer
+from starling.engine.progress import Silence
+from starling.engine.reporter import Reporter, RunLabel
+from starling.engine.results import EpochRow
+from starling.engine.start import find_start
+from starling.engine.stop_signal import StopSignal
+from starling.engine.training import Workshop, open_workshop, read_hyp, train_in
+from starling.loss import DetectionLoss, LossGains
+from starling.model.detector import build_detector
+from starling.outputs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

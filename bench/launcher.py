@@ -26,6 +26,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(REPOSITORY / "app"))
 
 from tests.trainer_double import write_double  # noqa: E402
 
@@ -77,7 +78,7 @@ def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
         "PATH": path,
         "DOCKER_HOST": address,
         "DOCKER_BUILDKIT": "0",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": f"{REPOSITORY / 'app'}:{REPOSITORY}",
     }
     here.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: pip compiles what it installs
     try:

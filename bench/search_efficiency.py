@@ -30,15 +30,15 @@ import optuna
 from common import REPOSITORY, machine
 from search_landscape import Landscape
 
-from app.config.train_config import SAMPLERS, Sampler
-from app.errors import Pruned
-from app.search.outcome import Outcome
-from app.search.plan import StudyPlan
-from app.search.samplers.fast import FastSampler, FastSettings
-from app.search.samplers.proposer import Proposer
-from app.search.space import Space
-from app.search.study import Claim, SearchStudy, Turn
-from app.search.views import best_of
+from starling.config.train_config import SAMPLERS, Sampler
+from starling.errors import Pruned
+from starling.search.outcome import Outcome
+from starling.search.plan import StudyPlan
+from starling.search.samplers.fast import FastSampler, FastSettings
+from starling.search.samplers.proposer import Proposer
+from starling.search.space import Space
+from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.views import best_of
 
 TABLE = REPOSITORY / "bench" / "search_table.csv"
 TRAIN_IMAGES, VAL_IMAGES = 205, 87

@@ -30,7 +30,7 @@ from typing import Any
 
 from common import REPOSITORY, machine, runs_below
 
-from app.config.hyp import Hyp
+from starling.config.hyp import Hyp
 
 PROCESSES = multiprocessing.get_context("spawn")
 SEED_HYP = Hyp().as_dict()
@@ -91,8 +91,8 @@ def tell(folder: Path, began: float, spans: list[Span], ended: float) -> None:
 
 def sleeping_worker(folder: Path, budget: int, place: int, barrier: Barrier, seconds: float) -> None:
     """Work on candidates whose training is a sleep."""
-    from app.search.outcome import Candidate, Outcome, Report
-    from app.search.worker import WorkerSettings, run_search
+    from starling.search.outcome import Candidate, Outcome, Report
+    from starling.search.worker import WorkerSettings, run_search
 
     spans: list[Span] = []
     recorded = [0.0]
@@ -123,10 +123,10 @@ def training_worker(
     # On one core while it sets itself up, the product takes one thread; which core that has later is the kernel's choice.
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
-    from app import settings
-    from app.config.train_config import TrainConfig
-    from app.engine.trainer import Trainer, TrainResult
-    from app.search.training import _Trainings, search
+    from starling import settings
+    from starling.config.train_config import TrainConfig
+    from starling.engine.trainer import Trainer, TrainResult
+    from starling.search.training import _Trainings, search
 
     spans: list[Span] = []
     ended = [0.0]
@@ -160,8 +160,8 @@ def training_worker(
 
 def fill(study: Any, count: int) -> None:
     """Append finished candidates to a study, as records that its own first candidate left, with other values."""
-    from app.search.journal import JOURNAL, SafeJournalBackend
-    from app.search.study import Claim
+    from starling.search.journal import JOURNAL, SafeJournalBackend
+    from starling.search.study import Claim
 
     first = study.ask("bench")
     assert isinstance(first, Claim)
@@ -187,7 +187,7 @@ def fill(study: Any, count: int) -> None:
 
 def outcome(fitness: float) -> Any:
     """Return a result with this fitness."""
-    from app.search.outcome import Outcome
+    from starling.search.outcome import Outcome
 
     return Outcome(fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=0.4,
                    box_loss=0.1, obj_loss=0.2, cls_loss=0.3)  # fmt: skip
@@ -195,7 +195,7 @@ def outcome(fitness: float) -> Any:
 
 def join(folder: Path) -> Any:
     """Open the study as one more worker, with room in its budget."""
-    from app.search.study import SearchStudy
+    from starling.search.study import SearchStudy
 
     return SearchStudy.open_or_create(folder, seed_hyp=SEED_HYP, budget=10**6, study_seed=0, signature={})
 
@@ -211,7 +211,7 @@ def ask_and_tell(study: Any) -> tuple[float, float]:
 
 def journal(count: int, fresh: int = 3, warm: int = 100) -> dict[str, Any]:
     """Return what a journal of `count` trials costs: medians of workers that join, and of one that goes on."""
-    from app.search.views import write_files
+    from starling.search.views import write_files
 
     joined: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:

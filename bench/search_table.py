@@ -95,8 +95,8 @@ def _fill(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(REPOSITORY / "bench"))
     from common import Loop
 
-    from app.config.train_config import TrainConfig
-    from app.search.genes import genes_of
+    from starling.config.train_config import TrainConfig
+    from starling.search.genes import genes_of
 
     config = TrainConfig(
         data=args.data, weights=str(args.weights), imgsz=args.img, epochs=args.epochs, batch_size=args.batch, workers=1,
@@ -114,13 +114,13 @@ def _fill(args: argparse.Namespace) -> int:
 
 def _train(loop: Loop, folder: Path, job: Job, hyp: dict[str, float]) -> list[float]:
     """Return the fitness after each epoch; shorter where the training diverged."""
-    from app.config.hyp import Hyp
-    from app.engine.progress import Silence
-    from app.engine.reporter import Reporter, RunLabel
-    from app.engine.stop_signal import StopSignal
-    from app.engine.trainer import Diverged
-    from app.engine.training import train_in
-    from app.outputs.run_dir import RunDir
+    from starling.config.hyp import Hyp
+    from starling.engine.progress import Silence
+    from starling.engine.reporter import Reporter, RunLabel
+    from starling.engine.stop_signal import StopSignal
+    from starling.engine.trainer import Diverged
+    from starling.engine.training import train_in
+    from starling.outputs.run_dir import RunDir
 
     run = RunDir(folder / f"{job.index}")
     run.weights.mkdir(parents=True)

@@ -17,13 +17,13 @@ from unittest import mock
 import psutil
 from common import REPOSITORY
 
-from app.engine.progress import Silence
-from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import EpochRow, write_results
-from app.outputs.run_dir import RunDir
-from app.tracking.cursor import cursor_path
-from app.tracking.events import EventLog
-from app.tracking.process import start_bridges
+from starling.engine.progress import Silence
+from starling.engine.reporter import Reporter, RunLabel
+from starling.engine.results import EpochRow, write_results
+from starling.outputs.run_dir import RunDir
+from starling.tracking.cursor import cursor_path
+from starling.tracking.events import EventLog
+from starling.tracking.process import start_bridges
 
 OFF = ("off", "off again")
 """The conditions without tracking."""

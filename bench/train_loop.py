@@ -19,9 +19,9 @@ from pathlib import Path
 
 from common import REPOSITORY, Loop, Step, machine
 
-from app.config.train_config import TrainConfig
-from app.engine.data import training_loader
-from app.engine.device import Compute
+from starling.config.train_config import TrainConfig
+from starling.engine.data import training_loader
+from starling.engine.device import Compute
 
 
 def loader_seconds(loop: Loop) -> float:

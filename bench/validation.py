@@ -27,19 +27,20 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(REPOSITORY / "app"))
 
-from app.config.hyp import Hyp  # noqa: E402 - found by the line above
-from app.config.shipped import find_config  # noqa: E402
-from app.data.dataset import Dataset, DatasetDescription  # noqa: E402
-from app.data.loader import ValLoader  # noqa: E402
-from app.data.store import ImageStore  # noqa: E402
-from app.engine.device import Compute, select_compute  # noqa: E402
-from app.engine.evaluation import Stopwatch  # noqa: E402
-from app.engine.start import read_weights  # noqa: E402
-from app.engine.validator import Validation, to_input, validate  # noqa: E402
-from app.loss import DetectionLoss, LossGains  # noqa: E402
-from app.model.detector import Detector, build_detector  # noqa: E402
-from app.model.weights import load_weights  # noqa: E402
+from starling.config.hyp import Hyp  # noqa: E402 - found by the line above
+from starling.config.shipped import find_config  # noqa: E402
+from starling.data.dataset import Dataset, DatasetDescription  # noqa: E402
+from starling.data.loader import ValLoader  # noqa: E402
+from starling.data.store import ImageStore  # noqa: E402
+from starling.engine.device import Compute, select_compute  # noqa: E402
+from starling.engine.evaluation import Stopwatch  # noqa: E402
+from starling.engine.start import read_weights  # noqa: E402
+from starling.engine.validator import Validation, to_input, validate  # noqa: E402
+from starling.loss import DetectionLoss, LossGains  # noqa: E402
+from starling.model.detector import Detector, build_detector  # noqa: E402
+from starling.model.weights import load_weights  # noqa: E402
 
 TRAINED = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 RAISED = 5.0

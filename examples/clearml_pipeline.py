@@ -29,7 +29,7 @@ def make_dataset(folder: str, project: str, name: str) -> str:
     import subprocess
     import sys
 
-    words = ["-m", "app.data", "version", folder, "--project", project, "--name", name, "--json"]
+    words = ["-m", "starling", "data", "version", folder, "--project", project, "--name", name, "--json"]
     done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True)
     return str(json.loads(done.stdout)["id"])
 
@@ -38,27 +38,47 @@ def search(dataset: str, project: str, trials: int, flags: list[str]) -> str:
     """Search hyperparameters, and return the best set as YAML: a file here would not be there on another agent."""
     from pathlib import Path
 
-    from app.outputs.run_dir import runs_root
+    from starling.outputs.run_dir import runs_root
 
-    words = ["-m", "app.train", "--data", f"clearml://{dataset}", "--project", project, "--name", "search"]
+    words = [
+        "-m",
+        "starling",
+        "train",
+        "--data",
+        f"clearml://{dataset}",
+        "--project",
+        project,
+        "--name",
+        "search",
+    ]
     run([*words, "--exist-ok", "--evolve", str(trials), *flags])
     return Path(runs_root() / project / "search" / "hyp_evolve.yaml").read_text()
 
 
 def train(dataset: str, project: str, hyp: str, flags: list[str]) -> str:
     """Train with the best set, and return the run's folder."""
-    from app.outputs.run_dir import create_run_dir, runs_root
+    from starling.outputs.run_dir import create_run_dir, runs_root
 
     folder = create_run_dir(project, "train", runs_root())
     (folder / "best-of-search.yaml").write_text(hyp)
-    words = ["-m", "app.train", "--data", f"clearml://{dataset}", "--project", project, "--name", folder.name]
+    words = [
+        "-m",
+        "starling",
+        "train",
+        "--data",
+        f"clearml://{dataset}",
+        "--project",
+        project,
+        "--name",
+        folder.name,
+    ]
     run([*words, "--exist-ok", "--hyp", str(folder / "best-of-search.yaml"), *flags])
     return str(folder)
 
 
 def export(folder: str, flags: list[str]) -> str:
     """Write the best weights as ONNX, and return the file's name."""
-    run(["-m", "app.export", "--weights", f"{folder}/weights/best.pt", "--include", "onnx", *flags])
+    run(["-m", "starling", "export", "--weights", f"{folder}/weights/best.pt", "--include", "onnx", *flags])
     return f"{folder}/weights/best.onnx"
 
 

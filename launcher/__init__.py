@@ -1,3 +1,1 @@
-"""The host's side: plan, start, watch and stop replicas. Of `app` it imports `app.core` only; never torch."""
-
-__version__ = "0.1.0"
+"""The host's side: plan, start, watch and stop replicas. Of `starling` it imports `starling.core` only; never torch."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePath
 
-from app.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 from launcher.engines.base import Mount
 from launcher.errors import LauncherError, UsageError
 from launcher.problems import Problems
+from starling.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 
 READ, WRITE, ENTER = 4, 2, 1
 

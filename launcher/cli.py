@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from app.core.paths import at_home, impossible, lost_folder
-from app.core.words import shown
 from launcher.config_file import ConfiguredCommand, root_option
 from launcher.engines.limits import STOP_GRACE_S
 from launcher.errors import LauncherError, UsageError, disk_full
+from starling.core.paths import at_home, impossible, lost_folder
+from starling.core.version import VERSION
+from starling.core.words import shown
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
@@ -98,7 +99,7 @@ class _Launcher(click.Group):
 
 @click.group(cls=_Launcher, context_settings=_PROGRAM, epilog=EXIT_CODES)
 @root_option
-@click.version_option(package_name="starling", prog_name="launcher")
+@click.version_option(VERSION, prog_name="launcher")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
     """Start one trainer on every device of this machine, watch them, and end them."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from app.core.paths import at_home
-from app.core.regular_file import is_file, open_regular
 from launcher.errors import EngineError, UsageError
 from launcher.ownership import caller_ids
+from starling.core.paths import at_home
+from starling.core.regular_file import is_file, open_regular
 
 FILE_NAME = "docker-compose.yml"
 FILE_VARIABLE = "STARLING_COMPOSE_FILE"

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from app.core.paths import at_home
-from app.core.words import shown
 from launcher.errors import UsageError, suggest
 from launcher.replica_names import ReplicaName
+from starling.core.paths import at_home
+from starling.core.words import shown
 
 if TYPE_CHECKING:
     from launcher.strict_yaml import Value

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.core.entries import spellings, tails
 from launcher.errors import DataError
 from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.host_paths import is_the_systems
+from starling.core.entries import spellings, tails
 
 MOST_BYTES = 1024**2
 """No description of a dataset comes near; a larger file is something else."""
@@ -73,7 +73,7 @@ def _entries(value: Any) -> list[str]:
 
 
 def _read(path: Path, files: HostFiles) -> dict[str, Any]:
-    from app.core.plain_yaml import NotYaml, load_yaml
+    from starling.core.plain_yaml import NotYaml, load_yaml
 
     try:
         raw = files.read(path, MOST_BYTES + 1)

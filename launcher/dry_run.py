@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import app.core.handover
+import starling.core.handover
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState, mask
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.env_file import read_env_file
@@ -78,7 +78,9 @@ def _make_runs(spec: ReplicaSpec) -> list[str]:
         return [shlex.join(["install", "-d", "-m", "700", *owner, str(runs)])]
     if as_root and runs.stat().st_uid == 0:
         # `chown -R` looks names up anew, and would hand over hard links to files of the system's.
-        return [shlex.join([sys.executable, "-I", str(app.core.handover.__file__), str(runs), spec.user])]
+        return [
+            shlex.join([sys.executable, "-I", str(starling.core.handover.__file__), str(runs), spec.user])
+        ]
     return []
 
 

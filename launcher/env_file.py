@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.core.budget import BudgetExceeded
-from app.core.regular_file import read_regular
 from launcher.errors import UsageError
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import read_regular
 
 _MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from app.core.paths import at_home
-from app.core.regular_file import is_file, is_folder, open_regular
+from starling.core.paths import at_home
+from starling.core.regular_file import is_file, is_folder, open_regular
 
 if TYPE_CHECKING:
     from launcher.box import Box

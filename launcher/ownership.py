@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from app.core.plain_json import parse_json
 from launcher.engines.base import ReplicaSpec
 from launcher.processes import printable, user_name
+from starling.core.plain_json import parse_json
 
 FORMAT_LABEL = "starling.launcher"
 FORMAT = "1"

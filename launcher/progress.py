@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.core.folder import Folder
-from app.core.plain_json import parse_json
 from launcher.parallel import in_parallel
 from launcher.reach import box
+from starling.core.folder import Folder
+from starling.core.plain_json import parse_json
 
 if TYPE_CHECKING:
     from launcher.box import Box

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from app.core.paths import at_home
-from app.core.plain_json import read_json
 from launcher.errors import EngineError, UsageError
+from starling.core.paths import at_home
+from starling.core.plain_json import read_json
 
 if TYPE_CHECKING:
     from launcher.box import Box

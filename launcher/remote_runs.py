@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import app.core.folder
-import app.core.handover
-from app.core.handover import NOBODYS_ID
+import starling.core.folder
+import starling.core.handover
 from launcher.box import Box
 from launcher.errors import EngineError, UsageError
 from launcher.host_lock import FOLDERS, NAME
@@ -19,8 +18,9 @@ from launcher.host_paths import is_the_systems
 from launcher.inventory import Gpu
 from launcher.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
 from launcher.runs_folder import replica_user
+from starling.core.handover import NOBODYS_ID
 
-_SENT = {"app.core.folder": app.core.folder, "app.core.handover": app.core.handover}
+_SENT = {"starling.core.folder": starling.core.folder, "starling.core.handover": starling.core.handover}
 """What is sent to a machine where root logs in, in the order in which each needs those before."""
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
@@ -109,11 +109,11 @@ def handover_program() -> str:
     sources = {name: Path(module.__file__ or "").read_text() for name, module in _SENT.items()}
     return (
         f"import sys, types\nsources = {sources!r}\n"
-        "for name in ('app', 'app.core', *sources):\n"
+        "for name in ('starling', 'starling.core', *sources):\n"
         "    sys.modules[name] = module = types.ModuleType(name)\n"
         "    module.__package__ = name.rpartition('.')[0]\n"
         "    exec(compile(sources.get(name, ''), name, 'exec'), module.__dict__)\n"
-        "sys.exit(sys.modules['app.core.handover'].main(sys.argv[1:]))\n"
+        "sys.exit(sys.modules['starling.core.handover'].main(sys.argv[1:]))\n"
     )
 
 

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from app.core.folder import Folder, LinkRefused
-from app.core.lock import try_flock
 from launcher.errors import EngineError, UsageError
 from launcher.progress import FOLDER as WORKERS
 from launcher.progress import read_json_below
+from starling.core.folder import Folder, LinkRefused
+from starling.core.lock import try_flock
 
 _SIGNS = (
     ".lock",

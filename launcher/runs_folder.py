@@ -8,12 +8,20 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from app.core.folder import Folder
-from app.core.handover import NOBODYS_ID, Refused, allowed_user, hand_over, open_top, strip_set_ids, user_for
 from launcher.errors import UsageError
 from launcher.host_paths import is_the_systems
 from launcher.lock_wait import wait_for_lock
 from launcher.ownership import caller_ids
+from starling.core.folder import Folder
+from starling.core.handover import (
+    NOBODYS_ID,
+    Refused,
+    allowed_user,
+    hand_over,
+    open_top,
+    strip_set_ids,
+    user_for,
+)
 
 STRIP_S = 2.0
 """How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""

@@ -15,7 +15,7 @@ def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]
 
     What is wrong with the space is the trainer's to say: a file that cannot be read names nothing.
     """
-    from app.core.plain_yaml import NotYaml, load_yaml
+    from starling.core.plain_yaml import NotYaml, load_yaml
 
     try:
         space = load_yaml(files.read(yaml_path, MOST_BYTES))

@@ -55,7 +55,7 @@ def read_mapping(path: Path) -> dict[str, Value]:
     Raises UsageError with file and line for a file that cannot be read or is too large, for anything but one
     document with a mapping, and for tags, anchors, aliases and keys that stand twice.
     """
-    from app.core.plain_yaml import NotYaml, compose_yaml
+    from starling.core.plain_yaml import NotYaml, compose_yaml
 
     content = _read(path)
     try:
@@ -74,9 +74,9 @@ def read_mapping(path: Path) -> dict[str, Value]:
 
 def _read(path: Path) -> bytes:
     """Return the bytes of a regular file, never waiting for a pipe."""
-    from app.core.budget import BudgetExceeded
-    from app.core.regular_file import read_regular
-    from app.core.words import printable
+    from starling.core.budget import BudgetExceeded
+    from starling.core.regular_file import read_regular
+    from starling.core.words import printable
 
     try:
         return read_regular(path, MOST_BYTES)
@@ -93,7 +93,7 @@ def _read(path: Path) -> bytes:
 def _value(node: Any, path: Path) -> Value:
     import yaml
 
-    from app.core.words import shown
+    from starling.core.words import shown
 
     line = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
-from app.core.budget import BudgetExceeded
-from app.core.plain_json import parse_json
-from app.core.regular_file import open_regular
-from app.core.tar_reader import TarReader, as_file
-from app.core.unpacked_stream import DamagedArchive, is_packed
-from app.core.words import shown
 from launcher.errors import DataError
+from starling.core.budget import BudgetExceeded
+from starling.core.plain_json import parse_json
+from starling.core.regular_file import open_regular
+from starling.core.tar_reader import TarReader, as_file
+from starling.core.unpacked_stream import DamagedArchive, is_packed
+from starling.core.words import shown
 
 FORMAT = 1
 MANIFEST = "manifest.json"

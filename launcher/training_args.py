@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from app.core.misplaced import misplaced
-from app.core.paths import at_home, path_problem
-from app.core.words import shown
 from launcher.dataset_yaml import read_dataset
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
 from launcher.host_files import LOCAL, HostFiles, expand
 from launcher.problems import Problems
 from launcher.space_yaml import space_layouts
+from starling.core import package
+from starling.core.misplaced import misplaced
+from starling.core.paths import at_home, path_problem
+from starling.core.words import shown
 
 _SHORTEST = {
     "--weights": "--we",
@@ -199,23 +200,13 @@ def _refuse_queue(values: _Words) -> None:
         )
 
 
-def trainer_script() -> Path:
-    """Return `train.py` of the `app` package beside the launcher, found without importing it.
-
-    Raises UsageError where the trainer is not installed.
-    """
-    folder = _app_folder()
-    if folder is None or not (folder / "train.py").is_file():
+def check_local_trainer() -> None:
+    """Raise UsageError where the packages of the trainer are not installed beside the launcher."""
+    if importlib.util.find_spec("torch") is None:
         raise UsageError(
-            "--engine local: the trainer (package `app`) is not installed here; install the project, or use --engine docker"
+            "--engine local: the trainer's packages are not installed here (there is no torch); "
+            "pip install -r requirements.txt, or use --engine docker"
         )
-    return folder / "train.py"
-
-
-def _app_folder() -> Path | None:
-    found = importlib.util.find_spec("app")
-    places = list(found.submodule_search_locations or []) if found else []
-    return Path(places[0]) if places else None
 
 
 class _Words:
@@ -310,16 +301,16 @@ def _kept_weights(given: str, files: HostFiles) -> Path:
         return folder / name
     raise CheckpointError(
         f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
-        f"python -m app.data download {name}"
+        f"starling data download {name}"
     )
 
 
 def _shipped(option: str) -> list[str]:
     """Return the names of the YAML files that the trainer carries for this option."""
-    folder = _app_folder()
-    if folder is None or option not in _SHIPPED_FOLDER:
+    if option not in _SHIPPED_FOLDER:
         return []
-    return [path.name for path in (folder / "config" / _SHIPPED_FOLDER[option]).glob("*.yaml")]
+    folder = package.PARENT / "starling" / "config" / _SHIPPED_FOLDER[option]
+    return [path.name for path in folder.glob("*.yaml")]
 
 
 def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files: HostFiles) -> None:

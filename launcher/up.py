@@ -39,7 +39,8 @@ from launcher.problems import Problems, exit_code_of
 from launcher.secret_files import with_secret_files
 from launcher.site import Site, find_site
 from launcher.sizes import parse_size
-from launcher.training_args import prepare_args, trainer_script
+from launcher.training_args import check_local_trainer, prepare_args
+from starling.core import package
 
 OWN_OPTIONS = frozenset([
     "--build", "--cpu", "--ddp", "--dry-run", "--engine", "--env", "--env-file", "--file", "--force", "--gpus", "--host",
@@ -101,16 +102,14 @@ def run_up(options: dict[str, Any]) -> None:
 def place(engine: str, runs: Path) -> Placement:
     """Return how the engine of this name starts a trainer."""
     if engine == "local":
-        script = trainer_script()
-        # `train.py` imports the package it lies in, from wherever it is called.
-        path = os.pathsep.join(filter(None, (str(script.parent.parent), os.environ.get("PYTHONPATH"))))
+        check_local_trainer()
         return Placement(
             engine=engine,
-            trainer=(sys.executable, str(script)),
-            supervisor=(sys.executable, "-S", str(script.with_name("supervise.py"))),
+            trainer=tuple(package.command("train")),
+            supervisor=(sys.executable, "-S", "-P", "-m", "starling.supervise"),
             runs_inside=str(runs),
             isolated=False,
-            environment={"PYTHONPATH": path},
+            environment={"PYTHONPATH": package.python_path()},
         )
     return Placement(
         engine=engine,

@@ -36,7 +36,7 @@ find_python() {
 # ensure_environment LEVEL: make .venv with the packages of launcher, trainer or dev (each holds the one before).
 # Nothing is installed again while the requirements files stand as they were.
 ensure_environment() {
-    local level="$1" file stamp python digest
+    local level="$1" file stamp python packages digest
     case "$level" in
         launcher) file=requirements-launcher.txt ;;
         trainer) file=requirements.txt ;;
@@ -59,5 +59,8 @@ ensure_environment() {
     "$VENV/bin/python" -m pip install --disable-pip-version-check -qq --progress-bar off -r "$ROOT/$file"
     "$VENV/bin/python" -m pip install --disable-pip-version-check -qq --no-deps --editable "$ROOT" \
         --config-settings editable_mode=compat # a plain path: the finder of the default mode costs every start 10 ms
+    # That mode names one folder, and the packages lie in two.
+    packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    printf '%s\n' "$ROOT/app" >"$packages/starling-checkout.pth"
     echo "$digest" >"$VENV/.starling-$level"
 }

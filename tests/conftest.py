@@ -25,6 +25,8 @@ from tests.podman import PodmanService, require_podman
 from tests.postgres import PostgresServer, find_programs, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PYTHON_PATH = f"{REPOSITORY / 'app'}:{REPOSITORY}"
+"""Where a process of this checkout finds both packages, whatever is installed."""
 MINI_SET = REPOSITORY / "datasets" / "bccd-mini"
 TINY_LAYOUT = Path(__file__).resolve().parent / "tiny.yaml"
 

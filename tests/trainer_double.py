@@ -10,17 +10,27 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 APP = "/usr/src/app"
+RUN_TRAINER = """import runpy, sys
+from pathlib import Path
+
+del sys.argv[1]
+runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+"""
 
 
 def write_double(app: Path, trainer: str) -> None:
-    """Make an `app` package in which `train.py` is `trainer`, and of the rest what a supervisor needs."""
-    for package in ("core", "outputs"):
+    """Make a folder as `app/` in which `train.py`, and `starling train`, are `trainer`; of the rest, what a supervisor needs."""
+    package = app / "starling"
+    for room in ("core", "outputs"):
         shutil.copytree(
-            REPOSITORY / "app" / package, app / package, ignore=shutil.ignore_patterns("__pycache__")
+            REPOSITORY / "app" / "starling" / room,
+            package / room,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-    (app / "train.py").write_text(trainer)
-    for name in ("__init__.py", "supervise.py", "errors.py"):
+    for name in ("supervise.py", "starling/__init__.py", "starling/supervise.py", "starling/errors.py"):
         shutil.copy(REPOSITORY / "app" / name, app / name)
+    (app / "train.py").write_text(trainer)
+    (package / "__main__.py").write_text(RUN_TRAINER)
 
 
 def build_double(folder: Path, base: str, tag: str, trainer: str, address: str | None = None) -> None:

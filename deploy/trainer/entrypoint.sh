@@ -20,7 +20,7 @@ if grep -q '^CapEff:[[:space:]]*0*$' /proc/self/status; then
 fi
 
 # It says what is wrong itself: a file system without owners, the root of a rootless engine.
-answer="$(python -I -S -B /usr/src/app/core/handover.py "$runs")"
+answer="$(python -I -S -B /usr/src/app/starling/core/handover.py "$runs")"
 # shellcheck disable=SC2086 # UID GID REACH
 set -- $answer "$@"
 uid="$1" gid="$2" reach="$3"
@@ -30,6 +30,6 @@ if [ "$reach" = closed ]; then
     # trainer keeps the one that reads there, and may write below runs/ and in temporary folders only.
     exec setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --inh-caps=-all,+dac_override \
         --ambient-caps=-all,+dac_override --bounding-set=-all,+dac_override \
-        python -I -S -B /usr/src/app/core/confine.py "$runs" "$@"
+        python -I -S -B /usr/src/app/starling/core/confine.py "$runs" "$@"
 fi
 exec setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all "$@"

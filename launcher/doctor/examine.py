@@ -19,6 +19,7 @@ from launcher.errors import LauncherError
 from launcher.inventory import Gpu, read_driver, read_gpus
 from launcher.site import Site
 from launcher.sizes import format_size
+from starling.core import package
 
 Check = Callable[[], list[Finding]]
 
@@ -112,10 +113,11 @@ def _is_ready(engine: Engine, site: Site, user: str) -> bool:
 
 
 def _trainer() -> list[Finding]:
-    from launcher.training_args import trainer_script
+    from launcher.training_args import check_local_trainer
 
     try:
-        return [Finding("trainer", "ok", str(trainer_script()))]
+        check_local_trainer()
+        return [Finding("trainer", "ok", str(package.PARENT / "starling"))]
     except LauncherError as error:
         return [Finding.of_error("trainer", error)]
 

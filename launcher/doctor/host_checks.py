@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from app.core.folder import Folder
-from app.core.paths import real_path
 from launcher.box import Box
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
@@ -22,6 +20,8 @@ from launcher.inventory import Driver, Gpu
 from launcher.preflight import check_driver
 from launcher.runs_folder import check_runs
 from launcher.sizes import format_size
+from starling.core.folder import Folder
+from starling.core.paths import real_path
 
 NO_GPU = "no GPU here; CPU replicas work"
 ANSWER_S = 2.0

@@ -8,9 +8,9 @@ from typing import Any
 
 import docker.errors
 
-from app.core.budget import Budget, BudgetExceeded
-from app.core.tar_reader import HEADER_BYTES, TarReader
-from app.core.unpacked_stream import DamagedArchive
+from starling.core.budget import Budget, BudgetExceeded
+from starling.core.tar_reader import HEADER_BYTES, TarReader
+from starling.core.unpacked_stream import DamagedArchive
 
 
 def read_archived_file(api: Any, container: str, path: str, most_bytes: int) -> bytes:

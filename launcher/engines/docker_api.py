@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
-from app.core.plain_json import parse_json
+from starling.core.plain_json import parse_json
 
 
 class Refused(Exception):

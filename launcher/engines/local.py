@@ -21,8 +21,6 @@ from typing import Any
 
 import psutil
 
-from app.core.folder import Folder
-from app.core.plain_json import parse_json
 from launcher.claims import Claim
 from launcher.engines import memory_limit, supervisor
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
@@ -31,6 +29,8 @@ from launcher.engines.process_usage import read_sessions
 from launcher.errors import EngineError, NameTaken, UsageError, disk_full
 from launcher.inventory import Machine
 from launcher.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, in_use_by, is_ours, labels, plan_of
+from starling.core.folder import Folder
+from starling.core.plain_json import parse_json
 
 FOLDER = ".launcher"
 MOST_RECORD_BYTES = 4 * 1024**2
@@ -75,7 +75,7 @@ class LocalEngine:
         return Image()
 
     def check_trainer(self, image: Image, script: str) -> None:
-        """Take it: `trainer_script` has found the trainer."""
+        """Take it: `check_local_trainer` has found the trainer."""
 
     def check_gpu_runtime(self, image: Image) -> None:
         """Take it: processes reach GPUs without a runtime."""

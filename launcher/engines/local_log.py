@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from app.core.folder import Folder
 from launcher.engines.base import LogLine
 from launcher.engines.supervisor import LOG_FILES
 from launcher.instants import parse_stamp
+from starling.core.folder import Folder
 
 POLL_S = 0.2
 MOST_OF_A_FILE = 32 << 20

@@ -15,7 +15,7 @@ from launcher.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.sizes import MIB
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import missing
 from tests.doubles.clearml_server import ClearmlServerDouble
 
@@ -143,7 +143,7 @@ WORLDS: dict[str, Callable[[pytest.FixtureRequest, Path], World]] = {
 def clearml_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClearmlServerDouble]:
     """Start a double of ClearML's server, which this process and those it starts log to, and nowhere else."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
     monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "clearml-cache"))
     with ClearmlServerDouble(tmp_path / "double") as running:
         for name, value in running.environment.items():
@@ -155,6 +155,6 @@ def clearml_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.fixture
 def clearml_alone(runs: Path) -> None:
     """Turn the other trackers off."""
-    from app import settings
+    from starling import settings
 
     settings.update({"mlflow": False, "tensorboard": False})

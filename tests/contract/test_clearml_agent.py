@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from app import hpo, train
+from starling.cli import hpo, train
 from tests.conftest import REPOSITORY
 from tests.doubles.clearml_server import ClearmlServerDouble
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from app.clearml_client.sdk import SdkError, run_sdk
-from app.data.__main__ import main as data_main
-from app.data.clearml_set import FOLDER, fetch_clearml_set, make_version
-from app.data.dataset import DatasetDescription
-from app.errors import DataError
+from starling.clearml_client.sdk import SdkError, run_sdk
+from starling.cli.data import main as data_main
+from starling.data.clearml_set import FOLDER, fetch_clearml_set, make_version
+from starling.data.dataset import DatasetDescription
+from starling.errors import DataError
 from tests.doubles.clearml_server import Answer, ClearmlServerDouble
 
 CLEARML_DATA = Path(sys.executable).with_name("clearml-data")

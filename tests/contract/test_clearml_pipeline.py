@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from app import export, train
+from starling.cli import export, train
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 from tests.doubles.clearml_server import ClearmlServerDouble
 
@@ -28,7 +28,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    mains = {"app.train": train.main, "app.export": export.main}
+    mains = {"starling.cli.train": train.main, "starling.cli.export": export.main}
 
     def run(words: list[str]) -> None:
         assert words[0] == "-m"

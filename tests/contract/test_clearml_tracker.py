@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from app import track
-from app.clearml_client.tasks import uuid_tag
-from app.tracking.bridge import follow
-from app.tracking.clearml_tracker import ClearmlTracker
-from app.tracking.delivery import Bridge
-from app.tracking.events import EventLog
-from app.tracking.tracker import (
+from starling.clearml_client.tasks import uuid_tag
+from starling.cli import track
+from starling.tracking.bridge import follow
+from starling.tracking.clearml_tracker import ClearmlTracker
+from starling.tracking.delivery import Bridge
+from starling.tracking.events import EventLog
+from starling.tracking.tracker import (
     DatasetInput,
     ModelFile,
     Run,

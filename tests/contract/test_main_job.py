@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY_LAYOUT
+from tests.conftest import PYTHON_PATH, TINY_LAYOUT
 from tests.contract.conftest import docker_engine
 from tests.docker.conftest import TRAINER, require_images
 
@@ -52,7 +52,7 @@ def home(tmp_path: Path) -> Path:
 
 def launcher(home: Path, *words: str, engine: str) -> subprocess.CompletedProcess[str]:
     variables = {
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": PYTHON_PATH,
         "STARLING_RUNS": str(home / "runs"),
         "STARLING_ENGINE": engine,
     }

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from app import track
-from app.tracking.mlflow_database import database_uri
-from app.tracking.mlflow_tracker import MlflowTracker
-from app.tracking.tracker import Run, TrackerUnavailableError
+from starling.cli import track
+from starling.tracking.mlflow_database import database_uri
+from starling.tracking.mlflow_tracker import MlflowTracker
+from starling.tracking.tracker import Run, TrackerUnavailableError
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("mlflow")
@@ -70,7 +70,7 @@ def test_an_older_one_is_left_alone_until_it_is_upgraded_with_a_copy_kept(
     from mlflow.tracking.client import MlflowClient
 
     older = database.read_bytes()
-    with pytest.raises(TrackerUnavailableError, match=r"an older one; .*: python -m app\.track upgrade"):
+    with pytest.raises(TrackerUnavailableError, match=r"an older one; .*: starling track upgrade"):
         start(runs, "new")
     assert track.main(["ui"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

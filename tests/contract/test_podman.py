@@ -17,7 +17,7 @@ from launcher import fleet
 from launcher.devices import Device
 from launcher.dry_run import podman_run
 from launcher.errors import EngineError
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, podman_world
 from tests.contract.test_engines import ended, run
 from tests.podman import PodmanService
@@ -98,7 +98,7 @@ def launcher(folder: Path, *words: str, **environment: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, **environment},
         capture_output=True,
         text=True,
         check=False,

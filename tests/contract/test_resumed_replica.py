@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from app import settings
-from tests.conftest import REPOSITORY
+from starling import settings
+from tests.conftest import PYTHON_PATH
 
 REPLICA = "train-one-cpu0"
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,7 +30,7 @@ def launcher(runs: Path, tmp_path: Path) -> Iterator[Launcher]:
     def run(command: str, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "launcher", command, "--engine", "local", *words],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdin=subprocess.DEVNULL,
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": PYTHON_PATH}, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, check=False, timeout=90,
         )  # fmt: skip
 

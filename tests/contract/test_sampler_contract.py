@@ -1,6 +1,6 @@
 """What a search needs of a sampler: every one passes the same tests.
 
-A sampler joins by its name in `SAMPLERS` of the configuration and its class in `app.search.samplers.proposer`.
+A sampler joins by its name in `SAMPLERS` of the configuration and its class in `starling.search.samplers.proposer`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from app.config.hyp import Hyp
-from app.config.train_config import SAMPLERS, Sampler
-from app.search.genes import Gene
-from app.search.outcome import Outcome, State
-from app.search.samplers.knowledge import IMPORTED, Knowledge
-from app.search.samplers.proposer import Proposer, make_sampler
-from app.search.space import Setting, Space, Values
-from app.search.study import Claim, SearchStudy, Turn
+from starling.config.hyp import Hyp
+from starling.config.train_config import SAMPLERS, Sampler
+from starling.search.genes import Gene
+from starling.search.outcome import Outcome, State
+from starling.search.samplers.knowledge import IMPORTED, Knowledge
+from starling.search.samplers.proposer import Proposer, make_sampler
+from starling.search.space import Setting, Space, Values
+from starling.search.study import Claim, SearchStudy, Turn
 
 HYP = Hyp(degrees=2.0, mixup=0.1).as_dict()
 SPACE = Space(

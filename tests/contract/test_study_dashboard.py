@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from app.search.outcome import State
-from app.search.study import Claim, SearchStudy
+from starling.search.outcome import State
+from starling.search.study import Claim, SearchStudy
 from tests.unit.test_search_worker import SEED, outcome
 
 START = "from optuna_dashboard._cli import main; main()"

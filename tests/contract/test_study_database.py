@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from app.config.study_url import parse_study_url
-from app.errors import CheckpointError, ServerError, Stopped, UsageError
-from app.search import __main__ as search_command
-from app.search import database as connections
-from app.search import database_storage
-from app.search.database import is_transient
-from app.search.database_storage import DatabaseStudyStorage
-from app.search.outcome import Candidate, LeaseLost, Outcome, Report, State
-from app.search.storage import check_storage, open_storage
-from app.search.study import Claim, SearchStudy, StudyRules, Turn
-from app.search.worker import WorkerSettings, run_search
+from starling.cli import search as search_command
+from starling.config.study_url import parse_study_url
+from starling.errors import CheckpointError, ServerError, Stopped, UsageError
+from starling.search import database as connections
+from starling.search import database_storage
+from starling.search.database import is_transient
+from starling.search.database_storage import DatabaseStudyStorage
+from starling.search.outcome import Candidate, LeaseLost, Outcome, Report, State
+from starling.search.storage import check_storage, open_storage
+from starling.search.study import Claim, SearchStudy, StudyRules, Turn
+from starling.search.worker import WorkerSettings, run_search
 from tests.conftest import REPOSITORY
 from tests.contract.test_study_storage_contract import OUTCOME, PROCESSES, SEED, Clock, claim, wait_for
 from tests.postgres import PostgresServer, find_programs

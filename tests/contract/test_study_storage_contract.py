@@ -17,14 +17,14 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from app.config.hyp import Hyp
-from app.errors import Pruned, UsageError
-from app.search import definition
-from app.search.leases import Lease
-from app.search.outcome import LeaseLost, Outcome, State
-from app.search.plan import StudyPlan
-from app.search.storage import StudyStorage, open_storage
-from app.search.study import Claim, SearchStudy, StudyRules, Turn
+from starling.config.hyp import Hyp
+from starling.errors import Pruned, UsageError
+from starling.search import definition
+from starling.search.leases import Lease
+from starling.search.outcome import LeaseLost, Outcome, State
+from starling.search.plan import StudyPlan
+from starling.search.storage import StudyStorage, open_storage
+from starling.search.study import Claim, SearchStudy, StudyRules, Turn
 
 STORAGES = ("journal", "postgresql")
 SEED = Hyp().as_dict()
@@ -32,7 +32,7 @@ OUTCOME = Outcome(
     fitness=0.25, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2, cls_loss=0.3
 )
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["app.search.study"])
+PROCESSES.set_forkserver_preload(["starling.search.study"])
 
 
 @dataclass(frozen=True)

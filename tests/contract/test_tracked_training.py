@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from app import settings, train
-from app.config.hyp import Hyp
-from app.engine.provenance import code_version
-from app.engine.trainer import TrainResult
-from app.search import training as search_training
-from app.tracking.mlflow_database import database_uri
-from app.tracking.mlflow_tracker import PARENT_TAG
+from starling import settings
+from starling.cli import train
+from starling.config.hyp import Hyp
+from starling.engine.provenance import code_version
+from starling.engine.trainer import TrainResult
+from starling.search import training as search_training
+from starling.tracking.mlflow_database import database_uri
+from starling.tracking.mlflow_tracker import PARENT_TAG
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give bridges the time that a busy machine needs, and leave models to a test of their own."""
     settings.update({"register": False})
-    monkeypatch.setattr("app.engine.training.DRAIN_S", 120)
+    monkeypatch.setattr("starling.engine.training.DRAIN_S", 120)
 
 
 MINE = """
@@ -174,13 +175,13 @@ def test_a_training_beside_a_broken_server_ends_well_with_one_warning(
     fault: str,
 ) -> None:
     settings.update({"tensorboard": False})
-    monkeypatch.setattr("app.engine.training.DRAIN_S", 1)
+    monkeypatch.setattr("starling.engine.training.DRAIN_S", 1)
     with faulty_server(30 if fault == "slow" else 0) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9" if fault == "refused" else url)
         assert train.main([*tiny_args, "--noplots"]) == 0
         output = capsys.readouterr().out
         assert output.count("tracking: ") == 1
-        assert "nothing is lost, send it later with: python -m app.track sync" in output
+        assert "nothing is lost, send it later with: starling track sync" in output
     log = runs / "train" / "exp" / "events.jsonl"
     names = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert (names[0], names[-2:], names.count("metrics")) == ("run_start", ["run_end", "log_end"], 2)

@@ -26,25 +26,32 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app import track
-from app.engine.progress import Silence
-from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import COLUMNS, EpochRow, write_results
-from app.outputs.redaction import without_credentials
-from app.outputs.run_dir import RunDir
-from app.tracking import process as bridge_process
-from app.tracking import ui_server
-from app.tracking.bridge import follow
-from app.tracking.cursor import Cursor, cursor_path
-from app.tracking.delivery import Bridge
-from app.tracking.events import EventLog
-from app.tracking.mlflow_client import CLIENT_LIMITS
-from app.tracking.mlflow_database import database_uri
-from app.tracking.mlflow_names import flat_params, metric_key
-from app.tracking.mlflow_tracker import PARENT_TAG, UUID_TAG, MlflowTracker
-from app.tracking.process import start_bridges
-from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerRejectedError, TrackerUnavailableError
-from app.tracking.trackers import TRACKERS
+from starling.cli import track
+from starling.engine.progress import Silence
+from starling.engine.reporter import Reporter, RunLabel
+from starling.engine.results import COLUMNS, EpochRow, write_results
+from starling.outputs.redaction import without_credentials
+from starling.outputs.run_dir import RunDir
+from starling.tracking import process as bridge_process
+from starling.tracking import ui_server
+from starling.tracking.bridge import follow
+from starling.tracking.cursor import Cursor, cursor_path
+from starling.tracking.delivery import Bridge
+from starling.tracking.events import EventLog
+from starling.tracking.mlflow_client import CLIENT_LIMITS
+from starling.tracking.mlflow_database import database_uri
+from starling.tracking.mlflow_names import flat_params, metric_key
+from starling.tracking.mlflow_tracker import PARENT_TAG, UUID_TAG, MlflowTracker
+from starling.tracking.process import start_bridges
+from starling.tracking.tracker import (
+    DatasetInput,
+    ModelFile,
+    Run,
+    TrackerRejectedError,
+    TrackerUnavailableError,
+)
+from starling.tracking.trackers import TRACKERS
+from tests.conftest import PYTHON_PATH
 
 pytest.importorskip("mlflow")
 ROOT = Path(__file__).resolve().parents[2]
@@ -402,8 +409,8 @@ def assert_cells_are_found(detections: list[dict[str, Any]], picture: Path) -> N
     import numpy as np
     import torch
 
-    from app.boxes import iou_matrix, xywhn_to_xyxy
-    from app.data.images import decode_image
+    from starling.boxes import iou_matrix, xywhn_to_xyxy
+    from starling.data.images import decode_image
 
     height, width = decode_image(picture).shape[:2]
     labels = np.loadtxt(picture.parents[2] / "labels/val" / f"{picture.stem}.txt", ndmin=2)
@@ -450,7 +457,7 @@ def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_i
     reporter.ended("finished")
     assert bridges.finish(timeout_s=30) is False
     assert len(warnings) == 1
-    assert f"python -m app.track sync {run.path}" in warnings[0]
+    assert f"starling track sync {run.path}" in warnings[0]
     capsys.readouterr()
     assert track.main(["status", str(run.path)]) == 1
     assert re.search(r"mlflow: \d+ sent, \d+ pending \(MLflow: ", capsys.readouterr().out)
@@ -514,10 +521,10 @@ def write_worker_log(runs: Path, worker: int) -> Path:
 @pytest.mark.slow
 def test_bridges_of_several_workers_share_one_new_database_and_one_parent(tmp_path: Path) -> None:
     logs = [write_worker_log(tmp_path, worker) for worker in range(3)]
-    environment = {**os.environ, "STARLING_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "STARLING_RUNS": str(tmp_path), "PYTHONPATH": PYTHON_PATH}
     bridges = [
         subprocess.Popen(
-            [sys.executable, "-m", "app.tracking.bridge", str(log)],
+            [sys.executable, "-m", "starling.tracking.bridge", str(log)],
             env=environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,

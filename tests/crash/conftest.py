@@ -50,7 +50,7 @@ Start = Callable[..., Trainer]
 def start(runs: Path, tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts `train.py` with these arguments and one fault."""
     # Set here, not at import: the first process started decides, and other tests' needs are in it too.
-    PROCESSES.set_forkserver_preload(["app.search.training", "tests.crash.children"])
+    PROCESSES.set_forkserver_preload(["starling.search.training", "tests.crash.children"])
     started: list[Trainer] = []
 
     def start_trainer(args: list[str], fault: Fault = ()) -> Trainer:

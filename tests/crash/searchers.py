@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.config.hyp import Hyp
-from app.errors import StarlingError
-from app.outputs.atomic import append_line, write_atomic
-from app.search.journal import writing
-from app.search.outcome import Candidate, Outcome, Report
-from app.search.study import Claim, SearchStudy, StudyRules
-from app.search.worker import WorkerSettings, run_search
+from starling.config.hyp import Hyp
+from starling.errors import StarlingError
+from starling.outputs.atomic import append_line, write_atomic
+from starling.search.journal import writing
+from starling.search.outcome import Candidate, Outcome, Report
+from starling.search.study import Claim, SearchStudy, StudyRules
+from starling.search.worker import WorkerSettings, run_search
 
 EPOCHS = 5
 EPOCH_S = 0.02

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import settings, train
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.pixel_folder import kept_files, remove_idle
-from app.data.store import ImageStore
+from starling import settings
+from starling.cli import train
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.pixel_folder import kept_files, remove_idle
+from starling.data.store import ImageStore
 from tests.conftest import REPOSITORY
 
 PICTURES = 24
@@ -26,9 +27,9 @@ SIZE = 256
 CHILD = """
 import sys, time
 from pathlib import Path
-from app.data import resized
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.store import ImageStore
+from starling.data import resized
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.store import ImageStore
 
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
 decode, decoded = resized.decode_image, []

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.store import ImageStore
-from app.outputs.atomic import TEMPORARY_SUFFIX
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.store import ImageStore
+from starling.outputs.atomic import TEMPORARY_SUFFIX
 from tests.conftest import REPOSITORY
 
 PICTURES = 6
@@ -22,8 +22,8 @@ SIZE = 32
 BUILD_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.store import ImageStore
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.store import ImageStore
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 

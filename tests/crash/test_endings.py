@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import settings, train
-from app.engine.checkpoint import load_checkpoint
-from app.tracking.events import read_events
+from starling import settings
+from starling.cli import train
+from starling.engine.checkpoint import load_checkpoint
+from starling.tracking.events import read_events
 from tests.crash.conftest import Start
 
 REPLICA = "train-one-cpu0"

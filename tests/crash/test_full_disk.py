@@ -16,13 +16,15 @@ import cv2
 import numpy as np
 import pytest
 
-from app import detect, export, settings, train, val
-from app.core.folder import Folder
-from app.data import archive, convert
-from app.data.__main__ import main as data_command
-from app.errors import DiskFull, DiskRefused, GpuLost, refusal
-from app.plots.__main__ import main as plots_command
 from launcher import errors as launcher_errors
+from starling import settings
+from starling.cli import detect, export, train, val
+from starling.cli import settings as settings_command
+from starling.cli.data import main as data_command
+from starling.cli.plots import main as plots_command
+from starling.core.folder import Folder
+from starling.data import archive, convert
+from starling.errors import DiskFull, DiskRefused, GpuLost, refusal
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 
 SEARCH = ["--project", "blood", "--name", "search", "--evolve", "1"]
@@ -231,7 +233,7 @@ def test_a_full_disk_ends_export_the_plots_and_the_settings_with_6(
     out = ["--weights", str(tmp_path / "w/best.pt"), "--include", "torchscript", "--img", "64"]
     assert export.main(out) == 6
     assert plots_command([str(weights.parents[1]), "--out", str(tmp_path / "w/results.png")]) == 6
-    assert settings.main(["mlflow=True"]) == 6
+    assert settings_command.main(["mlflow=True"]) == 6
     assert capsys.readouterr().err.count("No space left on device") == 3
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["best.pt"]
 
@@ -262,7 +264,7 @@ def test_no_room_for_an_archive_or_for_converted_labels_is_6(
 
 
 def test_the_codes_are_6_and_7_in_both_packages_and_the_launcher_passes_them_on() -> None:
-    for package in (launcher_errors, __import__("app.errors", fromlist=["errors"])):
+    for package in (launcher_errors, __import__("starling.errors", fromlist=["errors"])):
         assert (package.DiskFull.exit_code, package.GpuLost.exit_code) == (6, 7)
     for code in (6, 7):
         assert launcher_errors.ReplicaFailed("x", code).exit_code == code

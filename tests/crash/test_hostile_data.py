@@ -19,11 +19,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app import settings, train
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.findings import REPORT, write_report
-from app.data.images import decode_image
-from app.errors import DataError
+from starling import settings
+from starling.cli import train
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.findings import REPORT, write_report
+from starling.data.images import decode_image
+from starling.errors import DataError
 from tests.conftest import REPOSITORY
 
 GOOD = "0 .5 .5 .4 .4\n"
@@ -125,9 +126,9 @@ def _header_bombs(side: int) -> dict[str, bytes]:
 LOAD_AND_MEASURE = """
 import resource, sys
 from pathlib import Path
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.images import decode_image
-from app.errors import DataError
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.images import decode_image
+from starling.errors import DataError
 description = DatasetDescription.from_yaml(Path(sys.argv[1]) / "data.yaml")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = Dataset.load(description, "train")

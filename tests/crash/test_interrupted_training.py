@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.engine.best_weights import holds_best
-from app.engine.checkpoint import load_checkpoint
-from app.engine.results import EpochRow
-from app.engine.start import read_weights
+from starling.engine.best_weights import holds_best
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.results import EpochRow
+from starling.engine.start import read_weights
 from tests.crash.conftest import Start, wait_for
 
 

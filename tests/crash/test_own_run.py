@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import train
-from app.config.train_flags import parse_args
-from app.engine.checkpoint import load_checkpoint
-from app.engine.own_run import go_on
-from app.engine.training import read_hyp
+from starling.cli import train
+from starling.config.train_flags import parse_args
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.own_run import go_on
+from starling.engine.training import read_hyp
 from tests.crash.conftest import Start
 
 REPLICA = "train-one-cpu0"
@@ -23,7 +23,7 @@ REPLICA = "train-one-cpu0"
 @pytest.fixture
 def args(tiny_args: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a training of two iterations an epoch, with a save after each, and without trackers."""
-    from app import settings
+    from starling import settings
 
     settings.update({"mlflow": False})
     return [*tiny_args, "--noplots", "--save-minutes", "0", "--name", "one"]

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import settings, train
-from app.engine.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from app.errors import DiskFull
-from app.outputs.atomic import sweep
-from app.outputs.run_dir import previous_of
-from app.search.journal import SafeJournalBackend
+from starling import settings
+from starling.cli import train
+from starling.engine.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from starling.errors import DiskFull
+from starling.outputs.atomic import sweep
+from starling.outputs.run_dir import previous_of
+from starling.search.journal import SafeJournalBackend
 from tests.crash.conftest import Start, Strace
 from tests.crash.under_strace import NEW, OLD, RECORD
 

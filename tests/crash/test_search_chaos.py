@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from app import settings
-from app.config.yaml_reader import read_yaml
-from app.search.journal import JOURNAL, locked
-from app.search.outcome import Attempt, State
-from app.search.study import SearchStudy
-from app.search.views import CSV, YAML, best_of, csv_text
+from starling import settings
+from starling.config.yaml_reader import read_yaml
+from starling.search.journal import JOURNAL, locked
+from starling.search.outcome import Attempt, State
+from starling.search.study import SearchStudy
+from starling.search.views import CSV, YAML, best_of, csv_text
 from tests.crash.conftest import PROCESSES, Start
 from tests.crash.searchers import BUDGET, EPOCHS, SEED_HYP, Fault, Scene, work
 
@@ -182,7 +182,7 @@ def story(
     small_disk: Callable[[], Path | None],
 ) -> Iterator[Story]:
     """Return a search that has been through all of it."""
-    PROCESSES.set_forkserver_preload(["app.search.training", "tests.crash.children"])
+    PROCESSES.set_forkserver_preload(["starling.search.training", "tests.crash.children"])
     notes, disk = tmp_path_factory.mktemp("notes"), small_disk()
     scene = Scene((disk or tmp_path_factory.mktemp("search")) / "search", notes)
     seed, freezes = request.param

@@ -79,7 +79,7 @@ def checkpoint(value: int) -> dict[str, object]:
 
 def prepare_save(folder: Path) -> Callable[[Path], None]:
     """Leave a folder with two saves, and return what saves a third."""
-    from app.engine.checkpoint import save_checkpoint
+    from starling.engine.checkpoint import save_checkpoint
 
     for value in (OLD - 1, OLD):
         save_checkpoint(folder / "last.pt", checkpoint(value), previous=folder / "last.previous.pt")
@@ -89,7 +89,7 @@ def prepare_save(folder: Path) -> Callable[[Path], None]:
 
 def prepare_append(folder: Path) -> Callable[[Path], None]:
     """Leave a journal of one record and a torn one, and return what appends two."""
-    from app.search.journal import SafeJournalBackend
+    from starling.search.journal import SafeJournalBackend
 
     folder.mkdir(parents=True)
     SafeJournalBackend(folder / "journal").append_logs([RECORD])
@@ -122,7 +122,7 @@ def main(action: str, cases: str, *calls: str) -> None:
 
 
 def _child(act: Callable[[Path], None], call: str, place: int, template: Path, case: Path) -> int:
-    from app.errors import DiskFull
+    from starling.errors import DiskFull
 
     shutil.copytree(template, case)
     harmless(call, NTH - place, case.with_suffix(".scratch"))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import AGENT, MLFLOW, POSTGRES, REPOSITORY, docker
 
 OURS = (
@@ -54,7 +55,7 @@ class Stack:
             "CLEARML_AGENT_IMAGE": AGENT,
             "MLFLOW_PORT": "0",
             "STARLING_NETWORK": self.network,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": PYTHON_PATH,
             **self.settings,
         }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import base_image
 from tests.contract.test_engines import wait_until
 from tests.docker.private_engine import PrivateEngine, private_engine
@@ -53,7 +53,7 @@ class Commands:
 
     def __init__(self, engine: PrivateEngine, folder: Path) -> None:
         self._folder = folder
-        self._environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": engine.address}
+        self._environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "DOCKER_HOST": engine.address}
 
     def begin(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -25,7 +25,7 @@ import pytest
 from launcher.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker import DockerEngine
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.contract.conftest import base_image
 from tests.contract.test_engines import wait_until
 from tests.docker.conftest import missing
@@ -109,7 +109,7 @@ def launcher(address: str, folder: Path, *words: str, **environment: str) -> sub
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": address, **environment},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, "DOCKER_HOST": address, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -177,7 +177,7 @@ class Machine:
     @property
     def variables(self) -> dict[str, str]:
         return {
-            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{REPOSITORY}",
+            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{PYTHON_PATH}",
             "STARLING_NVML_DOUBLE": str(self.folder / "gpus.json"),
         }
 

@@ -19,6 +19,7 @@ from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker import DockerEngine
 from launcher.errors import EngineError
 from launcher.ownership import labels
+from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until
 from tests.trainer_double import build_double
@@ -85,7 +86,7 @@ class Cli:
         return subprocess.run(
             [sys.executable, "-m", "launcher", *words],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": PYTHON_PATH},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -182,7 +183,7 @@ def test_root_as_a_replicas_user_is_exit_code_2_and_makes_nothing(cli: Cli) -> N
 def test_two_ups_at_once_make_one_fleet(cli: Cli) -> None:
     words = [sys.executable, "-m", "launcher", "up", "--image", cli.image, "--memory", "128m", "--cpu", "2"]
     words += ["--settle", "0.5", "--", "--project", "test", "--name", cli.name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     both = [
         subprocess.Popen(words, cwd=cli.folder, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -331,7 +332,7 @@ def test_ctrl_c_in_attach_leaves_the_replica_running(cli: Cli, how: str) -> None
     watching = subprocess.Popen(
         words,
         cwd=cli.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -28,7 +28,7 @@ import pytest
 
 from launcher.errors import EngineError
 from launcher.host_lock import host_lock
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import docker, missing
 from tests.docker.test_launcher_docker import image  # noqa: F401  (a stand-in for the trainer, as a fixture)
 
@@ -70,7 +70,7 @@ class Box:
         return {
             **os.environ,
             "PATH": f"{self.programs}:{os.environ['PATH']}",
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": PYTHON_PATH,
             "DOCKER_HOST": f"ssh://root@127.0.0.1:{self.port}",
         }
 
@@ -102,7 +102,7 @@ class Box:
             env={
                 **clean,
                 "PATH": f"{self.programs}:{os.environ['PATH']}",
-                "PYTHONPATH": str(REPOSITORY),
+                "PYTHONPATH": PYTHON_PATH,
                 **environment,
             },
             stdin=subprocess.DEVNULL,
@@ -505,7 +505,7 @@ def test_an_engine_behind_tcp_shares_our_paths_and_tells_progress_itself(
             return subprocess.run(
                 [sys.executable, "-m", "launcher", *words],
                 cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "STARLING_RUNS": "runs"},
+                env={**os.environ, "PYTHONPATH": PYTHON_PATH, "STARLING_RUNS": "runs"},
                 capture_output=True,
                 text=True,
                 timeout=60,

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from launcher.engines import container_options
+from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import ended, run, wait_until
 from tests.docker.conftest import docker
-from tests.docker.test_launcher_docker import ROOT, Cli
+from tests.docker.test_launcher_docker import Cli
 from tests.docker.test_launcher_docker import cli as cli
 from tests.docker.test_launcher_docker import world as world
 from tests.trainer_double import build_double
@@ -141,7 +142,7 @@ def test_ctrl_c_typed_into_attach_leaves_the_replica_alone(cli: Cli) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cli.folder)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
         os.execvpe(sys.executable, [sys.executable, "-m", "launcher", "attach", cli.replica], environment)
     shown = read_until(terminal, b"epoch")
     os.write(terminal, b"\x03")
@@ -159,7 +160,7 @@ def test_attach_ends_with_the_replica_and_says_how(cli: Cli) -> None:
     assert cli.up("--cpu", "1").returncode == 0
     words = [sys.executable, "-m", "launcher", "attach", cli.replica]
     watching = subprocess.Popen(
-        words, cwd=cli.folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        words, cwd=cli.folder, env={**os.environ, "PYTHONPATH": PYTHON_PATH}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert watching.stdout is not None
@@ -177,7 +178,9 @@ def test_watch_on_a_terminal_is_one_live_table_and_whole_lines_in_a_pipe(cli: Cl
     if pid == 0:
         os.chdir(cli.folder)
         os.execvpe(
-            sys.executable, words, {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
+            sys.executable,
+            words,
+            {**os.environ, "PYTHONPATH": PYTHON_PATH, "TERM": "xterm", "COLUMNS": "120"},
         )
     shown = read_until(terminal, b"\x1b[1A")  # the cursor goes up: the table is drawn over
     os.write(terminal, b"\x03")
@@ -185,7 +188,7 @@ def test_watch_on_a_terminal_is_one_live_table_and_whole_lines_in_a_pipe(cli: Cl
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 0
     assert cli.replica.encode() in shown
-    piped = subprocess.Popen(words, cwd=cli.folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    piped = subprocess.Popen(words, cwd=cli.folder, env={**os.environ, "PYTHONPATH": PYTHON_PATH},
                              stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert piped.stdout is not None
     lines = [piped.stdout.readline() for _ in range(4)]

@@ -10,16 +10,17 @@ from pathlib import Path
 import click
 import pytest
 
-from app import settings, track
-from app.config import detect_flags, export_config, hpo_config
-from app.config import val_flags as val_command
-from app.config.hyp import Hyp
-from app.config.shipped import SHIPPED
-from app.config.train_flags import build_parser
-from app.data.__main__ import build_parser as data_parser
-from app.plots import __main__ as plots
-from app.search.__main__ import build_parser as search_parser
 from launcher.cli import cli as launcher
+from starling import settings
+from starling.cli import plots as plots
+from starling.cli import track
+from starling.cli.data import build_parser as data_parser
+from starling.cli.search import build_parser as search_parser
+from starling.config import detect_flags, export_config, hpo_config
+from starling.config import val_flags as val_command
+from starling.config.hyp import Hyp
+from starling.config.shipped import SHIPPED
+from starling.config.train_flags import build_parser
 from tests.conftest import REPOSITORY
 
 DOCS = {
@@ -121,7 +122,7 @@ def test_every_flag_of_the_search_command_is_in_the_search_page(flag: str) -> No
 
 @pytest.mark.parametrize("command", ["show", "report", "import"])
 def test_every_search_command_is_in_the_search_page(command: str) -> None:
-    assert f"python -m app.search {command} " in DOCS["search.md"]
+    assert f"starling search {command} " in DOCS["search.md"]
 
 
 @pytest.mark.parametrize("path", sorted((SHIPPED / "datasets").glob("*.yaml")), ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from app.config import detect_flags, export_config, train_flags, val_flags
+from starling.config import detect_flags, export_config, train_flags, val_flags
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "flags.md").read_text()

@@ -47,7 +47,7 @@ def read_all(
     readers: list[str],
     *,
     errors: str = "StarlingError",
-    imports: str = "from app.errors import StarlingError",
+    imports: str = "from starling.errors import StarlingError",
     mib: int = MIB,
     seconds: float = SECONDS,
 ) -> list[tuple[str, float, str]]:

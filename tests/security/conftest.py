@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import settings
+from starling import settings
 from tests.conftest import REPOSITORY
 from tests.crash.conftest import start as start
 
@@ -80,7 +80,7 @@ Measured = Callable[..., list[str]]
 _MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from app.errors import StarlingError
+from starling.errors import StarlingError
 {setup}
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

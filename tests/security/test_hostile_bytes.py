@@ -18,16 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from app.core.budget import SECONDS
-from app.data.archive import unpack
-from app.data.converters import CONVERTERS
-from app.data.images import decode_image, read_header
-from app.data.labels import read_labels
-from app.data.pictures import find_pictures
-from app.data.sources import find_sources
-from app.errors import StarlingError
-from app.plots.results import read_results
-from app.search.importing import read_evolve_csv
+from starling.core.budget import SECONDS
+from starling.data.archive import unpack
+from starling.data.converters import CONVERTERS
+from starling.data.images import decode_image, read_header
+from starling.data.labels import read_labels
+from starling.data.pictures import find_pictures
+from starling.data.sources import find_sources
+from starling.errors import StarlingError
+from starling.plots.results import read_results
+from starling.search.importing import read_evolve_csv
 from tests.conftest import REPOSITORY
 from tests.security.hostile_archives import GOOD_TAR, GOOD_ZIP, zip_of
 from tests.security.hostile_images import png, saved, scans_jpeg, tiff

@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 
-from app.config.study_url import StudyUrl
-from app.engine.heartbeat import GRACE_S, Heartbeat
-from app.errors import CheckpointError, UsageError
-from app.search import checksum, journal
-from app.search.password import find_password
-from app.search.repair import repair
-from app.tracking.login import PASSWORD_FILE, read_password
-from app.tracking.tracker import TrackerUnavailableError
 from launcher import compose
 from launcher import errors as launcher_errors
 from launcher.engines.archives import read_archived_file
 from launcher.env_file import read_env_file
 from launcher.track_archive import ArchiveWriter, verify
+from starling.config.study_url import StudyUrl
+from starling.engine.heartbeat import GRACE_S, Heartbeat
+from starling.errors import CheckpointError, UsageError
+from starling.search import checksum, journal
+from starling.search.password import find_password
+from starling.search.repair import repair
+from starling.tracking.login import PASSWORD_FILE, read_password
+from starling.tracking.tracker import TrackerUnavailableError
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import HOSTILE, tar_of
 
 VERIFY = """
-from app.errors import DataError
+from starling.errors import DataError
 from launcher import errors
 from launcher.track_archive import verify
 def read(path):

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from app import train
-from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
-from app.engine.start import read_weights
-from app.errors import StarlingError
-from app.search.journal import JOURNAL
-from app.search.study import SearchStudy, StudyRules
+from starling.cli import train
+from starling.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
+from starling.engine.start import read_weights
+from starling.errors import StarlingError
+from starling.search.journal import JOURNAL
+from starling.search.study import SearchStudy, StudyRules
 from tests.conftest import REPOSITORY
 
 PEER = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
@@ -71,9 +71,9 @@ def test_hostile_yaml_is_refused_in_under_a_second_and_100_mb(tmp_path: Path) ->
     code = """
 import sys, time
 from pathlib import Path
-from app.config.hyp import Hyp
-from app.config.yaml_reader import read_yaml
-from app.errors import UsageError
+from starling.config.hyp import Hyp
+from starling.config.yaml_reader import read_yaml
+from starling.errors import UsageError
 for path in map(Path, sys.argv[1:]):
     began = time.process_time()
     try:

@@ -17,29 +17,29 @@ from typing import Any
 import pytest
 import torch
 
-from app import detect, export, track, train, val
-from app.core.plain_json import NotJson, parse_json
-from app.core.plain_yaml import NotYaml, compose_yaml, load_yaml
-from app.engine.checkpoint import load_checkpoint, save_checkpoint
-from app.errors import ConfigError, StarlingError
-from app.model.detector import build_detector
-from app.model.pickle_check import PickleWalk
-from app.search.journal import JOURNAL
-from app.search.study import SearchStudy, StudyRules
-from app.tracking.cursor import Cursor, cursor_path
-from app.tracking.delivery import Bridge
-from app.tracking.events import EventLog, last_event, read_events
-from app.tracking.run_files import export as export_run
-from app.tracking.run_files import pending
 from launcher.cli import main as launcher_main
+from starling.cli import detect, export, track, train, val
+from starling.core.plain_json import NotJson, parse_json
+from starling.core.plain_yaml import NotYaml, compose_yaml, load_yaml
+from starling.engine.checkpoint import load_checkpoint, save_checkpoint
+from starling.errors import ConfigError, StarlingError
+from starling.model.detector import build_detector
+from starling.model.pickle_check import PickleWalk
+from starling.search.journal import JOURNAL
+from starling.search.study import SearchStudy, StudyRules
+from starling.tracking.cursor import Cursor, cursor_path
+from starling.tracking.delivery import Bridge
+from starling.tracking.events import EventLog, last_event, read_events
+from starling.tracking.run_files import export as export_run
+from starling.tracking.run_files import pending
 from tests.security.bounded import read_all
 from tests.security.hostile_pickles import FILES, FORMS, PICKLES
 from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
 
 IMPORTS = """
-from app.errors import StarlingError
-from app.engine.checkpoint import load_checkpoint
-from app.engine.start import read_weights
+from starling.errors import StarlingError
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.start import read_weights
 """
 
 
@@ -156,13 +156,13 @@ def _yaml_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 YAML_IMPORTS = """
-from app.config.hyp import Hyp
-from app.config.train_config import TrainConfig
-from app.config.yaml_reader import read_yaml
-from app.data.dataset import DatasetDescription
-from app.errors import StarlingError
-from app.model.detector import build_detector
-from app.search.space import parse_space
+from starling.config.hyp import Hyp
+from starling.config.train_config import TrainConfig
+from starling.config.yaml_reader import read_yaml
+from starling.data.dataset import DatasetDescription
+from starling.errors import StarlingError
+from starling.model.detector import build_detector
+from starling.search.space import parse_space
 from launcher.cli import cli
 from launcher.config_file import read_settings
 from launcher.dataset_yaml import read_dataset

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from app.data import paced, remote_source
-from app.data.download import Download, FetchError, fetch
-from app.errors import DataError
+from starling.data import paced, remote_source
+from starling.data.download import Download, FetchError, fetch
+from starling.errors import DataError
 
 Serve = Callable[[bytes, float], str]
 

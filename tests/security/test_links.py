@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from app import detect, export, settings, train, val
-from app.core.folder import LinkRefused
-from app.data.__main__ import main as data_command
-from app.errors import FileRefused
-from app.outputs import atomic
-from app.outputs.atomic import append_line, atomic_path, sweep, write_atomic
-from app.outputs.folders import name_top, open_file, remove, remove_tree
+from starling import settings
+from starling.cli import detect, export, train, val
+from starling.cli.data import main as data_command
+from starling.core.folder import LinkRefused
+from starling.errors import FileRefused
+from starling.outputs import atomic
+from starling.outputs.atomic import append_line, atomic_path, sweep, write_atomic
+from starling.outputs.folders import name_top, open_file, remove, remove_tree
 
 Tree = dict[str, tuple[object, ...]]
 
@@ -192,7 +193,7 @@ def test_a_folder_swapped_for_a_link_while_a_training_runs_ends_it_with_exit_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from app.engine.trainer import Trainer
+    from starling.engine.trainer import Trainer
 
     whole, weights = Trainer._iterate, runs / "train/exp/weights"
 
@@ -414,7 +415,7 @@ def test_a_folder_in_place_of_a_file_is_named_by_the_files_own_name(
 
 
 def test_a_file_of_ours_that_somebody_made_endless_is_refused_unread(runs: Path) -> None:
-    from app.outputs.folders import read_file
+    from starling.outputs.folders import read_file
 
     runs.mkdir(exist_ok=True)
     (runs / "settings.json").touch()
@@ -427,8 +428,8 @@ def test_pipes_hang_no_reader(quick: list[str], runs: Path) -> None:
     for place in (".workers/r.json", "train/exp/results.csv", "train/exp/events.mlflow.cursor"):
         (runs / place).parent.mkdir(parents=True, exist_ok=True)
         os.mkfifo(runs / place)
-    from app.outputs.worker_status import read_status
-    from app.tracking.cursor import Cursor
+    from starling.outputs.worker_status import read_status
+    from starling.tracking.cursor import Cursor
 
     assert read_status(runs / ".workers/r.json") == {}
     assert Cursor.load(runs / "train/exp/events.jsonl", "mlflow", "x").offset == 0
@@ -436,7 +437,7 @@ def test_pipes_hang_no_reader(quick: list[str], runs: Path) -> None:
 
 
 def test_the_embedded_database_is_kept_behind_no_link(runs: Path, outside: Path) -> None:
-    from app.tracking.mlflow_database import held_database
+    from starling.tracking.mlflow_database import held_database
 
     plant(runs / "mlflow", outside, absolute)
     with pytest.raises(LinkRefused):

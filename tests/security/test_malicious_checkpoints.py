@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import train
-from app.engine.checkpoint import load_checkpoint, save_checkpoint
-from app.errors import CheckpointError
-from app.outputs.run_dir import previous_of
+from starling.cli import train
+from starling.engine.checkpoint import load_checkpoint, save_checkpoint
+from starling.errors import CheckpointError
+from starling.outputs.run_dir import previous_of
 from tests.crash.conftest import Start
 
 Attack = Callable[[Path], None]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app import train
+from starling.cli import train
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from app.config.hyp import Hyp
-from app.data.paint import paint_item
-from app.data.plan import plan_item
+from starling.config.hyp import Hyp
+from starling.data.paint import paint_item
+from starling.data.plan import plan_item
 
 Array = np.ndarray[Any, Any]
 

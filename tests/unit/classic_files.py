@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from app.model.detector import Detector, build_detector
+from starling.model.detector import Detector, build_detector
 
 MODULES = ("models", "models.yolo", "models.common")
 KINDS = {

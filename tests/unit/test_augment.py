@@ -11,13 +11,13 @@ import cv2
 import numpy as np
 import pytest
 
-from app.config.hyp import Hyp
-from app.data import paint, plan
-from app.data.item_labels import labels_in_view
-from app.data.letterbox import apply_letterbox, letterbox_geometry
-from app.data.outlines import choose_pastes, cut
-from app.data.plan import QuadPlan, plan_item, plan_letterbox
-from app.data.streams import epoch_order, random_stream
+from starling.config.hyp import Hyp
+from starling.data import paint, plan
+from starling.data.item_labels import labels_in_view
+from starling.data.letterbox import apply_letterbox, letterbox_geometry
+from starling.data.outlines import choose_pastes, cut
+from starling.data.plan import QuadPlan, plan_item, plan_letterbox
+from starling.data.streams import epoch_order, random_stream
 from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured, training_item
 
 GOLDEN = Path(__file__).with_name("augment_golden.npz")

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from app import settings, train
-from app.config.yaml_reader import read_yaml, write_yaml
-from app.data.dataset import Dataset, DatasetDescription
-from app.engine import anchors as engine_anchors
-from app.engine.anchors import label_sizes
-from app.engine.checkpoint import load_checkpoint
-from app.engine.start import Start, Weights, read_weights
-from app.engine.trainer import Trainer
-from app.model.autoanchor import AutoAnchor, cluster_sizes, evolve_anchors, fit_anchors, measure_fit
-from app.model.detector import build_detector
-from app.search import training as search
+from starling import settings
+from starling.cli import train
+from starling.config.yaml_reader import read_yaml, write_yaml
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.engine import anchors as engine_anchors
+from starling.engine.anchors import label_sizes
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.start import Start, Weights, read_weights
+from starling.engine.trainer import Trainer
+from starling.model.autoanchor import AutoAnchor, cluster_sizes, evolve_anchors, fit_anchors, measure_fit
+from starling.model.detector import build_detector
+from starling.search import training as search
 from tests.conftest import TINY_LAYOUT
 
 COCO = np.array(

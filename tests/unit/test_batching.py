@@ -14,19 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from app import settings, train
-from app.config.hyp import Hyp
-from app.config.train_config import TrainConfig
-from app.data.batching import Batching, BatchPlan, picture_weights, plan_epoch
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.loader import Batch, TrainLoader
-from app.data.store import ImageStore
-from app.engine.checkpoint import load_checkpoint
-from app.engine.data import load_data
-from app.engine.device import Compute
-from app.engine.training import warn_of_idle
-from app.engine.validator import to_input
-from app.errors import ConfigError
+from starling import settings
+from starling.cli import train
+from starling.config.hyp import Hyp
+from starling.config.train_config import TrainConfig
+from starling.data.batching import Batching, BatchPlan, picture_weights, plan_epoch
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.loader import Batch, TrainLoader
+from starling.data.store import ImageStore
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.data import load_data
+from starling.engine.device import Compute
+from starling.engine.training import warn_of_idle
+from starling.engine.validator import to_input
+from starling.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 SIZE = 64

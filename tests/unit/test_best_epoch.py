@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from app import settings, train
-from app.engine import trainer
-from app.engine.best_weights import best_row, out_of_patience, unscored
-from app.engine.checkpoint import load_checkpoint
-from app.engine.results import EpochRow
+from starling import settings
+from starling.cli import train
+from starling.engine import trainer
+from starling.engine.best_weights import best_row, out_of_patience, unscored
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.results import EpochRow
 
 NAN = math.nan
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from app.config.train_config import TrainConfig
-from app.engine.delivery import upload_results
-from app.errors import UsageError
-from app.outputs.bucket import check_bucket, upload
+from starling.config.train_config import TrainConfig
+from starling.engine.delivery import upload_results
+from starling.errors import UsageError
+from starling.outputs.bucket import check_bucket, upload
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_training_lands_below_its_project_and_name(run: Path) -> None:
 
 
 def test_train_command_copies_its_results(tiny_args: list[str], tmp_path: Path) -> None:
-    from app.train import main
+    from starling.cli.train import main
 
     bucket = tmp_path / "bucket"
     assert main([*tiny_args, "--epochs", "1", "--noplots", "--bucket", f"file://{bucket}"]) == 0
@@ -97,7 +97,7 @@ def test_train_command_copies_its_results(tiny_args: list[str], tmp_path: Path) 
 
 
 def test_search_copies_its_views_and_its_winner(tiny_args: list[str], tmp_path: Path) -> None:
-    from app.train import main
+    from starling.cli.train import main
 
     bucket = tmp_path / "bucket"
     args = [

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app.core.budget import PACE_SECONDS, SECONDS, Budget, BudgetExceeded, Pace
-from app.core.regular_file import found, is_file, is_folder, open_regular, read_regular
-from app.core.words import printable
+from starling.core.budget import PACE_SECONDS, SECONDS, Budget, BudgetExceeded, Pace
+from starling.core.regular_file import found, is_file, is_folder, open_regular, read_regular
+from starling.core.words import printable
 
 
 class Clock:

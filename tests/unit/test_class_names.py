@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.detect import main as detect_main
-from app.engine.validator import class_figures, class_table
-from app.metrics import average_precision
-from app.outputs.names import distinct
-from app.plots.style import figure_names
-from app.val import main as val_main
+from starling.cli.detect import main as detect_main
+from starling.cli.val import main as val_main
+from starling.engine.validator import class_figures, class_table
+from starling.metrics import average_precision
+from starling.outputs.names import distinct
+from starling.plots.style import figure_names
 from tests.conftest import MINI_SET, REPOSITORY
 
 WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
@@ -85,7 +85,7 @@ def test_counts_of_classes_of_equal_names_add_up_to_the_detections(
 def test_validation_tells_its_batch_and_every_class_by_number(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engine.evaluation.draw_worst", lambda *args: None)
+    monkeypatch.setattr("starling.engine.evaluation.draw_worst", lambda *args: None)
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     shutil.copyfile(PICTURE, tmp_path / "images" / "a.jpg")

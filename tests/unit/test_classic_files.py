@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from app import export, settings, train, val
-from app.engine.checkpoint import load_checkpoint
-from app.engine.start import find_start
-from app.errors import CheckpointError
-from app.model.detector import Detector, build_detector
-from app.model.foreign import read_foreign_checkpoint
-from app.model.torch_file import LEGACY_MAGIC
-from app.model.weights import load_weights
+from starling import settings
+from starling.cli import export, train, val
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.start import find_start
+from starling.errors import CheckpointError
+from starling.model.detector import Detector, build_detector
+from starling.model.foreign import read_foreign_checkpoint
+from starling.model.torch_file import LEGACY_MAGIC
+from starling.model.weights import load_weights
 from tests.unit.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained
 
 CELLS = ("RBC", "WBC", "Platelets")
@@ -86,8 +87,8 @@ def test_an_older_activation_of_each_kind_of_block_is_told_apart(files: ClassicF
     ["yolov5n", "yolov5s-ghost", "yolov5s-transformer", "yolov5s-LeakyReLU", "yolov3-tiny", "yolov5-bifpn"],
 )
 def test_every_kind_of_layout_is_read_from_a_classic_file(files: ClassicFiles, layout: str) -> None:
-    from app.config.shipped import find_config
-    from app.model.layout import read_layout
+    from starling.config.shipped import find_config
+    from starling.model.layout import read_layout
 
     small = {"width_multiple": 0.06, "depth_multiple": 0.1} if layout != "yolov5n" else {}
     source = trained({**read_layout(find_config("layouts", layout)), **small})

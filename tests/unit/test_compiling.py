@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app import settings, train
-from app.engine import compiling
-from app.engine.checkpoint import load_checkpoint
-from app.engine.compiling import CompiledForward
-from app.engine.device import Compute
+from starling import settings
+from starling.cli import train
+from starling.engine import compiling
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.compiling import CompiledForward
+from starling.engine.device import Compute
 
 CPU = Compute(torch.device("cpu"), False, 1)
 

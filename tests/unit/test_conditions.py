@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from app import settings, train
-from app.engine import conditions
-from app.engine.checkpoint import load_checkpoint
+from starling import settings
+from starling.cli import train
+from starling.engine import conditions
+from starling.engine.checkpoint import load_checkpoint
 from tests.conftest import MINI_SET, TINY_LAYOUT
 
 NOTE = "this resume is not bit-equal: "

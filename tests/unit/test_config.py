@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config.hyp import Hyp
-from app.config.shipped import SHIPPED, find_config
-from app.config.train_config import TrainConfig
-from app.config.train_flags import build_parser, parse_args
-from app.config.yaml_reader import MAX_BYTES, read_yaml, write_yaml
-from app.errors import ConfigError, DataError, StarlingError, UsageError
+from starling.config.hyp import Hyp
+from starling.config.shipped import SHIPPED, find_config
+from starling.config.train_config import TrainConfig
+from starling.config.train_flags import build_parser, parse_args
+from starling.config.yaml_reader import MAX_BYTES, read_yaml, write_yaml
+from starling.errors import ConfigError, DataError, StarlingError, UsageError
 
 
 def yaml_file(tmp_path: Path, content: str | bytes) -> Path:

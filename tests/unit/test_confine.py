@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core import confine
+from starling.core import confine
 
 
 @pytest.mark.skipif(
@@ -21,7 +21,7 @@ def test_a_confined_program_writes_below_its_folders_and_reads_everywhere(tmp_pa
     code = (
         "import os, sys, pathlib\n"
         f"sys.path.insert(0, {str(Path(confine.__file__).parents[2])!r})\n"
-        "from app.core.confine import confine\n"
+        "from starling.core.confine import confine\n"
         "confine(['runs', 'gone'])\n"
         "for act in (lambda p: open(p, 'w').write('new'), lambda p: os.truncate(p, 0), os.unlink,"
         " lambda p: os.rename(p, p + '2'), lambda p: os.mkdir(p + '3')):\n"

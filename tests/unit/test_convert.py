@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from app.data import __main__ as data_command
-from app.data.convert import (
+from starling.cli import data as data_command
+from starling.data.convert import (
     Converted,
     convert_coco,
     convert_open_images,
@@ -21,9 +21,9 @@ from app.data.convert import (
     convert_voc,
     convert_wheat,
 )
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.labels import read_labels
-from app.errors import DataError
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.labels import read_labels
+from starling.errors import DataError
 
 WIDTH, HEIGHT = 200, 100
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.findings import write_report
-from app.engine.data import left_out
-from app.errors import DataError, UsageError
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.findings import write_report
+from starling.engine.data import left_out
+from starling.errors import DataError, UsageError
 
 
 def _picture(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0 .5 .5 .2 .2\n") -> None:

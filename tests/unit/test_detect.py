@@ -23,14 +23,14 @@ import numpy as np
 import pytest
 import torch
 
-from app.config.detect_flags import parse_args
-from app.data import sources
-from app.data.remote_source import download
-from app.detect import main
-from app.engine import detecting
-from app.engine.detection_files import class_folders
-from app.engine.inference import Augmented
-from app.errors import DataError, UsageError
+from starling.cli.detect import main
+from starling.config.detect_flags import parse_args
+from starling.data import sources
+from starling.data.remote_source import download
+from starling.engine import detecting
+from starling.engine.detection_files import class_folders
+from starling.engine.inference import Augmented
+from starling.errors import DataError, UsageError
 from tests.conftest import MINI_SET, REPOSITORY
 
 WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.config.hyp import Hyp
-from app.data.device_paint import DevicePainter
-from app.data.device_tables import Tables, load_tables
-from app.data.letterbox import letterbox_geometry
-from app.data.paint import outline_mask, paint_item
-from app.data.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
-from tests.conftest import REPOSITORY
+from starling.config.hyp import Hyp
+from starling.data.device_paint import DevicePainter
+from starling.data.device_tables import Tables, load_tables
+from starling.data.letterbox import letterbox_geometry
+from starling.data.paint import outline_mask, paint_item
+from starling.data.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
+from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_painting_many_items_at_once_changes_nothing(monkeypatch: pytest.MonkeyP
     plans, pictures = plans_of("copy-paste, turned, in mixup")
     painter = DevicePainter.from_store(pictures, CPU)
     one_by_one = painter.paint(plans)
-    monkeypatch.setattr("app.data.device_paint._PIXELS_AT_ONCE", {"cpu": 4 * SIDE * SIDE})
+    monkeypatch.setattr("starling.data.device_paint._PIXELS_AT_ONCE", {"cpu": 4 * SIDE * SIDE})
     assert torch.equal(painter.paint(plans), one_by_one)
 
 
@@ -162,7 +162,7 @@ def test_pictures_come_to_the_device_whole_in_parts_of_any_size(monkeypatch: pyt
     _, pictures = textured()
     flat = np.concatenate([picture.reshape(-1) for picture in pictures])
     for size in (1, 25_000, 40_000, 1 << 30):
-        monkeypatch.setattr("app.data.device_paint._COPY_BYTES", size)
+        monkeypatch.setattr("starling.data.device_paint._COPY_BYTES", size)
         assert np.array_equal(DevicePainter.from_store(pictures, CPU).pixels.numpy(), flat)
 
 
@@ -234,10 +234,10 @@ def test_a_triton_that_fails_or_paints_otherwise_leaves_the_painting_to_torch(
         out.fill_(114)
 
     for paint, why in ((fail, "OSError: no C compiler"), (paint_grey, "paints otherwise than torch does")):
-        double = ModuleType("app.data.triton_paint")
+        double = ModuleType("starling.data.triton_paint")
         double.paint_with_triton = paint  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "app.data.triton_paint", double)
-        monkeypatch.setattr("app.data.triton_paint", double, raising=False)
+        monkeypatch.setitem(sys.modules, "starling.data.triton_paint", double)
+        monkeypatch.setattr("starling.data.triton_paint", double, raising=False)
         kernel, reason = painter._choose("auto", "cuda")
         assert kernel == "torch"
         assert reason.endswith(why)
@@ -257,7 +257,7 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from app.data.triton_paint import BLOCK_HEIGHT, BLOCK_WIDTH, paint_kernel
+    from starling.data.triton_paint import BLOCK_HEIGHT, BLOCK_WIDTH, paint_kernel
 
     flags = dict.fromkeys(("TURNED", "EDGED", "MASKED"), turned)
     constants = {"LAYERS": layers, **flags, "COLOURED": True, "NORMALISED": dtype != "u8"}
@@ -277,8 +277,8 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(
 IN_THE_INTERPRETER = """
 import sys
 import torch
-from app.data import triton_paint
-from app.data.device_paint import DevicePainter
+from starling.data import triton_paint
+from starling.data.device_paint import DevicePainter
 from tests.unit.test_device_paint import plans_of
 
 triton_paint.BLOCK_HEIGHT = 64  # fewer programs, as the interpreter's time is by the program
@@ -303,7 +303,7 @@ def test_the_triton_kernel_paints_what_torch_does_in_tritons_interpreter() -> No
     done = subprocess.run(
         [sys.executable, "-c", IN_THE_INTERPRETER, *names],
         cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PYTHON_PATH},
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,23 +17,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import train
-from app.config.train_config import TrainConfig
-from app.engine.checkpoint import load_checkpoint
-from app.engine.distributed import Place
-from app.engine.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
-from app.engine.relaunch import relaunch
-from app.errors import UsageError
-from tests.conftest import REPOSITORY
+from starling.cli import train
+from starling.config.train_config import TrainConfig
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.distributed import Place
+from starling.engine.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
+from starling.engine.relaunch import relaunch
+from starling.errors import UsageError
+from tests.conftest import PYTHON_PATH, REPOSITORY
 
 STILL_NORMS = """\
 # The trainer with BatchNorm as in evaluation: what is left must not depend on how a batch is split.
 import sys
 import torch
-from app import train
-from app.config.train_config import TrainConfig
+from starling.cli import train
+from starling.cli.command import leave
+from starling.config.train_config import TrainConfig
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-train.leave(train.main(sys.argv[1:]))
+leave(train.main(sys.argv[1:]))
 """
 LOSSES = [
     "train/box_loss",
@@ -48,7 +49,7 @@ METRICS = ["metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mA
 
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
-    from app import settings
+    from starling import settings
 
     settings.update({"mlflow": False, "tensorboard": False})
 
@@ -65,7 +66,7 @@ def environment(**changes: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
     return {
         **inherited,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": PYTHON_PATH,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         **changes,
@@ -501,7 +502,7 @@ def test_a_rank_that_ended_in_a_failure_hands_on_its_reason_and_exit_code() -> N
 
 
 def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole() -> None:
-    from app.loss import DetectionLoss, LossGains, Share
+    from starling.loss import DetectionLoss, LossGains, Share
 
     torch.manual_seed(0)
     anchors = torch.tensor([[[1.0, 1.5], [2.0, 1.0]]])
@@ -526,9 +527,10 @@ BREAKS = """\
 # The trainer in which rank 1 alone sees a loss that is no number, once.
 import os
 import sys
-from app import train
-from app.config.train_config import TrainConfig
-from app.loss import DetectionLoss
+from starling.cli import train
+from starling.cli.command import leave
+from starling.config.train_config import TrainConfig
+from starling.loss import DetectionLoss
 healthy, calls = DetectionLoss.forward, []
 def forward(self, *given):
     calls.append(1)
@@ -536,7 +538,7 @@ def forward(self, *given):
     broken = os.environ["RANK"] == "1" and len(calls) == 2
     return (total * float("nan"), parts * float("nan")) if broken else (total, parts)
 DetectionLoss.forward = forward
-train.leave(train.main(sys.argv[1:]))
+leave(train.main(sys.argv[1:]))
 """
 
 

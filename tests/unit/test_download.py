@@ -20,18 +20,18 @@ from pathlib import Path
 
 import pytest
 
-from app.config.shipped import SHIPPED
-from app.data import __main__ as data_command
-from app.data.acquire import Fetch, acquire, read_steps
-from app.data.archive import unpack
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.download import MIRROR, Download, FetchError, check_url, fetch, record_path
-from app.engine import official
-from app.engine.data import load_data
-from app.engine.official import OFFICIAL, official_name, official_weights, weights_folder
-from app.engine.progress import Progress
-from app.engine.start import find_weights
-from app.errors import CheckpointError, DataError, UsageError
+from starling.cli import data as data_command
+from starling.config.shipped import SHIPPED
+from starling.data.acquire import Fetch, acquire, read_steps
+from starling.data.archive import unpack
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.download import MIRROR, Download, FetchError, check_url, fetch, record_path
+from starling.engine import official
+from starling.engine.data import load_data
+from starling.engine.official import OFFICIAL, official_name, official_weights, weights_folder
+from starling.engine.progress import Progress
+from starling.engine.start import find_weights
+from starling.errors import CheckpointError, DataError, UsageError
 from tests.conftest import MINI_SET, REPOSITORY
 
 BODY = bytes(range(256)) * 4000
@@ -285,7 +285,7 @@ def test_two_that_want_the_same_file_fetch_it_once(server: Server, tmp_path: Pat
 
 
 def test_command_that_fetches_needs_neither_torch_nor_numpy() -> None:
-    code = "import sys, app.data.__main__; print({'torch', 'numpy', 'cv2'} & set(sys.modules))"
+    code = "import sys, starling.cli.data; print({'torch', 'numpy', 'cv2'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
@@ -414,7 +414,7 @@ def test_symlink_of_a_zip_is_refused(tmp_path: Path) -> None:
 def test_bomb_doubled_name_and_other_files_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("app.data.archive._ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr("starling.data.archive._ALWAYS_ALLOWED", 1 << 20)
     with pytest.raises(DataError, match="bomb"):
         unpack(zip_of(tmp_path / "bomb.zip", {"a": bytes(4 << 20)}), tmp_path / "in")
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:
@@ -468,7 +468,7 @@ def test_dataset_is_fetched_when_asked_for_and_trains_from_its_own_folder_too(
     mirror.files["tiny.zip"] = tiny_zip
     mirror.break_after = [5000]
     Path("tiny.yaml").write_text(TINY)
-    with pytest.raises(DataError, match=r"python -m app\.data download .*tiny\.yaml"):
+    with pytest.raises(DataError, match=r"starling data download .*tiny\.yaml"):
         DatasetDescription.from_yaml(Path("tiny.yaml"))
     assert mirror.asked == []
     assert data_command.main(["download", "tiny.yaml"]) == 0
@@ -485,7 +485,7 @@ def test_dataset_is_fetched_when_asked_for_and_trains_from_its_own_folder_too(
 def test_train_fetches_a_dataset_under_its_flag_only(
     mirror: Server, tiny_zip: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from app.config.train_flags import parse_args
+    from starling.config.train_flags import parse_args
 
     mirror.files["tiny.zip"] = tiny_zip
     Path("tiny.yaml").write_text(TINY)

@@ -11,14 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from app.config.hyp import Hyp
-from app.engine.autobatch import fit_batch
-from app.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
-from app.engine.device import select_compute
-from app.engine.optimizer import BIASES, DECAYED, NORMS, ExponentialMovingAverage, Schedule, build_optimizer
-from app.engine.progress import Progress, duration
-from app.engine.results import COLUMNS, EpochRow, write_results
-from app.errors import CheckpointError, DiskFull, UsageError
+from starling.config.hyp import Hyp
+from starling.engine.autobatch import fit_batch
+from starling.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
+from starling.engine.device import select_compute
+from starling.engine.optimizer import (
+    BIASES,
+    DECAYED,
+    NORMS,
+    ExponentialMovingAverage,
+    Schedule,
+    build_optimizer,
+)
+from starling.engine.progress import Progress, duration
+from starling.engine.results import COLUMNS, EpochRow, write_results
+from starling.errors import CheckpointError, DiskFull, UsageError
 
 NAN = math.nan
 

@@ -13,12 +13,12 @@ import onnxruntime
 import pytest
 import torch
 
-from app.config.export_config import parse_args
-from app.engine import exporter
-from app.engine.exporter import Difference
-from app.engine.inference import load_detector
-from app.errors import UsageError
-from app.export import main
+from starling.cli.export import main
+from starling.config.export_config import parse_args
+from starling.engine import exporter
+from starling.engine.exporter import Difference
+from starling.engine.inference import load_detector
+from starling.errors import UsageError
 from tests.conftest import REPOSITORY
 
 CHECKPOINT = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"

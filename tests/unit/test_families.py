@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from app.engine.start import read_weights
-from app.errors import CheckpointError
-from app.model.families import family_of_tensors, foreign_kind
+from starling.engine.start import read_weights
+from starling.errors import CheckpointError
+from starling.model.families import family_of_tensors, foreign_kind
 from tests.security.hostile_archives import crowded_zip
 
 U = "ultralytics.nn.modules"

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.data.edit_list import shown_seconds
-from app.data.films import ends_early, is_animated
-from app.data.left_out import LeftOut
-from app.data.sources import Source, find_sources, frames
-from app.detect import main
-from app.errors import DataError
+from starling.cli.detect import main
+from starling.data.edit_list import shown_seconds
+from starling.data.films import ends_early, is_animated
+from starling.data.left_out import LeftOut
+from starling.data.sources import Source, find_sources, frames
+from starling.errors import DataError
 from tests.conftest import MINI_SET, REPOSITORY
 
 WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

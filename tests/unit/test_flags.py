@@ -15,16 +15,17 @@ import onnx
 import pytest
 import torch
 
-from app import detect, export, settings, train, val
-from app.config import detect_flags, export_config, train_flags, val_flags
-from app.config.yaml_reader import read_yaml
-from app.data.loader import ValLoader
-from app.engine import device, evaluation, exporter, saving
-from app.engine.checkpoint import load_checkpoint
-from app.engine.data import load_data
-from app.engine.device import Compute, select_compute
-from app.engine.trainer import Trainer, TrainResult
-from app.errors import StarlingError, UsageError
+from starling import settings
+from starling.cli import detect, export, train, val
+from starling.config import detect_flags, export_config, train_flags, val_flags
+from starling.config.yaml_reader import read_yaml
+from starling.data.loader import ValLoader
+from starling.engine import device, evaluation, exporter, saving
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.data import load_data
+from starling.engine.device import Compute, select_compute
+from starling.engine.trainer import Trainer, TrainResult
+from starling.errors import StarlingError, UsageError
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PEER = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

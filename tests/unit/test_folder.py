@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import stat
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from app.core.folder import Folder, LinkRefused
+from starling.core.folder import Folder, LinkRefused
 
 
 def descriptors() -> int:
+    gc.collect()  # files that another test has left to the collector
     return len(os.listdir("/proc/self/fd"))
 
 

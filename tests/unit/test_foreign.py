@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from app.errors import CheckpointError
-from app.model import inert_pickle
-from app.model.detector import build_detector
-from app.model.foreign import read_foreign_checkpoint
-from app.model.inert_pickle import GLOBALS, read_pickle
-from app.model.weights import load_weights
+from starling.errors import CheckpointError
+from starling.model import inert_pickle
+from starling.model.detector import build_detector
+from starling.model.foreign import read_foreign_checkpoint
+from starling.model.inert_pickle import GLOBALS, read_pickle
+from starling.model.weights import load_weights
 
 PEER = Path(__file__).parents[1] / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 
@@ -228,7 +228,7 @@ def test_an_opcode_that_such_files_do_not_need_is_refused_by_name(opcode: str, c
 def test_the_table_holds_nothing_that_acts() -> None:
     for (module, name), stand_in in GLOBALS.items():
         origin = stand_in.__module__ if isinstance(stand_in, type) else type(stand_in).__module__
-        assert origin == "app.model.inert_pickle" or stand_in is set, (module, name)
+        assert origin == "starling.model.inert_pickle" or stand_in is set, (module, name)
 
 
 def test_a_file_cannot_change_what_stands_for_a_global(tmp_path: Path) -> None:

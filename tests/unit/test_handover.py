@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from app.core import handover
-from app.core.folder import Folder
-from app.core.handover import Refused, allowed_user, hand_over, open_top, strip_set_ids, take, user_for
+from starling.core import handover
+from starling.core.folder import Folder
+from starling.core.handover import Refused, allowed_user, hand_over, open_top, strip_set_ids, take, user_for
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
 USER, STRANGER = 10001, 12345

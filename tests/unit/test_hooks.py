@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from app import settings, train
-from app.engine import hooks
-from app.engine.hooks import NAMES, find_hooks
-from app.engine.provenance import code_version
-from app.errors import UsageError
-from app.tracking.events import Event, read_events
+from starling import settings
+from starling.cli import train
+from starling.engine import hooks
+from starling.engine.hooks import NAMES, find_hooks
+from starling.engine.provenance import code_version
+from starling.errors import UsageError
+from starling.tracking.events import Event, read_events
 
 
 @pytest.fixture(autouse=True)

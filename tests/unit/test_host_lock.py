@@ -15,7 +15,7 @@ import pytest
 from launcher.errors import EngineError
 from launcher.host_lock import FOLDERS, NAME, host_lock, lock_path
 from launcher.processes import user_name
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 
 HOLD = """
 import os, sys, time
@@ -56,7 +56,7 @@ def hold(
             str(for_s),
             *([] if user is None else [str(user)]),
         ],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

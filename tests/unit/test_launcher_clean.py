@@ -22,6 +22,7 @@ from launcher.engines.local import LocalEngine
 from launcher.errors import EngineError, UsageError
 from launcher.progress import read_progress
 from launcher.run_folders import RunFolder, delete, forget_workers, run_folders, unused
+from tests.conftest import PYTHON_PATH
 from tests.contract.test_engines import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ def launcher(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [sys.executable, "-m", "launcher", *words],
             cwd=tmp_path,
-            env={**clean, "PYTHONPATH": str(ROOT), "STARLING_ENGINE": "local"},
+            env={**clean, "PYTHONPATH": PYTHON_PATH, "STARLING_ENGINE": "local"},
             input=answer or "",
             capture_output=True,
             text=True,
@@ -166,7 +167,7 @@ def test_results_of_a_fleet_that_runs_stay(
 def test_results_whose_lock_file_somebody_removed_stay_while_the_trainer_holds_the_folder(
     tmp_path: Path,
 ) -> None:
-    from app.outputs.run_lock import run_lock
+    from starling.outputs.run_lock import run_lock
 
     run = tmp_path / "runs/blood/x"
     (run / "weights").mkdir(parents=True)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from app.config.train_flags import FLAGS
 from launcher.cli import cli
 from launcher.engines import supervisor
 from launcher.engines.local import LocalEngine
 from launcher.up import OWN_OPTIONS
+from starling.config.train_flags import FLAGS
+from tests.conftest import PYTHON_PATH
 from tests.unit.test_supervise import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def launcher(*words: str, cwd: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
         cwd=cwd,
-        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        env={**clean, "PYTHONPATH": PYTHON_PATH, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ import pytest
 from launcher.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.local import LocalEngine
+from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 BASH = """
@@ -45,7 +46,7 @@ def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script in a shell that finds `launcher` on its PATH, in a folder of its own."""
     program = tmp_path / "bin/launcher"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m launcher "$@"\n')
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={PYTHON_PATH} exec {sys.executable} -m launcher "$@"\n')
     program.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
 

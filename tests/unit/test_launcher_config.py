@@ -16,6 +16,7 @@ from launcher.cli import cli
 from launcher.commands.init import example
 from launcher.config_file import keys_of, without_overridden
 from launcher.errors import UsageError
+from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 UP = cli.commands["up"]
@@ -292,7 +293,7 @@ def launcher(*words: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
-        env={**clean, "PYTHONPATH": str(ROOT)},
+        env={**clean, "PYTHONPATH": PYTHON_PATH},
         capture_output=True,
         text=True,
         timeout=60,

@@ -21,6 +21,7 @@ from launcher.doctor.findings import Finding, as_lines, exit_code
 from launcher.engines.base import Image
 from launcher.inventory import Driver, Gpu, MigSlice
 from launcher.sizes import GIB
+from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Gpu(index=0, uuid="GPU-1a2b3c4d", name="NVIDIA H100", memory_bytes=80 * GIB)
@@ -31,7 +32,7 @@ def doctor(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(
         [sys.executable, "-m", "launcher", "doctor", *words],
         cwd=cwd,
-        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        env={**clean, "PYTHONPATH": PYTHON_PATH, **environment},
         capture_output=True,
         text=True,
         timeout=60,

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.handover import NOBODYS_ID
 from launcher.dataset_yaml import read_dataset
 from launcher.devices import Device, split_cores
 from launcher.dry_run import docker_run, show_plan
@@ -33,6 +32,7 @@ from launcher.runs_folder import check_runs, replica_user
 from launcher.secret_files import with_secret_files
 from launcher.sizes import GIB, format_cores, format_size, parse_size
 from launcher.training_args import TrainingArgs, prepare_args
+from starling.core.handover import NOBODYS_ID
 
 DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 MACHINE = Machine(cores=tuple(range(16)), memory_bytes=128 * GIB)
@@ -374,7 +374,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_starts
 
 
 def test_the_batch_is_the_trainers_default_and_a_checkpoints_own(tmp_path: Path) -> None:
-    from app.config.train_config import TrainConfig
+    from starling.config.train_config import TrainConfig
 
     assert prepare(TRAINING, tmp_path).batch == TrainConfig(data="d.yaml").batch_size
     assert prepare([*TRAINING, "--resume"], tmp_path).batch is None
@@ -602,7 +602,7 @@ def test_published_weights_are_mounted_from_the_hosts_cache_and_asked_for_when_m
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     monkeypatch.setenv("STARLING_WEIGHTS", str(tmp_path / "kept"))
-    with pytest.raises(CheckpointError, match=r"python -m app\.data download yolov5s\.pt"):
+    with pytest.raises(CheckpointError, match=r"starling data download yolov5s\.pt"):
         prepare(["--weights", given], tmp_path)
     kept = tmp_path / "kept" / "yolov5s.pt"
     kept.parent.mkdir()

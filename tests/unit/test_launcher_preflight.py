@@ -29,7 +29,7 @@ from launcher.problems import Problems, SeveralProblems
 from launcher.runs_folder import check_runs
 from launcher.sizes import GIB
 from launcher.training_args import prepare_args
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.doubles.docker_engine import EngineDouble, served
 
 STRANGER = "12345:12345"
@@ -40,7 +40,7 @@ def launcher(*words: str, cwd: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [sys.executable, "-m", "launcher", *words],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from launcher.errors import EngineError, UsageError
 from launcher.host_lock import NAME
 from launcher.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
 from launcher.runs_folder import runs_folder
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
 USER, STRANGER = 10001, 12345
@@ -208,7 +208,7 @@ def test_the_command_refuses_root_with_exit_code_2_by_flag_and_by_file(way: str,
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "up", "--cpu", "1", *words, "--", "--evolve", "1"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DOCKER_HOST": "unix:///nowhere"},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, "DOCKER_HOST": "unix:///nowhere"},
         capture_output=True,
         text=True,
     )

@@ -21,7 +21,7 @@ from launcher.engines.base import ReplicaSpec
 from launcher.engines.local import LocalEngine
 from launcher.host_lock import host_lock
 from launcher.ownership import caller_ids
-from tests.conftest import REPOSITORY
+from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.trainer_double import write_double
 
 TRAINER = """
@@ -50,7 +50,7 @@ class Home:
     def start(self, *words: str, runs: str = "runs") -> subprocess.Popen[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_")}
         own = {
-            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{REPOSITORY}",
+            "PYTHONPATH": f"{REPOSITORY / 'tests' / 'doubles'}:{self.folder / 'app'}:{PYTHON_PATH}",
             "STARLING_NVML_DOUBLE": str(self.folder / "gpus.json"),
             "STARLING_ENGINE": "local",
             "STARLING_RUNS": str(self.folder / runs),

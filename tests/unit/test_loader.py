@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from app.config.hyp import Hyp
-from app.data import prepare
-from app.data.batching import Batching
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.device_paint import DevicePainter
-from app.data.letterbox import boxes_to_original
-from app.data.loader import Batch, TrainLoader, ValLoader
-from app.data.prepare import PREFETCH
-from app.data.store import ImageStore
-from app.errors import ConfigError, DataError
+from starling.config.hyp import Hyp
+from starling.data import prepare
+from starling.data.batching import Batching
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.device_paint import DevicePainter
+from starling.data.letterbox import boxes_to_original
+from starling.data.loader import Batch, TrainLoader, ValLoader
+from starling.data.prepare import PREFETCH
+from starling.data.store import ImageStore
+from starling.errors import ConfigError, DataError
 
 SIZE = 64
 

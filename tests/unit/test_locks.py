@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from app.core.lock import is_at, take, try_flock
-from app.data.download import only_one
-from app.errors import UsageError
-from app.outputs.run_lock import LOCK as RUN_LOCK
-from app.outputs.run_lock import run_lock
-from app.search.journal import LOCK as STUDY_LOCK
-from app.search.journal import JournalStudyStorage, locked
-from app.search.training import weights_locked
-from app.tracking.lock import exclusive
+from starling.core.lock import is_at, take, try_flock
+from starling.data.download import only_one
+from starling.errors import UsageError
+from starling.outputs.run_lock import LOCK as RUN_LOCK
+from starling.outputs.run_lock import run_lock
+from starling.search.journal import LOCK as STUDY_LOCK
+from starling.search.journal import JournalStudyStorage, locked
+from starling.search.training import weights_locked
+from starling.tracking.lock import exclusive
 
 Lock = Callable[[Path], AbstractContextManager[None]]
 LOCKS: dict[str, Lock] = {

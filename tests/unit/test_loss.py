@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.config.hyp import Hyp
-from app.data.prepare import TARGET_ROWS, filled_up
-from app.errors import ConfigError
-from app.loss import DetectionLoss, LossGains
+from starling.config.hyp import Hyp
+from starling.data.prepare import TARGET_ROWS, filled_up
+from starling.errors import ConfigError
+from starling.loss import DetectionLoss, LossGains
 
 ANCHORS = torch.tensor([[[2.0, 2.0], [4.0, 4.0]], [[2.0, 2.0], [4.0, 4.0]]])
 STRIDES = (8.0, 16.0)

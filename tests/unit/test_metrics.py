@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from app.boxes import iou_matrix
-from app.matching import IOU_THRESHOLDS, device, host, match_detections, match_images
-from app.metrics import ConfusionMatrix, average_precision, fitness
+from starling.boxes import iou_matrix
+from starling.matching import IOU_THRESHOLDS, device, host, match_detections, match_images
+from starling.metrics import ConfusionMatrix, average_precision, fitness
 
 LABEL = torch.tensor([[1.0, 10, 10, 50, 50]])
 EXACT = [10.0, 10, 50, 50, 0.9, 1]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.config.hyp import FOREIGN_KEYS, Hyp
-from app.config.shipped import find_config
-from app.core.misplaced import misplaced
-from app.data.acquire import class_names
-from app.data.dataset import DatasetDescription
-from app.engine.start import find_weights
-from app.errors import CheckpointError, DataError, StarlingError, UsageError
 from launcher.dataset_yaml import read_dataset
 from launcher.errors import LauncherError
 from launcher.training_args import prepare_args
+from starling.config.hyp import FOREIGN_KEYS, Hyp
+from starling.config.shipped import find_config
+from starling.core.misplaced import misplaced
+from starling.data.acquire import class_names
+from starling.data.dataset import DatasetDescription
+from starling.engine.start import find_weights
+from starling.errors import CheckpointError, DataError, StarlingError, UsageError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ DATA = [
     ("best.onnx", "is an ONNX model, not a dataset YAML"),
     ("run/weights/best.pt", "is a .pt file of weights, not a dataset YAML"),
     ("coco.json", "is a JSON file, not a dataset YAML"),
-    ("boxes.csv", "app.data convert"),
+    ("boxes.csv", "starling data convert"),
     ("train.txt", "is a .txt file, not a dataset YAML"),
     ("a.png", "is an image, not a dataset YAML"),
     ("/dev/null", "is no regular file"),

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from app.config.shipped import SHIPPED
-from app.errors import CheckpointError, ConfigError
-from app.model.blocks import BottleneckCSP, Conv, Focus
-from app.model.detector import build_detector
-from app.model.ghost import GhostConv
-from app.model.head import Detect
-from app.model.layout import read_layout
-from app.model.transformer import TransformerBlock
-from app.model.weights import load_weights
+from starling.config.shipped import SHIPPED
+from starling.errors import CheckpointError, ConfigError
+from starling.model.blocks import BottleneckCSP, Conv, Focus
+from starling.model.detector import build_detector
+from starling.model.ghost import GhostConv
+from starling.model.head import Detect
+from starling.model.layout import read_layout
+from starling.model.transformer import TransformerBlock
+from starling.model.weights import load_weights
 
 TINY: dict[str, Any] = {
     "depth_multiple": 0.33,

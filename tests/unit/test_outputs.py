@@ -13,11 +13,11 @@ from typing import IO
 
 import pytest
 
-from app.errors import UsageError
-from app.outputs import atomic
-from app.outputs.atomic import TEMPORARY_SUFFIX, append_line, write_atomic
-from app.outputs.run_dir import RunDir, check_name, next_free_dir, project_dir, runs_root
-from app.outputs.worker_status import FOLDER, WorkerStatus, worker_name
+from starling.errors import UsageError
+from starling.outputs import atomic
+from starling.outputs.atomic import TEMPORARY_SUFFIX, append_line, write_atomic
+from starling.outputs.run_dir import RunDir, check_name, next_free_dir, project_dir, runs_root
+from starling.outputs.worker_status import FOLDER, WorkerStatus, worker_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_kill_while_writing_keeps_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     script = (
-        "import os, pathlib, signal, sys; from app.outputs.atomic import write_atomic\n"
+        "import os, pathlib, signal, sys; from starling.outputs.atomic import write_atomic\n"
         "def payload(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(pathlib.Path(sys.argv[1]), payload)"

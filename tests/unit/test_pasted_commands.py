@@ -25,13 +25,14 @@ from typing import Any
 
 import pytest
 
-from app import detect, settings, train, val
-from app.config import detect_flags, hpo_config, train_flags, val_flags
-from app.config.shipped import find_config
-from app.config.yaml_reader import read_yaml, write_yaml
-from app.engine.start import find_start
-from app.engine.training import open_workshop, read_hyp
-from tests.conftest import REPOSITORY
+from starling import settings
+from starling.cli import detect, train, val
+from starling.config import detect_flags, hpo_config, train_flags, val_flags
+from starling.config.shipped import find_config
+from starling.config.yaml_reader import read_yaml, write_yaml
+from starling.engine.start import find_start
+from starling.engine.training import open_workshop, read_hyp
+from tests.conftest import PYTHON_PATH, REPOSITORY
 
 LINES = Path(__file__).with_name("pasted_commands.txt")
 IMAGE_SIZE = "64"
@@ -405,7 +406,7 @@ def test_a_line_trains_one_model_on_several_devices(pasted: Pasted, folder: Path
 def test_settings_change_on_the_command_line_and_in_python(word: str, expected: bool, folder: Path) -> None:
     before = {"mlflow": not expected}
     settings.update(before)
-    ended = shell(f"python -m app.settings {word}", PYTHONPATH=str(REPOSITORY))
+    ended = shell(f"starling settings {word}", PYTHONPATH=PYTHON_PATH)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert f"mlflow={expected}\n" in ended.stdout
     assert settings.read().mlflow is expected

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from app.errors import DataError
-from app.plots import batches, curves, drawing, labels, overlay, results, style
-from app.plots.__main__ import main as plots_main
+from starling.cli.plots import main as plots_main
+from starling.errors import DataError
+from starling.plots import batches, curves, drawing, labels, overlay, results, style
 
 HARD_NAMES = ("$x_1$", "_hidden", "Größe", "红细胞", "50 $", r"a\$b$", "two\nlines", "", "n" * 200)
 RESULTS_HEADER = (
@@ -192,7 +192,7 @@ def test_results_need_neither_every_column_nor_whole_rows(tmp_path: Path) -> Non
 
 
 def test_the_best_epoch_is_the_row_of_highest_fitness(tmp_path: Path) -> None:
-    pytest.importorskip("app.metrics")
+    pytest.importorskip("starling.metrics")
     rows = [result_row(10, 0.2), result_row(11, 0.6), result_row(12, float("nan")), result_row(13, 0.4)]
     table = results.read_results(write_results(tmp_path / "r.csv", rows))
     assert results._best_row(table, table["epoch"]) == 1
@@ -320,7 +320,7 @@ def test_threads_can_draw_at_once(tmp_path: Path) -> None:
 
 def test_drawing_leaves_no_pyplot_and_importing_costs_no_matplotlib() -> None:
     check = (
-        "import sys; from app.plots import batches, curves, labels, results, style; import numpy as np, pathlib;"
+        "import sys; from starling.plots import batches, curves, labels, results, style; import numpy as np, pathlib;"
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules;"
         "style.figure_name(['a'], 0); style.new_figure(2, 2);"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"

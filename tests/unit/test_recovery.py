@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app import settings, train
-from app.data.loader import Batch
-from app.engine import saving, trainer
-from app.engine.checkpoint import load_checkpoint
-from app.engine.learner import split
-from app.engine.soundness import LossWatch, is_finite
-from app.loss import DetectionLoss
-from app.model.detector import Detector
-from app.outputs.worker_status import FOLDER
+from starling import settings
+from starling.cli import train
+from starling.data.loader import Batch
+from starling.engine import saving, trainer
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.learner import split
+from starling.engine.soundness import LossWatch, is_finite
+from starling.loss import DetectionLoss
+from starling.model.detector import Detector
+from starling.outputs.worker_status import FOLDER
 
 
 @pytest.fixture(autouse=True)

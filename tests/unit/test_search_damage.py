@@ -15,15 +15,15 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from app.config.hyp import Hyp
-from app.errors import CheckpointError, UsageError
-from app.search import __main__ as command
-from app.search.checksum import has_lost_line_end, opened, sealed
-from app.search.journal import JOURNAL, LOCK, SafeJournalBackend
-from app.search.outcome import Outcome, State
-from app.search.plan import StudyPlan
-from app.search.repair import mend, repair
-from app.search.study import Claim, SearchStudy, Turn
+from starling.cli import search as command
+from starling.config.hyp import Hyp
+from starling.errors import CheckpointError, UsageError
+from starling.search.checksum import has_lost_line_end, opened, sealed
+from starling.search.journal import JOURNAL, LOCK, SafeJournalBackend
+from starling.search.outcome import Outcome, State
+from starling.search.plan import StudyPlan
+from starling.search.repair import mend, repair
+from starling.search.study import Claim, SearchStudy, Turn
 
 SEED = Hyp().as_dict()
 
@@ -101,7 +101,7 @@ def test_every_byte_that_changes_is_found_or_harmless(search: Path) -> None:
         if told:
             number = content[:position].count(b"\n") + 1
             assert f"{path}:{number}:" in told
-            assert f"python -m app.search repair {search}" in told
+            assert f"starling search repair {search}" in told
         else:
             assert [strip(record) for record in read] == [strip(record) for record in whole], (
                 f"byte {position}"

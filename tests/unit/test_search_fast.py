@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from app.config.hyp import Hyp
-from app.errors import ConfigError
-from app.search.outcome import State
-from app.search.samplers.fast import FastSampler, FastSettings, ranking
-from app.search.samplers.judges import density_ratio, expected_score, normal_scores
-from app.search.samplers.knowledge import Finding, Knowledge
-from app.search.samplers.proposer import Proposer, make_sampler
-from app.search.space import Setting, Space
+from starling.config.hyp import Hyp
+from starling.errors import ConfigError
+from starling.search.outcome import State
+from starling.search.samplers.fast import FastSampler, FastSettings, ranking
+from starling.search.samplers.judges import density_ratio, expected_score, normal_scores
+from starling.search.samplers.knowledge import Finding, Knowledge
+from starling.search.samplers.proposer import Proposer, make_sampler
+from starling.search.space import Setting, Space
 
 HYP = Hyp(degrees=2.0).as_dict()
 SPACE = Space().starting_from(HYP)

@@ -1,4 +1,4 @@
-"""`python -m app.search import`: an old evolve.csv becomes knowledge of a search, and nothing else of it."""
+"""`starling search import`: an old evolve.csv becomes knowledge of a search, and nothing else of it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from app.config.hyp import Hyp
-from app.config.yaml_reader import write_yaml
-from app.errors import UsageError
-from app.search.__main__ import main
-from app.search.importing import read_evolve_csv
-from app.search.outcome import METRIC_COLUMNS
-from app.search.study import Claim, SearchStudy
-from app.search.views import write_files
+from starling.cli.search import main
+from starling.config.hyp import Hyp
+from starling.config.yaml_reader import write_yaml
+from starling.errors import UsageError
+from starling.search.importing import read_evolve_csv
+from starling.search.outcome import METRIC_COLUMNS
+from starling.search.study import Claim, SearchStudy
+from starling.search.views import write_files
 from tests.conftest import REPOSITORY
 from tests.unit.test_search_worker import outcome
 from tests.unit.test_search_worker import search as work
@@ -251,7 +251,7 @@ def test_our_own_evolve_csv_can_be_imported_into_the_next_search(
 
 def test_help_is_there_without_optuna() -> None:
     code = (
-        "import sys; from app.search.__main__ import build_parser; build_parser().format_help();"
+        "import sys; from starling.cli.search import build_parser; build_parser().format_help();"
         "sys.exit('optuna' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

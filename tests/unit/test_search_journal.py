@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import CheckpointError, DiskFull, UsageError
-from app.search import journal
-from app.search.checksum import sealed
-from app.search.journal import JournalStudyStorage, SafeJournalBackend, locked
-from app.search.study import SearchStudy
+from starling.errors import CheckpointError, DiskFull, UsageError
+from starling.search import journal
+from starling.search.checksum import sealed
+from starling.search.journal import JournalStudyStorage, SafeJournalBackend, locked
+from starling.search.study import SearchStudy
 
 RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}
 LINE = sealed(RECORD)

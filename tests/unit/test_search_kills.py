@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from app.config.hyp import Hyp
-from app.errors import Pruned
-from app.search.journal import SafeJournalBackend
-from app.search.outcome import Outcome, State
-from app.search.plan import FRESH_SEEDS, StudyPlan
-from app.search.study import Claim, SearchStudy, Turn
+from starling.config.hyp import Hyp
+from starling.errors import Pruned
+from starling.search.journal import SafeJournalBackend
+from starling.search.outcome import Outcome, State
+from starling.search.plan import FRESH_SEEDS, StudyPlan
+from starling.search.study import Claim, SearchStudy, Turn
 
 SEED = Hyp().as_dict()
 EPOCHS, BUDGET, FINALISTS, WORKERS = 5, 20, 2, 4
@@ -124,7 +124,7 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """Make each write to a study deadly by chance, before or after it; gives back where the world is to be put."""
     worlds: list[World] = []
     whole = SafeJournalBackend.append_logs
-    monkeypatch.setattr("app.search.journal.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("starling.search.journal.os.fsync", lambda descriptor: None)
 
     def append(self: SafeJournalBackend, logs: list[dict[str, Any]]) -> None:
         world = worlds[-1]

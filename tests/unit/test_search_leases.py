@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.search.leases import FileLease, FileLeaseWatch, lease_path
-from app.search.outcome import LeaseLost
+from starling.search.leases import FileLease, FileLeaseWatch, lease_path
+from starling.search.outcome import LeaseLost
 
 
 class Clock:

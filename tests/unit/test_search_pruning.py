@@ -10,16 +10,24 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from app.config.hyp import Hyp
-from app.errors import ConfigError, Pruned, UsageError
-from app.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary, State
-from app.search.plan import FRESH_SEEDS, StudyPlan
-from app.search.pruning import ENOUGH, Halving
-from app.search.samplers.knowledge import Knowledge
-from app.search.space import Space
-from app.search.study import Claim, SearchStudy, Turn
-from app.search.views import YAML, best_of
-from app.search.worker import WorkerSettings, run_search
+from starling.config.hyp import Hyp
+from starling.errors import ConfigError, Pruned, UsageError
+from starling.search.outcome import (
+    Candidate,
+    CandidateFailed,
+    Finished,
+    Outcome,
+    Report,
+    SearchSummary,
+    State,
+)
+from starling.search.plan import FRESH_SEEDS, StudyPlan
+from starling.search.pruning import ENOUGH, Halving
+from starling.search.samplers.knowledge import Knowledge
+from starling.search.space import Space
+from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.views import YAML, best_of
+from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp().as_dict()
 EPOCHS = 30

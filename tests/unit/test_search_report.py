@@ -16,19 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config.train_flags import parse_args
-from app.search.estimate import seconds_left
-from app.search.outcome import Progress, State
-from app.search.report import REPORT, write_report
-from app.search.report.command import winner_command
-from app.search.report.facts import costs_of, worker_times
-from app.search.report.importance import FEWEST, gene_importance
-from app.search.report.markup import element, text
-from app.search.report.page import build_page
-from app.search.report.svg import ticks
-from app.search.report.tables import MOST_ROWS, SHOWN
-from app.search.study import Claim, SearchStudy
-from app.search.views import draw_picture, write_files
+from starling.config.train_flags import parse_args
+from starling.search.estimate import seconds_left
+from starling.search.outcome import Progress, State
+from starling.search.report import REPORT, write_report
+from starling.search.report.command import winner_command
+from starling.search.report.facts import costs_of, worker_times
+from starling.search.report.importance import FEWEST, gene_importance
+from starling.search.report.markup import element, text
+from starling.search.report.page import build_page
+from starling.search.report.svg import ticks
+from starling.search.report.tables import MOST_ROWS, SHOWN
+from starling.search.study import Claim, SearchStudy
+from starling.search.views import draw_picture, write_files
 from tests.unit.search_pages import BEGAN, COMMAND, SEED, attempt, facts_of, search
 from tests.unit.test_search_worker import outcome
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.config.hyp import Hyp
-from app.search.genes import GENES, Gene, genes_of
-from app.search.outcome import SearchFailed
-from app.search.samplers.classic import propose
-from app.search.space import Setting
+from starling.config.hyp import Hyp
+from starling.search.genes import GENES, Gene, genes_of
+from starling.search.outcome import SearchFailed
+from starling.search.samplers.classic import propose
+from starling.search.space import Setting
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
 SEARCHED = genes_of(SEED)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from app import train
-from app.config.study_url import StudyUrl, parse_study_url
-from app.config.train_config import TrainConfig
-from app.errors import UsageError
-from app.outputs import file_system
-from app.outputs.file_system import file_system_type, network_file_system
-from app.search.journal import JournalStudyStorage
-from app.search.password import find_password
-from app.search.storage import check_storage, open_storage, study_name
+from starling.cli import train
+from starling.config.study_url import StudyUrl, parse_study_url
+from starling.config.train_config import TrainConfig
+from starling.errors import UsageError
+from starling.outputs import file_system
+from starling.outputs.file_system import file_system_type, network_file_system
+from starling.search.journal import JournalStudyStorage
+from starling.search.password import find_password
+from starling.search.storage import check_storage, open_storage, study_name
 from tests.conftest import REPOSITORY
 
 MOUNTS = r"""
@@ -275,7 +275,7 @@ def test_without_a_url_the_study_is_a_journal_in_the_folder(tmp_path: Path) -> N
 
 def test_nothing_of_a_database_is_imported_for_a_journal() -> None:
     code = (
-        "import sys, app.train, app.search.training, app.search.__main__;"
+        "import sys, starling.cli.train, starling.search.training, starling.cli.search;"
         "print(sorted({'sqlalchemy', 'pg8000', 'alembic'} & set(sys.modules)))"
     )
     answer = subprocess.run(
@@ -292,7 +292,7 @@ def test_nothing_of_a_database_is_imported_for_a_journal() -> None:
 def test_missing_driver_is_exit_2_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pg8000", "app.search.database", "app.search.database_storage"):
+    for name in ("pg8000", "starling.search.database", "starling.search.database_storage"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "pg8000", None)
     with pytest.raises(UsageError, match=r"pip install -r requirements\.txt"):

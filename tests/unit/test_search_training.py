@@ -17,17 +17,18 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial
 
-from app import settings, train
-from app.config.train_config import TrainConfig
-from app.config.yaml_reader import read_yaml
-from app.data.loader import Batch
-from app.engine.checkpoint import load_checkpoint
-from app.engine.trainer import Trainer
-from app.errors import CheckpointError
-from app.search.outcome import State
-from app.search.pruning import Halving
-from app.search.study import SearchStudy
-from app.search.views import best_of
+from starling import settings
+from starling.cli import train
+from starling.config.train_config import TrainConfig
+from starling.config.yaml_reader import read_yaml
+from starling.data.loader import Batch
+from starling.engine.checkpoint import load_checkpoint
+from starling.engine.trainer import Trainer
+from starling.errors import CheckpointError
+from starling.search.outcome import State
+from starling.search.pruning import Halving
+from starling.search.study import SearchStudy
+from starling.search.views import best_of
 from tests.conftest import REPOSITORY
 
 
@@ -177,7 +178,7 @@ def test_a_diverging_candidate_fails_alone(search_args: list[str], runs: Path) -
 def test_a_candidate_whose_worker_died_after_its_last_epoch_is_finished_without_training(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.search import training
+    from starling.search import training
 
     def die(directory: Path, run: object, fitness: float) -> None:
         raise KeyboardInterrupt
@@ -303,7 +304,7 @@ def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
 def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.search import workshops
+    from starling.search import workshops
 
     opened: list[tuple[int, str]] = []
     whole = workshops.open_workshop
@@ -347,7 +348,7 @@ def test_joining_with_another_space_is_refused_with_the_difference(
 def test_a_stopped_candidate_goes_on_with_its_own_settings(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.search import training
+    from starling.search import training
 
     whole, calls = training.train_in, iter(range(9))
 

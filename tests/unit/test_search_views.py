@@ -1,4 +1,4 @@
-"""What is derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png, and `python -m app.search show`."""
+"""What is derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png, and `starling search show`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import cv2
 import numpy as np
 import pytest
 
-from app.config.hyp import Hyp
-from app.config.yaml_reader import read_yaml
-from app.plots.search import plot_evolve
-from app.plots.style import lower_end
-from app.search.__main__ import main
-from app.search.outcome import Candidate, Outcome, Report
-from app.search.study import SearchStudy
-from app.search.views import CSV, PICTURE, YAML, draw_picture, write_files
-from app.search.worker import WorkerSettings, run_search
+from starling.cli.search import main
+from starling.config.hyp import Hyp
+from starling.config.yaml_reader import read_yaml
+from starling.plots.search import plot_evolve
+from starling.plots.style import lower_end
+from starling.search.outcome import Candidate, Outcome, Report
+from starling.search.study import SearchStudy
+from starling.search.views import CSV, PICTURE, YAML, draw_picture, write_files
+from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, lr0=1e-05).as_dict()
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from app.config.hyp import Hyp
-from app.errors import CheckpointError, ConfigError, Stopped, UsageError
-from app.search import worker as worker_module
-from app.search.journal import SafeJournalBackend, locked
-from app.search.outcome import (
+from starling.config.hyp import Hyp
+from starling.errors import CheckpointError, ConfigError, Stopped, UsageError
+from starling.search import worker as worker_module
+from starling.search.journal import SafeJournalBackend, locked
+from starling.search.outcome import (
     Candidate,
     CandidateFailed,
     Objective,
@@ -27,14 +27,14 @@ from app.search.outcome import (
     SearchSummary,
     State,
 )
-from app.search.study import Claim, SearchStudy, StudyRules, Turn
-from app.search.views import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
-from app.search.worker import WorkerSettings, run_search
+from starling.search.study import Claim, SearchStudy, StudyRules, Turn
+from starling.search.views import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
+from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
 # One process that has imported everything and runs no threads; workers are forked off it in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["app.search.worker"])
+PROCESSES.set_forkserver_preload(["starling.search.worker"])
 
 
 def outcome(fitness: float) -> Outcome:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from app.outputs.restarts import RestartRecord, unfinished_run
-from app.supervise import KILLS_FILE, End, RestartPolicy, kernel_kills, oom_kills
+from starling.outputs.restarts import RestartRecord, unfinished_run
+from starling.supervise import KILLS_FILE, End, RestartPolicy, kernel_kills, oom_kills
 from tests.conftest import REPOSITORY
 
 REPLICA = "a-b-cpu0"

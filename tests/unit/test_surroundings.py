@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from app import compiled, settings, train
-from app.command import run_command
+from starling import compiled, settings
+from starling.cli import train
+from starling.cli.command import run_command
+from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +37,7 @@ def test_a_current_folder_that_was_removed_is_exit_2_with_one_message(
     done = subprocess.run(
         [sys.executable, "-c", command, sys.executable, path, *words[1:]],
         cwd=gone,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": PYTHON_PATH},
         capture_output=True,
         text=True,
         check=False,
@@ -67,7 +69,7 @@ def test_code_that_can_be_kept_nowhere_is_compiled_all_the_same(monkeypatch: pyt
 
         return decorate
 
-    monkeypatch.setattr("app.compiled.njit", without_a_place)
+    monkeypatch.setattr("starling.compiled.njit", without_a_place)
 
     @compiled.compiled(error_model="numpy")
     def double(value: int) -> int:

@@ -7,15 +7,15 @@ import json
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from app.engine.progress import Progress
-from app.engine.reporter import Reporter, RunLabel
-from app.engine.results import EpochRow
-from app.outputs.worker_status import WorkerStatus
-from app.search.estimate import seconds_left
-from app.search.outcome import Attempt, State
-from app.search.outcome import Progress as SearchProgress
 from launcher.progress import read_progress
 from launcher.report import format_duration
+from starling.engine.progress import Progress
+from starling.engine.reporter import Reporter, RunLabel
+from starling.engine.results import EpochRow
+from starling.outputs.worker_status import WorkerStatus
+from starling.search.estimate import seconds_left
+from starling.search.outcome import Attempt, State
+from starling.search.outcome import Progress as SearchProgress
 
 NAN = float("nan")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app import train
-from app.outputs.restarts import unfinished_run
-from app.outputs.worker_status import WorkerStatus, tell_failure
+from starling.cli import train
+from starling.outputs.restarts import unfinished_run
+from starling.outputs.worker_status import WorkerStatus, tell_failure
 
 
 @pytest.fixture

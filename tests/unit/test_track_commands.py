@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from app import settings, track
-from app.outputs.redaction import Redaction, without_credentials
-from app.tracking.delivery import Bridge
-from app.tracking.events import EventLog
-from app.tracking.tensorboard_tracker import TensorBoardTracker
+from starling import settings
+from starling.cli import track
+from starling.outputs.redaction import Redaction, without_credentials
+from starling.tracking.delivery import Bridge
+from starling.tracking.events import EventLog
+from starling.tracking.tensorboard_tracker import TensorBoardTracker
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("tensorboard")
@@ -87,7 +88,7 @@ def test_sync_without_a_tracker_says_how_to_turn_one_on(
 ) -> None:
     settings.update({"tensorboard": False})
     assert track.main(["sync", str(runs)]) == 2
-    assert "app.settings" in capsys.readouterr().err
+    assert "starling settings" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_as_one_zip_without_the_bridges_own_files(
@@ -135,10 +136,10 @@ def test_a_trainer_with_tracking_on_imports_nothing_more_than_with_tracking_off(
     code = """
 import sys
 from pathlib import Path
-from app import settings
-import app.engine.training
-from app.tracking.events import EventLog
-from app.tracking.process import start_bridges
+from starling import settings
+import starling.engine.training
+from starling.tracking.events import EventLog
+from starling.tracking.process import start_bridges
 settings.update({"mlflow": sys.argv[1] == "on", "tensorboard": sys.argv[1] == "on"})
 before = set(sys.modules)
 log = EventLog(Path(sys.argv[2]) / "events.jsonl", "u")

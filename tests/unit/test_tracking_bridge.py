@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from app.tracking.bridge import follow
-from app.tracking.cursor import Cursor, cursor_path
-from app.tracking.delivery import SAMPLES_KEPT, TRAINER_GONE, Bridge
-from app.tracking.events import EventLog
-from app.tracking.lock import exclusive
-from app.tracking.process import Bridges, start_bridge
-from app.tracking.process_identity import ProcessIdentity
-from app.tracking.tracker import Tracker, TrackerRejectedError, TrackerUnavailableError
-from app.tracking.trackers import TRACKERS
+from starling.tracking.bridge import follow
+from starling.tracking.cursor import Cursor, cursor_path
+from starling.tracking.delivery import SAMPLES_KEPT, TRAINER_GONE, Bridge
+from starling.tracking.events import EventLog
+from starling.tracking.lock import exclusive
+from starling.tracking.process import Bridges, start_bridge
+from starling.tracking.process_identity import ProcessIdentity
+from starling.tracking.tracker import Tracker, TrackerRejectedError, TrackerUnavailableError
+from starling.tracking.trackers import TRACKERS
 from tests.unit.tracking_doubles import RecordingTrackerDouble, UnreachableTrackerDouble, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -364,7 +364,7 @@ def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog
     handle.process.kill()
     handle.process.wait()
     assert len(warnings) == 1
-    assert f"python -m app.track sync {log.path.parent}" in warnings[0]
+    assert f"starling track sync {log.path.parent}" in warnings[0]
 
 
 @pytest.mark.usefixtures("mlflow_on")
@@ -411,7 +411,7 @@ def test_a_bridge_that_cannot_be_started_is_a_warning(log: EventLog) -> None:
 
 
 def test_the_trainers_side_imports_no_tracker() -> None:
-    code = "import sys, app.tracking.process, app.tracking.events, app.track; print(*sys.modules)"
+    code = "import sys, starling.tracking.process, starling.tracking.events, starling.cli.track; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.tracking import events as events_module
-from app.tracking.events import (
+from starling.tracking import events as events_module
+from starling.tracking.events import (
     CANDIDATE_ARTIFACTS,
     RUN_ARTIFACTS,
     EventLog,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.tracking.login import PASSWORD, PASSWORD_FILE, read_password
-from app.tracking.tracker import TrackerUnavailableError
+from starling.tracking.login import PASSWORD, PASSWORD_FILE, read_password
+from starling.tracking.tracker import TrackerUnavailableError
 
 
 def test_the_password_of_the_named_file_reaches_the_client_and_a_changed_one_too(tmp_path: Path) -> None:

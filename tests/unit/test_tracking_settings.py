@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from app import settings
-from app.errors import ConfigError
-from app.tracking.events import EventLog
-from app.tracking.process import start_bridges
+from starling import settings
+from starling.cli import settings as settings_command
+from starling.errors import ConfigError
+from starling.tracking.events import EventLog
+from starling.tracking.process import start_bridges
 
 
 @pytest.fixture(autouse=True)
@@ -32,19 +33,19 @@ def test_a_change_lasts_until_reset() -> None:
     ("word", "expected"), [("mlflow=False", False), ("mlflow=true", True), ("mlflow=off", False)]
 )
 def test_the_command_changes_a_setting(word: str, expected: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert settings.main([word]) == 0
+    assert settings_command.main([word]) == 0
     assert settings.read().mlflow is expected
     assert capsys.readouterr().out.startswith(f"mlflow={expected}\n")
 
 
 @pytest.mark.parametrize("word", ["mlfow=False", "mlflow=maybe", "mlflow", "=True"])
 def test_a_wrong_word_is_a_usage_error_and_changes_nothing(word: str, path: Path) -> None:
-    assert settings.main([word]) == 2
+    assert settings_command.main([word]) == 2
     assert not path.exists()
 
 
 def test_an_unknown_name_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    settings.main(["mlfow=False"])
+    settings_command.main(["mlfow=False"])
     assert "did you mean 'mlflow'" in capsys.readouterr().err
 
 
@@ -53,7 +54,7 @@ def test_a_damaged_file_names_the_remedy_and_reset_repairs_it(path: Path, damage
     path.write_text(damage)
     with pytest.raises(ConfigError):
         settings.read()
-    assert settings.main(["reset"]) == 0
+    assert settings_command.main(["reset"]) == 0
     assert settings.read().mlflow is True
 
 

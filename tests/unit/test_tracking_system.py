@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from app.tracking.process_identity import ProcessIdentity
-from app.tracking.system import EVERY_S, Sample, SystemSampler
+from starling.tracking.process_identity import ProcessIdentity
+from starling.tracking.system import EVERY_S, Sample, SystemSampler
 from tests.doubles import pynvml as double
 
 SECOND = {"uuid": "GPU-1", "name": "H100", "memory": 8 * 10**9, "used": 2 * 10**9, "load": 75, "milliwatts": 350_000,

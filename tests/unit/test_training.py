@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from app import train
-from app.data.loader import TrainLoader
-from app.engine.checkpoint import load_checkpoint, save_checkpoint
-from app.engine.device import Compute
-from tests.conftest import REPOSITORY, TINY_LAYOUT
+from starling.cli import train
+from starling.data.loader import TrainLoader
+from starling.engine.checkpoint import load_checkpoint, save_checkpoint
+from starling.engine.device import Compute
+from tests.conftest import PYTHON_PATH, REPOSITORY, TINY_LAYOUT
 
 PICTURES = [
     "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
@@ -31,7 +31,7 @@ PICTURES = [
 @pytest.fixture(autouse=True)
 def no_tracking(runs: Path) -> None:
     """Keep the bridge out: it has tests of its own, and importing MLflow takes seconds."""
-    from app import settings
+    from starling import settings
 
     settings.update({"mlflow": False, "tensorboard": False})
 
@@ -268,7 +268,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
 def test_help_does_not_import_torch() -> None:
     code = "import sys; sys.argv = ['train.py', '--help']\nfrom app import train\ntry: train.main()\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import train, val
-from app.config.train_config import TrainConfig
-from app.data.__main__ import main as data_main
-from app.data.dataset import Dataset, DatasetDescription
-from app.data.unlabelled import explain_no_box
-from app.engine.data import load_data
+from starling.cli import train, val
+from starling.cli.data import main as data_main
+from starling.config.train_config import TrainConfig
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.data.unlabelled import explain_no_box
+from starling.engine.data import load_data
 
 ROW = "0 .5 .5 .2 .2\n"
 VOC = (
@@ -141,8 +141,8 @@ def test_the_command_that_is_named_converts_what_lies_there(
 ) -> None:
     yaml = _set(tmp_path, images)
     _write(tmp_path, file, text)
-    words = shlex.split(_command(_said(yaml), "python -m app.data convert"))
-    assert data_main(words[3:]) == 0
+    words = shlex.split(_command(_said(yaml), "starling data convert"))
+    assert data_main(words[2:]) == 0
     data = Dataset.load(DatasetDescription.from_yaml(yaml), "train")
     assert data.labels[0][0].tolist() == pytest.approx([0, 0.25, 0.3, 0.3, 0.4])
     assert data.boxes == 1

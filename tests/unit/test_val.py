@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app import train, val
-from app.config.val_flags import parse_args
-from app.data.dataset import Dataset, DatasetDescription
-from app.engine import data as engine_data
-from app.engine import device, evaluation
-from app.engine.checkpoint import save_checkpoint
-from app.engine.coco import CocoPredictions, image_ids
-from app.engine.cut_list import cut_list
-from app.engine.inference import Augmented, Ensemble, SingleClass
-from app.engine.mistakes import WorstImages
-from app.engine.validator import ScoredImage
-from app.metrics import find_mistakes
-from app.model.detector import build_detector
+from starling.cli import train, val
+from starling.config.val_flags import parse_args
+from starling.data.dataset import Dataset, DatasetDescription
+from starling.engine import data as engine_data
+from starling.engine import device, evaluation
+from starling.engine.checkpoint import save_checkpoint
+from starling.engine.coco import CocoPredictions, image_ids
+from starling.engine.cut_list import cut_list
+from starling.engine.inference import Augmented, Ensemble, SingleClass
+from starling.engine.mistakes import WorstImages
+from starling.engine.validator import ScoredImage
+from starling.metrics import find_mistakes
+from starling.model.detector import build_detector
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PEER = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
@@ -316,7 +316,7 @@ def image_with_spot(x: int, y: int) -> Tensor:
 
 
 def test_every_view_of_augmentation_finds_a_spot_at_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engine.inference.FILL", 0)  # padding would count as light
+    monkeypatch.setattr("starling.engine.inference.FILL", 0)  # padding would count as light
     finder = SpotFinder()
     decoded, raw = Augmented(finder)(image_with_spot(90, 60))
     assert raw is None

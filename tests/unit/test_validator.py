@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.boxes import xywhn_to_xyxy
-from app.data.letterbox import boxes_to_original, letterbox_geometry
-from app.data.loader import Batch
-from app.engine.device import Compute
-from app.engine.validator import (
+from starling.boxes import xywhn_to_xyxy
+from starling.data.letterbox import boxes_to_original, letterbox_geometry
+from starling.data.loader import Batch
+from starling.engine.device import Compute
+from starling.engine.validator import (
     INFERENCE,
     LOADING,
     LOSS,
@@ -26,9 +26,9 @@ from app.engine.validator import (
     to_input,
     validate,
 )
-from app.matching import match_detections
-from app.metrics import ConfusionMatrix, average_precision
-from app.suppression import non_max_suppression
+from starling.matching import match_detections
+from starling.metrics import ConfusionMatrix, average_precision
+from starling.suppression import non_max_suppression
 
 SIDE = 64
 SIZES = [(48, 64), (100, 40), (30, 30), (64, 64), (500, 375)]

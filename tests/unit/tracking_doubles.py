@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.outputs.atomic import append_line
-from app.tracking.bridge import follow
-from app.tracking.delivery import Bridge
-from app.tracking.tracker import DatasetInput, ModelFile, Run, TrackerUnavailableError
+from starling.outputs.atomic import append_line
+from starling.tracking.bridge import follow
+from starling.tracking.delivery import Bridge
+from starling.tracking.tracker import DatasetInput, ModelFile, Run, TrackerUnavailableError
 
 
 class RecordingTrackerDouble:

@@ -1,0 +1,28 @@
+"""Train YOLOv5-family detectors, search their hyperparameters, and track both. Never imports `launcher` or Docker.
+
+The names of API are loaded when they are asked for: `import starling` needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from starling.core.version import VERSION
+
+if TYPE_CHECKING:
+    from starling import settings as settings
+    from starling.engine import hooks as hooks
+
+__version__ = VERSION
+
+API = {"hooks": "starling.engine.hooks", "settings": "starling.settings"}
+"""Each public name with the module that it stands for."""
+
+__all__ = ["__version__", *API]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in API:
+        raise AttributeError(f"module 'starling' has no attribute {name!r}")
+    return import_module(API[name])

@@ -1,0 +1,91 @@
+"""The console command `starling`, also as `python -m starling`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from starling import __version__
+from starling.config.flags import CONSOLE
+
+COMMANDS = {
+    "train": "train a detector, or search its hyperparameters (train.py)",
+    "val": "measure a detector on labelled images (val.py)",
+    "detect": "find objects in images, films and streams (detect.py)",
+    "export": "write a detector as ONNX, TorchScript or another format (export.py)",
+    "hpo": "search over clones of a ClearML task (hpo.py)",
+    "search": "show a search, write its report, import older results, repair its journal",
+    "data": "download, convert and version datasets; list the cache",
+    "plots": "draw the progress of several runs in one picture",
+    "track": "MLflow's page, and what a tracking server missed",
+    "settings": "settings that outlive a command",
+}
+"""Each command, which is the module of its name in `starling.cli`, with its line in the help."""
+
+EXAMPLES = """\
+  starling train --data my.yaml --weights yolov5s.pt --epochs 100
+  starling train --data my.yaml --weights yolov5s.pt --epochs 10 --evolve 60
+  starling val --weights runs/train/exp/weights/best.pt --data my.yaml
+  starling detect --weights runs/train/exp/weights/best.pt --source pictures/
+  starling search show runs/evolve/exp
+  starling data download coco128.yaml"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names, and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"starling {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; commands: {', '.join(COMMANDS)}"
+        print(f"starling: no command {name!r}{hint}", file=sys.stderr)
+        return 2
+    sys.argv = [f"{CONSOLE}{name}", *words[1:]]
+    try:
+        code: int = import_module(f"starling.cli.{name}").main(words[1:])
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("starling", "launcher"):
+            raise
+        remedy = (
+            "the launcher's installation has none of the trainer's packages: pip install -r requirements.txt"
+        )
+        print(f"starling {name}: needs {error.name}, which is not installed; {remedy}", file=sys.stderr)
+        return 2
+    return code
+
+
+def run() -> None:
+    """Run the command and end the process; what pip installs as `starling`."""
+    from starling.cli.command import leave
+
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    leave(code)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {line}" for name, line in COMMANDS.items())
+    return (
+        "usage: starling COMMAND [options]\n\n"
+        "Train YOLOv5-family detectors, search their hyperparameters, and track both.\n\n"
+        f"commands:\n{rows}\n\nexamples:\n{EXAMPLES}\n\n"
+        "`starling COMMAND --help` tells more of each. `launcher` starts trainings on every GPU of a machine."
+    )
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,145 @@
+"""Run a command the way all of them behave: one message for an error, its exit code, a traceback if asked for."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn, TypeVar
+
+from starling.core.paths import lost_folder
+from starling.core.words import shown
+from starling.errors import StarlingError, UsageError, is_out_of_memory, refusal
+
+Parsed = TypeVar("Parsed")
+
+
+def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Print one line to stderr; of several processes that train together, rank 0 does."""
+    if speaks(environment):
+        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is the one of those that train together that speaks for all."""
+    return _alone(environment) or environment.get("RANK", "0") == "0"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code.
+
+    One of several that train together ends without taking the interpreter down: torch's communication threads may
+    still want it, which aborts a process that has done all it should.
+    """
+    if _alone(os.environ):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _alone(environment: Mapping[str, str]) -> bool:
+    return int(environment.get("WORLD_SIZE") or 1) < 2
+
+
+def run_command(
+    parse: Callable[[], Parsed],
+    run: Callable[[Parsed], None],
+    debug: Callable[[Parsed], bool],
+    failed: Callable[[BaseException], None] = lambda error: None,
+) -> int:
+    """Parse, run what was parsed, and return the exit code: 0, or the error's; a bug keeps its traceback.
+
+    `debug` says of what was parsed whether errors show their tracebacks; `failed` is told of an error that is no stop.
+    """
+    _show_any_name()
+    _have_a_name()
+    try:
+        if problem := lost_folder():
+            raise UsageError(problem)
+        parsed = parse()
+    except StarlingError as error:
+        failed(error)
+        say_error(f"error: {error}")
+        return error.exit_code
+    except OSError as error:
+        return _say_os_error(error)
+    return _run(lambda: run(parsed), debug(parsed), failed)
+
+
+def _show_any_name() -> None:
+    """Let a file name that is no text be printed, its bytes as `\\udcff`, which JSON reads too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _have_a_name() -> None:
+    """Let a user that the system knows by number only (`docker run --user`, a lost directory server) be called by it.
+
+    torch names a cache after its user, and ends with an error where there is no name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException], None]) -> int:
+    try:
+        try:
+            body()
+        except Exception as error:
+            if not (isinstance(error, StarlingError) and error.exit_code >= 128):
+                failed(error)
+            raise
+    except StarlingError as error:
+        if debug:
+            traceback.print_exc()
+        say_error(f"error: {error}" if error.exit_code < 128 else str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return 130
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        return _say_os_error(error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        print(
+            f"error: out of memory ({error}); lower --batch or --imgsz, take fewer --workers, or --cache off",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+_WRONG_KIND = "; look at what is there, move it away, or give another path"
+_MISPLACED = {
+    errno.ENAMETOOLONG: "",
+    errno.ENOTDIR: _WRONG_KIND,
+    errno.EISDIR: _WRONG_KIND,
+    errno.EEXIST: _WRONG_KIND,
+    errno.ELOOP: _WRONG_KIND,
+}
+"""Errors of a path that is wrong usage, whichever file spells it, and the remedy."""
+
+
+def _say_os_error(error: OSError) -> int:
+    """Print the system's words, and the remedy where the path is at fault; return the exit code."""
+    refused = refusal(error)
+    where = f"{shown(error.filename)}: " if error.filename else ""
+    remedy = _MISPLACED.get(error.errno or 0, "")
+    print(f"error: {refused or f'{where}{error.strerror or error}{remedy}'}", file=sys.stderr, flush=True)
+    if refused:
+        return refused.exit_code
+    return UsageError.exit_code if error.errno in _MISPLACED else 1

@@ -1,0 +1,164 @@
+"""Get what is published, by name; nothing else in this project fetches anything unasked.
+
+starling data download coco128.yaml          a dataset, into ../datasets/coco128
+starling data download VOC.yaml --into DIR   into DIR/VOC
+starling data download yolov5s.pt            weights, into ~/.cache/starling/weights
+starling data version DIR --name cells       a new version of a ClearML dataset, of what DIR holds
+starling data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
+starling data convert my.yaml DIR coco source=boxes.json images=images/train    the same, with a converter you name
+starling data cache                          list the files of decoded pictures, below the runs folder
+starling data cache --remove                 remove those that no training uses
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from starling.cli.command import run_command
+from starling.config.flags import PathParser
+from starling.config.shipped import find_config
+from starling.config.yaml_reader import read_yaml
+from starling.core.paths import real_path
+from starling.data.acquire import (
+    DATASETS_FOLDER,
+    Convert,
+    Names,
+    acquire,
+    class_names,
+    convert_step,
+    read_steps,
+    run_steps,
+    write_description,
+)
+from starling.engine.official import official_name, official_weights
+from starling.engine.progress import Progress
+from starling.errors import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `starling data`."""
+    parser = PathParser(
+        prog="starling data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    download = commands.add_parser("download", help="fetch datasets and weights by name")
+    download.add_argument("names", nargs="+", metavar="NAME", help="coco128.yaml, a path, or yolov5s.pt")
+    download.add_argument(
+        "--into", type=Path, default=DATASETS_FOLDER, metavar="DIR", help="folder of datasets [%(default)s]"
+    )
+    version = commands.add_parser(
+        "version", help="make a version of a ClearML dataset: create, sync, upload, close"
+    )
+    version.add_argument(
+        "folder", type=Path, nargs="?", default=Path(), help="what it is to hold, with its YAML [.]"
+    )
+    version.add_argument("--project", default="datasets", help="ClearML project [%(default)s]")
+    version.add_argument("--name", help="name of the dataset [the folder's]")
+    version.add_argument(
+        "--parent", default="", metavar="ID", help="the version before: only what changed is uploaded"
+    )
+    version.add_argument("--version", default="", help="number of the version [the next one]")
+    version.add_argument("--json", action="store_true", help="print one JSON object")
+    convert = commands.add_parser(
+        "convert", help="run a description's `convert:` steps on data that is there"
+    )
+    convert.add_argument("name", help="dataset YAML, shipped name or path")
+    convert.add_argument("folder", type=Path, help="the dataset's folder")
+    convert.add_argument(
+        "step",
+        nargs="*",
+        metavar="STEP",
+        help="a converter and its arguments, `coco source=boxes.json images=images/train` [the description's steps]",
+    )
+    cache = commands.add_parser("cache", help="list or remove files of decoded pictures")
+    cache.add_argument(
+        "folder", nargs="?", type=Path, metavar="DIR", help="folder of the files [.cache in the runs folder]"
+    )
+    cache.add_argument("--remove", action="store_true", help="remove the files that no process uses")
+    cache.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+_Body = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command says, and return the exit code."""
+    given = build_parser().parse_args(arguments)
+    bodies: dict[str, _Body] = {
+        "download": _download,
+        "convert": _convert,
+        "cache": _cache,
+        "version": _version,
+    }
+    return run_command(lambda: given, bodies[given.command], debug=lambda given: False)
+
+
+def _download(given: argparse.Namespace) -> None:
+    progress = Progress()
+    for name in given.names:
+        weights = official_name(name)
+        if weights is not None:
+            progress.say(str(official_weights(weights, progress)))
+        else:
+            acquire(find_config("datasets", name), into=given.into, say=progress.say, show=progress.show)
+
+
+def _convert(given: argparse.Namespace) -> None:
+    path = find_config("datasets", given.name)
+    steps: list[Convert | Names]
+    if given.step:
+        steps = [_step_of_words(given.step)]
+    else:
+        steps = [step for step in read_steps(path) if isinstance(step, Convert | Names)]
+    if not any(isinstance(step, Convert) for step in steps):
+        raise DataError(
+            f"{path}: has no `convert:` steps; name a converter and its arguments after the folder"
+        )
+    if not given.folder.is_dir():
+        raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
+    mapping, say = read_yaml(path), Progress().say
+    known = class_names(path, mapping, steps)
+    names = run_steps(steps, given.folder.absolute(), known, archives=given.folder, say=say)
+    own = given.folder / path.name
+    if not known and not own.exists():  # the names came with the data; a file of the user's stays as it is
+        write_description(given.folder, path, mapping, names)
+        say(f"{own}: the description with its class names; give it to --data")
+
+
+def _step_of_words(words: Sequence[str]) -> Convert:
+    """Return the step that `NAME key=value ...` stands for."""
+    pairs = [word.partition("=") for word in words[1:]]
+    return convert_step("convert", {"convert": words[0], **{key: value for key, _, value in pairs}})
+
+
+def _version(given: argparse.Namespace) -> None:
+    from starling.data.clearml_set import make_version  # with numpy, which fetching does without
+
+    say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
+    made = make_version(
+        given.folder,
+        project=given.project,
+        name=given.name or real_path(given.folder).name,
+        version=given.version,
+        parent=given.parent,
+        say=say,
+    )
+    if given.json:
+        print(json.dumps({**asdict(made), "data": made.url}))
+        return
+    say(
+        f"{made.project}/{made.name} {made.version}: {made.added} added, {made.modified} changed, {made.removed} removed"
+    )
+    say(f"train on it: python train.py --data {made.url}")
+
+
+def _cache(given: argparse.Namespace) -> None:
+    from starling.data.cache_command import show_cache  # with numpy, which fetching does without
+
+    show_cache(given.folder, remove=given.remove, as_json=given.json)

@@ -1,0 +1,19 @@
+"""Find objects in pictures, videos and streams: `python detect.py --help`."""
+
+from __future__ import annotations
+
+from starling.cli.command import run_command
+from starling.config.detect_config import DetectConfig
+from starling.config.detect_flags import parse_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, detect, and return the exit code."""
+    return run_command(lambda: parse_args(argv), _run, debug=lambda config: config.debug)
+
+
+def _run(config: DetectConfig) -> None:
+    # Imported here so that --help and a wrong flag answer at once, without torch.
+    from starling.engine.detecting import detect
+
+    detect(config)

@@ -1,0 +1,386 @@
+#!/usr/bin/env python3
+"""Give a runs folder to the user that replicas run as, and take set-user-id bits away in it.
+
+    handover.py RUNS [UID:GID]      as root: make the folder where it is missing, hand over what is root's, print UID:GID
+
+Who may write the folder may swap names in it at any moment. So whatever is changed is held by a descriptor first,
+judged by what the descriptor says, and changed through the descriptor. The image's entry point runs this file by its
+path, and `launcher up` sends it to a machine behind ssh: standard library only, of Python 3.8 or newer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from starling.core.folder import Folder, link_to_nothing
+
+NOBODYS_ID = 10001
+"""The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""
+
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_CAPABILITY = "security.capability"
+_MOST_LINKS = 40
+_MOST_TOLD = 5
+
+
+class Refused(Exception):
+    """The folder cannot be handed over; the words say why, and what to do."""
+
+
+class Account:
+    """What was done in a runs folder, and what was left alone."""
+
+    def __init__(self) -> None:
+        self.handed = self.stripped = self.left_count = 0
+        self.left: list[str] = []
+
+    def leave(self, path: Path, why: str) -> None:
+        """Note what stays as it is; the first few by name."""
+        self.left_count += 1
+        if len(self.left) < _MOST_TOLD:
+            self.left.append(f"{_shown(path)}: {why}")
+
+    def lines(self) -> list[str]:
+        """Return what somebody should know, a line each."""
+        lines = [f"{self.stripped} files lost their set-user-id or set-group-id bit"] if self.stripped else []
+        more = self.left_count - len(self.left)
+        return [*lines, *self.left, *([f"… and {more} more such entries"] if more else [])]
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a terminal, which no name in it can steer."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(path))
+
+
+def allowed_user(uid: int, gid: int) -> bool:
+    """Return whether replicas may run as this user: never as root, nor in root's group."""
+    return 0 < uid < 2**31 and 0 < gid < 2**31
+
+
+def user_for(state: os.stat_result) -> tuple[int, int]:
+    """Return the uid and gid that replicas of a folder run as: its owner's, and NOBODYS_ID for root's."""
+    if state.st_uid == 0:
+        return NOBODYS_ID, NOBODYS_ID
+    return state.st_uid, state.st_gid or state.st_uid
+
+
+def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
+    """Open a runs folder for root, following links in `path` this once.
+
+    Raises Refused where a link leads to a folder of root's and neither root nor a `trusted` user has made the link:
+    else anybody could have any folder of root's handed over.
+    """
+    at, todo = os.open("/", os.O_PATH), list(reversed(path.absolute().parts[1:]))
+    makers: list[int] = []
+    try:
+        while todo:
+            found = os.open(todo[-1] or ".", os.O_PATH | os.O_NOFOLLOW, dir_fd=at)
+            todo.pop()
+            state = os.fstat(found)
+            if not stat.S_ISLNK(state.st_mode):
+                os.close(at)
+                at = found
+                continue
+            makers.append(state.st_uid)
+            target = os.readlink("", dir_fd=found)
+            os.close(found)
+            if len(makers) > _MOST_LINKS:
+                raise Refused(f"{path}: too many links lead on from one another")
+            if target.startswith("/"):
+                os.close(at)
+                at = os.open("/", os.O_PATH)
+            todo.extend(reversed(target.split("/")))
+        top = Folder(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=at), path)
+    except OSError as error:
+        raise link_to_nothing(path) or type(error)(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(at)
+    strangers = {*makers} - {0, *trusted}
+    if strangers and os.fstat(top.descriptor).st_uid == 0:
+        real = os.readlink(top.proc_path)
+        top.close()
+        raise Refused(
+            f"{path}: a link of uid {min(strangers)} leads to {real}, which is root's, and root hands over no folder by "
+            "somebody else's link; name that folder itself, if it is meant"
+        )
+    return top
+
+
+def hand_over(top: Folder, uid: int, gid: int) -> Account:
+    """Give root's files and folders below `top`, and then `top`, to a user; those of anybody else stay theirs.
+
+    `top` must belong to root or to that user; in any other folder only set-id bits are taken away. Of root's files that
+    somebody else may have put there, by a hard link or a rename, only those that everybody may read anyway, and that
+    have no other name, are handed over. Links, devices, sockets and pipes stay as they are, and so does what is mounted
+    below. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
+    change owners.
+    """
+    assert allowed_user(uid, gid)
+    state = os.fstat(top.descriptor)
+    if state.st_uid == 0 and state.st_mode & stat.S_ISVTX and state.st_mode & stat.S_IWOTH:
+        raise Refused(
+            f"{_shown(top.path)}: is root's folder for everybody (mode {stat.S_IMODE(state.st_mode):o}), and its owner may "
+            "remove everybody's files in it; give a folder of its own below it"
+        )
+    giving = state.st_uid in (0, uid)
+    account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
+    for folder, name, state in top.tree(folders_last=True):
+        keeper.look(folder, name, state, account)
+    if giving:
+        with _explained(top.path, uid, gid):
+            _hand_top(top, uid, gid, account)
+    return account
+
+
+def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
+    """Hand over the folder itself: at the very end, so that an interrupted call starts all over again.
+
+    It becomes its user's alone, so that nobody on the host reaches what replicas leave in it; one that others may write
+    is shared on purpose, and stays so.
+    """
+    state = os.fstat(top.descriptor)
+    if state.st_uid == uid:
+        return
+    if not state.st_mode & _OTHERS_WRITE:
+        os.fchmod(top.descriptor, stat.S_IMODE(state.st_mode) & ~0o077)
+    os.fchown(top.descriptor, uid, gid)
+    account.handed += 1
+
+
+def strip_set_ids(top: Folder, limit_s: float | None = None) -> Account:
+    """Take the set-user-id and set-group-id bits off the files below `top` that this process may change.
+
+    Stops without a word after `limit_s` seconds: who may write the folder can make it endless.
+    """
+    account, keeper = Account(), _Keeper(top, os.geteuid(), -1)
+    until = None if limit_s is None else time.monotonic() + limit_s
+    for folder, name, state in top.tree():
+        if until is not None and time.monotonic() > until:
+            break
+        with contextlib.suppress(Refused):
+            keeper.look(folder, name, state, account)
+    return account
+
+
+class _Keeper:
+    """What to do with an entry of a runs folder whose replicas run as `uid`; nothing is handed over with gid -1."""
+
+    def __init__(self, top: Folder, uid: int, gid: int) -> None:
+        self._uid, self._gid, self._me = uid, gid, os.geteuid()
+        self._mount = _mount_of(top.descriptor)
+        self._records = top.path / ".launcher"
+
+    def look(self, folder: Folder, name: str, state: os.stat_result, account: Account) -> None:
+        """Judge an entry by what the walk saw; only one that wants a change is opened, and judged again."""
+        if not self._wants_change(state):
+            return
+        with contextlib.suppress(FileNotFoundError), _held(folder, name) as descriptor:
+            found = os.fstat(descriptor)
+            if self._wants_change(found) and _mount_of(descriptor) == self._mount:
+                with _explained(folder.path / name, self._uid, self._gid):
+                    self._change(folder, name, descriptor, found, account)
+
+    def _wants_change(self, state: os.stat_result) -> bool:
+        """Return whether bits or the owner of a file or folder may have to change."""
+        if stat.S_ISREG(state.st_mode):
+            own = self._me in (0, state.st_uid)
+            bits = (own and state.st_mode & _SET_IDS) or (self._me == 0 and state.st_mode & _EXECUTABLE)
+            return bool(bits) or self._gives(state)
+        if stat.S_ISBLK(state.st_mode) or stat.S_ISCHR(state.st_mode):
+            return self._me == 0
+        return stat.S_ISDIR(state.st_mode) and self._gives(state)
+
+    def _is_record(self, folder: Folder, name: str) -> bool:
+        """Return whether an entry is the local engine's: its records count only while they are root's."""
+        return folder.path == self._records or folder.path / name == self._records
+
+    def _gives(self, state: os.stat_result) -> bool:
+        return self._gid >= 0 and state.st_uid == 0
+
+    def _change(
+        self, folder: Folder, name: str, descriptor: int, found: os.stat_result, account: Account
+    ) -> None:
+        path = folder.path / name
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            account.leave(path, "is a device node, which no run makes; look at it, and remove it")
+            return
+        place = (
+            f"/proc/self/fd/{descriptor}"  # leads to the very file that is held, whatever its names are now
+        )
+        if stat.S_ISREG(found.st_mode):
+            # The names of a replica's own file are its own too; a name of anybody else's may be a program of the system's.
+            alone = found.st_nlink == 1 or found.st_uid in {self._uid, self._me} - {0}
+            armed = bool(found.st_mode & _SET_IDS) or (self._me == 0 and _has_capabilities(place))
+            if armed and not alone:
+                account.leave(
+                    path,
+                    f"has a set-id bit and {found.st_nlink} names, one of them perhaps elsewhere; find them "
+                    f"(find / -samefile), and remove the bit: chmod ug-s",
+                )
+            elif armed:
+                _disarm(place, found)
+                account.stripped += 1
+        if not self._gives(found) or self._is_record(folder, name):
+            return
+        if stat.S_ISREG(found.st_mode) and not _surely_roots(folder, found):
+            account.leave(path, "is root's, and somebody else may have put it there: it stays root's")
+            return
+        os.chown(place, self._uid, self._gid)
+        account.handed += 1
+
+
+def _surely_roots(folder: Folder, state: os.stat_result) -> bool:
+    """Return whether a file may be given away: it has one name, and root put it here or everybody may read it."""
+    holder = os.fstat(folder.descriptor)
+    private = holder.st_uid == 0 and not holder.st_mode & _OTHERS_WRITE
+    return state.st_nlink == 1 and (private or bool(state.st_mode & stat.S_IROTH))
+
+
+def _disarm(place: str, state: os.stat_result) -> None:
+    os.chmod(place, stat.S_IMODE(state.st_mode) & ~_SET_IDS)
+    if _has_capabilities(place):
+        os.removexattr(place, _CAPABILITY)
+
+
+def _has_capabilities(place: str) -> bool:
+    try:
+        return bool(os.getxattr(place, _CAPABILITY))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _held(folder: Folder, name: str) -> Iterator[int]:
+    """Hold an entry without opening what it stands for: to open a device or a pipe has effects."""
+    descriptor = folder.open(name, os.O_PATH)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _mount_of(descriptor: int) -> str:
+    """Return the mount that a descriptor is in: what is mounted below a runs folder is no part of it."""
+    with open(f"/proc/self/fdinfo/{descriptor}") as file:
+        return next((line for line in file if line.startswith("mnt_id:")), "")
+
+
+@contextlib.contextmanager
+def _explained(path: Path, uid: int, gid: int) -> Iterator[None]:
+    """Turn a refusal of the file system into Refused, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(
+            f"{_shown(path)}: cannot be given to {uid}:{gid if gid >= 0 else uid} ({error.strerror}); its file system lets root change "
+            "nothing (NFS with root_squash, a user namespace, a read-only or immutable file). Replicas never run as root: "
+            "give a runs folder that belongs to an ordinary user, and name that user with --user UID:GID"
+        ) from None
+
+
+def _person_behind_root() -> int:
+    """Return the uid outside that is root in this user namespace alone, as a rootless engine maps its user; else 0."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/uid_map") as file:
+        for line in file:
+            inside, outside, count = map(int, line.split())
+            if inside == 0 and count == 1:
+                return outside
+    return 0
+
+
+def take(path: Path, user: tuple[int, int] | None) -> tuple[tuple[int, int], Account]:
+    """Make the folder where it is missing, hand it over, and return the uid and gid that replicas run as.
+
+    Without `user` it is the folder's owner, and a folder that is not root's is left as it is. Raises Refused and
+    OSError.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    with open_top(path) as top:
+        state = os.fstat(top.descriptor)
+        who = user or user_for(state)
+        person = _person_behind_root() if user is None and state.st_uid == 0 else 0
+        if person:
+            raise Refused(
+                f"{path}: root in this container is uid {person} outside, and replicas never run as root; "
+                "give podman run --userns keep-id, or run as another user: --user UID:GID"
+            )
+        if user is None and state.st_uid != 0:
+            return who, Account()
+        return who, hand_over(top, *who)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Hand a folder over as the words say, print `UID GID`, and return the exit code."""
+    path = Path(argv[0])
+    try:
+        user = tuple(map(int, argv[1].split(":"))) if len(argv) > 1 else None
+        if user is not None and (len(user) != 2 or not allowed_user(*user)):
+            raise Refused(f"{argv[1]}: replicas run as UID:GID, and never as root; give another user")
+        (uid, gid), account = take(path, user)  # type: ignore[arg-type]
+    except (Refused, OSError) as error:
+        sys.stderr.write(f"starling: {error}\n")
+        return 2
+    if account.handed and user is None:
+        sys.stderr.write(
+            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} alone now, as no trainer runs as root; "
+            "make the folder yourself beforehand, and results are yours\n"
+        )
+    for line in account.lines():
+        sys.stderr.write(f"starling: {line}\n")
+    sys.stdout.write(f"{uid} {gid}{_reach(uid, gid) if user is None else ''}\n")
+    return 0
+
+
+def _reach(uid: int, gid: int) -> str:
+    """Return ` closed` where a mounted folder of root's has to be read by root's power, ` open` where there is none.
+
+    That power also writes; so it is only kept where the kernel can take the writing away.
+    """
+    from starling.core.confine import NEEDED_VERSION, landlock_version
+
+    shut = [place for place in _mounted_folders() if not _may_enter(place, uid, gid)]
+    if not shut:
+        return " open"
+    if landlock_version() >= NEEDED_VERSION:
+        return " closed"
+    sys.stderr.write(
+        f"starling: {shut[0]} is closed to {uid}:{gid}, as whom the trainer runs: open the folder on the host (chmod o+x), "
+        "mount the folders in it that are needed, or give docker run --user UID:GID\n"
+    )
+    return " open"
+
+
+def _mounted_folders() -> Iterator[str]:
+    """Yield the folders that were mounted into this container from outside."""
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            place = line.split()[4].encode().decode("unicode_escape")
+            if (
+                place != "/"
+                and not place.startswith(("/proc", "/sys", "/dev", "/etc/", "/run/"))
+                and os.path.isdir(place)
+            ):
+                yield place
+
+
+def _may_enter(place: str, uid: int, gid: int) -> bool:
+    state = os.stat(place)
+    shift = 6 if state.st_uid == uid else 3 if state.st_gid == gid else 0
+    return bool(state.st_mode >> shift & 1) or state.st_uid not in (0, uid)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,21 @@
+"""Starting another process of this package, wherever the package lies and however the present process was started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+PARENT = Path(__file__).resolve().parents[2]
+"""The folder that holds the package: `app/` of a checkout or an image, or an installation's site-packages."""
+
+
+def command(*words: str) -> list[str]:
+    """Return the command line of `starling WORDS`. The current directory is not importable in the new process (`-P`)."""
+    return [sys.executable, "-P", "-m", "starling", *words]
+
+
+def python_path(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the PYTHONPATH with which a new process finds this package before any other of its name."""
+    return os.pathsep.join(filter(None, (str(PARENT), environment.get("PYTHONPATH", ""))))

@@ -1,0 +1,161 @@
+"""YAML of others as plain data: no objects, no aliases, no duplicate keys, bounded depth, and one kind of error.
+
+PyYAML raises nearly anything for a value that its tag does not fit (`!!timestamp x`), builds whole numbers of any
+length, and lets merge keys and aliases unfold without end. Both packages read through the two functions here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any, NoReturn
+
+import yaml
+
+from starling.core.words import shown
+
+MAX_LEVELS = 32
+_MOST_WHOLE_BITS = 64
+_MOST_WHOLE_CHARACTERS = 80
+"""64 binary digits with their underscores; a conversion takes time with the square of the length."""
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+class NotYaml(Exception):
+    """Content that is no plain YAML: the problem in words, and the line (from 1) where it is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.line = line
+
+    @property
+    def place(self) -> str:
+        """The line as it follows a path: `:7`, or nothing."""
+        return "" if self.line is None else f":{self.line}"
+
+
+def load_yaml(content: bytes) -> Any:
+    """Return the value of the one document; true, false and 1e-3 mean what they do in YAML 1.2. Raises NotYaml."""
+    return _read(content, _PlainLoader, lambda loader: loader.get_single_data())
+
+
+def compose_yaml(content: bytes, levels: int = MAX_LEVELS) -> Any:
+    """Return PyYAML's nodes of the one document, or None; no tag and no anchor is accepted. Raises NotYaml."""
+
+    def compose(loader: _BareLoader) -> Any:
+        loader.most_levels = levels
+        return loader.get_single_node()
+
+    return _read(content, _BareLoader, compose)
+
+
+def _read(content: bytes, kind: type[Any], take: Any) -> Any:
+    try:
+        return take(kind(content.decode("utf-8-sig")))
+    except UnicodeDecodeError:
+        raise NotYaml("not UTF-8 text; save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        words = shown(error.problem or error.context)
+        if "escape" in words:
+            words += r"; write / in place of \, or single quotes"
+        raise NotYaml(words, mark.line + 1 if mark else None) from None
+    except Exception as error:  # PyYAML lets nearly anything through: of escapes like "\UFFFFFFFF", of depth
+        raise NotYaml(f"not readable as YAML: {shown(error)}") from None
+
+
+class _Refused(yaml.constructor.ConstructorError):
+    def __init__(self, problem: str, mark: Any) -> None:
+        super().__init__(None, None, problem, mark)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 booleans and floats, and without aliases or duplicate keys."""
+
+    level = 0
+    most_levels = MAX_LEVELS
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose one node, refusing aliases and deep nesting before anything is built."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        self._look_at(event)
+        if self.level >= self.most_levels:
+            raise _Refused(f"nested deeper than {self.most_levels} levels", event.start_mark)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        if isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
+            raise _Refused("a character that no text has (NUL, or half of a pair)", node.start_mark)
+        return node
+
+    def _look_at(self, event: Any) -> None:
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused("aliases (*name) are not accepted; write the value out", event.start_mark)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Construct one value; what does not fit its tag is refused with its line."""
+        try:
+            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except yaml.YAMLError:
+            raise
+        except Exception:
+            _refuse(node, f"is no {node.tag.rpartition(':')[2]}")
+        if type(value) is int and value.bit_length() > _MOST_WHOLE_BITS:
+            _refuse(node, f"is a whole number beyond the limit of {_MOST_WHOLE_BITS} bits")
+        return value
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Construct a whole number, unless it is longer than any that fits."""
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MOST_WHOLE_CHARACTERS:
+            _refuse(node, f"is a whole number beyond the limit of {_MOST_WHOLE_BITS} bits")
+        return super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Construct a mapping, refusing a key that stands twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise _Refused("a key must be a plain value", key_node.start_mark)
+            if key in seen:
+                raise _Refused(f"the key {shown(repr(key))} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse(node: Any, problem: str) -> NoReturn:
+    """Raise an error that quotes the line: the value alone does not tell which key it belongs to."""
+    mark = node.start_mark
+    line = str(mark.buffer)[mark.pointer - mark.column :] if mark.buffer else node.value
+    raise _Refused(f"`{shown(line.rstrip(chr(0)), 40)}` {problem}", mark)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+# YAML 1.1 reads `no` as False and `1e-3` as text; class names and learning rates mean what they say here.
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+class _BareLoader(_PlainLoader):
+    """The same without anchors and tags, for a reader that wants texts as they are written."""
+
+    def _look_at(self, event: Any) -> None:
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _Refused(
+                "anchors and aliases (&name, *name) are not accepted; write the value out", event.start_mark
+            )
+        if getattr(event, "tag", None):
+            raise _Refused("tags (!name) are not accepted; write a plain value", event.start_mark)

@@ -1,0 +1,70 @@
+"""The row that every epoch adds to results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from starling.outputs.atomic import write_atomic
+
+TRAIN_LOSSES = ("train/box_loss", "train/obj_loss", "train/cls_loss")
+METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")
+VAL_LOSSES = ("val/box_loss", "val/obj_loss", "val/cls_loss")
+RATES = ("x/lr0", "x/lr1", "x/lr2")
+COLUMNS = ("epoch", *TRAIN_LOSSES, *METRICS, *VAL_LOSSES, *RATES)
+
+
+def fitness(map50: float, map5095: float) -> float:
+    """Return what training and search maximise."""
+    return 0.1 * map50 + 0.9 * map5095
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRow:
+    """One epoch's figures; metrics and validation losses are NaN for an epoch without validation."""
+
+    epoch: int
+    train_losses: tuple[float, float, float]
+    metrics: tuple[float, float, float, float]
+    val_losses: tuple[float, float, float]
+    rates: tuple[float, float, float]
+
+    @property
+    def fitness(self) -> float:
+        """What training and search maximise: .1 mAP50 + .9 mAP50-95; NaN without validation."""
+        return fitness(self.metrics[2], self.metrics[3])
+
+    @property
+    def validated(self) -> bool:
+        """Whether the epoch was validated."""
+        return not math.isnan(self.metrics[3])
+
+    def values(self) -> dict[str, float]:
+        """Return the figures that exist by column name, without the epoch."""
+        flat = (*self.train_losses, *self.metrics, *self.val_losses, *self.rates)
+        return {key: value for key, value in zip(COLUMNS[1:], flat, strict=True) if not math.isnan(value)}
+
+    def as_list(self) -> list[float]:
+        """Return plain numbers in column order, as a checkpoint holds them."""
+        return [self.epoch, *self.train_losses, *self.metrics, *self.val_losses, *self.rates]
+
+    @classmethod
+    def from_list(cls, values: Sequence[float]) -> EpochRow:
+        """Build from `as_list()`'s numbers."""
+        epoch, b, o, c, p, r, m50, m95, vb, vo, vc, x0, x1, x2 = values
+        return cls(int(epoch), (b, o, c), (p, r, m50, m95), (vb, vo, vc), (x0, x1, x2))
+
+
+def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
+    """Replace results.csv by these rows; a figure that does not exist is an empty field."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        figures = ("" if math.isnan(value) else f"{value:.6g}" for value in row.as_list()[1:])
+        writer.writerow([row.epoch, *figures])
+    write_atomic(path, text.getvalue())

@@ -1,0 +1,186 @@
+"""The error tree. Every error a user can meet says what, where and the remedy, and carries its exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+
+from starling.core.folder import LinkRefused
+from starling.core.words import shown
+
+_MOST_FIELD, _MOST_VALUE = 4096, 400
+"""Characters of a message: a field may carry a path, a value may be a whole file."""
+
+
+class StarlingError(Exception):
+    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
+
+    exit_code = 1
+
+
+class UsageError(StarlingError):
+    """A command line or a configuration that cannot work."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{shown(field, _MOST_FIELD)}={_repr(value)}: {problem}")
+        self.field = field
+
+
+class DataError(StarlingError):
+    """A dataset, picture or label file that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(StarlingError):
+    """A checkpoint or weights file that cannot be read, trusted, matched or written."""
+
+    exit_code = 4
+
+
+class ServerError(StarlingError):
+    """A server that the command needs does not answer."""
+
+    exit_code = 5
+
+
+class DiskFull(StarlingError):
+    """A write that the disk refused: it is full, over its quota, or failing. What was written before stays."""
+
+    exit_code = 6
+
+
+class GpuLost(StarlingError):
+    """A GPU that no longer answers: fallen off the bus, or reset under the training."""
+
+    exit_code = 7
+
+
+class Stopped(StarlingError):
+    """The run was stopped by a signal after saving a checkpoint; it can be resumed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class Pruned(StarlingError):
+    """A training of a search was ended before its last epoch, as it had fallen behind the others."""
+
+    def __init__(self, reason: str, epoch: int) -> None:
+        super().__init__(reason)
+        self.epoch = epoch
+
+
+class FileRefused(OSError):
+    """A file of ours that cannot be taken for one: a pipe, a device, or a second name of somebody else's file."""
+
+    def __init__(self, path: Path, problem: str, remedy: str = "remove it, and start again") -> None:
+        super().__init__(errno.EINVAL, problem, str(path))
+        self.remedy = remedy
+
+
+class DiskRefused(OSError):
+    """A write, or its sync, that the disk refused."""
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a write for which there is no room: on the disk, in the quota, or by a limit on a file's size."""
+
+
+@contextmanager
+def disk_write(path: Path) -> Iterator[None]:
+    """Around a write to a file that may have no name: raise DiskRefused, with the path, where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskRefused) or error.errno not in FULL | {errno.EIO}:
+            raise
+        raise DiskRefused(error.errno, error.strerror, str(path)) from error
+
+
+def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | None:
+    """Return what a refused write means wherever it happens: a link or a full disk; None for any other error.
+
+    `path` is where, for an error that does not say.
+    """
+    where = error.filename or path
+    place = f"{where}: " if where else ""
+    if isinstance(error, LinkRefused):
+        target = ""
+        with suppress(OSError):
+            target = f" to {os.readlink(error.filename)}"
+        return UsageError(
+            f"{place}is a symbolic link{target}, and links below the runs folder are not followed; "
+            "remove the link, or give that place as an absolute --project"
+        )
+    if isinstance(error, FileRefused):
+        return UsageError(f"{place}{error.strerror}; {error.remedy}")
+    if isinstance(error, DiskRefused) or error.errno in FULL:
+        return DiskFull(
+            f"{place}cannot be written ({error.strerror}); what was written before is intact. "
+            "Free some space, or choose another --project, and start again"
+        )
+    return None
+
+
+def _repr(value: object) -> str:
+    try:
+        return shown(repr(value), _MOST_VALUE)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__}"
+
+
+@contextmanager
+def readable(kind: type[StarlingError]) -> Iterator[None]:
+    """Raise `kind`, with the path and the remedy, for a path of the user's that cannot be, or may not be looked at.
+
+    Around a block, or as a function's decorator.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise kind(
+            f"{error.filename}: cannot be read: {error.strerror} for uid {os.geteuid()}; check the owner and the mode "
+            "of the file and of the folders above it"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise kind(
+            f"{shown(error.filename)}: {error.strerror}: no file can be there; correct the path"
+        ) from None
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_CV2_NO_MEMORY = -4
+"""OpenCV's `Error::StsNoMem`."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that device or host memory ran out, whatever raised it.
+
+    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU, OpenCV its one error with a code.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if type(error).__module__ == "cv2" and getattr(error, "code", None) == _CV2_NO_MEMORY:
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -1,0 +1,217 @@
+"""Read a checkpoint of another YOLOv5 trainer without running any of it.
+
+Such a file holds a pickle of whole module objects, which `inert_pickle` reads as data, and the raw numbers of each
+storage, which `torch_file` finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starling.core.words import shown
+from starling.errors import CheckpointError, readable
+from starling.model.blocks import DEFAULT_ACTIVATION
+from starling.model.families import family_of_tensors, foreign_kind
+from starling.model.inert_pickle import Record, TensorRef
+from starling.model.stored_tensors import StoredTensors
+from starling.model.torch_file import TorchFile, open_torch_file
+
+MAX_DEPTH = 64
+"""Modules inside modules."""
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignCheckpoint:
+    """What a foreign checkpoint says about its detector."""
+
+    state_dict: dict[str, Tensor]
+    """By YOLOv5's names; floating-point tensors as float32."""
+    names: tuple[str, ...]
+    """Class names; empty where the file has none."""
+    layout: dict[str, Any] | None
+    """The layout's mapping, with the `activation` and `csp_activation` that the modules show."""
+    anchors: Tensor | None
+    """[levels, anchors, 2] in stride units."""
+    strides: tuple[float, ...] | None
+    epoch: int | None
+    """-1 in a finished one."""
+
+    @property
+    def nc(self) -> int:
+        """Number of classes: of the names, else of the layout, else 0."""
+        return len(self.names) or int((self.layout or {}).get("nc", 0))
+
+
+@readable(CheckpointError)
+def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
+    """Read a `.pt` as the popular YOLOv5 trainer writes it, or a plain state dict; prefers the EMA's weights.
+
+    Raises CheckpointError for a file that is missing, damaged, too large, names a global outside the table, or holds no
+    detector.
+    """
+    try:
+        checkpoint = _read(path)
+    except CheckpointError as error:
+        raise _named(path) or error from None
+    family = family_of_tensors(checkpoint.state_dict) if checkpoint.layout is None else None
+    if family is not None:
+        raise _another(path, family)
+    return checkpoint
+
+
+def _read(path: Path) -> ForeignCheckpoint:
+    try:
+        with open_torch_file(path) as file:
+            return _Reader(file).checkpoint()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or shown(error)}; check the path"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {shown(error)}") from None
+
+
+def _named(path: Path) -> CheckpointError | None:
+    """Return what to say of a file that is another family's, or no checkpoint at all; None where that is not known."""
+    kind = foreign_kind(path)
+    return None if kind is None else _another(path, kind)
+
+
+def _another(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {kind}; this program reads its own checkpoints and those of YOLOv5 detectors only: use the program that "
+        "the file is for, or train from --weights yolov5s.pt"
+    )
+
+
+class _Reader:
+    """One open checkpoint file."""
+
+    def __init__(self, file: TorchFile) -> None:
+        self._file = file
+        self._tensors = StoredTensors(file)
+
+    def checkpoint(self) -> ForeignCheckpoint:
+        """Return what the file holds; raises CheckpointError."""
+        top = self._file.content if isinstance(self._file.content, dict) else {"model": self._file.content}
+        model = _weights(top)
+        state = model.state if isinstance(model, Record) else {}
+        refs = dict(_tensors(model)) if isinstance(model, Record) else _plain_tensors(model)
+        if not refs:
+            raise CheckpointError("holds no detector: no tensors under `ema` or `model`")
+        # Files of 2021 and before keep the anchors a second time, in pixels.
+        tensors = {name: self._tensor(ref) for name, ref in refs.items() if not name.endswith("anchor_grid")}
+        anchors = [tensor for name, tensor in tensors.items() if name.endswith(".anchors")]
+        stride = state.get("stride")
+        epoch = top.get("epoch")
+        return ForeignCheckpoint(
+            state_dict=tensors,
+            names=_names(state.get("names", top.get("names"))),
+            layout=_layout(state.get("yaml"), model),
+            anchors=anchors[-1] if anchors else None,
+            strides=tuple(self._tensor(stride).tolist()) if isinstance(stride, TensorRef) else None,
+            epoch=epoch if isinstance(epoch, int) else None,
+        )
+
+    def _tensor(self, ref: TensorRef) -> Tensor:
+        """Return a copy of a tensor, float32 where it is floating-point."""
+        view = self._tensors.view(ref)
+        return view.to(torch.float32 if view.is_floating_point() else view.dtype, copy=True).contiguous()
+
+
+def _weights(top: dict[str, Any]) -> Any:
+    """Return the module, or the state dict, whose weights count: the moving average where there is one."""
+    average = top.get("ema")
+    if isinstance(average, list | tuple) and average:
+        average = average[0]  # for a time it stood beside the number of its updates
+    return average or top.get("model") or top.get("state_dict") or top
+
+
+def _tensors(module: Record, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRef]]:
+    """Yield (name, tensor) in the order of a state dict: parameters, buffers, then modules inside."""
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"modules nested deeper than {MAX_DEPTH}")
+    hidden = module.state.get("_non_persistent_buffers_set") or ()
+    for group in ("_parameters", "_buffers"):
+        for name, ref in (module.state.get(group) or {}).items():
+            if isinstance(ref, TensorRef) and not (group == "_buffers" and name in hidden):
+                yield f"{prefix}{name}", ref
+    for name, child in (module.state.get("_modules") or {}).items():
+        if isinstance(child, Record):
+            yield from _tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+def _plain_tensors(mapping: Any) -> dict[str, TensorRef]:
+    """Return the tensors of a state dict saved without its module; empty where it is none."""
+    if not isinstance(mapping, dict):
+        return {}
+    return {
+        name: ref for name, ref in mapping.items() if isinstance(name, str) and isinstance(ref, TensorRef)
+    }
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Return class names from a list, or from a mapping of 0, 1, 2, ... to names."""
+    if value is None:
+        return ()
+    ordered = [value.get(i) for i in range(len(value))] if isinstance(value, dict) else value
+    if not isinstance(ordered, list | tuple) or not all(type(name) in (str, int) for name in ordered):
+        raise CheckpointError("class names are neither a list of text nor one for each of 0, 1, 2, ...")
+    if len(ordered) > MAX_CLASSES:
+        raise CheckpointError(f"more than {MAX_CLASSES} classes")
+    return tuple(map(str, ordered))  # names that are numbers come out of a YAML as numbers
+
+
+def _layout(value: Any, model: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    layout = {key: _plain(item) for key, item in value.items() if isinstance(key, str)}
+    for key, block in (("activation", "Conv"), ("csp_activation", "BottleneckCSP")):
+        shown = _activation(model, block)
+        if shown not in (None, DEFAULT_ACTIVATION):
+            layout[key] = shown
+    return layout
+
+
+def _activation(module: Record, block: str, depth: int = 0) -> str | None:
+    """Return the activation of the first such block that has one, as a layout writes it."""
+    children = {
+        name: child
+        for name, child in (module.state.get("_modules") or {}).items()
+        if isinstance(child, Record)
+    }
+    act = children.get("act") if module.kind == block else None
+    if act is not None and act.kind == "LeakyReLU":
+        return f"nn.LeakyReLU({act.state.get('negative_slope')})"
+    if act is not None and act.kind in ("SiLU", "Hardswish", "ReLU"):
+        return f"nn.{act.kind}()"
+    if depth < MAX_DEPTH:
+        for child in children.values():
+            found = _activation(child, block, depth + 1)
+            if found:
+                return found
+    return None
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return a copy made of plain values only."""
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"a layout nested deeper than {MAX_DEPTH}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    raise CheckpointError("a layout that holds objects")

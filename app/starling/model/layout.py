@@ -1,0 +1,176 @@
+"""Read a layout: the YAML rows `[from, number, module, args]` that describe a detector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starling.config.yaml_reader import read_yaml
+from starling.errors import ConfigError, suggest
+from starling.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION
+
+REQUIRED_KEYS = ("depth_multiple", "width_multiple", "backbone", "head")
+KNOWN_KEYS = (
+    *REQUIRED_KEYS,
+    "nc",
+    "anchors",
+    "activation",
+    "csp_activation",
+    "ch",
+    "channels",
+    "names",
+    "yaml_file",
+)
+"""`ch`, `names` and `yaml_file` stand in layouts kept inside other trainers' checkpoints; they change nothing."""
+MAX_ROWS = 200
+_LARGEST = 1e6
+"""Pixels of an anchor's side, and far above any multiple."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row of a layout."""
+
+    index: int
+    sources: tuple[int, ...]
+    """Absolute indices of the rows whose answers come in; -1 is the image."""
+    number: int
+    """Repeats before the depth multiple."""
+    module: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A checked layout."""
+
+    depth: float
+    width: float
+    anchors: tuple[tuple[float, ...], ...] | int
+    """Width and height pairs in pixels, one tuple a level; or a number of anchors a level."""
+    activation: str
+    """A key of `ACTIVATIONS`."""
+    csp_activation: str
+    """That of BottleneckCSP's own normalisation, which was another one in most files that have the block."""
+    rows: tuple[Row, ...]
+
+    def channels(self, count: int) -> int:
+        """Return `count` times the width multiple, up to a multiple of 8."""
+        return math.ceil(count * self.width / 8) * 8
+
+    def repeats(self, number: int) -> int:
+        """Return `number` times the depth multiple, at least 1; a single layer stays single."""
+        return max(round(number * self.depth), 1) if number > 1 else number
+
+
+def read_layout(path: Path) -> dict[str, Any]:
+    """Return the plain mapping of a layout file; raises UsageError where it is not strict YAML."""
+    return read_yaml(path)
+
+
+def parse_layout(mapping: Mapping[str, Any], modules: Sequence[str]) -> Layout:
+    """Check a layout's mapping; `modules` are the names that a row may use.
+
+    Raises ConfigError naming the key or row and what it must be.
+    """
+    for key in mapping:
+        if key not in KNOWN_KEYS:
+            raise ConfigError(key, mapping[key], f"unknown key in a layout{suggest(str(key), KNOWN_KEYS)}")
+    for key in REQUIRED_KEYS:
+        if key not in mapping:
+            raise ConfigError(key, None, "missing from the layout")
+    plain_rows: list[Any] = []
+    for part in ("backbone", "head"):
+        if not isinstance(mapping[part], list) or not mapping[part]:
+            raise ConfigError(part, mapping[part], "must be rows of [from, number, module, args]")
+        plain_rows += mapping[part]
+    if len(plain_rows) > MAX_ROWS:
+        raise ConfigError("head", len(plain_rows), f"a layout has at most {MAX_ROWS} rows")
+    rows = tuple(_row(index, row, modules) for index, row in enumerate(plain_rows))
+    if rows[-1].module != "Detect" or any(row.module == "Detect" for row in rows[:-1]):
+        raise ConfigError("head", rows[-1].module, "the last row, and only it, must be Detect")
+    return Layout(
+        depth=_multiple("depth_multiple", mapping["depth_multiple"]),
+        width=_multiple("width_multiple", mapping["width_multiple"]),
+        anchors=check_anchors(mapping.get("anchors", 3), len(rows[-1].sources)),
+        activation=_activation(mapping, "activation"),
+        csp_activation=_activation(mapping, "csp_activation"),
+        rows=rows,
+    )
+
+
+def check_anchors(value: Any, levels: int) -> tuple[tuple[float, ...], ...] | int:
+    """Return anchors as pixel pairs a level, or as a number a level; raises ConfigError."""
+    problem = (
+        "must be one row of width, height pairs in pixels for each level, or a number of anchors a level"
+    )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not (1 <= value <= 32 and math.isfinite(value)):
+            raise ConfigError("anchors", value, problem)
+        return round(value)
+    if not isinstance(value, list | tuple):
+        raise ConfigError("anchors", value, problem)
+    if len(value) != levels:
+        raise ConfigError("anchors", value, f"{len(value)} rows for the {levels} levels of Detect")
+    rows = []
+    for row in value:
+        if not isinstance(row, list | tuple):
+            raise ConfigError("anchors", value, problem)
+        sides = [side for pair in row for side in (pair if isinstance(pair, list | tuple) else (pair,))]
+        if not sides or len(sides) % 2 or not all(_is_number(side) and side > 0 for side in sides):
+            raise ConfigError("anchors", row, problem)
+        rows.append(tuple(float(side) for side in sides))
+    if len({len(row) for row in rows}) != 1:
+        raise ConfigError("anchors", value, "every level needs the same number of anchors")
+    return tuple(rows)
+
+
+def _row(index: int, row: Any, modules: Sequence[str]) -> Row:
+    where = f"row {index}"
+    if not isinstance(row, list | tuple) or len(row) != 4:
+        raise ConfigError(where, row, "must be [from, number, module, args]")
+    sources, number, module, args = row
+    if not isinstance(module, str) or module not in modules:
+        raise ConfigError(where, module, f"unknown module{suggest(str(module), modules)}")
+    if not _is_integer(number) or not 1 <= number <= 100:
+        raise ConfigError(where, number, "number must be an integer between 1 and 100")
+    if not isinstance(args, list | tuple):
+        raise ConfigError(where, args, "args must be a list")
+    given = sources if isinstance(sources, list | tuple) else (sources,)
+    absolute = []
+    for source in given:
+        if not _is_integer(source):
+            raise ConfigError(where, sources, "from must be row numbers")
+        # -1 is the row before; row 0 has the image before it.
+        position = index + source if source < 0 else source
+        if not (0 <= position < index or (position == -1 and index == 0)):
+            raise ConfigError(where, sources, "from must name rows above this one")
+        absolute.append(position)
+    if not absolute:
+        raise ConfigError(where, sources, "from must name at least one row")
+    return Row(index=index, sources=tuple(absolute), number=number, module=module, args=tuple(args))
+
+
+def _activation(mapping: Mapping[str, Any], key: str) -> str:
+    activation = mapping.get(key, DEFAULT_ACTIVATION)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ConfigError(key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
+    return str(activation)
+
+
+def _multiple(key: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value <= 8:
+        raise ConfigError(key, value, "must be a number above 0, at most 8")
+    return float(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether it is a number that float32 holds; a whole number may be longer than any float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -1,0 +1,196 @@
+"""The two forms of a file that `torch.save` writes, read as data: a zip, and, before torch 1.6, pickles in a row."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from starling.core.bounded_zip import open_zip
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import open_regular
+from starling.errors import CheckpointError
+from starling.model.inert_pickle import GLOBALS, Pickled, Storage, Table, read_pickle
+
+MAX_PICKLE_BYTES = 64 * 2**20
+"""The largest official checkpoint's pickle is under 1 MiB."""
+MAX_DIRECTORY_BYTES = 4 * 2**20
+"""A zip's list of entries: room for 50,000 storages; the largest official checkpoint has under 1,000."""
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How torch before 1.6 begins: a pickle of the number 0x1950a86a20f9469cfc6c."""
+LEGACY_PROTOCOL = 1001
+_COUNT = 8
+"""Bytes of the number of elements before each storage of the older form."""
+_LOCAL_HEADER = struct.Struct("<26xHH")
+"""What stands before an entry's bytes: at its end the lengths of the name and of the extra field that follow."""
+_SPARSE_FROM = 64 * 2**20
+_SPARSE_RATIO = 4
+
+
+class TorchFile(Protocol):
+    """What `torch.save` wrote."""
+
+    size: int
+    """Bytes on disk."""
+    content: Any
+    """The pickled object; see `inert_pickle`."""
+
+    def read_storage(self, storage: Storage) -> Tensor:
+        """Return a storage's numbers, [numel] on the CPU; raises CheckpointError."""
+
+
+@contextmanager
+def open_torch_file(path: Path) -> Iterator[TorchFile]:
+    """Open a file of either form.
+
+    Raises CheckpointError, without the path, for what is neither or cannot be trusted; OSError; and whatever damage
+    makes the standard library raise.
+    """
+    with open_regular(path) as file:
+        size = _true_size(file)
+        if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+            yield _LegacyFile(file, size)
+            return
+    with open_zip_form(path) as archive:
+        archive.read_content(GLOBALS)
+        yield archive
+
+
+@contextmanager
+def open_zip_form(path: Path) -> Iterator[ZipForm]:
+    """Open a file of the present form, without reading its pickle; raises as `open_torch_file` does."""
+    with open_regular(path) as file:
+        size = _true_size(file)
+        try:
+            archive = open_zip(file, MAX_DIRECTORY_BYTES)
+        except BudgetExceeded as error:
+            raise CheckpointError(f"not a checkpoint: {error}") from None
+        except zipfile.BadZipFile:
+            raise CheckpointError("damaged, or not a checkpoint: neither of torch's two forms") from None
+        with archive:
+            yield ZipForm(archive, file, size)
+
+
+def _true_size(file: IO[bytes]) -> int:
+    """Return the file's size; raises CheckpointError where most of it is a hole, which costs its maker nothing."""
+    state = os.fstat(file.fileno())
+    on_disk = state.st_blocks * 512
+    # Some network file systems count no blocks at all.
+    if on_disk and state.st_size > max(_SPARSE_FROM, _SPARSE_RATIO * on_disk):
+        raise CheckpointError("most of the file is a hole without bytes on the disk; copy the file again")
+    return state.st_size
+
+
+class ZipForm:
+    """A zip with the entry `data.pkl` and one for each storage, none of them compressed."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: IO[bytes], size: int) -> None:
+        self._archive, self._file, self.size = archive, file, size
+        self.content: Any = None
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError("its entries are compressed, which torch never does")
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError("its entries are together larger than the file")
+        pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError("a zip without a pickle of torch; not a checkpoint")
+        self._root = pickles[0].removesuffix("data.pkl")
+
+    def read_pickle_bytes(self) -> bytes:
+        """Return the pickle as it stands in the file."""
+        return self._read("data.pkl", MAX_PICKLE_BYTES)
+
+    def read_content(self, table: Table) -> None:
+        """Read the pickle into `content`; `table` says what stands for each global."""
+        content = self.read_pickle_bytes()
+        if self._root + "byteorder" in self._archive.namelist() and self._read("byteorder", 16) != b"little":
+            raise CheckpointError("written on a big-endian machine, which is not supported")
+        self.content = read_pickle(content, table=table).value
+
+    def read_storage(self, storage: Storage) -> Tensor:
+        """Return an entry's numbers."""
+        entry = self._archive.getinfo(f"{self._root}data/{storage.key}")
+        if entry.file_size != storage.numel * storage.dtype.itemsize:
+            raise CheckpointError(
+                f"storage {storage.key} is cut short or of another size; copy the file again"
+            )
+        return _fill(storage, lambda buffer: self._read_into(entry, buffer))
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """Return the bytes of a small entry; refuses any above `limit`."""
+        entry = self._archive.getinfo(self._root + name)
+        if entry.file_size > limit:
+            raise CheckpointError(f"the entry {name} is too large")
+        content = bytearray(entry.file_size)
+        self._read_into(entry, memoryview(content))
+        return bytes(content)
+
+    def _read_into(self, entry: zipfile.ZipInfo, buffer: memoryview) -> None:
+        """Fill `buffer`, which is as long as the entry; without the copies that the archive's own reader makes."""
+        with self._archive.open(entry):  # checks what stands before the entry
+            pass
+        self._file.seek(entry.header_offset)
+        lengths = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
+        self._file.seek(sum(lengths), os.SEEK_CUR)
+        _read_whole(self._file, buffer)
+        if zlib.crc32(buffer) != entry.CRC:
+            raise CheckpointError("damaged: an entry does not match its sum; copy the file again")
+
+
+class _LegacyFile:
+    """Five pickles: a magic number, a version, the machine, the object, the storages' keys. Then each storage."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self.size = file, size
+        file.seek(0)
+        head = file.read(MAX_PICKLE_BYTES)
+        version = read_pickle(head, len(LEGACY_MAGIC))
+        machine = read_pickle(head, version.end)
+        if version.value != LEGACY_PROTOCOL or machine.value.get("little_endian") is not True:
+            raise CheckpointError("an unknown version of the older form, or of a big-endian machine")
+        pickled = read_pickle(head, machine.end)
+        self.content = pickled.value
+        self._offsets = self._find_storages(pickled, read_pickle(head, pickled.end))
+
+    def _find_storages(self, pickled: Pickled, keys: Pickled) -> dict[str, int]:
+        """Return where each storage's numbers begin."""
+        offsets = {}
+        position = keys.end
+        for key in keys.value:
+            storage = pickled.storages[key]
+            self._file.seek(position)
+            if int.from_bytes(self._file.read(_COUNT), "little") != storage.numel:
+                raise CheckpointError(f"storage {key} is cut short or of another size; copy the file again")
+            offsets[key] = position + _COUNT
+            position = offsets[key] + storage.numel * storage.dtype.itemsize
+            if position > self.size:
+                break
+        if position > self.size:
+            raise CheckpointError("the file is cut short; copy it again")
+        return offsets
+
+    def read_storage(self, storage: Storage) -> Tensor:
+        """Return the numbers that follow the pickles."""
+        self._file.seek(self._offsets[storage.key])
+        return _fill(storage, lambda buffer: _read_whole(self._file, buffer))
+
+
+def _fill(storage: Storage, read: Callable[[memoryview], None]) -> Tensor:
+    """Return a fresh tensor [numel] whose bytes `read` wrote."""
+    tensor = torch.empty(storage.numel, dtype=storage.dtype)
+    read(tensor.view(torch.uint8).numpy().data)
+    return tensor
+
+
+def _read_whole(file: IO[bytes], buffer: memoryview) -> None:
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise CheckpointError("the file is cut short; copy it again")

@@ -1,0 +1,76 @@
+"""Copy a run's results to object storage at its end. Never worth a run: what goes wrong is one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from starling.errors import UsageError, suggest
+
+DRIVERS: dict[str, str | None] = {
+    "gs": "gcsfs",
+    "s3": "s3fs",
+    "az": "adlfs",
+    "file": None,
+    "memory": None,
+}
+"""Scheme -> the package that speaks it; None where fsspec itself does. Credentials come from the environment."""
+
+_TEMPORARY = (".part", ".lock", ".tmp")
+
+
+def check_bucket(url: str) -> str:
+    """Return `url` if results can go there, as far as can be told without asking it.
+
+    Raises UsageError for another scheme, for credentials in the URL (they would be logged with it), and for a driver
+    that is not installed: found at the start of a run and not at its end.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in DRIVERS or not rest.strip("/"):
+        known = ", ".join(f"{name}://" for name in DRIVERS)
+        hint = suggest(scheme, DRIVERS) if separator else ""
+        raise UsageError(f"--bucket: give scheme://bucket/folder with one of {known}{hint}")
+    if re.search(r"[@?#]", rest) or ".." in rest.split("/"):
+        raise UsageError(
+            f"--bucket {scheme}://…: a bucket and a folder only, without '@', '?', '#' or '..'; "
+            "credentials come from the environment"
+        )
+    package = DRIVERS[scheme]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UsageError(f"--bucket {url}: {scheme}:// needs a package more: pip install {package}")
+    return url
+
+
+def result_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a run that are results: its own files and `weights/*.pt`, without locks and leftovers."""
+    for path in sorted([*folder.glob("*"), *folder.glob("weights/*.pt")]):
+        hidden = path.name.startswith(".") or path.name.endswith(_TEMPORARY)
+        if path.is_file() and not path.is_symlink() and not hidden:
+            yield path
+
+
+def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
+    """Copy the results in `folder` below `url`, replacing older ones; return whether all went well.
+
+    Says one line, whichever way it goes, and raises nothing but an interrupt.
+    """
+    copied = 0
+    try:
+        import fsspec  # its drivers are slow to import, and most runs need none
+
+        filesystem, root = fsspec.core.url_to_fs(url)
+        for path in result_files(folder):
+            target = f"{root.rstrip('/')}/{path.relative_to(folder).as_posix()}"
+            filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            filesystem.put_file(str(path), target)
+            copied += 1
+    except Exception as error:  # a driver may raise anything; the run is done and its files are here
+        reason = (str(error).splitlines() or [""])[0][:300]
+        say(
+            f"--bucket {url}: {copied} files copied, then {type(error).__name__}: {reason}; the results are in {folder}"
+        )
+        return False
+    say(f"--bucket: {copied} files copied to {url}")
+    return True

@@ -1,0 +1,166 @@
+"""Where a run's files go: `<runs>/<project>/<name>`, whatever the current directory is called."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from starling.core.paths import real_path
+from starling.errors import UsageError, refusal
+from starling.outputs.folders import make_folder, name_top, open_folder
+from starling.outputs.folders import runs_root as runs_root
+
+DIFF = "uncommitted.diff"
+
+
+def project_dir(project: str, root: Path) -> Path:
+    """Return the folder of a project.
+
+    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one
+    leading `runs/` taken off, so that `--project runs/train` and `--project train` name the same folder.
+
+    Raises UsageError for a project that would climb out of `root`, by its name or through a link.
+    """
+    if PurePosixPath(project).is_absolute():
+        name_top(Path(project))
+        return Path(project)
+    parts = [part for part in PurePosixPath(project).parts if part != "."]
+    if parts and parts[0] == "runs":
+        parts = parts[1:]
+    if ".." in parts:
+        raise UsageError(
+            f"--project {project}: leaves the runs folder {root}; give a name, or an absolute path"
+        )
+    return folder_below(root, *parts)
+
+
+def folder_below(parent: Path, *parts: str) -> Path:
+    """Return `parent/…` with `parts`, a link among them replaced by the folder in `parent` that it leads to.
+
+    Raises UsageError where it leads out of `parent`.
+    """
+    path, top = parent.joinpath(*parts), real_path(parent)
+    real = real_path(path)
+    if not real.is_relative_to(top):
+        raise UsageError(
+            f"{path}: a link that leads out of {parent}, to {real}; "
+            "remove the link, or give that place as an absolute --project"
+        )
+    return parent / real.relative_to(top)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is one plain path component; raises UsageError otherwise."""
+    if not name or name in {".", ".."} or "/" in name or "\0" in name:
+        raise UsageError(f"--name {name!r}: must be one folder name, without '/' or '..'")
+    return name
+
+
+def next_free_dir(parent: Path, name: str) -> Path:
+    """Create and return `parent/name`, or the `name2`, `name3`, … after the highest that exists.
+
+    Safe among processes that ask at once: the creation itself decides.
+    """
+    with open_folder(parent, create=True) as folder:
+        number = max((_suffix(other, name) for other in folder.names()), default=0) + 1
+        while True:
+            free = name if number <= 1 else f"{name}{number}"
+            try:
+                os.mkdir(free, dir_fd=folder.descriptor)
+                return parent / free
+            except FileExistsError:
+                number = max(number, 1) + 1
+
+
+def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = False) -> Path:
+    """Create and return the folder of a new run; with `exist_ok` the one of that name, there or not.
+
+    Raises UsageError where the project leaves `root` or cannot be written, DiskFull where there is no room.
+    """
+    parent = project_dir(project, root)
+    if exist_ok:
+        return make_run_dir(folder_below(parent, name))
+    with _written_in(parent):
+        path = next_free_dir(parent, name)
+    name_top(path)
+    return path
+
+
+def make_run_dir(path: Path) -> Path:
+    """Make the folder of a run where it is missing, and return it. Raises as `create_run_dir` does."""
+    with _written_in(path.parent):
+        make_folder(path)
+    name_top(path)
+    return path
+
+
+@contextmanager
+def _written_in(parent: Path) -> Iterator[None]:
+    """Say which folder results cannot be written in, and why."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or parent
+        raise refusal(error, parent) or UsageError(
+            f"{place}: results cannot be written here ({error.strerror}); "
+            "check what is there and its owner, or choose another --project"
+        ) from None
+
+
+def _suffix(folder: str, name: str) -> int:
+    """Return 1 for `name` itself, N for `nameN`, 0 for anything else."""
+    if folder == name:
+        return 1
+    match = re.fullmatch(re.escape(name) + r"([1-9]\d*)", folder)
+    return int(match[1]) if match else 0
+
+
+def previous_of(last: Path) -> Path:
+    """Return where the checkpoint before `last` is kept: `last.previous.pt` beside `last.pt`."""
+    return last.with_name(f"{last.stem}.previous{last.suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The files of one training run."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """The folder of `last.pt`, `best.pt` and `epochN.pt`."""
+        return self.path / "weights"
+
+    @property
+    def last(self) -> Path:
+        """The newest resumable checkpoint."""
+        return self.weights / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The resumable checkpoint before the newest, should that one be damaged."""
+        return previous_of(self.last)
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the highest fitness."""
+        return self.weights / "best.pt"
+
+    @property
+    def results_csv(self) -> Path:
+        """One row an epoch."""
+        return self.path / "results.csv"
+
+    @property
+    def diff(self) -> Path:
+        """What the working tree of the code had changed since its commit, if it had."""
+        return self.path / DIFF
+
+    @property
+    def events(self) -> Path:
+        """The event log that the tracking bridge reads."""
+        return self.path / "events.jsonl"

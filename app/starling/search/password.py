@@ -1,0 +1,63 @@
+"""The password of a study's database, from the places where PostgreSQL's own tools look for one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from starling.config.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import read_regular
+from starling.errors import UsageError, readable
+
+REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
+_MOST_BYTES = 1 << 20
+_FIELD = re.compile(r"((?:\\.|[^:\\])*)(?::|$)")
+
+
+@readable(UsageError)
+def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
+    """Return the password for `url`, or an empty string where none is set.
+
+    The first that is set counts: the file that STARLING_STUDY_PASSWORD_FILE names, PGPASSWORD, and the line for
+    this server in the file of PGPASSFILE, else ~/.pgpass.
+
+    Raises UsageError for a file that cannot be read, or that others can.
+    """
+    named = environment.get(PASSWORD_FILE_VARIABLE)
+    if named:
+        return _read(Path(named), PASSWORD_FILE_VARIABLE).rstrip("\r\n")
+    if environment.get("PGPASSWORD"):
+        return environment["PGPASSWORD"]
+    given = environment.get("PGPASSFILE")
+    path = Path(given) if given else Path(environment.get("HOME") or "/") / ".pgpass"
+    if not path.is_file():
+        return ""
+    if path.stat().st_mode & 0o077:
+        raise UsageError(f"{path}: holds passwords and others may read it; chmod 600 it")
+    return _look_up(_read(path, "PGPASSFILE"), url)
+
+
+def _read(path: Path, variable: str) -> str:
+    try:
+        return read_regular(path, _MOST_BYTES).decode()
+    except (OSError, ValueError, BudgetExceeded) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text of a password's length"
+        raise UsageError(
+            f"{path}: the database's password cannot be read ({reason}); correct {variable}"
+        ) from None
+
+
+def _look_up(text: str, url: StudyUrl) -> str:
+    """Return the password of the first line `host:port:database:user:password` that fits; `*` fits anything."""
+    wanted = (url.host, str(url.port), url.database, url.user)
+    for line in text.splitlines():
+        if line.startswith("#"):
+            continue
+        fields = [re.sub(r"\\(.)", r"\1", field) for field in _FIELD.findall(line)]
+        if len(fields) >= 5 and all(
+            field in ("*", value) for field, value in zip(fields[:4], wanted, strict=True)
+        ):
+            return fields[4]
+    return ""

@@ -1,0 +1,130 @@
+"""What the charts are drawn with: scales, ticks, and a picture that names itself to those who cannot see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from starling.search.report.markup import Markup, element, join, void
+
+COLOURS = 10
+"""Shades of fitness, `f0` (worst) to `f9`; the page's style sheet gives them for light and for dark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values of one axis to pixels, linear or logarithmic; what lies outside is drawn at the edge."""
+
+    low: float
+    high: float
+    start: float
+    """Pixels where `low` is."""
+    stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value, to a tenth."""
+        share = self.share(value)
+        return round(self.start + share * (self.stop - self.start), 1)
+
+    def share(self, value: float) -> float:
+        """Return where a value lies between the ends, 0 to 1."""
+        low, high, value = (self._plain(v) for v in (self.low, self.high, value))
+        return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+
+    def _plain(self, value: float) -> float:
+        return math.log(max(value, 1e-300)) if self.log else value
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round values from `low` to `high`, a 1, 2 or 5 times a power of ten apart; `most` at most."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def shade(place: int, count: int) -> str:
+    """Return the class of the colour of one of `count`, by its place from the worst, 0, to the best."""
+    return f"f{place * COLOURS // count}"
+
+
+def picture(
+    width: float,
+    height: float,
+    title: str,
+    description: str,
+    parts: Iterable[Markup],
+    *,
+    name: str,
+    narrowest: float = 700,
+) -> Markup:
+    """Return an SVG of this size, named by title and description; `name` is its id on the page.
+
+    Below `narrowest` pixels it is scrolled, as its words would be too small.
+    """
+    return element(
+        "div",
+        element(
+            "svg",
+            element("title", title, id=f"{name}-title"),
+            element("desc", description, id=f"{name}-desc"),
+            *parts,
+            viewBox=f"0 0 {width:g} {height:g}",
+            role="img",
+            aria_labelledby=f"{name}-title {name}-desc",
+            class_="chart",
+            style=f"min-width:{narrowest:.0f}px",
+        ),
+        class_="scroll",
+        tabindex="0",
+        role="group",
+        aria_label=title,
+    )
+
+
+def label(x: float, y: float, words: str, *, anchor: str = "start", class_: str | None = None) -> Markup:
+    """Return text at a place."""
+    return element(
+        "text",
+        words,
+        x=f"{x:g}",
+        y=f"{y:g}",
+        text_anchor=None if anchor == "start" else anchor,
+        class_=class_,
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """Return a straight line."""
+    return void("line", x1=f"{x1:g}", y1=f"{y1:g}", x2=f"{x2:g}", y2=f"{y2:g}", class_=class_)
+
+
+def path(points: Iterable[tuple[float, float]]) -> str:
+    """Return the `d` of a path through points."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def grid(
+    x_ticks: Iterable[tuple[float, str]],
+    y_ticks: Iterable[tuple[float, str]],
+    *,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+) -> Markup:
+    """Return a faint grid with the words of its ticks, given as (pixel, words)."""
+    parts = [
+        join(line(left, y, right, y, "grid"), label(left - 6, y + 4, words, anchor="end"))
+        for y, words in y_ticks
+    ]
+    parts += [
+        join(line(x, top, x, bottom, "grid"), label(x, bottom + 17, words, anchor="middle"))
+        for x, words in x_ticks
+    ]
+    return join(*parts)

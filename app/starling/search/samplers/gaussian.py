@@ -1,0 +1,69 @@
+"""A Gaussian process over the whole space: Optuna's, asked without a study of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from starling.search.samplers.base import first_new, stream
+from starling.search.samplers.fast import FastSampler, FastSettings
+from starling.search.samplers.knowledge import Finding, Knowledge
+from starling.search.space import Space, Value, Values
+
+LEAST_FINISHED = 8
+"""Results before a process is fitted; until then candidates are drawn around the seed, as the fast sampler does."""
+MOST_FINISHED = 200
+"""Results that a process is fitted to: the best half and the latest half. Its cost grows with their third power."""
+
+# It would say in every process that an optional package would make it a little faster.
+logging.getLogger("optuna._gp.batched_lbfgsb").setLevel(logging.ERROR)
+
+
+class GaussianSampler:
+    """Propose where a Gaussian process expects the largest gain, given what others are training."""
+
+    def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
+        self._space, self._study_seed = space, study_seed
+        self._limits = space.distributions()
+        self._around_seed = FastSampler(space, seed, study_seed, FastSettings(startup=LEAST_FINISHED))
+
+    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+        """Return the point of the largest expected gain; one around the seed while little is known."""
+        finished = known.finished
+        if len(finished) < LEAST_FINISHED:
+            return self._around_seed.propose(number, known)
+        rows = [self._trial(finding) for finding in _most_telling(finished)]
+        others = [self._trial(Finding(-1, values)) for values in known.open]
+        return first_new(number, known, lambda redraw: self._draw(number, redraw, rows, others))
+
+    def _draw(
+        self, number: int, redraw: int, rows: Sequence[FrozenTrial], others: Sequence[FrozenTrial]
+    ) -> Values:
+        rng = stream(self._study_seed, number, redraw)
+        sampler = optuna.samplers.GPSampler(seed=int(rng.integers(2**31)), n_startup_trials=1)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.add_trials([*rows, *others])
+        proposed = study.ask(self._limits).params
+        if redraw:  # its optimum is another candidate's already: a point beside it
+            places = self._space.places(proposed) + rng.normal(0, 0.02 * redraw, len(self._limits))
+            return self._space.at(places.tolist())
+        return self._space.at(self._space.places(proposed))
+
+    def _trial(self, finding: Finding) -> FrozenTrial:
+        state = TrialState.RUNNING if finding.fitness is None else TrialState.COMPLETE
+        # The seed, or what was imported, may lie outside the limits.
+        inside = self._space.at(self._space.places(finding.values))
+        return create_trial(state=state, value=finding.fitness, params=inside, distributions=self._limits)
+
+
+def _most_telling(finished: Sequence[Finding]) -> list[Finding]:
+    """Return at most MOST_FINISHED findings by number: the best half of them, and of the rest the latest."""
+    if len(finished) <= MOST_FINISHED:
+        return list(finished)
+    ranked = sorted(finished, key=lambda finding: (-(finding.fitness or 0.0), finding.number))
+    best = ranked[: MOST_FINISHED // 2]
+    latest = sorted(ranked[MOST_FINISHED // 2 :], key=lambda finding: finding.number)
+    return sorted([*best, *latest[-MOST_FINISHED // 2 :]], key=lambda finding: finding.number)

@@ -1,0 +1,306 @@
+"""Run a trainer, and run it again when it crashes: the main process of every replica.
+
+    supervise.py [--max-restarts N] -- COMMAND…
+
+Docker's own restart policies cannot tell a crash from a mistake: only a crash is worth another try. A trainer takes
+its own last checkpoint up by itself, so it is started again with the same command. Signals are passed on; the exit
+code is the trainer's last. Standard library only, and asleep while the trainer works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from starling.core.budget import BudgetExceeded
+from starling.core.folder import Folder
+from starling.core.handover import strip_set_ids
+from starling.core.regular_file import read_regular
+from starling.outputs.restarts import RestartRecord
+from starling.outputs.run_dir import runs_root
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+PASSED_ON = (*STOPS, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+WATCHED = frozenset({*PASSED_ON, signal.SIGCHLD})
+
+KILLED = 128 + signal.SIGKILL
+MISTAKES = {
+    2: "the command line",
+    3: "the data",
+    4: "the checkpoint",
+    6: "the full disk",
+    126: "the command",
+    127: "the command",
+}
+"""Exit codes that the same command would end with again -> what to mend."""
+
+STRIP_S = 5.0
+"""How long the end of a replica may take to look for set-id bits; a stop leaves it a minute in all."""
+
+PR_SET_PDEATHSIG = 1
+KILLS_FILE = "STARLING_OOM_KILLS"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestartPolicy:
+    """When a trainer that has ended is started again."""
+
+    max_restarts: int = 3
+    """In all; 0: never."""
+    delay_s: float = 4.0
+    """Before the first restart; twice as long before each that follows."""
+    longest_delay_s: float = 300.0
+    early_s: float = 5.0
+    """A trainer that fails sooner never got to work, which another try would not change; `up` is still watching."""
+
+    def delay(self, restart: int) -> float:
+        """Return the seconds to wait before restart number `restart`, from 1."""
+        return float(min(self.delay_s * 2 ** (restart - 1), self.longest_delay_s))
+
+    def refusal(self, end: End, restarts: int) -> str | None:
+        """Return why a trainer that ended in this way is left so; None where it is to be started again."""
+        if end.code == 0 or end.stopped or end.code in (128 + number for number in STOPS):
+            return ""
+        if end.oom_killed:
+            return "out of memory, as it would be again: give it more --memory, or lower --batch or --workers"
+        if end.lasting:
+            return "not started again: by its own account it would end in the same way"
+        if end.code in MISTAKES:
+            return f"not started again, which would not mend {MISTAKES[end.code]}"
+        if restarts == 0 and end.lasted_s < self.early_s:
+            return f"not started again, as it failed within {self.early_s:g} s"
+        if restarts >= self.max_restarts:
+            return (
+                f"given up after {restarts} restarts" if restarts else "not started again (--max-restarts 0)"
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """How one attempt of the trainer ended."""
+
+    code: int
+    """As a shell would tell it: 128 + N for signal N."""
+    lasted_s: float
+    oom_killed: bool = False
+    """The kernel has killed a process of this replica for memory meanwhile."""
+    stopped: bool = False
+    """It was asked to stop."""
+    lasting: bool = False
+    """It said itself that another try would end the same: a GPU out of memory, a loss that is no number twice."""
+
+
+class Supervisor:
+    """Start the command, wait for its end, and start it again as the policy says."""
+
+    def __init__(
+        self, command: Sequence[str], policy: RestartPolicy, record: RestartRecord | None = None
+    ) -> None:
+        self._command, self._policy, self._record = list(command), policy, record
+        self._stop: int | None = None
+        """The signal that asked for a stop."""
+
+    def run(self) -> int:
+        """Return the exit code of the last attempt: 137 where the kernel killed it for memory."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+        if self._record is not None:
+            self._record.begin()
+        restarts = 0
+        while True:
+            end = self._attempt()
+            refusal = self._policy.refusal(end, restarts)
+            if refusal is not None:
+                if refusal:
+                    say(f"the trainer {words_for(end.code)}: {refusal}")
+                self._tell(restarts, end)
+                return end.code
+            restarts += 1
+            delay = self._policy.delay(restarts)
+            say(
+                f"the trainer {words_for(end.code)}; starting it again in {delay:g} s "
+                f"({restarts} of {self._policy.max_restarts})"
+            )
+            self._tell(restarts, end, delay)
+            if not self._wait(delay):
+                assert self._stop is not None
+                return 128 + self._stop
+            self._tell(restarts, end)
+
+    def _attempt(self) -> End:
+        began, kills = time.monotonic(), oom_kills()
+        code = self._await_end(start(self._command))
+        return End(
+            code=code,
+            lasted_s=time.monotonic() - began,
+            oom_killed=oom_kills() > kills,
+            stopped=self._stop is not None,
+            lasting=self._record is not None and self._record.failure_lasts(),
+        )
+
+    def _await_end(self, child: int) -> int:
+        """Pass signals on until the child has ended, and return its exit code. Orphans are buried too."""
+        while True:
+            number = signal.sigwaitinfo(WATCHED).si_signo
+            if number != signal.SIGCHLD:
+                self._note(number)
+                os.kill(child, number)
+                continue
+            for pid, code in ended_children():
+                if pid == child:
+                    return code
+
+    def _wait(self, seconds: float) -> bool:
+        """Sleep, and return whether nobody asked for a stop meanwhile."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            came = signal.sigtimedwait(WATCHED, left)
+            if came is None:
+                break
+            if came.si_signo == signal.SIGCHLD:
+                list(ended_children())
+            self._note(came.si_signo)
+            if self._stop is not None:
+                return False
+        return True
+
+    def _note(self, number: int) -> None:
+        if number in STOPS:
+            self._stop = number
+
+    def _tell(self, restarts: int, end: End, delay: float | None = None) -> None:
+        if self._record is not None:
+            self._record.tell(restarts, exit_code=end.code, oom_killed=end.oom_killed, delay_s=delay)
+
+
+def start(command: Sequence[str]) -> int:
+    """Start the command with signals as usual and return its process id. It dies with this process."""
+    prctl: Callable[[int, int], int] = ctypes.CDLL(None).prctl
+    child = os.fork()
+    if child:
+        return child
+    try:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and that would outlive the exec
+            signal.signal(ignored, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        say(f"{command[0]}: {error.strerror}")
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    finally:
+        os._exit(1)  # whatever went wrong, there must not be two supervisors
+
+
+def ended_children() -> list[tuple[int, int]]:
+    """Bury every child that has ended, as process id and exit code."""
+    ended: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not pid:
+            return ended
+        code = os.waitstatus_to_exitcode(status)
+        ended.append((pid, 128 - code if code < 0 else code))
+
+
+def oom_kills(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many of this replica's processes were killed for memory: by the kernel, or by an engine that tells."""
+    return kernel_kills() + told_kills(environment)
+
+
+def told_kills(environment: Mapping[str, str]) -> int:
+    """Return the number in the file that `$STARLING_OOM_KILLS` names.
+
+    An engine that bounds memory by looking, where no control group can be made, counts there before it kills.
+    """
+    try:
+        return int(read_regular(environment[KILLS_FILE], 64))
+    except (KeyError, OSError, ValueError, BudgetExceeded):
+        return 0
+
+
+def kernel_kills(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many processes of this cgroup the kernel has killed for memory; 0 where nothing tells.
+
+    In a container the cgroup's own files lie at the mount's root, whatever path the process is told (version 1).
+    """
+    for folder, name in _memory_cgroups(proc, root):
+        try:
+            lines = (folder / name).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition(" ")
+            if key == "oom_kill" and value.strip().isdigit():
+                return int(value)
+    return 0
+
+
+def _memory_cgroups(proc: Path, root: Path) -> list[tuple[Path, str]]:
+    try:
+        memberships = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        memberships = []
+    places = []
+    for fields in memberships:
+        if len(fields) == 3 and "memory" in fields[1].split(","):
+            places += [(root / "memory" / fields[2].lstrip("/"), "memory.oom_control")]
+        elif len(fields) == 3 and not fields[1]:
+            places += [(root / fields[2].lstrip("/"), "memory.events")]
+    return [*places, (root / "memory", "memory.oom_control"), (root, "memory.events")]
+
+
+def words_for(code: int) -> str:
+    """Return `ended with exit code 1`, or `was killed by SIGSEGV`."""
+    try:
+        return f"was killed by {signal.Signals(code - 128).name}"
+    except ValueError:
+        return f"ended with exit code {code}"
+
+
+def say(line: str) -> None:
+    """Print one line to stderr, among the trainer's own."""
+    os.write(2, f"supervisor: {line}\n".encode())
+
+
+def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Parse, supervise, and return the exit code."""
+    policy = RestartPolicy()
+    parser = argparse.ArgumentParser("supervise.py", description="Run a trainer, and again when it crashes.")
+    parser.add_argument("--max-restarts", type=int, default=policy.max_restarts, metavar="N", help="0: never")
+    parser.add_argument(
+        "--delay", type=float, default=policy.delay_s, metavar="SECONDS", help="before the first"
+    )
+    parser.add_argument("--early", type=float, default=policy.early_s, metavar="SECONDS",
+                        help="no restart for a failure within this time")  # fmt: skip
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="what to run")
+    given = parser.parse_args(argv)
+    policy = RestartPolicy(max_restarts=given.max_restarts, delay_s=given.delay, early_s=given.early)
+    replica = environment.get("STARLING_REPLICA")
+    record = RestartRecord(runs_root(environment), replica, policy.max_restarts) if replica else None
+    code = Supervisor(given.command, policy, record).run()
+    if replica:
+        strip(runs_root(environment))
+    return code
+
+
+def strip(runs: Path) -> None:
+    """Take set-id bits off what this replica may have left in the runs folder, where other users of the host reach it."""
+    with contextlib.suppress(OSError), Folder.resolve(runs) as top:
+        for line in strip_set_ids(top, STRIP_S).lines():
+            say(f"{runs}: {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The login of a tracking server from a file: a variable can be read by whoever may look at the container."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import read_regular
+from starling.tracking.tracker import TrackerUnavailableError
+
+PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
+_MOST_BYTES = 1 << 20
+
+
+def read_password(environment: Mapping[str, str], client: MutableMapping[str, str]) -> None:
+    """Give MLflow's client, which looks into `client`, the password in the file that the variable names.
+
+    It is read again at every connection, so that a changed one is taken. Raises TrackerUnavailableError for a file
+    that cannot be read: it may come back.
+    """
+    named = environment.get(PASSWORD_FILE)
+    if not named:
+        return
+    try:
+        client[PASSWORD] = read_regular(named, _MOST_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError, BudgetExceeded) as error:
+        reason = getattr(error, "strerror", None) or "not text of a password's length"
+        raise TrackerUnavailableError(f"{PASSWORD_FILE}={named}: cannot be read ({reason})") from None

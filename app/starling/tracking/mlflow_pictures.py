@@ -1,0 +1,32 @@
+"""Pictures by step, in the files that MLflow's page looks for in its image chart."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+from starling.outputs.folders import read_file
+
+_THUMBNAIL_SIDE = 256
+
+
+def as_shown(path: Path, key: str, step: int, time: float, folder: Path) -> list[Path]:
+    """Write a picture and its thumbnail into `folder`, named by key, step, time and what is in it; return both.
+
+    Raises OSError for what is no picture.
+    """
+    from PIL import Image
+
+    content = read_file(path)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    stem = f"{key.replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}+{digest}"
+    whole, small = folder / f"{stem}.png", folder / f"{stem}+compressed.webp"
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.convert("RGB").save(whole)
+            picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+            picture.convert("RGB").save(small)
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{path}: {error}") from None
+    return [whole, small]
