@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
 from starling.config.hyp import Hyp
-from starling.data.device_paint import DevicePainter
-from starling.data.device_tables import load_tables
-from starling.data.paint import paint_item
-from starling.data.plan import ItemPlan, plan_item
+from starling.data.augment.device_paint import DevicePainter
+from starling.data.augment.device_tables import load_tables
+from starling.data.augment.paint import paint_item
+from starling.data.augment.plan import ItemPlan, plan_item
 
 PICTURES = 64
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from common import REPOSITORY, machine, runs_below
 
 from starling.config.train_config import TrainConfig
-from starling.engine.trainer import Trainer, TrainResult
 from starling.search.training import search
+from starling.training.trainer import Trainer, TrainResult
 
 
 def main() -> int:

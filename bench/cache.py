@@ -26,19 +26,19 @@ sys.path.insert(0, str(REPOSITORY / "app"))
 
 from starling.config.hyp import Hyp  # noqa: E402
 from starling.config.shipped import find_config  # noqa: E402
-from starling.data.dataset import Dataset, DatasetDescription  # noqa: E402
-from starling.data.limits import container_cpu_count  # noqa: E402
-from starling.data.loader import TrainLoader  # noqa: E402
-from starling.data.pixel_folder import kept_files, remove_idle  # noqa: E402
-from starling.data.store import ImageStore  # noqa: E402
+from starling.core.limits import container_cpu_count  # noqa: E402
+from starling.data.cache.pixel_folder import kept_files, remove_idle  # noqa: E402
+from starling.data.cache.store import ImageStore  # noqa: E402
+from starling.data.dataset.dataset import Dataset, DatasetDescription  # noqa: E402
+from starling.data.loader.loader import TrainLoader  # noqa: E402
 
 REPLICAS = 4
 
 REPLICA = """
 import sys
 from pathlib import Path
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.cache.store import ImageStore
 
 yaml, size, folder = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 store = ImageStore(Dataset.load(DatasetDescription.from_yaml(yaml), "train"), size, "disk", cache_folder=folder)

@@ -20,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
-from starling.engine.device import Compute
-from starling.engine.optimizer import ExponentialMovingAverage, build_optimizer
-from starling.engine.progress import Silence
-from starling.engine.reporter import Reporter, RunLabel
-from starling.engine.results import EpochRow
-from starling.engine.start import find_start
-from starling.engine.stop_signal import StopSignal
-from starling.engine.training import Workshop, open_workshop, read_hyp, train_in
-from starling.loss import DetectionLoss, LossGains
+from starling.device import Compute
 from starling.model.detector import build_detector
+from starling.model.initial_weights import find_start
+from starling.model.loss import DetectionLoss, LossGains
 from starling.outputs.run_dir import RunDir
+from starling.progress import Silence
+from starling.stop_signal import StopSignal
+from starling.training.optimizer import ExponentialMovingAverage, build_optimizer
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import EpochRow
+from starling.training.training import Workshop, open_workshop, read_hyp, train_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

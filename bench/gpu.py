@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from common import Loop, Step, machine, made_up_targets
 
+from starling.boxes.nms import non_max_suppression
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
-from starling.data.device_paint import DevicePainter
-from starling.data.paint import paint_item
-from starling.data.plan import plan_item
-from starling.engine.data import training_loader
-from starling.loss import DetectionLoss, LossGains
+from starling.data.augment.device_paint import DevicePainter
+from starling.data.augment.paint import paint_item
+from starling.data.augment.plan import plan_item
 from starling.model.detector import build_detector
-from starling.suppression import non_max_suppression
+from starling.model.loss import DetectionLoss, LossGains
+from starling.training.setup.data import training_loader
 
 BUDGET_S = 8 * 60
 

@@ -32,13 +32,12 @@ from search_landscape import Landscape
 
 from starling.config.train_config import SAMPLERS, Sampler
 from starling.errors import Pruned
-from starling.search.outcome import Outcome
+from starling.search.outcome import Outcome, best_of
 from starling.search.plan import StudyPlan
 from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.samplers.proposer import Proposer
 from starling.search.space import Space
 from starling.search.study import Claim, SearchStudy, Turn
-from starling.search.views import best_of
 
 TABLE = REPOSITORY / "bench" / "search_table.csv"
 TRAIN_IMAGES, VAL_IMAGES = 205, 87

@@ -125,8 +125,8 @@ def training_worker(
     os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
     from starling import settings
     from starling.config.train_config import TrainConfig
-    from starling.engine.trainer import Trainer, TrainResult
     from starling.search.training import _Trainings, search
+    from starling.training.trainer import Trainer, TrainResult
 
     spans: list[Span] = []
     ended = [0.0]
@@ -160,7 +160,7 @@ def training_worker(
 
 def fill(study: Any, count: int) -> None:
     """Append finished candidates to a study, as records that its own first candidate left, with other values."""
-    from starling.search.journal import JOURNAL, SafeJournalBackend
+    from starling.search.storage.journal import JOURNAL, SafeJournalBackend
     from starling.search.study import Claim
 
     first = study.ask("bench")
@@ -211,7 +211,7 @@ def ask_and_tell(study: Any) -> tuple[float, float]:
 
 def journal(count: int, fresh: int = 3, warm: int = 100) -> dict[str, Any]:
     """Return what a journal of `count` trials costs: medians of workers that join, and of one that goes on."""
-    from starling.search.views import write_files
+    from starling.search.exports import write_files
 
     joined: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:

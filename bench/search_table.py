@@ -115,12 +115,12 @@ def _fill(args: argparse.Namespace) -> int:
 def _train(loop: Loop, folder: Path, job: Job, hyp: dict[str, float]) -> list[float]:
     """Return the fitness after each epoch; shorter where the training diverged."""
     from starling.config.hyp import Hyp
-    from starling.engine.progress import Silence
-    from starling.engine.reporter import Reporter, RunLabel
-    from starling.engine.stop_signal import StopSignal
-    from starling.engine.trainer import Diverged
-    from starling.engine.training import train_in
     from starling.outputs.run_dir import RunDir
+    from starling.progress import Silence
+    from starling.stop_signal import StopSignal
+    from starling.training.reporting.reporter import Reporter, RunLabel
+    from starling.training.trainer import Diverged
+    from starling.training.training import train_in
 
     run = RunDir(folder / f"{job.index}")
     run.weights.mkdir(parents=True)

@@ -38,8 +38,8 @@ import torch
 from common import REPOSITORY, Step, machine, made_up_targets
 from tracking_conditions import Condition, opened_conditions
 
-from starling.engine.device import select_compute
-from starling.engine.progress import Progress, duration
+from starling.device import select_compute
+from starling.progress import Progress, duration
 
 BARS = {"healthy": 1.01, "slow": 1.05, "dead": 1.05}
 """The ratios to reach."""

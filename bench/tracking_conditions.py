@@ -17,13 +17,13 @@ from unittest import mock
 import psutil
 from common import REPOSITORY
 
-from starling.engine.progress import Silence
-from starling.engine.reporter import Reporter, RunLabel
-from starling.engine.results import EpochRow, write_results
 from starling.outputs.run_dir import RunDir
+from starling.progress import Silence
 from starling.tracking.cursor import cursor_path
 from starling.tracking.events import EventLog
 from starling.tracking.process import start_bridges
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import EpochRow, write_results
 
 OFF = ("off", "off again")
 """The conditions without tracking."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from common import REPOSITORY, Loop, Step, machine
 
 from starling.config.train_config import TrainConfig
-from starling.engine.data import training_loader
-from starling.engine.device import Compute
+from starling.device import Compute
+from starling.training.setup.data import training_loader
 
 
 def loader_seconds(loop: Loop) -> float:

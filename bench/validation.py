@@ -31,16 +31,17 @@ sys.path.insert(0, str(REPOSITORY / "app"))
 
 from starling.config.hyp import Hyp  # noqa: E402 - found by the line above
 from starling.config.shipped import find_config  # noqa: E402
-from starling.data.dataset import Dataset, DatasetDescription  # noqa: E402
-from starling.data.loader import ValLoader  # noqa: E402
-from starling.data.store import ImageStore  # noqa: E402
-from starling.engine.device import Compute, select_compute  # noqa: E402
-from starling.engine.evaluation import Stopwatch  # noqa: E402
-from starling.engine.start import read_weights  # noqa: E402
-from starling.engine.validator import Validation, to_input, validate  # noqa: E402
-from starling.loss import DetectionLoss, LossGains  # noqa: E402
+from starling.data.cache.store import ImageStore  # noqa: E402
+from starling.data.dataset.dataset import Dataset, DatasetDescription  # noqa: E402
+from starling.data.loader.loader import ValLoader  # noqa: E402
+from starling.device import Compute, select_compute  # noqa: E402
+from starling.evaluation.evaluation import Stopwatch  # noqa: E402
+from starling.evaluation.validator import Validation, validate  # noqa: E402
 from starling.model.detector import Detector, build_detector  # noqa: E402
+from starling.model.initial_weights import read_weights  # noqa: E402
+from starling.model.loss import DetectionLoss, LossGains  # noqa: E402
 from starling.model.weights import load_weights  # noqa: E402
+from starling.prediction.inputs import to_input  # noqa: E402
 
 TRAINED = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 RAISED = 5.0

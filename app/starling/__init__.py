@@ -12,11 +12,11 @@ from starling.core.version import VERSION
 
 if TYPE_CHECKING:
     from starling import settings as settings
-    from starling.engine import hooks as hooks
+    from starling.training.reporting import hooks as hooks
 
 __version__ = VERSION
 
-API = {"hooks": "starling.engine.hooks", "settings": "starling.settings"}
+API = {"hooks": "starling.training.reporting.hooks", "settings": "starling.settings"}
 """Each public name with the module that it stands for."""
 
 __all__ = ["__version__", *API]

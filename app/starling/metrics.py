@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from starling.boxes import iou_matrix
-from starling.matching import IOU_THRESHOLDS, match_detections
+from starling.boxes.geometry import iou_matrix
+from starling.boxes.matching import IOU_THRESHOLDS, match_detections
 
 Floats = NDArray[np.float64]
 

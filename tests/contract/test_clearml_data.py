@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from starling.clearml_client.sdk import SdkError, run_sdk
 from starling.cli.data import main as data_main
-from starling.data.clearml_set import FOLDER, fetch_clearml_set, make_version
-from starling.data.dataset import DatasetDescription
+from starling.data.dataset.dataset import DatasetDescription
+from starling.data.fetch.clearml_set import FOLDER, fetch_clearml_set, make_version
 from starling.errors import DataError
+from starling.tracking.clearml.client.sdk import SdkError, run_sdk
 from tests.doubles.clearml_server import Answer, ClearmlServerDouble
 
 CLEARML_DATA = Path(sys.executable).with_name("clearml-data")

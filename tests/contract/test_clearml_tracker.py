@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from starling.clearml_client.tasks import uuid_tag
 from starling.cli import track
 from starling.tracking.bridge import follow
-from starling.tracking.clearml_tracker import ClearmlTracker
+from starling.tracking.clearml.client.tasks import uuid_tag
+from starling.tracking.clearml.tracker import ClearmlTracker
 from starling.tracking.delivery import Bridge
 from starling.tracking.events import EventLog
 from starling.tracking.tracker import (

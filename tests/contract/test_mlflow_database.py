@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from starling.cli import track
-from starling.tracking.mlflow_database import database_uri
-from starling.tracking.mlflow_tracker import MlflowTracker
+from starling.tracking.mlflow.database import database_uri
+from starling.tracking.mlflow.tracker import MlflowTracker
 from starling.tracking.tracker import Run, TrackerUnavailableError
 from tests.conftest import REPOSITORY
 

@@ -19,7 +19,7 @@ from starling.config.hyp import Hyp
 from starling.config.train_config import SAMPLERS, Sampler
 from starling.search.genes import Gene
 from starling.search.outcome import Outcome, State
-from starling.search.samplers.knowledge import IMPORTED, Knowledge
+from starling.search.samplers.history import IMPORTED, Knowledge
 from starling.search.samplers.proposer import Proposer, make_sampler
 from starling.search.space import Setting, Space, Values
 from starling.search.study import Claim, SearchStudy, Turn

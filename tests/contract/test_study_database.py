@@ -20,12 +20,12 @@ import pytest
 from starling.cli import search as search_command
 from starling.config.study_url import parse_study_url
 from starling.errors import CheckpointError, ServerError, Stopped, UsageError
-from starling.search import database as connections
-from starling.search import database_storage
-from starling.search.database import is_transient
-from starling.search.database_storage import DatabaseStudyStorage
 from starling.search.outcome import Candidate, LeaseLost, Outcome, Report, State
-from starling.search.storage import check_storage, open_storage
+from starling.search.storage import database as connections
+from starling.search.storage import database_storage
+from starling.search.storage.database import is_transient
+from starling.search.storage.database_storage import DatabaseStudyStorage
+from starling.search.storage.storage import check_storage, open_storage
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
 from starling.search.worker import WorkerSettings, run_search
 from tests.conftest import REPOSITORY

@@ -20,10 +20,10 @@ from optuna.trial import TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.errors import Pruned, UsageError
 from starling.search import definition
-from starling.search.leases import Lease
 from starling.search.outcome import LeaseLost, Outcome, State
 from starling.search.plan import StudyPlan
-from starling.search.storage import StudyStorage, open_storage
+from starling.search.storage.leases import Lease
+from starling.search.storage.storage import StudyStorage, open_storage
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
 
 STORAGES = ("journal", "postgresql")

@@ -17,11 +17,11 @@ import pytest
 from starling import settings
 from starling.cli import train
 from starling.config.hyp import Hyp
-from starling.engine.provenance import code_version
-from starling.engine.trainer import TrainResult
 from starling.search import training as search_training
-from starling.tracking.mlflow_database import database_uri
-from starling.tracking.mlflow_tracker import PARENT_TAG
+from starling.tracking.mlflow.database import database_uri
+from starling.tracking.mlflow.tracker import PARENT_TAG
+from starling.training.reporting.provenance import code_version
+from starling.training.trainer import TrainResult
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give bridges the time that a busy machine needs, and leave models to a test of their own."""
     settings.update({"register": False})
-    monkeypatch.setattr("starling.engine.training.DRAIN_S", 120)
+    monkeypatch.setattr("starling.training.training.DRAIN_S", 120)
 
 
 MINE = """
@@ -175,7 +175,7 @@ def test_a_training_beside_a_broken_server_ends_well_with_one_warning(
     fault: str,
 ) -> None:
     settings.update({"tensorboard": False})
-    monkeypatch.setattr("starling.engine.training.DRAIN_S", 1)
+    monkeypatch.setattr("starling.training.training.DRAIN_S", 1)
     with faulty_server(30 if fault == "slow" else 0) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9" if fault == "refused" else url)
         assert train.main([*tiny_args, "--noplots"]) == 0

@@ -27,21 +27,19 @@ from urllib.parse import urlsplit
 import pytest
 
 from starling.cli import track
-from starling.engine.progress import Silence
-from starling.engine.reporter import Reporter, RunLabel
-from starling.engine.results import COLUMNS, EpochRow, write_results
 from starling.outputs.redaction import without_credentials
 from starling.outputs.run_dir import RunDir
+from starling.progress import Silence
 from starling.tracking import process as bridge_process
-from starling.tracking import ui_server
 from starling.tracking.bridge import follow
 from starling.tracking.cursor import Cursor, cursor_path
 from starling.tracking.delivery import Bridge
 from starling.tracking.events import EventLog
-from starling.tracking.mlflow_client import CLIENT_LIMITS
-from starling.tracking.mlflow_database import database_uri
-from starling.tracking.mlflow_names import flat_params, metric_key
-from starling.tracking.mlflow_tracker import PARENT_TAG, UUID_TAG, MlflowTracker
+from starling.tracking.mlflow import ui_server
+from starling.tracking.mlflow.client import CLIENT_LIMITS
+from starling.tracking.mlflow.database import database_uri
+from starling.tracking.mlflow.names import flat_params, metric_key
+from starling.tracking.mlflow.tracker import PARENT_TAG, UUID_TAG, MlflowTracker
 from starling.tracking.process import start_bridges
 from starling.tracking.tracker import (
     DatasetInput,
@@ -51,6 +49,8 @@ from starling.tracking.tracker import (
     TrackerUnavailableError,
 )
 from starling.tracking.trackers import TRACKERS
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import COLUMNS, EpochRow, write_results
 from tests.conftest import PYTHON_PATH
 
 pytest.importorskip("mlflow")
@@ -409,8 +409,8 @@ def assert_cells_are_found(detections: list[dict[str, Any]], picture: Path) -> N
     import numpy as np
     import torch
 
-    from starling.boxes import iou_matrix, xywhn_to_xyxy
-    from starling.data.images import decode_image
+    from starling.boxes.geometry import iou_matrix, xywhn_to_xyxy
+    from starling.data.dataset.images import decode_image
 
     height, width = decode_image(picture).shape[:2]
     labels = np.loadtxt(picture.parents[2] / "labels/val" / f"{picture.stem}.txt", ndmin=2)

@@ -42,7 +42,7 @@ def _die() -> None:
 
 def die_at_iteration(count: str) -> None:
     """Be killed after so many iterations of this process, in the middle of whatever follows them."""
-    from starling.engine.trainer import Trainer
+    from starling.training.trainer import Trainer
 
     whole, done = Trainer._iterate, [0]
 
@@ -57,7 +57,7 @@ def die_at_iteration(count: str) -> None:
 
 def die_before_best(count: str) -> None:
     """Be killed where `best.pt` is about to be written for the given time."""
-    from starling.engine import saving
+    from starling.training.checkpoint import saving
 
     whole, done = saving.save_checkpoint, [0]
 
@@ -104,7 +104,7 @@ def die_in_the_end(epochs: str, step: str) -> None:
 
 def slow_iterations(marker: str) -> None:
     """Touch `marker` after the first iteration; take a tenth of a second for each one."""
-    from starling.engine.trainer import Trainer
+    from starling.training.trainer import Trainer
 
     whole = Trainer._iterate
 
@@ -118,8 +118,8 @@ def slow_iterations(marker: str) -> None:
 
 def slow_saves(folder: str, seconds: str, first: str = "1") -> None:
     """Note each save of `last.pt` as a file in `folder`, and let it take so long from save `first` on."""
-    from starling.engine import saving
     from starling.outputs import atomic
+    from starling.training.checkpoint import saving
 
     whole_save, whole_fsync, saves = saving.save_checkpoint, os.fsync, [0]
 
@@ -148,7 +148,7 @@ def slow_saves(folder: str, seconds: str, first: str = "1") -> None:
 
 def slow_validation(marker: str) -> None:
     """Touch `marker` at the first validation and take a tenth of a second for every batch of it, many times."""
-    from starling.engine import trainer
+    from starling.training import trainer
 
     whole = trainer.validate
 
@@ -172,8 +172,8 @@ def full_disk(limit: str) -> None:
 
 def failing_disk() -> None:
     """Let every fsync of a checkpoint fail, as a dying disk does."""
-    from starling.engine import saving
     from starling.outputs import atomic
+    from starling.training.checkpoint import saving
 
     whole_save, whole_fsync = saving.save_checkpoint, os.fsync
 
@@ -192,7 +192,7 @@ def failing_disk() -> None:
 
 def scarce_memory(mebibytes: str) -> None:
     """Let the process grow by so much once it trains; the kernel refuses it any more."""
-    from starling.engine.trainer import Trainer
+    from starling.training.trainer import Trainer
 
     whole = Trainer.fit
 
@@ -211,11 +211,11 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
 
     On one core: several trainings with a thread for each core get in each other's way.
     """
-    from starling.engine.trainer import Trainer
     from starling.outputs.atomic import append_line
     from starling.search import training
     from starling.search.study import StudyRules
     from starling.search.worker import WorkerSettings
+    from starling.training.trainer import Trainer
 
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     Path(folder).mkdir(parents=True, exist_ok=True)

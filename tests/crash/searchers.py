@@ -14,8 +14,8 @@ from pathlib import Path
 from starling.config.hyp import Hyp
 from starling.errors import StarlingError
 from starling.outputs.atomic import append_line, write_atomic
-from starling.search.journal import writing
 from starling.search.outcome import Candidate, Outcome, Report
+from starling.search.storage.journal import writing
 from starling.search.study import Claim, SearchStudy, StudyRules
 from starling.search.worker import WorkerSettings, run_search
 

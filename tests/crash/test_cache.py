@@ -16,9 +16,9 @@ from PIL import Image
 
 from starling import settings
 from starling.cli import train
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.pixel_folder import kept_files, remove_idle
-from starling.data.store import ImageStore
+from starling.data.cache.pixel_folder import kept_files, remove_idle
+from starling.data.cache.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
 from tests.conftest import REPOSITORY
 
 PICTURES = 24
@@ -27,9 +27,9 @@ SIZE = 256
 CHILD = """
 import sys, time
 from pathlib import Path
-from starling.data import resized
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.store import ImageStore
+from starling.data.cache import resized
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.cache.store import ImageStore
 
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
 decode, decoded = resized.decode_image, []

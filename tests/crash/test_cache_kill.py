@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.store import ImageStore
+from starling.data.cache.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.outputs.atomic import TEMPORARY_SUFFIX
 from tests.conftest import REPOSITORY
 
@@ -22,8 +22,8 @@ SIZE = 32
 BUILD_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.cache.store import ImageStore
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 

@@ -14,7 +14,7 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.engine.checkpoint import load_checkpoint
+from starling.model.checkpoint import load_checkpoint
 from starling.tracking.events import read_events
 from tests.crash.conftest import Start
 

@@ -23,7 +23,7 @@ from starling.cli import settings as settings_command
 from starling.cli.data import main as data_command
 from starling.cli.plots import main as plots_command
 from starling.core.folder import Folder
-from starling.data import archive, convert
+from starling.data.fetch import archive, convert
 from starling.errors import DiskFull, DiskRefused, GpuLost, refusal
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from starling import settings
 from starling.cli import train
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.findings import REPORT, write_report
-from starling.data.images import decode_image
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.dataset.findings import REPORT, write_report
+from starling.data.dataset.images import decode_image
 from starling.errors import DataError
 from tests.conftest import REPOSITORY
 
@@ -126,8 +126,8 @@ def _header_bombs(side: int) -> dict[str, bytes]:
 LOAD_AND_MEASURE = """
 import resource, sys
 from pathlib import Path
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.images import decode_image
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.dataset.images import decode_image
 from starling.errors import DataError
 description = DatasetDescription.from_yaml(Path(sys.argv[1]) / "data.yaml")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

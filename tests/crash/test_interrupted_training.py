@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from starling.engine.best_weights import holds_best
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.results import EpochRow
-from starling.engine.start import read_weights
+from starling.model.checkpoint import load_checkpoint
+from starling.model.initial_weights import read_weights
+from starling.training.checkpoint.best_weights import holds_best
+from starling.training.reporting.results import EpochRow
 from tests.crash.conftest import Start, wait_for
 
 

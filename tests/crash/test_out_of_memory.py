@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from starling.data import images
-from starling.data.images import decode_image, read_header
+from starling.data.dataset import images
+from starling.data.dataset.images import decode_image, read_header
 from starling.outputs.worker_status import FOLDER
 from tests.crash.conftest import Start
 

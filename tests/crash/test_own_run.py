@@ -12,9 +12,9 @@ import torch
 
 from starling.cli import train
 from starling.config.train_flags import parse_args
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.own_run import go_on
-from starling.engine.training import read_hyp
+from starling.model.checkpoint import load_checkpoint
+from starling.training.resume.own_run import go_on
+from starling.training.training import read_hyp
 from tests.crash.conftest import Start
 
 REPLICA = "train-one-cpu0"

@@ -13,11 +13,11 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.engine.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from starling.errors import DiskFull
+from starling.model.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from starling.outputs.atomic import sweep
 from starling.outputs.run_dir import previous_of
-from starling.search.journal import SafeJournalBackend
+from starling.search.storage.journal import SafeJournalBackend
 from tests.crash.conftest import Start, Strace
 from tests.crash.under_strace import NEW, OLD, RECORD
 

@@ -19,10 +19,10 @@ import pytest
 
 from starling import settings
 from starling.config.yaml_reader import read_yaml
-from starling.search.journal import JOURNAL, locked
-from starling.search.outcome import Attempt, State
+from starling.search.exports import CSV, YAML, csv_text
+from starling.search.outcome import Attempt, State, best_of
+from starling.search.storage.journal import JOURNAL, locked
 from starling.search.study import SearchStudy
-from starling.search.views import CSV, YAML, best_of, csv_text
 from tests.crash.conftest import PROCESSES, Start
 from tests.crash.searchers import BUDGET, EPOCHS, SEED_HYP, Fault, Scene, work
 

@@ -79,7 +79,7 @@ def checkpoint(value: int) -> dict[str, object]:
 
 def prepare_save(folder: Path) -> Callable[[Path], None]:
     """Leave a folder with two saves, and return what saves a third."""
-    from starling.engine.checkpoint import save_checkpoint
+    from starling.model.checkpoint import save_checkpoint
 
     for value in (OLD - 1, OLD):
         save_checkpoint(folder / "last.pt", checkpoint(value), previous=folder / "last.previous.pt")
@@ -89,7 +89,7 @@ def prepare_save(folder: Path) -> Callable[[Path], None]:
 
 def prepare_append(folder: Path) -> Callable[[Path], None]:
     """Leave a journal of one record and a torn one, and return what appends two."""
-    from starling.search.journal import SafeJournalBackend
+    from starling.search.storage.journal import SafeJournalBackend
 
     folder.mkdir(parents=True)
     SafeJournalBackend(folder / "journal").append_logs([RECORD])

@@ -314,7 +314,7 @@ def test_searches_have_a_database_of_their_own_and_see_no_other(stack: Stack, tr
     def open_as_a_replica(database: str) -> subprocess.CompletedProcess[str]:
         return docker(
             "run", "--rm", "--network", stack.network, "-e", f"PGPASSWORD={password}", trainer_image, "python", "-c",
-            "import pathlib; from starling.search.storage import open_storage; "
+            "import pathlib; from starling.search.storage.storage import open_storage; "
             f"print(open_storage('postgresql://starling@postgres/{database}', pathlib.Path('/tmp/a/b')).where)",
         )  # fmt: skip
 

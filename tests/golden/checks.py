@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from starling.boxes import iou_aligned_xywh
+from starling.boxes.geometry import iou_aligned_xywh
+from starling.boxes.matching import match_detections
+from starling.boxes.nms import non_max_suppression
 from starling.config.shipped import SHIPPED
-from starling.data.letterbox import boxes_to_original, letterbox_geometry
-from starling.loss import DetectionLoss, LossGains
-from starling.matching import match_detections
+from starling.data.augment.letterbox import boxes_to_original, letterbox_geometry
 from starling.metrics import average_precision
 from starling.model.detector import Detector, build_detector
 from starling.model.foreign import read_foreign_checkpoint
+from starling.model.loss import DetectionLoss, LossGains
 from starling.model.weights import load_weights
-from starling.suppression import non_max_suppression
 
 REQUIRED_LAYOUTS = (
     *(f"yolov5{size}{level}" for level in ("", "6") for size in "nsmlx"),

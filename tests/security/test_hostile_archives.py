@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from starling.data.acquire import acquire
-from starling.data.archive import unpack
+from starling.data.fetch.acquire import acquire
+from starling.data.fetch.archive import unpack
 from starling.errors import DataError
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import GOOD_TAR, GOOD_ZIP, HOSTILE, tar_of, zip_of
 
 UNPACK = """
-from starling.data.archive import unpack
+from starling.data.fetch.archive import unpack
 def read(path):
     unpack(path, path.with_name("in"))
 """
@@ -100,7 +100,7 @@ def test_what_was_in_the_folder_before_stays_when_unpacking_fails(tmp_path: Path
 def test_an_archive_of_empty_files_is_a_bomb_where_it_has_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starling.data.archive._ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr("starling.data.fetch.archive._ALWAYS_ALLOWED", 1 << 20)
     (tmp_path / "a").write_bytes(gzip.compress(tar_of(*((f"{n}", b"") for n in range(300))), 9))
     with pytest.raises(DataError, match="bomb"):
         unpack(tmp_path / "a", tmp_path / "in")

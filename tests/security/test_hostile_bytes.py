@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from starling.core.budget import SECONDS
-from starling.data.archive import unpack
-from starling.data.converters import CONVERTERS
-from starling.data.images import decode_image, read_header
-from starling.data.labels import read_labels
-from starling.data.pictures import find_pictures
-from starling.data.sources import find_sources
+from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.images import decode_image, read_header
+from starling.data.dataset.labels import read_labels
+from starling.data.fetch.archive import unpack
+from starling.data.fetch.converters import CONVERTERS
+from starling.data.sources.sources import find_sources
 from starling.errors import StarlingError
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv

@@ -17,12 +17,12 @@ from launcher.engines.archives import read_archived_file
 from launcher.env_file import read_env_file
 from launcher.track_archive import ArchiveWriter, verify
 from starling.config.study_url import StudyUrl
-from starling.engine.heartbeat import GRACE_S, Heartbeat
+from starling.distributed.heartbeat import GRACE_S, Heartbeat
 from starling.errors import CheckpointError, UsageError
-from starling.search import checksum, journal
-from starling.search.password import find_password
-from starling.search.repair import repair
-from starling.tracking.login import PASSWORD_FILE, read_password
+from starling.search.storage import checksum, journal
+from starling.search.storage.password import find_password
+from starling.search.storage.repair import repair
+from starling.tracking.mlflow.login import PASSWORD_FILE, read_password
 from starling.tracking.tracker import TrackerUnavailableError
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import HOSTILE, tar_of

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.data.image_cost import Room
-from starling.data.images import UnusableImageError, decode_image, read_header
+from starling.data.dataset.image_cost import Room
+from starling.data.dataset.images import UnusableImageError, decode_image, read_header
 from starling.errors import DataError
 from tests.security.conftest import Measured
 from tests.security.hostile_images import HOSTILE, LARGEST, png
@@ -18,8 +18,8 @@ from tests.security.hostile_images import HOSTILE, LARGEST, png
 READ = """
 import cv2
 from PIL import Image
-import starling.data.images
-from starling.data.images import decode_image, read_header
+import starling.data.dataset.images
+from starling.data.dataset.images import decode_image, read_header
 Image.init()
 def read(path):
     read_header(path)
@@ -57,7 +57,7 @@ def test_the_largest_image_of_each_kind_keeps_to_the_memory(tmp_path: Path, meas
 def test_an_image_that_needs_more_memory_than_the_limit_is_refused_by_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starling.data.images.MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr("starling.data.dataset.images.MEMORY_BYTES", 1 << 20)
     for name, (cost, build) in LARGEST.items():
         (tmp_path / name).write_bytes(build(int(((1 << 20) / cost) ** 0.5 * 1.5)))
         with pytest.raises(UnusableImageError, match="MiB to decode, over 1"):
@@ -102,7 +102,7 @@ def test_threads_share_the_memory_for_large_images() -> None:
 
 
 def test_a_served_model_refuses_a_chunk_that_claims_gigabytes() -> None:
-    served_model = pytest.importorskip("starling.tracking.served_model")
+    served_model = pytest.importorskip("starling.tracking.mlflow.served_model")
     text = base64.b64encode(HOSTILE["chunk.png"][0]()).decode()
     with pytest.raises(served_model.MlflowException, match="claims more bytes"):
         served_model._decode(text, 0)

@@ -18,10 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from starling.cli import train
-from starling.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
-from starling.engine.start import read_weights
 from starling.errors import StarlingError
-from starling.search.journal import JOURNAL
+from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
+from starling.model.initial_weights import read_weights
+from starling.search.storage.journal import JOURNAL
 from starling.search.study import SearchStudy, StudyRules
 from tests.conftest import REPOSITORY
 

@@ -21,11 +21,11 @@ from launcher.cli import main as launcher_main
 from starling.cli import detect, export, track, train, val
 from starling.core.plain_json import NotJson, parse_json
 from starling.core.plain_yaml import NotYaml, compose_yaml, load_yaml
-from starling.engine.checkpoint import load_checkpoint, save_checkpoint
 from starling.errors import ConfigError, StarlingError
+from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.model.detector import build_detector
 from starling.model.pickle_check import PickleWalk
-from starling.search.journal import JOURNAL
+from starling.search.storage.journal import JOURNAL
 from starling.search.study import SearchStudy, StudyRules
 from starling.tracking.cursor import Cursor, cursor_path
 from starling.tracking.delivery import Bridge
@@ -38,8 +38,8 @@ from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
 
 IMPORTS = """
 from starling.errors import StarlingError
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.start import read_weights
+from starling.model.checkpoint import load_checkpoint
+from starling.model.initial_weights import read_weights
 """
 
 
@@ -159,7 +159,7 @@ YAML_IMPORTS = """
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.data.dataset import DatasetDescription
+from starling.data.dataset.dataset import DatasetDescription
 from starling.errors import StarlingError
 from starling.model.detector import build_detector
 from starling.search.space import parse_space

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from starling.data import paced, remote_source
-from starling.data.download import Download, FetchError, fetch
+from starling.data.fetch import paced
+from starling.data.fetch.download import Download, FetchError, fetch
+from starling.data.sources import remote_source
 from starling.errors import DataError
 
 Serve = Callable[[bytes, float], str]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from starling.data.converters import CONVERTERS
-from starling.data.json_stream import members
-from starling.data.labels import read_labels
-from starling.data.pictures import find_pictures
-from starling.data.sources import find_sources
+from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.labels import read_labels
+from starling.data.fetch.converters import CONVERTERS
+from starling.data.fetch.json_stream import members
+from starling.data.sources.sources import find_sources
 from starling.errors import DataError, StarlingError, UsageError
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv
@@ -48,7 +48,7 @@ def test_hostile_label_files_take_little_time_and_memory(tmp_path: Path, measure
     for number, (build, _) in enumerate(LABELS.values()):
         (tmp_path / f"{number}.txt").write_text(build())
     (tmp_path / "polygons.txt").write_text(("0 " + "0.1 0.9 " * 60_000 + "\n") * 30)
-    setup = "from starling.data.labels import read_labels\ndef read(path):\n    read_labels(path, 80)"
+    setup = "from starling.data.dataset.labels import read_labels\ndef read(path):\n    read_labels(path, 80)"
     measured(setup, sorted(tmp_path.glob("*.txt")), most_bytes=600 << 20)
 
 
@@ -187,7 +187,7 @@ def test_a_large_coco_file_is_read_piece_by_piece(tmp_path: Path, measured: Meas
             file.write(", " + ", ".join([row] * 1000))
         file.write("]}")
     setup = """
-from starling.data.converters import CONVERTERS
+from starling.data.fetch.converters import CONVERTERS
 def read(path):
     assert CONVERTERS["coco"](path.parent, ["a"], source=path.name, images="images") == 1
 """

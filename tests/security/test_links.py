@@ -193,7 +193,7 @@ def test_a_folder_swapped_for_a_link_while_a_training_runs_ends_it_with_exit_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from starling.engine.trainer import Trainer
+    from starling.training.trainer import Trainer
 
     whole, weights = Trainer._iterate, runs / "train/exp/weights"
 
@@ -437,7 +437,7 @@ def test_pipes_hang_no_reader(quick: list[str], runs: Path) -> None:
 
 
 def test_the_embedded_database_is_kept_behind_no_link(runs: Path, outside: Path) -> None:
-    from starling.tracking.mlflow_database import held_database
+    from starling.tracking.mlflow.database import held_database
 
     plant(runs / "mlflow", outside, absolute)
     with pytest.raises(LinkRefused):

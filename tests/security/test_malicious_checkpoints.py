@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from starling.cli import train
-from starling.engine.checkpoint import load_checkpoint, save_checkpoint
 from starling.errors import CheckpointError
+from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.outputs.run_dir import previous_of
 from tests.crash.conftest import Start
 

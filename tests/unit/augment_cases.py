@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from starling.config.hyp import Hyp
-from starling.data.paint import paint_item
-from starling.data.plan import plan_item
+from starling.data.augment.paint import paint_item
+from starling.data.augment.plan import plan_item
 
 Array = np.ndarray[Any, Any]
 

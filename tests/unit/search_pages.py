@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from starling.search.outcome import Attempt, Finished, Progress, State
+from starling.search.outcome import Attempt, Finished, Progress, State, best_of
 from starling.search.report.facts import Facts, costs_of
-from starling.search.views import best_of
 
 BEGAN = datetime(2026, 8, 1, 9, 0)
 SEED = {"lr0": 0.01, "momentum": 0.9, "mixup": 0.0, "scale": 0.5, "fliplr": 0.5}

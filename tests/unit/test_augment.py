@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from starling.config.hyp import Hyp
-from starling.data import paint, plan
-from starling.data.item_labels import labels_in_view
-from starling.data.letterbox import apply_letterbox, letterbox_geometry
-from starling.data.outlines import choose_pastes, cut
-from starling.data.plan import QuadPlan, plan_item, plan_letterbox
-from starling.data.streams import epoch_order, random_stream
+from starling.data.augment import paint, plan
+from starling.data.augment.item_labels import labels_in_view
+from starling.data.augment.letterbox import apply_letterbox, letterbox_geometry
+from starling.data.augment.outlines import choose_pastes, cut
+from starling.data.augment.plan import QuadPlan, plan_item, plan_letterbox
+from starling.data.augment.streams import epoch_order, random_stream
 from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured, training_item
 
 GOLDEN = Path(__file__).with_name("augment_golden.npz")

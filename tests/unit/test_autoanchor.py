@@ -12,15 +12,15 @@ import torch
 from starling import settings
 from starling.cli import train
 from starling.config.yaml_reader import read_yaml, write_yaml
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.engine import anchors as engine_anchors
-from starling.engine.anchors import label_sizes
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.start import Start, Weights, read_weights
-from starling.engine.trainer import Trainer
+from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.model.autoanchor import AutoAnchor, cluster_sizes, evolve_anchors, fit_anchors, measure_fit
+from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import build_detector
+from starling.model.initial_weights import Start, Weights, read_weights
 from starling.search import training as search
+from starling.training.setup import anchors as engine_anchors
+from starling.training.setup.anchors import label_sizes
+from starling.training.trainer import Trainer
 from tests.conftest import TINY_LAYOUT
 
 COCO = np.array(

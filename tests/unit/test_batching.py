@@ -18,16 +18,16 @@ from starling import settings
 from starling.cli import train
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
-from starling.data.batching import Batching, BatchPlan, picture_weights, plan_epoch
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.loader import Batch, TrainLoader
-from starling.data.store import ImageStore
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.data import load_data
-from starling.engine.device import Compute
-from starling.engine.training import warn_of_idle
-from starling.engine.validator import to_input
+from starling.data.cache.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.loader.batching import Batching, BatchPlan, picture_weights, plan_epoch
+from starling.data.loader.loader import Batch, TrainLoader
+from starling.device import Compute
 from starling.errors import ConfigError
+from starling.model.checkpoint import load_checkpoint
+from starling.prediction.inputs import to_input
+from starling.training.setup.data import load_data
+from starling.training.training import warn_of_idle
 from tests.conftest import REPOSITORY
 
 SIZE = 64

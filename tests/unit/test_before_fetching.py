@@ -11,10 +11,10 @@ import pytest
 
 from starling.cli import detect, export, train, val
 from starling.config.yaml_reader import read_yaml
-from starling.engine import start
-from starling.engine.device import OWN_LAUNCH, asked_threads
-from starling.engine.start import Start, check_freeze, frozen_layers
+from starling.device import OWN_LAUNCH, asked_threads
 from starling.errors import UsageError
+from starling.model import initial_weights as start
+from starling.model.initial_weights import Start, check_freeze, frozen_layers
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
@@ -136,7 +136,7 @@ def test_a_number_of_threads_that_is_none_is_said_and_not_obeyed(given: str) -> 
 
 def test_a_process_takes_as_many_threads_as_omp_num_threads_says() -> None:
     code = (
-        "import cv2, torch; from starling.engine.device import select_compute; "
+        "import cv2, torch; from starling.device import select_compute; "
         "print(select_compute('cpu', 'off', print).describe(), torch.get_num_threads(), cv2.getNumThreads())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "3"}

@@ -11,10 +11,10 @@ import pytest
 
 from starling import settings
 from starling.cli import train
-from starling.engine import trainer
-from starling.engine.best_weights import best_row, out_of_patience, unscored
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.results import EpochRow
+from starling.model.checkpoint import load_checkpoint
+from starling.training import trainer
+from starling.training.checkpoint.best_weights import best_row, out_of_patience, unscored
+from starling.training.reporting.results import EpochRow
 
 NAN = math.nan
 

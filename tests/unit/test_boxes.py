@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starling.boxes import (
+from starling.boxes.geometry import (
     iou_aligned_xywh,
     iou_matrix,
     xywh_to_xyxy,

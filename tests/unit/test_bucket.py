@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from starling.config.train_config import TrainConfig
-from starling.engine.delivery import upload_results
 from starling.errors import UsageError
 from starling.outputs.bucket import check_bucket, upload
+from starling.training.reporting.delivery import upload_results
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from starling.cli.detect import main as detect_main
 from starling.cli.val import main as val_main
-from starling.engine.validator import class_figures, class_table
+from starling.evaluation.validator import class_figures, class_table
 from starling.metrics import average_precision
 from starling.outputs.names import distinct
 from starling.plots.style import figure_names
@@ -85,7 +85,7 @@ def test_counts_of_classes_of_equal_names_add_up_to_the_detections(
 def test_validation_tells_its_batch_and_every_class_by_number(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starling.engine.evaluation.draw_worst", lambda *args: None)
+    monkeypatch.setattr("starling.evaluation.evaluation.draw_worst", lambda *args: None)
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     shutil.copyfile(PICTURE, tmp_path / "images" / "a.jpg")

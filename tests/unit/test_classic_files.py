@@ -13,11 +13,11 @@ import torch
 
 from starling import settings
 from starling.cli import export, train, val
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.start import find_start
 from starling.errors import CheckpointError
+from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector, build_detector
 from starling.model.foreign import read_foreign_checkpoint
+from starling.model.initial_weights import find_start
 from starling.model.torch_file import LEGACY_MAGIC
 from starling.model.weights import load_weights
 from tests.unit.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained

@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 
-from starling.clearml_client import script
-from starling.clearml_client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
-from starling.clearml_client.credentials import find_credentials, is_configured
-from starling.clearml_client.tasks import (
+from starling.config.hyp import Hyp
+from starling.config.train_config import TrainConfig
+from starling.config.train_flags import parse_args
+from starling.config.yaml_reader import read_yaml
+from starling.errors import ConfigError, UsageError
+from starling.tracking.clearml.client import script
+from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
+from starling.tracking.clearml.client.credentials import find_credentials, is_configured
+from starling.tracking.clearml.client.tasks import (
     command_line,
     create_task,
     get_task,
@@ -24,12 +29,7 @@ from starling.clearml_client.tasks import (
     project_name,
     sections_of,
 )
-from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
-from starling.config.train_flags import parse_args
-from starling.config.yaml_reader import read_yaml
-from starling.errors import ConfigError, UsageError
-from starling.tracking.clearml_tracker import ClearmlTracker
+from starling.tracking.clearml.tracker import ClearmlTracker
 from starling.tracking.tracker import Run
 from tests.doubles.clearml_server import ACCESS_KEY, SECRET_KEY, Answer, ClearmlServerDouble
 
@@ -138,7 +138,7 @@ def test_an_upload_of_any_bytes_and_any_name_arrives_whole(
 
 
 def test_an_endless_answer_is_given_up(server: ClearmlServerDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starling.clearml_client.api.MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr("starling.tracking.clearml.client.api.MAX_ANSWER_BYTES", 1000)
     server.faults.answer = Answer(200, b" " * 5_000_000)
     with pytest.raises(ClearmlUnavailableError, match="an answer of over"):
         api_of(server).call("tasks.get_all")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from starling import settings
 from starling.cli import train
-from starling.engine import compiling
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.compiling import CompiledForward
-from starling.engine.device import Compute
+from starling.device import Compute
+from starling.model.checkpoint import load_checkpoint
+from starling.training.setup import compiling
+from starling.training.setup.compiling import CompiledForward
 
 CPU = Compute(torch.device("cpu"), False, 1)
 

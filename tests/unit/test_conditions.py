@@ -13,8 +13,8 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.engine import conditions
-from starling.engine.checkpoint import load_checkpoint
+from starling.model.checkpoint import load_checkpoint
+from starling.training.resume import conditions
 from tests.conftest import MINI_SET, TINY_LAYOUT
 
 NOTE = "this resume is not bit-equal: "

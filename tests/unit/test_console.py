@@ -43,7 +43,7 @@ def test_installed_commands_work_in_a_folder_with_modules_of_the_users(
 def test_the_package_is_imported_in_a_folder_with_modules_of_the_users(users_folder: Path) -> None:
     code = "import starling; from starling import hooks, settings; print(hooks.__name__, settings.__name__)"
     done = run(users_folder, sys.executable, "-c", code, PYTHONPATH=PYTHON_PATH)
-    assert done.stdout.split() == ["starling.engine.hooks", "starling.settings"], done.stderr
+    assert done.stdout.split() == ["starling.training.reporting.hooks", "starling.settings"], done.stderr
 
 
 def test_importing_the_package_needs_no_other(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from starling.cli import data as data_command
-from starling.data.convert import (
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.dataset.labels import read_labels
+from starling.data.fetch.convert import (
     Converted,
     convert_coco,
     convert_open_images,
@@ -21,8 +23,6 @@ from starling.data.convert import (
     convert_voc,
     convert_wheat,
 )
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.labels import read_labels
 from starling.errors import DataError
 
 WIDTH, HEIGHT = 200, 100

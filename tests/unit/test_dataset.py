@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.findings import write_report
-from starling.engine.data import left_out
+from starling.data.dataset.account import left_out
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.dataset.findings import write_report
 from starling.errors import DataError, UsageError
 
 

@@ -25,12 +25,12 @@ import torch
 
 from starling.cli.detect import main
 from starling.config.detect_flags import parse_args
-from starling.data import sources
-from starling.data.remote_source import download
-from starling.engine import detecting
-from starling.engine.detection_files import class_folders
-from starling.engine.inference import Augmented
+from starling.data.sources import sources
+from starling.data.sources.remote_source import download
 from starling.errors import DataError, UsageError
+from starling.prediction import detecting
+from starling.prediction.detection_files import class_folders
+from starling.prediction.inference import Augmented
 from tests.conftest import MINI_SET, REPOSITORY
 
 WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from starling.config.hyp import Hyp
-from starling.data.device_paint import DevicePainter
-from starling.data.device_tables import Tables, load_tables
-from starling.data.letterbox import letterbox_geometry
-from starling.data.paint import outline_mask, paint_item
-from starling.data.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
+from starling.data.augment.device_paint import DevicePainter
+from starling.data.augment.device_tables import Tables, load_tables
+from starling.data.augment.letterbox import letterbox_geometry
+from starling.data.augment.paint import outline_mask, paint_item
+from starling.data.augment.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured
 
@@ -142,7 +142,7 @@ def test_painting_many_items_at_once_changes_nothing(monkeypatch: pytest.MonkeyP
     plans, pictures = plans_of("copy-paste, turned, in mixup")
     painter = DevicePainter.from_store(pictures, CPU)
     one_by_one = painter.paint(plans)
-    monkeypatch.setattr("starling.data.device_paint._PIXELS_AT_ONCE", {"cpu": 4 * SIDE * SIDE})
+    monkeypatch.setattr("starling.data.augment.device_paint._PIXELS_AT_ONCE", {"cpu": 4 * SIDE * SIDE})
     assert torch.equal(painter.paint(plans), one_by_one)
 
 
@@ -162,7 +162,7 @@ def test_pictures_come_to_the_device_whole_in_parts_of_any_size(monkeypatch: pyt
     _, pictures = textured()
     flat = np.concatenate([picture.reshape(-1) for picture in pictures])
     for size in (1, 25_000, 40_000, 1 << 30):
-        monkeypatch.setattr("starling.data.device_paint._COPY_BYTES", size)
+        monkeypatch.setattr("starling.data.augment.device_paint._COPY_BYTES", size)
         assert np.array_equal(DevicePainter.from_store(pictures, CPU).pixels.numpy(), flat)
 
 
@@ -234,10 +234,10 @@ def test_a_triton_that_fails_or_paints_otherwise_leaves_the_painting_to_torch(
         out.fill_(114)
 
     for paint, why in ((fail, "OSError: no C compiler"), (paint_grey, "paints otherwise than torch does")):
-        double = ModuleType("starling.data.triton_paint")
+        double = ModuleType("starling.data.augment.triton_paint")
         double.paint_with_triton = paint  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "starling.data.triton_paint", double)
-        monkeypatch.setattr("starling.data.triton_paint", double, raising=False)
+        monkeypatch.setitem(sys.modules, "starling.data.augment.triton_paint", double)
+        monkeypatch.setattr("starling.data.augment.triton_paint", double, raising=False)
         kernel, reason = painter._choose("auto", "cuda")
         assert kernel == "torch"
         assert reason.endswith(why)
@@ -257,7 +257,7 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from starling.data.triton_paint import BLOCK_HEIGHT, BLOCK_WIDTH, paint_kernel
+    from starling.data.augment.triton_paint import BLOCK_HEIGHT, BLOCK_WIDTH, paint_kernel
 
     flags = dict.fromkeys(("TURNED", "EDGED", "MASKED"), turned)
     constants = {"LAYERS": layers, **flags, "COLOURED": True, "NORMALISED": dtype != "u8"}
@@ -277,8 +277,8 @@ def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(
 IN_THE_INTERPRETER = """
 import sys
 import torch
-from starling.data import triton_paint
-from starling.data.device_paint import DevicePainter
+from starling.data.augment import triton_paint
+from starling.data.augment.device_paint import DevicePainter
 from tests.unit.test_device_paint import plans_of
 
 triton_paint.BLOCK_HEIGHT = 64  # fewer programs, as the interpreter's time is by the program

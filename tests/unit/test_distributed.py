@@ -19,11 +19,11 @@ import torch
 
 from starling.cli import train
 from starling.config.train_config import TrainConfig
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.distributed import Place
-from starling.engine.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
-from starling.engine.relaunch import relaunch
+from starling.distributed.group import Place
+from starling.distributed.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
+from starling.distributed.relaunch import relaunch
 from starling.errors import UsageError
+from starling.model.checkpoint import load_checkpoint
 from tests.conftest import PYTHON_PATH, REPOSITORY
 
 STILL_NORMS = """\
@@ -502,7 +502,7 @@ def test_a_rank_that_ended_in_a_failure_hands_on_its_reason_and_exit_code() -> N
 
 
 def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole() -> None:
-    from starling.loss import DetectionLoss, LossGains, Share
+    from starling.model.loss import DetectionLoss, LossGains, Share
 
     torch.manual_seed(0)
     anchors = torch.tensor([[[1.0, 1.5], [2.0, 1.0]]])
@@ -530,7 +530,7 @@ import sys
 from starling.cli import train
 from starling.cli.command import leave
 from starling.config.train_config import TrainConfig
-from starling.loss import DetectionLoss
+from starling.model.loss import DetectionLoss
 healthy, calls = DetectionLoss.forward, []
 def forward(self, *given):
     calls.append(1)

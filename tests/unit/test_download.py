@@ -22,16 +22,16 @@ import pytest
 
 from starling.cli import data as data_command
 from starling.config.shipped import SHIPPED
-from starling.data.acquire import Fetch, acquire, read_steps
-from starling.data.archive import unpack
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.download import MIRROR, Download, FetchError, check_url, fetch, record_path
-from starling.engine import official
-from starling.engine.data import load_data
-from starling.engine.official import OFFICIAL, official_name, official_weights, weights_folder
-from starling.engine.progress import Progress
-from starling.engine.start import find_weights
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.fetch import official
+from starling.data.fetch.acquire import Fetch, acquire, read_steps
+from starling.data.fetch.archive import unpack
+from starling.data.fetch.download import MIRROR, Download, FetchError, check_url, fetch, record_path
+from starling.data.fetch.official import OFFICIAL, official_name, official_weights, weights_folder
 from starling.errors import CheckpointError, DataError, UsageError
+from starling.model.initial_weights import find_weights
+from starling.progress import Progress
+from starling.training.setup.data import load_data
 from tests.conftest import MINI_SET, REPOSITORY
 
 BODY = bytes(range(256)) * 4000
@@ -414,7 +414,7 @@ def test_symlink_of_a_zip_is_refused(tmp_path: Path) -> None:
 def test_bomb_doubled_name_and_other_files_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("starling.data.archive._ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr("starling.data.fetch.archive._ALWAYS_ALLOWED", 1 << 20)
     with pytest.raises(DataError, match="bomb"):
         unpack(zip_of(tmp_path / "bomb.zip", {"a": bytes(4 << 20)}), tmp_path / "in")
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from starling.config.hyp import Hyp
-from starling.engine.autobatch import fit_batch
-from starling.engine.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
-from starling.engine.device import select_compute
-from starling.engine.optimizer import (
+from starling.device import select_compute
+from starling.errors import CheckpointError, DiskFull, UsageError
+from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
+from starling.progress import Progress, duration
+from starling.training.optimizer import (
     BIASES,
     DECAYED,
     NORMS,
@@ -23,9 +24,8 @@ from starling.engine.optimizer import (
     Schedule,
     build_optimizer,
 )
-from starling.engine.progress import Progress, duration
-from starling.engine.results import COLUMNS, EpochRow, write_results
-from starling.errors import CheckpointError, DiskFull, UsageError
+from starling.training.reporting.results import COLUMNS, EpochRow, write_results
+from starling.training.setup.autobatch import fit_batch
 
 NAN = math.nan
 

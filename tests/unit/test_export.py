@@ -15,10 +15,10 @@ import torch
 
 from starling.cli.export import main
 from starling.config.export_config import parse_args
-from starling.engine import exporter
-from starling.engine.exporter import Difference
-from starling.engine.inference import load_detector
 from starling.errors import UsageError
+from starling.export import exporter
+from starling.export.exporter import Difference
+from starling.prediction.inference import load_detector
 from tests.conftest import REPOSITORY
 
 CHECKPOINT = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"

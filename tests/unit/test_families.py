@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from starling.engine.start import read_weights
 from starling.errors import CheckpointError
 from starling.model.families import family_of_tensors, foreign_kind
+from starling.model.initial_weights import read_weights
 from tests.security.hostile_archives import crowded_zip
 
 U = "ultralytics.nn.modules"

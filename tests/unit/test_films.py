@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from starling.cli.detect import main
-from starling.data.edit_list import shown_seconds
-from starling.data.films import ends_early, is_animated
-from starling.data.left_out import LeftOut
-from starling.data.sources import Source, find_sources, frames
+from starling.data.dataset.left_out import LeftOut
+from starling.data.sources.edit_list import shown_seconds
+from starling.data.sources.films import ends_early, is_animated
+from starling.data.sources.sources import Source, find_sources, frames
 from starling.errors import DataError
 from tests.conftest import MINI_SET, REPOSITORY
 

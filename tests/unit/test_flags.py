@@ -15,17 +15,19 @@ import onnx
 import pytest
 import torch
 
-from starling import settings
+from starling import device, settings
 from starling.cli import detect, export, train, val
 from starling.config import detect_flags, export_config, train_flags, val_flags
 from starling.config.yaml_reader import read_yaml
-from starling.data.loader import ValLoader
-from starling.engine import device, evaluation, exporter, saving
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.data import load_data
-from starling.engine.device import Compute, select_compute
-from starling.engine.trainer import Trainer, TrainResult
+from starling.data.loader.loader import ValLoader
+from starling.device import Compute, select_compute
 from starling.errors import StarlingError, UsageError
+from starling.evaluation import evaluation
+from starling.export import exporter
+from starling.model.checkpoint import load_checkpoint
+from starling.training.checkpoint import saving
+from starling.training.setup.data import load_data
+from starling.training.trainer import Trainer, TrainResult
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PEER = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

@@ -11,11 +11,11 @@ import pytest
 
 from starling import settings
 from starling.cli import train
-from starling.engine import hooks
-from starling.engine.hooks import NAMES, find_hooks
-from starling.engine.provenance import code_version
 from starling.errors import UsageError
 from starling.tracking.events import Event, read_events
+from starling.training.reporting import hooks
+from starling.training.reporting.hooks import NAMES, find_hooks
+from starling.training.reporting.provenance import code_version
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from starling.data.images import UnusableImageError, decode_image, read_header
+from starling.data.dataset.images import UnusableImageError, decode_image, read_header
 from starling.errors import DataError
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.data.labels import Keypoints, label_path, parse_labels, read_labels
+from starling.data.dataset.labels import Keypoints, label_path, parse_labels, read_labels
 
 
 def test_a_box_row_is_read_as_it_stands() -> None:

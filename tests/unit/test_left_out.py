@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, is_hidden_copy
-from starling.data.left_out import LeftOut
+from starling.data.dataset.left_out import LeftOut
 
 
 def test_console_report_and_json_say_the_same_of_what_is_left_out() -> None:

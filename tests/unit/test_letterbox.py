@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from starling.data.letterbox import FILL, apply_letterbox, boxes_to_original, letterbox_geometry
+from starling.data.augment.letterbox import FILL, apply_letterbox, boxes_to_original, letterbox_geometry
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vectors" / "letterbox.json"
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from starling.config.hyp import Hyp
-from starling.data import prepare
-from starling.data.batching import Batching
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.device_paint import DevicePainter
-from starling.data.letterbox import boxes_to_original
-from starling.data.loader import Batch, TrainLoader, ValLoader
-from starling.data.prepare import PREFETCH
-from starling.data.store import ImageStore
+from starling.data.augment.device_paint import DevicePainter
+from starling.data.augment.letterbox import boxes_to_original
+from starling.data.cache.store import ImageStore
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.loader import prepare
+from starling.data.loader.batching import Batching
+from starling.data.loader.loader import Batch, TrainLoader, ValLoader
+from starling.data.loader.prepare import PREFETCH
 from starling.errors import ConfigError, DataError
 
 SIZE = 64

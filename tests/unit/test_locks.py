@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from starling.core.lock import is_at, take, try_flock
-from starling.data.download import only_one
+from starling.data.fetch.download import only_one
 from starling.errors import UsageError
 from starling.outputs.run_lock import LOCK as RUN_LOCK
 from starling.outputs.run_lock import run_lock
-from starling.search.journal import LOCK as STUDY_LOCK
-from starling.search.journal import JournalStudyStorage, locked
+from starling.search.storage.journal import LOCK as STUDY_LOCK
+from starling.search.storage.journal import JournalStudyStorage, locked
 from starling.search.training import weights_locked
 from starling.tracking.lock import exclusive
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from starling.config.hyp import Hyp
-from starling.data.prepare import TARGET_ROWS, filled_up
+from starling.data.loader.prepare import TARGET_ROWS, filled_up
 from starling.errors import ConfigError
-from starling.loss import DetectionLoss, LossGains
+from starling.model.loss import DetectionLoss, LossGains
 
 ANCHORS = torch.tensor([[[2.0, 2.0], [4.0, 4.0]], [[2.0, 2.0], [4.0, 4.0]]])
 STRIDES = (8.0, 16.0)

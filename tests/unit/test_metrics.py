@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from starling.boxes import iou_matrix
-from starling.matching import IOU_THRESHOLDS, device, host, match_detections, match_images
+from starling.boxes.geometry import iou_matrix
+from starling.boxes.matching import IOU_THRESHOLDS, device, host, match_detections, match_images
 from starling.metrics import ConfusionMatrix, average_precision, fitness
 
 LABEL = torch.tensor([[1.0, 10, 10, 50, 50]])

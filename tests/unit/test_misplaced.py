@@ -15,10 +15,10 @@ from launcher.training_args import prepare_args
 from starling.config.hyp import FOREIGN_KEYS, Hyp
 from starling.config.shipped import find_config
 from starling.core.misplaced import misplaced
-from starling.data.acquire import class_names
-from starling.data.dataset import DatasetDescription
-from starling.engine.start import find_weights
+from starling.data.dataset.dataset import DatasetDescription
+from starling.data.fetch.acquire import class_names
 from starling.errors import CheckpointError, DataError, StarlingError, UsageError
+from starling.model.initial_weights import find_weights
 
 
 @pytest.fixture

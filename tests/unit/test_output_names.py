@@ -15,7 +15,7 @@ import pytest
 
 from starling.cli.detect import main as detect_main
 from starling.cli.val import main as val_main
-from starling.engine.coco import image_ids
+from starling.evaluation.coco import image_ids
 from starling.outputs.names import Named, Names, Subject, numbered
 from starling.outputs.register import Register
 from tests.conftest import MINI_SET, REPOSITORY
@@ -260,7 +260,7 @@ def test_file_names_that_are_no_text_or_too_long_are_no_trouble(
 def test_validation_writes_a_label_file_for_each_of_two_images_of_one_name(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starling.engine.pictures.draw_validation", lambda *args: None)
+    monkeypatch.setattr("starling.training.reporting.pictures.draw_validation", lambda *args: None)
     for folder in ("one", "two"):
         (tmp_path / folder / "images").mkdir(parents=True)
         (tmp_path / folder / "labels").mkdir()

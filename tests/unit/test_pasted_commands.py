@@ -30,8 +30,8 @@ from starling.cli import detect, train, val
 from starling.config import detect_flags, hpo_config, train_flags, val_flags
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml, write_yaml
-from starling.engine.start import find_start
-from starling.engine.training import open_workshop, read_hyp
+from starling.model.initial_weights import find_start
+from starling.training.training import open_workshop, read_hyp
 from tests.conftest import PYTHON_PATH, REPOSITORY
 
 LINES = Path(__file__).with_name("pasted_commands.txt")

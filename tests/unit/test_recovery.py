@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from starling import settings
 from starling.cli import train
-from starling.data.loader import Batch
-from starling.engine import saving, trainer
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.learner import split
-from starling.engine.soundness import LossWatch, is_finite
-from starling.loss import DetectionLoss
+from starling.data.loader.loader import Batch
+from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector
+from starling.model.loss import DetectionLoss
 from starling.outputs.worker_status import FOLDER
+from starling.training import trainer
+from starling.training.checkpoint import saving
+from starling.training.finite_check import LossWatch, is_finite
+from starling.training.learner import split
 
 
 @pytest.fixture(autouse=True)

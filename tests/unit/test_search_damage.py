@@ -18,11 +18,11 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from starling.cli import search as command
 from starling.config.hyp import Hyp
 from starling.errors import CheckpointError, UsageError
-from starling.search.checksum import has_lost_line_end, opened, sealed
-from starling.search.journal import JOURNAL, LOCK, SafeJournalBackend
 from starling.search.outcome import Outcome, State
 from starling.search.plan import StudyPlan
-from starling.search.repair import mend, repair
+from starling.search.storage.checksum import has_lost_line_end, opened, sealed
+from starling.search.storage.journal import JOURNAL, LOCK, SafeJournalBackend
+from starling.search.storage.repair import mend, repair
 from starling.search.study import Claim, SearchStudy, Turn
 
 SEED = Hyp().as_dict()

@@ -12,9 +12,9 @@ from starling.config.hyp import Hyp
 from starling.errors import ConfigError
 from starling.search.outcome import State
 from starling.search.samplers.fast import FastSampler, FastSettings, ranking
-from starling.search.samplers.judges import density_ratio, expected_score, normal_scores
-from starling.search.samplers.knowledge import Finding, Knowledge
+from starling.search.samplers.history import Finding, Knowledge
 from starling.search.samplers.proposer import Proposer, make_sampler
+from starling.search.samplers.surrogates import density_ratio, expected_score, normal_scores
 from starling.search.space import Setting, Space
 
 HYP = Hyp(degrees=2.0).as_dict()

@@ -16,10 +16,10 @@ from starling.cli.search import main
 from starling.config.hyp import Hyp
 from starling.config.yaml_reader import write_yaml
 from starling.errors import UsageError
+from starling.search.exports import write_files
 from starling.search.importing import read_evolve_csv
 from starling.search.outcome import METRIC_COLUMNS
 from starling.search.study import Claim, SearchStudy
-from starling.search.views import write_files
 from tests.conftest import REPOSITORY
 from tests.unit.test_search_worker import outcome
 from tests.unit.test_search_worker import search as work

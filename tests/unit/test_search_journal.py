@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from starling.errors import CheckpointError, DiskFull, UsageError
-from starling.search import journal
-from starling.search.checksum import sealed
-from starling.search.journal import JournalStudyStorage, SafeJournalBackend, locked
+from starling.search.storage import journal
+from starling.search.storage.checksum import sealed
+from starling.search.storage.journal import JournalStudyStorage, SafeJournalBackend, locked
 from starling.search.study import SearchStudy
 
 RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}

@@ -12,9 +12,9 @@ import pytest
 
 from starling.config.hyp import Hyp
 from starling.errors import Pruned
-from starling.search.journal import SafeJournalBackend
 from starling.search.outcome import Outcome, State
 from starling.search.plan import FRESH_SEEDS, StudyPlan
+from starling.search.storage.journal import SafeJournalBackend
 from starling.search.study import Claim, SearchStudy, Turn
 
 SEED = Hyp().as_dict()
@@ -124,7 +124,7 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """Make each write to a study deadly by chance, before or after it; gives back where the world is to be put."""
     worlds: list[World] = []
     whole = SafeJournalBackend.append_logs
-    monkeypatch.setattr("starling.search.journal.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("starling.search.storage.journal.os.fsync", lambda descriptor: None)
 
     def append(self: SafeJournalBackend, logs: list[dict[str, Any]]) -> None:
         world = worlds[-1]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.search.leases import FileLease, FileLeaseWatch, lease_path
 from starling.search.outcome import LeaseLost
+from starling.search.storage.leases import FileLease, FileLeaseWatch, lease_path
 
 
 class Clock:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.errors import ConfigError, Pruned, UsageError
 from starling.search.outcome import (
+    BEST_HYP,
     Candidate,
     CandidateFailed,
     Finished,
@@ -20,13 +21,13 @@ from starling.search.outcome import (
     Report,
     SearchSummary,
     State,
+    best_of,
 )
 from starling.search.plan import FRESH_SEEDS, StudyPlan
 from starling.search.pruning import ENOUGH, Halving
-from starling.search.samplers.knowledge import Knowledge
+from starling.search.samplers.history import Knowledge
 from starling.search.space import Space
 from starling.search.study import Claim, SearchStudy, Turn
-from starling.search.views import YAML, best_of
 from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp().as_dict()
@@ -252,7 +253,7 @@ def test_winner_is_who_does_best_on_fresh_seeds(tmp_path: Path) -> None:
     assert len(candidates) == 20 - 2 * FRESH_SEEDS
     assert summary.best.number == ranked[1].number
     assert summary.best.judged == pytest.approx(-ranked[1].fitness)
-    text = (tmp_path / YAML).read_text()
+    text = (tmp_path / BEST_HYP).read_text()
     assert text.count("fitness on a fresh seed") == FRESH_SEEDS
     assert f"lr0: {ranked[1].hyp['lr0']:g}" in text
 

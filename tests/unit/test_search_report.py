@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from starling.config.train_flags import parse_args
 from starling.search.estimate import seconds_left
+from starling.search.exports import draw_picture, write_files
 from starling.search.outcome import Progress, State
 from starling.search.report import REPORT, write_report
 from starling.search.report.command import winner_command
@@ -28,7 +29,6 @@ from starling.search.report.page import build_page
 from starling.search.report.svg import ticks
 from starling.search.report.tables import MOST_ROWS, SHOWN
 from starling.search.study import Claim, SearchStudy
-from starling.search.views import draw_picture, write_files
 from tests.unit.search_pages import BEGAN, COMMAND, SEED, attempt, facts_of, search
 from tests.unit.test_search_worker import outcome
 

@@ -15,9 +15,9 @@ from starling.config.train_config import TrainConfig
 from starling.errors import UsageError
 from starling.outputs import file_system
 from starling.outputs.file_system import file_system_type, network_file_system
-from starling.search.journal import JournalStudyStorage
-from starling.search.password import find_password
-from starling.search.storage import check_storage, open_storage, study_name
+from starling.search.storage.journal import JournalStudyStorage
+from starling.search.storage.password import find_password
+from starling.search.storage.storage import check_storage, open_storage, study_name
 from tests.conftest import REPOSITORY
 
 MOUNTS = r"""
@@ -292,7 +292,7 @@ def test_nothing_of_a_database_is_imported_for_a_journal() -> None:
 def test_missing_driver_is_exit_2_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pg8000", "starling.search.database", "starling.search.database_storage"):
+    for name in ("pg8000", "starling.search.storage.database", "starling.search.storage.database_storage"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "pg8000", None)
     with pytest.raises(UsageError, match=r"pip install -r requirements\.txt"):

@@ -21,14 +21,13 @@ from starling import settings
 from starling.cli import train
 from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.data.loader import Batch
-from starling.engine.checkpoint import load_checkpoint
-from starling.engine.trainer import Trainer
+from starling.data.loader.loader import Batch
 from starling.errors import CheckpointError
-from starling.search.outcome import State
+from starling.model.checkpoint import load_checkpoint
+from starling.search.outcome import State, best_of
 from starling.search.pruning import Halving
 from starling.search.study import SearchStudy
-from starling.search.views import best_of
+from starling.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 
 
@@ -304,7 +303,7 @@ def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
 def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import workshops
+    from starling.search import training_setups as workshops
 
     opened: list[tuple[int, str]] = []
     whole = workshops.open_workshop

@@ -15,9 +15,9 @@ from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
 from starling.plots.search import plot_evolve
 from starling.plots.style import lower_end
-from starling.search.outcome import Candidate, Outcome, Report
+from starling.search.exports import CSV, PICTURE, draw_picture, write_files
+from starling.search.outcome import BEST_HYP, Candidate, Outcome, Report
 from starling.search.study import SearchStudy
-from starling.search.views import CSV, PICTURE, YAML, draw_picture, write_files
 from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, lr0=1e-05).as_dict()
@@ -68,8 +68,8 @@ def test_csv_has_the_seven_metrics_then_every_hyperparameter(searched: Path) -> 
 
 def test_yaml_is_the_best_hyp_and_says_whose(searched: Path) -> None:
     best = SearchStudy.read(searched).finished()[1]
-    assert Hyp.from_mapping(read_yaml(searched / YAML)).as_dict() == best.hyp
-    head = (searched / YAML).read_text()
+    assert Hyp.from_mapping(read_yaml(searched / BEST_HYP)).as_dict() == best.hyp
+    head = (searched / BEST_HYP).read_text()
     assert head.startswith("# Best of 3 finished trainings (budget 3): candidate 1\n# fitness: 0.12346\n")
     assert "# metrics/mAP_0.5: 0.7\n" in head
 
@@ -77,10 +77,10 @@ def test_yaml_is_the_best_hyp_and_says_whose(searched: Path) -> None:
 def test_views_that_were_deleted_or_damaged_are_derived_anew(searched: Path) -> None:
     before = (searched / CSV).read_bytes()
     (searched / CSV).write_text("garbled")
-    (searched / YAML).unlink()
+    (searched / BEST_HYP).unlink()
     write_files(SearchStudy.read(searched))
     assert (searched / CSV).read_bytes() == before
-    assert (searched / YAML).exists()
+    assert (searched / BEST_HYP).exists()
 
 
 def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from starling.config.hyp import Hyp
 from starling.errors import CheckpointError, ConfigError, Stopped, UsageError
 from starling.search import worker as worker_module
-from starling.search.journal import SafeJournalBackend, locked
+from starling.search.exports import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
 from starling.search.outcome import (
     Candidate,
     CandidateFailed,
@@ -27,8 +27,8 @@ from starling.search.outcome import (
     SearchSummary,
     State,
 )
+from starling.search.storage.journal import SafeJournalBackend, locked
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
-from starling.search.views import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
 from starling.search.worker import WorkerSettings, run_search
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from starling.cli import data as data_command
-from starling.data import pixel_folder, resized
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.limits import container_cpu_count, container_memory_limit, container_memory_used
-from starling.data.pixel_folder import MARGIN, kept_files, remove_idle
-from starling.data.store import ImageStore, StoreMode
+from starling.core.limits import container_cpu_count, container_memory_limit, container_memory_used
+from starling.data.cache import pixel_folder, resized
+from starling.data.cache.pixel_folder import MARGIN, kept_files, remove_idle
+from starling.data.cache.store import ImageStore, StoreMode
+from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.errors import ConfigError, DataError
 
 SHAPES = [(20, 40), (40, 20), (16, 16), (64, 32)]
@@ -156,7 +156,7 @@ def test_by_default_a_set_that_memory_could_not_hold_is_not_kept_but_disk_keeps_
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = store_bytes(dataset)
-    monkeypatch.setattr("starling.data.store.container_memory_limit", lambda: size - 1)
+    monkeypatch.setattr("starling.data.cache.store.container_memory_limit", lambda: size - 1)
     small = {"memory_limit_bytes": size // 2}
     by_default = _on_disk(dataset, tmp_path, "auto", **small)
     assert by_default.mode == "off"

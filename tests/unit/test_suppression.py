@@ -9,9 +9,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from starling.boxes import xywh_to_xyxy, xyxy_to_xywh
-from starling.suppression import device, host, non_max_suppression
-from starling.suppression.rules import Rules, below
+from starling.boxes.geometry import xywh_to_xyxy, xyxy_to_xywh
+from starling.boxes.nms import device, host, non_max_suppression
+from starling.boxes.nms.rules import Rules, below
 
 Way = Callable[[Tensor, Rules], list[Tensor]]
 Suppression = Callable[..., list[Tensor]]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from starling.clearml_client.api import ClearmlApi
-from starling.clearml_client.credentials import find_credentials
-from starling.clearml_client.tasks import create_task
 from starling.config.hpo_config import HpoConfig, parse_args
 from starling.errors import ConfigError, Stopped, UsageError
 from starling.search.task_search import NoTrialFinishedError, TaskSearch
 from starling.search.trial_runners import QueueRunner
+from starling.tracking.clearml.client.api import ClearmlApi
+from starling.tracking.clearml.client.credentials import find_credentials
+from starling.tracking.clearml.client.tasks import create_task
 from tests.doubles.clearml_server import ClearmlServerDouble
 
 METRIC = ("metrics", "mAP_0.5:0.95")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from launcher.progress import read_progress
 from launcher.report import format_duration
-from starling.engine.progress import Progress
-from starling.engine.reporter import Reporter, RunLabel
-from starling.engine.results import EpochRow
 from starling.outputs.worker_status import WorkerStatus
+from starling.progress import Progress
 from starling.search.estimate import seconds_left
 from starling.search.outcome import Attempt, State
 from starling.search.outcome import Progress as SearchProgress
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import EpochRow
 
 NAN = float("nan")
 

@@ -13,7 +13,7 @@ from starling.cli import track
 from starling.outputs.redaction import Redaction, without_credentials
 from starling.tracking.delivery import Bridge
 from starling.tracking.events import EventLog
-from starling.tracking.tensorboard_tracker import TensorBoardTracker
+from starling.tracking.tensorboard import TensorBoardTracker
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("tensorboard")
@@ -137,7 +137,7 @@ def test_a_trainer_with_tracking_on_imports_nothing_more_than_with_tracking_off(
 import sys
 from pathlib import Path
 from starling import settings
-import starling.engine.training
+import starling.training.training
 from starling.tracking.events import EventLog
 from starling.tracking.process import start_bridges
 settings.update({"mlflow": sys.argv[1] == "on", "tensorboard": sys.argv[1] == "on"})

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from starling.cli import train
-from starling.data.loader import TrainLoader
-from starling.engine.checkpoint import load_checkpoint, save_checkpoint
-from starling.engine.device import Compute
+from starling.data.loader.loader import TrainLoader
+from starling.device import Compute
+from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import PYTHON_PATH, REPOSITORY, TINY_LAYOUT
 
 PICTURES = [

@@ -13,9 +13,9 @@ from PIL import Image
 from starling.cli import train, val
 from starling.cli.data import main as data_main
 from starling.config.train_config import TrainConfig
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.data.unlabelled import explain_no_box
-from starling.engine.data import load_data
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.data.dataset.unlabelled import explain_no_box
+from starling.training.setup.data import load_data
 
 ROW = "0 .5 .5 .2 .2\n"
 VOC = (

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from starling.clearml_client.credentials import find_credentials, is_configured
 from starling.cli import detect, train, val
 from starling.errors import UsageError
+from starling.tracking.clearml.client.credentials import find_credentials, is_configured
 from tests.conftest import MINI_SET, TINY_LAYOUT
 
 TRAIN = (

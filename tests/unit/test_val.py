@@ -13,19 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from starling import device
 from starling.cli import train, val
 from starling.config.val_flags import parse_args
-from starling.data.dataset import Dataset, DatasetDescription
-from starling.engine import data as engine_data
-from starling.engine import device, evaluation
-from starling.engine.checkpoint import save_checkpoint
-from starling.engine.coco import CocoPredictions, image_ids
-from starling.engine.cut_list import cut_list
-from starling.engine.inference import Augmented, Ensemble, SingleClass
-from starling.engine.mistakes import WorstImages
-from starling.engine.validator import ScoredImage
+from starling.data.dataset.dataset import Dataset, DatasetDescription
+from starling.evaluation import evaluation
+from starling.evaluation.coco import CocoPredictions, image_ids
+from starling.evaluation.cut_list import cut_list
+from starling.evaluation.mistakes import WorstImages
+from starling.evaluation.validator import ScoredImage
 from starling.metrics import find_mistakes
+from starling.model.checkpoint import save_checkpoint
 from starling.model.detector import build_detector
+from starling.prediction.inference import Augmented, Ensemble, SingleClass
+from starling.training.setup import data as engine_data
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PEER = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
@@ -316,7 +317,7 @@ def image_with_spot(x: int, y: int) -> Tensor:
 
 
 def test_every_view_of_augmentation_finds_a_spot_at_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starling.engine.inference.FILL", 0)  # padding would count as light
+    monkeypatch.setattr("starling.prediction.inference.FILL", 0)  # padding would count as light
     finder = SpotFinder()
     decoded, raw = Augmented(finder)(image_with_spot(90, 60))
     assert raw is None

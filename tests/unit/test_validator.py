@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from starling.boxes import xywhn_to_xyxy
-from starling.data.letterbox import boxes_to_original, letterbox_geometry
-from starling.data.loader import Batch
-from starling.engine.device import Compute
-from starling.engine.validator import (
+from starling.boxes.geometry import xywhn_to_xyxy
+from starling.boxes.matching import match_detections
+from starling.boxes.nms import non_max_suppression
+from starling.data.augment.letterbox import boxes_to_original, letterbox_geometry
+from starling.data.loader.loader import Batch
+from starling.device import Compute
+from starling.evaluation.validator import (
     INFERENCE,
     LOADING,
     LOSS,
@@ -23,12 +25,10 @@ from starling.engine.validator import (
     ScoredImage,
     Validation,
     _Inputs,
-    to_input,
     validate,
 )
-from starling.matching import match_detections
 from starling.metrics import ConfusionMatrix, average_precision
-from starling.suppression import non_max_suppression
+from starling.prediction.inputs import to_input
 
 SIDE = 64
 SIZES = [(48, 64), (100, 40), (30, 30), (64, 64), (500, 375)]

@@ -24,7 +24,7 @@ from starling.config.flags import PathParser
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.paths import real_path
-from starling.data.acquire import (
+from starling.data.fetch.acquire import (
     DATASETS_FOLDER,
     Convert,
     Names,
@@ -35,9 +35,9 @@ from starling.data.acquire import (
     run_steps,
     write_description,
 )
-from starling.engine.official import official_name, official_weights
-from starling.engine.progress import Progress
+from starling.data.fetch.official import official_name, official_weights
 from starling.errors import DataError
+from starling.progress import Progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,7 +138,7 @@ def _step_of_words(words: Sequence[str]) -> Convert:
 
 
 def _version(given: argparse.Namespace) -> None:
-    from starling.data.clearml_set import make_version  # with numpy, which fetching does without
+    from starling.data.fetch.clearml_set import make_version  # with numpy, which fetching does without
 
     say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
     made = make_version(
@@ -159,6 +159,6 @@ def _version(given: argparse.Namespace) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    from starling.data.cache_command import show_cache  # with numpy, which fetching does without
+    from starling.data.cache.listing import show_cache  # with numpy, which fetching does without
 
     show_cache(given.folder, remove=given.remove, as_json=given.json)

@@ -14,6 +14,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: DetectConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
-    from starling.engine.detecting import detect
+    from starling.prediction.detecting import detect
 
     detect(config)

@@ -13,6 +13,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: ExportConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
-    from starling.engine.exporter import export
+    from starling.export.exporter import export
 
     export(config)

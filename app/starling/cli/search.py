@@ -105,7 +105,7 @@ def _import(given: argparse.Namespace) -> None:
 
 
 def _repair(given: argparse.Namespace) -> None:
-    from starling.search.repair import as_json, repair
+    from starling.search.storage.repair import as_json, repair
 
     done = repair(given.directory)
     if given.json:
@@ -123,8 +123,8 @@ def _repair(given: argparse.Namespace) -> None:
 def _show(given: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from starling.search.outcome import best_of
     from starling.search.study import SearchStudy
-    from starling.search.views import best_of
 
     study = SearchStudy.read(given.directory, url=given.study)
     progress, finished, attempts = study.progress(), study.finished(), study.attempts()

@@ -73,7 +73,7 @@ def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
 
 
 def _run_ui(options: argparse.Namespace) -> int:
-    from starling.tracking import ui_server
+    from starling.tracking.mlflow import ui_server
 
     server, was_running = ui_server.start(
         options.runs, host=options.host, port=options.port, allowed_hosts=options.allowed_hosts
@@ -88,7 +88,7 @@ def _run_ui(options: argparse.Namespace) -> int:
 
 
 def _run_stop(options: argparse.Namespace) -> int:
-    from starling.tracking import ui_server
+    from starling.tracking.mlflow import ui_server
 
     server = ui_server.stop(options.runs)
     if options.json:
@@ -145,8 +145,8 @@ def _run_export(options: argparse.Namespace) -> int:
 
 
 def _run_promote(options: argparse.Namespace) -> int:
-    from starling.tracking.mlflow_models import promote, run_uuid_of
-    from starling.tracking.mlflow_tracker import MlflowTracker
+    from starling.tracking.mlflow.models import promote, run_uuid_of
+    from starling.tracking.mlflow.tracker import MlflowTracker
 
     tracker = MlflowTracker(options.runs, os.environ)
     directory = Path(options.which)
@@ -169,8 +169,8 @@ def _run_promote(options: argparse.Namespace) -> int:
 
 
 def _run_upgrade(options: argparse.Namespace) -> int:
-    from starling.tracking import ui_server
-    from starling.tracking.mlflow_tracker import MlflowTracker
+    from starling.tracking.mlflow import ui_server
+    from starling.tracking.mlflow.tracker import MlflowTracker
 
     if (server := ui_server.find(options.runs)) is not None:
         raise UsageError(f"{server.url} is served from the database; end it first: starling track stop")

@@ -29,7 +29,7 @@ def _parse(argv: list[str] | None) -> TrainCommand:
     """Return what the words ask for; without any, in a ClearML agent, what its task asks for."""
     words = sys.argv[1:] if argv is None else argv
     if not words and os.environ.get("CLEARML_TASK_ID"):
-        from starling.clearml_client.remote import arguments_of_task
+        from starling.tracking.clearml.client.remote import arguments_of_task
 
         words = arguments_of_task()
     return parse_args(words)
@@ -38,7 +38,7 @@ def _parse(argv: list[str] | None) -> TrainCommand:
 def _run(command: TrainCommand) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
     if command.config.remote:
-        from starling.clearml_client.remote import enqueue_training
+        from starling.tracking.clearml.client.remote import enqueue_training
 
         enqueue_training(command.config)
     elif command.config.evolve:
@@ -46,6 +46,6 @@ def _run(command: TrainCommand) -> None:
 
         search(command.config)
     else:
-        from starling.engine.training import train
+        from starling.training.training import train
 
         train(command)

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: ValConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
-    from starling.engine.evaluation import evaluate, study
+    from starling.evaluation.evaluation import evaluate, study
 
     report = study(config) if config.task == "study" else evaluate(config)
     if config.json:

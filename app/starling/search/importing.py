@@ -17,9 +17,9 @@ from starling.config.yaml_reader import read_yaml
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
 from starling.errors import UsageError, suggest
-from starling.search.ledger import IMPORTED
 from starling.search.outcome import METRIC_COLUMNS
 from starling.search.study import SearchStudy
+from starling.search.trial_counts import IMPORTED
 
 OPTIONS = "opt.yaml"
 """What the classic trainer writes beside its evolve.csv: the settings of the search."""

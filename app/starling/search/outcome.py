@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Protocol
 
 from starling.errors import StarlingError, is_out_of_memory
 
+BEST_HYP = "hyp_evolve.yaml"
+"""The file of a search's best hyperparameters."""
 METRIC_COLUMNS = {
     "precision": "metrics/precision",
     "recall": "metrics/recall",
@@ -224,3 +226,13 @@ def failure_reason(error: Exception) -> str | None:
         text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
         return f"out of memory: {text or type(error).__name__}; lower --batch or --imgsz"
     return None
+
+
+def best_of(finished: Sequence[Finished]) -> Finished:
+    """Return the candidate of highest fitness, the earliest among equals; of finalists if there are any.
+
+    Those are judged by their trainings on fresh seeds alone.
+    """
+    candidates = [candidate for candidate in finished if candidate.finalist_of is None]
+    finalists = [candidate for candidate in candidates if candidate.again]
+    return max(finalists or candidates, key=lambda candidate: (candidate.judged, -candidate.number))

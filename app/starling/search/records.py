@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
-from starling.search.ledger import FINALIST_OF
 from starling.search.outcome import METRIC_COLUMNS, Attempt, Finished, State
-from starling.search.samplers.knowledge import SAMPLER
+from starling.search.samplers.history import SAMPLER
 from starling.search.samplers.proposer import SEED
 from starling.search.space import split_values
+from starling.search.trial_counts import FINALIST_OF
 
 
 def as_finished(trial: FrozenTrial, seed_hyp: Mapping[str, float], again: tuple[float, ...]) -> Finished:

@@ -17,9 +17,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.train_config import DEFAULT_SAMPLER, Sampler
 from starling.errors import ConfigError, Pruned, UsageError
 from starling.search.definition import check_version, define, describe_difference
-from starling.search.journal import JOURNAL, understood
-from starling.search.leases import Lease
-from starling.search.ledger import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
 from starling.search.outcome import (
     Attempt,
     Candidate,
@@ -32,10 +29,13 @@ from starling.search.outcome import (
 )
 from starling.search.plan import FRESH_SEEDS, StudyPlan
 from starling.search.records import ancestors_of, as_attempt, as_finished
-from starling.search.samplers.knowledge import SAMPLER
+from starling.search.samplers.history import SAMPLER
 from starling.search.samplers.proposer import SEED, Proposer
 from starling.search.space import Space, split_values
-from starling.search.storage import StudyStorage, open_storage, persistent
+from starling.search.storage.journal import JOURNAL, understood
+from starling.search.storage.leases import Lease
+from starling.search.storage.storage import StudyStorage, open_storage, persistent
+from starling.search.trial_counts import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
 
 _DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
 

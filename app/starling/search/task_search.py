@@ -14,9 +14,16 @@ from typing import Any
 
 import optuna
 
-from starling.clearml_client.api import Answer, ClearmlApi, ClearmlUnavailableError
-from starling.clearml_client.remote import connect
-from starling.clearml_client.tasks import (
+from starling.config.hpo_config import HpoConfig
+from starling.config.train_config import TrainConfig
+from starling.errors import StarlingError, UsageError
+from starling.outputs.run_dir import runs_root
+from starling.search.space import Space, read_space, split_values
+from starling.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
+from starling.stop_signal import StopSignal
+from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlUnavailableError
+from starling.tracking.clearml.client.remote import connect
+from starling.tracking.clearml.client.tasks import (
     ARGS,
     HYP,
     MARK,
@@ -28,13 +35,6 @@ from starling.clearml_client.tasks import (
     section_of,
     task_page,
 )
-from starling.config.hpo_config import HpoConfig
-from starling.config.train_config import TrainConfig
-from starling.engine.stop_signal import StopSignal
-from starling.errors import StarlingError, UsageError
-from starling.outputs.run_dir import runs_root
-from starling.search.space import Space, read_space, split_values
-from starling.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
 
 POLL_S = 2.0
 _DONE = {"completed", "closed", "published"}

@@ -14,20 +14,46 @@ from typing import Any
 
 from starling.config.hyp import Hyp
 from starling.config.train_config import AUTO_FINALISTS, TrainConfig
-from starling.engine import pictures
-from starling.engine.checkpoint import load_checkpoint, load_newest, require
-from starling.engine.data import report_findings
-from starling.engine.delivery import upload_results
-from starling.engine.distributed import Place
-from starling.engine.hooks import Hook, find_hooks
-from starling.engine.preflight import check_before_fetching
-from starling.engine.progress import Progress
-from starling.engine.provenance import dataset_fields, keep_changes, origin_tags
-from starling.engine.reporter import Reporter, RunLabel
-from starling.engine.results import METRICS, EpochRow
-from starling.engine.stop_signal import StopSignal
-from starling.engine.trainer import Diverged, Glances, TrainResult
-from starling.engine.training import (
+from starling.distributed.group import Place
+from starling.errors import CheckpointError, UsageError
+from starling.model.checkpoint import load_checkpoint, load_newest, require
+from starling.outputs.atomic import write_atomic
+from starling.outputs.folders import is_file, names_in, read_file, remove, remove_tree, rename
+from starling.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
+from starling.outputs.worker_status import WorkerStatus, worker_name
+from starling.progress import Progress
+from starling.search.estimate import seconds_left
+from starling.search.outcome import (
+    Candidate,
+    CandidateFailed,
+    Finished,
+    Outcome,
+    Report,
+    SearchSummary,
+    best_of,
+)
+from starling.search.outcome import Progress as SearchProgress
+from starling.search.plan import StudyPlan
+from starling.search.space import Space, changed, read_space, settings_flags
+from starling.search.storage.journal import folder_locked
+from starling.search.storage.storage import check_storage, open_storage
+from starling.search.study import SearchStudy
+from starling.search.throttle import Share
+from starling.search.training_setups import Workshops, check_layouts, layout_digest, searched_layouts
+from starling.search.worker import run_search
+from starling.stop_signal import StopSignal
+from starling.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
+from starling.tracking.process import Bridges, start_bridges
+from starling.training.reporting import pictures
+from starling.training.reporting.delivery import upload_results
+from starling.training.reporting.hooks import Hook, find_hooks
+from starling.training.reporting.provenance import dataset_fields, keep_changes, origin_tags
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import METRICS, EpochRow
+from starling.training.setup.data import report_findings
+from starling.training.setup.preflight import check_before_fetching
+from starling.training.trainer import Diverged, Glances, TrainResult
+from starling.training.training import (
     RESUMED,
     Workshop,
     draw_weights,
@@ -36,25 +62,6 @@ from starling.engine.training import (
     train_in,
     warn_of_idle,
 )
-from starling.errors import CheckpointError, UsageError
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import is_file, names_in, read_file, remove, remove_tree, rename
-from starling.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
-from starling.outputs.worker_status import WorkerStatus, worker_name
-from starling.search.estimate import seconds_left
-from starling.search.journal import folder_locked
-from starling.search.outcome import Candidate, CandidateFailed, Finished, Outcome, Report, SearchSummary
-from starling.search.outcome import Progress as SearchProgress
-from starling.search.plan import StudyPlan
-from starling.search.share import Share
-from starling.search.space import Space, changed, read_space, settings_flags
-from starling.search.storage import check_storage, open_storage
-from starling.search.study import SearchStudy
-from starling.search.views import best_of
-from starling.search.worker import run_search
-from starling.search.workshops import Workshops, check_layouts, layout_digest, searched_layouts
-from starling.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
-from starling.tracking.process import Bridges, start_bridges
 
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""

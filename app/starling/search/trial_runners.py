@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Protocol
 
-from starling.clearml_client.api import ClearmlApi, ClearmlRefusedError
-from starling.clearml_client.tasks import TASK_VARIABLE, enqueue
 from starling.core import package
 from starling.outputs.folders import make_folder, open_file
+from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError
+from starling.tracking.clearml.client.tasks import TASK_VARIABLE, enqueue
 
 STOP_S = 30.0
 """A training that is stopped may take so long to save."""

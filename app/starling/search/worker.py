@@ -13,6 +13,7 @@ from typing import Any
 from starling.config.train_config import DEFAULT_SAMPLER, Sampler
 from starling.errors import ConfigError, Pruned, Stopped, refusal
 from starling.outputs.worker_status import worker_name
+from starling.search.exports import PICTURE, draw_picture, write_files
 from starling.search.outcome import (
     Candidate,
     LeaseLost,
@@ -23,14 +24,14 @@ from starling.search.outcome import (
     SearchFailed,
     SearchSummary,
     State,
+    best_of,
     failure_reason,
 )
 from starling.search.plan import StudyPlan
-from starling.search.share import Share
 from starling.search.space import Space
-from starling.search.storage import StudyStorage, open_storage
+from starling.search.storage.storage import StudyStorage, open_storage
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
-from starling.search.views import PICTURE, best_of, draw_picture, write_files
+from starling.search.throttle import Share
 
 FILES_SHARE = 0.005
 """Most of a worker's time that evolve.csv and hyp_evolve.yaml may take; they grow with the study."""

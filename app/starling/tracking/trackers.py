@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling import settings
-from starling.clearml_client.credentials import is_configured
 from starling.settings import Settings
+from starling.tracking.clearml.client.credentials import is_configured
 from starling.tracking.tracker import Tracker
 
 
@@ -31,19 +31,19 @@ class TrackerKind:
 
 
 def _open_mlflow(runs: Path, environment: Mapping[str, str]) -> Tracker:
-    from starling.tracking.mlflow_tracker import MlflowTracker
+    from starling.tracking.mlflow.tracker import MlflowTracker
 
     return MlflowTracker(runs, environment, register=settings.read().register)
 
 
 def _open_tensorboard(runs: Path, environment: Mapping[str, str]) -> Tracker:
-    from starling.tracking.tensorboard_tracker import TensorBoardTracker
+    from starling.tracking.tensorboard import TensorBoardTracker
 
     return TensorBoardTracker()
 
 
 def _open_clearml(runs: Path, environment: Mapping[str, str]) -> Tracker:
-    from starling.tracking.clearml_tracker import ClearmlTracker
+    from starling.tracking.clearml.tracker import ClearmlTracker
 
     return ClearmlTracker(runs, environment)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.outputs.run_dir import runs_root
-from starling.search.views import YAML
+from starling.search.outcome import BEST_HYP
 
 LONG = 300
 """Epochs of the training that is proposed, if the search's own were fewer: a usual full training."""
@@ -31,7 +31,7 @@ def winner_command(settings: Mapping[str, Any], directory: Path) -> str:
             continue
         values = value if isinstance(value, list) else [value]
         words += [_SHORT.get(field, "--" + field.replace("_", "-")), *map(str, values)]
-    words += ["--hyp", _from_here(directory / YAML)]
+    words += ["--hyp", _from_here(directory / BEST_HYP)]
     words += ["--epochs", str(max(epochs, LONG) if isinstance(epochs, int) else LONG)]
     words += [f"--{field.replace('_', '-')}" for field in _SWITCHES if settings.get(field) is True]
     if settings.get("project"):

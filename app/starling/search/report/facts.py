@@ -8,9 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from starling.search.outcome import Attempt, Finished, Progress, State
+from starling.search.outcome import Attempt, Finished, Progress, State, best_of
 from starling.search.study import SearchStudy
-from starling.search.views import best_of
 
 VALIDATION_SHARE = 1 / 3
 """What an image costs in a validation (forward only) against one in training (forward and backward)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from starling.engine.progress import duration
+from starling.progress import duration
 
 __all__ = ["compact", "duration", "number", "percent"]
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from starling.search.outcome import SearchFailed
-from starling.search.samplers.knowledge import Knowledge
+from starling.search.samplers.history import Knowledge
 from starling.search.space import Value, Values
 
 REDRAWS = 1000

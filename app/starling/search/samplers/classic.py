@@ -9,7 +9,7 @@ import numpy as np
 from starling.search.genes import Gene
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.base import REDRAWS, stream
-from starling.search.samplers.knowledge import Knowledge
+from starling.search.samplers.history import Knowledge
 from starling.search.space import Setting, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2

@@ -19,8 +19,8 @@ import numpy as np
 from starling.errors import ConfigError
 from starling.search.genes import Gene
 from starling.search.samplers.base import first_new, stream
-from starling.search.samplers.judges import density_ratio, expected_score
-from starling.search.samplers.knowledge import Finding, Knowledge
+from starling.search.samplers.history import Finding, Knowledge
+from starling.search.samplers.surrogates import density_ratio, expected_score
 from starling.search.space import Space, Value, Values
 
 Array = np.ndarray

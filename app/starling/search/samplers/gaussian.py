@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
-from starling.search.samplers.knowledge import Finding, Knowledge
+from starling.search.samplers.history import Finding, Knowledge
 from starling.search.space import Space, Value, Values
 
 LEAST_FINISHED = 8

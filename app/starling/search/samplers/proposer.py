@@ -13,9 +13,9 @@ from starling.config.train_config import Sampler as Name
 from starling.search.samplers.base import Sampler
 from starling.search.samplers.classic import ClassicSampler
 from starling.search.samplers.fast import FastSampler
-from starling.search.samplers.free import QmcSampler, RandomSampler
 from starling.search.samplers.gaussian import GaussianSampler
-from starling.search.samplers.knowledge import Knowledge
+from starling.search.samplers.history import Knowledge
+from starling.search.samplers.random_qmc import QmcSampler, RandomSampler
 from starling.search.space import Space, Value, Values
 
 SEED = "seed"

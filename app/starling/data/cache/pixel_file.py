@@ -1,0 +1,198 @@
+"""One file of decoded pictures, mapped by all that use it: its format, how it is written, and how damage is found.
+
+The head, a page, is a line of JSON that names the content. Then comes a CRC-32 a picture, and from the next page on
+the pixels, picture after picture. Opening looks at the length, the head and the digest of the CRCs, which costs
+nothing; a picture's own bytes are checked when it is first used, at some 7 GB/s a thread, which is a thirtieth of
+decoding it. So a flipped byte is found before it is trained on, and nobody waits for a whole file to be read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+from starling.core.limits import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.plain_json import parse_json
+from starling.data.dataset.dataset import Progress
+from starling.outputs.atomic import write_atomic
+from starling.outputs.folders import open_file, state_of
+
+FORMAT = "starling-pixels-3"
+"""Changes whenever the stored bytes of the same pictures would."""
+SUFFIX = ".pixels"
+_PAGE = 4096
+
+Picture = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PixelLayout:
+    """What a file is to hold; files of the same key hold the same bytes."""
+
+    key: str
+    """Hex SHA-256, the file's name."""
+    image_size: int
+    offsets: np.ndarray[Any, Any]
+    """[N+1] int64: where each picture begins among the pixels, and where the last one ends."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return int(self.offsets[-1])
+
+    @property
+    def start(self) -> int:
+        """Where the pixels begin in the file, a page's beginning."""
+        return _PAGE + -(-4 * len(self) // _PAGE) * _PAGE
+
+    def head(self, checksums: bytes) -> bytes:
+        """Return the file's first page, given its table of CRCs."""
+        words = {
+            "format": FORMAT,
+            "key": self.key,
+            "image_size": self.image_size,
+            "pictures": len(self),
+            "nbytes": self.nbytes,
+            "checksums": hashlib.sha256(checksums).hexdigest(),
+        }
+        return json.dumps(words).encode().ljust(_PAGE - 1) + b"\n"
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file to read, never through a link; raises OSError for anything else by that name."""
+    return open(open_file(path, os.O_RDONLY), "rb")
+
+
+def read_head(file: IO[bytes]) -> dict[str, Any] | None:
+    """Return what the head of an open file says, whatever its content; None where it is no head of ours."""
+    try:
+        words = parse_json(file.read(_PAGE))
+    except (ValueError, RecursionError):
+        return None
+    return words if isinstance(words, dict) and words.get("format") == FORMAT else None
+
+
+class PixelFile:
+    """A mapped file. It is marked as in use by a shared `flock`, which ends with the last map of it."""
+
+    pixels: np.ndarray[Any, Any]
+    """[nbytes] uint8, read-only."""
+
+    def __init__(self, file: IO[bytes], layout: PixelLayout, checksums: bytes) -> None:
+        """Map an open file; use `open`."""
+        # The map keeps a duplicate of the descriptor, and with it the lock.
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.pixels = np.frombuffer(self._map, np.uint8, layout.nbytes, layout.start)
+        self._status = os.fstat(file.fileno())
+        self._layout = layout
+        self._checksums = np.frombuffer(checksums, "<u4")
+        self._checked = bytearray(len(layout))
+
+    @classmethod
+    def open(cls, path: Path, layout: PixelLayout) -> Self | None:
+        """Return the file at `path`; None if it is not there, cut off, damaged in its head, or of other content."""
+        try:
+            file = open_regular(path)
+        except FileNotFoundError:
+            return None
+        with file:
+            with suppress(OSError):  # a volume without locks: nobody could take it away either
+                fcntl.flock(file, fcntl.LOCK_SH)
+            status = os.fstat(file.fileno())
+            if status.st_nlink == 0 or status.st_size != layout.start + layout.nbytes:
+                return None
+            head, checksums = file.read(_PAGE), file.read(4 * len(layout))
+            if head != layout.head(checksums):
+                return None
+            with suppress(OSError):  # another user's file
+                os.utime(file.fileno())  # by which the least recently used is known
+            return cls(file, layout, checksums)
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether this very file still has that name."""
+        there = state_of(path)
+        return there is not None and os.path.samestat(self._status, there)
+
+    def picture(self, index: int) -> Picture | None:
+        """Return the bytes of a picture [n]; None if they are not those that were written."""
+        pixels = self.pixels[self._layout.offsets[index] : self._layout.offsets[index + 1]]
+        if not self._checked[index]:
+            if zlib.crc32(pixels.data) != self._checksums[index]:
+                return None
+            self._checked[index] = 1
+        return pixels
+
+
+def write_pixels(
+    path: Path,
+    layout: PixelLayout,
+    decode: Callable[[int], Picture],
+    costs: Sequence[int],
+    progress: Progress | None,
+) -> None:
+    """Decode all pictures in threads into a file that appears at `path` whole or not at all.
+
+    `costs` are the bytes of memory that each decoding takes. Raises OSError, or what `decode` raises.
+    """
+    checksums = np.zeros(len(layout), "<u4")
+
+    def write(file: IO[bytes]) -> None:
+        def keep(index: int) -> None:
+            pixels = np.ascontiguousarray(decode(index)).reshape(-1)
+            checksums[index] = zlib.crc32(pixels.data)
+            _write_at(file.fileno(), pixels, layout.start + int(layout.offsets[index]))
+
+        for done, _ in enumerate(in_threads(keep, costs), start=1):
+            if progress is not None:
+                progress(done, len(layout))
+        table = checksums.tobytes()
+        file.write(layout.head(table) + table)
+
+    write_atomic(path, write)
+
+
+def in_threads(work: Callable[[int], None], costs: Sequence[int]) -> Iterator[None]:
+    """Do `work(0)`, `work(1)`, …, one for each of `costs`, and yield as each ends, in order.
+
+    What is under way together costs at most a quarter of the memory that the container has left, or is a single one.
+    """
+    threads = container_cpu_count()
+    room = max(container_memory_limit() - container_memory_used(), 0) // 4
+    waiting: deque[tuple[Future[None], int]] = deque()
+    taken = 0
+    pool = ThreadPoolExecutor(threads, "decode")
+    try:
+        for index, cost in enumerate(costs):
+            while waiting and (len(waiting) > 4 * threads or taken + cost > room):
+                future, freed = waiting.popleft()
+                yield future.result()
+                taken -= freed
+            waiting.append((pool.submit(work, index), cost))
+            taken += cost
+        while waiting:
+            yield waiting.popleft()[0].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_at(descriptor: int, content: Picture, position: int) -> None:
+    rest = content.data
+    while rest:
+        written = os.pwrite(descriptor, rest, position)
+        rest, position = rest[written:], position + written

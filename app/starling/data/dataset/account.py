@@ -1,0 +1,26 @@
+"""What a split leaves out, in lines for people."""
+
+from __future__ import annotations
+
+from starling.data.dataset.dataset import Dataset
+from starling.data.dataset.labels import CLIPPED_BEYOND
+
+
+def left_out(split: Dataset, shown: int = 5) -> list[str]:
+    """Name what was left out, and why; users must not find out from a bad mAP."""
+    lines = []
+    if split.problems:
+        lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
+    for finding in (*split.problems[:shown], *split.notes[:shown]):
+        lines.append(f"    {finding}")
+    more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)
+    if more:
+        lines.append(f"    and {more} more")
+    lines += [f"  {line}" for line in split.left_out.lines()]
+    if split.unlabelled:
+        lines.append(f"  {len(split.unlabelled)} images without a label file, taken for background")
+    if split.clipped:
+        lines.append(
+            f"  {split.clipped} label rows with a value up to {CLIPPED_BEYOND} outside [0, 1], clipped"
+        )
+    return lines

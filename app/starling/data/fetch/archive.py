@@ -1,0 +1,178 @@
+"""Unpack a zip or tar file that nobody vouches for: inside the folder only, plain files only, within limits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import open_regular
+from starling.core.tar_reader import TarReader, is_tar
+from starling.core.unpacked_stream import DamagedArchive
+from starling.core.words import printable
+from starling.data.fetch.zip_reader import ZipReader, is_zip, kind_of, why_unread
+from starling.errors import DataError, DiskFull
+
+MAX_ENTRIES = 4_000_000
+MAX_UNPACKED_BYTES = 200 << 30
+"""The largest archive of the shipped descriptions unpacks to 20 GB."""
+MAX_RATIO = 100
+"""Bytes unpacked for each byte packed: text reaches about 20, bombs 1000."""
+_ALWAYS_ALLOWED = 64 << 20
+"""Bytes that the ratio does not count against: small archives of label files pack well."""
+_ENTRY_BYTES = 4 << 10
+"""What each file counts for beside its content: even an empty one takes time, and a block of most disks."""
+_CHUNK = 1 << 20
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_NOISE = ("__MACOSX", ".DS_Store")
+"""What one operating system adds to every archive."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: str
+    size: int
+    chunks: Callable[[], Iterator[bytes]]
+
+
+def unpack(
+    archive: Path, folder: Path, *, strip: str = "", show: Callable[[int], None] = lambda n: None
+) -> int:
+    """Unpack all plain files of `archive` below `folder`, and return how many.
+
+    `strip` is a leading folder that is left off where an entry has it. `show` gets the number of files so far.
+    Raises DataError for an absolute path, `..`, a link, a device, an encrypted entry, a file that would replace
+    another, a bomb, anything that is cut or damaged, and anything that is no archive; OSError for a full disk. Then a
+    folder that this call made is gone again; where the folder was there before, its caller removes what is in it.
+    """
+    made = not os.path.lexists(folder)
+    try:
+        return _unpack(archive, folder, strip, show)
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _unpack(archive: Path, folder: Path, strip: str, show: Callable[[int], None]) -> int:
+    count = 0
+    try:
+        with open_regular(archive) as file:
+            allowance = _Allowance(os.fstat(file.fileno()).st_size)
+            for count, entry in enumerate(_entries(file, archive), start=1):
+                if count > MAX_ENTRIES:
+                    raise DataError(f"{archive}: over {MAX_ENTRIES} files; refused")
+                target = folder.joinpath(*_safe_parts(archive, entry.name, strip))
+                _write(entry, target, allowance)
+                show(count)
+    except FileExistsError as error:
+        raise DataError(f"{archive}: {printable(error.filename)} would be written twice; refused") from None
+    except (DamagedArchive, BudgetExceeded) as error:
+        raise DataError(
+            f"{archive}: cannot be unpacked: {printable(str(error))}; delete it and fetch it again"
+        ) from None
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        raise DataError(
+            f"{archive}: cannot be unpacked: {printable(error.filename or folder)}: {error.strerror or error}; "
+            "check the archive and the folder"
+        ) from None
+    return count
+
+
+def _write(entry: _Entry, target: Path, allowance: _Allowance) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free if entry.size > _CHUNK else _CHUNK
+    if entry.size > free:
+        raise DamagedArchive(f"{entry.name!r} claims {entry.size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+    allowance.take(_ENTRY_BYTES)
+    # "x": nothing is ever replaced, neither by a name that stands twice nor by a second archive.
+    with open(target, "xb") as file:
+        for chunk in entry.chunks():
+            allowance.take(len(chunk))
+            file.write(chunk)
+
+
+class _Allowance:
+    """The bytes that an archive may still unpack to, by its own size."""
+
+    def __init__(self, packed: int) -> None:
+        self._most = min(MAX_UNPACKED_BYTES, max(packed * MAX_RATIO, _ALWAYS_ALLOWED))
+        self._taken = 0
+
+    def take(self, count: int) -> None:
+        """Count bytes. Raises BudgetExceeded for a bomb."""
+        self._taken += count
+        if self._taken > self._most:
+            raise BudgetExceeded(f"it unpacks to over {self._most >> 20} MiB, so it is taken for a bomb")
+
+
+def _entries(file: IO[bytes], archive: Path) -> Iterator[_Entry]:
+    """Yield the plain files of a zip or tar file, whatever it is called. Raises DataError for any other kind."""
+    head = file.read(512)
+    if not is_tar(head) and is_zip(file):
+        return _zip_entries(ZipReader(file), archive)
+    if not is_tar(head) and not _is_old_tar(head):
+        raise DataError(f"{archive}: neither a zip nor a tar file; delete it and fetch it again")
+    file.seek(0)
+    # The whole stream has an allowance too: headers and members that are passed over are never written.
+    stream = _Allowance(os.fstat(file.fileno()).st_size)
+    return _tar_entries(TarReader(file, stream.take), archive)
+
+
+def _zip_entries(file: ZipReader, archive: Path) -> Iterator[_Entry]:
+    needed, free = sum(entry.file_size for entry in file.entries), shutil.disk_usage(archive.parent).free
+    if needed > free:
+        raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
+    for entry in file.entries:
+        # zipfile ends a name at a NUL; the whole one is refused for it.
+        name = entry.orig_filename if "\0" in entry.orig_filename else entry.filename
+        if kind_of(entry) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DataError(f"{archive}: {printable(name)} is a link or a device; refused")
+        if problem := why_unread(entry):
+            raise DataError(f"{archive}: {printable(name)} {problem}")
+        if not name.endswith("/") and not _is_noise(name):
+            yield _Entry(name, entry.file_size, partial(file.chunks, entry))
+
+
+def _tar_entries(file: TarReader, archive: Path) -> Iterator[_Entry]:
+    for member in file.members():
+        if not (member.isreg() or member.isdir()):
+            raise DataError(f"{archive}: {printable(member.name)} is a link or a device; refused")
+        if member.isreg() and not _is_noise(member.name):
+            yield _Entry(member.name, member.size, partial(file.chunks, member))
+
+
+def _is_old_tar(head: bytes) -> bool:
+    """Return whether a first header without a mark, as tar wrote before 1988, has the checksum of one."""
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def _is_noise(name: str) -> bool:
+    return any(part in _NOISE for part in PurePosixPath(name).parts)
+
+
+def _safe_parts(archive: Path, name: str, strip: str) -> tuple[str, ...]:
+    """Return the path of an entry as components below the folder; raises DataError for one that leads elsewhere."""
+    path = PurePosixPath(name)
+    parts = tuple(part for part in path.parts if part != ".")
+    odd = "\\" in name or os.path.isabs(name) or (parts and parts[0][1:2] == ":")
+    if odd or not parts or ".." in parts:
+        raise DataError(f"{archive}: {name!r} leads out of the folder; refused")
+    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise DataError(f"{archive}: {name!r} has a control character in its name; refused")
+    lead = PurePosixPath(strip).parts
+    return parts[len(lead) :] if lead and parts[: len(lead)] == lead and len(parts) > len(lead) else parts

@@ -1,0 +1,75 @@
+"""`--device 0,1` by itself: start one process a device through torch's own launcher, and end as they end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+
+from starling.core import package
+from starling.device import OWN_LAUNCH
+from starling.errors import UsageError
+
+LOOPBACK = "127.0.0.1"
+STOP_S = 600
+"""Longest time that stopped processes may take to save. Whoever stopped them has a grace of their own, and it ends sooner."""
+
+
+def relaunch(arguments: Sequence[str], processes: int) -> int:
+    """Run `starling train` with these arguments in so many processes of this host, and return the exit code.
+
+    A signal is passed on and waited for. `$MASTER_PORT` fixes the port they meet at, else any free one is taken;
+    raises UsageError where it is not free.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    given = os.environ.get("MASTER_PORT") or "0"
+    if not given.isdecimal() or int(given) > 65535:
+        raise UsageError(
+            f"MASTER_PORT={given}: not a port; set it to a free one, or unset it and one is chosen"
+        )
+    port = int(given)
+    _check_free(port)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ[OWN_LAUNCH] = "1"
+    os.environ["PYTHONPATH"] = package.python_path()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{LOOPBACK}:{port}",
+        local_addr=LOOPBACK,
+        max_restarts=0,
+        shutdown_timeout=STOP_S,
+    )
+    try:
+        program, *words = package.command("train", *arguments)
+        elastic_launch(config, program)("-u", *words)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
+        return next((code for code in codes if code > 0), 1)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UsageError(
+                f"MASTER_PORT={port}: the port is taken by another program; set it to a free one, or unset it and "
+                "one is chosen"
+            ) from None

@@ -1,0 +1,255 @@
+"""The files of a detection run: annotated pictures and videos, label rows, a CSV, crops."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from starling.config.detect_config import DetectConfig
+from starling.core.budget import BudgetExceeded
+from starling.core.regular_file import read_regular
+from starling.core.words import shown
+from starling.data.sources.films import Frame
+from starling.data.sources.sources import Source
+from starling.errors import DataError
+from starling.outputs.atomic import append_line, atomic_path, write_atomic
+from starling.outputs.file_system import folds_names, longest_name
+from starling.outputs.names import Named, cut, distinct, folded, numbered
+from starling.outputs.register import Kind, Register
+from starling.plots.drawing import draw_detections
+from starling.plots.style import save_picture
+
+CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2", "file")
+_MOST_CSV_BYTES = 256 << 20
+KEPT_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
+"""Kinds that an annotated picture keeps; any other becomes a .jpg."""
+ROOM_FOR_NUMBER = 25
+"""Bytes that a class's folder name leaves for the numbers of classes of equal names."""
+
+
+class DetectionFiles:
+    """Write what was found, one source at a time, below one run folder. Nothing is written outside it."""
+
+    def __init__(
+        self, folder: Path, names: tuple[str, ...], config: DetectConfig, sources: Sequence[Source]
+    ) -> None:
+        """Name the files of all `sources` and write down the names; files of other sources are kept."""
+        self.folder = folder
+        self._names = names
+        self._config = config
+        subjects = numbered([source.subject for source in sources])
+        self.register = Register(folder, subjects)
+        self._named = {
+            id(source): self.register.of(subject) for source, subject in zip(sources, subjects, strict=True)
+        }
+        self.annotated: list[Path] = []
+        """Images and films written."""
+        self.labels: Path | None = folder / "labels" if config.save_txt else None
+        self.csv: Path | None = folder / "predictions.csv" if config.save_csv else None
+        self.crops: Path | None = folder / "crops" if config.save_crop else None
+        self._class_folders = class_folders(names, folder) if self.crops else ()
+        if self.keeps_pictures or self.labels or self.csv or self.crops:
+            self.register.write()
+        if self.csv:
+            of_sources = {source.shown for source in sources}
+            write_atomic(self.csv, _kept_rows(self.csv, self.register, of_sources))
+
+    def open(self, source: Source) -> SourceFiles:
+        """Return the writer of one source, to be closed; what an earlier run wrote of the source is removed."""
+        named = self._named[id(source)]
+        wanted: list[tuple[Kind, bool]] = [
+            ("labels", self.labels is not None),
+            ("crops", self.crops is not None),
+            ("annotated", self.keeps_pictures),
+        ]
+        self.register.remove_earlier(named, [kind for kind, asked in wanted if asked])
+        suffix = Path(source.file_name).suffix
+        suffix = suffix if suffix.lower() in KEPT_SUFFIXES else ".jpg"
+        path = self.folder / f"{named.base}{suffix if source.kind == 'picture' else '.mp4'}"
+        return SourceFiles(self, source, named, path)
+
+    def download(self, source: Source) -> Path:
+        """Return where a file behind a URL is fetched to."""
+        return self.folder / "downloads" / f"{self._named[id(source)].base}{Path(source.file_name).suffix}"
+
+    def write_csv(self, source: Source, stem: str, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
+        """Append one row a detection, all of a frame in one write."""
+        if self.csv is None or not len(detections):
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for x1, y1, x2, y2, confidence, kind in detections.tolist():
+            corners = (f"{value:.1f}" for value in (x1, y1, x2, y2))
+            name = self._names[int(kind)]
+            where = (source.shown, frame.number, int(kind), name)
+            writer.writerow((*where, f"{confidence:.4f}", *corners, stem))
+        append_line(self.csv, text.getvalue())
+
+    def write_labels(self, stem: str, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> None:
+        """Write class and normalised xywh, and the confidence if asked for; no file where nothing was found."""
+        if self.labels is None or not len(detections):
+            return
+        height, width = image.shape[:2]
+        rows = []
+        for x1, y1, x2, y2, confidence, kind in detections.tolist():
+            row = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
+            row += [confidence] if self._config.save_conf else []
+            rows.append(" ".join([str(int(kind)), *(f"{value:.6g}" for value in row)]))
+        write_atomic(self.labels / f"{stem}.txt", "\n".join(rows) + "\n")
+
+    def write_crops(self, named: Named, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
+        """Write each detection's part of the image to crops/<class>/."""
+        if self.crops is None:
+            return
+        height, width = frame.image.shape[:2]
+        written: Counter[int] = Counter()
+        for x1, y1, x2, y2, _, kind in detections.tolist():
+            left, top = max(int(x1), 0), max(int(y1), 0)
+            right, bottom = min(int(np.ceil(x2)), width), min(int(np.ceil(y2)), height)
+            if right > left and bottom > top:
+                written[int(kind)] += 1
+                name = named.crop(frame.number, written[int(kind)])
+                folder = self.crops / self._class_folders[int(kind)]
+                save_picture(frame.image[top:bottom, left:right], folder / f"{name}.jpg")
+
+    def draw(self, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return a copy of the picture with its detections drawn."""
+        drawn = np.ascontiguousarray(image).copy()
+        draw_detections(
+            drawn,
+            detections,
+            self._names,
+            thickness=self._config.line_thickness,
+            with_text=not self._config.hide_labels,
+            with_scores=not self._config.hide_conf,
+        )
+        return drawn
+
+    @property
+    def keeps_pictures(self) -> bool:
+        """Whether annotated pictures and videos are written."""
+        return not self._config.nosave
+
+
+class SourceFiles:
+    """The outputs of one source; a context manager that finishes its video."""
+
+    def __init__(self, files: DetectionFiles, source: Source, named: Named, path: Path) -> None:
+        """Write for `source` under the names of `named`, the annotated image or film to `path`."""
+        self._files = files
+        self._source = source
+        self._named = named
+        self._path = path
+        self._video: _VideoFile | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._video is None:
+            self._stack.__exit__(*error)  # a video that could not even be begun leaves nothing
+        else:
+            self._stack.close()  # finished even on an error: half a film is better than none
+
+    def add(self, frame: Frame, detections: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> None:
+        """Write everything that was asked for of one picture or frame."""
+        stem = self._named.stem(frame.number)
+        self._files.write_labels(stem, frame.image, detections)
+        self._files.write_csv(self._source, stem, frame, detections)
+        self._files.write_crops(self._named, frame, detections)
+        if drawn is None or not self._files.keeps_pictures:
+            return
+        if self._source.kind == "picture":
+            save_picture(drawn, self._path)
+            self._files.annotated.append(self._path)
+            return
+        if self._video is None:
+            hw = (drawn.shape[0], drawn.shape[1])
+            temporary = self._stack.enter_context(atomic_path(self._path))
+            self._video = _VideoFile(temporary, self._path, frame.fps, hw)
+            self._stack.callback(self._video.close)
+            self._files.annotated.append(self._path)
+        self._video.write(drawn)
+
+
+class _VideoFile:
+    """An mp4 whose frames all have the size of the first."""
+
+    def __init__(self, path: Path, shown: Path, fps: float, hw: tuple[int, int]) -> None:
+        """Begin the file at `path`, which messages call `shown`."""
+        # MPEG-4 part 2: the encoder that every build of OpenCV carries.
+        self._writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (hw[1], hw[0]))
+        if not self._writer.isOpened():
+            raise DataError(f"{shown.parent}: a video of {hw[1]} x {hw[0]} cannot be written; try --nosave")
+        self._path, self._shown, self._hw = path, shown, hw
+        self._frames = 0
+
+    def write(self, image: np.ndarray[Any, Any]) -> None:
+        """Append one RGB frame."""
+        if image.shape[:2] != self._hw:  # a stream may change its resolution
+            image = cv2.resize(image, (self._hw[1], self._hw[0]), interpolation=cv2.INTER_AREA)
+        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        self._frames += 1
+
+    def close(self) -> None:
+        """Finish the file. Raises OSError where the disk has not taken all of it, which OpenCV does not say."""
+        self._writer.release()
+        written = cv2.VideoCapture(str(self._path))
+        frames = written.get(cv2.CAP_PROP_FRAME_COUNT)
+        written.release()
+        if frames != self._frames:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shown))
+
+
+def class_folders(names: Sequence[str], place: Path) -> tuple[str, ...]:
+    """Return one folder name for each class, all different in `place`; names come from files of anybody.
+
+    A name that is a folder name stays as it is. Classes whose names are equal, or become so, get their numbers.
+    """
+    room = longest_name(place) - ROOM_FOR_NUMBER
+    plain = [
+        cut(_folder_name(name), room).strip(" .") or f"class {index}" for index, name in enumerate(names)
+    ]
+    if len({folded(name) for name in plain}) == len(plain):
+        return tuple(plain)
+    return distinct(plain, fold=folded if folds_names(place) else str)
+
+
+def _folder_name(name: str) -> str:
+    """Return a class's name without what a folder's may not have, here or on Windows."""
+    return "".join(
+        letter if letter.isprintable() and letter not in r'/\:*?"<>|' else "_" for letter in name.strip(" .")
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    try:
+        text = read_regular(path, _MOST_CSV_BYTES).decode("utf-8", "surrogateescape")
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except (BudgetExceeded, csv.Error) as error:
+        raise DataError(
+            f"{path}: its rows cannot be read ({shown(error)}), and would be lost; move it away"
+        ) from None
+
+
+def _kept_rows(path: Path, register: Register, of_sources: set[str]) -> bytes:
+    """Return the head of a CSV and the rows of sources that are not of this run, if it is there already."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in _rows(path) if path.is_file() else ():
+        of_this_run = register.is_of_this_run(row["file"]) if row.get("file") else False
+        if not of_this_run and (row.get("file") or row.get("image") not in of_sources):
+            writer.writerow(row)
+    return text.getvalue().encode("utf-8", "surrogateescape")

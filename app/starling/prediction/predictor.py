@@ -1,0 +1,88 @@
+"""From one picture to its detections, in the picture's own pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from starling.boxes.nms import non_max_suppression
+from starling.data.augment.letterbox import apply_letterbox, boxes_to_original, letterbox_geometry
+from starling.device import Compute
+from starling.prediction.inference import Predictor
+from starling.prediction.inputs import to_input
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thresholds:
+    """What counts as a detection; see `non_max_suppression`."""
+
+    confidence: float = 0.25
+    iou: float = 0.45
+    max_detections: int = 1000
+    classes: Sequence[int] | None = None
+    agnostic: bool = False
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Time spent in each stage, over all pictures."""
+
+    prepare: float = 0.0
+    network: float = 0.0
+    suppression: float = 0.0
+
+    def describe(self, pictures: int) -> str:
+        """Return the mean of each stage in milliseconds a picture."""
+        prepare, network, suppression = (
+            1e3 * seconds / max(pictures, 1) for seconds in (self.prepare, self.network, self.suppression)
+        )
+        return f"{prepare:.1f} ms preparing, {network:.1f} ms network, {suppression:.1f} ms suppression a picture"
+
+
+class PictureDetector:
+    """Run a model on pictures of any size, one at a time."""
+
+    def __init__(
+        self, model: Predictor, compute: Compute, size_hw: tuple[int, int], thresholds: Thresholds
+    ) -> None:
+        """Keep a model that is on its device; `size_hw` is what pictures are letterboxed into, in pixels."""
+        self._model = model
+        self._stride = model.image_multiple
+        self._compute = compute
+        self._size_hw = size_hw
+        self._thresholds = thresholds
+        self.seconds = Seconds()
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return [n,6] xyxy, confidence, class for an RGB picture, uint8 [H,W,3]; the surest first."""
+        began = time.perf_counter()
+        original_hw = (image.shape[0], image.shape[1])
+        geometry = letterbox_geometry(original_hw, self._size_hw, stride=self._stride)
+        boxed = torch.from_numpy(apply_letterbox(image, geometry)).permute(2, 0, 1)[None]
+        batch = to_input(boxed, self._compute)
+        prepared = time.perf_counter()
+        with self._compute.autocast():
+            decoded = self._model(batch)[0].float()
+        if not self._compute.on_cpu:
+            torch.cuda.synchronize(self._compute.device)  # else the network's time would be suppression's
+        predicted = time.perf_counter()
+        kept = self._thresholds
+        found = non_max_suppression(
+            decoded,
+            kept.confidence,
+            kept.iou,
+            classes=kept.classes,
+            agnostic=kept.agnostic,
+            max_detections=kept.max_detections,
+        )[0].cpu()
+        detections = boxes_to_original(found, geometry, original_hw).numpy()
+        self.seconds.prepare += prepared - began
+        self.seconds.network += predicted - prepared
+        self.seconds.suppression += time.perf_counter() - predicted
+        return detections

@@ -1,0 +1,253 @@
+"""Sessions with a PostgreSQL server that keeps studies, and what its refusals mean."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
+
+from starling.config.study_url import StudyUrl
+from starling.errors import CheckpointError, ServerError, StarlingError, UsageError
+from starling.search.storage.password import REMEDY, find_password
+
+try:
+    import pg8000.legacy
+    import pg8000.native
+    from pg8000.exceptions import Error, InterfaceError
+except ImportError:
+    raise UsageError(
+        "--study: the driver for PostgreSQL is not installed; pip install -r requirements.txt"
+    ) from None
+
+DriverError = Error
+"""Whatever the driver raises."""
+
+CONNECT_S = 5.0
+"""Seconds for each step of connecting."""
+ANSWER_S = 30.0
+"""Seconds for an answer, after which the connection counts as lost."""
+IDLE_S = 120.0
+"""Seconds of silence in mid-transaction after which the server ends a session: its worker is frozen."""
+OLDEST_VERSION = 14
+
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+LOCK_NOT_AVAILABLE = "55P03"
+"""SQLSTATE of a lock that was not to be had within lock_timeout."""
+_TRANSIENT = ("08", "25006", "25P03", "40", "53", "55", "57")
+"""Beginnings of SQLSTATE codes that may pass: connection, a standby before it takes over, conflict, resources, locks,
+shutdown and start."""
+
+# It prints a traceback for each broken connection that it throws away; what broke is told in our own words.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+
+
+class ConnectionLost(ServerError):
+    """The connection broke while the study was locked: the lock is gone, and the step has to begin anew."""
+
+
+class Database:
+    """Opens sessions with one server."""
+
+    def __init__(self, url: StudyUrl, environment: Mapping[str, str] = os.environ) -> None:
+        self.url = url
+        self._environment = environment
+
+    def session(self, name: str = "starling") -> Any:
+        """Return a session in which each statement is a transaction of its own; `name` is what the server lists it as.
+
+        Raises UsageError where the server refuses, ServerError where it does not answer.
+        """
+        return self._open(pg8000.native.Connection, name)
+
+    def connection(self) -> Any:
+        """Return a connection as SQLAlchemy wants it; raises as `session`."""
+        return self._open(pg8000.legacy.Connection, "starling study")
+
+    def _open(self, kind: Callable[..., Any], name: str) -> Any:
+        password = find_password(self.url, self._environment)
+        try:
+            channel = self._connect()
+            try:
+                session = kind(
+                    self.url.user, host=self.url.host, database=self.url.database, password=password, sock=channel,
+                    ssl_context=False, application_name=name, startup_params=_session_settings(),
+                )  # fmt: skip
+            except BaseException:
+                channel.close()
+                raise
+            channel.settimeout(ANSWER_S)
+        except StarlingError:
+            raise
+        except Exception as error:
+            if not sql_state(error) and not _is_silence(error):
+                raise UsageError(
+                    f"{self.url}: what answers there does not speak PostgreSQL's protocol ({reason_of(error)}); "
+                    "check host and port"
+                ) from None
+            raise refusal(self.url, error, has_password=bool(password)) from None
+        _check_version(self.url, session)
+        return session
+
+    def _connect(self) -> socket.socket:
+        """Return a connected socket, encrypted as `sslmode` asks."""
+        channel = socket.create_connection((self.url.host, self.url.port), CONNECT_S)
+        try:
+            # A host that vanishes without a word is noticed in about a minute, from either side.
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+                if hasattr(socket, option):
+                    channel.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+            return channel if self.url.sslmode == "disable" else self._encrypt(channel)
+        except BaseException:
+            channel.close()
+            raise
+
+    def _encrypt(self, channel: socket.socket) -> socket.socket:
+        channel.sendall(_SSL_REQUEST)
+        answer = channel.recv(1)
+        if answer == b"S":
+            context = ssl.create_default_context(cafile=self.url.sslrootcert or None)
+            if self.url.sslmode != "verify-full":
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            return context.wrap_socket(channel, server_hostname=self.url.host)
+        if not answer:
+            raise ConnectionError("it closed the connection")
+        if answer != b"N":
+            raise UsageError(f"{self.url}: what answers there is no PostgreSQL server; check host and port")
+        if self.url.sslmode != "prefer":
+            raise UsageError(
+                f"{self.url}: the server does not encrypt, and sslmode={self.url.sslmode} asks for it; "
+                "turn on ssl in postgresql.conf, or leave sslmode out where the network is trusted"
+            )
+        return channel
+
+
+def _session_settings() -> dict[str, str]:
+    """Return the server's settings of every session: no statement, wait or dead client can hold others up for long."""
+    return {
+        "lock_timeout": "2s",
+        "statement_timeout": f"{round(ANSWER_S * 0.8)}s",
+        "idle_in_transaction_session_timeout": f"{round(IDLE_S * 1000)}",
+        "tcp_keepalives_idle": "30",
+        "tcp_keepalives_interval": "10",
+        "tcp_keepalives_count": "3",
+    }
+
+
+def _check_version(url: StudyUrl, session: Any) -> None:
+    text = str(session.parameter_statuses.get("server_version", ""))
+    major = text.split(".")[0].split(" ")[0]
+    if major.isdigit() and int(major) < OLDEST_VERSION:
+        close_quietly(session)
+        raise UsageError(f"{url}: is PostgreSQL {text}; a study needs version {OLDEST_VERSION} or newer")
+
+
+def close_quietly(session: Any) -> None:
+    with contextlib.suppress(Exception):
+        session.close()
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from or during, each once."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        at = at.__cause__ or at.__context__
+
+
+def _fields(error: BaseException) -> Mapping[str, str]:
+    """Return the fields of the server's own error among the causes: C its SQLSTATE, M its message."""
+    for cause in _causes(error):
+        if isinstance(cause, DriverError) and cause.args and isinstance(cause.args[0], dict):
+            return cause.args[0]
+    return {}
+
+
+def sql_state(error: BaseException) -> str:
+    """Return the five letters by which the server says what is wrong; empty where it said nothing."""
+    return str(_fields(error).get("C", ""))
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether an error may pass by itself: the server is away, starting, stopping, or too busy."""
+    if isinstance(error, StarlingError):
+        return isinstance(error, ServerError)
+    if not isinstance(error, (SQLAlchemyError, StorageInternalError, DriverError, OSError)):
+        return False
+    state = sql_state(error)
+    if state:
+        return state.startswith(_TRANSIENT)
+    return any(
+        isinstance(cause, (InterfaceError, ConnectionError, TimeoutError, ServerError))
+        for cause in _causes(error)
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in a few words why the database did not do as asked."""
+    if isinstance(error, ConnectionLost):
+        return "the connection was lost"
+    said = _fields(error).get("M")
+    if said:
+        return said
+    for cause in _causes(error):
+        if isinstance(cause, TimeoutError):
+            return "timed out"
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+    first = list(_causes(error))[-1]
+    return str(first).splitlines()[0] if str(first) else type(first).__name__
+
+
+def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -> StarlingError:
+    """Return our own error for what went wrong between us and the server."""
+    state, reason = sql_state(error), reason_of(error)
+    if state == "28P01":
+        given = "the password is not the one of this user" if has_password else "it asks for a password"
+        return UsageError(f"{url}: the server does not let {url.user} in: {given}; set it by {REMEDY}")
+    if state.startswith("28"):
+        return UsageError(
+            f"{url}: the server does not let {url.user} in ({reason}); see its pg_hba.conf and the user's name"
+        )
+    if state == "3D000":
+        return UsageError(
+            f"{url}: has no database {url.database}; create it: createdb --owner {url.user} {url.database}"
+        )
+    if state == "42501":
+        return UsageError(
+            f"{url}: {url.user} may not write there ({reason}); name a database of its own, or let the owner of this one "
+            f"say: ALTER DATABASE {url.database} OWNER TO {url.user}"
+        )
+    if state == "25006":
+        return UsageError(f"{url}: can only be read ({reason}); name the primary server, not a standby")
+    if not state and isinstance(error, ssl.SSLCertVerificationError):
+        return UsageError(
+            f"{url}: its certificate is not trusted ({error.verify_message}); name its authority by "
+            "sslrootcert=FILE, and the server as its certificate does"
+        )
+    if not state and not _is_silence(error):
+        return CheckpointError(f"{url}: cannot be used ({reason}); what is recorded is intact")
+    if not state or state.startswith(_TRANSIENT):
+        return ServerError(
+            f"{url}: does not answer ({reason}); check host and port, that PostgreSQL runs and listens there, and that "
+            "no firewall is between"
+        )
+    return CheckpointError(
+        f"{url}: the database refused ({state}: {reason}); what is recorded is intact: see the server's log"
+    )
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Return whether there was no answer at all, rather than one that made no sense."""
+    return any(isinstance(cause, (OSError, InterfaceError)) for cause in _causes(error))

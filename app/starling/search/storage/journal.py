@@ -1,0 +1,326 @@
+"""The study on disk: an append-only journal that a kill, a full disk or a dead worker cannot brick.
+
+Optuna replays a file of JSON lines. Its own file backend has two faults on a shared volume: its lock can spin for
+ever on a dead holder, and a last line torn by a kill is glued to the next one, after which no reader gets past it.
+Here the lock is `flock`, which the kernel drops with its holder, and an append first cuts a torn tail off.
+
+`flock` excludes every process and container of one host. Over a network file system it may not do so between hosts:
+`storage.check_storage` refuses those; for several hosts PostgreSQL is the sound choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+
+from starling.core.lock import take, take_folder, try_flock
+from starling.errors import CheckpointError, UsageError, disk_write, refusal
+from starling.outputs.atomic import fsync_directory
+from starling.outputs.folders import make_folder, open_file, open_folder, state_of
+from starling.search.storage.checksum import (
+    MOST_LINE_BYTES,
+    has_lost_line_end,
+    looks_like_record,
+    opened,
+    sealed,
+)
+from starling.search.storage.leases import FileLease, FileLeaseWatch, lease_path
+
+T = TypeVar("T")
+
+JOURNAL, LOCK = "study.journal", "study.lock"
+STUDY = "search"
+"""The one study of a journal."""
+_BEGINNING = b'{"op_code":'
+"""Of every record."""
+_BLOCK = 64 * 1024
+_PATIENCE_S = 30.0
+
+UNREPLAYABLE = (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""What damaged or invented records make Optuna and the ledger raise."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the context into a StarlingError that names `path` and the remedy.
+
+    DiskFull where the disk refuses, UsageError for a link, CheckpointError for any other reason.
+    """
+    try:
+        with disk_write(path):
+            yield
+    except OSError as error:
+        raise refusal(error, path) or CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); the study is intact: check that the folder belongs to this "
+            "user, then start the worker again"
+        ) from error
+
+
+@contextmanager
+def understood(journal: Path | str) -> Iterator[None]:
+    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
+    try:
+        yield
+    except UNREPLAYABLE as error:
+        place = Path(journal)
+        drop = f"drop it alone with starling search repair {place.parent}, " if place.name == JOURNAL else ""
+        raise CheckpointError(
+            f"{journal}: holds a record that is not one of a study ({error!r}); {drop}restore the study from a copy, "
+            "or start a search under another --name"
+        ) from error
+
+
+class JournalStudyStorage:
+    """A study in `<directory>/study.journal`, for the workers of one host."""
+
+    def __init__(
+        self, directory: Path, *, create: bool = True, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        directory = directory.absolute()
+        if create:
+            with writing(directory):
+                make_folder(directory)
+        self._directory = directory
+        self._say = say
+        path = directory / JOURNAL
+        self.where, self.study_name, self.spans_hosts = str(path), STUDY, False
+        with understood(path):
+            self._storage = JournalStorage(SafeJournalBackend(path, create=create))
+
+    @property
+    def optuna(self) -> BaseStorage:
+        """The storage as Optuna knows it."""
+        return self._storage
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude all other workers of the study while the context lasts. Not reentrant."""
+        return folder_locked(self._directory / LOCK, say=self._say)
+
+    def persist(self, operation: Callable[[], T]) -> T:
+        """Run an operation on the study; a disk that fails once is not tried again."""
+        return operation()
+
+    def take_lease(self, number: int, worker: str) -> FileLease:
+        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        path = lease_path(self._directory, number)
+        with writing(path):
+            return FileLease(path, worker)
+
+    def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> FileLeaseWatch:
+        """Return an observer of other workers' leases."""
+        return FileLeaseWatch(self._directory, lease_s, monotonic=monotonic)
+
+
+@contextmanager
+def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
+    descriptor, _ = take(path, lambda: _open_lock(path), lambda d: _acquire(d, path, say))
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def folder_locked(
+    path: Path, folder: Path | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
+    """Hold `locked(path)`, and a folder, so that nobody else gets in where the file is removed meanwhile.
+
+    The folder is that of the file, unless another one is what the lock guards; it is made if need be.
+    """
+    guarded = folder or path.parent
+
+    def open_guarded() -> int:
+        with writing(guarded):
+            return open_folder(guarded, create=True).descriptor
+
+    with locked(path, say=say):
+        descriptor, _ = take_folder(open_guarded, lambda d: _acquire(d, path, say))
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of `locked` if nobody else does; yields whether."""
+    descriptor, free = take(path, lambda: _open_lock(path))
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    with writing(path):
+        return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
+
+
+def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> bool:
+    """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
+    pause, complain_at = 0.001, time.monotonic() + _PATIENCE_S
+    while True:
+        if try_flock(descriptor):
+            return True
+        if time.monotonic() > complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            say(f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?")
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+class SafeJournalBackend(BaseJournalBackend):
+    """Optuna's journal format, one JSON record a line, kept whole whatever happens to its writers."""
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self._path = path.absolute()
+        # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
+        self._seen = (0, 0)
+        self._identity: tuple[int, int] | None = None
+        """Device and inode of the file that was read."""
+        if create and self._is_missing():
+            os.close(self._open(os.O_RDWR | os.O_CREAT))
+            with writing(self._path):
+                fsync_directory(self._path.parent)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield the records from number `log_number_from` on; a line without its end is not there yet.
+
+        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed;
+        UsageError for a file that never was a journal.
+        """
+        number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
+        with open(self._open(os.O_RDONLY), "rb") as file:
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if self._identity not in (None, identity):
+                raise CheckpointError(
+                    f"{self._path}: was repaired or replaced while in use; start the worker again"
+                )
+            self._identity = identity
+            if status.st_size < offset:
+                raise CheckpointError(f"{self._path}: was cut short while in use; restore it from a copy")
+            file.seek(offset)
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                if len(line) > MOST_LINE_BYTES:
+                    raise self._damaged(number + 1)
+                if not line.endswith(b"\n"):
+                    if has_lost_line_end(line):
+                        raise self._damaged(number + 1)
+                    return
+                number, offset = number + 1, offset + len(line)
+                if number <= log_number_from:
+                    continue
+                record = self._parse(line, number)
+                # Before the yield: Optuna may stop in the middle, and counts this record as read.
+                self._seen = (number, offset)
+                yield record
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records durably, after cutting off what a killed writer left of a line.
+
+        Raises DiskFull where the disk is full or fails; the journal then stands as it was.
+        """
+        payload = b"".join(map(sealed, logs))
+        # A repair puts another file in place: whoever waited for it must not write to the one that has gone.
+        descriptor, _ = take(
+            self._path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self._path, lambda line: None)
+        )
+        try:
+            end = _end_of_last_line(descriptor)
+            self._refuse_lost_line_end(descriptor, end)
+            if end == 0:
+                self._refuse_what_is_none(os.pread(descriptor, len(_BEGINNING), 0))
+            with writing(self._path):
+                self._write(descriptor, payload, end)
+        finally:
+            os.close(descriptor)
+
+    def _write(self, descriptor: int, payload: bytes, end: int) -> None:
+        """Write `payload` at byte `end` or leave the file ending there."""
+        if os.fstat(descriptor).st_size > end:
+            os.ftruncate(descriptor, end)
+        space = os.fstatvfs(descriptor)
+        # A full disk is better noticed before the write than by half a record.
+        if space.f_bavail * space.f_frsize < len(payload) + space.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = 0
+        try:
+            while written < len(payload):
+                written += os.pwrite(descriptor, payload[written:], end + written)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
+        # If this fails the record stays: other workers may have read it, and taking it back would part their
+        # view from the file's. The caller hears that it is not safe.
+        os.fsync(descriptor)
+
+    def _is_missing(self) -> bool:
+        with writing(self._path):
+            return state_of(self._path) is None
+
+    def _open(self, flags: int) -> int:
+        try:
+            return open_file(self._path, flags, alone=flags & os.O_RDWR != 0)
+        except OSError as error:
+            raise refusal(error, self._path) or CheckpointError(
+                f"{self._path}: cannot be opened ({error.strerror}); check that the search's folder is there and "
+                "belongs to this user"
+            ) from error
+
+    def _refuse_what_is_none(self, first: bytes) -> None:
+        """Raise UsageError for a file whose only, unended line is not what a killed writer leaves of a first record."""
+        # After a power cut a file may have got its length but not its content.
+        if not _BEGINNING.startswith(first) and first.strip(b"\0"):
+            raise UsageError(self._no_journal())
+
+    def _no_journal(self) -> str:
+        return f"{self._path}: is there and is not a study's journal; move it away, or start a search under another --name"
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        record = opened(line)
+        if record is None:
+            if number == 1 and not looks_like_record(line):
+                raise UsageError(self._no_journal())
+            raise self._damaged(number)
+        return record
+
+    def _damaged(self, number: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}:{number}: not a record of a study, or a damaged one; to drop it alone: "
+            f"starling search repair {self._path.parent}"
+        )
+
+    def _refuse_lost_line_end(self, descriptor: int, end: int) -> None:
+        """Raise CheckpointError where what stands behind the last line is a whole record: no writer leaves that."""
+        tail = os.pread(descriptor, os.fstat(descriptor).st_size - end, end)
+        if has_lost_line_end(tail):
+            lines = sum(1 for _ in self.read_logs(0)) if end else 0
+            raise self._damaged(lines + 1)
+
+
+def _end_of_last_line(descriptor: int) -> int:
+    """Return the offset behind the last newline; 0 if there is none."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(end - _BLOCK, 0)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

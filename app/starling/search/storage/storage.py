@@ -1,0 +1,135 @@
+"""Where a study lives: a journal in the search's folder, or a PostgreSQL database for workers of many hosts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from optuna.storages import BaseStorage
+
+from starling.config.study_url import parse_study_url
+from starling.errors import UsageError
+from starling.outputs.file_system import network_file_system
+from starling.outputs.folders import make_folder, runs_root
+from starling.search.storage.journal import JournalStudyStorage, writing
+from starling.search.storage.leases import Lease, LeaseWatch
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class StudyStorage(Protocol):
+    """Where a study and the leases of its workers live, and the one lock that makes several steps a single one."""
+
+    where: str
+    """The journal's path or the database's URL, as messages name it."""
+    study_name: str
+    """What the study is called there."""
+    spans_hosts: bool
+    """Whether workers may lack each other's folders."""
+
+    @property
+    def optuna(self) -> BaseStorage:
+        """The storage as Optuna knows it."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude all other workers of the study while the context lasts. Not reentrant.
+
+        What is written inside it is written under the lock, or not at all.
+        """
+
+    def persist(self, operation: Callable[[], T]) -> T:
+        """Run an operation on the study, again and again for a while where the storage is out of reach.
+
+        `operation` may have been cut off half way when it is run anew.
+        """
+
+    def take_lease(self, number: int, worker: str) -> Lease:
+        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+
+    def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> LeaseWatch:
+        """Return an observer of other workers' leases."""
+
+
+def persistent(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Let a method of something that has a `_storage` outlast an outage of it: see `StudyStorage.persist`."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> T:
+        storage: StudyStorage = args[0]._storage
+        return storage.persist(lambda: method(*args, **kwargs))
+
+    return call
+
+
+def open_storage(
+    url: str,
+    directory: Path,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    create: bool = True,
+    check_stop: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] = os.environ,
+) -> StudyStorage:
+    """Open the storage that `--study` names: a database, or where `url` is empty the journal in `directory`.
+
+    `say` gets a line when something keeps a worker waiting; `check_stop` is called meanwhile, to raise Stopped.
+    Without `create` the study is only looked at, and has to be there. `environment` says where passwords are.
+
+    Raises UsageError for a URL or a server that cannot serve, ServerError for one that does not answer.
+    """
+    directory = directory.absolute()
+    if create:
+        with writing(directory):
+            make_folder(directory)
+    if not url:
+        return JournalStudyStorage(directory, create=create, say=say)
+    from starling.search.storage.database_storage import (
+        DatabaseStudyStorage,  # SQLAlchemy is slow to import, and few need it
+    )
+
+    return DatabaseStudyStorage(
+        parse_study_url(url),
+        study_name(directory),
+        create=create,
+        say=say,
+        check_stop=check_stop,
+        environment=environment,
+    )
+
+
+def check_storage(url: str, directory: Path, *, allow_nfs: bool = False) -> None:
+    """Raise before any work is done where a study could not live: see `open_storage`.
+
+    A journal needs locks that every worker's host obeys. Raises UsageError where `directory` lies on a file system
+    that several machines can mount, unless `allow_nfs`.
+    """
+    if url:
+        from starling.search.storage.database_storage import DatabaseStudyStorage
+
+        DatabaseStudyStorage(parse_study_url(url), study_name(directory)).close()
+        return
+    kind = None if allow_nfs else network_file_system(directory)
+    if kind is not None:
+        raise UsageError(
+            f"{directory}: lies on a network file system ({kind}), where workers of two hosts may both hold the "
+            "study's lock and overwrite each other's results; keep the study in a database with "
+            "--study postgresql://user@host/database (docs/scale-out.md), or say with --allow-nfs that all workers run "
+            "on this host or that this mount's locks hold between hosts"
+        )
+
+
+def study_name(directory: Path) -> str:
+    """Return a search's name in a database: `project/name`, the same on every host.
+
+    It is the folder's path below the runs folder; of a folder elsewhere its last two parts.
+    """
+    directory, root = directory.absolute(), runs_root()
+    if directory != root and directory.is_relative_to(root):
+        return directory.relative_to(root).as_posix()
+    return "/".join(directory.parts[-2:])

@@ -1,0 +1,112 @@
+"""The checkpoints of a run: `last.pt` to go on from, `best.pt`, and one each `--save-period`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from starling.config.train_config import TrainConfig
+from starling.model.checkpoint import save_checkpoint
+from starling.outputs.run_dir import RunDir
+from starling.training.checkpoint.best_weights import best_row, held_row
+from starling.training.reporting.results import EpochRow
+
+State = Callable[[], dict[str, Any]]
+
+
+class Saver:
+    """Know what is saved and what is due. Of several processes one writes; all know alike."""
+
+    saved: tuple[int, int] | None
+    """Epoch and iteration of the checkpoint that this process saved last."""
+    began: tuple[int, int]
+    """Epoch and iteration at which this process began."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDir,
+        state: State,
+        weights: State,
+        say: Callable[[str], None],
+        *,
+        writes: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """`state` and `weights` return what `last.pt` and `best.pt` are to hold; nothing is written unless `writes`."""
+        self._config, self._run, self._say = config, run, say
+        self._state, self._weights = state, weights
+        self._writes, self._clock = writes, clock
+        self._saved_at = clock()
+        self.saved = None
+        self.began = (0, 0)
+        self._kept: EpochRow | None = None
+        """The row whose weights are in best.pt."""
+
+    def due(self) -> bool:
+        """Return whether `--save-minutes` have passed since the last save; never where another process writes."""
+        passed = self._clock() - self._saved_at
+        return self._writes and not self._config.nosave and passed >= 60 * self._config.save_minutes
+
+    def is_best(self, row: EpochRow) -> bool:
+        """Return whether the row was validated and is at least as good as the one whose weights are kept."""
+        return row.validated and (self._kept is None or row.fitness >= self._kept.fitness)
+
+    def save_last(self, position: tuple[int, int]) -> None:
+        """Save `last.pt` at this epoch and iteration."""
+        if self._writes:
+            # After a resume the one before `last.pt` may be the only whole one: the first save leaves it.
+            previous = None if self.saved is None else self._run.previous
+            save_checkpoint(self._run.last, self._state(), previous=previous)
+        self.saved, self._saved_at = position, self._clock()
+
+    def save_epoch(self, row: EpochRow, *, best: bool, last: bool) -> Path | None:
+        """Save what is due at the end of the epoch that `row` tells of; return the file that `--save-period` kept."""
+        done = row.epoch + 1
+        # In this order a kill between the two leaves a checkpoint that the best can be made from again.
+        if last or not self._config.nosave:
+            self.save_last((done, 0))
+        if best:
+            self._save_best(row)
+        kept = self._kept_of(done)
+        if kept is not None:
+            save_checkpoint(kept, self._weights())
+        return kept
+
+    def _kept_of(self, done: int) -> Path | None:
+        """Return the file that `--save-period` keeps after so many epochs; None where none is due."""
+        period = self._config.save_period
+        due = self._writes and period > 0 and done > 0 and done % period == 0
+        return self._run.weights / f"epoch{done - 1}.pt" if due else None
+
+    def _save_best(self, row: EpochRow) -> None:
+        if self._writes:
+            save_checkpoint(self._run.best, self._weights())
+        self._kept = row
+
+    def restored(self, rows: Sequence[EpochRow], position: tuple[int, int]) -> None:
+        """Find out which row's weights best.pt holds, and mend what a kill between two saves left."""
+        self.began = position
+        best = best_row(rows)
+        held = held_row(self._run.best, rows) if self._writes else best
+        if best is None or held == best:
+            self._kept = best
+        elif (best.epoch + 1, 0) == position:
+            self._say(f"{self._run.best}: written anew from the checkpoint, whose epoch is the best")
+            self._save_best(best)
+        elif held is not None and held.fitness == best.fitness:
+            self._kept = held  # an older version kept the first of equals
+        else:
+            self._say(
+                f"{self._run.best}: the weights of the best epoch ({best.epoch + 1}) are not there; "
+                "the file will hold the best of the epochs to come, or the last one's where none comes"
+            )
+        kept = self._kept_of(position[0]) if not position[1] else None
+        if kept is not None and not kept.is_file():  # a kill came before it
+            save_checkpoint(kept, self._weights())
+
+    def finish(self) -> None:
+        """Leave a best.pt in any case: a candidate that went on in a folder of its own may have none."""
+        if self._kept is None and self._writes:
+            save_checkpoint(self._run.best, self._weights())

@@ -1,0 +1,46 @@
+"""The last steps of a finished training: say how it ended, copy its results, note that nothing is left to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from starling.config.train_config import TrainConfig
+from starling.outputs.bucket import upload
+from starling.outputs.run_dir import RunDir
+from starling.training.checkpoint.best_weights import kept_row, unscored
+from starling.training.reporting.results import EpochRow
+from starling.training.resume.ending import figures_of, read_account, write_mark
+
+
+def deliver(
+    config: TrainConfig,
+    run: RunDir,
+    rows: Sequence[EpochRow],
+    run_uuid: str,
+    say: Callable[[str], None],
+    *,
+    again: bool = False,
+) -> None:
+    """Say how a finished training ended, copy its results, and note that nothing is left to do.
+
+    `again`: the results have been copied before.
+    """
+    best = kept_row(rows)
+    reached = f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}"
+    say(f"{unscored(rows) or reached}; results in {run.path}")
+    delivered = again or upload_results(config, run.path, say)
+    if config.json:
+        print(json.dumps({**figures_of(rows, run), **read_account(run)}), flush=True)
+    if delivered and not again:  # a copy that failed is tried again by a resume
+        write_mark(run, rows, run_uuid)
+
+
+def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> bool:
+    """Copy the results to `--bucket`, if one is given; return whether all went well."""
+    if not config.bucket:
+        return True
+    project = config.run_project.removeprefix("runs/")
+    below = Path(project).name if Path(project).is_absolute() else project
+    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)

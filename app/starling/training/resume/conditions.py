@@ -1,0 +1,271 @@
+"""What the exactness of a resume depends on: where, with what, and on which files a training runs.
+
+On the CPU a resumed training ends bit for bit like one left alone, as long as all of this is the same. The checkpoint
+records it, and a resume under other conditions says what has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from starling.config.train_config import TrainConfig
+from starling.core.limits import container_cpu_count
+from starling.data.dataset.dataset import Dataset
+from starling.device import Compute
+from starling.training.reporting.provenance import code_version
+from starling.training.setup.data import TrainingData
+
+WHOLE_BYTES = 1 << 20
+"""Files up to this size are read whole."""
+_BLOCKS, _BLOCK = 64, 4096
+"""Of a larger file so many blocks of so many bytes are read, its beginning and its end among them."""
+_CHUNK = 64
+"""Files that one task of the pool reads."""
+SAVE_WAIT_S = 2.0
+"""Longest wait of a save for the digests: a container that is stopped has a short grace."""
+NOT_EQUAL = "this resume is not bit-equal: "
+OTHER_DATA = "the figures and pictures of the end are of other data than the training was: "
+_SPLITS = {"train": "training", "val": "validation"}
+
+
+class DataDigests:
+    """Digests of a training's files, worked out beside the training and waited for where they are needed."""
+
+    def __init__(self, data: TrainingData) -> None:
+        """Begin."""
+        pool = ThreadPoolExecutor(min(container_cpu_count(), 8), "digests")
+        self._parts: dict[str, tuple[Dataset, list[Future[list[int]]]]] = {
+            name: (
+                split,
+                [
+                    pool.submit(_file_digests, split.images[first : first + _CHUNK])
+                    for first in range(0, len(split), _CHUNK)
+                ],
+            )
+            for name, split in (("train", data.train), ("val", data.val))
+        }
+        pool.shutdown(wait=False)
+        self._tables: dict[str, Tensor] | None = None
+
+    def tables(self, wait_s: float | None = None) -> dict[str, Tensor]:
+        """Return by split an int64 table [N,3]: a digest of each image's name, of its file, and of its labels.
+
+        Nothing where they are not ready after `wait_s` seconds; None waits for them.
+        """
+        if self._tables is None:
+            pending = [future for _, futures in self._parts.values() for future in futures]
+            if wait(pending, wait_s).not_done:
+                return {}
+            self._tables = {
+                name: _table(split, [digest for future in futures for digest in future.result()])
+                for name, (split, futures) in self._parts.items()
+            }
+            self._parts = {}
+        return self._tables
+
+    def cancel(self) -> None:
+        """Give up what has not begun: nobody needs it any more."""
+        for _, futures in self._parts.values():
+            for future in futures:
+                future.cancel()
+
+
+def conditions(
+    config: TrainConfig,
+    compute: Compute,
+    processes: int,
+    data: TrainingData,
+    digests: DataDigests,
+    wait_s: float | None = None,
+) -> dict[str, Any]:
+    """Return what a checkpoint records: plain words by their name, and the tables of the data.
+
+    The tables are waited for as `DataDigests.tables` does.
+    """
+    code = code_version()
+    machine = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "code": f"{code.commit[:12]}{_short(code.diff)}" if code.commit else "unknown",
+        "device": "cpu" if compute.on_cpu else torch.cuda.get_device_name(compute.device),
+        "number format": "bfloat16" if compute.bfloat16 else "float32",
+        "processes": str(processes),
+        "augmentation": "CPU" if data.train_painter is None else "GPU",
+        "compile": "on" if config.compile else "off",
+        "epochs": str(config.epochs),
+    }
+    if compute.on_cpu:
+        machine |= {
+            "threads": str(torch.get_num_threads()),
+            "CPU instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+    else:
+        machine |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    return {"machine": machine, "data": digests.tables(wait_s)}
+
+
+def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exact_kernels: bool) -> list[str]:
+    """Return what keeps a resume from being bit-equal, each in a few words.
+
+    `saved` is None for a checkpoint that records nothing; `exact_kernels` says whether the device gives the same
+    numbers in every run.
+    """
+    if not _is_record(saved):
+        return ["the checkpoint does not record the conditions that it was made under"]
+    assert saved is not None, "a record"
+    before, after = saved["machine"], now["machine"]
+    keys = dict.fromkeys((*before, *after))
+    changed = [
+        f"{key} {before.get(key, 'none')} → {after.get(key, 'none')}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+    if saved["data"]:
+        changed += data_differences(saved["data"], now["data"])
+    else:
+        changed.append("the checkpoint was saved before the digests of its data were ready")
+    if not (exact_kernels or changed):
+        changed.append("GPU kernels give other numbers in every run without --deterministic")
+    return changed
+
+
+def _is_record(saved: object) -> bool:
+    """Return whether a checkpoint's entry is what `conditions` returns; it may come from anywhere."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("machine"), Mapping):
+        return False
+    tables = saved.get("data")
+    return isinstance(tables, Mapping) and all(
+        isinstance(table, Tensor) and table.dtype == torch.int64 and table.dim() == 2 and table.shape[1] == 3
+        for table in (tables.get(name) for name in (_SPLITS if tables else ()))
+    )
+
+
+def notes_of_resume(
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    exact_kernels: bool,
+    say: Callable[[str], None],
+    trains: bool = True,
+) -> list[str]:
+    """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far.
+
+    A resume that only finishes a run (not `trains`) leaves the weights as they are: there the data alone count.
+    """
+    notes = [str(note) for note in state.get("notes", ())]
+    saved = state.get("conditions")
+    if trains:
+        changed = differences(saved, now, exact_kernels=exact_kernels)
+        note, where = NOT_EQUAL, f"from epoch {int(state['epoch']) + 1}: "
+    else:
+        changed = data_differences(_tables_of(saved), now["data"])
+        note, where = OTHER_DATA, ""
+    if changed:
+        note += "; ".join(changed)
+        say(note)
+        notes.append(f"{where}{note}")
+    return notes
+
+
+def differences_of_moved(saved: Mapping[str, Any] | None, digests: DataDigests) -> list[str]:
+    """Return how the data differ from those that a checkpoint records; nothing where it records none."""
+    tables = _tables_of(saved)
+    return data_differences(tables, digests.tables()) if tables else []
+
+
+def _tables_of(saved: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+    """Return the tables of the data that a checkpoint records; nothing where it records none."""
+    return saved["data"] if saved is not None and _is_record(saved) else {}
+
+
+def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """Return by split how many files have changed, were added or removed; nothing for the same images and labels."""
+    told = (
+        _split_difference(saved[name], now[name], words) for name, words in _SPLITS.items() if name in saved
+    )
+    return [difference for difference in told if difference]
+
+
+def _split_difference(saved: Tensor, now: Tensor, words: str) -> str:
+    if torch.equal(saved[:, 1:], now[:, 1:]):
+        return ""  # the same content in the same order, wherever it lies
+    before = {row[0]: (row[1], row[2]) for row in saved.tolist()}
+    after = {row[0]: (row[1], row[2]) for row in now.tolist()}
+    common = before.keys() & after.keys()
+    if not common:  # moved, and not the same: names do not tell which is which
+        contents = [Counter((row[1], row[2]) for row in table.tolist()) for table in (saved, now)]
+        images = labels = 0
+        removed, added = (contents[0] - contents[1]).total(), (contents[1] - contents[0]).total()
+    else:
+        images = sum(before[name][0] != after[name][0] for name in common)
+        labels = sum(before[name][1] != after[name][1] for name in common)
+        removed, added = len(before) - len(common), len(after) - len(common)
+    parts = []
+    if images or labels:
+        kinds = ((images, "image"), (labels, "label file"))
+        which = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for n, kind in kinds if n)
+        parts.append(f"{images + labels} of {len(saved)} {words} files changed ({which})")
+    parts += [
+        f"{n} {words} image{'s' if n > 1 else ''} {what}"
+        for n, what in ((added, "added"), (removed, "removed"))
+        if n
+    ]
+    return ", ".join(parts) or f"the order of the {len(saved)} {words} images changed"
+
+
+def _table(split: Dataset, files: list[int]) -> Tensor:
+    names = [os.fspath(path) for path in split.images]
+    root = os.path.commonpath([os.path.dirname(name) for name in names])
+    rows = [
+        (_number(os.fsencode(name.removeprefix(root))), file, _labels_digest(split, index))
+        for index, (name, file) in enumerate(zip(names, files, strict=True))
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def _labels_digest(split: Dataset, index: int) -> int:
+    parts = [np.ascontiguousarray(split.labels[index]).tobytes()]
+    for polygon in split.polygons[index] if split.polygons else ():
+        parts.append(b"-" if polygon is None else polygon.tobytes())
+    return _number(b"\0".join(parts))
+
+
+def _file_digests(paths: Sequence[Path]) -> list[int]:
+    return [_file_digest(path) for path in paths]
+
+
+def _file_digest(path: Path) -> int:
+    """Return a digest of a file's content; 0 where it cannot be read, which the training will say."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE_BYTES:
+                return _number(file.read(WHOLE_BYTES))
+            step = (size - _BLOCK) / (_BLOCKS - 1)
+            blocks = [os.pread(file.fileno(), _BLOCK, round(step * index)) for index in range(_BLOCKS)]
+            return _number(b"".join([str(size).encode(), *blocks]))
+    except OSError:
+        return 0
+
+
+def _number(content: bytes) -> int:
+    """Return a digest as a number that int64 holds."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _short(diff: str) -> str:
+    return f"+{hashlib.blake2b(diff.encode(), digest_size=4).hexdigest()}" if diff else ""

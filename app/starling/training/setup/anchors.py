@@ -1,0 +1,45 @@
+"""Anchors for a dataset, found once for each set of anchors that a training may start with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from starling.data.dataset.dataset import Dataset
+from starling.model.autoanchor import AutoAnchor, fit_anchors
+from starling.model.detector import Detector
+
+
+class AnchorFitter:
+    """Fit anchors to the labels of a split as training shows them; a worker keeps it from candidate to candidate."""
+
+    def __init__(self, split: Dataset, *, image_size: int, anchor_t: float, seed: int) -> None:
+        self._split, self._image_size = split, image_size
+        # One threshold for a whole search: candidates that differ in anchor_t still share their anchors.
+        self._anchor_t, self._seed = anchor_t, seed
+        self._decided: dict[tuple[bytes, tuple[int, ...], bool], AutoAnchor] = {}
+
+    def fit(self, detector: Detector, *, provisional: bool, say: Callable[[str], None]) -> None:
+        """Give the detector anchors that fit, where its own do not or are `provisional`, and say what was done."""
+        current = detector.anchors_px.cpu().numpy()
+        key = (current.tobytes(), current.shape, provisional)
+        if key not in self._decided:
+            self._decided[key] = fit_anchors(
+                label_sizes(self._split, self._image_size), current,
+                anchor_t=self._anchor_t, seed=self._seed, provisional=provisional,
+            )  # fmt: skip
+            say(self._decided[key].report)
+        decision = self._decided[key]
+        if decision.changed:
+            detector.head.set_anchors(torch.from_numpy(decision.anchors_px))
+
+
+def label_sizes(split: Dataset, image_size: int) -> np.ndarray[Any, Any]:
+    """Return [n,2] float32: every label's width and height in pixels, its picture's long side being `image_size`."""
+    shapes_wh = split.shapes_hw[:, ::-1].astype(np.float32)
+    scaled_wh = shapes_wh * (image_size / shapes_wh.max(axis=1, keepdims=True))
+    sizes = [rows[:, 3:5] * wh for rows, wh in zip(split.labels, scaled_wh, strict=True)]
+    return np.concatenate([np.zeros((0, 2), np.float32), *sizes]).astype(np.float32)

@@ -1,0 +1,50 @@
+"""What can be found wrong with a training on this machine before anything is fetched for it."""
+
+from __future__ import annotations
+
+from starling.config.shipped import find_config
+from starling.config.train_config import TrainConfig
+from starling.config.yaml_reader import read_yaml
+from starling.data.dataset.dataset import DatasetDescription
+from starling.data.dataset.image_lists import find_pictures
+from starling.data.fetch.acquire import CLEARML_SCHEME
+from starling.data.fetch.find import find_dataset
+from starling.data.fetch.official import official_name
+from starling.device import check_device
+from starling.errors import DataError
+from starling.model.initial_weights import Start, check_freeze, local_weights
+
+
+def check_before_fetching(config: TrainConfig) -> None:
+    """Raise what a training would raise anyway, before published weights are fetched; nothing where none are.
+
+    Device, dataset (unless it is to be fetched too) and layout are looked at as far as they are here.
+    """
+    if not config.weights or local_weights(config.weights) is not None:
+        return
+    if len(config.devices) < 2:
+        check_device(config.device)
+    layout = config.cfg or f"{str(official_name(config.weights)).removesuffix('.pt')}.yaml"
+    probe = Start(read_yaml(find_config("layouts", layout)), None).build(("any",), None, lambda line: None)
+    check_freeze(probe, config.freeze)
+    check_dataset(config.data, single_cls=config.single_cls, fetched=config.download)
+
+
+def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False) -> None:
+    """Read a description that is here, and look for an image of every split.
+
+    Raises a UsageError for what the description says wrongly; DataError for what is not there, unless it is `fetched`.
+    """
+    if data.startswith(CLEARML_SCHEME):
+        return
+    path = find_dataset(data, lambda line: None)
+    try:
+        description = DatasetDescription.from_yaml(path, single_cls=single_cls)
+        for split in ("train", "val"):
+            source = f"{path}: {split}"
+            entries = description.splits.get(split, ())
+            if not find_pictures(entries, description.root, source).images:
+                raise DataError(f"{source}: no images there; check the path")
+    except DataError:
+        if not fetched:
+            raise

@@ -1,0 +1,462 @@
+"""One training from a command line to its results."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starling.config.hyp import Hyp
+from starling.config.shipped import find_config
+from starling.config.train_config import AUTO_BATCH, TrainConfig
+from starling.config.train_flags import TrainCommand
+from starling.config.yaml_reader import read_yaml
+from starling.data.cache.pixel_folder import CACHE_FOLDER
+from starling.device import Compute, select_compute
+from starling.distributed.group import SINGLE, Group, Place, joined
+from starling.distributed.relaunch import relaunch
+from starling.errors import (
+    CheckpointError,
+    DataError,
+    Pruned,
+    StarlingError,
+    Stopped,
+    UsageError,
+    is_out_of_memory,
+)
+from starling.model.checkpoint import find_last, load_newest, require
+from starling.model.detector import Detector
+from starling.model.initial_weights import Start, check_freeze, find_start, read_weights
+from starling.outputs.atomic import sweep
+from starling.outputs.folders import name_top, remove
+from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
+from starling.outputs.run_lock import run_lock
+from starling.outputs.worker_status import WorkerStatus, worker_name
+from starling.prediction.inputs import fit_stride
+from starling.progress import Progress, Silence
+from starling.stop_signal import StopSignal
+from starling.tracking.events import EventLog
+from starling.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
+from starling.training.reporting import pictures
+from starling.training.reporting.delivery import deliver
+from starling.training.reporting.hooks import Hook, Training, find_hooks
+from starling.training.reporting.provenance import dataset_fields, keep_changes, origin_tags, place_tags
+from starling.training.reporting.reporter import Reporter, RunLabel
+from starling.training.reporting.results import EpochRow
+from starling.training.resume.conditions import (
+    SAVE_WAIT_S,
+    DataDigests,
+    conditions,
+    differences_of_moved,
+    notes_of_resume,
+)
+from starling.training.resume.ending import End, is_over, what_is_left, write_summary
+from starling.training.resume.own_run import go_on
+from starling.training.setup.anchors import AnchorFitter
+from starling.training.setup.autobatch import choose_batch
+from starling.training.setup.data import (
+    DEVICE_SHARE,
+    TrainingData,
+    bring_to_device,
+    load_data,
+    report_findings,
+    validation_loader,
+)
+from starling.training.setup.preflight import check_before_fetching
+from starling.training.trainer import Diverged, Glances, Trainer, TrainResult
+
+RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
+"""What a resumable checkpoint holds for setting the training up again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What a worker sets up once and keeps from training to training."""
+
+    config: TrainConfig
+    """With the batch size chosen where it was left open."""
+    start: Start
+    compute: Compute
+    image_size: int
+    data: TrainingData
+    anchors: AnchorFitter | None
+    """None under `--noautoanchor`."""
+    group: Group = SINGLE
+    """The processes that train one model together."""
+    digests: DataDigests | None = None
+    """Of the data's files; None where this process writes no checkpoint."""
+
+    def conditions(self, config: TrainConfig, wait_s: float | None = None) -> dict[str, Any]:
+        """Return what a checkpoint is to record of where and on what a training runs.
+
+        The digests of the data are waited for as `DataDigests.tables` does.
+        """
+        if self.digests is None:
+            return {}
+        return conditions(config, self.compute, self.group.world_size, self.data, self.digests, wait_s)
+
+
+def open_workshop(
+    config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
+) -> Workshop:
+    """Choose the device and load the data; what can be wrong with either is found here."""
+    compute = select_compute(
+        group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
+    )
+    if config.sync_bn and compute.on_cpu:
+        raise UsageError(
+            "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
+        )
+    several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
+    say((several if group.world_size > 1 else "") + compute.describe())
+    probe = Start(start.layout, None).build(("any",), None, say)
+    check_freeze(probe, config.freeze)
+    image_size = fit_stride(config.imgsz, probe.image_multiple, say)
+    if config.batch_size == AUTO_BATCH:
+        config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
+    data = load_data(
+        config,
+        image_size,
+        runs_root() / CACHE_FOLDER,
+        say,
+        group.local_world_size,
+        device_free_bytes=compute.picture_bytes(DEVICE_SHARE.get(config.cache, 0.0)),
+    )
+    data = bring_to_device(data, compute, say)
+    anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
+    return Workshop(
+        config,
+        start,
+        compute,
+        image_size,
+        data,
+        None if config.noautoanchor else anchors,
+        group,
+        DataDigests(data) if group.is_main else None,
+    )
+
+
+def read_hyp(config: TrainConfig) -> Hyp:
+    """Return the hyperparameters that `--hyp` and `--label-smoothing` ask for."""
+    path = find_config("hyps", config.hyp)
+    values: dict[str, Any] = read_yaml(path)
+    if config.label_smoothing:
+        values["label_smoothing"] = config.label_smoothing
+    return Hyp.from_mapping(values, str(path))
+
+
+def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Name what is set and does nothing."""
+    if config.rect and hyp.mosaic:
+        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole pictures in their own shapes")
+    if hyp.copy_paste and not data.train.polygons:
+        say("copy_paste has no effect: no training label is a polygon")
+    elif hyp.copy_paste and (config.rect or not hyp.mosaic):
+        say("copy_paste has no effect: objects are pasted into mosaics only")
+    if config.image_weights and (config.noval or config.evolve):
+        said = "a search validates" if config.evolve else "--noval validates"
+        say(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One training as asked for: fresh (no state), or where its checkpoint left off."""
+
+    config: TrainConfig
+    hyp: Hyp
+    start: Start
+    run_uuid: str
+    folder: Path | None
+    """The run to go on in; None for a new one."""
+    state: dict[str, Any] | None
+    left: End = End.TRAINING
+    moved: bool = False
+    """Whether `--data` names another place for the data of the run to resume."""
+
+
+def train(command: TrainCommand) -> None:
+    """Train once, or go on with an interrupted training: alone, or as one of several processes."""
+    place = Place.from_environment()
+    if place is None and (processes := _processes_asked(command)) > 1:
+        code = relaunch(command.arguments, processes)
+        if code:
+            raise SystemExit(code)  # the processes have said why
+        return
+    progress = Progress() if place is None or place.rank == 0 else Silence()
+    command = go_on(command, read_hyp, progress.say)
+    hooks = None if command.config.resume else find_hooks(command.config.hooks)
+    job = (
+        _resumed_job(command, progress.say)
+        if command.config.resume
+        else _fresh_job(command.config, progress.say)
+    )
+    hooks = find_hooks(job.config.hooks) if hooks is None else hooks
+    with joined(job.config, place) as group:
+        _check_same_state(job, group)
+        if group.from_main(job.left) in (End.DELIVERING, End.WHOLE):
+            if group.is_main:
+                _end_again(job, progress)
+            return
+        workshop = _open_for(job, progress.say, group)
+        try:
+            if group.is_main:
+                _lead(job, workshop, progress, hooks)
+            else:
+                _follow(job, workshop)
+        finally:
+            if workshop.digests is not None:
+                workshop.digests.cancel()
+
+
+def _processes_asked(command: TrainCommand) -> int:
+    """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
+    config = command.config
+    if config.resume and "device" not in command.given:
+        state, _ = load_newest(find_last(config.resume), lambda line: None)
+        config = TrainConfig.from_mapping(state.get("config", {}))
+    return len(config.devices)
+
+
+def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> Workshop:
+    """Open the workshop of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
+    try:
+        workshop = open_workshop(job.config, job.start, job.hyp, say, group)
+    except DataError as error:
+        if job.folder is None or job.moved:
+            raise
+        raise type(error)(
+            f"{error}. If the data of this run has moved, name its new description: "
+            f"--resume {RunDir(job.folder).last} --data NEW.yaml"
+        ) from None
+    if job.moved:
+        problem = group.from_main(_difference_of_moved(job, workshop) if group.is_main else "")
+        if problem:
+            raise DataError(
+                f"--data {job.config.data}: not the data that {job.folder} was trained on: {problem}; name a description "
+                f"of that data, or start a new run from its weights with --weights {RunDir(job.folder or Path()).last}"
+            )
+    return workshop
+
+
+def _difference_of_moved(job: _Job, workshop: Workshop) -> str:
+    """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
+    assert job.state is not None, "there is a checkpoint to resume"
+    names = tuple(job.state["names"])
+    if names != workshop.data.names:
+        return f"the run has the classes {', '.join(names)}, the data {', '.join(workshop.data.names)}"
+    assert workshop.digests is not None, "asked on rank 0"
+    return "; ".join(differences_of_moved(job.state.get("conditions"), workshop.digests))
+
+
+def _check_same_state(job: _Job, group: Group) -> None:
+    """Raise CheckpointError where this rank would go on from another state than rank 0."""
+    own = (
+        None if job.state is None else [str(job.folder), *(job.state[key] for key in ("epoch", "iteration"))]
+    )
+    main = group.from_main(own)
+    if own != main:
+        raise CheckpointError(
+            f"--resume found {own} (folder, epoch, iteration) here and {main} on rank 0; "
+            "give every node the same last.pt by its path"
+        )
+
+
+def _follow(job: _Job, workshop: Workshop) -> None:
+    """Train as one of the ranks that neither print nor write."""
+    run = RunDir(workshop.group.from_main(job.folder or Path()))
+    label = RunLabel(job.run_uuid, job.config.run_project, run.path.name)
+    with StopSignal() as stop:
+        silent = Reporter(label, run.path, progress=Silence())
+        train_in(workshop, workshop.config, job.hyp, run, silent, stop, job.state)
+
+
+def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
+    """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
+    config = workshop.config
+    warn_of_idle(config, job.hyp, workshop.data, progress.say)
+    run = RunDir(job.folder or _new_run(config))
+    with run_lock(run.path), StopSignal() as stop:
+        workshop.group.from_main(run.path)
+        for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
+            sweep(folder_below(run.path, name))
+        if job.state is None:
+            remove(run.previous)  # with --exist-ok: of the training that was here before
+        progress.say(f"run: {run.path}")
+        report_findings(workshop.data, run.path, progress.say)
+        log = EventLog(run.events, job.run_uuid, warn=progress.say)
+        bridges = start_bridges(log, warn=progress.say)
+        status = WorkerStatus(runs_root(), worker_name(), progress.say)
+        label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
+        reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
+                            memory_bytes=workshop.compute.memory_bytes, hooks=hooks)  # fmt: skip
+        try:
+            result = train_in(
+                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: bridges.check()
+            )
+        finally:
+            finish_bridges(bridges, stop)
+        deliver(config, run, result.rows, job.run_uuid, progress.say)
+        reporter.done()
+
+
+def _end_again(job: _Job, progress: Progress) -> None:
+    """Do what is left of a run whose figures and pictures are made and told: send, copy, and say how it ended."""
+    assert job.folder is not None, "there is a run to resume"
+    assert job.state is not None, "there is a checkpoint to resume"
+    run, rows = RunDir(job.folder), [EpochRow.from_list(values) for values in job.state["rows"]]
+    status = WorkerStatus(runs_root(), worker_name())
+    with run_lock(run.path), StopSignal() as stop:
+        log = EventLog(run.events, job.run_uuid, warn=progress.say)
+        if job.left is End.DELIVERING:
+            finish_bridges(start_bridges(log, warn=progress.say), stop)
+        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
+        status.update(phase="done", run_dir=str(run.path))
+
+
+def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
+    hyp = read_hyp(config)
+    check_before_fetching(config)
+    return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
+
+
+def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
+    """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
+    last = find_last(command.config.resume)
+    state, taken = load_newest(last, say)
+    if state.get("kind") != "resumable" or last.parent.name != "weights":
+        raise CheckpointError(
+            f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
+            f"start a new run from it with --weights {last}"
+        )
+    require(taken, state, RESUMED)
+    config = command.resumed(TrainConfig.from_mapping(state["config"]))
+    folder, done = last.parent.parent, state["epoch"]
+    name_top(folder.parent)
+    name_top(folder)
+    moved = config.data != state["config"].get("data")
+    left = what_is_left(RunDir(folder), state, config)
+    early = done < config.epochs
+    if left is End.WHOLE and not command.goes_on:
+        raise UsageError(
+            f"{last}: stopped early after {done} epochs (--patience {config.patience}); go on with a larger --patience, "
+            "or 0 for none"
+            if early
+            else f"{last}: all {done} epochs are done; go on with a larger --epochs"
+        )
+    if left is End.TRAINING:
+        say(f"resuming {folder} at epoch {done + 1}/{config.epochs}, from {taken.name}")
+    else:
+        over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
+        say(f"finishing {folder}: {over}, from {taken.name}")
+    hyp = Hyp.from_mapping(state["hyp"], str(last))
+    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left, moved)
+
+
+def train_in(
+    workshop: Workshop,
+    config: TrainConfig,
+    hyp: Hyp,
+    run: RunDir,
+    reporter: Reporter,
+    stop: StopSignal,
+    state: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Any], None] = lambda row: None,
+    recover: bool = True,
+    glances: Glances | None = None,
+) -> TrainResult:
+    """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
+    _tell_start(workshop, config, hyp, run, reporter)
+    try:
+        torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
+        detector = _build_detector(workshop, hyp, state, reporter.say)
+        trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
+                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
+                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group,
+                          conditions=lambda: workshop.conditions(config, SAVE_WAIT_S))  # fmt: skip
+        if state is not None:
+            trainer.restore(dict(state))
+            if workshop.digests is not None:
+                exact = workshop.compute.on_cpu or config.deterministic
+                now = workshop.conditions(config)
+                trains = not is_over(trainer.rows, trainer.epoch, config)
+                trainer.notes = notes_of_resume(
+                    state, now, exact_kernels=exact, say=reporter.say, trains=trains
+                )
+        with workshop.group.watch():
+            result = trainer.fit()
+    except Stopped as error:
+        reporter.ended("killed", f"{error}; resume with --resume {run.last}")
+        raise
+    except Pruned as error:
+        reporter.ended("pruned", str(error))
+        raise
+    except StarlingError as error:
+        reporter.ended("failed", str(error), lasting=isinstance(error, Diverged))
+        raise
+    except BaseException as error:
+        reporter.ended("failed", f"{type(error).__name__}: {error}", lasting=is_out_of_memory(error))
+        raise
+    finally:
+        workshop.group.training_is_over()
+    if workshop.group.is_main and reporter.label.parent is None:
+        write_summary(run, result.rows, reporter.label.uuid, trainer.notes, **workshop.data.account())
+    reporter.ended("finished", best=result.best)
+    return result
+
+
+def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
+    """Report what is trained, on which data, by which code."""
+    if workshop.group.is_main:
+        keep_changes(run)
+    data = workshop.data
+    tags = {
+        "device": workshop.compute.describe(),
+        **origin_tags(config, data.train),
+        **place_tags(),
+    }
+    reporter.started(_params(config, hyp), tags, dataset_fields(config, data.train, data.val))
+    reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=workshop.compute.device))
+    reporter.hook("on_pretrain_routine_start")
+
+
+def _build_detector(
+    workshop: Workshop, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> Detector:
+    """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
+    if state is not None:  # its layout holds the anchors it was trained with
+        return Start(state["layout"], None).build(workshop.data.names, None, say)
+    detector = workshop.start.build(workshop.data.names, hyp.anchors, say)
+    if workshop.anchors is not None:
+        provisional = workshop.start.anchors_are_provisional(hyp.anchors)
+        workshop.anchors.fit(detector, provisional=provisional, say=say)
+    return detector
+
+
+def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
+    """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
+    trained = read_weights(weights)
+    detector = Start(trained.layout or workshop.start.layout, trained).build(
+        workshop.data.names, None, lambda line: None
+    )
+    model = detector.to(workshop.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    batches = validation_loader(
+        workshop.data, detector, workshop.config, workshop.image_size, workshop.compute
+    )
+    pictures.draw_final(model, batches, workshop.data, workshop.compute, folder)
+
+
+def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
+    """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
+    bridges.finish(STOPPED_DRAIN_S if stop.requested else DRAIN_S)
+
+
+def _new_run(config: TrainConfig) -> Path:
+    return create_run_dir(config.run_project, config.run_name, runs_root(), exist_ok=config.exist_ok)
+
+
+def _params(config: TrainConfig, hyp: Hyp) -> dict[str, Any]:
+    return {**config.as_dict(), **{f"hyp/{key}": value for key, value in hyp.as_dict().items()}}
