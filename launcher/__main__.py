@@ -12,7 +12,7 @@ import contextlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 
-from launcher.cli import main  # noqa: E402
+from launcher.cli.main import main  # noqa: E402
 
 
 def run() -> None:

@@ -13,9 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.devices.inventory import Gpu
 from launcher.doctor.findings import Finding
-from launcher.engines.docker_checks import GPU_REMEDY
-from launcher.inventory import Gpu
+from launcher.engines.docker.checks import GPU_REMEDY
 from launcher.sizes import GIB, format_size
 
 OLDEST = (20, 10)

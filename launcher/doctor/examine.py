@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.box import Box
-from launcher.box_site import BoxSite
+from launcher.devices.inventory import Gpu, read_driver, read_gpus
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.errors import LauncherError
-from launcher.inventory import Gpu, read_driver, read_gpus
-from launcher.site import Site
+from launcher.hosts.box import Box
+from launcher.hosts.box_site import BoxSite
+from launcher.hosts.site import Site
 from launcher.sizes import format_size
 from starling.core import package
 
@@ -113,7 +113,7 @@ def _is_ready(engine: Engine, site: Site, user: str) -> bool:
 
 
 def _trainer() -> list[Finding]:
-    from launcher.training_args import check_local_trainer
+    from launcher.plan.training_args import check_local_trainer
 
     try:
         check_local_trainer()

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.box import Box
+from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Image, mask
 from launcher.errors import LauncherError
-from launcher.inventory import Driver, Gpu
-from launcher.preflight import check_driver
-from launcher.runs_folder import check_runs
+from launcher.hosts.box import Box
+from launcher.hosts.runs_folder import check_runs
+from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
 from starling.core.folder import Folder
 from starling.core.paths import real_path
@@ -170,7 +170,7 @@ def _mounts() -> dict[str, str]:
 def _remote_folder(runs: Path, box: Box) -> list[Finding]:
     import shlex
 
-    from launcher.remote_runs import check_remote_runs
+    from launcher.hosts.remote_runs import check_remote_runs
 
     check_remote_runs(box, runs)
     code, text = box.ask(

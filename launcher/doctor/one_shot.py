@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.errors import LauncherError
-from launcher.plan import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
+from launcher.plan.plan import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
 from launcher.sizes import MIB, format_size
 
 MEMORY, SHM = 256 * MIB, 64 * MIB

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from launcher.sizes import format_cores
 
 if TYPE_CHECKING:
-    from launcher.claims import Claim
-    from launcher.devices import Device
-    from launcher.inventory import Machine
+    from launcher.devices.claims import Claim
+    from launcher.devices.devices import Device
+    from launcher.devices.inventory import Machine
 
 Phase = Literal["created", "running", "paused", "exited"]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
-from launcher.engines.connection import Manner
-from launcher.engines.docker import DockerEngine
+from launcher.engines.docker.connection import Manner
+from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.errors import EngineError
-from launcher.ownership import labels
+from launcher.hosts.ownership import labels
 from launcher.sizes import format_cores
 
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"

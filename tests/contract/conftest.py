@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
-from launcher.engines.local import LocalEngine
+from launcher.engines.local.local import LocalEngine
 from launcher.sizes import MIB
 from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import missing
@@ -29,7 +29,7 @@ IMAGES = [os.environ[name] for name in ("BASE",) if name in os.environ] + [
 @cache
 def base_image() -> str:
     """Return the first of the images that the engine has; skip, or fail, where it has none or does not answer."""
-    from launcher.engines.docker import DockerEngine
+    from launcher.engines.docker.docker import DockerEngine
     from launcher.errors import EngineError
 
     problem = ""
@@ -87,7 +87,7 @@ class World:
 
 def docker_engine(owner: int) -> Engine:
     """Return the Docker engine, or skip where there is none, or no image to run."""
-    from launcher.engines.docker import DockerEngine
+    from launcher.engines.docker.docker import DockerEngine
 
     base_image()
     return DockerEngine(owner)

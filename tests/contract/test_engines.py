@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 
-from launcher import fleet
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError, LauncherError, NameTaken, ReplicaFailed, UsageError
+from launcher.plan import fleet
 from tests.contract.conftest import World
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import fleet
-from launcher.devices import Device
-from launcher.dry_run import podman_run
+from launcher.devices.devices import Device
 from launcher.errors import EngineError
+from launcher.plan import fleet
+from launcher.plan.dry_run import podman_run
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, podman_world
 from tests.contract.test_engines import ended, run

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from launcher import output
-from launcher.devices import Device
-from launcher.meter import Meter
+from launcher.devices.devices import Device
 from launcher.sizes import MIB
-from launcher.watch import show_status
+from launcher.status import output
+from launcher.status.meter import Meter
+from launcher.status.watch import show_status
 from tests.contract.conftest import World
 from tests.contract.test_engines import SLEEP, ended, run, run_to_words, wait_until
 

@@ -281,7 +281,7 @@ def test_each_way_of_having_no_room_is_a_full_disk_and_an_unreadable_file_is_non
 
 
 def test_a_local_replica_that_fills_the_disk_leaves_its_exit_code_all_the_same(small_disk: Path) -> None:
-    program = REPOSITORY / "launcher/engines/supervisor.py"
+    program = REPOSITORY / "launcher/engines/local/supervisor.py"
     trainer = f"head -c 2000000 /dev/zero > {small_disk}/fill; exit 6"
     command = [sys.executable, "-I", str(program), str(small_disk / "exit"), str(small_disk / "log"), "", "0", "--",
                "sh", "-c", trainer]  # fmt: skip

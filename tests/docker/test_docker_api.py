@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.engines.docker_api import Api, Refused, SdkApi, SocketApi, request_target, socket_path
-from launcher.reach import engine_address
+from launcher.engines.docker.api import Api, Refused, SdkApi, SocketApi, request_target, socket_path
+from launcher.hosts.reach import engine_address
 from tests.contract.conftest import base_image
 from tests.docker.conftest import docker, missing
 

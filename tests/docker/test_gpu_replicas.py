@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.docker import DockerEngine
+from launcher.engines.docker.docker import DockerEngine
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.contract.conftest import base_image
 from tests.contract.test_engines import wait_until

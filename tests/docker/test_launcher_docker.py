@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import fleet
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.docker import DockerEngine
+from launcher.engines.docker.docker import DockerEngine
 from launcher.errors import EngineError
-from launcher.ownership import labels
+from launcher.hosts.ownership import labels
+from launcher.plan import fleet
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until

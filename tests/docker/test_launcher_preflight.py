@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from launcher import fleet
-from launcher.devices import Device
-from launcher.dry_run import docker_run
-from launcher.engines.docker import DockerEngine
+from launcher.devices.devices import Device
+from launcher.engines.docker.docker import DockerEngine
 from launcher.errors import EngineError
+from launcher.plan import fleet
+from launcher.plan.dry_run import docker_run
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP

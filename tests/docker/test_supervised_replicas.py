@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launcher.engines import container_options
+from launcher.engines.docker import container_options
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import ended, run, wait_until

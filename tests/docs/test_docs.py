@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from launcher.cli import cli as launcher
+from launcher.cli.main import cli as launcher
 from starling import settings
 from starling.cli import plots as plots
 from starling.cli import track

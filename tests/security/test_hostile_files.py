@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launcher import compose
 from launcher import errors as launcher_errors
-from launcher.engines.archives import read_archived_file
-from launcher.env_file import read_env_file
-from launcher.track_archive import ArchiveWriter, verify
+from launcher.engines.docker.archives import read_archived_file
+from launcher.plan.env_file import read_env_file
+from launcher.servers import compose
+from launcher.servers.archive import ArchiveWriter, verify
 from starling.config.study_url import StudyUrl
 from starling.distributed.heartbeat import GRACE_S, Heartbeat
 from starling.errors import CheckpointError, UsageError
@@ -30,7 +30,7 @@ from tests.security.hostile_archives import HOSTILE, tar_of
 VERIFY = """
 from starling.errors import DataError
 from launcher import errors
-from launcher.track_archive import verify
+from launcher.servers.archive import verify
 def read(path):
     try:
         verify(path)
@@ -72,7 +72,7 @@ def test_a_backup_of_more_files_than_one_holds_is_refused_in_both_directions(
         writer = ArchiveWriter(tar, {})
         for number in range(5):
             writer.add(f"artifacts/{number}", 1, io.BytesIO(b"x"))
-        monkeypatch.setattr("launcher.track_archive.MOST_FILES", 3)
+        monkeypatch.setattr("launcher.servers.archive.MOST_FILES", 3)
         with pytest.raises(launcher_errors.DataError, match="more than 3 files"):
             writer.add("artifacts/6", 1, io.BytesIO(b"x"))
     with pytest.raises(launcher_errors.DataError, match="more than 3 files"):
@@ -199,6 +199,6 @@ def test_a_compose_file_that_never_ends_is_not_taken_for_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     endless(tmp_path, kind).rename(tmp_path / compose.FILE_NAME)
-    monkeypatch.setattr(compose, "__file__", str(tmp_path / "site" / "launcher" / "compose.py"))
+    monkeypatch.setattr(compose, "__file__", str(tmp_path / "site" / "launcher" / "servers" / "compose.py"))
     with pytest.raises(launcher_errors.UsageError, match=r"no docker-compose\.yml"):
         compose.find_compose_file(None, tmp_path)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.cli import main as launcher_main
+from launcher.cli.main import main as launcher_main
 from starling.cli import detect, export, track, train, val
 from starling.core.plain_json import NotJson, parse_json
 from starling.core.plain_yaml import NotYaml, compose_yaml, load_yaml
@@ -163,11 +163,11 @@ from starling.data.dataset.dataset import DatasetDescription
 from starling.errors import StarlingError
 from starling.model.detector import build_detector
 from starling.search.space import parse_space
-from launcher.cli import cli
-from launcher.config_file import read_settings
-from launcher.dataset_yaml import read_dataset
+from launcher.cli.main import cli
+from launcher.options.config_file import read_settings
+from launcher.plan.dataset_yaml import read_dataset
 from launcher.errors import LauncherError
-from launcher.space_yaml import space_layouts
+from launcher.plan.space_yaml import space_layouts
 def read_any(path):
     kind = path.name.split("-")[0]
     if kind == "data":
@@ -184,7 +184,7 @@ def read_any(path):
         space_layouts(path)
         parse_space(read_yaml(path), str(path), TrainConfig(data="x", weights="", cfg="yolov5n.yaml"), path.parent)
     else:
-        read_settings(path, cli.commands["up"])
+        read_settings(path, cli.get_command(None, "up"))
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import docker.errors
 import pytest
 
-from launcher.engines.docker_api import (
+from launcher.engines.docker.api import (
     Answer,
     Refused,
     SocketApi,
@@ -150,7 +150,7 @@ def test_a_command_on_this_machine_does_without_docker_py(
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{place}")
     code = (
-        "import atexit, sys; from launcher.cli import main;"
+        "import atexit, sys; from launcher.cli.main import main;"
         "atexit.register(lambda: print(sorted({'docker', 'requests', 'urllib3'} & set(sys.modules))));"
         f"main({words!r})"
     )

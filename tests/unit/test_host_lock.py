@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EngineError
-from launcher.host_lock import FOLDERS, NAME, host_lock, lock_path
-from launcher.processes import user_name
+from launcher.hosts.host_lock import FOLDERS, NAME, host_lock, lock_path
+from launcher.hosts.processes import user_name
 from tests.conftest import PYTHON_PATH
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from launcher.host_lock import host_lock
+from launcher.hosts.host_lock import host_lock
 os.umask(0o077)
 if len(sys.argv) > 4: os.setuid(int(sys.argv[4]))  # here, as the interpreter may be root's alone
 with host_lock(lambda line: print(line, flush=True), folders=[Path(sys.argv[1])], wait_s=float(sys.argv[2])):

@@ -1,77 +1,125 @@
-"""The house's walls: imports point down the list only."""
+"""The house's walls: imports point down the list only, nothing goes in a circle, and no room is crowded."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 
-STOREYS = [
-    ["starling.__main__"],
-    ["starling.cli", "starling.supervise"],
-    ["starling.search"],
-    ["starling.training", "starling.export"],
-    ["starling.evaluation"],
-    ["starling.prediction"],
-    ["starling.plots"],
-    ["starling.distributed", "starling.metrics"],
-    ["starling.model"],
-    ["starling.boxes", "starling.data"],
-    ["starling.compiled", "starling.device", "starling.progress", "starling.stop_signal"],
-    ["starling.tracking"],
-    ["starling.settings"],
-    ["starling.config"],
-    ["starling.outputs"],
-    ["starling.errors"],
-    ["starling.core"],
-]
-"""From the roof to the ground; a module imports from its own storey's room and from storeys below."""
-
-APP = REPOSITORY / "app"
-MODULES = sorted((APP / "starling").rglob("*.py"))
-SCRIPTS = sorted(APP.glob("*.py"))
+FOLDERS = {"starling": REPOSITORY / "app", "launcher": REPOSITORY}
+"""Each package, and the folder that holds it."""
+STOREYS = {
+    "starling": [
+        ["starling.__main__"],
+        ["starling.cli", "starling.supervise"],
+        ["starling.search"],
+        ["starling.training", "starling.export"],
+        ["starling.evaluation"],
+        ["starling.prediction"],
+        ["starling.plots"],
+        ["starling.distributed", "starling.metrics"],
+        ["starling.model"],
+        ["starling.boxes", "starling.data"],
+        ["starling.compiled", "starling.device", "starling.progress", "starling.stop_signal"],
+        ["starling.tracking"],
+        ["starling.settings"],
+        ["starling.config"],
+        ["starling.outputs"],
+        ["starling.errors"],
+        ["starling.core"],
+    ],
+    "launcher": [
+        ["launcher.__main__"],
+        ["launcher.cli"],
+        ["launcher.doctor", "launcher.options", "launcher.servers"],
+        ["launcher.plan"],
+        ["launcher.status"],
+        ["launcher.engines", "launcher.console"],
+        ["launcher.hosts"],
+        ["launcher.engines.base", "launcher.engines.limits"],
+        ["launcher.devices"],
+        ["launcher.problems"],
+        ["launcher.instants", "launcher.parallel", "launcher.sizes"],
+        ["launcher.errors"],
+    ],
+}
+"""From the roof to the ground; a module imports from its own room and from storeys below."""
+MOST_MODULES = {"starling": 20, "launcher": 15}
+"""In one folder."""
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(APP).with_suffix("").parts
+    top = next(folder for name, folder in FOLDERS.items() if path.is_relative_to(folder / name))
+    parts = path.relative_to(top).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def storey(module: str) -> int | None:
-    for level, rooms in enumerate(STOREYS):
-        if any(module == room or module.startswith(f"{room}.") for room in rooms):
-            return level
-    return None
+MODULES = {
+    module_name(path): path
+    for name, folder in FOLDERS.items()
+    for path in sorted((folder / name).rglob("*.py"))
+}
 
 
-def room(module: str) -> str:
-    return ".".join(module.split(".")[:2])
+def place(module: str) -> tuple[int, str] | None:
+    """Return the storey and the room of a module: those of the longest name that it begins with."""
+    rooms = [
+        (level, room)
+        for level, names in enumerate(STOREYS[module.split(".")[0]])
+        for room in names
+        if module == room or module.startswith(f"{room}.")
+    ]
+    return max(rooms, key=lambda found: len(found[1]), default=None)
 
 
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(module: str) -> Iterator[str]:
+    """Yield the modules of this project that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-            # `from starling import settings` names the module in the list
-            found.update(f"starling.{alias.name}" for alias in node.names if node.module == "starling")
-    return {name for name in found if name.split(".")[0] == "starling"} - {"starling", "starling.__version__"}
+            assert node.level == 0, f"{module}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                yield name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_imports_point_down_the_list_only(path: Path) -> None:
-    own = module_name(path)
-    if own == "starling":
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_the_list_only(module: str) -> None:
+    if module in FOLDERS:
         return
-    level = storey(own)
-    assert level is not None, f"{own} has no storey; add it to the list"
-    for target in imports(path):
-        below = storey(target)
-        assert below is not None, f"{own} imports {target}, which has no storey"
-        assert room(target) == room(own) or below > level, f"{own} imports {target}, which is not below it"
+    own = place(module)
+    assert own is not None, f"{module} has no storey; add its room to the list"
+    for target in imports(module):
+        if target.split(".")[0] != module.split(".")[0] or target in FOLDERS:
+            continue
+        below = place(target)
+        assert below is not None, f"{module} imports {target}, which has no storey"
+        assert below[1] == own[1] or below[0] > own[0], f"{module} imports {target}, which is not below it"
+
+
+def test_no_imports_go_in_a_circle_inside_functions_included() -> None:
+    graph = {module: set(imports(module)) - set(FOLDERS) for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_no_folder_holds_more_modules_than_a_reader_takes_in(package: str) -> None:
+    counts: dict[str, int] = {}
+    for module, path in MODULES.items():
+        if module.split(".")[0] == package and path.name != "__init__.py":
+            counts[str(path.parent)] = counts.get(str(path.parent), 0) + 1
+    crowded = {folder: count for folder, count in counts.items() if count > MOST_MODULES[package]}
+    assert crowded == {}

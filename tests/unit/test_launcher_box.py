@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launcher import box_status
-from launcher.box_status import read_groups, read_told
 from launcher.engines.base import ReplicaState
-from launcher.engines.cgroups import read_usage
-from launcher.progress import told_by
+from launcher.engines.docker import box_status
+from launcher.engines.docker.box_status import read_groups, read_told
+from launcher.engines.docker.cgroups import read_usage
+from launcher.status.progress import told_by
 
 
 class Shell:
@@ -101,7 +101,7 @@ def test_what_replicas_there_say_comes_by_the_shell_and_else_by_the_engine(
         raise AssertionError("the engine was asked")
 
     engine: Any = SimpleNamespace(remote=True, read_file=refuse)
-    monkeypatch.setattr("launcher.progress.box", Shell)
+    monkeypatch.setattr("launcher.status.progress.box", Shell)
     told = told_by(engine, states)
     assert [(progress.epoch, restarts.done) for progress, restarts in told] == [
         (3, 2),
@@ -109,7 +109,7 @@ def test_what_replicas_there_say_comes_by_the_shell_and_else_by_the_engine(
         (None, None),
     ]
 
-    monkeypatch.setattr("launcher.progress.box", lambda: None)
+    monkeypatch.setattr("launcher.status.progress.box", lambda: None)
     mounts = [{"source": str(tmp_path), "target": "/runs"}]
     states = [replica("a", tmp_path)]
     states[0].plan["mounts"] = mounts  # type: ignore[index]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.changes import differences
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
+from launcher.plan.changes import differences
 from launcher.sizes import GIB
 
 SPEC = ReplicaSpec(

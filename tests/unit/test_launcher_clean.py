@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.local import LocalEngine
+from launcher.engines.local.local import LocalEngine
 from launcher.errors import EngineError, UsageError
-from launcher.progress import read_progress
-from launcher.run_folders import RunFolder, delete, forget_workers, run_folders, unused
+from launcher.status.progress import read_progress
+from launcher.status.run_folders import RunFolder, delete, forget_workers, run_folders, unused
 from tests.conftest import PYTHON_PATH
 from tests.contract.test_engines import wait_until
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import cli
-from launcher.engines import supervisor
-from launcher.engines.local import LocalEngine
-from launcher.up import OWN_OPTIONS
+from launcher.cli.main import cli
+from launcher.cli.up_steps import OWN_OPTIONS
+from launcher.engines.local import supervisor
+from launcher.engines.local.local import LocalEngine
 from starling.config.train_flags import FLAGS
 from tests.conftest import PYTHON_PATH
 from tests.unit.test_supervise import wait_until
@@ -100,7 +100,7 @@ def test_an_option_of_the_launchers_after_the_dashes_is_refused_before_anything_
 
 
 def test_every_option_of_up_is_either_the_launchers_alone_or_a_trainings_too() -> None:
-    of_up = {name for option in cli.commands["up"].params for name in option.opts if name.startswith("--")}
+    of_up = {name for option in cli.get_command(None, "up").params for name in option.opts if name.startswith("--")}
     of_training = {name for flags in FLAGS.values() for flag in flags for name in flag.names}
     assert of_up - of_training - {"--help"} == OWN_OPTIONS
     assert not OWN_OPTIONS & of_training
@@ -148,7 +148,7 @@ def test_attach_says_that_it_watches_only_what_is_there_and_alive(
 @pytest.fixture
 def running(tmp_path: Path) -> LocalEngine:
     """One sleeping replica of ours below `tmp_path/runs`, ended after the test."""
-    from launcher.devices import Device
+    from launcher.devices.devices import Device
     from launcher.engines.base import ReplicaSpec
 
     runs = tmp_path / "runs"

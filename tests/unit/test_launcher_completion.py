@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.local import LocalEngine
+from launcher.engines.local.local import LocalEngine
 from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,14 +12,15 @@ from typing import Any
 import click
 import pytest
 
-from launcher.cli import cli
-from launcher.commands.init import example
-from launcher.config_file import keys_of, without_overridden
+from launcher.cli.init import example
+from launcher.cli.main import cli
+from launcher.cli.up import up
 from launcher.errors import UsageError
+from launcher.options.config_file import keys_of, without_overridden
 from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
-UP = cli.commands["up"]
+UP = up
 
 
 @pytest.fixture(autouse=True)

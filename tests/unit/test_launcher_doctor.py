@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.devices.inventory import Driver, Gpu, MigSlice
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding, as_lines, exit_code
 from launcher.engines.base import Image
-from launcher.inventory import Driver, Gpu, MigSlice
 from launcher.sizes import GIB
 from tests.conftest import PYTHON_PATH
 

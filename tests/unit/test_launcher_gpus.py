@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.claims import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
-from launcher.devices import Device, Selection, expand_ids, join_devices, parse_gpus
+from launcher.devices.claims import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
+from launcher.devices.devices import Device, Selection, expand_ids, join_devices, parse_gpus
+from launcher.devices.inventory import Gpu, MigSlice
 from launcher.errors import UsageError
-from launcher.inventory import Gpu, MigSlice
 from launcher.sizes import GIB
 
 GPUS = tuple(Gpu(n, f"GPU-0000-{n}", "H200", 140 * GIB) for n in range(6))

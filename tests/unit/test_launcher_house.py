@@ -52,7 +52,7 @@ def test_the_launcher_and_the_trainer_meet_on_the_ground_floor_only(package: str
 
 def test_help_imports_neither_docker_nor_rich_nor_yaml() -> None:
     code = (
-        "import sys; from launcher.cli import cli; cli.main(['up', '--help'], standalone_mode=False);"
+        "import sys; from launcher.cli.main import cli; cli.main(['up', '--help'], standalone_mode=False);"
         "print(sorted({'docker', 'rich', 'yaml', 'psutil', 'pynvml', 'requests'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -63,7 +63,7 @@ def test_the_supervisors_need_nothing_but_the_standard_library() -> None:
     names = {
         name
         for module in ("supervisor", "memory_limit")
-        for name in imported(ROOT / f"launcher/engines/{module}.py")
+        for name in imported(ROOT / f"launcher/engines/local/{module}.py")
     }
     assert names <= set(sys.stdlib_module_names)
     done = subprocess.run(

@@ -12,7 +12,7 @@ from typing import Any
 import pynvml as real
 import pytest
 
-from launcher.inventory import DESKTOP_BYTES, Gpu, GpuProcess, MigSlice, read_gpus
+from launcher.devices.inventory import DESKTOP_BYTES, Gpu, GpuProcess, MigSlice, read_gpus
 from launcher.sizes import GIB
 from tests.doubles import pynvml as double
 

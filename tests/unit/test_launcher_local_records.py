@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import Device
-from launcher.engines import supervisor
+from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.local import FOLDER, LocalEngine, _boot_id
-from launcher.engines.local_log import read_log
+from launcher.engines.local import supervisor
+from launcher.engines.local.local import FOLDER, LocalEngine, _boot_id
+from launcher.engines.local.log import read_log
 from launcher.errors import EngineError, NameTaken
-from launcher.ownership import labels
+from launcher.hosts.ownership import labels
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes another user's files")
 STRANGER = 12345
@@ -118,7 +118,7 @@ def test_a_record_that_somebody_else_wrote_in_the_owners_name_is_not_believed(ru
 
 @needs_root
 def test_records_of_roots_stay_roots_when_the_runs_folder_is_handed_over(runs: Path) -> None:
-    from launcher.runs_folder import runs_folder
+    from launcher.hosts.runs_folder import runs_folder
 
     engine = LocalEngine(runs, 0)
     engine.create(spec_for(runs))

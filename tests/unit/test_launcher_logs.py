@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from launcher.engines import local_log, supervisor
-from launcher.engines.cgroups import read_usage
-from launcher.engines.docker_logs import _Seen, read_log, split_lines
-from launcher.engines.docker_stats import ask_usage, usage_in
+from launcher.engines.docker.cgroups import read_usage
+from launcher.engines.docker.logs import _Seen, read_log, split_lines
+from launcher.engines.docker.stats import ask_usage, usage_in
+from launcher.engines.local import log as local_log
+from launcher.engines.local import supervisor
 from launcher.errors import UsageError
 from launcher.instants import parse_since, parse_stamp
-from launcher.terminal import coloured, paint
+from launcher.status.terminal import coloured, paint
 
 
 def stamp(second: float) -> str:

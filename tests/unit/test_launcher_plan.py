@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.dataset_yaml import read_dataset
-from launcher.devices import Device, split_cores
-from launcher.dry_run import docker_run, show_plan
+from launcher.devices.devices import Device, split_cores
+from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount
 from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
-from launcher.inventory import Gpu, Machine
-from launcher.ownership import caller_ids, is_ours, labels
-from launcher.plan import (
+from launcher.hosts.ownership import caller_ids, is_ours, labels
+from launcher.hosts.runs_folder import check_runs, replica_user
+from launcher.plan.dataset_yaml import read_dataset
+from launcher.plan.dry_run import docker_run, show_plan
+from launcher.plan.plan import (
     RUNS_IN_IMAGE,
     TRAINER_IN_IMAGE,
     Placement,
@@ -27,11 +28,10 @@ from launcher.plan import (
     passed_variables,
     replica_name,
 )
-from launcher.preflight import preflight_notes
-from launcher.runs_folder import check_runs, replica_user
-from launcher.secret_files import with_secret_files
+from launcher.plan.preflight import preflight_notes
+from launcher.plan.secret_files import with_secret_files
+from launcher.plan.training_args import TrainingArgs, prepare_args
 from launcher.sizes import GIB, format_cores, format_size, parse_size
-from launcher.training_args import TrainingArgs, prepare_args
 from starling.core.handover import NOBODYS_ID
 
 DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from launcher import preflight
-from launcher.access import check_data, check_runs_access, check_secret_file, may
-from launcher.build import project_folder
+from launcher.devices.inventory import Driver, Machine
 from launcher.engines.base import Image, Mount, ReplicaState
 from launcher.errors import CheckpointError, DataError, EngineError, LauncherError, UsageError
-from launcher.inventory import Driver, Machine
+from launcher.hosts.access import check_data, check_runs_access, check_secret_file, may
+from launcher.hosts.runs_folder import check_runs
 from launcher.parallel import in_parallel
-from launcher.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
-from launcher.preflight import check_disk, check_driver, check_study_address, preflight_notes
+from launcher.plan import preflight
+from launcher.plan.build import project_folder
+from launcher.plan.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
+from launcher.plan.preflight import check_disk, check_driver, check_study_address, preflight_notes
+from launcher.plan.training_args import prepare_args
 from launcher.problems import Problems, SeveralProblems
-from launcher.runs_folder import check_runs
 from launcher.sizes import GIB
-from launcher.training_args import prepare_args
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.doubles.docker_engine import EngineDouble, served
 
@@ -152,7 +152,7 @@ def test_an_engine_that_is_too_old_is_named_with_its_version(old_engine: str, tm
 def refused_as_nobody(act: Callable[[], object]) -> str:
     """Return the words of the launcher's error that `act` raises for a user without any group."""
     # Here, as the interpreter and these sources may be root's alone, and are imported when an error is put into words.
-    for module in ("docker.errors", "launcher.engines.docker_checks"):
+    for module in ("docker.errors", "launcher.engines.docker.checks"):
         importlib.import_module(module)
     reading, writing = os.pipe()
     child = os.fork()
@@ -182,7 +182,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user ne
 def test_a_socket_without_permission_names_the_group_that_has_it(
     group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.engines.docker import DockerEngine
+    from launcher.engines.docker.docker import DockerEngine
 
     with (
         tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder,
@@ -484,7 +484,9 @@ def test_the_projects_folder_is_the_packages_own_or_above(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert project_folder(tmp_path) == REPOSITORY
-    monkeypatch.setattr("launcher.build.__file__", str(tmp_path / "site-packages/launcher/build.py"))
+    monkeypatch.setattr(
+        "launcher.plan.build.__file__", str(tmp_path / "site-packages/launcher/plan/build.py")
+    )
     assert project_folder(REPOSITORY / "docs") == REPOSITORY
     with pytest.raises(UsageError, match="run it in the project's folder"):
         project_folder(tmp_path)

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.engines.base import ReplicaState, Usage
-from launcher.env_file import read_env_file
 from launcher.errors import UsageError
-from launcher.fleet import select
-from launcher.meter import GpuMeter, Meter, devices_of
-from launcher.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
-from launcher.report import (
+from launcher.plan.env_file import read_env_file
+from launcher.status.selection import select
+from launcher.sizes import GIB, format_share
+from launcher.status.meter import GpuMeter, Meter, devices_of
+from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
+from launcher.status.report import (
     COLUMNS,
     Figures,
     Row,
@@ -27,8 +28,7 @@ from launcher.report import (
     searches_of,
     words_for,
 )
-from launcher.sizes import GIB, format_share
-from launcher.table import lay_out
+from launcher.status.table import lay_out
 
 STATE = ReplicaState(
     id="abc",

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.box import Box
 from launcher.errors import EngineError, UsageError
-from launcher.host_lock import NAME
-from launcher.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
-from launcher.runs_folder import runs_folder
+from launcher.hosts.box import Box
+from launcher.hosts.host_lock import NAME
+from launcher.hosts.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
+from launcher.hosts.runs_folder import runs_folder
 from tests.conftest import PYTHON_PATH
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
@@ -221,7 +221,7 @@ def test_the_command_refuses_root_with_exit_code_2_by_flag_and_by_file(way: str,
 
 @needs_root
 def test_the_line_that_a_dry_run_prints_hands_over_as_up_does(tmp_path: Path) -> None:
-    from launcher.dry_run import _make_runs
+    from launcher.plan.dry_run import _make_runs
     from tests.unit.test_launcher_plan import plan_for
 
     runs = tmp_path / "runs"
@@ -244,7 +244,7 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
 ) -> None:
     place = tmp_path / NAME
     tmp_path.chmod(0o1777)
-    monkeypatch.setattr("launcher.remote_runs.FOLDERS", (tmp_path,))
+    monkeypatch.setattr("launcher.hosts.remote_runs.FOLDERS", (tmp_path,))
     shell = Shell((os.getuid(), os.getgid()), os.environ["PATH"])
     {"link": lambda: place.symlink_to("nowhere"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[
         kind

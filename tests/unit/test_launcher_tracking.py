@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import find_compose_file
-from launcher.engines.services import Service, read_services
+from launcher.engines.docker.services import Service, read_services
 from launcher.errors import DataError, EngineError, UsageError
-from launcher.servers import check_network_choice, join
-from launcher.track import provide_images
-from launcher.track_archive import MANIFEST, ArchiveWriter, Contents, held, verify
+from launcher.servers.addresses import check_network_choice, join
+from launcher.servers.archive import MANIFEST, ArchiveWriter, Contents, held, verify
+from launcher.servers.compose import find_compose_file
+from launcher.servers.track import provide_images
 from tests.conftest import REPOSITORY
 
 SECRET = "5f1c-not-to-be-seen"
@@ -148,7 +148,9 @@ def test_the_compose_file_beside_the_launcher_is_found_and_a_missing_one_is_name
 def test_another_users_compose_file_here_is_not_run_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.compose.__file__", str(tmp_path / "site-packages/launcher/compose.py"))
+    monkeypatch.setattr(
+        "launcher.servers.compose.__file__", str(tmp_path / "site-packages/launcher/servers/compose.py")
+    )
     here = tmp_path / "docker-compose.yml"
     here.write_text("# Experiment tracking\n")
     assert find_compose_file(None, tmp_path) == here

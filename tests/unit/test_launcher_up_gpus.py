@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from launcher.devices import Device
+from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
-from launcher.engines.local import LocalEngine
-from launcher.host_lock import host_lock
-from launcher.ownership import caller_ids
+from launcher.engines.local.local import LocalEngine
+from launcher.hosts.host_lock import host_lock
+from launcher.hosts.ownership import caller_ids
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.trainer_double import write_double
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engines import memory_limit
-from launcher.engines.memory_limit import MemoryLimit
+from launcher.engines.local import memory_limit
+from launcher.engines.local.memory_limit import MemoryLimit
 from launcher.sizes import MIB
 
 HOG = "import time; x = bytearray(b'x' * 150_000_000); time.sleep(60)"
 WATCHER = f"""
 import json, os, subprocess, sys, time
-from launcher.engines.memory_limit import MemoryLimit
+from launcher.engines.local.memory_limit import MemoryLimit
 os.setsid()
 limit = MemoryLimit("none", 100 << 20, root=sys.argv[1])
 assert limit.kept_by == "watch"

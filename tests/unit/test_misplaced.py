@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.dataset_yaml import read_dataset
 from launcher.errors import LauncherError
-from launcher.training_args import prepare_args
+from launcher.plan.dataset_yaml import read_dataset
+from launcher.plan.training_args import prepare_args
 from starling.config.hyp import FOREIGN_KEYS, Hyp
 from starling.config.shipped import find_config
 from starling.core.misplaced import misplaced

@@ -7,8 +7,8 @@ import json
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from launcher.progress import read_progress
-from launcher.report import format_duration
+from launcher.status.progress import read_progress
+from launcher.status.report import format_duration
 from starling.outputs.worker_status import WorkerStatus
 from starling.progress import Progress
 from starling.search.estimate import seconds_left

@@ -60,3 +60,8 @@ def path_problem(value: str) -> str | None:
     if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in value.split("/")):
         return f"has a name longer than {MOST_NAME_BYTES} bytes, which no file can have"
     return None
+
+
+def absolute(path: Path) -> Path:
+    """Return `path` expanded and absolute, its links kept as they are."""
+    return Path(os.path.abspath(at_home(path)))

@@ -1,0 +1,37 @@
+"""`launcher attach NAME`: one replica's output, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from launcher.cli.context import open_engine, shared
+from launcher.options.config_file import ConfiguredCommand
+
+
+@click.command(cls=ConfiguredCommand)
+@shared
+@click.argument("name")
+def attach(engine: str, runs: Path, name: str) -> None:
+    """Watch one replica's output; Ctrl-C leaves, and the replica lives on.
+
+    Exits 0 when you leave or the replica ends well; 1 when it fails.
+    """
+    from launcher.status import output
+    from launcher.status.report import exit_code, words_for
+
+    chosen = open_engine(engine, runs)
+
+    def begin() -> None:
+        click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)
+
+    try:
+        state = output.attach(chosen, name, begin)
+    except KeyboardInterrupt:
+        click.echo(f"left {name}; it goes on", err=True)
+        return
+    if state is not None:
+        click.echo(f"{state.name}: {words_for(state)}", err=True)
+        sys.exit(exit_code([state]))

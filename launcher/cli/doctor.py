@@ -1,0 +1,53 @@
+"""`launcher doctor`: is everything there that `up` will need?"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from launcher.cli.context import open_engine, shared
+from launcher.errors import UsageError
+from launcher.options.config_file import ConfiguredCommand
+from starling.core.paths import absolute
+
+if TYPE_CHECKING:
+    from launcher.doctor.examine import ContainerEngine
+
+
+@click.command(cls=ConfiguredCommand)
+@click.option("--image", default="starling:latest", show_default=True, help="The trainers' image.")
+@click.option("--gpu", metavar="ID", help="Try this GPU, an index or a UUID [the first].")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@shared
+def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) -> None:
+    """Check everything that `up` needs: engine, image, GPUs, limits, disks, runs folder, tracking server.
+
+    One container is started as replicas are, on one GPU where there is any, and removed again; nothing else changes.
+    Exits 5 when a check failed; a warning stops nobody.
+    """
+    from launcher.doctor.examine import examine_docker, examine_local
+    from launcher.doctor.findings import as_document, as_lines, exit_code
+
+    if gpu is not None and not re.fullmatch(r"\d{1,4}|(?:GPU|MIG)-[0-9A-Za-z/_-]{4,80}", gpu, re.ASCII):
+        raise UsageError(f"--gpu {gpu}: must be an index or a UUID, as `nvidia-smi -L` lists them")
+    if engine == "local":
+        if gpu is not None:
+            raise UsageError("--gpu: is tried in a container; leave it out with --engine local")
+        open_engine(engine, runs)
+        findings = examine_local(absolute(runs))
+    else:
+        from launcher.hosts.find import find_site
+
+        findings = examine_docker(
+            lambda: cast("ContainerEngine", open_engine(engine, runs)), find_site(engine, runs), image, gpu
+        )
+    if as_json:
+        click.echo(json.dumps(as_document(findings), indent=2))
+    else:
+        click.echo("\n".join(as_lines(findings)))
+    sys.exit(exit_code(findings))

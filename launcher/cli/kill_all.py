@@ -1,0 +1,48 @@
+"""`launcher kill-all`: kill and remove replicas, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from launcher.cli.context import count_words, open_engine, shared
+from launcher.console import confirmed, say
+from launcher.errors import UsageError
+from launcher.options.config_file import ConfiguredCommand
+
+
+@click.command("kill-all", cls=ConfiguredCommand)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; with --yes.")
+@shared
+@click.argument("names", nargs=-1)
+def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
+    """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    import json
+
+    from launcher.errors import EngineError
+    from launcher.plan import fleet
+    from launcher.status.report import device_words, words_for
+    from launcher.status.selection import select
+
+    if as_json and not yes:
+        raise UsageError("--json: nobody can be asked then; give --yes")
+    chosen = open_engine(engine, runs)
+    states = select(chosen.list(), names)
+    if not states and not as_json:
+        click.echo("none: nothing to remove")
+        return
+    for state in () if as_json else states:
+        say(f"{state.name}  {device_words(state.device)}  {words_for(state)}  {state.id[:12]}")
+    if not yes and not confirmed(f"kill and remove {count_words(states)}?", "kill-all"):
+        click.echo("nothing removed")
+        sys.exit(1)
+    failures = fleet.discard(chosen, states)
+    if failures:
+        raise EngineError("could not remove " + "; ".join(failures))
+    if as_json:
+        click.echo(json.dumps({"removed": [state.name for state in states]}, indent=2))
+    else:
+        click.echo(f"removed {count_words(states)}; what they wrote stays in the runs folder")

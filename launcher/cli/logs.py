@@ -1,0 +1,29 @@
+"""`launcher logs`: what replicas print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from launcher.cli.context import open_engine, shared
+from launcher.options.config_file import ConfiguredCommand
+
+
+@click.command(cls=ConfiguredCommand)
+@click.option("-f", "--follow", is_flag=True, help="Go on until the replicas end, or Ctrl-C.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines of each.")
+@click.option("--since", metavar="WHEN", help="Only what was said since: 10m, 1h30m, 2026-03-01T14:00.")
+@shared
+@click.argument("names", nargs=-1)
+def logs(
+    engine: str, runs: Path, follow: bool, tail: int | None, since: str | None, names: tuple[str, ...]
+) -> None:
+    """Print the output of replicas: of several in the order of time, each line marked with its replica."""
+    import time
+
+    from launcher.instants import parse_since
+    from launcher.status.output import print_logs
+
+    moment = None if since is None else parse_since(since, time.time())
+    print_logs(open_engine(engine, runs), names, follow=follow, tail=tail, since=moment)

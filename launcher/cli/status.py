@@ -1,0 +1,33 @@
+"""`launcher status`: replicas, their devices, states and progress."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from launcher.cli.context import open_engine, shared
+from launcher.options.config_file import ConfiguredCommand
+
+
+@click.command(cls=ConfiguredCommand)
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
+@click.option("--interval", default=2.0, show_default=True, type=click.FloatRange(min=0.2), metavar="SECONDS")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@shared
+@click.argument("names", nargs=-1)
+def status(
+    engine: str, runs: Path, watch: bool, interval: float, as_json: bool, names: tuple[str, ...]
+) -> None:
+    """Show replicas, their devices, states and progress. NAMES: replicas, or fleets as project/name.
+
+    Exits 0 when every replica runs, has finished or was stopped; 1 when one has failed, or there is none.
+    """
+    from launcher.status.watch import show_status, watch_status
+
+    chosen = open_engine(engine, runs)
+    if watch and not as_json:
+        watch_status(chosen, names, interval)
+    else:
+        sys.exit(show_status(chosen, names, as_json=as_json))

@@ -1,0 +1,278 @@
+"""`launcher up`, step by step: read, look, plan; then show it, or do it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from launcher.cli.context import open_engine
+from launcher.console import say
+from launcher.devices.claims import NOBODY
+from launcher.engines.base import Engine, Image
+from launcher.errors import UsageError
+from launcher.hosts.find import find_site
+from launcher.hosts.ownership import caller_ids
+from launcher.hosts.site import Site
+from launcher.plan import fleet
+from launcher.plan.dry_run import rehearsal_notes, show_plan
+from launcher.plan.env_file import read_env_file
+from launcher.plan.holders import find_occupancy
+from launcher.plan.plan import (
+    DEFAULT_IMAGE,
+    RUNS_IN_IMAGE,
+    SUPERVISOR_IN_IMAGE,
+    TRAINER_IN_IMAGE,
+    Placement,
+    Plan,
+    Request,
+    make_plan,
+    passed_variables,
+)
+from launcher.plan.preflight import check_all, preflight_notes
+from launcher.plan.secret_files import with_secret_files
+from launcher.plan.training_args import check_local_trainer, prepare_args
+from launcher.problems import Problems, exit_code_of
+from launcher.sizes import parse_size
+from starling.core import package
+from starling.core.paths import absolute
+
+OWN_OPTIONS = frozenset([
+    "--build", "--cpu", "--ddp", "--dry-run", "--engine", "--env", "--env-file", "--file", "--force", "--gpus", "--host",
+    "--image", "--max-restarts", "--memory", "--network", "--recreate", "--runs", "--settle", "--shm", "--tracking", "--user",
+])  # fmt: skip
+"""Options of `up` that no training has."""
+
+
+def run_up(options: dict[str, Any]) -> None:
+    """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
+    if options["as_json"] and not options["dry_run"]:
+        raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
+    if options["build"] and options["engine"] == "local":
+        raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
+    if options["build"] and options["engine"] == "podman":
+        raise UsageError(
+            f"--build: builds with Docker; in the project's folder: podman build -t {options['image']} .  "
+            f"(or bring it over: docker save {options['image']} | podman load)"
+        )
+    site = find_site(options["engine"], options["runs"])
+    placement = place(options["engine"], site.runs)
+    problems = Problems()
+    request = problems.check(read_request, options, site, placement)
+    engine = problems.check(open_engine, options["engine"], site.runs)
+    if request is None or engine is None:
+        if engine is not None and not options["build"]:
+            problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
+        problems.raise_any()
+        raise AssertionError("what is missing was refused")
+    if options["tracking"]:
+        request = join_servers(request, placement, engine)
+    if options["dry_run"]:
+        plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
+        sys.exit(_show(plan, options))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
+            signal.signal(number, _end_like_interrupt)
+    if options["build"]:
+        from launcher.plan.build import build_image
+
+        build_image(request.image, Path.cwd())
+    _, image = draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
+    with site.held(request.user, say) as lock:
+        # Again, now that nobody else can be starting anything.
+        plan, _ = draw_up(request, placement, engine, site, checked=image)
+        for note in plan.notes:
+            say(f"note: {note}")
+        outcome = fleet.bring_up(
+            engine,
+            plan.replicas,
+            recreate=request.recreate,
+            settle_s=options["settle"],
+            say=say,
+            started=lock.release,
+        )
+    _tell(plan, outcome, engine, site)
+
+
+def place(engine: str, runs: Path) -> Placement:
+    """Return how the engine of this name starts a trainer."""
+    if engine == "local":
+        check_local_trainer()
+        return Placement(
+            engine=engine,
+            trainer=tuple(package.command("train")),
+            supervisor=(sys.executable, "-S", "-P", "-m", "starling.supervise"),
+            runs_inside=str(runs),
+            isolated=False,
+            environment={"PYTHONPATH": package.python_path()},
+        )
+    return Placement(
+        engine=engine,
+        trainer=TRAINER_IN_IMAGE,
+        supervisor=SUPERVISOR_IN_IMAGE,
+        runs_inside=RUNS_IN_IMAGE,
+        isolated=True,
+    )
+
+
+def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
+    """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
+    problems = Problems()
+    problems.check(site.check_runs)
+    problems.check(refuse_misplaced, options["training_args"])
+    args = problems.check(
+        prepare_args,
+        options["training_args"],
+        cwd=site.files.start,
+        runs=site.runs,
+        runs_inside=placement.runs_inside,
+        isolated=placement.isolated,
+        files=site.files,
+    )
+    memory = problems.check(parse_size, options["memory"]) if options["memory"] else None
+    shm = problems.check(parse_size, options["shm"], "--shm") if options["shm"] else None
+    user = problems.check(site.replica_user, options["user"]) if placement.isolated else ""
+    from_files: dict[str, str] = {}
+    for path in options["env_files"]:
+        from_files.update(problems.check(read_env_file, path, os.environ) or {})
+    passed = problems.check(passed_variables, os.environ, options["env_names"], from_files)
+    problems.raise_any()
+    assert args is not None
+    return Request(
+        args=args,
+        runs=site.runs,
+        gpus=options["gpus"],
+        cpus=options["cpus"],
+        ddp=options["ddp"],
+        force=options["force"],
+        recreate=options["recreate"],
+        memory_bytes=memory,
+        shm_bytes=shm,
+        image=options["image"] or DEFAULT_IMAGE,
+        network=options["network"],
+        max_restarts=options["max_restarts"],
+        user=user or "",
+        passed=passed or {},
+    )
+
+
+def refuse_misplaced(words: Sequence[str]) -> None:
+    """Raise UsageError for the launcher's own options after `--`, where the trainer would get them: a dry run would start."""
+    wrong = [word for word in words if word.split("=", 1)[0] in OWN_OPTIONS]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)}: after `--`, where the trainer would get it; write what is the launcher's before `--`"
+        )
+
+
+def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:
+    """Return the request for replicas that log to the tracking servers; raises EngineError unless those are up."""
+    from launcher.engines.docker.docker import DockerEngine
+    from launcher.servers.addresses import check_network_choice, join
+
+    host = engine if isinstance(engine, DockerEngine) else open_engine("docker", request.runs)
+    assert isinstance(host, DockerEngine)
+    tracking = join(host, isolated=placement.isolated)
+    if placement.isolated:
+        check_network_choice(request.network, tracking)
+    own = {name: value for name, value in request.passed.items() if not name.startswith("MLFLOW_TRACKING_")}
+    if left_out := sorted(request.passed.keys() - own.keys()):
+        click.echo(f"note: --tracking: {', '.join(left_out)} of yours left out", err=True)
+    return replace(
+        request,
+        network=tracking.network or request.network,
+        passed={**own, **tracking.passed},
+        settings=tracking.environment,
+        volumes=tracking.mounts,
+    )
+
+
+def draw_up(
+    request: Request,
+    placement: Placement,
+    engine: Engine,
+    site: Site,
+    *,
+    strict: bool = True,
+    to_build: bool = False,
+    checked: Image | None = None,
+) -> tuple[Plan, Image]:
+    """Look at the engine and the machine, check everything, and return the plan and the image it stands on.
+
+    Not `strict`, for --dry-run: what is wrong is told in the plan then, and an image `to_build` may be missing. With the `checked` image
+    of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
+    """
+    gpus = site.gpus(engine)
+    if gpus is None and not placement.isolated:
+        gpus = ()  # processes use this very machine's GPUs, and it has none
+    listed = engine.list()
+    occupancy = NOBODY
+    if request.wants_gpus(gpus):
+        own = [state for state in listed if state.fleet == request.args.fleet]
+        occupancy = find_occupancy(engine, gpus, own, caller_ids()[0], recreate=request.recreate)
+    machine = engine.machine()
+    problems = Problems()
+    if placement.isolated:
+        request = problems.check(with_secret_files, request, site.files) or request
+    image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
+    image_id = image.id if image else ""
+    plan = problems.check(make_plan, request, placement, machine, gpus, image_id, occupancy, problems)
+    if checked is None:
+        problems.check(engine.check_network, request.network)
+        wants_gpu = request.wants_gpus(gpus)
+        check_all(request, placement, engine, machine, image, wants_gpu=wants_gpu, problems=problems)
+    if strict or plan is None:
+        problems.raise_any()
+    assert plan is not None
+    others = [state for state in listed if state.fleet != request.args.fleet]
+    notes = [*plan.notes, *preflight_notes(request, plan, machine, others)]
+    if not strict:
+        existing = [state for state in listed if state.fleet == request.args.fleet]
+        # Without an image a fleet that stands cannot be told from the one asked for.
+        compared = existing if image is not None else []
+        problems.check(fleet.check_existing, engine, plan.replicas, compared, recreate=request.recreate)
+        notes += rehearsal_notes(existing, recreate=request.recreate)
+        notes += [f"{request.image} would be built first"] * to_build
+    plan = replace(plan, engine=engine.name, notes=tuple(notes), problems=tuple(problems.found))
+    return plan, image or Image(name=request.image)
+
+
+def _show(plan: Plan, options: Mapping[str, Any]) -> int:
+    """Print the plan and return the exit code that `up` would end with now."""
+    if options["as_json"]:
+        click.echo(json.dumps(plan.public(), indent=2))
+    else:
+        for line in show_plan(plan, caller_ids()[0], [absolute(path) for path in options["env_files"]]):
+            click.echo(line)
+    return exit_code_of(plan.problems)
+
+
+def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
+    """Say what happened, and how to watch it."""
+    if outcome.running:
+        say(f"already running: {', '.join(outcome.running)}")
+    if outcome.finished:
+        say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
+    first = plan.replicas[0].name
+    where = "" if engine.name == "docker" else f" --engine {engine.name} --runs {plan.replicas[0].runs}"
+    where += f" --host {site.address}" if site.address else ""
+    say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
+    say(f"  watch      launcher status --watch{where}")
+    if engine.name == "local" or site.address:
+        say(f"  output     launcher attach{where} {first}")
+    else:
+        say(f"  output     {engine.name} attach --sig-proxy=false {first}")
+    say(f"  end all    launcher kill-all{where}")
+
+
+def _end_like_interrupt(number: int, frame: FrameType | None) -> None:
+    """Make SIGTERM, and a terminal that goes, undo a half-started fleet, as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,0 +1,151 @@
+"""Who holds which GPU, and what `--gpus` may take then. Pure: what is claimed comes in as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from launcher.devices.devices import (
+    Device,
+    Selection,
+    all_gpus,
+    every_device,
+    join_devices,
+    parse_gpus,
+    resolve_ids,
+)
+from launcher.devices.inventory import Gpu
+from launcher.errors import UsageError
+from launcher.problems import Problems
+
+EVERY = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What somebody was given of this machine's GPUs, or computes on."""
+
+    holder: str
+    """Who, in words that follow "held by"."""
+    ids: tuple[str, ...]
+    """Indices, UUIDs, slices as GPU:SLICE, or `all`; nothing for a container without a GPU."""
+    id: str = ""
+    """The container's or the replica's; empty for a process of neither."""
+    remedy: str = ""
+    """The command that ends it, where that is the caller's to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What is taken by others, and what the fleet itself has already."""
+
+    claims: tuple[Claim, ...] = ()
+    own: tuple[str, ...] = ()
+    """The devices of the fleet's existing replicas, as UUIDs or ids."""
+    settled: tuple[str, ...] = ()
+    """Those of them whose replicas run, or have finished, and will not be started: who else is there does not matter."""
+
+
+NOBODY = Occupancy()
+
+
+def choose_gpus(
+    text: str,
+    gpus: Sequence[Gpu] | None,
+    occupancy: Occupancy = NOBODY,
+    *,
+    force: bool = False,
+    problems: Problems | None = None,
+) -> tuple[tuple[Device, ...], tuple[str, ...]]:
+    """Return the devices that `--gpus` means, and a note for each that `force` shares with somebody.
+
+    `gpus` is NVML's list, None where it does not answer. A fleet that exists keeps the devices it has, so `free` means
+    the same at the second call as at the first. Raises UsageError for devices that are not there, or are held by others;
+    with `problems` the latter is kept there, and the devices are returned all the same.
+    """
+    selection = parse_gpus(text)
+    if selection.kind == "all":
+        devices = all_gpus(text, gpus)
+    elif selection.kind == "ids":
+        devices = resolve_ids(selection.ids, text, gpus)
+    else:
+        devices = _choose_free(selection, text, gpus, occupancy)
+    settled = _parts(occupancy.settled, gpus)
+    held = {
+        device: found
+        for device in devices
+        if not _parts(device.handles, gpus) <= settled and (found := holders(device, gpus, occupancy.claims))
+    }
+    if held and not force:
+        busy = UsageError(_busy(text, gpus, held, occupancy))
+        if problems is None:
+            raise busy
+        problems.add(busy)
+        return devices, ()
+    return devices, tuple(f"{_held(device, found)}; shared as --force says" for device, found in held.items())
+
+
+def holders(device: Device, gpus: Sequence[Gpu] | None, claims: Iterable[Claim]) -> tuple[Claim, ...]:
+    """Return the claims that cover the device, or a part of it."""
+    wanted = _parts(device.handles, gpus)
+    return tuple(claim for claim in claims if EVERY in claim.ids or wanted & _parts(claim.ids, gpus))
+
+
+def _parts(ids: Iterable[str], gpus: Sequence[Gpu] | None) -> set[str]:
+    """Return what ids stand for in UUIDs that never overlap by halves: a GPU stands for itself and all its slices."""
+    parts: set[str] = set()
+    for item in ids:
+        known = set()
+        for gpu in gpus or ():
+            if item in (gpu.uuid, str(gpu.index)):
+                known = {gpu.uuid or item, *(part.uuid for part in gpu.slices)}
+            for part in gpu.slices:
+                if item in (part.uuid, f"{gpu.index}:{part.index}"):
+                    known = {part.uuid}
+        parts |= known or {item}
+    return parts
+
+
+def _choose_free(
+    selection: Selection, text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy
+) -> tuple[Device, ...]:
+    everything = every_device(gpus or ()) or all_gpus(text, gpus)
+    mine = _parts(occupancy.own, gpus)
+    own = [device for device in everything if mine & set(device.uuids)]
+    if own and selection.count is None:
+        return tuple(own)
+    free = [
+        device for device in everything if device not in own and not holders(device, gpus, occupancy.claims)
+    ]
+    chosen = sorted([*own, *free][: selection.count], key=everything.index)
+    if not chosen or len(chosen) < (selection.count or 0):
+        taken = [device for device in everything if device not in own and device not in free]
+        lines = [_held(device, holders(device, gpus, occupancy.claims)) for device in taken]
+        have = f"{len(chosen)} of {len(everything)} are free" if chosen else "none is free"
+        remedy = f"wait, or take --gpus free:{len(chosen)}" if chosen else "wait for one"
+        raise UsageError("\n  ".join([f"--gpus {text}: {have}", *lines]) + f"\n{remedy}")
+    return tuple(chosen)
+
+
+def _busy(
+    text: str,
+    gpus: Sequence[Gpu] | None,
+    held: dict[Device, tuple[Claim, ...]],
+    occupancy: Occupancy,
+) -> str:
+    """Return the message that names each holder, and what to do about it."""
+    lines = [_held(device, found) for device, found in held.items()]
+    free = [device for device in every_device(gpus or ()) if not holders(device, gpus, occupancy.claims)]
+    ends = dict.fromkeys(claim.remedy for found in held.values() for claim in found if claim.remedy)
+    remedies = [
+        f"choose others (free: {join_devices(free).id})" if free else "choose others, or wait",
+        *(f"end what holds it: {end}" for end in ends),
+        "or share with --force",
+    ]
+    if len(lines) == 1:
+        return f"--gpus {text}: {lines[0]}; {', '.join(remedies)}"
+    return "\n  ".join([f"--gpus {text}: {len(lines)} devices are held", *lines]) + f"\n{', '.join(remedies)}"
+
+
+def _held(device: Device, found: Sequence[Claim]) -> str:
+    return f"GPU {device.id} is held by {' and '.join(dict.fromkeys(claim.holder for claim in found))}"

@@ -1,0 +1,363 @@
+"""Replicas as containers. The engine's labels are the launcher's only database."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
+from launcher.engines.docker.api import Refused, refusal_in
+from launcher.engines.docker.cgroups import read_usage
+from launcher.engines.docker.connection import Connection, Manner
+from launcher.engines.docker.logs import read_log
+from launcher.engines.docker.stats import ask_usage
+from launcher.errors import ConnectionLost, EngineError, NameTaken
+from launcher.hosts.ownership import (
+    DEVICE_LABEL,
+    FLEET_LABEL,
+    FORMAT,
+    FORMAT_LABEL,
+    OWNER_LABEL,
+    REPLICA_LABEL,
+    in_use_by,
+    is_ours,
+    plan_of,
+)
+from launcher.hosts.processes import printable
+from launcher.hosts.reach import box
+from launcher.instants import parse_stamp
+from launcher.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from launcher.devices.claims import Claim
+    from launcher.devices.inventory import Machine
+    from launcher.engines.docker.services import Service
+
+RETURN_S = 20.0
+"""How long an engine that is started again is waited for by those who follow a log."""
+
+_PHASES: dict[str, Phase] = {
+    "created": "created",
+    "initialized": "created",
+    "running": "running",
+    "restarting": "running",
+    "paused": "paused",
+    "stopping": "running",
+}
+
+
+class DockerEngine:
+    """The Docker engine that DOCKER_HOST or the current Docker context names.
+
+    Raises EngineError at once when it does not answer. What only some commands need is imported where it is used,
+    docker-py above all (see `docker_api`).
+    """
+
+    name = "docker"
+    manner = Manner(
+        title="Docker",
+        remedy="start it (sudo systemctl start docker), check DOCKER_HOST and that you may use its socket (group docker); "
+        "or use --engine local",
+        has_group=True,
+    )
+
+    def __init__(self, owner: int, address: str | None = None) -> None:
+        self._owner = owner
+        self._to = Connection(self.manner, address)
+        self._told: dict[str, Any] | None = None
+
+    @property
+    def is_podman(self) -> bool:
+        """Whether it is Podman that answers at Docker's address."""
+        return self._to.is_podman
+
+    @property
+    def remote(self) -> bool:
+        """Whether DOCKER_HOST or the context leads to another machine."""
+        return self._to.remote
+
+    def machine(self) -> Machine:
+        """Return the cores and the memory of the engine's host."""
+        from launcher.devices.inventory import Machine
+        from launcher.engines.docker.checks import maps_users
+
+        about = self._about()
+        return Machine(
+            cores=tuple(range(about["NCPU"])),
+            memory_bytes=about["MemTotal"],
+            maps_users=maps_users(about),
+        )
+
+    def _about(self) -> Mapping[str, Any]:
+        """Return what the engine says of itself and its host; asked once a command."""
+        if self._told is None:
+            with self._to.translated():
+                self._told = dict(self._to.ask("/info"))
+        return self._told
+
+    def resolve_image(self, image: str) -> Image:
+        """Return a present image; never pulls."""
+        from launcher.engines.docker.checks import find_image
+
+        with self._to.translated(f"image {image}"):
+            return find_image(self._to.asking, image)
+
+    def check_trainer(self, image: Image, script: str) -> None:
+        """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
+        from launcher.engines.docker.checks import require_trainer
+
+        with self._to.translated(f"image {image.name}"):
+            require_trainer(self._to.acting, image, script)
+
+    def check_gpu_runtime(self, image: Image) -> None:
+        """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
+        from launcher.engines.docker.checks import require_gpu_runtime
+
+        with self._to.translated("GPU runtime"):
+            require_gpu_runtime(self._to.acting, self._about(), image, remote=self.remote)
+
+    def check_network(self, network: str) -> None:
+        """Raise EngineError unless the engine has the network."""
+        with self._to.translated(f"network {network}"):
+            names = sorted(item["Name"] for item in self._to.ask("/networks"))
+        if network not in names:
+            raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise NameTaken when a container that is not this owner's replica has one of these names."""
+        wanted = set(names)
+        with self._to.translated():
+            # The engine's own filter takes a name for a pattern, and finds parts of names too.
+            found = self._to.containers(name=list(names)) if names else []
+        for container in found:
+            for name in wanted & {item.lstrip("/") for item in container.get("Names") or ()}:
+                if not is_ours(container.get("Labels") or {}, name, self._owner):
+                    raise self._name_taken(name)
+
+    def create(self, spec: ReplicaSpec) -> str:
+        """Create the container with all of engine-side hardening; raises NameTaken."""
+        from docker.errors import APIError
+
+        from launcher.engines.docker.container_options import container_options
+
+        with self._to.translated(spec.name):
+            try:
+                api = self._to.acting.api
+                made = api.create_container(**container_options(spec, self._owner, api.api_version))
+            except APIError as error:
+                if error.status_code == 409:
+                    raise self._name_taken(spec.name) from None
+                raise
+        return str(made["Id"])
+
+    def start(self, replica_id: str) -> None:
+        """Start a container; a failure leaves it in `created`, for the caller to remove."""
+        with self._to.translated():
+            try:
+                self._to.act("POST", f"/containers/{replica_id}/start")
+            except Refused as error:
+                from launcher.engines.docker.checks import GPU_REMEDY, NO_GPU_RUNTIME
+
+                text = str(error)
+                if NO_GPU_RUNTIME in text:
+                    raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
+                if "nvidia-container-cli" in text:
+                    detail = text.split("nvidia-container-cli:", 1)[1].splitlines()[0].strip()
+                    raise EngineError(
+                        f"the NVIDIA runtime refuses the device: {detail}; `nvidia-smi -L` lists those that exist"
+                    ) from None
+                raise
+
+    def list(self) -> list[ReplicaState]:
+        """Return this owner's replicas, by name."""
+        with self._to.translated():
+            found = self._to.containers(label=[f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"])
+        states = [done.value for done in in_parallel(self.state, [item["Id"] for item in found])]
+        return sorted((state for state in states if state is not None), key=_natural)
+
+    def claims(self) -> Sequence[Claim]:
+        """Return which GPUs each container of this engine was given, whoever started it."""
+        from launcher.engines.docker.gpu_containers import HOLDING, container_claim
+
+        with self._to.translated():
+            found = self._to.containers()
+        ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
+        inspected = filter(None, map(self._inspect, ids))
+        return [claim for item in inspected if (claim := container_claim(item, self._owner)) is not None]
+
+    def state(self, replica_id: str) -> ReplicaState | None:
+        """Return a container of ours as the engine's inspect describes it now."""
+        inspected = self._inspect(replica_id)
+        if inspected is None:
+            return None
+        found: dict[str, str] = inspected["Config"].get("Labels") or {}
+        name = inspected["Name"].lstrip("/")
+        if not is_ours(found, name, self._owner):
+            return None
+        state = inspected["State"]
+        phase = _PHASES.get(state["Status"], "exited")
+        return ReplicaState(
+            id=inspected["Id"],
+            name=found[REPLICA_LABEL],
+            fleet=found[FLEET_LABEL],
+            device=found[DEVICE_LABEL],
+            phase=phase,
+            exit_code=int(state["ExitCode"]) if phase == "exited" else None,
+            oom_killed=bool(state.get("OOMKilled")),
+            memory_bytes=int(inspected["HostConfig"].get("Memory") or 0),
+            started_at=parse_stamp(state.get("StartedAt", "")),
+            pid=int(state.get("Pid") or 0),
+            plan=plan_of(found) or {},
+        )
+
+    def environment(self, replica_id: str) -> Mapping[str, str] | None:
+        """Return the container's environment."""
+        inspected = self._inspect(replica_id)
+        if inspected is None:
+            return None
+        return dict(item.split("=", 1) for item in inspected["Config"].get("Env") or [] if "=" in item)
+
+    def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
+        """Return what running containers use: read from their control groups, else as the engine tells."""
+        live = {state.id: state for state in states if state.live}
+        found: dict[str, Usage] = {}
+        there = box()
+        if there is not None:
+            from launcher.engines.docker.box_status import read_groups
+
+            found = read_groups(there, live.values())
+        for replica_id, state in () if self.remote else live.items():
+            usage = read_usage(state.pid, replica_id)
+            if usage is not None:
+                found[replica_id] = usage
+        elsewhere = [replica_id for replica_id in live if replica_id not in found]
+        return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
+
+    def _stats(self, replica_id: str) -> Mapping[str, Any]:
+        return dict(self._to.ask(f"/containers/{replica_id}/stats", **{"stream": 0, "one-shot": 1}))
+
+    def logs(
+        self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
+    ) -> Iterator[LogLine]:
+        """Yield whole lines, through restarts of the engine too."""
+        yield from read_log(
+            lambda follow, options: self._log_frames(replica_id, follow, options),
+            lambda: self._runs(replica_id),
+            follow=follow,
+            tail=tail,
+            since=since,
+        )
+
+    def _runs(self, replica_id: str) -> bool:
+        """Return whether the container runs; an engine that is just being started again is waited for."""
+        until = time.monotonic() + RETURN_S
+        while True:
+            try:
+                inspected = self._inspect(replica_id)
+                return inspected is not None and bool(inspected["State"]["Running"])
+            except EngineError as error:
+                if isinstance(error, ConnectionLost) or time.monotonic() > until:
+                    raise
+                time.sleep(0.25)
+
+    def terminate(self, replica_id: str) -> None:
+        """Send SIGTERM to PID 1, which `init` passes on to the trainer."""
+        self._signal(replica_id, "SIGTERM")
+
+    def kill(self, replica_id: str) -> None:
+        """Send SIGKILL."""
+        self._signal(replica_id, "SIGKILL")
+
+    def remove(self, replica_id: str) -> None:
+        """Kill and remove a container; one that is gone, or going, is fine."""
+        with self._to.translated():
+            try:
+                self._to.act("DELETE", f"/containers/{replica_id}", force=True, v=True)
+            except Refused as error:
+                if not (error.vanished or "already in progress" in str(error)):
+                    raise
+
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the engine says of itself: its `info` and its `version`."""
+        with self._to.translated():
+            return self._to.ask("/info"), self._to.ask("/version")
+
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
+        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
+        from launcher.engines.docker.archives import read_archived_file
+
+        with self._to.translated():
+            return read_archived_file(self._to.asking.api, replica_id, path, most_bytes)
+
+    def services(self, project: str) -> Sequence[Service]:
+        """Return the containers of a compose project, by service."""
+        from launcher.engines.docker.services import labels_of, read_services
+
+        with self._to.translated():
+            return read_services(self._to.containers(label=labels_of(project)))
+
+    def _signal(self, replica_id: str, signal: str) -> None:
+        with self._to.translated():
+            try:
+                self._to.act("POST", f"/containers/{replica_id}/kill", signal=signal)
+            except Refused as error:
+                # 409, and Podman's words for it: it does not run. Either way there is nothing left to end.
+                improper = error.status == 409 or "container state improper" in str(error)
+                if not (improper or error.vanished):
+                    raise
+
+    def _inspect(self, replica_id: str) -> dict[str, Any] | None:
+        with self._to.translated():
+            try:
+                return dict(self._to.ask(f"/containers/{replica_id}/json"))
+            except Refused as error:
+                if error.vanished:
+                    return None
+                raise
+
+    def _name_taken(self, name: str) -> NameTaken:
+        """Say who has this name: another user's fleet, or some other container."""
+        inspected: dict[str, Any] = {}
+        with contextlib.suppress(EngineError):
+            inspected = self._inspect(name) or {}
+        found = (inspected.get("Config") or {}).get("Labels") or {}
+        stranger = in_use_by(found, name, remote=self.remote)
+        if stranger and not is_ours(found, name, self._owner):
+            return NameTaken(stranger)
+        fleet = f"fleet {printable(found[FLEET_LABEL])}, " if FLEET_LABEL in found else ""
+        holder = (
+            f"container {inspected['Id'][:12]} ({fleet}image {printable(inspected['Config']['Image'])})"
+            if inspected
+            else "another container"
+        )
+        return NameTaken(
+            f"{name}: this name is held by {holder}; it stays as it is: "
+            "rename or remove it, or give the training another --name"
+        )
+
+    def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the log's frames until the stream ends, however it ends."""
+        from docker.errors import APIError
+        from requests.exceptions import ConnectionError as Closed
+        from urllib3.exceptions import HTTPError as Broken
+
+        with self._to.translated():
+            try:
+                yield from self._to.asking.api.logs(
+                    replica_id, stream=True, follow=follow, timestamps=True, **options
+                )
+            except APIError as error:
+                refused = refusal_in(error)
+                if refused is None or not refused.vanished:
+                    raise
+            except (Closed, Broken):
+                if not follow:
+                    raise
+
+
+def _natural(state: ReplicaState) -> tuple[str, int, str]:
+    """Sort gpu2 before gpu10."""
+    number = state.device.split(":", 1)[1]
+    return state.fleet, int(number) if number.isdigit() else -1, state.name

@@ -1,0 +1,141 @@
+"""One `up` at a time on this machine, whoever calls it and whichever runs folder it is for.
+
+The lock is the kernel's, on an empty file that all users share: it ends with its holder, and a file left behind means
+nothing. Nobody writes the file, so it does not matter whose it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.errors import EngineError
+from launcher.hosts.lock_wait import LOCK_WAIT_S, Say, wait_for_lock
+from launcher.hosts.processes import PROC, find_process
+
+NAME = "starling-launcher.lock"
+FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
+"""Where every user can make a file and only its owner can remove it; the first that is so on this machine."""
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class HostLock:
+    """A held lock, which may be given back before its block ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let the next one go on; what was started is there to be seen."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@contextlib.contextmanager
+def host_lock(
+    say: Say, *, folders: Sequence[Path] = FOLDERS, wait_s: float = LOCK_WAIT_S
+) -> Iterator[HostLock]:
+    """Hold this machine against every other `up`; raises EngineError naming the holder after too long a wait."""
+    path = lock_path(folders)
+    while True:
+        lock = HostLock(_open(path))
+        try:
+            _take(lock._descriptor, path, say, wait_s)
+            if not _is_at(lock._descriptor, path):
+                continue  # somebody removed the file meanwhile, and others lock a new one
+            yield lock
+            return
+        finally:
+            lock.release()
+
+
+def lock_path(folders: Sequence[Path] = FOLDERS) -> Path:
+    """Return where the lock is: the same place for every user of the machine."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found = folder.lstat()
+            # World-writable and sticky; /tmp as a link, or a folder of one user's own, would be another place for others.
+            if stat.S_ISDIR(found.st_mode) and found.st_mode & 0o1002 == 0o1002:
+                return folder / NAME
+    raise EngineError(
+        f"no shared folder for the lock of `launcher up`: of {', '.join(map(str, folders))} none is writable for all "
+        "and sticky; restore /tmp: sudo chmod 1777 /tmp"
+    )
+
+
+def _open(path: Path) -> int:
+    """Open the file, made where it is not there; raises EngineError for something in its place."""
+    for _ in range(50):
+        # Only a new file is opened with O_CREAT: Linux refuses that for another user's file in a sticky folder.
+        try:
+            descriptor = os.open(path, _OPEN)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(path, _OPEN | os.O_CREAT | os.O_EXCL, 0o444)
+                os.fchmod(descriptor, 0o444)  # whatever the umask
+                return descriptor
+            continue
+        except PermissionError:
+            time.sleep(0.02)  # its maker is just about to let everybody read it
+            continue
+        except OSError as error:
+            raise _in_the_way(path, "a link" if error.errno == errno.ELOOP else str(error.strerror)) from None
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise _in_the_way(path, "not a file")
+    raise _in_the_way(path, "not readable for you")
+
+
+def _in_the_way(path: Path, what: str) -> EngineError:
+    return EngineError(
+        f"{path}: {what}, and the lock of `launcher up` is to be there; remove it: sudo rm {path}"
+    )
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    return False
+
+
+def _take(descriptor: int, path: Path, say: Say, wait_s: float) -> None:
+    def take() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait() -> str:
+        return f"waiting for {_holder(descriptor)[0]}: one `launcher up` at a time on this machine"
+
+    def give_up() -> str:
+        holder, pid = _holder(descriptor)
+        end = f"end it: kill {pid}" if pid else f"see who has it: sudo fuser -v {path}"
+        return f"{holder} has held {path} for over {wait_s:g} s; wait for it, or {end}"
+
+    wait_for_lock(take, wait=wait, give_up=give_up, say=say, limit_s=wait_s)
+
+
+def _holder(descriptor: int, proc: Path = PROC) -> tuple[str, int]:
+    """Return who holds the lock, in words and by pid, as far as the kernel tells: pid 0 where it does not."""
+    found = os.fstat(descriptor)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in (proc / "locks").read_text().splitlines():
+            fields = line.split()  # 1: FLOCK ADVISORY WRITE 4242 00:19:1234 0 EOF
+            if len(fields) > 5 and "->" not in fields and fields[1] == "FLOCK" and fields[5] == wanted:
+                pid = int(fields[4])
+                process = find_process(pid, proc) if pid > 0 else None
+                if process:
+                    return f"{process.user}'s process {pid} ({process.command})", pid
+    return "another `launcher up`", 0

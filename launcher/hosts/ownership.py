@@ -1,0 +1,97 @@
+"""Whose is a container? Labels carry everything, and only an exact set of them makes one ours."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.engines.base import ReplicaSpec
+from launcher.hosts.processes import printable, user_name
+from starling.core.plain_json import parse_json
+
+FORMAT_LABEL = "starling.launcher"
+FORMAT = "1"
+OWNER_LABEL = "starling.owner"
+FLEET_LABEL = "starling.fleet"
+REPLICA_LABEL = "starling.replica"
+DEVICE_LABEL = "starling.device"
+SPEC_LABEL = "starling.spec"
+PLAN_LABEL = "starling.plan"
+
+
+def caller_ids(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the uid and gid of the person calling: behind `sudo`, those of the one who typed it."""
+    uid, gid = os.getuid(), os.getgid()
+    sudo_uid, sudo_gid = environment.get("SUDO_UID", ""), environment.get("SUDO_GID", "")
+    if uid == 0 and sudo_uid.isdigit() and sudo_gid.isdigit():
+        return int(sudo_uid), int(sudo_gid)
+    return uid, gid
+
+
+def labels(spec: ReplicaSpec, owner: int) -> dict[str, str]:
+    """Return the labels that make a container ours. None holds a secret."""
+    return {
+        FORMAT_LABEL: FORMAT,
+        OWNER_LABEL: str(owner),
+        FLEET_LABEL: spec.fleet,
+        REPLICA_LABEL: spec.name,
+        DEVICE_LABEL: spec.device.label,
+        SPEC_LABEL: spec.digest,
+        PLAN_LABEL: spec.public_json(),
+    }
+
+
+def is_ours(found: Mapping[str, str], name: str, owner: int) -> bool:
+    """Return whether labels and name are exactly those that this owner's launcher gives."""
+    return owner_of(found, name) == owner
+
+
+def owner_of(found: Mapping[str, str], name: str) -> int | None:
+    """Return whose replica labels and name make it; None unless they are exactly those that a launcher gives.
+
+    Some of the labels are not enough, nor are copied ones on a container of another name (an image made by
+    `docker commit` hands its labels to every container): the name and the digest of the plan must agree too.
+    """
+    plan = plan_of(found)
+    owner = found.get(OWNER_LABEL, "")
+    exact = (
+        plan is not None
+        and re.fullmatch("[0-9]{1,10}", owner)
+        and found.get(FORMAT_LABEL) == FORMAT
+        and found.get(REPLICA_LABEL) == name == plan.get("replica")
+        and found.get(FLEET_LABEL) == plan.get("fleet")
+        and found.get(DEVICE_LABEL) == plan.get("device")
+    )
+    return int(owner) if exact else None
+
+
+def user_words(uid: int, *, remote: bool = False) -> str:
+    """Return `user bob (uid 1001)`; the number alone for one whom this machine does not know."""
+    name = f"uid {uid}" if remote else user_name(uid)
+    return name if name == f"uid {uid}" else f"user {name} (uid {uid})"
+
+
+def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> str | None:
+    """Say that a fleet's name is in use by somebody else; None for labels that no launcher gave."""
+    owner = owner_of(found, name)
+    if owner is None:
+        return None
+    return (
+        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
+        "is: give the training another --name"
+    )
+
+
+def plan_of(found: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the plan in the labels; None unless it is whole and has the digest it claims."""
+    text = found.get(PLAN_LABEL, "")
+    if hashlib.sha256(text.encode()).hexdigest() != found.get(SPEC_LABEL):
+        return None
+    try:
+        plan = parse_json(text)
+    except ValueError:
+        return None
+    return plan if isinstance(plan, dict) and isinstance(plan.get("runs"), str) else None

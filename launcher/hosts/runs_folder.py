@@ -1,0 +1,187 @@
+"""The one folder that replicas write: who owns it, and one `up` at a time on it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launcher.errors import UsageError
+from launcher.hosts.host_paths import is_the_systems
+from launcher.hosts.lock_wait import wait_for_lock
+from launcher.hosts.ownership import caller_ids
+from starling.core.folder import Folder
+from starling.core.handover import (
+    NOBODYS_ID,
+    Refused,
+    allowed_user,
+    hand_over,
+    open_top,
+    strip_set_ids,
+    user_for,
+)
+
+STRIP_S = 2.0
+"""How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
+
+
+def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
+    """Return the `uid:gid` that replicas run as: what was asked, else the caller's own.
+
+    When root calls it is the owner of the runs folder; one that is root's, or is still to be made, is given to
+    NOBODYS_ID. Replicas are never root: a program of theirs with mode 4755 would make every user of the host root.
+    Raises UsageError for anything but UID:GID, and for root by any spelling.
+    """
+    if asked is not None:
+        uid, _, gid = asked.partition(":")
+        if not (_is_number(uid) and _is_number(gid)):
+            raise UsageError(f"--user {asked}: must be numbers, UID:GID; `id -u` and `id -g` print yours")
+        check_user(f"{int(uid)}:{int(gid)}")
+        return f"{int(uid)}:{int(gid)}"
+    if caller[0] != 0:
+        return f"{caller[0]}:{caller[1] or caller[0]}"
+    try:
+        owner = user_for(runs.stat())
+    except FileNotFoundError:
+        owner = NOBODYS_ID, NOBODYS_ID
+    return f"{owner[0]}:{owner[1]}"
+
+
+def check_user(user: str) -> None:
+    """Raise UsageError for a `uid:gid` that no replica may have."""
+    if not allowed_user(*map(int, user.split(":"))):
+        raise UsageError(
+            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that a "
+            "replica of root's leaves in the runs folder could make every user of the machine root; give another UID:GID, "
+            "or leave --user out"
+        )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 12
+
+
+def check_runs(runs: Path) -> None:
+    """Raise UsageError for a runs folder that cannot be one."""
+    real = Path(os.path.realpath(runs))
+    if is_the_systems((runs, real), Path.home()):
+        leads = f", which leads to {real}" if real != runs else ""
+        raise UsageError(
+            f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "
+            f"its own, for example {Path.home() / 'runs'}"
+        )
+    try:
+        place = next(parent for parent in (runs, *runs.parents) if parent.exists())
+    except PermissionError:
+        raise UsageError(f"--runs {runs}: you may not look there; give a folder of your own") from None
+    if not place.is_dir():
+        raise UsageError(f"--runs {runs}: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--runs {runs}: you may not write in {place}; give another folder, or change its owner"
+        )
+
+
+@contextlib.contextmanager
+def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the folder, hold it against every other `up` on this host, and give it to `user` when root calls.
+
+    Set-id bits below it are taken away. A folder made here is removed again when the block fails and left nothing in
+    it. Raises EngineError when another `up` holds it for too long, UsageError for a folder that cannot be made or given
+    away.
+    """
+    with contextlib.ExitStack() as held:
+        with _refused(runs):
+            made = _make(runs, held)
+        try:
+            with _refused(runs):
+                top = held.enter_context(_open(runs))
+            with _locked(top, say):
+                with _refused(runs):
+                    _secure(top, user, made=bool(made), say=say)
+                yield
+        except BaseException:
+            for holder, name in made:
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=holder.descriptor)
+            raise
+
+
+def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
+    """Make what is missing; return each folder made, by what holds it and its name, the deepest first.
+
+    The runs folder is its user's alone; those above it are as the user's own `mkdir` makes them.
+    """
+    missing = [place for place in (runs, *runs.parents) if not os.path.lexists(place)]
+    if not missing:
+        return []
+    made: list[tuple[Folder, str]] = []
+    holder = held.enter_context(Folder.resolve(missing[-1].parent))
+    for place in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place.name, 0o700 if place == runs else 0o777, dir_fd=holder.descriptor)
+            made.insert(0, (holder, place.name))
+        if place != runs:
+            holder = held.enter_context(holder.folder(place.name))
+    return made
+
+
+def _open(runs: Path) -> Folder:
+    """Open the folder, and look again at where its path has led."""
+    top = open_top(runs, trusted=caller_ids()[:1]) if os.getuid() == 0 else Folder.resolve(runs)
+    real = Path(os.readlink(top.proc_path))
+    if is_the_systems((real,), Path.home()):
+        top.close()
+        raise Refused(f"--runs {runs}: leads to {real}, which is the system's; give a folder of its own")
+    return top
+
+
+def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -> None:
+    """Hand the folder over when root calls, and take set-id bits away; say what was left alone."""
+    if os.getuid() != 0 or not user:
+        account = strip_set_ids(top, STRIP_S if os.getuid() else None)
+    else:
+        if made and os.fstat(top.descriptor).st_uid != 0:
+            raise Refused(
+                f"{top.path}: was made by root and belongs to uid {os.fstat(top.descriptor).st_uid}: its file system does "
+                "not know this machine's root (NFS with root_squash); make it as an ordinary user, and give --user UID:GID"
+            )
+        account = hand_over(top, *map(int, user.split(":")))
+    for line in account.lines():
+        say(f"note: {line}")
+
+
+@contextlib.contextmanager
+def _refused(runs: Path) -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(
+            f"--runs {runs}: {error.filename or runs}: {error.strerror}; check the folder's owner, or give another"
+        ) from None
+
+
+@contextlib.contextmanager
+def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock on the folder itself: no lock file to leave behind, and a dead holder's is released."""
+
+    def take() -> bool:
+        try:
+            fcntl.flock(top.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks; the engine's names still keep replicas single
+        return True
+
+    wait_for_lock(
+        take,
+        wait=lambda: "waiting for another `launcher up` on this runs folder",
+        give_up=lambda: f"{top.path}: another `launcher up` holds it; wait for that one, or end it",
+        say=say,
+    )
+    yield

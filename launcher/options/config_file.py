@@ -1,0 +1,292 @@
+"""Settings from `starling.yaml`: what the flags of `up` say, said in a file. Flags win, then variables, then the file.
+
+The keys are those of click's own parameters, so a new flag is a new key. Values come in as click's default map and are
+checked as flags are; the file cannot say more than a command line can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from launcher.errors import UsageError, suggest
+from launcher.options.replica_names import ReplicaName
+from starling.core.paths import at_home
+from starling.core.words import shown
+
+if TYPE_CHECKING:
+    from launcher.plan.strict_yaml import Value
+
+NAME = "starling.yaml"
+TRAIN = "train"
+"""The one key that is no flag: the training arguments."""
+
+SHARED = frozenset({"engine", "runs", "host", "image"})
+"""The parameters that every command that has them takes from the file; the others are those of `up` alone."""
+
+_EXCLUSIVE = (("gpus", "cpus"),)
+"""Parameters of which one on the command line puts aside the other in the file."""
+
+_GIVEN, _SETTINGS = f"{__name__}.given", f"{__name__}.settings"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a file says, checked: values by click's parameter names, and the training arguments as words."""
+
+    path: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the file's relative paths start."""
+        return self.path.parent
+
+
+class ConfiguredCommand(click.Command):
+    """A command that takes what its flags leave open from the file of settings, and completes names."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if any(param.name == "runs" for param in self.params):
+            self.params.append(_file_option(self.params))
+        for param in self.params:
+            if isinstance(param, click.Argument) and param.name in ("name", "names"):
+                param.type = ReplicaName()
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        """Make click's parser, with a `--no-X` for each flag X of `up`, to take back an `X: true` of the file."""
+        parser = super().make_parser(ctx)
+        for option in keys_of(self).values() if self.name == "up" else ():
+            if option.is_bool_flag and not option.secondary_opts:
+                names = [f"--no-{name[2:]}" for name in option.opts if name.startswith("--")]
+                parser.add_option(obj=option, opts=names, dest=option.name, action="store_const", const=False)
+        return parser
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words, and complete them by the file's settings."""
+        rest = super().parse_args(ctx, args)
+        settings = ctx.meta.get(_SETTINGS)
+        if settings is not None and not ctx.resilient_parsing:
+            _complete(ctx, settings)
+        return rest
+
+
+def root_option(command: Any) -> Any:
+    """Add `-f FILE` to the group, where it stands for every command."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+        ctx.meta[_GIVEN] = value
+
+    return click.option(
+        "-f",
+        "--file",
+        type=click.Path(path_type=Path),
+        expose_value=False,
+        callback=keep,
+        help=f"Settings [{NAME}, where there is one].",
+    )(command)
+
+
+def _file_option(others: Sequence[click.Parameter]) -> click.Option:
+    taken = {name for param in others for name in param.opts}
+    return click.Option(
+        ["--file"] if "-f" in taken else ["-f", "--file"],
+        type=click.Path(path_type=Path),
+        is_eager=True,  # before the parameters whose values it holds
+        expose_value=False,
+        callback=_load,
+        help=f"Settings [{NAME}, where there is one].",
+    )
+
+
+def _load(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    path = value or ctx.meta.get(_GIVEN) or _found(Path(NAME))
+    if path is None:
+        return
+    up = _up(ctx)
+    if up is None:
+        return
+    settings = read_settings(Path(os.path.abspath(at_home(path))), up)
+    ctx.meta[_SETTINGS] = settings
+    wanted = keys_of(ctx.command).values()
+    names = {option.name for option in wanted} if ctx.command is up else SHARED
+    ctx.default_map = {name: value for name, value in settings.values.items() if name in names}
+
+
+def _up(ctx: click.Context) -> click.Command | None:
+    root = ctx.find_root()
+    return root.command.get_command(root, "up") if isinstance(root.command, click.Group) else None
+
+
+def _found(path: Path) -> Path | None:
+    """Return the file in the working directory, if there is one that may be read unasked."""
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return None
+    from launcher.hosts.ownership import caller_ids
+
+    if owner not in (0, os.getuid(), caller_ids()[0]):
+        raise UsageError(
+            f"{path}: belongs to another user (uid {owner}), who would decide what you start; "
+            f"read it, and name it if you trust it: -f {path}"
+        )
+    return path
+
+
+def keys_of(command: click.Command) -> dict[str, click.Option]:
+    """Return the keys of the file that mean flags of `command`: their names without the dashes."""
+    keys: dict[str, click.Option] = {}
+    for param in command.params:
+        if isinstance(param, click.Option) and param.name != "file":
+            name = next((name for name in param.opts if name.startswith("--")), None)
+            if name is not None:
+                keys[name[2:]] = param
+    return keys
+
+
+def read_settings(path: Path, up: click.Command) -> Settings:
+    """Return what the file says, checked against the flags of `up`; relative paths in it start at its folder.
+
+    Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
+    """
+    from launcher.plan.strict_yaml import read_mapping
+
+    keys = keys_of(up)
+    values: dict[str, Any] = {}
+    train: tuple[str, ...] = ()
+    for key, value in read_mapping(path).items():
+        at = f"{path}:{value.line}"
+        option = keys.get(key) or keys.get(key.replace("_", "-"))
+        if key == TRAIN:
+            train = _train_words(value, f"{at}: {TRAIN}")
+        elif option is None or option.name is None:
+            known = [*keys, TRAIN]
+            hint = suggest(key, known) or f"; the keys are {', '.join(sorted(known))}"
+            raise UsageError(f"{at}: unknown key {key!r}{hint}")
+        elif option.name in values:
+            raise UsageError(f"{at}: {key} says what another key has said; keep one of them")
+        elif not value.empty:
+            values[option.name] = _flag_value(option, key, value, at)
+    return Settings(path=path, values=values, train=train)
+
+
+def _flag_value(option: click.Option, key: str, value: Value, at: str) -> Any:
+    """Return the value for click's default map; raises UsageError where the flag would not take it."""
+    if option.is_bool_flag:
+        if value.boolean is None:
+            raise UsageError(f"{at}: {key}: must be true or false, found {shown(value.text or value.kind)!r}")
+        return value.boolean
+    if option.multiple:
+        words = _texts(value, f"{at}: {key}", f"write a list: {key}: [one, two]")
+    elif option.metavar == "LIST" and value.items is not None:
+        words = [",".join(_texts(value, f"{at}: {key}", f"write {key}: 0,2-4"))]
+    elif value.text is None:
+        raise UsageError(f"{at}: {key}: takes one value, found {value.kind}; write {key}: VALUE")
+    else:
+        words = [value.text]
+    for word in words:
+        if option.name == "env_names" and "=" in word:
+            raise UsageError(
+                f"{at}: {key}: {word.split('=', 1)[0]}=…: names only; export the variable, or keep it in a file that "
+                "`env-file` names"
+            )
+        with _told_at(f"{at}: {key}"):
+            option.type.convert(word, option, None)
+    return words if option.multiple else words[0]
+
+
+@contextlib.contextmanager
+def _told_at(where: str) -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        raise UsageError(f"{where}: {error.message}") from None
+
+
+def _texts(value: Value, where: str, remedy: str) -> list[str]:
+    """Return a list of texts; one text is a list of one."""
+    items = (value,) if value.items is None else value.items
+    if any(item.text is None for item in items):
+        raise UsageError(f"{where}: found {value.kind}, but one of plain values is needed; {remedy}")
+    return [item.text or "" for item in items]
+
+
+def _train_words(value: Value, where: str) -> tuple[str, ...]:
+    """Return training arguments as words, from a mapping of flags, a list of words, or a line of them."""
+    if value.empty:
+        return ()
+    if value.text is not None:
+        try:
+            return tuple(shlex.split(value.text))
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}; balance the quotes, or write a mapping") from None
+    if value.items is not None:
+        return tuple(_texts(value, where, f"write {TRAIN}: [--epochs, 10]"))
+    words: list[str] = []
+    for key, item in (value.fields or {}).items():
+        flag = f"--{key.removeprefix('--')}"
+        if item.empty or item.boolean is False:
+            continue
+        if item.boolean:
+            words.append(flag)
+            continue
+        texts = _texts(item, f"{where}.{key}", f"write {key}: VALUE, or {key}: [ONE, TWO]")
+        # `--flag=-x` keeps a value with a dash from being read as a flag.
+        dashed = len(texts) == 1 and texts[0].startswith("-")
+        words += [f"{flag}={texts[0]}"] if dashed else [flag, *texts]
+    return tuple(words)
+
+
+def _complete(ctx: click.Context, settings: Settings) -> None:
+    """Make the file's relative paths absolute, and put its training arguments before those typed."""
+    from launcher.hosts.reach import remote_files
+    from launcher.plan.training_args import place_beside
+
+    def from_file(name: str | None) -> bool:
+        return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+
+    elsewhere = ctx.params.get("engine") == "docker" and remote_files()
+    for param in ctx.command.params:
+        here = not (elsewhere and param.name == "runs")
+        if isinstance(param.type, click.Path) and from_file(param.name) and here:
+            ctx.params[param.name] = _absolute(ctx.params[param.name], settings.folder)
+    for pair in _EXCLUSIVE:
+        for one, other in (pair, pair[::-1]):
+            if from_file(other) and ctx.get_parameter_source(one) is ParameterSource.COMMANDLINE:
+                ctx.params[other] = None
+    if "training_args" in ctx.params:
+        click.echo(f"settings: {settings.path}", err=True)
+        words = settings.train if elsewhere else place_beside(settings.train, settings.folder)
+        typed = ctx.params["training_args"]
+        ctx.params["training_args"] = (*without_overridden(words, typed), *typed)
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_absolute(item, folder) for item in value)
+    return value if value is None else folder / at_home(value)
+
+
+def without_overridden(words: Sequence[str], winners: Sequence[str]) -> tuple[str, ...]:
+    """Return `words` less the options, with their values, that `winners` says too, also by a prefix."""
+    said = [word.split("=", 1)[0] for word in winners if word.startswith("--") and len(word) > 2]
+    kept: list[str] = []
+    dropping = False
+    for word in words:
+        if word.startswith("--"):
+            option = word.split("=", 1)[0]
+            dropping = any(option.startswith(name) for name in said)
+        if not dropping:
+            kept.append(word)
+    return tuple(kept)

@@ -1,0 +1,57 @@
+"""Names of replicas and fleets as a type of click's: any text, completed from what there is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+ANSWER_S = 1.0
+"""Nobody waits longer for a suggestion."""
+
+
+class ReplicaName(click.types.StringParamType):
+    """A replica's name, or a fleet's as project/name; whether it is there is the command's to find out."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Suggest names that begin with `incomplete` and are not typed yet; none in any trouble."""
+        from click.shell_completion import CompletionItem
+
+        typed: Sequence[str] = ctx.params.get(param.name or "") or ()
+        return [
+            CompletionItem(name)
+            for name in dict.fromkeys(_names_in_time(ctx))
+            if name.startswith(incomplete) and name not in typed
+        ]
+
+
+def _names_in_time(ctx: click.Context) -> list[str]:
+    found: list[str] = []
+    # Its end is not waited for: a hung engine must not hold the shell.
+    asking = threading.Thread(target=lambda: found.extend(_names(ctx)), daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    return found
+
+
+def _names(ctx: click.Context) -> list[str]:
+    from launcher.engines.opening import open_engine
+    from launcher.errors import LauncherError
+    from launcher.hosts.reach import remote_files
+
+    engine = ctx.params.get("engine") or "docker"
+    try:
+        if engine == "docker" and remote_files():
+            return []  # a connection by ssh takes too long for a key, and may ask for a password
+        states = open_engine(engine, ctx.params.get("runs") or Path("runs")).list()
+    except LauncherError:
+        return []
+    return [state.name for state in states] + [state.fleet for state in states]

@@ -1,0 +1,113 @@
+"""The tracking servers as replicas and people reach them: where they are, and how one logs in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from launcher.engines.base import Mount
+from launcher.engines.docker.services import Service
+from launcher.errors import EngineError, UsageError
+from launcher.servers.compose import project_name
+
+PORT = 5000
+URI_INSIDE = f"http://mlflow:{PORT}"
+"""The server's name on its network."""
+
+ADMIN, TRAINER = "admin", "trainer"
+SECRETS = "/run/starling"
+TRAINER_SECRETS = "/run/starling-trainer"
+PASSWORD_FILES = {ADMIN: f"{SECRETS}/mlflow_admin_password", TRAINER: f"{TRAINER_SECRETS}/mlflow_password"}
+
+URI, USER = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME"
+PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
+DEFAULT_NETWORK = "bridge"
+MOST_SECRET_BYTES = 4096
+
+
+class Host(Protocol):
+    """What is asked of the engine that the servers run on."""
+
+    def services(self, project: str) -> Sequence[Service]: ...
+    def environment(self, replica_id: str) -> Mapping[str, str] | None: ...
+    def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """What a replica needs to log to the servers."""
+
+    network: str
+    environment: Mapping[str, str]
+    passed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """A secret that only a variable can carry: to a process of this machine, which mounts nothing."""
+    mounts: tuple[Mount, ...] = ()
+
+
+def find_mlflow(host: Host, project: str | None = None) -> Service | None:
+    """Return the MLflow server's container; None when there is none."""
+    found = host.services(project or project_name())
+    return next((service for service in found if service.name == "mlflow"), None)
+
+
+def has_login(host: Host, mlflow: Service) -> bool:
+    """Return whether the server asks who one is."""
+    return (host.environment(mlflow.id) or {}).get("MLFLOW_LOGIN", "on") != "off"
+
+
+def read_password(host: Host, mlflow: Service, user: str) -> str:
+    """Return a user's password from the server's secrets; raises EngineError when it holds none."""
+    return read_secret(host, mlflow, PASSWORD_FILES[user])
+
+
+def read_secret(host: Host, service: Service, path: str) -> str:
+    """Return a secret from a file of a service's container; raises EngineError when it is not there."""
+    secret = host.read_file(service.id, path, MOST_SECRET_BYTES).decode().strip()
+    if not secret:
+        raise EngineError(f"{service.name} holds no {path}; bring it up again: launcher track up")
+    return secret
+
+
+def loopback_uri(mlflow: Service) -> str:
+    """Return the address on the server's own machine; empty when nothing is published."""
+    return f"http://{mlflow.ports[PORT]}" if PORT in mlflow.ports else ""
+
+
+def join(host: Host, *, isolated: bool) -> Tracking:
+    """Return how replicas log to the servers; raises EngineError, with the remedy, unless they are up.
+
+    Containers join the network and mount the volume with the trainer's password, read-only: it is in no variable,
+    argument or label. Processes call the loopback port.
+    """
+    mlflow = find_mlflow(host)
+    if mlflow is None or mlflow.state in ("created", "exited"):
+        raise EngineError("--tracking: the tracking servers are not up; start them: launcher track up")
+    if not mlflow.up:
+        raise EngineError(
+            f"--tracking: the MLflow server is not healthy ({mlflow.status}); see `launcher track status`, "
+            "or wait for it: launcher track up"
+        )
+    login = has_login(host, mlflow)
+    if not isolated:
+        if not (uri := loopback_uri(mlflow)):
+            raise EngineError("--tracking: the MLflow server has no port on this machine; set MLFLOW_PORT")
+        passed = {PASSWORD: read_password(host, mlflow, TRAINER)} if login else {}
+        return Tracking(
+            network="", environment={URI: uri, **({USER: TRAINER} if login else {})}, passed=passed
+        )
+    if not login:
+        return Tracking(network=mlflow.networks[0], environment={URI: URI_INSIDE})
+    return Tracking(
+        network=mlflow.networks[0],
+        environment={URI: URI_INSIDE, USER: TRAINER, PASSWORD_FILE: PASSWORD_FILES[TRAINER]},
+        mounts=(Mount(kind="volume", source=mlflow.volumes[TRAINER_SECRETS], target=TRAINER_SECRETS),),
+    )
+
+
+def check_network_choice(asked: str, tracking: Tracking) -> None:
+    """Refuse a network besides the servers' own: a replica is in one."""
+    if asked not in (DEFAULT_NETWORK, tracking.network):
+        raise UsageError(
+            f"--network {asked}: --tracking joins the servers' network {tracking.network}; leave out one of the two"
+        )

@@ -1,0 +1,125 @@
+"""`launcher track backup`: dump the databases, then copy the artifacts, while the servers run.
+
+In that order everything that a dumped run names is there: artifacts are only ever added.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from launcher.console import say
+from launcher.engines.docker.docker import DockerEngine
+from launcher.engines.docker.services import Service
+from launcher.errors import EngineError, UsageError, disk_full
+from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member
+from launcher.servers.compose import Compose, last_words
+from launcher.servers.track import open_host
+from launcher.sizes import format_size
+from starling.core.paths import absolute
+
+FOLDER = "/mlflow/artifacts"
+_TAR_CHANGED = 1
+"""GNU tar's exit code when a file changed while it was read; what it wrote is whole."""
+
+
+def back_up(compose: Compose, file: Path) -> None:
+    """Write FILE, whole or not at all; raises UsageError for one that exists, EngineError when the servers are down."""
+    file = absolute(file)
+    if file.exists():
+        raise UsageError(f"{file}: exists; name a new file")
+    if not file.parent.is_dir():
+        raise UsageError(f"{file}: there is no folder {file.parent}")
+    host = open_host()
+    postgres, mlflow = _running(host, compose)
+    elsewhere = (host.environment(mlflow.id) or {}).get("MLFLOW_ARTIFACTS", "")
+    about = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "has_artifacts": not elsewhere}
+    with (
+        _whole_or_nothing(file) as output,
+        tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        writer = ArchiveWriter(archive, about)
+        for database in DATABASES:
+            _add_database(writer, postgres, database, file.parent)
+            say(f"database {database}: dumped")
+        if not elsewhere:
+            _add_artifacts(writer, mlflow)
+        files = writer.seal()
+    if elsewhere:
+        say(f"artifacts are in {elsewhere.partition('?')[0]}, not in this backup")
+    say(
+        f"{file}: {files} files, {format_size(file.stat().st_size)}; put back with: launcher track restore {file}"
+    )
+
+
+@contextmanager
+def _whole_or_nothing(file: Path) -> Iterator[IO[bytes]]:
+    """Give a new file beside FILE that takes its name once it is whole and on the disk."""
+    name = ""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with open(handle, "wb") as output:
+            yield output
+            output.flush()
+            os.fsync(handle)
+        os.rename(name, file)
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_full(error) or UsageError(
+                f"{file}: cannot be written ({error.strerror}); name another place"
+            ) from None
+        raise
+
+
+def _running(host: DockerEngine, compose: Compose) -> tuple[Service, Service]:
+    services = {service.name: service for service in host.services(compose.config()["name"])}
+    for name in ("postgres", "mlflow"):
+        if name not in services or services[name].state != "running":
+            raise EngineError(f"{name} is not up, and a backup asks it; start the servers: launcher track up")
+    return services["postgres"], services["mlflow"]
+
+
+def _add_database(writer: ArchiveWriter, postgres: Service, database: str, folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as dump:
+        words = ["pg_dump", "--username=mlflow", "--format=custom", f"--dbname={database}"]
+        done = subprocess.run(
+            ["docker", "exec", postgres.id, *words], stdout=dump, stderr=subprocess.PIPE, check=False
+        )
+        if done.returncode:
+            raise EngineError(f"database {database}: {last_words(done.stderr)}")
+        size = dump.seek(0, os.SEEK_END)
+        dump.seek(0)
+        writer.add(database_member(database), size, dump)
+
+
+def _add_artifacts(writer: ArchiveWriter, mlflow: Service) -> None:
+    """Copy every file of the artifacts' volume as a stream: it may be larger than what is free here twice."""
+    words = ["tar", "--create", "--hard-dereference", "--directory", FOLDER, "--file=-", "."]
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(
+            ["docker", "exec", mlflow.id, *words], stdout=subprocess.PIPE, stderr=said
+        ) as sender:
+            assert sender.stdout is not None
+            try:
+                with tarfile.open(fileobj=sender.stdout, mode="r|") as archive:
+                    for member in archive:
+                        file = archive.extractfile(member) if member.isreg() else None
+                        if file is not None and not member.name.startswith("./.restored/"):
+                            name = ARTIFACTS + member.name.removeprefix("./")
+                            writer.add(name, member.size, file, member.mtime)
+            except tarfile.TarError as error:
+                sender.kill()
+                said.seek(0)
+                raise EngineError(f"artifacts: {last_words(said.read())} ({error})") from None
+        if sender.returncode not in (0, _TAR_CHANGED):
+            said.seek(0)
+            raise EngineError(f"artifacts: {last_words(said.read())}")

@@ -1,0 +1,201 @@
+"""`launcher track restore`: put a backup in place of what the servers keep.
+
+Everything is loaded beside the old first, and takes its place at the very end: a backup that does not load changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from launcher.console import confirmed, say
+from launcher.engines.docker.docker import DockerEngine
+from launcher.engines.docker.services import Service
+from launcher.errors import EngineError, UsageError
+from launcher.servers.archive import (
+    ARTIFACTS,
+    DATABASES,
+    Contents,
+    database_member,
+    held,
+    members,
+    verify,
+)
+from launcher.servers.backup import FOLDER
+from launcher.servers.compose import Compose, last_words, run
+from launcher.servers.track import bring_up, open_host, provide_images
+from starling.core.paths import absolute
+
+STAGE_ARTIFACTS = (
+    f"rm -rf {FOLDER}/.restored && mkdir {FOLDER}/.restored && tar -x -f - -C {FOLDER}/.restored"
+)
+SWAP_ARTIFACTS = f"""cd {FOLDER} && rm -rf .replaced && mkdir .replaced
+find . -mindepth 1 -maxdepth 1 ! -name .replaced ! -name .restored -exec mv -t .replaced {{}} +
+find .restored -mindepth 1 -maxdepth 1 -exec mv -t . {{}} +
+rm -rf .replaced .restored"""
+_FIRST_START_S = 60.0
+
+
+def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
+    """Replace what the servers keep by what FILE holds, and bring them up; raises DataError for a damaged file."""
+    file = absolute(file)
+    with held(file) as at:
+        contents = verify(file, at)
+        host, config = open_host(), compose.config()
+        say(f"{file}: whole; {contents.files} files of {contents.created or 'an unknown time'}")
+        if not yes and not confirmed(
+            f"put them in place of all that project {config['name']} keeps?", "restore"
+        ):
+            raise UsageError("nothing changed")
+        provide_images(compose, config, host, build=False)
+        postgres, mlflow = _database_up(compose, config, host)
+        try:
+            _stage(file, at, contents, postgres, mlflow)
+        except BaseException:
+            _discard_stage(postgres, mlflow)
+            raise
+    _swap_databases(compose, postgres)
+    if contents.has_artifacts:
+        _in_artifacts(mlflow, SWAP_ARTIFACTS, None)
+    for database in DATABASES:
+        _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {database}_replaced WITH (FORCE)")
+    say("everything is in place; starting the servers")
+    bring_up(compose, build=False, limit_s=limit_s)
+
+
+def _database_up(compose: Compose, config: dict[str, Any], host: DockerEngine) -> tuple[Service, Service]:
+    """Create what is missing, start PostgreSQL alone, and wait until its databases are there."""
+    compose.read("up", "--no-start", "--no-build", "--pull", "never")
+    compose.read("up", "--detach", "--no-build", "--pull", "never", "--wait", "postgres")
+    services = {service.name: service for service in host.services(config["name"])}
+    until = time.monotonic() + _FIRST_START_S
+    ready = "SELECT count(*) FROM pg_database WHERE datname IN ('mlflow', 'starling')"
+    while _psql(services["postgres"], "postgres", ready).strip() != b"2":
+        if time.monotonic() > until:
+            raise EngineError("PostgreSQL did not set up its databases; see: docker compose logs postgres")
+        time.sleep(0.5)
+    return services["postgres"], services["mlflow"]
+
+
+def _stage(file: Path, at: Path, contents: Contents, postgres: Service, mlflow: Service) -> None:
+    """Load the dumps into new databases, and the artifacts into a new folder of their volume."""
+    dumps = {database_member(name): (name, role) for name, role in DATABASES.items()}
+    with members(file, at) as found:
+        for member in found:
+            if member.name in dumps:
+                database, role = dumps[member.name]
+                _load_database(postgres, database, role, member.content)
+                say(f"database {database}: loaded")
+    if contents.has_artifacts:
+        _in_artifacts(mlflow, STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, at, sink))
+        say("artifacts: copied")
+
+
+def _discard_stage(postgres: Service, mlflow: Service) -> None:
+    """Remove what was loaded so far; the next restore would do it too."""
+    with contextlib.suppress(EngineError):
+        for database in DATABASES:
+            _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {database}_restored WITH (FORCE)")
+        _in_artifacts(mlflow, f"rm -rf {FOLDER}/.restored", None)
+
+
+def _load_database(postgres: Service, database: str, role: str, dump: IO[bytes]) -> None:
+    new = f"{database}_restored"
+    _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {new} WITH (FORCE)")
+    _psql(postgres, "postgres", f"CREATE DATABASE {new} OWNER {role} TEMPLATE template0")
+    _psql(postgres, "postgres", f"REVOKE CONNECT ON DATABASE {new} FROM PUBLIC")
+    words = ["pg_restore", "--username=mlflow", f"--dbname={new}", "--exit-on-error", "--single-transaction"]
+    _feed(
+        ["docker", "exec", "--interactive", postgres.id, *words, "--no-owner", "--no-acl", f"--role={role}"],
+        lambda sink: shutil.copyfileobj(dump, sink),
+        f"database {database} of the backup does not load; nothing was changed",
+    )
+
+
+def _swap_databases(compose: Compose, postgres: Service) -> None:
+    """Put the restored databases in place of the old; where that fails, the old ones serve on."""
+    compose.read("stop", "--timeout", "30", "mlflow")
+    try:
+        _psql(postgres, "postgres", _swap_statements())
+    except BaseException:
+        for database in DATABASES:
+            with contextlib.suppress(EngineError):
+                _psql(postgres, "postgres", f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+        compose.read("start", "mlflow")
+        raise
+
+
+def _swap_statements() -> str:
+    """Return the SQL that puts the restored databases in place of the old, all of them or none."""
+    shut = [f"ALTER DATABASE {name} ALLOW_CONNECTIONS false;" for name in DATABASES]
+    names = ", ".join(f"'{name}'" for name in DATABASES)
+    end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ({names});"
+    drop = [f"DROP DATABASE IF EXISTS {name}_replaced WITH (FORCE);" for name in DATABASES]
+    swap = [
+        f"ALTER DATABASE {name} RENAME TO {name}_replaced; ALTER DATABASE {name}_restored RENAME TO {name};"
+        for name in DATABASES
+    ]
+    return "\n".join([*drop, *shut, end, "BEGIN;", *swap, "COMMIT;"])
+
+
+def _psql(postgres: Service, database: str, statements: str) -> bytes:
+    words = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
+    with tempfile.TemporaryFile() as script:
+        script.write(statements.encode())
+        script.seek(0)
+        return run(
+            [
+                "docker",
+                "exec",
+                "--interactive",
+                postgres.id,
+                *words,
+                "--username=mlflow",
+                f"--dbname={database}",
+            ],
+            stdin=script,
+        )
+
+
+def _in_artifacts(mlflow: Service, script: str, send: Callable[[IO[bytes]], None] | None) -> None:
+    """Run a shell script in a container that has the artifacts' volume, and no network."""
+    words = ["docker", "run", "--rm", "--interactive", "--network=none", "--cap-drop=ALL"]
+    _feed(
+        [*words, f"--volumes-from={mlflow.id}", "--entrypoint=sh", mlflow.image, "-ec", script],
+        send or (lambda sink: None),
+        "artifacts",
+    )
+
+
+def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
+    """Write the artifacts of a backup to `sink` as a tar of their own."""
+    with (
+        members(file, at) as found,
+        tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out,
+    ):
+        for member in found:
+            if member.name.startswith(ARTIFACTS):
+                copy = tarfile.TarInfo(member.name.removeprefix(ARTIFACTS))
+                copy.size, copy.mtime, copy.mode = member.size, member.mtime, 0o644
+                out.addfile(copy, member.content)
+
+
+def _feed(words: list[str], send: Callable[[IO[bytes]], None], what: str) -> None:
+    """Run a command that reads what `send` writes; raises EngineError with its last words."""
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=said, stderr=said) as receiver:
+            assert receiver.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+                send(receiver.stdin)
+                receiver.stdin.close()
+        said.seek(0)
+        if receiver.returncode:
+            raise EngineError(f"{what}: {last_words(said.read())}")

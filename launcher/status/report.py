@@ -1,0 +1,270 @@
+"""States in words, figures in columns, JSON for scripts, and an exit code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from textwrap import shorten
+from typing import Any
+
+from launcher.engines.base import ReplicaState
+from launcher.sizes import format_share, format_size
+from launcher.status.progress import Progress, Restarts
+
+COLUMNS = (
+    *("replica", "device", "state", "candidate", "epoch", "img/s", "best", "time left"),
+    *("GPU", "memory", "CPU", "restarts"),
+)
+
+_LONGEST_REASON = 240
+"""Characters of a trainer's own words in a line; `--json` has them all."""
+_EXITS = {
+    1: "error",
+    2: "usage or configuration error",
+    3: "data error",
+    4: "checkpoint error",
+    5: "engine error",
+    6: "disk full",
+    7: "GPU lost",
+    127: "command not found",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What a running replica uses now; None for what is not known."""
+
+    memory_bytes: int | None = None
+    cpu_percent: float | None = None
+    """Of one core."""
+    gpu_percent: float | None = None
+    """Of the time that its GPUs compute at all, on average over them."""
+
+
+NOTHING_SAID, NOTHING_READ = Restarts(), Figures()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One replica: what the engine says of it, what it says of itself, and what it uses."""
+
+    state: ReplicaState
+    progress: Progress
+    restarts: Restarts = NOTHING_SAID
+    figures: Figures = NOTHING_READ
+
+    def cells(self, now: float | None = None) -> tuple[str, ...]:
+        """Return the texts of `COLUMNS`, the reason of a failure left out; a dash for what is not known."""
+        progress, figures, live = self.progress, self.figures, self.state.live
+        epoch = "-" if progress.epoch is None else str(progress.epoch)
+        if progress.epoch is not None and progress.epochs is not None:
+            epoch = f"{progress.epoch}/{progress.epochs}"
+        training = live and progress.phase in ("training", None)
+        used = format_share(figures.memory_bytes, self.state.memory_bytes)
+        restarts = "-" if self.restarts.done is None else str(self.restarts.done)
+        return (
+            self.state.name,
+            device_words(self.state.device),
+            _state_words(self, time.time() if now is None else now),
+            progress.candidate or "-",
+            epoch,
+            _rounded(progress.images_per_s if training else None),
+            "-" if progress.best_fitness is None else f"{progress.best_fitness:.4f}",
+            format_duration(progress.eta_s) if live else "-",
+            _rounded(figures.gpu_percent, " %"),
+            "-" if figures.memory_bytes is None else used,
+            _rounded(figures.cpu_percent, " %"),
+            restarts if self.restarts.most is None else f"{restarts}/{self.restarts.most}",
+        )
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in the trainer's own words; empty where it has not, or gave none."""
+        progress = self.progress
+        failed = self.state.phase == "exited" and not self.state.well and progress.phase == "failed"
+        return (
+            shorten(progress.message, _LONGEST_REASON, placeholder=" …")
+            if failed and progress.message
+            else ""
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether its trainer has crashed and is about to be started again."""
+        return self.state.phase == "running" and self.restarts.restart_at is not None
+
+    @property
+    def known_state(self) -> ReplicaState:
+        """The engine's state; where the engine does not know of kills for memory, as the supervisor saw it."""
+        killed = self.state.exit_code == 137 and self.restarts.oom_killed
+        return replace(self.state, oom_killed=True) if killed else self.state
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        state, progress = self.state, self.progress
+        return {
+            "replica": state.name,
+            "fleet": state.fleet,
+            "id": state.id,
+            "device": state.device,
+            "state": words_for(self.known_state),
+            "phase": state.phase,
+            "exit_code": state.exit_code,
+            "oom_killed": state.oom_killed,
+            "memory_bytes": state.memory_bytes,
+            "started_at": _iso(state.started_at),
+            "runs": str(state.runs),
+            "candidate": progress.candidate,
+            "epoch": progress.epoch,
+            "epochs": progress.epochs,
+            "images_per_s": progress.images_per_s,
+            "best_fitness": progress.best_fitness,
+            "finished": progress.finished,
+            "budget": progress.budget,
+            "eta_s": progress.eta_s,
+            "gpu_percent": self.figures.gpu_percent,
+            "memory_used_bytes": self.figures.memory_bytes,
+            "cpu_percent": self.figures.cpu_percent,
+            "restarts": self.restarts.done,
+            "max_restarts": self.restarts.most,
+            "restart_at": _iso(self.restarts.restart_at),
+            "search_ends_at": _iso(progress.search_ends_at),
+            "trainer_phase": progress.phase,
+            "message": progress.message,
+            "updated": _iso(progress.updated),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One search, as its replicas tell of it: each knows what it last saw, so the one who has seen most is believed."""
+
+    fleet: str
+    finished: int
+    """The generation: finished trainings of the budget."""
+    budget: int
+    best_fitness: float | None
+    ends_at: float | None
+    """Unix seconds, expected; None where nobody trains, or too little is known."""
+
+    def words(self, now: float) -> str:
+        """Return `blood/search: 12/60 finished, best fitness 0.5123, about 2 h 05 min left`."""
+        words = f"{self.fleet}: {self.finished}/{self.budget} finished"
+        if self.best_fitness is not None:
+            words += f", best fitness {self.best_fitness:.4f}"
+        if self.ends_at is not None and self.finished < self.budget:
+            words += f", about {format_duration(max(self.ends_at - now, 0))} left"
+        return words
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "fleet": self.fleet,
+            "finished": self.finished,
+            "budget": self.budget,
+            "best_fitness": self.best_fitness,
+            "ends_at": _iso(self.ends_at),
+        }
+
+
+def searches_of(rows: Sequence[Row]) -> list[Search]:
+    """Return the searches that replicas work on, one a fleet, in the order of the rows."""
+    fleets: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.progress.finished is not None and row.progress.budget is not None:
+            fleets.setdefault(row.state.fleet, []).append(row)
+    return [_search(fleet, own) for fleet, own in fleets.items()]
+
+
+def _search(fleet: str, rows: Sequence[Row]) -> Search:
+    seen = [row.progress for row in rows]
+    newest = max(seen, key=lambda progress: (progress.finished or 0, progress.updated or 0.0))
+    bests = [progress.best_fitness for progress in seen if progress.best_fitness is not None]
+    alive = any(row.state.phase == "running" for row in rows)
+    return Search(
+        fleet=fleet,
+        finished=newest.finished or 0,
+        budget=max(progress.budget or 0 for progress in seen),
+        best_fitness=max(bests, default=None),
+        ends_at=newest.search_ends_at if alive else None,
+    )
+
+
+def words_for(state: ReplicaState) -> str:
+    """Return a replica's state in words.
+
+    Out of memory is the engine's own flag and never guessed from 137, which any `docker kill` gives too. The flag
+    also stands when only a child was killed, with whatever exit code PID 1 then had.
+    """
+    limit = f" at {format_size(state.memory_bytes)}" if state.memory_bytes else ""
+    if state.phase == "created":
+        return "created, never started"
+    if state.live:
+        flag = f", a child was OOM-KILLED{limit}" if state.oom_killed else ""
+        return ("paused" if state.phase == "paused" else "running") + flag
+    code = state.exit_code
+    if state.oom_killed:
+        ended = "exited 0 all the same" if code == 0 else f"exited {code}"
+        return f"OOM-KILLED{limit}" if code == 137 else f"a child was OOM-KILLED{limit}, {ended}"
+    if code == 0:
+        return "finished"
+    if code in (130, 143):
+        return f"stopped {code}: resumable"
+    if code == 137:
+        return "killed (137)"
+    if code == 255:
+        return "lost with the engine or the machine (255)"
+    if code is not None and 128 < code < 160:
+        return f"killed by signal {code - 128}"
+    return f"exited {code}: {_EXITS.get(code if code is not None else 1, 'error')}"
+
+
+def _state_words(row: Row, now: float) -> str:
+    """Return the state: what the trainer does while it runs, and how often it was tried where it failed."""
+    phase, restarts = row.progress.phase, row.restarts
+    words = words_for(row.known_state)
+    wait = restarts.wait_s(now)
+    if row.waits and wait is not None:
+        return f"restarting in {format_duration(wait)} ({restarts.done} of {restarts.most})"
+    if row.state.phase == "running" and phase and words == "running":
+        return phase
+    if row.state.phase == "exited" and not row.state.well and restarts.done:
+        return f"{words} after {restarts.done} restart{'s' * (restarts.done != 1)}"
+    return words
+
+
+def exit_code(states: Sequence[ReplicaState]) -> int:
+    """Return `status`'s exit code: 0 when all run, have finished or were stopped; 1 when one failed, or there is none."""
+    return 0 if states and all(state.well for state in states) else 1
+
+
+def device_words(label: str) -> str:
+    """Return `GPU 3` for `gpu:3`."""
+    kind, _, number = label.partition(":")
+    return f"{kind.upper()} {number}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Return `2 h 05 min`, `7 min`, `40 s`; a dash for None."""
+    if seconds is None or seconds < 0:
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _rounded(value: float | None, unit: str = "") -> str:
+    return "-" if value is None or value < 0 else f"{value:.0f}{unit}"
+
+
+def _iso(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return None
