@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -114,10 +115,13 @@ class Box:
             self._listener.listen(16)
             threading.Thread(target=self._dial_for_each, daemon=True).start()
 
-    def ask(self, script: str, limit_s: float = ANSWER_S) -> tuple[int, str]:
+    def ask(
+        self, script: str, limit_s: float = ANSWER_S, heard: Callable[[str], None] | None = None
+    ) -> tuple[int, str]:
         """Run lines in the shell there and return their exit code and output; its state (open files) stays.
 
-        Raises EngineError when the connection is lost, or there is no answer in time.
+        `heard` gets each line of the output as it comes, and the limit then is one of silence. Raises EngineError when
+        the connection is lost, or there is no answer in time.
         """
         mark = f"answer-{secrets.token_hex(8)}"
         with self._lock:
@@ -126,13 +130,14 @@ class Box:
                 self._shell.stdin.write(
                     f"{{ {script}\n}} </dev/null 2>/dev/null\nprintf '%s %s\\n' {mark} $?\n".encode()
                 )
-                return self._answer(mark.encode(), time.monotonic() + limit_s)
+                return self._answer(mark.encode(), limit_s, heard)
             except BrokenPipeError:
                 raise self.lost() from None
 
-    def _answer(self, mark: bytes, deadline: float) -> tuple[int, str]:
+    def _answer(self, mark: bytes, limit_s: float, heard: Callable[[str], None] | None) -> tuple[int, str]:
         assert self._shell.stdout is not None
-        answer = b""
+        answer, told = b"", 0
+        deadline = time.monotonic() + limit_s
         while True:
             ready, _, _ = select.select([self._shell.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -144,7 +149,14 @@ class Box:
             if not chunk:
                 raise self.lost()
             head, found, tail = answer.rpartition(mark + b" ")
-            if found and tail.endswith(b"\n"):
+            ended = bool(found) and tail.endswith(b"\n")
+            if heard is not None:
+                deadline = time.monotonic() + limit_s
+                complete = len(head) if ended else answer.rfind(b"\n") + 1
+                for line in answer[told:complete].splitlines():
+                    heard(line.decode(errors="surrogateescape"))
+                told = max(told, complete)
+            if ended:
                 return int(tail), head.decode(errors="surrogateescape")
             if len(answer) > MOST_ANSWER_BYTES:
                 raise EngineError(f"{self.name}: an endless answer over ssh; try it by hand: ssh {self.name}")

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.engines.base import ReplicaSpec
-from launcher.hosts.processes import printable, user_name
+from launcher.hosts.processes import user_name
 from starling.core.plain_json import parse_json
+from starling.core.words import printable
 
 FORMAT_LABEL = "starling.launcher"
 FORMAT = "1"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.engines.base import mask
+from starling.core.words import printable
 
 PROC = Path("/proc")
 MOST_ANCESTORS = 64
@@ -70,11 +71,6 @@ def command_words(folder: Path) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(os.fsdecode(word) for word in raw.split(b"\0")[:-1])
-
-
-def printable(text: str) -> str:
-    """Return the text of a stranger without control characters, which could steer the reader's terminal."""
-    return "".join(letter for letter in text if letter.isprintable())
 
 
 def _command(folder: Path) -> str:

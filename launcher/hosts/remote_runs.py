@@ -18,7 +18,7 @@ from launcher.hosts.host_lock import FOLDERS, NAME
 from launcher.hosts.host_paths import is_the_systems
 from launcher.hosts.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
 from launcher.hosts.runs_folder import replica_user
-from starling.core.handover import NOBODYS_ID
+from starling.core.handover import NOBODYS_ID, STILL
 
 _SENT = {"starling.core.folder": starling.core.folder, "starling.core.handover": starling.core.handover}
 """What is sent to a machine where root logs in, in the order in which each needs those before."""
@@ -87,11 +87,20 @@ def _hand_over(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> N
     """
     words = " ".join(map(shlex.quote, (str(runs), user)))
     script = base64.b64encode(handover_program().encode()).decode()
-    code, said = box.ask(
+    lines: list[str] = []
+
+    def hear(line: str) -> None:
+        told = line.removeprefix("starling: ")
+        if told.startswith(STILL):
+            say(told)
+        elif told != line:
+            lines.append(told)
+
+    code, _ = box.ask(
         f"command -v python3 >/dev/null && printf %s {script} | base64 -d | python3 -I -S - {words} 2>&1",
         limit_s=LOCK_WAIT_S,
+        heard=hear,
     )
-    lines = [line.removeprefix("starling: ") for line in said.splitlines() if line.startswith("starling: ")]
     if code == 0 or (not lines and not _is_roots(box, runs)):
         for line in lines:
             say(f"note: {line}")

@@ -141,14 +141,15 @@ def _open(runs: Path) -> Folder:
 def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -> None:
     """Hand the folder over when root calls, and take set-id bits away; say what was left alone."""
     if os.getuid() != 0 or not user:
-        account = strip_set_ids(top, STRIP_S if os.getuid() else None)
+        account = strip_set_ids(top, STRIP_S if os.getuid() else None, say)
     else:
         if made and os.fstat(top.descriptor).st_uid != 0:
             raise Refused(
                 f"{top.path}: was made by root and belongs to uid {os.fstat(top.descriptor).st_uid}: its file system does "
                 "not know this machine's root (NFS with root_squash); make it as an ordinary user, and give --user UID:GID"
             )
-        account = hand_over(top, *map(int, user.split(":")))
+        uid, gid = map(int, user.split(":"))
+        account = hand_over(top, uid, gid, say)
     for line in account.lines():
         say(f"note: {line}")
 

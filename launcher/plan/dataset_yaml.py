@@ -79,7 +79,7 @@ def _read(path: Path, files: HostFiles) -> dict[str, Any]:
         raw = files.read(path, MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
             raise DataError(f"{path}: over 1 MB, so no dataset description; give the dataset's YAML")
-        description = load_yaml(raw)
+        description = load_yaml(raw, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except NotYaml as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.errors import UsageError
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 
 _MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -17,13 +18,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def read_env_file(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables in the file, as `docker run --env-file` reads it; raises UsageError with the line."""
     try:
-        lines = read_regular(path, _MOST_BYTES).decode("utf-8-sig").splitlines()
+        lines = text_of(read_regular(path, _MOST_BYTES), path).splitlines()
     except OSError as error:
         raise UsageError(f"--env-file {path}: cannot be read ({error.strerror})") from None
     except BudgetExceeded as error:
         raise UsageError(f"--env-file {path}: holds {error}; name the file of NAME=value lines") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--env-file {path}: is not UTF-8 text") from None
+    except NotUtf8 as error:
+        raise UsageError(f"--env-file {path}: {error}") from None
     variables: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):

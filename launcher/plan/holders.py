@@ -16,9 +16,10 @@ from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError
 from launcher.hosts.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
-from launcher.hosts.processes import PROC, Process, command_words, find_process, printable, user_id, user_name
+from launcher.hosts.processes import PROC, Process, command_words, find_process, user_id, user_name
 from launcher.sizes import format_size
 from launcher.status.progress import read_json
+from starling.core.words import printable
 
 _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")
 """Its path on a command line, of this version and of those before it."""

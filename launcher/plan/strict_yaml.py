@@ -59,7 +59,7 @@ def read_mapping(path: Path) -> dict[str, Value]:
 
     content = _read(path)
     try:
-        node = compose_yaml(content, MOST_LEVELS)
+        node = compose_yaml(content, path, MOST_LEVELS)
     except NotYaml as error:
         raise UsageError(f"{path}{error.place}: not valid YAML: {error.problem}") from None
     if node is None:

@@ -33,6 +33,8 @@ DATABASES = {"mlflow": "mlflow", "starling": "starling"}
 """Each database and the role that owns it: MLflow's with its users, and the studies of searches."""
 
 ARTIFACTS = "artifacts/"
+STAGED, REPLACED = ".restored", ".replaced"
+"""Folders of a restore beside the artifacts: what is to take their place, and what they were."""
 MOST_FILES = 2_000_000
 """Files in one backup: the names and digests of so many take some 600 MB, of the writer's and of the reader's memory."""
 _T = TypeVar("_T")
@@ -199,12 +201,18 @@ def _translated(path: Path, items: Iterator[_T]) -> Iterator[_T]:
         ) from None
 
 
+def is_left_over(name: str) -> bool:
+    """Return whether an artifact, by its path in their folder, is what a restore that was killed has left there."""
+    return PurePosixPath(name).parts[:1] in ((STAGED,), (REPLACED,))
+
+
 def _known_members(path: Path, archive: TarReader) -> Iterator[Member]:
     seen: set[str] = set()
     for member in _translated(path, archive.members()):
         parts = PurePosixPath(member.name).parts
-        known = member.name == MANIFEST or parts[:1] in (("databases",), (ARTIFACTS.rstrip("/"),))
-        if not (member.isreg() and known) or ".." in parts or member.name in seen:
+        below = len(parts) > 1 and parts[0] in ("databases", ARTIFACTS.rstrip("/"))
+        plain = member.isreg() and member.name == "/".join(parts) and ".." not in parts
+        if not (plain and (below or member.name == MANIFEST)) or member.name in seen:
             raise DataError(f"{path}: holds {shown(member.name)}, which no backup has; nothing was changed")
         seen.add(member.name)
         if len(seen) > MOST_FILES + 1:

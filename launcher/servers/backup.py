@@ -19,7 +19,7 @@ from launcher.console import say
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.services import Service
 from launcher.errors import EngineError, UsageError, disk_full
-from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member
+from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member, is_left_over
 from launcher.servers.compose import Compose, last_words
 from launcher.servers.track import open_host
 from launcher.sizes import format_size
@@ -113,7 +113,7 @@ def _add_artifacts(writer: ArchiveWriter, mlflow: Service) -> None:
                 with tarfile.open(fileobj=sender.stdout, mode="r|") as archive:
                     for member in archive:
                         file = archive.extractfile(member) if member.isreg() else None
-                        if file is not None and not member.name.startswith("./.restored/"):
+                        if file is not None and not is_left_over(member.name):
                             name = ARTIFACTS + member.name.removeprefix("./")
                             writer.add(name, member.size, file, member.mtime)
             except tarfile.TarError as error:

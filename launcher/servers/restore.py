@@ -23,9 +23,12 @@ from launcher.errors import EngineError, UsageError
 from launcher.servers.archive import (
     ARTIFACTS,
     DATABASES,
+    REPLACED,
+    STAGED,
     Contents,
     database_member,
     held,
+    is_left_over,
     members,
     verify,
 )
@@ -34,13 +37,11 @@ from launcher.servers.compose import Compose, last_words, run
 from launcher.servers.track import bring_up, open_host, provide_images
 from starling.core.paths import absolute
 
-STAGE_ARTIFACTS = (
-    f"rm -rf {FOLDER}/.restored && mkdir {FOLDER}/.restored && tar -x -f - -C {FOLDER}/.restored"
-)
-SWAP_ARTIFACTS = f"""cd {FOLDER} && rm -rf .replaced && mkdir .replaced
-find . -mindepth 1 -maxdepth 1 ! -name .replaced ! -name .restored -exec mv -t .replaced {{}} +
-find .restored -mindepth 1 -maxdepth 1 -exec mv -t . {{}} +
-rm -rf .replaced .restored"""
+STAGE_ARTIFACTS = f"rm -rf {FOLDER}/{STAGED} && mkdir {FOLDER}/{STAGED} && tar -x -f - -C {FOLDER}/{STAGED}"
+SWAP_ARTIFACTS = f"""cd {FOLDER} && rm -rf {REPLACED} && mkdir {REPLACED}
+find . -mindepth 1 -maxdepth 1 ! -name {REPLACED} ! -name {STAGED} -exec mv -t {REPLACED} {{}} +
+find {STAGED} -mindepth 1 -maxdepth 1 -exec mv -t . {{}} +
+rm -rf {REPLACED} {STAGED}"""
 _FIRST_START_S = 60.0
 
 
@@ -104,7 +105,7 @@ def _discard_stage(postgres: Service, mlflow: Service) -> None:
     with contextlib.suppress(EngineError):
         for database in DATABASES:
             _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {database}_restored WITH (FORCE)")
-        _in_artifacts(mlflow, f"rm -rf {FOLDER}/.restored", None)
+        _in_artifacts(mlflow, f"rm -rf {FOLDER}/{STAGED}", None)
 
 
 def _load_database(postgres: Service, database: str, role: str, dump: IO[bytes]) -> None:
@@ -182,8 +183,9 @@ def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
         tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out,
     ):
         for member in found:
-            if member.name.startswith(ARTIFACTS):
-                copy = tarfile.TarInfo(member.name.removeprefix(ARTIFACTS))
+            name = member.name.removeprefix(ARTIFACTS)
+            if name != member.name and not is_left_over(name):
+                copy = tarfile.TarInfo(name)
                 copy.size, copy.mtime, copy.mode = member.size, member.mtime, 0o644
                 out.addfile(copy, member.content)
 

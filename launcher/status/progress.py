@@ -18,6 +18,7 @@ from launcher.hosts.reach import box
 from launcher.parallel import in_parallel
 from starling.core.folder import Folder
 from starling.core.plain_json import parse_json
+from starling.core.words import printable
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
@@ -215,4 +216,4 @@ def _text(value: Any) -> str | None:
     """Return a short text without control characters, which could otherwise steer the user's terminal."""
     if value is None or isinstance(value, (dict, list)):
         return None
-    return "".join(letter for letter in str(value)[:200] if letter.isprintable())
+    return printable(str(value)[:200])

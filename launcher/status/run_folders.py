@@ -21,6 +21,7 @@ from launcher.status.progress import FOLDER as WORKERS
 from launcher.status.progress import read_json_below
 from starling.core.folder import Folder, LinkRefused
 from starling.core.lock import try_flock
+from starling.core.words import printable
 
 _SIGNS = (
     ".lock",
@@ -150,7 +151,7 @@ def _lock(run: RunFolder, holder: Folder, name: str, held: contextlib.ExitStack)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         said = os.read(descriptor, 200).decode(errors="replace").strip().splitlines()
-        who = "".join(letter for letter in said[0] if letter.isprintable()) if said else "a process"
+        who = printable(said[0]) if said else "a process"
         raise UsageError(
             f"{run.path}: is in use ({who} holds {holder.path.name}/{name}), so it stays; end that first"
         ) from None

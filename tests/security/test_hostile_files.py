@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from launcher import errors as launcher_errors
 from launcher.engines.docker.archives import read_archived_file
 from launcher.plan.env_file import read_env_file
 from launcher.servers import compose
-from launcher.servers.archive import ArchiveWriter, verify
+from launcher.servers.archive import ArchiveWriter, is_left_over, verify
+from launcher.servers.restore import _send_artifacts
 from starling.config.study_url import StudyUrl
 from starling.distributed.heartbeat import GRACE_S, Heartbeat
 from starling.errors import CheckpointError, UsageError
@@ -24,6 +27,7 @@ from starling.search.storage.password import find_password
 from starling.search.storage.repair import repair
 from starling.tracking.mlflow.login import PASSWORD_FILE, read_password
 from starling.tracking.tracker import TrackerUnavailableError
+from starling.training.resume import ending
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import HOSTILE, tar_of
 
@@ -202,3 +206,132 @@ def test_a_compose_file_that_never_ends_is_not_taken_for_ours(
     monkeypatch.setattr(compose, "__file__", str(tmp_path / "site" / "launcher" / "servers" / "compose.py"))
     with pytest.raises(launcher_errors.UsageError, match=r"no docker-compose\.yml"):
         compose.find_compose_file(None, tmp_path)
+
+
+def sealed_backup(path: Path, *names: str) -> Path:
+    """Return a backup that is whole by its own manifest, of the two dumps and these files."""
+    with tarfile.open(path, "w") as tar:
+        writer = ArchiveWriter(tar, {"has_artifacts": True})
+        for name in ("databases/mlflow.dump", "databases/starling.dump", *names):
+            writer.add(name, 1, io.BytesIO(b"x"))
+        writer.seal()
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "artifacts",
+        "artifacts//etc/x",
+        "artifacts/./x",
+        "./artifacts/x",
+        "artifacts/a//b",
+        "databases/",
+        "artifacts/x/.",
+    ],
+)
+def test_a_name_that_is_not_spelled_as_a_backup_spells_it_is_refused(tmp_path: Path, name: str) -> None:
+    backup = sealed_backup(tmp_path / "backup.tar", name)
+    with pytest.raises(launcher_errors.DataError, match="which no backup has"):
+        verify(backup)
+
+
+def test_names_of_any_bytes_are_backed_up_and_verified(tmp_path: Path) -> None:
+    names = (
+        "artifacts/a\udcff",
+        "artifacts/käfer 猫",
+        "artifacts/line\nend",
+        "artifacts/.replaced/x",
+        "artifacts/" + "n" * 300,
+    )
+    assert verify(sealed_backup(tmp_path / "backup.tar", *names)).files == 7
+
+
+def test_what_an_interrupted_restore_left_is_neither_backed_up_nor_restored(tmp_path: Path) -> None:
+    names = (
+        "artifacts/1/model.pt",
+        "artifacts/.replaced/1/model.pt",
+        "artifacts/.restored/2/model.pt",
+        "artifacts/.restored2",
+    )
+    backup = sealed_backup(tmp_path / "backup.tar", *names)
+    sent = io.BytesIO()
+    _send_artifacts(backup, backup, sent)
+    with tarfile.open(fileobj=io.BytesIO(sent.getvalue())) as tar:
+        assert tar.getnames() == ["1/model.pt", ".restored2"]
+    assert [
+        name for name in ("./1/x", "./.replaced/x", "./.restored/x", "./.replaced") if is_left_over(name)
+    ] == [
+        "./.replaced/x",
+        "./.restored/x",
+        "./.replaced",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'{"beat": NaN}',
+        b'{"ended": null}',
+        b'{"ended": "0"}',
+        b'{"beat": [NaN], "ended": -1}',
+        b'{"ended": 1e400}',
+    ],
+)
+def test_a_value_that_never_moves_or_that_ends_oddly_is_silence(value: bytes) -> None:
+    now = [0.0]
+    beat = Heartbeat(StoreOfAStranger(value), 0, 2, "rank 0", lambda lost: None, lambda: now[0])
+    for now[0] in (0.0, 10 * GRACE_S):
+        beat._beat()
+    lost = beat.find_lost(GRACE_S)
+    assert lost is not None
+    assert (lost.rank, lost.exit_code) == (1, 1)
+
+
+@pytest.mark.parametrize("code", [2**40, -1, 256, True])
+def test_an_end_that_a_stranger_tells_is_an_exit_code_and_steers_no_terminal(code: int) -> None:
+    told = json.dumps({"who": "\x1b[2J", "ended": code, "message": "first\x1b[2J\nsecond"}).encode()
+    beat = Heartbeat(StoreOfAStranger(told), 0, 2, "rank 0", lambda lost: None, lambda: 0.0)
+    beat._beat()
+    lost = beat.find_lost(GRACE_S)
+    assert lost is None
+    beat = Heartbeat(
+        StoreOfAStranger(told.replace(json.dumps(code).encode(), b"3")),
+        0,
+        2,
+        "rank 0",
+        lambda lost: None,
+        lambda: 0.0,
+    )
+    beat._beat()
+    lost = beat.find_lost(GRACE_S)
+    assert lost is not None
+    assert lost.exit_code == 3
+    assert lost.message == "rank 1 (\\x1b[2J) ended: first\\x1b[2J\nsecond"
+
+
+def test_a_line_of_pgpass_takes_time_by_its_length_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pgpass"
+    path.write_text("a" * 200_000 + "\\\n" + r"h\:x:5432:d:u:a\:b\\c" + "\n" + "*:*:*:*:any\n")
+    path.chmod(0o600)
+    began = time.process_time()
+    assert find_password(StudyUrl(user="u", host="h", database="d"), {"PGPASSFILE": str(path)}) == "any"
+    assert find_password(StudyUrl(user="u", host="h:x", database="d"), {"PGPASSFILE": str(path)}) == "a:b\\c"
+    assert time.process_time() - began < 2
+
+
+def test_a_journal_of_rubbish_without_end_is_not_mended_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / journal.JOURNAL
+    record = checksum.sealed({"op_code": 0, "worker_id": "w", "study_name": "search", "directions": [2]})
+    path.write_bytes(record + b"x\n" * 300)
+    assert len(repair(tmp_path).dropped) == 300
+    path.write_bytes(record + b"x\n" * 30_000)
+    began = time.process_time()
+    with pytest.raises(UsageError, match="restore it from a copy"):
+        repair(tmp_path)
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("name", [1, None, ["x"], "a\0b", "x" * 5000, "../../etc/passwd", "\udcff", {}])
+def test_a_name_in_a_summary_that_no_file_has_is_not_there(tmp_path: Path, name: object) -> None:
+    assert not ending._is_there(tmp_path, name)

@@ -149,3 +149,37 @@ def test_a_process_takes_as_many_threads_as_omp_num_threads_says() -> None:
         check=True,
     )
     assert done.stdout.strip() == "CPU, 3 threads, float32 3 3"
+
+
+@pytest.mark.parametrize("place", ["../x", "link", "file", "shut/deep"])
+@pytest.mark.parametrize("command", ["train", "search", "val", "task study", "detect"])
+def test_a_project_that_cannot_be_is_refused_before_any_data_is_read(
+    command: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STARLING_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "runs/shut").mkdir(parents=True)
+    (tmp_path / "runs/link").symlink_to(tmp_path)
+    (tmp_path / "runs/file").touch()
+    (tmp_path / "runs/shut").chmod(0o500)
+    if place.startswith("shut") and os.geteuid() == 0:
+        pytest.skip("no mode shuts root out")
+    # Read later than the project: each of these is a message of its own, which does not come.
+    missing = ["--data", "nowhere.yaml"]
+    words = {
+        "train": (train.main, [*missing, "--weights", "", "--cfg", str(TINY_LAYOUT)]),
+        "search": (train.main, [*missing, "--weights", "", "--cfg", str(TINY_LAYOUT), "--evolve", "2"]),
+        "val": (val.main, [*missing, "--weights", "nowhere.pt"]),
+        "task study": (val.main, [*missing, "--weights", "nowhere.pt", "--task", "study"]),
+        "detect": (detect.main, ["--source", "nowhere.jpg", "--weights", "nowhere.pt"]),
+    }
+    main, given = words[command]
+    assert main([*given, "--project", place]) == 2
+    said = capsys.readouterr().err
+    assert "--project" in said
+    assert "nowhere" not in said
+    assert not (tmp_path / "x").exists()

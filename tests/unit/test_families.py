@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from starling.cli import data as data_command
 from starling.errors import CheckpointError
 from starling.model.families import family_of_tensors, foreign_kind
-from starling.model.initial_weights import read_weights
+from starling.model.initial_weights import local_weights, read_weights
 from tests.security.hostile_archives import crowded_zip
 
 U = "ultralytics.nn.modules"
@@ -183,3 +184,67 @@ def test_a_zip_is_named_by_what_can_be_unpacked_in_bounded_memory_alone(tmp_path
         assert foreign_kind(tmp_path / "a.pt") == kind
     (tmp_path / "crowded.pt").write_bytes(crowded_zip())
     assert foreign_kind(tmp_path / "crowded.pt") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "instead"),
+    [
+        ("yolov8n.pt", "YOLOv8", "yolov5n.pt"),
+        ("yolov8n", "YOLOv8", "yolov5n.pt"),
+        ("weights/YOLOv8x.pt", "YOLOv8", "yolov5x.pt"),
+        ("yolov8m-seg.pt", "YOLOv8 for segmentation", "yolov5m.pt"),
+        ("yolov8s-worldv2.pt", "YOLO-World", "yolov5s.pt"),
+        ("yolov6s.pt", "YOLOv6", "yolov5s.pt"),
+        ("yolov6l6.pt", "YOLOv6", "yolov5l6.pt"),
+        ("yolov7-tiny.pt", "YOLOv7", "yolov5n.pt"),
+        ("yolov7.pt", "YOLOv7", "yolov5s.pt"),
+        ("yolov9c.pt", "YOLOv9", "yolov5s.pt"),
+        ("yolov10b.pt", "YOLOv10", "yolov5s.pt"),
+        ("yolo11n.pt", "YOLO11", "yolov5n.pt"),
+        ("yolov12l.pt", "YOLO12", "yolov5l.pt"),
+        ("yolo26s.pt", "YOLO26", "yolov5s.pt"),
+        ("yolo26s-pose.pt", "YOLO26 for poses", "yolov5s.pt"),
+        ("yolov3-sppu.pt", "YOLOv3u", "yolov5s.pt"),
+        ("yolov4.weights", "YOLOv4", "yolov5s.pt"),
+        ("yolo_nas_s.pt", "YOLO-NAS", "yolov5s.pt"),
+        ("yolox_s.pth", "YOLOX", "yolov5s.pt"),
+        ("yoloe-11l-seg.pt", "YOLOE", "yolov5l.pt"),
+        ("rtdetr-l.pt", "RT-DETR", "yolov5l.pt"),
+        ("rf-detr-base.pth", "RF-DETR", "yolov5s.pt"),
+        ("sam2_b.pt", "Segment Anything", "yolov5s.pt"),
+        ("FastSAM-s.pt", "FastSAM", "yolov5s.pt"),
+        ("yolov5nu.pt", "YOLOv5u", "yolov5n.pt"),
+        ("yolov5x6u", "YOLOv5u", "yolov5x6.pt"),
+        ("yolov5s-seg.pt", "YOLOv5 for segmentation", "yolov5s.pt"),
+        ("yolov5m-cls.pt", "YOLOv5 for classification", "yolov5m.pt"),
+    ],
+)
+def test_the_name_of_another_familys_weights_is_known_and_what_serves_here(
+    name: str, family: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        local_weights(name)
+    message = str(caught.value)
+    assert message.startswith(f"--weights {name}: no such file here ({tmp_path / name}), and by its name ")
+    assert f"weights of {family}" in message
+    assert f"give {instead}, which is fetched, or the path" in message
+    assert ("anchor-free head" in message) == family.endswith("u")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["best.pt", "yolov5t.pt", "yolov5s-mine.pt", "yolov8-run/best.pt", "sample.pt", "yolo.pt"]
+)
+def test_other_names_are_no_familys(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        local_weights(name)
+    assert "by its name" not in str(caught.value)
+
+
+def test_weights_of_another_family_are_not_downloaded_as_a_dataset(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert data_command.main(["download", "yolov8n.pt"]) == 2
+    assert "weights of YOLOv8" in capsys.readouterr().err

@@ -7,12 +7,15 @@ import gc
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from starling.core.folder import Folder, LinkRefused
+from starling.outputs.folders import remove_tree
 
 
 def descriptors() -> int:
@@ -186,3 +189,72 @@ def test_a_top_that_is_made_is_its_users_alone_and_one_that_is_there_stays_as_it
         stack.enter_context(Folder.resolve(tmp_path / "old", create=True))
     assert stat.S_IMODE((tmp_path / "new/runs").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o755
+
+
+def test_a_tree_of_any_depth_is_removed_whole(deep: Path) -> None:
+    remove_tree(deep)
+    assert not deep.exists()
+
+
+def test_what_cannot_be_removed_stays_alone_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run/a/shut/file", "run/b/file", "run/z"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "run/a/shut").chmod(0o500)
+    if os.geteuid() == 0:  # whom no mode stops
+        as_nobody(tmp_path, "run")
+    else:
+        remove_tree(tmp_path / "run")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "run",
+        "run/a",
+        "run/a/shut",
+        "run/a/shut/file",
+    ]
+    (tmp_path / "run/a/shut").chmod(0o700)
+
+
+def as_nobody(folder: Path, name: str) -> None:
+    """Remove a tree of `folder` in a process of an ordinary user's."""
+    for place in (folder, *folder.rglob("*")):
+        os.lchown(place, 12345, 12345)
+    at = os.open(folder, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        os.fchdir(at)  # the folders above are root's alone
+        os.setgroups([])
+        os.setgid(12345)
+        os.setuid(12345)
+        remove_tree(Path(f"/proc/self/fd/{at}/{name}"))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(at)
+
+
+def test_what_is_not_there_or_is_no_folder_is_left_alone(tmp_path: Path) -> None:
+    remove_tree(tmp_path / "gone")
+    remove_tree(tmp_path / "gone/deeper")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        remove_tree(tmp_path / name)
+        assert os.path.lexists(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+@pytest.mark.parametrize("mounted", ["run/data", "run"])
+def test_what_is_mounted_below_is_never_emptied(tmp_path: Path, mounted: str) -> None:
+    (tmp_path / "dataset/images").mkdir(parents=True)
+    (tmp_path / "dataset/images/1.jpg").touch()
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/file").touch()
+    script = (
+        f"mount --bind {tmp_path}/dataset {tmp_path}/{mounted} && {sys.executable} -c "
+        f"'from starling.outputs.folders import remove_tree; from pathlib import Path; remove_tree(Path(\"{tmp_path}/run\"))'"
+    )
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dataset/images/1.jpg").exists()
+    assert (tmp_path / "run/file").exists() == (mounted == "run")

@@ -18,7 +18,16 @@ import pytest
 
 from starling.core import handover
 from starling.core.folder import Folder
-from starling.core.handover import Refused, allowed_user, hand_over, open_top, strip_set_ids, take, user_for
+from starling.core.handover import (
+    STILL,
+    Refused,
+    allowed_user,
+    hand_over,
+    open_top,
+    strip_set_ids,
+    take,
+    user_for,
+)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
 USER, STRANGER = 10001, 12345
@@ -367,3 +376,36 @@ def test_the_person_behind_a_rootless_engines_root_is_not_run_as(
 def test_the_program_refuses_root(user: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert handover.main([str(tmp_path), user]) == 2
     assert "never as root" in capsys.readouterr().err
+
+
+class Clock:
+    """A clock that goes on by a second each time that somebody looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize("walk", ["hand over", "strip"])
+def test_a_long_walk_says_so_after_two_seconds_and_then_every_ten(tmp_path: Path, walk: str) -> None:
+    if walk == "hand over" and os.geteuid() != 0:
+        pytest.skip("only root hands folders over")
+    for name in range(25):
+        (tmp_path / f"{name}\x1b").touch()
+    said: list[str] = []
+    with Folder.resolve(tmp_path) as top:
+        if walk == "strip":
+            strip_set_ids(top, say=said.append, monotonic=Clock())
+        else:
+            hand_over(top, USER, USER, said.append, Clock())
+    assert said == [f"{STILL} {tmp_path}: {count} files so far" for count in (2, 12, 22)]
+
+
+def test_a_short_walk_says_nothing(runs: Path) -> None:
+    said: list[str] = []
+    with Folder.resolve(runs) as top:
+        strip_set_ids(top, say=said.append)
+    assert said == []

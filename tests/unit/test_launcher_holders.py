@@ -142,8 +142,8 @@ def test_a_strangers_words_steer_no_terminal_and_no_shell(tmp_path: Path) -> Non
     found["Config"]["Labels"] = labels(spec(tmp_path, fleet="x/\x1b[2Jy; rm -rf ~"), 7)
     claim = container_claim(found, 7)
     assert claim is not None
-    assert claim.holder == "x-y-gpu2 of fleet x/[2Jy; rm -rf ~"
-    assert claim.remedy == "launcher stop 'x/[2Jy; rm -rf ~'"
+    assert claim.holder == "x-y-gpu2 of fleet x/\\x1b[2Jy; rm -rf ~"
+    assert claim.remedy == "launcher stop 'x/\\x1b[2Jy; rm -rf ~'"
 
 
 # --- processes -----------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_process_is_described_for_people_without_secrets_or_escapes(tmp_path: 
     process = find_process(42, tmp_path)
     assert process is not None
     assert process.user == user_name(ME)
-    assert process.command.startswith("python [2Jt.py --study postgresql://u:***@db/s xxx")
+    assert process.command.startswith("python \\x1b[2Jt.py --study postgresql://u:***@db/s xxx")
     assert len(process.command) == 80
     assert process.ancestors == (40, 1)
     assert find_process(99, tmp_path) is None

@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,14 @@ from typing import Any, cast
 import pytest
 
 from launcher.errors import EngineError, UsageError
+from launcher.hosts import remote_runs
 from launcher.hosts.box import Box
 from launcher.hosts.host_lock import NAME
 from launcher.hosts.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
 from launcher.hosts.runs_folder import runs_folder
-from tests.conftest import PYTHON_PATH
+from starling.core import handover
+from starling.core.handover import STILL
+from tests.conftest import PYTHON_PATH, REPOSITORY
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
 USER, STRANGER = 10001, 12345
@@ -44,7 +48,9 @@ class Shell:
             ["/bin/sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PATH": path}, text=True
         )
 
-    def ask(self, script: str, limit_s: float = 20) -> tuple[int, str]:
+    def ask(
+        self, script: str, limit_s: float = 20, heard: Callable[[str], None] | None = None
+    ) -> tuple[int, str]:
         assert self._shell.stdin is not None
         assert self._shell.stdout is not None
         self._shell.stdin.write(f"{{ {script}\n}} </dev/null 2>/dev/null\nprintf '\\n%s %s\\n' ended $?\n")
@@ -55,6 +61,8 @@ class Shell:
             if line.startswith("ended "):
                 return int(line.split()[1]), said.removesuffix("\n")
             said += line
+            if heard:
+                heard(line.removesuffix("\n"))
 
     def close(self) -> None:
         self._shell.communicate()
@@ -258,3 +266,52 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
     with remote_host_lock(cast(Box, shell), lambda _: None):
         assert place.is_file()
     shell.close()
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+    """The connection itself; in place of the ssh client a shell of this machine."""
+    (tmp_path / "bin").mkdir()
+    client = tmp_path / "bin/ssh"
+    client.write_text('#!/bin/sh\nfor word; do :; done\n[ "$word" = "exec sh" ] && exec sh\nexit 1\n')
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+    box = Box("ssh://machine")
+    yield box
+    box.close()
+
+
+def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(box: Box) -> None:
+    said: list[tuple[str, float]] = []
+    began = time.monotonic()
+    script = "for n in 1 2 3 4; do echo line $n; sleep 0.3; done; printf end"
+    code, answer = box.ask(script, limit_s=0.8, heard=lambda line: said.append((line, time.monotonic())))
+    assert (code, answer) == (0, "line 1\nline 2\nline 3\nline 4\nend")
+    assert [line for line, _ in said] == ["line 1", "line 2", "line 3", "line 4", "end"]
+    assert said[0][1] - began < 0.8, "each line as it comes"
+    with pytest.raises(EngineError, match="no answer over ssh in time"):
+        box.ask("echo x; sleep 5", limit_s=0.3, heard=lambda line: None)
+
+
+@needs_root
+def test_a_long_hand_over_is_told_while_it_goes_on(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in range(5):
+        (runs / str(name)).touch()
+    said: list[str] = []
+    program = remote_runs.handover_program()
+    hasty = program.replace("FIRST_S, EACH_S = 2.0, 10.0", "FIRST_S, EACH_S = 0.0, 0.0")
+    assert hasty != program
+    monkeypatch.setattr(remote_runs, "handover_program", lambda: hasty)
+    with remote_runs_folder(box, runs, f"{USER}:{USER}", said.append):
+        pass
+    assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]
+    said.clear()
+    monkeypatch.setattr(handover, "FIRST_S", 0.0)
+    monkeypatch.setattr(handover, "EACH_S", 0.0)
+    with runs_folder(runs, f"{USER}:{USER}", said.append):
+        pass
+    assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from starling.search.storage.repair import mend, repair
 from starling.search.study import Claim, SearchStudy, Turn
 
 SEED = Hyp().as_dict()
+OUTCOME = Outcome(
+    fitness=0.5, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2, cls_loss=0.3
+)
 
 
 def join(directory: Path, budget: int = 6) -> SearchStudy:
@@ -40,8 +44,7 @@ def finish_all(study: SearchStudy) -> None:
         value = 0.5 + turn.candidate.number / 100
         if turn.candidate.glances:
             study.report(turn, turn.candidate.glances[0], value / 2)
-        study.finish(turn, Outcome(fitness=value, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1,
-                                   obj_loss=0.2, cls_loss=0.3))  # fmt: skip
+        study.finish(turn, replace(OUTCOME, fitness=value))
     assert turn is Turn.DONE
 
 
@@ -268,3 +271,96 @@ def test_a_tail_of_many_false_checksums_is_summed_once() -> None:
     began = time.process_time()
     assert not has_lost_line_end(tail)
     assert time.process_time() - began < 2
+
+
+UNREPLAYABLE_RECORDS = {
+    "a parameter of a trial of this study": b'{"op_code":5,"worker_id":"w","trial_id":0,"param_name":"lr0",'
+    b'"param_value_internal":1,"distribution":"{}"}\n',
+    "a distribution that nobody can parse": b'{"op_code":4,"worker_id":"w","study_id":0,"datetime_start":null,'
+    b'"distributions":{"lr0":"soon"},"params":{}}\n',
+    "a distribution of a thousand levels": b'{"op_code":4,"worker_id":"w","study_id":0,"datetime_start":null,'
+    b'"distributions":{"lr0":"' + b"[" * 5000 + b'"},"params":{}}\n',
+    "a state that there is none of": b'{"op_code":6,"worker_id":"w","trial_id":0,"state":9,"values":null}\n',
+    "a parameter of no trial": b'{"op_code":5,"worker_id":"w","param_name":"lr0"}\n',
+    "a kind that there is none of": b'{"op_code":77,"worker_id":"w"}\n',
+}
+
+
+@pytest.mark.parametrize("record", UNREPLAYABLE_RECORDS.values(), ids=UNREPLAYABLE_RECORDS)
+def test_a_record_that_arrives_while_a_worker_runs_is_told_as_at_opening(
+    tmp_path: Path, record: bytes
+) -> None:
+    study = join(tmp_path / "s", budget=3)
+    claim = study.ask("w")
+    assert isinstance(claim, Claim)
+    path = tmp_path / "s" / JOURNAL
+    line = path.read_bytes().count(b"\n") + 1
+    with path.open("ab") as file:
+        file.write(record)
+    told = set()
+    for use in (
+        lambda: study.ask("w"),
+        lambda: study.report(claim, 1, 0.5),
+        lambda: study.finish(claim, OUTCOME),
+        lambda: study.fail(claim, State.LOST, "gone"),
+        lambda: study.describe({"images": 3}),
+        lambda: study.add_known(lambda trials: []),
+        study.finished,
+        study.attempts,
+        study.imported,
+        study.progress,
+        lambda: study.budget,
+        lambda: study.training,
+        lambda: join(tmp_path / "s", budget=3),
+        lambda: SearchStudy.read(tmp_path / "s"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        told.add(str(caught.value))
+    claim.lease.close()
+    assert len(told) == 1
+    assert f"{path}:{line}: " in told.pop()
+    assert f"starling search repair {tmp_path / 's'}" in str(caught.value)
+    repair(tmp_path / "s")
+    assert SearchStudy.read(tmp_path / "s").progress().running == 1
+
+
+def trial_record(**attributes: Any) -> dict[str, Any]:
+    """Return the record of a trial that some tool of Optuna's writes and that has these attributes."""
+    return {
+        "op_code": 4, "worker_id": "w", "study_id": 0, "datetime_start": "2026-01-01T00:00:00.000000", "state": 3,
+        "datetime_complete": "2026-01-01T00:00:00.000000", "values": None, "distributions": {}, "params": {},
+        "user_attrs": {"worker": "w", "root": 0, **attributes}, "system_attrs": {}, "intermediate_values": {},
+    }  # fmt: skip
+
+
+STRANGE_FACTS = {
+    "a budget in words": {"op_code": 2, "worker_id": "w", "study_id": 0, "user_attr": {"budget": "many"}},
+    "a training in words": {"op_code": 2, "worker_id": "w", "study_id": 0, "user_attr": {"training": "long"}},
+    "an attempt that continues itself": trial_record(ending="stopped", retry_of=0),
+    "an attempt that continues a later one": trial_record(ending="stopped", retry_of=5),
+    "an attempt lost so often": trial_record(ending="stopped", lost_before="often"),
+    "a retry of a list": trial_record(ending="stopped", retry_of=[1]),
+    "a finalist of words": trial_record(finalist_of="best", fresh_seed=0),
+}
+
+
+@pytest.mark.parametrize("record", STRANGE_FACTS.values(), ids=STRANGE_FACTS)
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["at opening", "meanwhile"])
+def test_a_record_whose_values_are_no_search_s_never_ends_in_a_traceback(
+    tmp_path: Path, record: dict[str, Any], *, meanwhile: bool
+) -> None:
+    study = join(tmp_path / "s", budget=3)
+    with (tmp_path / "s" / JOURNAL).open("ab") as file:
+        file.write(sealed(record))
+    told = []
+    for use in ("ask", "progress", "training", "attempts", "finished", "correlations"):
+        try:
+            seen = study if meanwhile else join(tmp_path / "s", budget=3)
+            fact = getattr(seen, use)
+            if callable(fact):
+                fact(*(["w"] if use == "ask" else []))
+        except CheckpointError as error:
+            told.append(str(error))
+    assert told
+    assert all(f"{tmp_path / 's' / JOURNAL}: holds a record" in words for words in told)

@@ -35,8 +35,8 @@ from starling.data.fetch.acquire import (
     run_steps,
     write_description,
 )
-from starling.data.fetch.official import official_name, official_weights
-from starling.errors import DataError
+from starling.data.fetch.official import another_family, official_name, official_weights
+from starling.errors import DataError, UsageError
 from starling.progress import Progress
 
 
@@ -105,6 +105,8 @@ def _download(given: argparse.Namespace) -> None:
         weights = official_name(name)
         if weights is not None:
             progress.say(str(official_weights(weights, progress)))
+        elif name.endswith(".pt") and (other := another_family(name)):
+            raise UsageError(f"{name}: {other}")
         else:
             acquire(find_config("datasets", name), into=given.into, say=progress.say, show=progress.show)
 

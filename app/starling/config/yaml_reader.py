@@ -35,7 +35,7 @@ def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[
             f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a configuration; check the path"
         ) from None
     try:
-        value = load_yaml(content)
+        value = load_yaml(content, path)
     except NotYaml as error:
         raise UsageError(f"{path}{error.place}: {error.problem}") from None
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -110,12 +110,12 @@ class Folder:
     def tree(self, *, folders_last: bool = False) -> Iterator[tuple[Folder, str, os.stat_result]]:
         """Yield every entry below, as its folder (open until the next step), its name and what it was found to be.
 
-        A folder is yielded before what it holds, or after it with `folders_last`. Entries that vanish meanwhile, and
-        folders that may not be entered, are passed over. However deep or large the tree is, three descriptors and the
+        A folder is yielded before what it holds, or after it with `folders_last`. Entries that vanish meanwhile are
+        passed over, and so is what a folder holds that may not be entered, or on which something is mounted. However deep or large the tree is, three descriptors and the
         names of the folders that are still to be entered are all that the walk holds.
         """
         levels: list[_Level] = []
-        here = self._again()
+        here, mount = self._again(), mount_of(self.descriptor)
         try:
             level = _Level(here, "", os.fstat(here.descriptor))
             while True:
@@ -129,7 +129,7 @@ class Folder:
                 while below is None:
                     if levels[-1].folders:
                         name, state = levels[-1].folders.pop()
-                        below = _enter(here, name)
+                        below = _enter(here, name, mount)
                         if below is None and folders_last:
                             yield here, name, state
                         continue
@@ -144,8 +144,12 @@ class Folder:
         finally:
             here.close()
 
-    def empty(self) -> None:
-        """Remove all that this folder holds; never what links in it lead to. Raises OSError for what cannot be removed."""
+    def empty(self, refused: Callable[[OSError], None] | None = None) -> None:
+        """Remove all that this folder holds; never what links in it lead to, nor what is mounted in it.
+
+        Raises OSError for what cannot be removed, unless `refused` takes the error: then that alone stays, and what
+        holds it.
+        """
         for folder, name, state in self.tree(folders_last=True):
             remove = os.rmdir if stat.S_ISDIR(state.st_mode) else os.unlink
             try:
@@ -153,7 +157,18 @@ class Folder:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise folder._named(error, name) from None
+                if refused is None:
+                    raise folder._named(error, name) from None
+                refused(folder._named(error, name))
+
+    def remove(self, name: str) -> None:
+        """Remove a folder and all below it, as far as that can be; a link, a file and a mounted folder stay."""
+        below = _enter(self, name, mount_of(self.descriptor))
+        if below is not None:
+            with below:
+                below.empty(refused=lambda error: None)
+        with contextlib.suppress(OSError):
+            os.rmdir(_component(name), dir_fd=self.descriptor)
 
     def _again(self) -> Folder:
         """Return this folder opened once more: two readers of one descriptor would share their place in it."""
@@ -218,16 +233,23 @@ def link_to_nothing(path: Path) -> OSError | None:
     return None
 
 
-def _enter(here: Folder, name: str) -> Folder | None:
-    """Return a folder that can be entered and listed; None for any other."""
+def mount_of(descriptor: int) -> str:
+    """Return the mount that a descriptor is in: a bind mount lies on the same device, and is another all the same."""
+    with open(f"/proc/self/fdinfo/{descriptor}") as file:
+        return next((line for line in file if line.startswith("mnt_id:")), "")
+
+
+def _enter(here: Folder, name: str, mount: str) -> Folder | None:
+    """Return a folder of this mount that can be entered and listed; None for any other."""
     with contextlib.suppress(OSError):
         below = here.folder(name)
         try:
             below._again().close()
+            if mount_of(below.descriptor) == mount:
+                return below
         except OSError:
-            below.close()
-            return None
-        return below
+            pass
+        below.close()
     return None
 
 

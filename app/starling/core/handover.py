@@ -15,13 +15,13 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from starling.core.folder import Folder, link_to_nothing
+from starling.core.folder import Folder, link_to_nothing, mount_of
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""
@@ -32,6 +32,10 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _CAPABILITY = "security.capability"
 _MOST_LINKS = 40
 _MOST_TOLD = 5
+FIRST_S, EACH_S = 2.0, 10.0
+"""When a walk first says how far it is, and how often from then on."""
+STILL = "still looking through"
+"""How such a line begins."""
 
 
 class Refused(Exception):
@@ -117,13 +121,19 @@ def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
     return top
 
 
-def hand_over(top: Folder, uid: int, gid: int) -> Account:
+def hand_over(
+    top: Folder,
+    uid: int,
+    gid: int,
+    say: Callable[[str], None] = lambda line: None,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Account:
     """Give root's files and folders below `top`, and then `top`, to a user; those of anybody else stay theirs.
 
     `top` must belong to root or to that user; in any other folder only set-id bits are taken away. Of root's files that
     somebody else may have put there, by a hard link or a rename, only those that everybody may read anyway, and that
     have no other name, are handed over. Links, devices, sockets and pipes stay as they are, and so does what is mounted
-    below. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
+    below. `say` gets a line now and then while a long walk lasts. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
     change owners.
     """
     assert allowed_user(uid, gid)
@@ -135,7 +145,7 @@ def hand_over(top: Folder, uid: int, gid: int) -> Account:
         )
     giving = state.st_uid in (0, uid)
     account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
-    for folder, name, state in top.tree(folders_last=True):
+    for folder, name, state in _told(top.tree(folders_last=True), top.path, say, monotonic):
         keeper.look(folder, name, state, account)
     if giving:
         with _explained(top.path, uid, gid):
@@ -158,14 +168,34 @@ def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
     account.handed += 1
 
 
-def strip_set_ids(top: Folder, limit_s: float | None = None) -> Account:
+def _told(
+    entries: Iterator[tuple[Folder, str, os.stat_result]],
+    path: Path,
+    say: Callable[[str], None],
+    monotonic: Callable[[], float],
+) -> Iterator[tuple[Folder, str, os.stat_result]]:
+    """Pass on the entries of a walk, and say now and then how many they are: a folder of millions is an honest one."""
+    say_at = monotonic() + FIRST_S
+    for count, entry in enumerate(entries, 1):
+        if (now := monotonic()) >= say_at:
+            say(f"{STILL} {_shown(path)}: {count:,} files so far")
+            say_at = now + EACH_S
+        yield entry
+
+
+def strip_set_ids(
+    top: Folder,
+    limit_s: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Account:
     """Take the set-user-id and set-group-id bits off the files below `top` that this process may change.
 
     Stops without a word after `limit_s` seconds: who may write the folder can make it endless.
     """
     account, keeper = Account(), _Keeper(top, os.geteuid(), -1)
     until = None if limit_s is None else time.monotonic() + limit_s
-    for folder, name, state in top.tree():
+    for folder, name, state in _told(top.tree(), top.path, say, monotonic):
         if until is not None and time.monotonic() > until:
             break
         with contextlib.suppress(Refused):
@@ -178,7 +208,7 @@ class _Keeper:
 
     def __init__(self, top: Folder, uid: int, gid: int) -> None:
         self._uid, self._gid, self._me = uid, gid, os.geteuid()
-        self._mount = _mount_of(top.descriptor)
+        self._mount = mount_of(top.descriptor)
         self._records = top.path / ".launcher"
 
     def look(self, folder: Folder, name: str, state: os.stat_result, account: Account) -> None:
@@ -187,7 +217,7 @@ class _Keeper:
             return
         with contextlib.suppress(FileNotFoundError), _held(folder, name) as descriptor:
             found = os.fstat(descriptor)
-            if self._wants_change(found) and _mount_of(descriptor) == self._mount:
+            if self._wants_change(found) and mount_of(descriptor) == self._mount:
                 with _explained(folder.path / name, self._uid, self._gid):
                     self._change(folder, name, descriptor, found, account)
 
@@ -270,12 +300,6 @@ def _held(folder: Folder, name: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _mount_of(descriptor: int) -> str:
-    """Return the mount that a descriptor is in: what is mounted below a runs folder is no part of it."""
-    with open(f"/proc/self/fdinfo/{descriptor}") as file:
-        return next((line for line in file if line.startswith("mnt_id:")), "")
-
-
 @contextlib.contextmanager
 def _explained(path: Path, uid: int, gid: int) -> Iterator[None]:
     """Turn a refusal of the file system into Refused, with the remedy."""
@@ -299,7 +323,9 @@ def _person_behind_root() -> int:
     return 0
 
 
-def take(path: Path, user: tuple[int, int] | None) -> tuple[tuple[int, int], Account]:
+def take(
+    path: Path, user: tuple[int, int] | None, say: Callable[[str], None] = lambda line: None
+) -> tuple[tuple[int, int], Account]:
     """Make the folder where it is missing, hand it over, and return the uid and gid that replicas run as.
 
     Without `user` it is the folder's owner, and a folder that is not root's is left as it is. Raises Refused and
@@ -319,7 +345,12 @@ def take(path: Path, user: tuple[int, int] | None) -> tuple[tuple[int, int], Acc
             )
         if user is None and state.st_uid != 0:
             return who, Account()
-        return who, hand_over(top, *who)
+        return who, hand_over(top, *who, say=say)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"starling: {line}\n")
+    sys.stderr.flush()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -329,9 +360,9 @@ def main(argv: Sequence[str]) -> int:
         user = tuple(map(int, argv[1].split(":"))) if len(argv) > 1 else None
         if user is not None and (len(user) != 2 or not allowed_user(*user)):
             raise Refused(f"{argv[1]}: replicas run as UID:GID, and never as root; give another user")
-        (uid, gid), account = take(path, user)  # type: ignore[arg-type]
+        (uid, gid), account = take(path, user, _say)  # type: ignore[arg-type]
     except (Refused, OSError) as error:
-        sys.stderr.write(f"starling: {error}\n")
+        _say(str(error))
         return 2
     if account.handed and user is None:
         sys.stderr.write(
@@ -339,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
             "make the folder yourself beforehand, and results are yours\n"
         )
     for line in account.lines():
-        sys.stderr.write(f"starling: {line}\n")
+        _say(line)
     sys.stdout.write(f"{uid} {gid}{_reach(uid, gid) if user is None else ''}\n")
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 
 MAX_BYTES = 64 << 20
@@ -27,10 +28,12 @@ class NotJson(ValueError):
 def parse_json(content: bytes | str, *, levels: int = MAX_LEVELS) -> Any:
     """Return the value. NaN and infinities pass, as Python writes them. Raises NotJson."""
     try:
-        text = content.decode() if isinstance(content, bytes) else content
+        text = text_of(content, "FILE") if isinstance(content, bytes) else content
         value = json.loads(text.removeprefix("\ufeff"))
     except RecursionError:
         raise NotJson(f"nested deeper than {levels} levels") from None
+    except NotUtf8 as error:
+        raise NotJson(f"no JSON: {error.problem}") from None
     except ValueError as error:
         raise NotJson(f"no JSON: {shown(error)}") from None
     _check(value, levels)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 
 MAX_LEVELS = 32
@@ -35,26 +37,26 @@ class NotYaml(Exception):
         return "" if self.line is None else f":{self.line}"
 
 
-def load_yaml(content: bytes) -> Any:
-    """Return the value of the one document; true, false and 1e-3 mean what they do in YAML 1.2. Raises NotYaml."""
-    return _read(content, _PlainLoader, lambda loader: loader.get_single_data())
+def load_yaml(content: bytes, path: Path | str = "FILE") -> Any:
+    """Return the value of the one document of a file; true, false and 1e-3 mean what they do in YAML 1.2. Raises NotYaml."""
+    return _read(content, path, _PlainLoader, lambda loader: loader.get_single_data())
 
 
-def compose_yaml(content: bytes, levels: int = MAX_LEVELS) -> Any:
+def compose_yaml(content: bytes, path: Path | str = "FILE", levels: int = MAX_LEVELS) -> Any:
     """Return PyYAML's nodes of the one document, or None; no tag and no anchor is accepted. Raises NotYaml."""
 
     def compose(loader: _BareLoader) -> Any:
         loader.most_levels = levels
         return loader.get_single_node()
 
-    return _read(content, _BareLoader, compose)
+    return _read(content, path, _BareLoader, compose)
 
 
-def _read(content: bytes, kind: type[Any], take: Any) -> Any:
+def _read(content: bytes, path: Path | str, kind: type[Any], take: Any) -> Any:
     try:
-        return take(kind(content.decode("utf-8-sig")))
-    except UnicodeDecodeError:
-        raise NotYaml("not UTF-8 text; save it as UTF-8") from None
+        return take(kind(text_of(content, path)))
+    except NotUtf8 as error:
+        raise NotYaml(str(error)) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = shown(error.problem or error.context)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from starling.core.plain_json import NotJson, parse_json
+from starling.core.words import printable
 
 BEAT_S = 1.0
 STORE_S = 10
@@ -176,10 +177,17 @@ class Heartbeat:
 def _life(value: bytes) -> dict[str, object]:
     """Return what a rank wrote; an empty one where something else than a rank of ours wrote into the store."""
     try:
-        life = parse_json(value) if len(value) <= _MOST_BYTES else None
+        told = parse_json(value) if len(value) <= _MOST_BYTES else None
     except NotJson:
         return {}
-    return life if isinstance(life, dict) else {}
+    if not isinstance(told, dict):
+        return {}
+    beat, ended = told.get("beat"), told.get("ended")
+    life: dict[str, object] = {"who": printable(told.get("who", "never seen"))}
+    if type(ended) is int and 0 <= ended < 256:
+        message = "\n".join(map(printable, str(told.get("message", "")).splitlines()))
+        return life | {"ended": ended, "message": message}
+    return life | {"beat": beat if type(beat) is int else None}
 
 
 def end_process(lost: Loss) -> None:

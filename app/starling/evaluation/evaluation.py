@@ -38,7 +38,7 @@ from starling.model.initial_weights import local_weights
 from starling.outputs.atomic import write_atomic
 from starling.outputs.names import subjects_of
 from starling.outputs.register import Register
-from starling.outputs.run_dir import create_run_dir, runs_root
+from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.inference import Predictor, fit_classes, load_predictor
 from starling.prediction.inputs import fit_stride, to_input
 from starling.progress import Progress
@@ -175,6 +175,7 @@ class _Bench:
 def _open_bench(config: ValConfig) -> _Bench:
     """Choose the device and read the split; what can be wrong with either is found here."""
     progress = Progress()
+    check_project(config.project, runs_root())
     compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
     if config.half and not compute.bfloat16:
         progress.say("--half: this hardware has no bfloat16, going on in float32")

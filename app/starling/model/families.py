@@ -118,6 +118,44 @@ _HEADS: tuple[tuple[bytes, int, str], ...] = (
 """Bytes, where they stand, and what the file is."""
 
 
+_NAMES: tuple[tuple[str, str], ...] = (
+    (r"yolov5[nsmlx]6?u", "YOLOv5u, whose anchor-free head is not read here yet"),
+    (r"yolov3(-spp|-tiny)?u", "YOLOv3u, whose anchor-free head is not read here yet"),
+    (r"yolov5[nsmlx]6?(?=-(seg|cls|pose|obb))", "YOLOv5"),
+    (r"yolov8[smlx]-world(v2)?", "YOLO-World"),
+    (r"yoloe-[\w-]+", "YOLOE"),
+    (r"yolo[_-]?nas[\w-]*", "YOLO-NAS"),
+    (r"yolox[\w-]*", "YOLOX"),
+    (r"rt-?detr[\w-]*", "RT-DETR"),
+    (r"rf-?detr[\w-]*", "RF-DETR"),
+    (r"pp-?yolo[\w-]*", "PP-YOLOE"),
+    (r"damo-?yolo[\w-]*", "DAMO-YOLO"),
+    (r"fastsam[\w-]*", "FastSAM"),
+    (r"(mobile_)?sam[23]?(\.\d)?_[btslh]\w*", "Segment Anything"),
+    (r"yolo[_-]?v?(?:11|12|26)(?!\d)[\w-]*", "YOLO{}"),
+    (r"yolo[_-]?v?(?:[346789]|10|13)(?!\d)[\w-]*", "YOLOv{}"),
+)
+"""Names that weights are published by, and of which family they are."""
+_NAME_TASKS = (
+    ("-seg", "segmentation"),
+    ("-pose", "poses"),
+    ("-obb", "oriented boxes"),
+    ("-cls", "classification"),
+)
+
+
+def family_of_name(name: str) -> str | None:
+    """Return of which other family a weights file is by its name, `YOLOv8 for segmentation`; None for other names."""
+    stem = re.sub(r"\.(pt|pth|onnx|engine|weights)$", "", name.lower())
+    for pattern, family in _NAMES:
+        if re.fullmatch(rf"(?:{pattern})(?:-(?:seg|pose|obb|cls))?", stem):
+            number = re.search(r"\d+", stem)
+            named = family.format(number[0] if number else "")
+            task = next((task for end, task in _NAME_TASKS if stem.endswith(end)), None)
+            return f"{named} for {task}" if task else named
+    return None
+
+
 def foreign_kind(path: Path) -> str | None:
     """Return what a file is, `a YOLOv8 checkpoint`; None where nothing says so. Reads a bounded part of the file."""
     try:

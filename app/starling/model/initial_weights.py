@@ -13,7 +13,7 @@ from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home
-from starling.data.fetch.official import OFFICIAL, official_name, official_weights
+from starling.data.fetch.official import OFFICIAL, another_family, official_name, official_weights
 from starling.errors import CheckpointError, UsageError, readable, suggest
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, require
 from starling.model.detector import Detector, build_detector
@@ -130,6 +130,10 @@ def local_weights(name: str) -> Path | None:
         return None
     if wrong := misplaced("--weights", given):
         raise CheckpointError(f"--weights {name}: {wrong}")
+    if other := another_family(given.name):
+        raise CheckpointError(
+            f"--weights {name}: no such file here ({given.absolute()}), and {other}, or the path of such a .pt file"
+        )
     raise CheckpointError(
         f"--weights {name}: no such file here ({given.absolute()}){suggest(given.name, OFFICIAL)}; give the path "
         "of a .pt file, or train from scratch with --weights '' --cfg yolov5s.yaml"

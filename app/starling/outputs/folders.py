@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -157,9 +156,9 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all below it, as far as that can be; a link is left alone."""
+    """Remove a folder and all below it, as far as that can be; a link, and what is mounted, is left alone."""
     with contextlib.suppress(FileNotFoundError), open_folder(path.parent) as folder:
-        shutil.rmtree(path.name, ignore_errors=True, dir_fd=folder.descriptor)
+        folder.remove(path.name)
 
 
 @contextlib.contextmanager

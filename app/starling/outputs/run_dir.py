@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from starling.core.folder import link_to_nothing
 from starling.core.paths import real_path
 from starling.errors import UsageError, refusal
-from starling.outputs.folders import make_folder, name_top, open_folder
+from starling.outputs.folders import make_folder, name_top, open_folder, top_of
 from starling.outputs.folders import runs_root as runs_root
 
 DIFF = "uncommitted.diff"
@@ -36,6 +38,20 @@ def project_dir(project: str, root: Path) -> Path:
             f"--project {project}: leaves the runs folder {root}; give a name, or an absolute path"
         )
     return folder_below(root, *parts)
+
+
+def check_project(project: str, root: Path) -> None:
+    """Raise UsageError for a project in which no run can be made; makes nothing. For before any data is read."""
+    folder = project_dir(project, root)
+    with _written_in(folder):
+        try:
+            open_folder(folder).close()
+        except FileNotFoundError:
+            if error := link_to_nothing(top_of(folder)[0]):
+                raise error from None
+        place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def folder_below(parent: Path, *parts: str) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 from starling.errors import DataError
 from starling.plots import style
@@ -72,11 +73,13 @@ def read_results(csv_path: Path) -> dict[str, np.ndarray]:
     Raises DataError where the file cannot be read.
     """
     try:
-        text = read_regular(csv_path, _MOST_BYTES).decode()
+        text = text_of(read_regular(csv_path, _MOST_BYTES), csv_path)
         lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
         if lines and len(lines[0]) > _MOST_COLUMNS:
             raise BudgetExceeded(f"more than {_MOST_COLUMNS} columns")
-    except (OSError, UnicodeDecodeError, csv.Error, BudgetExceeded) as error:
+    except NotUtf8 as error:
+        raise DataError(f"{csv_path}: {error}") from None
+    except (OSError, csv.Error, BudgetExceeded) as error:
         raise DataError(
             f"{csv_path}: cannot be read ({shown(error)}); give the results.csv of a run"
         ) from error

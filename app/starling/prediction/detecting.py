@@ -27,7 +27,7 @@ from starling.data.sources.sources import Source, find_sources, frames
 from starling.device import select_compute
 from starling.errors import DataError, UsageError
 from starling.outputs.names import distinct
-from starling.outputs.run_dir import create_run_dir, runs_root
+from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles
 from starling.prediction.inference import Predictor, load_predictor
 from starling.prediction.inputs import fit_size
@@ -68,6 +68,7 @@ class Tally:
 def detect(config: DetectConfig) -> None:
     """Look at every source and write what was asked for. Raises Stopped after a signal, results so far kept."""
     progress = Progress()
+    check_project(config.project, runs_root())
     source = config.source or _sample_pictures(progress)
     left_out = LeftOut()
     sources = find_sources(source, left_out)

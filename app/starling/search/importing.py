@@ -16,6 +16,7 @@ from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.errors import UsageError, suggest
 from starling.search.outcome import METRIC_COLUMNS
 from starling.search.study import SearchStudy
@@ -107,13 +108,13 @@ def _content(params: Mapping[str, float], value: float | None) -> tuple[Any, ...
 def read_evolve_csv(path: Path) -> list[OldResult]:
     """Return the rows of an evolve.csv, padded by spaces or not. Raises UsageError naming the line."""
     try:
-        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        text = text_of(read_regular(path, MAX_BYTES), path)
     except BudgetExceeded as error:
         raise UsageError(f"{path}: {error}, so not an evolve.csv; check the path") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text, so not an evolve.csv; check the path") from None
+    except NotUtf8 as error:
+        raise UsageError(f"{path}: {error}") from None
     try:
         reader = csv.reader(text.splitlines(), strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]

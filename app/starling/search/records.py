@@ -67,8 +67,13 @@ def _state_of(trial: FrozenTrial) -> State:
 
 
 def ancestors_of(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[int]:
-    """Return the numbers of `trial` and of the attempts that it continued, newest first."""
+    """Return the numbers of `trial` and of the attempts that it continued, newest first.
+
+    Raises ValueError for one that continues a later attempt, or itself: the way back would have no end.
+    """
     numbers = [trial.number]
     while (before := trials[numbers[-1]].user_attrs.get("retry_of")) is not None:
+        if not 0 <= before < numbers[-1]:
+            raise ValueError(f"candidate {numbers[-1]} says that it continues candidate {before}")
         numbers.append(before)
     return numbers

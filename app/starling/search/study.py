@@ -126,7 +126,8 @@ class SearchStudy:
         # The first look at a large study takes a while: now, and not while the first ask keeps all others waiting.
         trials = self._trials()
         if proposer is not None:
-            proposer.read(trials)
+            with understood(storage.where):
+                proposer.read(trials)
 
     @classmethod
     def open_or_create(
@@ -166,7 +167,7 @@ class SearchStudy:
         proposer = Proposer.of(sampler, space, {**hyp, **(seed_settings or {})}, study_seed)
         directory = directory.absolute()
         storage = storage or open_storage("", directory)
-        with storage.lock():
+        with storage.lock(), understood(storage.where):
             study = _load_or_create(storage)
             attributes = study.user_attrs
             if _UUID not in attributes:
@@ -215,13 +216,15 @@ class SearchStudy:
     @persistent
     def budget(self) -> int:
         """Trainings of full length that the search may spend."""
-        return int(self._study.user_attrs.get(_BUDGET, 0))
+        with understood(self._storage.where):
+            return int(self._study.user_attrs.get(_BUDGET, 0))
 
     @property
     @persistent
     def training(self) -> dict[str, Any]:
         """What `describe` was given; empty before."""
-        return dict(self._study.user_attrs.get(_TRAINING, {}))
+        with understood(self._storage.where):
+            return dict(self._study.user_attrs.get(_TRAINING, {}))
 
     @persistent
     def describe(self, training: Mapping[str, Any]) -> None:
@@ -279,7 +282,10 @@ class SearchStudy:
         # What everything is compared with is trained to the end.
         if halving is None or claim.is_seed:
             return
-        if reason := halving.verdict(self._trials(), number, epoch):
+        trials = self._trials()
+        with understood(self._storage.where):
+            reason = halving.verdict(trials, number, epoch)
+        if reason:
             raise Pruned(reason, epoch)
 
     @persistent
@@ -293,7 +299,8 @@ class SearchStudy:
     def correlations(self) -> dict[int, float | None]:
         """Return how well each rung foretells the end, -1 to 1; None where too few have finished to say."""
         halving, trials = self.plan.halving, self._trials()
-        return {rung: halving.correlation(trials, rung) for rung in halving.rungs} if halving else {}
+        with understood(self._storage.where):
+            return {rung: halving.correlation(trials, rung) for rung in halving.rungs} if halving else {}
 
     @persistent
     def finish(self, claim: Claim, outcome: Outcome) -> None:
@@ -415,6 +422,8 @@ class SearchStudy:
     def _new(self, trials: Sequence[FrozenTrial]) -> _NextUp:
         """Propose a candidate."""
         assert self._proposer is not None, "opened to be read only"
+        with understood(self._storage.where):
+            self._proposer.read(trials)
         proposal = self._proposer.propose(len(trials), trials)
         return _NextUp(proposal.values, proposal.limits, {SAMPLER: proposal.sampler})
 
@@ -423,8 +432,9 @@ class SearchStudy:
         before = orphan.user_attrs
         attributes = {key: before[key] for key in ("root", SAMPLER, FINALIST_OF, FRESH_SEED) if key in before}
         attributes["retry_of"] = orphan.number
-        attributes["lost_before"] = before.get("lost_before", 0) + (before["ending"] == State.LOST)
-        ancestors = ancestors_of(trials, orphan)
+        with understood(self._storage.where):
+            attributes["lost_before"] = before.get("lost_before", 0) + (before["ending"] == State.LOST)
+            ancestors = ancestors_of(trials, orphan)
         return _NextUp(orphan.params, orphan.distributions, attributes, orphan.intermediate_values, ancestors)
 
     def _final(self, finalist: FrozenTrial, fresh_seed: int) -> _NextUp:

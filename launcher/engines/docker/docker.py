@@ -25,10 +25,10 @@ from launcher.hosts.ownership import (
     is_ours,
     plan_of,
 )
-from launcher.hosts.processes import printable
 from launcher.hosts.reach import box
 from launcher.instants import parse_stamp
 from launcher.parallel import in_parallel
+from starling.core.words import printable
 
 if TYPE_CHECKING:
     from launcher.devices.claims import Claim

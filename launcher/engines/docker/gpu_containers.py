@@ -10,7 +10,8 @@ from typing import Any
 from launcher.devices.claims import EVERY, Claim
 from launcher.devices.devices import expand_ids
 from launcher.hosts.ownership import DEVICE_LABEL, FLEET_LABEL, OWNER_LABEL, is_ours
-from launcher.hosts.processes import printable, user_name
+from launcher.hosts.processes import user_name
+from starling.core.words import printable
 
 HOLDING = ("running", "paused", "restarting")
 """States in which a container has its devices; one of ours that was created only is about to."""

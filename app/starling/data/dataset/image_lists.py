@@ -22,6 +22,7 @@ from starling.core.file_kinds import (
 from starling.core.paths import at_home
 from starling.core.places import look_at
 from starling.core.regular_file import exists, is_file, is_folder, open_regular
+from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.data.dataset.findings import Finding
 from starling.data.dataset.left_out import LeftOut
 from starling.errors import DataError
@@ -172,6 +173,8 @@ def _entries(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with open_regular(path) as file:
+            check_utf8(file.read(HEAD_BYTES), path)
+            file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig")
             while line := text.readline(_MAX_NAME):
                 budget.spend(list_bytes=len(line), lines=1)
@@ -182,6 +185,8 @@ def _entries(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, name
     except BudgetExceeded as error:
         raise DataError(f"{path}: {error}, so not a list of images; check the path") from None
+    except NotUtf8 as error:
+        raise DataError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read as text: {error}; check the file") from None
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from starling.core.budget import Budget, BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.findings import Finding
 
 MAX_BYTES = 16 << 20
@@ -106,9 +107,9 @@ def read_labels(path: Path, nc: int, keypoints: Keypoints | None = None) -> Labe
     except OSError as error:
         return _unusable(path, f"cannot be read: {error.strerror}", "check its permissions")
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return _unusable(path, "not UTF-8 text", "check that it is a label file")
+        text = text_of(content, path)
+    except NotUtf8 as error:
+        return _unusable(path, error.problem, f"{error.remedy}, or check that it is a label file")
     return parse_labels(text, nc, str(path), keypoints)
 
 

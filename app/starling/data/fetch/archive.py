@@ -17,11 +17,13 @@ from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import open_regular
 from starling.core.tar_reader import TarReader, is_tar
 from starling.core.unpacked_stream import DamagedArchive
-from starling.core.words import printable
+from starling.core.words import printable, shown
 from starling.data.fetch.zip_reader import ZipReader, is_zip, kind_of, why_unread
 from starling.errors import DataError, DiskFull
 
 MAX_ENTRIES = 4_000_000
+MAX_LEVELS = 100
+"""Of a path; what makes and removes folders of a thousand levels needs more stack than Python has."""
 MAX_UNPACKED_BYTES = 200 << 30
 """The largest archive of the shipped descriptions unpacks to 20 GB."""
 MAX_RATIO = 100
@@ -170,6 +172,8 @@ def _safe_parts(archive: Path, name: str, strip: str) -> tuple[str, ...]:
     path = PurePosixPath(name)
     parts = tuple(part for part in path.parts if part != ".")
     odd = "\\" in name or os.path.isabs(name) or (parts and parts[0][1:2] == ":")
+    if len(parts) > MAX_LEVELS:
+        raise DataError(f"{archive}: {shown(name, 40)!r} lies over {MAX_LEVELS} folders deep; refused")
     if odd or not parts or ".." in parts:
         raise DataError(f"{archive}: {name!r} leads out of the folder; refused")
     if any(ord(character) < 32 or ord(character) == 127 for character in name):

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from starling.core.budget import Budget, BudgetExceeded
 from starling.core.regular_file import is_file, open_regular, read_regular
+from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.core.words import printable
 from starling.data.fetch.json_stream import members
 from starling.errors import DataError, refusal, suggest
@@ -188,6 +189,8 @@ def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) 
             )
             write_labels(below(root, f"{images}/{name}"), rows, width, height)
         return len(pictures)
+    except NotUtf8 as error:
+        raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, BudgetExceeded) as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise
@@ -490,16 +493,25 @@ def _lines(path: Path) -> list[str]:
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return a file's bytes; raises DataError where it cannot be read or has more than `limit`."""
     try:
-        return read_regular(path, limit)
+        content = read_regular(path, limit)
+        check_utf8(content[:HEAD_BYTES], path)
+    except NotUtf8 as error:
+        raise DataError(f"{path}: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; fetch the dataset again") from None
     except BudgetExceeded as error:
         raise DataError(f"{path}: {error}, so not what it should be; fetch the dataset again") from None
+    return content
 
 
 def _csv_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a CSV of any length. Raises OSError, UnicodeDecodeError, and BudgetExceeded for a long line."""
     with open_regular(path) as file:
+        try:
+            check_utf8(file.read(HEAD_BYTES), path)
+        except NotUtf8 as error:
+            raise DataError(f"{path}: {error}") from None
+        file.seek(0)
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         while line := text.readline(_MAX_CSV_LINE):
             if len(line) == _MAX_CSV_LINE:

@@ -11,6 +11,7 @@ from typing import Any
 
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import open_regular
+from starling.core.utf8 import HEAD_BYTES, check_utf8
 
 PIECE_CHARACTERS = 8 << 20
 """The largest member or element; as objects of Python it takes up to 44 times as much memory."""
@@ -21,10 +22,12 @@ _DECODER = json.JSONDecoder()
 def members(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of a JSON object at the top of a file; (key, element) for each element of a list there.
 
-    Raises OSError for a file that cannot be read, ValueError for what is no JSON object, and BudgetExceeded for a
+    Raises OSError for a file that cannot be read, ValueError for what is no JSON object (NotUtf8 for UTF-16), and BudgetExceeded for a
     piece of over PIECE_CHARACTERS.
     """
     with open_regular(path) as file:
+        check_utf8(file.read(HEAD_BYTES), path)
+        file.seek(0)
         text = _Text(io.TextIOWrapper(file, "utf-8-sig"))
         text.expect("{")
         if text.take("}"):

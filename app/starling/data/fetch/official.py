@@ -22,6 +22,7 @@ from starling.data.fetch.download import (
     sha256_of,
 )
 from starling.errors import CheckpointError, refusal
+from starling.model.families import family_of_name
 from starling.progress import Progress
 
 OFFICIAL = tuple(f"yolov5{size}{levels}.pt" for levels in ("", "6") for size in "nsmlx")
@@ -39,6 +40,20 @@ def official_name(name: str) -> str | None:
     """Return the published file that a bare name means, with or without `.pt`; None for anything else."""
     full = name if name.endswith(".pt") else f"{name}.pt"
     return full if full in OFFICIAL else None
+
+
+def another_family(name: str) -> str | None:
+    """Return what to say of a name that weights of another family have, and what serves here; None for other names."""
+    family = family_of_name(name)
+    if family is None:
+        return None
+    size = re.search(r"(?:[\d_x]|detr|sam)-?([nsmlx])(6?)u?(?![a-z0-9])", name.lower())
+    small = "tiny" in name.lower()
+    instead = "yolov5n.pt" if small else f"yolov5{size[1]}{size[2]}.pt" if size else "yolov5s.pt"
+    return (
+        f"by its name weights of {family}; this program reads its own checkpoints and those of YOLOv5 detectors only: "
+        f"give {instead}, which is fetched"
+    )
 
 
 def weights_folder(environment: Mapping[str, str] = os.environ) -> Path:

@@ -23,6 +23,7 @@ from starling.core.file_kinds import (
 )
 from starling.core.paths import at_home
 from starling.core.regular_file import found, is_file, is_folder, read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.images import decode_image
 from starling.data.dataset.left_out import LeftOut
 from starling.data.sources.films import (
@@ -235,9 +236,9 @@ def _read_list(path: Path, left_out: LeftOut) -> list[Source]:
     except BudgetExceeded as error:
         raise DataError(f"{path}: {error}, so not a list; check the path") from None
     try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text; a list has one path or URL a line") from None
+        lines = text_of(content, path).splitlines()
+    except NotUtf8 as error:
+        raise DataError(f"{path}: {error}; a list has one path or URL a line") from None
     sources: list[Source] = []
     for number, line in enumerate(lines, 1):
         word = line.strip()

@@ -24,6 +24,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from starling.core.lock import take, take_folder, try_flock
+from starling.core.words import shown
 from starling.errors import CheckpointError, UsageError, disk_write, refusal
 from starling.outputs.atomic import fsync_directory
 from starling.outputs.folders import make_folder, open_file, open_folder, state_of
@@ -46,7 +47,15 @@ _BEGINNING = b'{"op_code":'
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
-UNREPLAYABLE = (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
+UNREPLAYABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RecursionError,
+)
 """What damaged or invented records make Optuna and the ledger raise."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,17 +78,41 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def understood(journal: Path | str) -> Iterator[None]:
-    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place."""
+def understood(journal: Path | str, line: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place.
+
+    `line` says which line of the journal it is, where Optuna cannot replay it: such a one a repair drops.
+    """
     try:
         yield
     except UNREPLAYABLE as error:
-        place = Path(journal)
-        drop = f"drop it alone with starling search repair {place.parent}, " if place.name == JOURNAL else ""
+        at, drop = str(journal), ""
+        if line is not None:
+            at, drop = f"{at}:{line()}", f"drop it alone with starling search repair {Path(at).parent}, "
         raise CheckpointError(
-            f"{journal}: holds a record that is not one of a study ({error!r}); {drop}restore the study from a copy, "
-            "or start a search under another --name"
+            f"{at}: holds a record that is not one of a study ({shown(repr(error))}); {drop}restore the study from a "
+            "copy, or start a search under another --name"
         ) from error
+
+
+class _ToldJournal(JournalStorage):
+    """Optuna's storage, whose every look at the journal names a record that cannot be replayed."""
+
+    _backend: SafeJournalBackend
+
+    def _sync_with_backend(self) -> None:
+        """Replay what is new: all methods of Optuna's storage come here.
+
+        A record that cannot be replayed is not passed over: every later look raises the same CheckpointError.
+        """
+        replayed = self._replay_result
+        try:
+            with understood(self._backend.path, lambda: replayed.log_number_read):
+                super()._sync_with_backend()
+        except CheckpointError as error:
+            if isinstance(error.__cause__, UNREPLAYABLE):
+                replayed.log_number_read -= 1  # Optuna has counted it before it looked at it
+            raise
 
 
 class JournalStudyStorage:
@@ -96,8 +129,7 @@ class JournalStudyStorage:
         self._say = say
         path = directory / JOURNAL
         self.where, self.study_name, self.spans_hosts = str(path), STUDY, False
-        with understood(path):
-            self._storage = JournalStorage(SafeJournalBackend(path, create=create))
+        self._storage = _ToldJournal(SafeJournalBackend(path, create=create))
 
     @property
     def optuna(self) -> BaseStorage:
@@ -187,15 +219,15 @@ class SafeJournalBackend(BaseJournalBackend):
     """Optuna's journal format, one JSON record a line, kept whole whatever happens to its writers."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
-        self._path = path.absolute()
+        self.path = path.absolute()
         # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
         self._seen = (0, 0)
         self._identity: tuple[int, int] | None = None
         """Device and inode of the file that was read."""
         if create and self._is_missing():
             os.close(self._open(os.O_RDWR | os.O_CREAT))
-            with writing(self._path):
-                fsync_directory(self._path.parent)
+            with writing(self.path):
+                fsync_directory(self.path.parent)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the records from number `log_number_from` on; a line without its end is not there yet.
@@ -209,11 +241,11 @@ class SafeJournalBackend(BaseJournalBackend):
             identity = (status.st_dev, status.st_ino)
             if self._identity not in (None, identity):
                 raise CheckpointError(
-                    f"{self._path}: was repaired or replaced while in use; start the worker again"
+                    f"{self.path}: was repaired or replaced while in use; start the worker again"
                 )
             self._identity = identity
             if status.st_size < offset:
-                raise CheckpointError(f"{self._path}: was cut short while in use; restore it from a copy")
+                raise CheckpointError(f"{self.path}: was cut short while in use; restore it from a copy")
             file.seek(offset)
             while line := file.readline(MOST_LINE_BYTES + 1):
                 if len(line) > MOST_LINE_BYTES:
@@ -238,14 +270,14 @@ class SafeJournalBackend(BaseJournalBackend):
         payload = b"".join(map(sealed, logs))
         # A repair puts another file in place: whoever waited for it must not write to the one that has gone.
         descriptor, _ = take(
-            self._path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self._path, lambda line: None)
+            self.path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self.path, lambda line: None)
         )
         try:
             end = _end_of_last_line(descriptor)
             self._refuse_lost_line_end(descriptor, end)
             if end == 0:
                 self._refuse_what_is_none(os.pread(descriptor, len(_BEGINNING), 0))
-            with writing(self._path):
+            with writing(self.path):
                 self._write(descriptor, payload, end)
         finally:
             os.close(descriptor)
@@ -271,15 +303,15 @@ class SafeJournalBackend(BaseJournalBackend):
         os.fsync(descriptor)
 
     def _is_missing(self) -> bool:
-        with writing(self._path):
-            return state_of(self._path) is None
+        with writing(self.path):
+            return state_of(self.path) is None
 
     def _open(self, flags: int) -> int:
         try:
-            return open_file(self._path, flags, alone=flags & os.O_RDWR != 0)
+            return open_file(self.path, flags, alone=flags & os.O_RDWR != 0)
         except OSError as error:
-            raise refusal(error, self._path) or CheckpointError(
-                f"{self._path}: cannot be opened ({error.strerror}); check that the search's folder is there and "
+            raise refusal(error, self.path) or CheckpointError(
+                f"{self.path}: cannot be opened ({error.strerror}); check that the search's folder is there and "
                 "belongs to this user"
             ) from error
 
@@ -290,7 +322,7 @@ class SafeJournalBackend(BaseJournalBackend):
             raise UsageError(self._no_journal())
 
     def _no_journal(self) -> str:
-        return f"{self._path}: is there and is not a study's journal; move it away, or start a search under another --name"
+        return f"{self.path}: is there and is not a study's journal; move it away, or start a search under another --name"
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         record = opened(line)
@@ -302,8 +334,8 @@ class SafeJournalBackend(BaseJournalBackend):
 
     def _damaged(self, number: int) -> CheckpointError:
         return CheckpointError(
-            f"{self._path}:{number}: not a record of a study, or a damaged one; to drop it alone: "
-            f"starling search repair {self._path.parent}"
+            f"{self.path}:{number}: not a record of a study, or a damaged one; to drop it alone: "
+            f"starling search repair {self.path.parent}"
         )
 
     def _refuse_lost_line_end(self, descriptor: int, end: int) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from starling.config.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.errors import UsageError, readable
 
 REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
 _MOST_BYTES = 1 << 20
-_FIELD = re.compile(r"((?:\\.|[^:\\])*)(?::|$)")
+_PIECE = re.compile(r"\\(.)|(:)|([^:\\]+|\\$)")
 
 
 @readable(UsageError)
@@ -41,9 +42,10 @@ def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
 
 def _read(path: Path, variable: str) -> str:
     try:
-        return read_regular(path, _MOST_BYTES).decode()
-    except (OSError, ValueError, BudgetExceeded) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text of a password's length"
+        return text_of(read_regular(path, _MOST_BYTES), path)
+    except (OSError, NotUtf8, BudgetExceeded) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None)
+        reason = reason or "not text of a password's length"
         raise UsageError(
             f"{path}: the database's password cannot be read ({reason}); correct {variable}"
         ) from None
@@ -55,9 +57,20 @@ def _look_up(text: str, url: StudyUrl) -> str:
     for line in text.splitlines():
         if line.startswith("#"):
             continue
-        fields = [re.sub(r"\\(.)", r"\1", field) for field in _FIELD.findall(line)]
+        fields = _fields(line)
         if len(fields) >= 5 and all(
             field in ("*", value) for field, value in zip(fields[:4], wanted, strict=True)
         ):
             return fields[4]
     return ""
+
+
+def _fields(line: str) -> list[str]:
+    r"""Return the fields of a line between its colons; `\:` and `\\` stand for the characters themselves."""
+    fields: list[list[str]] = [[]]
+    for escaped, colon, plain in _PIECE.findall(line):
+        if colon:
+            fields.append([])
+        else:
+            fields[-1].append(escaped or plain)
+    return ["".join(pieces) for pieces in fields]

@@ -39,6 +39,8 @@ REASON = "its record in the journal was damaged, and dropped by a repair"
 WORKER = "repair"
 _MOST_BYTES = 512 << 20
 """A journal of 100,000 candidates has some 200 MB."""
+_MOST_DAMAGED = 2000
+"""Lines; for each, those behind it are looked through. Half a megabyte of random bytes has as many."""
 LOCK_WAIT_S = 30.0
 """Seconds that a repair waits for a worker that holds the study."""
 
@@ -76,7 +78,12 @@ def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
             raise UsageError(f"{path}: is no study's journal, so there is nothing to repair")
         if lines and not lines[-1].endswith(b"\n") and not has_lost_line_end(lines[-1]):
             lines.pop()  # what a killed writer left: the next append cuts it off, as this does
-        kept, dropped = mend(lines)
+        try:
+            kept, dropped = mend(lines)
+        except BudgetExceeded as error:
+            raise UsageError(
+                f"{path}: holds {error}, so it is not repaired; restore it from a copy"
+            ) from None
         if not dropped:
             return Repair(journal=path)
         with writing(path):
@@ -98,8 +105,13 @@ def _lines_of(path: Path) -> list[bytes]:
 
 
 def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
-    """Return the lines of a journal without the damaged ones, and what these were."""
+    """Return the lines of a journal without the damaged ones, and what these were.
+
+    Raises BudgetExceeded for more damaged lines than a repair takes.
+    """
     records = _replayed([opened(line) for line in lines])
+    if records.count(None) > _MOST_DAMAGED:
+        raise BudgetExceeded(f"over {_MOST_DAMAGED:,} damaged lines")
     kept: list[bytes] = []
     dropped: list[Dropped] = []
     trials = 0

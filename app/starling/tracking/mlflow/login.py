@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import read_regular
+from starling.core.utf8 import NotUtf8, text_of
 from starling.tracking.tracker import TrackerUnavailableError
 
 PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
@@ -22,7 +23,8 @@ def read_password(environment: Mapping[str, str], client: MutableMapping[str, st
     if not named:
         return
     try:
-        client[PASSWORD] = read_regular(named, _MOST_BYTES).decode().strip()
-    except (OSError, UnicodeDecodeError, BudgetExceeded) as error:
-        reason = getattr(error, "strerror", None) or "not text of a password's length"
+        client[PASSWORD] = text_of(read_regular(named, _MOST_BYTES), named).strip()
+    except (OSError, NotUtf8, BudgetExceeded) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None)
+        reason = reason or "not text of a password's length"
         raise TrackerUnavailableError(f"{PASSWORD_FILE}={named}: cannot be read ({reason})") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from starling.config.train_config import TrainConfig
 from starling.core.plain_json import parse_json
+from starling.core.regular_file import is_file
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import read_file
 from starling.outputs.run_dir import RunDir
@@ -125,4 +126,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_there(folder: Path, name: object) -> bool:
-    return isinstance(name, str) and "/" not in name and (folder / name).is_file()
+    return isinstance(name, str) and "/" not in name and is_file(folder / name)

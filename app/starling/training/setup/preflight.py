@@ -13,13 +13,16 @@ from starling.data.fetch.official import official_name
 from starling.device import check_device
 from starling.errors import DataError
 from starling.model.initial_weights import Start, check_freeze, local_weights
+from starling.outputs.run_dir import check_project, runs_root
 
 
 def check_before_fetching(config: TrainConfig) -> None:
-    """Raise what a training would raise anyway, before published weights are fetched; nothing where none are.
+    """Raise what a training would raise anyway, before published weights are fetched.
 
-    Device, dataset (unless it is to be fetched too) and layout are looked at as far as they are here.
+    The project is looked at in any case; where weights are to be fetched, so are device, dataset (unless it is to be
+    fetched too) and layout, as far as they are here.
     """
+    check_project(config.run_project, runs_root())
     if not config.weights or local_weights(config.weights) is not None:
         return
     if len(config.devices) < 2:
