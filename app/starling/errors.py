@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,6 +134,20 @@ def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | N
             "Free some space, or choose another --project, and start again"
         )
     return None
+
+
+TOLD = "STARLING_TOLD"
+"""Environment variable: the file that one of several processes makes when it has said why they end."""
+
+
+def print_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Print one line to stderr, and leave word that it was said; a stderr that takes none changes no exit code."""
+    with suppress(OSError):
+        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    if told := environment.get(TOLD):
+        with suppress(OSError):
+            Path(told).touch()
 
 
 def _repr(value: object) -> str:

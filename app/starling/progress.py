@@ -6,8 +6,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
+from starling.errors import disk_write
+
+_CONSOLE = Path("the console")
+"""What a message calls standard output, which may be a file on a full disk."""
 LINES_KEPT = 200
 """Lines said while nobody listens, which the next listener is told."""
 LOG_EVERY_S = 10.0
@@ -67,8 +72,9 @@ class Progress:
             padding = " " * max(self._width - len(line), 0)
             self._width = 0 if end else len(line)
             line = f"\r{line}{padding}"
-        self._stream.write(line + end)
-        self._stream.flush()
+        with disk_write(_CONSOLE):
+            self._stream.write(line + end)
+            self._stream.flush()
 
 
 class Silence(Progress):

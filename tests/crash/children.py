@@ -9,16 +9,18 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Fault = tuple[str, ...]
 """Name of one of FAULTS, and its arguments."""
 
 
-def run_trainer(args: list[str], runs: str, output: str, fault: Fault) -> None:
+def run_trainer(
+    args: list[str], runs: str, output: str, fault: Fault, environment: Mapping[str, str]
+) -> None:
     """Be a trainer: `train.py` with these arguments, its words in `output`, after setting the fault up."""
-    os.environ["STARLING_RUNS"] = runs
+    os.environ.update(environment, STARLING_RUNS=runs)
     words = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(words, 1)
     os.dup2(words, 2)
@@ -102,6 +104,33 @@ def die_in_the_end(epochs: str, step: str) -> None:
     os._exit = noted_exit  # type: ignore[assignment]
 
 
+def die_in_the_last_validation(image: str) -> None:
+    """Be killed in the validation of the best weights, at the given image of this process."""
+    from starling.evaluation.mistakes import WorstImages
+
+    whole, seen = WorstImages.add, [0]
+
+    def add(self: WorstImages, *args: object) -> None:
+        seen[0] += 1
+        if seen[0] == int(image):
+            _die()
+        whole(self, *args)  # type: ignore[arg-type]
+
+    WorstImages.add = add  # type: ignore[method-assign]
+
+
+def full_for(name: str) -> None:
+    """Let the kernel refuse what is written to files of this name, as a full disk does."""
+    whole = os.open
+
+    def opened(path: str, flags: int, *args: int, **options: int) -> int:
+        if Path(path).name.startswith(f".{name}.") and flags & (os.O_WRONLY | os.O_RDWR):
+            return whole("/dev/full", os.O_RDWR)
+        return whole(path, flags, *args, **options)
+
+    os.open = opened  # type: ignore[assignment]
+
+
 def slow_iterations(marker: str) -> None:
     """Touch `marker` after the first iteration; take a tenth of a second for each one."""
     from starling.training.trainer import Trainer
@@ -168,6 +197,12 @@ def slow_validation(marker: str) -> None:
 def full_disk(limit: str) -> None:
     """Let no file grow beyond `limit` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+
+
+def die_of_size(limit: str) -> None:
+    """Be killed in the middle of a write, when a file would grow beyond `limit` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and the write fails instead
+    full_disk(limit)
 
 
 def failing_disk() -> None:
@@ -237,10 +272,13 @@ FAULTS: dict[str, Callable[..., None]] = {
         die_at_iteration,
         die_before_best,
         die_in_the_end,
+        die_in_the_last_validation,
+        full_for,
         slow_iterations,
         slow_saves,
         slow_validation,
         full_disk,
+        die_of_size,
         failing_disk,
         scarce_memory,
         noted_epochs,

@@ -53,10 +53,11 @@ def start(runs: Path, tmp_path: Path) -> Iterator[Start]:
     PROCESSES.set_forkserver_preload(["starling.search.training", "tests.crash.children"])
     started: list[Trainer] = []
 
-    def start_trainer(args: list[str], fault: Fault = ()) -> Trainer:
+    def start_trainer(args: list[str], fault: Fault = (), **environment: str) -> Trainer:
         output = tmp_path / f"output-{len(started)}"
         trainer = Trainer(
-            PROCESSES.Process(target=run_trainer, args=(args, str(runs), str(output), fault)), output
+            PROCESSES.Process(target=run_trainer, args=(args, str(runs), str(output), fault, environment)),
+            output,
         )
         started.append(trainer)
         return trainer

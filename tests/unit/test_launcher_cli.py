@@ -100,7 +100,9 @@ def test_an_option_of_the_launchers_after_the_dashes_is_refused_before_anything_
 
 
 def test_every_option_of_up_is_either_the_launchers_alone_or_a_trainings_too() -> None:
-    of_up = {name for option in cli.get_command(None, "up").params for name in option.opts if name.startswith("--")}
+    of_up = {
+        name for option in cli.get_command(None, "up").params for name in option.opts if name.startswith("--")
+    }
     of_training = {name for flags in FLAGS.values() for flag in flags for name in flag.names}
     assert of_up - of_training - {"--help"} == OWN_OPTIONS
     assert not OWN_OPTIONS & of_training

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from launcher.engines.base import ReplicaState, Usage
 from launcher.errors import UsageError
 from launcher.plan.env_file import read_env_file
-from launcher.status.selection import select
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
 from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
@@ -28,6 +27,7 @@ from launcher.status.report import (
     searches_of,
     words_for,
 )
+from launcher.status.selection import select
 from launcher.status.table import lay_out
 
 STATE = ReplicaState(

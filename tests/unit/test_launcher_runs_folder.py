@@ -22,7 +22,7 @@ from launcher.hosts.remote_runs import remote_host_lock, remote_replica_user, re
 from launcher.hosts.runs_folder import runs_folder
 from starling.core import handover
 from starling.core.handover import STILL
-from tests.conftest import PYTHON_PATH, REPOSITORY
+from tests.conftest import PYTHON_PATH
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands folders over")
 USER, STRANGER = 10001, 12345

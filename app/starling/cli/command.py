@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 from starling.core.paths import lost_folder
 from starling.core.words import shown
-from starling.errors import StarlingError, UsageError, is_out_of_memory, refusal
+from starling.errors import StarlingError, UsageError, is_out_of_memory, print_error, refusal
 
 Parsed = TypeVar("Parsed")
 
@@ -21,8 +21,7 @@ Parsed = TypeVar("Parsed")
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
     """Print one line to stderr; of several processes that train together, rank 0 does."""
     if speaks(environment):
-        # A name on the command line need not be UTF-8, and not every stream takes it then.
-        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+        print_error(line, environment)
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:
@@ -115,9 +114,8 @@ def _run(body: Callable[[], None], debug: bool, failed: Callable[[BaseException]
             raise
         if debug:
             traceback.print_exc()
-        print(
-            f"error: out of memory ({error}); lower --batch or --imgsz, take fewer --workers, or --cache off",
-            file=sys.stderr,
+        print_error(
+            f"error: out of memory ({error}); lower --batch or --imgsz, take fewer --workers, or --cache off"
         )
         return 1
     return 0
@@ -139,7 +137,7 @@ def _say_os_error(error: OSError) -> int:
     refused = refusal(error)
     where = f"{shown(error.filename)}: " if error.filename else ""
     remedy = _MISPLACED.get(error.errno or 0, "")
-    print(f"error: {refused or f'{where}{error.strerror or error}{remedy}'}", file=sys.stderr, flush=True)
+    print_error(f"error: {refused or f'{where}{error.strerror or error}{remedy}'}")
     if refused:
         return refused.exit_code
     return UsageError.exit_code if error.errno in _MISPLACED else 1

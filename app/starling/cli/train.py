@@ -36,6 +36,9 @@ def _parse(argv: list[str] | None) -> TrainCommand:
 
 
 def _run(command: TrainCommand) -> None:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        # Where a process is gone, torch prints the stack of each try to reach it; one line of ours says it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here so that --help and a wrong flag answer at once, without torch.
     if command.config.remote:
         from starling.tracking.clearml.client.remote import enqueue_training

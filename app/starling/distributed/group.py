@@ -11,7 +11,6 @@ import contextlib
 import gc
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +25,7 @@ from starling.config.train_config import TrainConfig
 from starling.data.loader.loader import Batch
 from starling.device import Compute
 from starling.distributed.heartbeat import STORE_S, Heartbeat, Loss, end_process
-from starling.errors import StarlingError, UsageError
+from starling.errors import StarlingError, Stopped, UsageError, print_error, refusal
 from starling.model.loss import Share
 
 Value = TypeVar("Value")
@@ -261,21 +260,27 @@ def joined(config: TrainConfig, place: Place | None) -> Iterator[Group]:
     try:
         with group.watch():
             yield group
-    except RankLost as error:
-        heartbeat.end(error.exit_code, str(error))
-        if heartbeat.speaks(error.lost) and not group.is_main:
-            _tell(error)  # errors are rank 0's to print, but it is rank 0 that is gone
-        raise
-    except StarlingError as error:
-        heartbeat.end(error.exit_code, str(error))
-        raise
     except BaseException as error:
-        heartbeat.end(1, f"{type(error).__name__}: {error}")
+        _leave_word(error, heartbeat, place)
         raise
     else:
         heartbeat.end(0)
         gc.collect()  # the trainer's cycles hold torch's groups, whose threads end with them
         dist.destroy_process_group()
+
+
+def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Place) -> None:
+    """Leave for the others to read how this process ends; say it where rank 0, which would, is gone."""
+    known = refusal(error) if isinstance(error, OSError) else error
+    if isinstance(known, StarlingError):
+        code, words = known.exit_code, str(known)
+    else:
+        code, words = 1, f"{type(error).__name__}: {error}"
+    heartbeat.end(code, words)
+    if isinstance(error, RankLost) and heartbeat.speaks(error.lost) and place.rank:
+        _tell(error)
+    if place.serves and not isinstance(error, Stopped):  # all stop together, and their grace is short
+        heartbeat.linger()  # what the others are to read ends with this process
 
 
 def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
@@ -338,4 +343,4 @@ def _give_up(rank: int) -> Callable[[Loss], None]:
 
 
 def _tell(error: RankLost) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print_error(f"error: {error}")

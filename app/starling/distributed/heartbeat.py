@@ -28,6 +28,8 @@ LOST_S = 20.0
 """Silence that is enough by itself."""
 GRACE_S = 10.0
 """Seconds the training itself has to find out, before the process is ended from outside of it."""
+LINGER_S = 15.0
+"""Longest wait of the process that hosts the store for the others to read how it ended: more than GRACE_S."""
 _MOST_BYTES = 64 * 1024
 """Of a rank's sign of life; an error's message is the longest part of it."""
 VERDICT_S = 12.0
@@ -98,6 +100,18 @@ class Heartbeat:
             # A thread inside torch's store when the interpreter ends would abort the process.
             self._thread.join(STORE_S + BEAT_S)
 
+    def linger(self) -> None:
+        """Return when every other rank has left word or is silent, or after LINGER_S; to be called after `end`."""
+        deadline = self._clock() + LINGER_S
+        while self._clock() < deadline and any(map(self._may_read, range(self.world_size))):
+            time.sleep(0.2)
+            self._beat()
+
+    def _may_read(self, rank: int) -> bool:
+        """Return whether another rank may still want to read how this one ended."""
+        silent_s = self._clock() - self._silent_since[rank]
+        return rank != self.rank and "ended" not in self._lives[rank] and silent_s <= SUSPECT_S
+
     def find_lost(self, silence: float) -> Loss | None:
         """Return a rank that ended in a failure, else the one silent for longest if for more than `silence` seconds."""
         now = self._clock()
@@ -154,6 +168,8 @@ class Heartbeat:
                 continue
             lost_at = self._clock() if lost_at is None else lost_at
             if self._clock() - lost_at >= GRACE_S and not self._over.is_set():
+                with contextlib.suppress(RuntimeError):
+                    self._write({"who": self._who, "ended": lost.exit_code, "message": lost.message})
                 self._give_up(lost)
 
     def _beat(self) -> None:

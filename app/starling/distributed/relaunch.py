@@ -5,24 +5,38 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from starling.core import package
 from starling.device import OWN_LAUNCH
-from starling.errors import UsageError
+from starling.errors import TOLD, StarlingError, UsageError
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 600
 """Longest time that stopped processes may take to save. Whoever stopped them has a grace of their own, and it ends sooner."""
 
 
+class RanksKilled(StarlingError):
+    """Processes of the group were killed, and none was left that waited for them and could say so."""
+
+    def __init__(self, signals: Mapping[int, int]) -> None:
+        names = ", ".join(f"rank {rank} by {signal.Signals(signum).name}" for rank, signum in signals.items())
+        super().__init__(
+            f"killed: {names}. The last checkpoint is whole: look for what killed the process (out of memory?), "
+            "then --resume"
+        )
+
+
 def relaunch(arguments: Sequence[str], processes: int) -> int:
     """Run `starling train` with these arguments in so many processes of this host, and return the exit code.
 
     A signal is passed on and waited for. `$MASTER_PORT` fixes the port they meet at, else any free one is taken;
-    raises UsageError where it is not free.
+    raises UsageError where it is not free, and RanksKilled where no process is left to say which one was killed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -50,14 +64,19 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         max_restarts=0,
         shutdown_timeout=STOP_S,
     )
-    try:
-        program, *words = package.command("train", *arguments)
-        elastic_launch(config, program)("-u", *words)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
-        return next((code for code in codes if code > 0), 1)
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    with tempfile.TemporaryDirectory(prefix="starling-") as folder:
+        told = Path(folder) / "told"
+        os.environ[TOLD] = str(told)
+        try:
+            program, *words = package.command("train", *arguments)
+            elastic_launch(config, program)("-u", *words)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+            if not told.exists() and all(code < 0 for code in codes.values()):
+                raise RanksKilled({rank: -code for rank, code in codes.items()}) from None
+            return next((code for code in codes.values() if code > 0), 1)
+        except SignalException as error:
+            return 128 + int(error.sigval)
     return 0
 
 

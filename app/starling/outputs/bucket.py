@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from starling.errors import UsageError, suggest
@@ -64,7 +67,10 @@ def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
         for path in result_files(folder):
             target = f"{root.rstrip('/')}/{path.relative_to(folder).as_posix()}"
             filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            filesystem.put_file(str(path), target)
+            if url.startswith("file://"):
+                _copy(path, Path(target))
+            else:  # an object is there when it is whole
+                filesystem.put_file(str(path), target)
             copied += 1
     except Exception as error:  # a driver may raise anything; the run is done and its files are here
         reason = (str(error).splitlines() or [""])[0][:300]
@@ -74,3 +80,21 @@ def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
         return False
     say(f"--bucket: {copied} files copied to {url}")
     return True
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Replace `target` by a copy, whole at any moment: whoever looks into a shared folder sees files as they grow.
+
+    The temporary name is always the same, so that the next copy replaces what a kill has left.
+    """
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        with open(path, "rb") as source, open(temporary, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

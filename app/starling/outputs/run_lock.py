@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from starling.core.lock import take, take_folder
-from starling.errors import UsageError, refusal
+from starling.errors import UsageError, disk_write, refusal
 from starling.outputs.folders import make_folder, open_file, open_folder
 
 LOCK = ".lock"
@@ -34,9 +34,11 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"{folder}: already in use by {holder}; wait for it, stop it, or choose another --name"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with disk_write(
+            folder / LOCK
+        ):  # by the descriptor: what a buffer holds would be tried again at the close
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -281,8 +281,7 @@ def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str,
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         workshop.group.from_main(run.path)
-        for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
-            sweep(folder_below(run.path, name))
+        _sweep(run)
         if job.state is None:
             remove(run.previous)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
@@ -310,11 +309,18 @@ def _end_again(job: _Job, progress: Progress) -> None:
     run, rows = RunDir(job.folder), [EpochRow.from_list(values) for values in job.state["rows"]]
     status = WorkerStatus(runs_root(), worker_name())
     with run_lock(run.path), StopSignal() as stop:
+        _sweep(run)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         if job.left is End.DELIVERING:
             finish_bridges(start_bridges(log, warn=progress.say), stop)
         deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
         status.update(phase="done", run_dir=str(run.path))
+
+
+def _sweep(run: RunDir) -> None:
+    """Remove what killed writers left in the folders of a run."""
+    for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
+        sweep(folder_below(run.path, name))
 
 
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:

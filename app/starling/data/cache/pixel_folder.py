@@ -20,6 +20,7 @@ from pathlib import Path
 
 from starling.core.lock import is_at, try_flock
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
+from starling.errors import disk_write
 from starling.outputs.atomic import TEMPORARY_SUFFIX
 from starling.outputs.folders import make_folder, names_in, open_file, remove, state_of
 
@@ -132,8 +133,9 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
                 time.sleep(POLL_S)
             if not is_at(descriptor, lock):
                 continue
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with disk_write(lock):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             try:
                 yield
             finally:

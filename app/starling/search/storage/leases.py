@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from starling.core.plain_json import parse_json
+from starling.errors import disk_write
 from starling.outputs.folders import make_folder, open_file, remove, state_of
 from starling.search.outcome import LeaseLost
 
@@ -80,7 +81,8 @@ class FileLease:
         self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._descriptor, json.dumps(holder).encode())
+            with disk_write(path):
+                os.write(self._descriptor, json.dumps(holder).encode())
         except OSError:
             os.close(self._descriptor)
             raise
