@@ -23,13 +23,13 @@ import pytest
 from starling.cli import data as data_command
 from starling.config.shipped import SHIPPED
 from starling.data.dataset.dataset import Dataset, DatasetDescription
-from starling.data.fetch import official
 from starling.data.fetch.acquire import Fetch, acquire, read_steps
 from starling.data.fetch.archive import unpack
 from starling.data.fetch.download import MIRROR, Download, FetchError, check_url, fetch, record_path
-from starling.data.fetch.official import OFFICIAL, official_name, official_weights, weights_folder
 from starling.errors import CheckpointError, DataError, UsageError
+from starling.model import official
 from starling.model.initial_weights import find_weights
+from starling.model.official import OFFICIAL, official_name, official_weights, weights_folder
 from starling.progress import Progress
 from starling.training.setup.data import load_data
 from tests.conftest import MINI_SET, REPOSITORY

@@ -35,8 +35,8 @@ from starling.data.fetch.acquire import (
     run_steps,
     write_description,
 )
-from starling.data.fetch.official import another_family, official_name, official_weights
 from starling.errors import DataError, UsageError
+from starling.model.official import another_family, official_name, official_weights
 from starling.progress import Progress
 
 

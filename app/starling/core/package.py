@@ -1,4 +1,4 @@
-"""Starting another process of this package, wherever the package lies and however the present process was started."""
+"""This package: its version, where it lies, and how another process of it is started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+VERSION = "0.1.0"
+"""Of both packages."""
 PARENT = Path(__file__).resolve().parents[2]
 """The folder that holds the package: `app/` of a checkout or an image, or an installation's site-packages."""
 

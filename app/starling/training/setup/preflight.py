@@ -9,10 +9,10 @@ from starling.data.dataset.dataset import DatasetDescription
 from starling.data.dataset.image_lists import find_pictures
 from starling.data.fetch.acquire import CLEARML_SCHEME
 from starling.data.fetch.find import find_dataset
-from starling.data.fetch.official import official_name
 from starling.device import check_device
 from starling.errors import DataError
 from starling.model.initial_weights import Start, check_freeze, local_weights
+from starling.model.official import official_name
 from starling.outputs.run_dir import check_project, runs_root
 
 
