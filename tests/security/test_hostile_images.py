@@ -47,7 +47,7 @@ def test_the_largest_image_of_each_kind_keeps_to_the_memory(tmp_path: Path, meas
     for name, (cost, build) in LARGEST.items():
         (tmp_path / name).write_bytes(build(int((most / cost) ** 0.5)))
     said = measured(
-        f"{READ}\napp.data.images.MEMORY_BYTES = {most}",
+        f"{READ}\nstarling.data.dataset.images.MEMORY_BYTES = {most}",
         sorted(tmp_path.glob("*.*")),
         most_bytes=most + (24 << 20),
     )

@@ -16,4 +16,4 @@ def shown(words: object, most: int = MOST_SHOWN) -> str:
 
 def printable(words: object) -> str:
     """Return words that any terminal and any UTF-8 file takes: what is no text, or moves a cursor, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(words))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(words))
