@@ -63,7 +63,7 @@ RUN chmod 0755 /usr/local/bin/starling-entrypoint \
     && install -d -o starling -g starling -m 1777 runs \
     && printf '#!/bin/sh\nexec python -P -m starling "$@"\n' >/usr/local/bin/starling \
     && chmod 0755 /usr/local/bin/starling \
-    && if [ ! -e data/hyps ]; then ln -s ../starling/config/hyps data/hyps; fi \
+    && mkdir -p data && ln -s ../starling/config/hyps data/hyps \
     && python -m compileall -q /usr/src/app
 
 # What `launcher up` asks before it starts anything: is our trainer in the image, and which driver does its CUDA need?
