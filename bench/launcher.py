@@ -250,10 +250,10 @@ def main() -> None:
 def report(bench: Bench) -> None:
     """Print medians in seconds, and the ratios that count."""
     print(
-        f"launcher --help                         {bench.median('--help'):6.3f} s               at most .150"
+        f"launcher --help                         {bench.median('--help'):6.3f} s               at most 0.150"
     )
     print(
-        f"launcher status, 8 replicas             {bench.median('status 8'):6.3f} s               at most .300"
+        f"launcher status, 8 replicas             {bench.median('status 8'):6.3f} s               at most 0.300"
     )
     for replicas in (5, 8):
         up, loop = bench.median(f"up {replicas}"), bench.median(f"loop {replicas}")

@@ -51,7 +51,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--max-det", metavar="N", help="most detections of one picture [%(default)s]"),
         Flag("--classes", nargs="+", type=int, metavar="N", help="class numbers to keep [all]"),
         Flag("--agnostic-nms", help="suppress across classes"),
-        Flag("--augment", help="test-time augmentation: scales 1, .83 mirrored, .67"),
+        Flag("--augment", help="test-time augmentation: scales 1, 0.83 mirrored, 0.67"),
     ),
     "where it runs": (
         Flag("--device", help="cpu, or a GPU's number [the first GPU, else cpu]"),

@@ -70,7 +70,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--cos-lr", help="cosine learning rate in place of linear"),
         Flag("--label-smoothing", metavar="EPS", help="[%(default)s]"),
         Flag("--rect", help="batches of like aspect in their own shapes, no mosaics"),
-        Flag("--multi-scale", help="another image size each iteration, .5 to 1.5 of --imgsz"),
+        Flag("--multi-scale", help="another image size each iteration, 0.5 to 1.5 of --imgsz"),
         Flag("--quad", help="a quarter of the images at twice the side: one picture enlarged, or four"),
         Flag("--image-weights", help="show rare and badly found classes more often"),
         Flag("--seed", help="[%(default)s]"),

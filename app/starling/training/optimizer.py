@@ -96,7 +96,7 @@ class Schedule:
 class ExponentialMovingAverage(Generic[Model]):
     """A shadow of the model whose weights are the moving average of the model's.
 
-    decay(n) = .9999 (1 - e^(-n / 2000)) after n updates, over every floating point state.
+    decay(n) = 0.9999 (1 - e^(-n / 2000)) after n updates, over every floating point state.
     """
 
     def __init__(self, model: Model) -> None:

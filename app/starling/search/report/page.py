@@ -161,7 +161,7 @@ def _progress(facts: Facts) -> Markup:
         keys.append(("trained again as a finalist", _mark("circle", "ring", cx=9, cy=8, r=6)))
     notes = (
         "All workers together, in the order in which candidates ended. Validation images count a third, and what failed, "
-        "was lost or pruned counts too. Fitness is .1 mAP50 + .9 mAP50-95; what lies below the frame is drawn on its edge."
+        "was lost or pruned counts too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; what lies below the frame is drawn on its edge."
     )
     wide = element("div", progress_chart(facts), class_="wide")
     narrow = element("div", progress_chart(facts, 330, name="progress-narrow"), class_="narrow")

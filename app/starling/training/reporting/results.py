@@ -35,7 +35,7 @@ class EpochRow:
 
     @property
     def fitness(self) -> float:
-        """What training and search maximise: .1 mAP50 + .9 mAP50-95; NaN without validation."""
+        """What training and search maximise: 0.1 mAP50 + 0.9 mAP50-95; NaN without validation."""
         return fitness(self.metrics[2], self.metrics[3])
 
     @property
