@@ -22,7 +22,7 @@ from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
 from starling.device import Compute
 from starling.model.detector import build_detector
-from starling.model.initial_weights import find_start
+from starling.model.initial_weights import find_initial_weights
 from starling.model.loss import DetectionLoss, LossGains
 from starling.outputs.run_dir import RunDir
 from starling.progress import Silence
@@ -30,7 +30,7 @@ from starling.stop_signal import StopSignal
 from starling.training.optimizer import ExponentialMovingAverage, build_optimizer
 from starling.training.reporting.reporter import Reporter, RunLabel
 from starling.training.reporting.results import EpochRow
-from starling.training.training import Workshop, open_workshop, read_hyp, train_in
+from starling.training.training import TrainingSetup, open_setup, read_hyp, train_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -133,8 +133,8 @@ class Loop:
         self.config, self.folder = config, folder
         self.hyp = read_hyp(config)
         with runs_below(folder):
-            self.workshop: Workshop = open_workshop(
-                config, find_start(config.weights, config.cfg), self.hyp, lambda line: None
+            self.setup: TrainingSetup = open_setup(
+                config, find_initial_weights(config.weights, config.cfg), self.hyp, lambda line: None
             )
 
     def rates(self, *, compiled: bool = False) -> list[float]:
@@ -148,7 +148,7 @@ class Loop:
         run.weights.mkdir(parents=True, exist_ok=True)
         silent = Reporter(RunLabel("", "", "run"), run.path, progress=Silence())
         with runs_below(self.folder), StopSignal() as stop:
-            train_in(self.workshop, replace(self.config, compile=compiled), self.hyp, run, silent, stop,
+            train_in(self.setup, replace(self.config, compile=compiled), self.hyp, run, silent, stop,
                      on_epoch=note)  # fmt: skip
-        images = len(self.workshop.data.train)
+        images = len(self.setup.data.train)
         return [images / (end - start) for start, end in pairwise(ends[:-1])]

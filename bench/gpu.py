@@ -74,11 +74,11 @@ def make_pictures(folder: Path, count: int, side: int) -> Path:
 
 def checks(loop: Loop) -> Iterator[Check]:
     """Compare what the device computes with the CPU, and see that an iteration never waits for the device."""
-    compute, data = loop.workshop.compute, loop.workshop.data
+    compute, data = loop.setup.compute, loop.setup.data
     yield _painting(loop)
     generator = torch.Generator().manual_seed(0)
     model = build_detector(loop.config.cfg, 3)
-    gains = LossGains.scaled(Hyp(), nc=3, levels=len(model.stride), image_size=loop.workshop.image_size)
+    gains = LossGains.scaled(Hyp(), nc=3, levels=len(model.stride), image_size=loop.setup.image_size)
     loss = DetectionLoss(model.stride, model.head.anchors, 3, gains)
     raw = [torch.randn(4, 3, side, side, 8, generator=generator) for side in (16, 8, 4)]
     targets = made_up_targets(4)
@@ -107,7 +107,7 @@ def checks(loop: Loop) -> Iterator[Check]:
 
 
 def _painting(loop: Loop) -> Check:
-    data, side = loop.workshop.data, loop.workshop.image_size
+    data, side = loop.setup.data, loop.setup.image_size
     hyp = Hyp(degrees=5.0, shear=2.0, mixup=0.3)
     shapes = data.train_images.shapes_hw
     plans = [
@@ -116,7 +116,7 @@ def _painting(loop: Loop) -> Check:
     expected = np.empty((len(plans), side, side, 3), np.uint8)
     for plan, image in zip(plans, expected, strict=True):
         paint_item(plan, data.train_images, image)
-    painter = DevicePainter.from_store(data.train_images, loop.workshop.compute.device)
+    painter = DevicePainter.from_store(data.train_images, loop.setup.compute.device)
     painted = painter.paint(plans).permute(0, 2, 3, 1).cpu().numpy()
     mean = float(np.abs(painted.astype(int) - expected).mean())
     return Check(f"images as OpenCV paints them, by {painter.kernel}", mean < 1, f"{mean:.4f} levels of 255")
@@ -124,21 +124,21 @@ def _painting(loop: Loop) -> Check:
 
 def _never_waits(loop: Loop) -> Check:
     """Run iterations, batches painted on the device included, with every wait for it made an error."""
-    config, workshop = loop.config, loop.workshop
-    run = Step(config.cfg, workshop.image_size, config.batch_size, workshop.compute).prepare()
-    detector = workshop.start.build(workshop.data.names, None, lambda line: None)
-    loader = training_loader(workshop.data, detector, config, loop.hyp, workshop.image_size, workshop.compute)
+    config, setup = loop.config, loop.setup
+    run = Step(config.cfg, setup.image_size, config.batch_size, setup.compute).prepare()
+    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    loader = training_loader(setup.data, detector, config, loop.hyp, setup.image_size, setup.compute)
     batches = loader.epoch(0)
     name = "an iteration never waits for the GPU"
     for _ in range(3):
         batch = next(batches)
-        run(batch.images, batch.targets.to(workshop.compute.device, non_blocking=True))
+        run(batch.images, batch.targets.to(setup.compute.device, non_blocking=True))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             batch = next(batches)
-            run(batch.images, batch.targets.to(workshop.compute.device, non_blocking=True))
+            run(batch.images, batch.targets.to(setup.compute.device, non_blocking=True))
     except RuntimeError as error:
         return Check(name, False, str(error).splitlines()[0])
     finally:
@@ -148,11 +148,9 @@ def _never_waits(loop: Loop) -> Check:
 
 def augmentation_rate(loop: Loop) -> float:
     """Return images a second of the loader alone, over its second epoch."""
-    workshop = loop.workshop
-    detector = workshop.start.build(workshop.data.names, None, lambda line: None)
-    loader = training_loader(
-        workshop.data, detector, loop.config, loop.hyp, workshop.image_size, workshop.compute
-    )
+    setup = loop.setup
+    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
     seconds = 0.0
     for epoch in range(2):
         started = time.perf_counter()
@@ -160,7 +158,7 @@ def augmentation_rate(loop: Loop) -> float:
             last = batch.images
         last.reshape(-1)[:1].cpu()  # waits for the device
         seconds = time.perf_counter() - started
-    return len(workshop.data.train) / seconds
+    return len(setup.data.train) / seconds
 
 
 def main() -> int:
@@ -213,7 +211,7 @@ def main() -> int:
 
 def measure(loop: Loop, args: argparse.Namespace) -> dict[str, Any]:
     """Return one row of the table, rates in images a second."""
-    config, compute = loop.config, loop.workshop.compute
+    config, compute = loop.config, loop.setup.compute
     model = Step(config.cfg, args.img, config.batch_size, compute).rate(args.seconds)
     whole = statistics.median(loop.rates())
     row: dict[str, Any] = {

@@ -128,7 +128,7 @@ def _train(loop: Loop, folder: Path, job: Job, hyp: dict[str, float]) -> list[fl
     curve: list[float] = []
     with StopSignal() as stop, contextlib.suppress(Diverged):
         train_in(
-            loop.workshop, dataclasses.replace(loop.config, seed=job.seed), Hyp.from_mapping(hyp, f"row {job.index}"),
+            loop.setup, dataclasses.replace(loop.config, seed=job.seed), Hyp.from_mapping(hyp, f"row {job.index}"),
             run, silent, stop, on_epoch=lambda row: curve.append(row.fitness), recover=False,
         )  # fmt: skip
     return curve

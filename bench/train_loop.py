@@ -26,18 +26,16 @@ from starling.training.setup.data import training_loader
 
 def loader_seconds(loop: Loop) -> float:
     """Return the processor seconds that preparing one image takes, pictures decoded before."""
-    workshop = loop.workshop
-    detector = workshop.start.build(workshop.data.names, None, lambda line: None)
-    loader = training_loader(
-        workshop.data, detector, loop.config, loop.hyp, workshop.image_size, workshop.compute
-    )
+    setup = loop.setup
+    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
     loader.workers = 0
     for _ in loader.epoch(0):
         pass
     started = time.thread_time()
     for _ in loader.epoch(1):
         pass
-    return (time.thread_time() - started) / len(workshop.data.train)
+    return (time.thread_time() - started) / len(setup.data.train)
 
 
 def main() -> int:
@@ -65,7 +63,7 @@ def main() -> int:
             device="cpu", noval=True, nosave=True, noplots=True, noautoanchor=True,
         )  # fmt: skip
         loop = Loop(config, Path(folder))
-        trained = loop.workshop.compute
+        trained = loop.setup.compute
         plain = Compute(trained.device, False, trained.cores)
         for _ in range(args.rounds):
             reference = Step(args.cfg, args.img, args.batch, plain, channels_last=False)

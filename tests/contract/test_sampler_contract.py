@@ -19,7 +19,7 @@ from starling.config.hyp import Hyp
 from starling.config.train_config import SAMPLERS, Sampler
 from starling.search.genes import Gene
 from starling.search.outcome import Outcome, State
-from starling.search.samplers.history import IMPORTED, Knowledge
+from starling.search.samplers.history import IMPORTED, History
 from starling.search.samplers.proposer import Proposer, make_sampler
 from starling.search.space import Setting, Space, Values
 from starling.search.study import Claim, SearchStudy, Turn
@@ -144,7 +144,7 @@ def test_a_proposal_lies_inside_any_space(name: Sampler, data: st.DataObject) ->
     space = Space(
         tuple(Gene(g.name, 1, g.lower, g.upper, g.log and start[g.name] > 0) for g in genes), setting
     )
-    known = Knowledge(space)
+    known = History(space)
     known.taken.add(space.key(start))
     sampler = make_sampler(name, space, start, data.draw(st.integers(0, 99)))
     # gp takes over from the start-up draws in the tests of a search that is under way
@@ -162,7 +162,7 @@ def test_an_attempt_and_the_one_that_continues_it_count_once(name: Sampler, endi
     plain = proposal(name, 11, trials)
     interrupted = [*trials[:9], trial(9, trials[9].params, TrialState.FAIL, ending=str(ending)), again]
     assert proposal(name, 11, interrupted) == plain
-    known = Knowledge(SPACE)
+    known = History(SPACE)
     known.update(interrupted)
     assert [finding.number for finding in known.finished] == list(range(10))
     assert (known.failed, known.open) == ([], [])
@@ -173,7 +173,7 @@ def test_failed_candidates_are_never_proposed_again_nor_counted_as_finished(name
     values = proposal(name, 9, trials)
     failed = trial(9, values, TrialState.FAIL, ending=str(State.FAILED))
     assert proposal(name, 9, [*trials, failed]) != values
-    known = Knowledge(SPACE)
+    known = History(SPACE)
     known.update([*trials, failed])
     assert (len(known.finished), [finding.number for finding in known.failed]) == (9, [9])
 
@@ -183,7 +183,7 @@ def test_imported_candidates_are_known_and_the_seed_is_begun_all_the_same(name: 
     first = Proposer.of(name, SPACE, SEED, 0).propose(12, old)
     assert (first.values, first.sampler) == (START, "seed")
     own = [*old, trial(12, START)]
-    known = Knowledge(SPACE)
+    known = History(SPACE)
     known.update(own)
     assert len(known.finished) == 13
     assert SPACE.key(proposal(name, 13, own)) not in {SPACE.key(t.params) for t in own}
@@ -202,7 +202,7 @@ def test_pruned_candidates_and_those_of_another_space_are_read(name: Sampler) ->
     foreign = create_trial(value=9.0, params={}, distributions={})
     foreign.number = 11
     assert SPACE.contains(proposal(name, 12, [*trials, foreign]))
-    known = Knowledge(SPACE)
+    known = History(SPACE)
     known.update([*trials, foreign])
     assert [(finding.number, finding.epochs) for finding in known.pruned] == [(10, 3)]
     assert len(known.finished) == 10

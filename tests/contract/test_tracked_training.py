@@ -114,9 +114,9 @@ def test_a_search_is_a_parent_and_a_candidate_that_failed_says_why(
     settings.update({"tensorboard": False})
     trained, calls = search_training.train_in, []
 
-    def diverge_once(workshop: Any, config: Any, hyp: Hyp, *rest: Any, **named: Any) -> TrainResult:
+    def diverge_once(setup: Any, config: Any, hyp: Hyp, *rest: Any, **named: Any) -> TrainResult:
         calls.append(hyp)
-        return trained(workshop, config, replace(hyp, box=1e38) if len(calls) == 2 else hyp, *rest, **named)
+        return trained(setup, config, replace(hyp, box=1e38) if len(calls) == 2 else hyp, *rest, **named)
 
     monkeypatch.setattr(search_training, "train_in", diverge_once)
     assert train.main([*tiny_args, "--epochs", "1", "--project", "p", "--name", "s", "--evolve", "2"]) == 0

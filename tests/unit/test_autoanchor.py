@@ -16,7 +16,7 @@ from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.model.autoanchor import AutoAnchor, cluster_sizes, evolve_anchors, fit_anchors, measure_fit
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import build_detector
-from starling.model.initial_weights import Start, Weights, read_weights
+from starling.model.initial_weights import InitialWeights, Weights, read_weights
 from starling.search import training as search
 from starling.training.setup import anchors as engine_anchors
 from starling.training.setup.anchors import label_sizes
@@ -160,7 +160,7 @@ def test_a_training_fits_its_anchors_and_every_file_it_leaves_has_them(
     assert torch.equal(last["ema"][key], anchors)
     best = read_weights(weights / "best.pt")
     assert best.layout is not None
-    rebuilt = Start(best.layout, best).build(("a", "b", "c"), None, print)
+    rebuilt = InitialWeights(best.layout, best).build(("a", "b", "c"), None, print)
     assert torch.equal(rebuilt.head.anchors, anchors)
     assert torch.equal(rebuilt.anchors_px.flatten(1), torch.tensor(rebuilt.layout["anchors"]))
 
@@ -196,12 +196,12 @@ def test_weights_bring_their_anchors_unless_a_layout_or_a_number_is_asked_for() 
     weights = Weights(Path("best.pt"), trained.state_dict(), None, ("a",))
     layout = read_yaml(TINY_LAYOUT)
 
-    def first_side(start: Start, anchors: float | None = None) -> float:
+    def first_side(start: InitialWeights, anchors: float | None = None) -> float:
         return float(start.build(("a",), anchors, lambda line: None).anchors_px[0, 0, 0])
 
-    assert first_side(Start(layout, weights)) == 5
-    assert first_side(Start(layout, weights, layout_given=True)) == 10
-    assert first_side(Start(layout, weights), anchors=3) == 16, "a square of two strides"
+    assert first_side(InitialWeights(layout, weights)) == 5
+    assert first_side(InitialWeights(layout, weights, layout_given=True)) == 10
+    assert first_side(InitialWeights(layout, weights), anchors=3) == 16, "a square of two strides"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_anchors_are_provisional_where_nobody_gave_sizes(
 ) -> None:
     layout = {} if in_layout is None else {"anchors": in_layout}
     given = Weights(Path("best.pt"), {}, None, ()) if weights else None
-    assert Start(layout, given, layout_given).anchors_are_provisional(hyp) is provisional
+    assert InitialWeights(layout, given, layout_given).anchors_are_provisional(hyp) is provisional
 
 
 def test_a_search_fits_anchors_once_for_all_candidates(

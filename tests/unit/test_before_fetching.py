@@ -14,7 +14,7 @@ from starling.config.yaml_reader import read_yaml
 from starling.device import OWN_LAUNCH, asked_threads
 from starling.errors import UsageError
 from starling.model import initial_weights as start
-from starling.model.initial_weights import Start, check_freeze, frozen_layers
+from starling.model.initial_weights import InitialWeights, check_freeze, frozen_layers
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
 PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
@@ -80,13 +80,13 @@ def test_validation_detection_and_export_look_here_before_they_fetch(
     "frozen", [(24,), (11,), (99,), tuple(range(11)), tuple(range(40)), (10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0)]
 )
 def test_freezing_everything_is_refused_with_the_number_of_layers(frozen: tuple[int, ...]) -> None:
-    detector = Start(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
+    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
     with pytest.raises(UsageError, match=r"nothing is left to train, the layout has 11 layers, 0 to 10"):
         check_freeze(detector, frozen)
 
 
 def test_freezing_every_layer_that_has_parameters_is_freezing_everything() -> None:
-    detector = Start(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
+    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
     with_parameters = tuple(index for index, layer in enumerate(detector.model) if list(layer.parameters()))
     assert len(with_parameters) < 11
     with pytest.raises(UsageError, match="nothing is left"):

@@ -17,7 +17,7 @@ from starling.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector, build_detector
 from starling.model.foreign import read_foreign_checkpoint
-from starling.model.initial_weights import find_start
+from starling.model.initial_weights import find_initial_weights
 from starling.model.torch_file import LEGACY_MAGIC
 from starling.model.weights import load_weights
 from tests.unit.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained
@@ -125,7 +125,7 @@ def test_a_model_of_2020_is_validated_tuned_resumed_and_exported(
 
 def test_tuning_starts_from_the_weights_of_a_model_of_2020(files: ClassicFiles) -> None:
     source = trained(OLD, names=CELLS)
-    started = find_start(str(files.write(source, top="Model")), "").build(CELLS, None, print)
+    started = find_initial_weights(str(files.write(source, top="Model")), "").build(CELLS, None, print)
     state = started.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
 

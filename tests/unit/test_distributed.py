@@ -20,7 +20,7 @@ import torch
 from starling.cli import train
 from starling.config.train_config import TrainConfig
 from starling.distributed.group import Place
-from starling.distributed.heartbeat import LOST_S, SUSPECT_S, Heartbeat, Loss
+from starling.distributed.heartbeat import LOST_S, SUSPECT_S, Heartbeat, LostRank
 from starling.distributed.relaunch import relaunch
 from starling.errors import UsageError
 from starling.model.checkpoint import load_checkpoint
@@ -496,10 +496,10 @@ def test_a_rank_that_ended_in_a_failure_hands_on_its_reason_and_exit_code() -> N
     hearts, _ = three_hearts()
     hearts[2].end(3, "no such picture")
     hearts[0]._beat()
-    assert hearts[0].find_lost(LOST_S) == Loss(2, "rank 2 (process 2) ended: no such picture", 3)
-    assert hearts[0].speaks(Loss(2, "", 1))
-    assert not hearts[1].speaks(Loss(2, "", 1))
-    assert hearts[1].speaks(Loss(0, "", 1))
+    assert hearts[0].find_lost(LOST_S) == LostRank(2, "rank 2 (process 2) ended: no such picture", 3)
+    assert hearts[0].speaks(LostRank(2, "", 1))
+    assert not hearts[1].speaks(LostRank(2, "", 1))
+    assert hearts[1].speaks(LostRank(0, "", 1))
 
 
 def test_parts_of_a_batch_add_up_to_the_loss_of_the_whole() -> None:

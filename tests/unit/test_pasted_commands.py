@@ -30,8 +30,8 @@ from starling.cli import detect, train, val
 from starling.config import detect_flags, hpo_config, train_flags, val_flags
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml, write_yaml
-from starling.model.initial_weights import find_start
-from starling.training.training import open_workshop, read_hyp
+from starling.model.initial_weights import find_initial_weights
+from starling.training.training import open_setup, read_hyp
 from tests.conftest import PYTHON_PATH, REPOSITORY
 
 LINES = Path(__file__).with_name("pasted_commands.txt")
@@ -334,9 +334,11 @@ def test_the_guides_3000_is_rounded_up_to_3008_and_said(folder: Path) -> None:
     config = train_flags.parse_args(words).config
     assert config.imgsz == 3000
     said: list[str] = []
-    workshop = open_workshop(config, find_start(config.weights, config.cfg), read_hyp(config), said.append)
+    setup = open_setup(
+        config, find_initial_weights(config.weights, config.cfg), read_hyp(config), said.append
+    )
     assert "--imgsz 3000 is rounded up to 3008, a multiple of the layout's stride 64" in said
-    assert workshop.image_size == workshop.data.train_images.image_size == 3008
+    assert setup.image_size == setup.data.train_images.image_size == 3008
 
 
 def test_the_log_of_a_training_without_a_terminal_has_whole_lines(folder: Path) -> None:

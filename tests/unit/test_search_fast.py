@@ -12,7 +12,7 @@ from starling.config.hyp import Hyp
 from starling.errors import ConfigError
 from starling.search.outcome import State
 from starling.search.samplers.fast import FastSampler, FastSettings, ranking
-from starling.search.samplers.history import Finding, Knowledge
+from starling.search.samplers.history import Finding, History
 from starling.search.samplers.proposer import Proposer, make_sampler
 from starling.search.samplers.surrogates import density_ratio, expected_score, normal_scores
 from starling.search.space import Setting, Space
@@ -23,11 +23,11 @@ START = np.array(SPACE.places(HYP))
 MODEL = {"linear": 2.0, "curved": 1.0, "reach": 1.0, "noise": 0.1}
 
 
-def known(trials: list[FrozenTrial], space: Space = SPACE) -> Knowledge:
+def known(trials: list[FrozenTrial], space: Space = SPACE) -> History:
     """Return what a worker knows of these trials."""
     for number, trial in enumerate(trials):
         trial.number = number
-    found = Knowledge(space)
+    found = History(space)
     found.update(trials)
     return found
 
@@ -62,7 +62,7 @@ def test_ranking_is_finished_by_fitness_then_pruned_by_epochs_then_failed() -> N
         ended(START, None, TrialState.FAIL), ended(START, 0.3, TrialState.PRUNED), ended(START, 0.5),
     ]  # fmt: skip
     assert [finding.number for finding in ranking(known(trials))] == [2, 5, 0, 1, 4, 3]
-    found = Knowledge(SPACE)
+    found = History(SPACE)
     found._pruned = {1: Finding(1, {}, 0.9, 3), 2: Finding(2, {}, 0.1, 9)}
     assert [finding.number for finding in ranking(found)] == [2, 1]
 
@@ -134,7 +134,7 @@ def test_a_proposal_keeps_away_from_what_another_is_training(judge: str) -> None
 
 def test_search_over_choices_only_tries_them_all() -> None:
     space = Space((), (Setting("optimizer", ("SGD", "Adam", "AdamW")),))
-    found = Knowledge(space)
+    found = History(space)
     found.taken.add(("SGD",))
     sampler = make_sampler("fast", space, {"optimizer": "SGD"}, 0)
     proposed = []
@@ -193,7 +193,7 @@ def test_only_the_best_and_the_latest_of_very_many_are_looked_at() -> None:
     assert few.propose(60, known(trials)) == few.propose(60, known_of(trials, kept))
 
 
-def known_of(trials: list[FrozenTrial], numbers: set[int]) -> Knowledge:
+def known_of(trials: list[FrozenTrial], numbers: set[int]) -> History:
     """Return what is known where only these trials had finished."""
     found = known(trials)
     found._finished = {number: finding for number, finding in found._finished.items() if number in numbers}

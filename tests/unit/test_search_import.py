@@ -1,4 +1,4 @@
-"""`starling search import`: an old evolve.csv becomes knowledge of a search, and nothing else of it."""
+"""`starling search import`: an old evolve.csv becomes history of a search, and nothing else of it."""
 
 from __future__ import annotations
 

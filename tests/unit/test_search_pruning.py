@@ -25,7 +25,7 @@ from starling.search.outcome import (
 )
 from starling.search.plan import FRESH_SEEDS, StudyPlan
 from starling.search.pruning import ENOUGH, Halving
-from starling.search.samplers.history import Knowledge
+from starling.search.samplers.history import History
 from starling.search.space import Space
 from starling.search.study import Claim, SearchStudy, Turn
 from starling.search.worker import WorkerSettings, run_search
@@ -235,7 +235,7 @@ def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Pat
 def test_finals_teach_the_samplers_nothing_twice(tmp_path: Path) -> None:
     search(tmp_path, trained({}), budget=20, finalists=2)
     study = SearchStudy.read(tmp_path)
-    known = Knowledge(Space().starting_from(study.seed_hyp))
+    known = History(Space().starting_from(study.seed_hyp))
     known.update(study._trials())
     assert len(known.finished) == 20 - 2 * FRESH_SEEDS
     assert len({tuple(values.items()) for _, values in known.best}) == 5

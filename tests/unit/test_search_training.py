@@ -303,16 +303,16 @@ def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
 def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import training_setups as workshops
+    from starling.search import training_setups as setups
 
     opened: list[tuple[int, str]] = []
-    whole = workshops.open_workshop
+    whole = setups.open_setup
 
     def note(config: TrainConfig, *rest: object) -> object:
         opened.append((config.imgsz, Path(config.cfg).stem))
         return whole(config, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workshops, "open_workshop", note)
+    monkeypatch.setattr(setups, "open_setup", note)
     other = runs.parent / "wider.yaml"
     tiny = search_args[search_args.index("--cfg") + 1]
     other.write_text(Path(tiny).read_text().replace("width_multiple: 0.06", "width_multiple: 0.1"))

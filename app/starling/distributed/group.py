@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from starling.config.train_config import TrainConfig
 from starling.data.loader.loader import Batch
 from starling.device import Compute
-from starling.distributed.heartbeat import STORE_S, Heartbeat, Loss, end_process
+from starling.distributed.heartbeat import STORE_S, Heartbeat, LostRank, end_process
 from starling.errors import StarlingError, Stopped, UsageError, print_error, refusal
 from starling.model.loss import Share
 
@@ -39,7 +39,7 @@ COLLECTIVE_S = 3600
 class RankLost(StarlingError):
     """Another process of the group is gone; this one cannot go on alone."""
 
-    def __init__(self, lost: Loss) -> None:
+    def __init__(self, lost: LostRank) -> None:
         super().__init__(lost.message)
         self.exit_code = lost.exit_code
         self.lost = lost
@@ -333,8 +333,8 @@ def _cannot_meet(place: Place, error: Exception) -> str:
     )
 
 
-def _give_up(rank: int) -> Callable[[Loss], None]:
-    def give_up(lost: Loss) -> None:
+def _give_up(rank: int) -> Callable[[LostRank], None]:
+    def give_up(lost: LostRank) -> None:
         if rank == (1 if lost.rank == 0 else 0):
             _tell(RankLost(lost))
         end_process(lost)

@@ -47,7 +47,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostRank:
     """A rank that is gone, and why."""
 
     rank: int
@@ -64,7 +64,7 @@ class Heartbeat:
         rank: int,
         world_size: int,
         who: str,
-        give_up: Callable[[Loss], None],
+        give_up: Callable[[LostRank], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self.rank, self.world_size, self._who = store, rank, world_size, who
@@ -112,15 +112,15 @@ class Heartbeat:
         silent_s = self._clock() - self._silent_since[rank]
         return rank != self.rank and "ended" not in self._lives[rank] and silent_s <= SUSPECT_S
 
-    def find_lost(self, silence: float) -> Loss | None:
+    def find_lost(self, silence: float) -> LostRank | None:
         """Return a rank that ended in a failure, else the one silent for longest if for more than `silence` seconds."""
         now = self._clock()
         for rank, life in enumerate(self._lives):
             code = life.get("ended")
             if rank != self.rank and isinstance(code, int) and code:
-                return Loss(rank, f"{self._name(rank)} ended: {life.get('message')}", code)
+                return LostRank(rank, f"{self._name(rank)} ended: {life.get('message')}", code)
         if self._store_lost_at is not None and now - self._store_lost_at > silence:
-            return Loss(
+            return LostRank(
                 0, f"{self._name(0)} is gone: its rendezvous no longer answers; resume on what is left", 1
             )
         waiting = [
@@ -130,14 +130,14 @@ class Heartbeat:
         if quiet is None or now - self._silent_since[quiet] <= silence:
             return None
         seconds = now - self._silent_since[quiet]
-        return Loss(
+        return LostRank(
             quiet,
             f"{self._name(quiet)} is gone: not a sign of life for {seconds:.0f} s; it was killed, is frozen or cut off. "
             "The last checkpoint is whole: look at that process's log (out of memory?), then --resume",
             1,
         )
 
-    def verdict(self) -> Loss | None:
+    def verdict(self) -> LostRank | None:
         """Return who is gone, after a collective has failed; None where everyone is well."""
         deadline = self._clock() + VERDICT_S
         while self._clock() < deadline:
@@ -147,7 +147,7 @@ class Heartbeat:
             time.sleep(0.2)
         return None
 
-    def speaks(self, lost: Loss) -> bool:
+    def speaks(self, lost: LostRank) -> bool:
         """Return whether this rank tells about it: rank 0, or the next one if rank 0 is the lost one."""
         return self.rank == (1 if lost.rank == 0 else 0)
 
@@ -206,6 +206,6 @@ def _life(value: bytes) -> dict[str, object]:
     return life | {"beat": beat if type(beat) is int else None}
 
 
-def end_process(lost: Loss) -> None:
+def end_process(lost: LostRank) -> None:
     """End this process at once: its training hangs in a collective that no exception reaches."""
     os._exit(lost.exit_code)

@@ -32,7 +32,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class InitialWeights:
     """A layout, and the weights to begin with (None: from scratch)."""
 
     layout: dict[str, Any]
@@ -100,18 +100,18 @@ def frozen_layers(detector: Detector, frozen: Sequence[int]) -> list[int]:
     return [index for index in chosen if index < len(detector.model)]
 
 
-def find_start(weights: str, cfg: str) -> Start:
+def find_initial_weights(weights: str, cfg: str) -> InitialWeights:
     """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
     loaded = read_weights(find_weights(weights)) if weights else None
     if cfg:
-        return Start(read_yaml(find_config("layouts", cfg)), loaded, layout_given=True)
+        return InitialWeights(read_yaml(find_config("layouts", cfg)), loaded, layout_given=True)
     if loaded is None:
         raise UsageError("--weights '' trains from scratch and needs a layout: add --cfg yolov5s.yaml")
     if loaded.layout is None:
         raise UsageError(
             f"--weights {loaded.source}: a plain state dict, tensors without a layout: name the layout with --cfg"
         )
-    return Start(loaded.layout, loaded)
+    return InitialWeights(loaded.layout, loaded)
 
 
 @readable(CheckpointError)

@@ -1,4 +1,4 @@
-"""Results of older searches, from their evolve.csv, as knowledge of a study: parents to evolve from, never candidates."""
+"""Results of older searches, from their evolve.csv, as history of a study: parents to evolve from, never candidates."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from starling.search.space import Space, split_values
 from starling.search.storage.journal import JOURNAL, understood
 from starling.search.storage.leases import Lease
 from starling.search.storage.storage import StudyStorage, open_storage, persistent
-from starling.search.trial_counts import FINALIST_OF, FRESH_SEED, IMPORTED, Ledger
+from starling.search.trial_counts import FINALIST_OF, FRESH_SEED, IMPORTED, TrialCounts
 
 _DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
 
@@ -118,7 +118,7 @@ class SearchStudy:
         self._proposer = proposer
         self.plan = StudyPlan.from_mapping(definition["plan"])
         self._seed = int(definition["seed"])
-        self._ledger = Ledger(rules.max_retries, self.plan)
+        self._counts = TrialCounts(rules.max_retries, self.plan)
         self._study_id = storage.optuna.get_study_id_from_name(study.study_name)
         self._watch = storage.watch(rules.lease_s, monotonic)
         self._unconfirmed: int | None = None
@@ -250,24 +250,24 @@ class SearchStudy:
             trials = self._reap()
             next_up = self._next_up(trials)
             if next_up is None:
-                return Turn.WAIT if self._ledger.running else Turn.DONE
+                return Turn.WAIT if self._counts.running else Turn.DONE
             progress = self._progress()
             if progress.failed >= progress.budget + self._rules.spare_failures:
                 raise SearchFailed(
                     f"{self.directory}: {progress.failed} candidates failed, the last with: "
-                    f"{self._ledger.last_reason}; correct that, then search under another --name"
+                    f"{self._counts.last_reason}; correct that, then search under another --name"
                 )
             return self._claim(trials, next_up, worker)
 
     def _next_up(self, trials: Sequence[FrozenTrial]) -> _NextUp | None:
         """Return what is to be trained next; None if nothing is left, or for now. The study is locked."""
-        ledger, finalists = self._ledger, self.plan.finalists_of(self.budget)
-        room = (self.budget * self.plan.epochs - ledger.committed) // self.plan.epochs
-        if room and ledger.orphan is not None:
-            return self._again(trials, ledger.orphan)
+        counts, finalists = self._counts, self.plan.finalists_of(self.budget)
+        room = (self.budget * self.plan.epochs - counts.committed) // self.plan.epochs
+        if room and counts.orphan is not None:
+            return self._again(trials, counts.orphan)
         if room > finalists * FRESH_SEEDS:
             return self._new(trials)
-        if room and not ledger.exploring and (final := ledger.next_final(finalists)):
+        if room and not counts.exploring and (final := counts.next_final(finalists)):
             return self._final(*final)
         return None
 
@@ -331,7 +331,7 @@ class SearchStudy:
         with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
             return [
-                as_finished(trial, self.seed_hyp, self._ledger.again(trial.number))
+                as_finished(trial, self.seed_hyp, self._counts.again(trial.number))
                 for trial in own
                 if trial.state is TrialState.COMPLETE
             ]
@@ -359,24 +359,24 @@ class SearchStudy:
         """Return every trial by number, after counting what is new. They are the storage's own: not to be changed."""
         with understood(self._storage.where):
             trials = self._study.get_trials(deepcopy=False)
-            self._ledger.update(trials)
+            self._counts.update(trials)
         return trials
 
     def _progress(self) -> Progress:
         return Progress(
             budget=self.budget,
-            finished=self._ledger.finished,
-            running=len(self._ledger.running),
-            failed=self._ledger.failed,
-            pruned=self._ledger.pruned,
-            part_trained=self._ledger.part_trained,
-            best_fitness=self._ledger.best_fitness,
+            finished=self._counts.finished,
+            running=len(self._counts.running),
+            failed=self._counts.failed,
+            pruned=self._counts.pruned,
+            part_trained=self._counts.part_trained,
+            best_fitness=self._counts.best_fitness,
         )
 
     def _reap(self) -> list[FrozenTrial]:
         """End the attempts of workers that are gone; returns every trial. The study is locked."""
         trials = self._trials()
-        gone = [(n, reason) for n in self._ledger.running if (reason := self._watch.verdict(n))]
+        gone = [(n, reason) for n in self._counts.running if (reason := self._watch.verdict(n))]
         for number, reason in gone:
             self._record(number, {"ending": str(State.LOST), "reason": reason}, TrialState.FAIL, None)
             # Afterwards: where the record is refused, as by a full disk, the next look comes to the same verdict.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Share:
+class Throttle:
     """Says when something may be done again, by how long it took."""
 
     def __init__(self, share: float) -> None:

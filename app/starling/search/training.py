@@ -38,8 +38,8 @@ from starling.search.space import Space, changed, read_space, settings_flags
 from starling.search.storage.journal import folder_locked
 from starling.search.storage.storage import check_storage, open_storage
 from starling.search.study import SearchStudy
-from starling.search.throttle import Share
-from starling.search.training_setups import Workshops, check_layouts, layout_digest, searched_layouts
+from starling.search.throttle import Throttle
+from starling.search.training_setups import TrainingSetups, check_layouts, layout_digest, searched_layouts
 from starling.search.worker import run_search
 from starling.stop_signal import StopSignal
 from starling.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
@@ -55,7 +55,7 @@ from starling.training.setup.preflight import check_before_fetching
 from starling.training.trainer import Diverged, Glances, TrainResult
 from starling.training.training import (
     RESUMED,
-    Workshop,
+    TrainingSetup,
     draw_weights,
     finish_bridges,
     read_hyp,
@@ -95,17 +95,17 @@ def search(config: TrainConfig) -> None:
     space, seed_settings = read_space(config)
     check_before_fetching(config)
     check_layouts(space, config)
-    workshops = Workshops(config, seed_hyp, progress.say)
-    config = workshops.usual.config
-    warn_of_idle(config, seed_hyp, workshops.usual.data, progress.say)
+    setups = TrainingSetups(config, seed_hyp, progress.say)
+    config = setups.usual.config
+    warn_of_idle(config, seed_hyp, setups.usual.data, progress.say)
     make_run_dir(directory)
     worker = worker_name()
     log = EventLog(directory / WORKERS_FOLDER / worker / "events.jsonl", warn=progress.say)
     progress.say(f"search: {directory} (worker {worker})")
-    report_findings(workshops.usual.data, directory, progress.say)
+    report_findings(setups.usual.data, directory, progress.say)
     with StopSignal() as stop:
         bridges = start_bridges(log, warn=progress.say)
-        trainings = _Trainings(config, workshops, directory, log, bridges, progress, stop, hooks)
+        trainings = _Trainings(config, setups, directory, log, bridges, progress, stop, hooks)
         try:
             summary = run_search(
                 directory=directory,
@@ -113,7 +113,7 @@ def search(config: TrainConfig) -> None:
                 budget=config.evolve,
                 study_seed=config.seed,
                 plan=_plan(config),
-                signature=_signature(config, workshops.usual, space),
+                signature=_signature(config, setups.usual, space),
                 space=space,
                 seed_settings=seed_settings,
                 sampler=config.sampler,
@@ -133,7 +133,7 @@ def search(config: TrainConfig) -> None:
     _say_summary(summary, directory, progress)
     upload_results(config, directory, progress.say)
     if config.json:
-        document = {**_as_json(summary, directory), **workshops.usual.data.account()}
+        document = {**_as_json(summary, directory), **setups.usual.data.account()}
         print(json.dumps(document), flush=True)
 
 
@@ -160,26 +160,26 @@ def _plan(config: TrainConfig) -> StudyPlan:
     return StudyPlan(epochs=config.epochs, prune=config.prune, finalists=finalists)
 
 
-def _signature(config: TrainConfig, workshop: Workshop, space: Space) -> dict[str, Any]:
+def _signature(config: TrainConfig, setup: TrainingSetup, space: Space) -> dict[str, Any]:
     """Return what two workers must share for their fitnesses to be comparable."""
     values = config.as_dict()
     return {
         **{key: values[key] for key in COMPARED},
-        "image_size": workshop.image_size,
-        "layout": layout_digest(workshop.start.layout),
+        "image_size": setup.image_size,
+        "layout": layout_digest(setup.start.layout),
         "layouts": searched_layouts(space),
-        "train": workshop.data.train.digest,
-        "val": workshop.data.val.digest,
+        "train": setup.data.train.digest,
+        "val": setup.data.val.digest,
     }
 
 
 class _Trainings:
-    """Train candidates one after the other in one workshop, and tell launcher and trackers about them."""
+    """Train candidates one after the other in one setup, and tell launcher and trackers about them."""
 
     def __init__(
         self,
         config: TrainConfig,
-        workshops: Workshops,
+        setups: TrainingSetups,
         directory: Path,
         log: EventLog,
         bridges: Bridges,
@@ -190,7 +190,7 @@ class _Trainings:
         self._hooks = hooks
         # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
         self._config = replace(config, noval=True, noplots=True, patience=0)
-        self._workshops, self._directory, self._log, self._bridges = workshops, directory, log, bridges
+        self._setups, self._directory, self._log, self._bridges = setups, directory, log, bridges
         self._progress, self._stop = progress, stop
         self._status = WorkerStatus(runs_root(), worker_name(), progress.say)
         self._project = config.run_project.removeprefix("runs/")
@@ -200,13 +200,13 @@ class _Trainings:
         self._study: SearchStudy | None = None
         self._estimate: tuple[SearchProgress | None, float | None] = (None, None)
         """When the search is expected to end, by how far it was."""
-        self._estimating = Share(ESTIMATE_SHARE)
+        self._estimating = Throttle(ESTIMATE_SHARE)
         """Of working that out, which reads every attempt of the study."""
 
     def joined(self, study: SearchStudy) -> None:
         """Tell the trackers about the search itself, the parent of every candidate's run."""
         self._search["uuid"], self._study = study.uuid, study
-        data = self._workshops.usual.data
+        data = self._setups.usual.data
         study.describe(
             {"command": self._config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
         )
@@ -254,9 +254,9 @@ class _Trainings:
             # Every worker comes by at the end; the first one draws.
             mark = self._directory / DRAWN
             if is_file(best) and not (drawn.exists() and _holds(mark, _stamp(best))):
-                workshop = self._workshops.of(summary.best.settings)
-                pictures.draw_labels(workshop.data.train, self._directory)
-                draw_weights(workshop, best, self._directory)
+                setup = self._setups.of(summary.best.settings)
+                pictures.draw_labels(setup.data.train, self._directory)
+                draw_weights(setup, best, self._directory)
                 write_atomic(
                     mark, _stamp(best)
                 )  # last: whoever was killed before it leaves all to be drawn again
@@ -287,7 +287,7 @@ class _Trainings:
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
         """Train one candidate. Raises CandidateFailed where the loss diverged."""
-        workshop = self._workshops.of(candidate.settings)
+        setup = self._setups.of(candidate.settings)
         config = changed(self._config, candidate.settings)
         state = _newest_state(candidate, self._progress.say)
         run_uuid = state["run_uuid"] if state else uuid.uuid4().hex
@@ -295,7 +295,7 @@ class _Trainings:
         label = RunLabel(run_uuid, self._project, candidate.title, parent=self._search)
         prefix, self._progress.prefix = self._progress.prefix, f"{candidate.title}  "
         reporter = Reporter(label, run.path, progress=self._progress, status=self._status, events=self._log,
-                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=workshop.compute.memory_bytes,
+                            artifacts=CANDIDATE_ARTIFACTS, memory_bytes=setup.compute.memory_bytes,
                             hooks=self._hooks)  # fmt: skip
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
@@ -309,7 +309,7 @@ class _Trainings:
         try:
             # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
             result = train_in(
-                workshop, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
+                setup, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
                 glances=Glances(candidate.glances, report),
             )  # fmt: skip
         except Diverged as error:

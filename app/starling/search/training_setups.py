@@ -13,33 +13,33 @@ from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
 from starling.errors import UsageError
 from starling.model.detector import Detector
-from starling.model.initial_weights import Start, check_freeze, find_start
+from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights
 from starling.prediction.inputs import fit_stride
 from starling.search.space import Space, changed
-from starling.training.training import Workshop, open_workshop
+from starling.training.training import TrainingSetup, open_setup
 
 
-class Workshops:
-    """The workshop that a candidate's settings need: the usual one, or another that shares what it can.
+class TrainingSetups:
+    """The setup that a candidate's settings need: the usual one, or another that shares what it can.
 
     Data are decoded for one image size. Those that lie in a file which all containers map are kept for every size
     that was asked for; those in this process's memory or on its GPU only for the latest, as two would not fit.
     """
 
     def __init__(self, config: TrainConfig, hyp: Hyp, say: Callable[[str], None]) -> None:
-        """Open the usual workshop; what can be wrong with device or data is found here."""
+        """Open the usual setup; what can be wrong with device or data is found here."""
         self._hyp, self._say = hyp, say
-        usual = open_workshop(config, find_start(config.weights, config.cfg), hyp, say)
+        usual = open_setup(config, find_initial_weights(config.weights, config.cfg), hyp, say)
         self._config = usual.config
         self._held = {self._key(usual.config): usual}
 
     @property
-    def usual(self) -> Workshop:
-        """The workshop of the settings that the worker was started with, its batch size chosen where it was open."""
+    def usual(self) -> TrainingSetup:
+        """The setup of the settings that the worker was started with, its batch size chosen where it was open."""
         return self.of({})
 
-    def of(self, settings: Mapping[str, int | str]) -> Workshop:
-        """Return the workshop of the usual settings but for `settings`, fields of TrainConfig."""
+    def of(self, settings: Mapping[str, int | str]) -> TrainingSetup:
+        """Return the setup of the usual settings but for `settings`, fields of TrainConfig."""
         config = changed(self._config, settings)
         key = self._key(config)
         if key not in self._held:
@@ -50,36 +50,36 @@ class Workshops:
     def _key(config: TrainConfig) -> tuple[int, str]:
         return config.imgsz, config.cfg
 
-    def _open(self, config: TrainConfig) -> Workshop:
-        start = find_start(config.weights, config.cfg)
+    def _open(self, config: TrainConfig) -> TrainingSetup:
+        start = find_initial_weights(config.weights, config.cfg)
         size = fit_stride(config.imgsz, image_multiple(start), self._say)
         alike = next((shop for shop in self._held.values() if shop.image_size == size), None)
         if alike is not None:
             return replace(alike, config=config, start=start)
         self._held = {key: shop for key, shop in self._held.items() if _is_mapped(shop)}
-        return open_workshop(config, start, self._hyp, self._say)
+        return open_setup(config, start, self._hyp, self._say)
 
 
-def _is_mapped(workshop: Workshop) -> bool:
+def _is_mapped(setup: TrainingSetup) -> bool:
     """Return whether the decoded pictures take no memory of this process's own."""
-    stores = (workshop.data.train_images, workshop.data.val_images)
+    stores = (setup.data.train_images, setup.data.val_images)
     return all(store.mode == "disk" and not store.on_device for store in stores)
 
 
-def image_multiple(start: Start) -> int:
+def image_multiple(start: InitialWeights) -> int:
     """Return what image sides of a layout must be a multiple of, in pixels; raises UsageError for one that is none."""
     return _probe(start).image_multiple
 
 
-def _probe(start: Start) -> Detector:
-    return Start(start.layout, None).build(("any",), None, lambda line: None)
+def _probe(start: InitialWeights) -> Detector:
+    return InitialWeights(start.layout, None).build(("any",), None, lambda line: None)
 
 
 def check_layouts(space: Space, config: TrainConfig) -> None:
     """Build every layout that is searched once; raises UsageError naming one that cannot be built."""
     for choice in (c for s in space.settings if s.name == "cfg" for c in s.choices):
         try:
-            probe = _probe(find_start(config.weights, str(choice)))
+            probe = _probe(find_initial_weights(config.weights, str(choice)))
             check_freeze(probe, config.freeze)
         except UsageError as error:
             raise UsageError(f"{config.space}: cfg: {choice}: {error}") from None

@@ -53,7 +53,7 @@ class OpenTrials:
         yield from rows
 
 
-class Ledger:
+class TrialCounts:
     """What a worker needs to know about all candidates before it claims one."""
 
     def __init__(self, max_retries: int, plan: StudyPlan) -> None:

@@ -31,7 +31,7 @@ from starling.search.plan import StudyPlan
 from starling.search.space import Space
 from starling.search.storage.storage import StudyStorage, open_storage
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
-from starling.search.throttle import Share
+from starling.search.throttle import Throttle
 
 FILES_SHARE = 0.005
 """Most of a worker's time that evolve.csv and hyp_evolve.yaml may take; they grow with the study."""
@@ -160,7 +160,7 @@ class _Worker:
         self._settings = settings
         self._say = say
         self._failures_in_a_row = 0
-        self._files, self._drawings = Share(FILES_SHARE), Share(DRAWING_SHARE)
+        self._files, self._drawings = Throttle(FILES_SHARE), Throttle(DRAWING_SHARE)
         self._files_are_behind = False
         self._picture: int | None = None
         """Modification time of evolve.png when this worker last looked; only ever compared with itself."""

@@ -30,7 +30,7 @@ from starling.errors import (
 )
 from starling.model.checkpoint import find_last, load_newest, require
 from starling.model.detector import Detector
-from starling.model.initial_weights import Start, check_freeze, find_start, read_weights
+from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights, read_weights
 from starling.outputs.atomic import sweep
 from starling.outputs.folders import name_top, remove
 from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
@@ -74,12 +74,12 @@ RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class TrainingSetup:
     """What a worker sets up once and keeps from training to training."""
 
     config: TrainConfig
     """With the batch size chosen where it was left open."""
-    start: Start
+    start: InitialWeights
     compute: Compute
     image_size: int
     data: TrainingData
@@ -100,9 +100,9 @@ class Workshop:
         return conditions(config, self.compute, self.group.world_size, self.data, self.digests, wait_s)
 
 
-def open_workshop(
-    config: TrainConfig, start: Start, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
-) -> Workshop:
+def open_setup(
+    config: TrainConfig, start: InitialWeights, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
+) -> TrainingSetup:
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(
         group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
@@ -113,7 +113,7 @@ def open_workshop(
         )
     several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
     say((several if group.world_size > 1 else "") + compute.describe())
-    probe = Start(start.layout, None).build(("any",), None, say)
+    probe = InitialWeights(start.layout, None).build(("any",), None, say)
     check_freeze(probe, config.freeze)
     image_size = fit_stride(config.imgsz, probe.image_multiple, say)
     if config.batch_size == AUTO_BATCH:
@@ -128,7 +128,7 @@ def open_workshop(
     )
     data = bring_to_device(data, compute, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
-    return Workshop(
+    return TrainingSetup(
         config,
         start,
         compute,
@@ -168,7 +168,7 @@ class _Job:
 
     config: TrainConfig
     hyp: Hyp
-    start: Start
+    start: InitialWeights
     run_uuid: str
     folder: Path | None
     """The run to go on in; None for a new one."""
@@ -201,15 +201,15 @@ def train(command: TrainCommand) -> None:
             if group.is_main:
                 _end_again(job, progress)
             return
-        workshop = _open_for(job, progress.say, group)
+        setup = _open_for(job, progress.say, group)
         try:
             if group.is_main:
-                _lead(job, workshop, progress, hooks)
+                _lead(job, setup, progress, hooks)
             else:
-                _follow(job, workshop)
+                _follow(job, setup)
         finally:
-            if workshop.digests is not None:
-                workshop.digests.cancel()
+            if setup.digests is not None:
+                setup.digests.cancel()
 
 
 def _processes_asked(command: TrainCommand) -> int:
@@ -221,10 +221,10 @@ def _processes_asked(command: TrainCommand) -> int:
     return len(config.devices)
 
 
-def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> Workshop:
-    """Open the workshop of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
+def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> TrainingSetup:
+    """Open the setup of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
     try:
-        workshop = open_workshop(job.config, job.start, job.hyp, say, group)
+        setup = open_setup(job.config, job.start, job.hyp, say, group)
     except DataError as error:
         if job.folder is None or job.moved:
             raise
@@ -233,23 +233,23 @@ def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> Workshop:
             f"--resume {RunDir(job.folder).last} --data NEW.yaml"
         ) from None
     if job.moved:
-        problem = group.from_main(_difference_of_moved(job, workshop) if group.is_main else "")
+        problem = group.from_main(_difference_of_moved(job, setup) if group.is_main else "")
         if problem:
             raise DataError(
                 f"--data {job.config.data}: not the data that {job.folder} was trained on: {problem}; name a description "
                 f"of that data, or start a new run from its weights with --weights {RunDir(job.folder or Path()).last}"
             )
-    return workshop
+    return setup
 
 
-def _difference_of_moved(job: _Job, workshop: Workshop) -> str:
+def _difference_of_moved(job: _Job, setup: TrainingSetup) -> str:
     """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
     assert job.state is not None, "there is a checkpoint to resume"
     names = tuple(job.state["names"])
-    if names != workshop.data.names:
-        return f"the run has the classes {', '.join(names)}, the data {', '.join(workshop.data.names)}"
-    assert workshop.digests is not None, "asked on rank 0"
-    return "; ".join(differences_of_moved(job.state.get("conditions"), workshop.digests))
+    if names != setup.data.names:
+        return f"the run has the classes {', '.join(names)}, the data {', '.join(setup.data.names)}"
+    assert setup.digests is not None, "asked on rank 0"
+    return "; ".join(differences_of_moved(job.state.get("conditions"), setup.digests))
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
@@ -265,36 +265,36 @@ def _check_same_state(job: _Job, group: Group) -> None:
         )
 
 
-def _follow(job: _Job, workshop: Workshop) -> None:
+def _follow(job: _Job, setup: TrainingSetup) -> None:
     """Train as one of the ranks that neither print nor write."""
-    run = RunDir(workshop.group.from_main(job.folder or Path()))
+    run = RunDir(setup.group.from_main(job.folder or Path()))
     label = RunLabel(job.run_uuid, job.config.run_project, run.path.name)
     with StopSignal() as stop:
         silent = Reporter(label, run.path, progress=Silence())
-        train_in(workshop, workshop.config, job.hyp, run, silent, stop, job.state)
+        train_in(setup, setup.config, job.hyp, run, silent, stop, job.state)
 
 
-def _lead(job: _Job, workshop: Workshop, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
+def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
     """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
-    config = workshop.config
-    warn_of_idle(config, job.hyp, workshop.data, progress.say)
+    config = setup.config
+    warn_of_idle(config, job.hyp, setup.data, progress.say)
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
-        workshop.group.from_main(run.path)
+        setup.group.from_main(run.path)
         _sweep(run)
         if job.state is None:
             remove(run.previous)  # with --exist-ok: of the training that was here before
         progress.say(f"run: {run.path}")
-        report_findings(workshop.data, run.path, progress.say)
+        report_findings(setup.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
         bridges = start_bridges(log, warn=progress.say)
         status = WorkerStatus(runs_root(), worker_name(), progress.say)
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
-                            memory_bytes=workshop.compute.memory_bytes, hooks=hooks)  # fmt: skip
+                            memory_bytes=setup.compute.memory_bytes, hooks=hooks)  # fmt: skip
         try:
             result = train_in(
-                workshop, config, job.hyp, run, reporter, stop, job.state, lambda row: bridges.check()
+                setup, config, job.hyp, run, reporter, stop, job.state, lambda row: bridges.check()
             )
         finally:
             finish_bridges(bridges, stop)
@@ -326,7 +326,7 @@ def _sweep(run: RunDir) -> None:
 def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
     hyp = read_hyp(config)
     check_before_fetching(config)
-    return _Job(config, hyp, find_start(config.weights, config.cfg), uuid.uuid4().hex, None, None)
+    return _Job(config, hyp, find_initial_weights(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 
 def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
@@ -359,11 +359,13 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
         say(f"finishing {folder}: {over}, from {taken.name}")
     hyp = Hyp.from_mapping(state["hyp"], str(last))
-    return _Job(config, hyp, Start(state["layout"], None), state["run_uuid"], folder, state, left, moved)
+    return _Job(
+        config, hyp, InitialWeights(state["layout"], None), state["run_uuid"], folder, state, left, moved
+    )
 
 
 def train_in(
-    workshop: Workshop,
+    setup: TrainingSetup,
     config: TrainConfig,
     hyp: Hyp,
     run: RunDir,
@@ -374,25 +376,25 @@ def train_in(
     recover: bool = True,
     glances: Glances | None = None,
 ) -> TrainResult:
-    """Train in `run` with what the workshop holds, and report how it ended whatever happens."""
-    _tell_start(workshop, config, hyp, run, reporter)
+    """Train in `run` with what the setup holds, and report how it ended whatever happens."""
+    _tell_start(setup, config, hyp, run, reporter)
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
-        detector = _build_detector(workshop, hyp, state, reporter.say)
-        trainer = Trainer(config, hyp, detector, workshop.data, run, image_size=workshop.image_size,
-                          compute=workshop.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
-                          glances=glances, rollbacks=int(recover), back_off=recover, group=workshop.group,
-                          conditions=lambda: workshop.conditions(config, SAVE_WAIT_S))  # fmt: skip
+        detector = _build_detector(setup, hyp, state, reporter.say)
+        trainer = Trainer(config, hyp, detector, setup.data, run, image_size=setup.image_size,
+                          compute=setup.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
+                          glances=glances, rollbacks=int(recover), back_off=recover, group=setup.group,
+                          conditions=lambda: setup.conditions(config, SAVE_WAIT_S))  # fmt: skip
         if state is not None:
             trainer.restore(dict(state))
-            if workshop.digests is not None:
-                exact = workshop.compute.on_cpu or config.deterministic
-                now = workshop.conditions(config)
+            if setup.digests is not None:
+                exact = setup.compute.on_cpu or config.deterministic
+                now = setup.conditions(config)
                 trains = not is_over(trainer.rows, trainer.epoch, config)
                 trainer.notes = notes_of_resume(
                     state, now, exact_kernels=exact, say=reporter.say, trains=trains
                 )
-        with workshop.group.watch():
+        with setup.group.watch():
             result = trainer.fit()
     except Stopped as error:
         reporter.ended("killed", f"{error}; resume with --resume {run.last}")
@@ -407,52 +409,50 @@ def train_in(
         reporter.ended("failed", f"{type(error).__name__}: {error}", lasting=is_out_of_memory(error))
         raise
     finally:
-        workshop.group.training_is_over()
-    if workshop.group.is_main and reporter.label.parent is None:
-        write_summary(run, result.rows, reporter.label.uuid, trainer.notes, **workshop.data.account())
+        setup.group.training_is_over()
+    if setup.group.is_main and reporter.label.parent is None:
+        write_summary(run, result.rows, reporter.label.uuid, trainer.notes, **setup.data.account())
     reporter.ended("finished", best=result.best)
     return result
 
 
-def _tell_start(workshop: Workshop, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
+def _tell_start(setup: TrainingSetup, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
     """Report what is trained, on which data, by which code."""
-    if workshop.group.is_main:
+    if setup.group.is_main:
         keep_changes(run)
-    data = workshop.data
+    data = setup.data
     tags = {
-        "device": workshop.compute.describe(),
+        "device": setup.compute.describe(),
         **origin_tags(config, data.train),
         **place_tags(),
     }
     reporter.started(_params(config, hyp), tags, dataset_fields(config, data.train, data.val))
-    reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=workshop.compute.device))
+    reporter.offer_hooks(Training(args=config, hyp=hyp, run=run, device=setup.compute.device))
     reporter.hook("on_pretrain_routine_start")
 
 
 def _build_detector(
-    workshop: Workshop, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
+    setup: TrainingSetup, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
 ) -> Detector:
     """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
     if state is not None:  # its layout holds the anchors it was trained with
-        return Start(state["layout"], None).build(workshop.data.names, None, say)
-    detector = workshop.start.build(workshop.data.names, hyp.anchors, say)
-    if workshop.anchors is not None:
-        provisional = workshop.start.anchors_are_provisional(hyp.anchors)
-        workshop.anchors.fit(detector, provisional=provisional, say=say)
+        return InitialWeights(state["layout"], None).build(setup.data.names, None, say)
+    detector = setup.start.build(setup.data.names, hyp.anchors, say)
+    if setup.anchors is not None:
+        provisional = setup.start.anchors_are_provisional(hyp.anchors)
+        setup.anchors.fit(detector, provisional=provisional, say=say)
     return detector
 
 
-def draw_weights(workshop: Workshop, weights: Path, folder: Path) -> None:
+def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
     """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
     trained = read_weights(weights)
-    detector = Start(trained.layout or workshop.start.layout, trained).build(
-        workshop.data.names, None, lambda line: None
+    detector = InitialWeights(trained.layout or setup.start.layout, trained).build(
+        setup.data.names, None, lambda line: None
     )
-    model = detector.to(workshop.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    batches = validation_loader(
-        workshop.data, detector, workshop.config, workshop.image_size, workshop.compute
-    )
-    pictures.draw_final(model, batches, workshop.data, workshop.compute, folder)
+    model = detector.to(setup.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    batches = validation_loader(setup.data, detector, setup.config, setup.image_size, setup.compute)
+    pictures.draw_final(model, batches, setup.data, setup.compute, folder)
 
 
 def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:

@@ -128,10 +128,10 @@ def make_version(
         say(f"{description.path_yaml.name} is sound; uploading what is new to {api.credentials.files_host}")
         chunk = min(bytes_below(folder), CHUNK_BYTES)
         parents = [parent] if parent else []
-        with tempfile.TemporaryDirectory(prefix="starling-version-") as workshop:
+        with tempfile.TemporaryDirectory(prefix="starling-version-") as scratch:
             answer = run_sdk(
                 "create", str(folder), project, name, version, *parents,
-                folder=Path(workshop), environment=environment, idle_s=IDLE_S + chunk / UPLOAD_BYTES_PER_S,
+                folder=Path(scratch), environment=environment, idle_s=IDLE_S + chunk / UPLOAD_BYTES_PER_S,
             )  # fmt: skip
     return Version(**answer)
 
@@ -164,9 +164,9 @@ def _fetch(
     say: Say,
     show: Callable[[Callable[[], str]], None],
 ) -> None:
-    workshop = root.with_name(f".{identity}.building")
-    building = workshop / "set"
-    remove_tree(workshop)  # left by a kill
+    scratch = root.with_name(f".{identity}.building")
+    building = scratch / "set"
+    remove_tree(scratch)  # left by a kill
     with _named(f"--data {data}"):
         api = _api(f"--data {data}", environment)
         task = _check_is_done(api, identity, f"--data {data}")
@@ -179,7 +179,7 @@ def _fetch(
         try:
             make_folder(building)
             answer = run_sdk(
-                "fetch", identity, str(building), folder=workshop, environment=environment, show=progress
+                "fetch", identity, str(building), folder=scratch, environment=environment, show=progress
             )
             path = find_description(building, f"--data {data}")
             mapping = read_yaml(path)
@@ -193,7 +193,7 @@ def _fetch(
                 f"--data {data}: {error.filename or root}: {error.strerror or error}; choose another runs folder"
             ) from None
         finally:
-            remove_tree(workshop)
+            remove_tree(scratch)
     say(f"{root}: ready")
 
 

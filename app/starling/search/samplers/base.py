@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from starling.search.outcome import SearchFailed
-from starling.search.samplers.history import Knowledge
+from starling.search.samplers.history import History
 from starling.search.space import Value, Values
 
 REDRAWS = 1000
@@ -22,7 +22,7 @@ class Sampler(Protocol):
     different numbers share no random stream, whenever they start, and a worker that asks again gets the same.
     """
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the values of candidate `number`, one an axis of the space, in its limits and not in `known.taken`.
 
         The seed, with which a search begins, is no proposal. Raises SearchFailed where nothing new is left.
@@ -34,7 +34,7 @@ def stream(study_seed: int, number: int, redraw: int = 0) -> np.random.Generator
     return np.random.default_rng([study_seed, number, redraw])
 
 
-def first_new(number: int, known: Knowledge, draw: Callable[[int], Values]) -> dict[str, Value]:
+def first_new(number: int, known: History, draw: Callable[[int], Values]) -> dict[str, Value]:
     """Return the first of draw(0), draw(1), … that no candidate has had; raises SearchFailed where none is new."""
     for redraw in range(REDRAWS):
         values = draw(redraw)

@@ -9,7 +9,7 @@ import numpy as np
 from starling.search.genes import Gene
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.base import REDRAWS, stream
-from starling.search.samplers.history import Knowledge
+from starling.search.samplers.history import History
 from starling.search.space import Setting, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2
@@ -22,7 +22,7 @@ class ClassicSampler:
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._seed, self._study_seed = space, seed, study_seed
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return a mutant; of the seed where nothing has finished."""
         return propose(
             number=number,

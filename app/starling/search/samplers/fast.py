@@ -19,7 +19,7 @@ import numpy as np
 from starling.errors import ConfigError
 from starling.search.genes import Gene
 from starling.search.samplers.base import first_new, stream
-from starling.search.samplers.history import Finding, Knowledge
+from starling.search.samplers.history import Finding, History
 from starling.search.samplers.surrogates import density_ratio, expected_score
 from starling.search.space import Space, Value, Values
 
@@ -96,7 +96,7 @@ class FastSampler:
         self._settings = settings or FastSettings()
         self._start = np.array([space.places(seed)])
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the best judged mutant."""
         ranked = ranking(known)
         if len(ranked) < self._settings.startup:
@@ -177,7 +177,7 @@ class FastSampler:
         return settings.startup_spread * math.sqrt(max(changed, 1.0))
 
 
-def ranking(known: Knowledge) -> list[Finding]:
+def ranking(known: History) -> list[Finding]:
     """Return all candidates that have ended, best first: finished, pruned by epochs and then fitness, failed."""
 
     def by_fitness(finding: Finding) -> tuple[float, float, int]:

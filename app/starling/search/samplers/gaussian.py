@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
-from starling.search.samplers.history import Finding, Knowledge
+from starling.search.samplers.history import Finding, History
 from starling.search.space import Space, Value, Values
 
 LEAST_FINISHED = 8
@@ -30,7 +30,7 @@ class GaussianSampler:
         self._limits = space.distributions()
         self._around_seed = FastSampler(space, seed, study_seed, FastSettings(startup=LEAST_FINISHED))
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the point of the largest expected gain; one around the seed while little is known."""
         finished = known.finished
         if len(finished) < LEAST_FINISHED:

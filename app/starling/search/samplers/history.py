@@ -28,7 +28,7 @@ class Finding:
     """Epochs after which a pruned training was ended; None for every other."""
 
 
-class Knowledge:
+class History:
     """The candidates of a study by what became of them, read on from look to look.
 
     An interrupted attempt and those that continue it are one candidate. Whatever is asked of it is a function of the

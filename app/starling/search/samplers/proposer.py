@@ -14,7 +14,7 @@ from starling.search.samplers.base import Sampler
 from starling.search.samplers.classic import ClassicSampler
 from starling.search.samplers.fast import FastSampler
 from starling.search.samplers.gaussian import GaussianSampler
-from starling.search.samplers.history import Knowledge
+from starling.search.samplers.history import History
 from starling.search.samplers.random_qmc import QmcSampler, RandomSampler
 from starling.search.space import Space, Value, Values
 
@@ -53,7 +53,7 @@ class Proposer:
     def __init__(self, space: Space, seed: Values, name: str, sampler: Sampler) -> None:
         self._space, self._name, self._sampler = space, name, sampler
         self._seed = {axis: seed[axis] for axis in space.names}
-        self._known = Knowledge(space)
+        self._known = History(space)
 
     @classmethod
     def of(cls, name: Name, space: Space, seed: Values, study_seed: int) -> Self:

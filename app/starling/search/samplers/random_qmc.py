@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starling.search.samplers.base import first_new, stream
-from starling.search.samplers.history import Knowledge
+from starling.search.samplers.history import History
 from starling.search.space import Space, Value, Values
 
 
@@ -13,7 +13,7 @@ class RandomSampler:
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._study_seed = space, study_seed
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return a random point."""
         return first_new(number, known, lambda redraw: self._draw(number, redraw))
 
@@ -31,7 +31,7 @@ class QmcSampler:
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._study_seed = space, study_seed
 
-    def propose(self, number: int, known: Knowledge) -> dict[str, Value]:
+    def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the point; a random one where a space of few choices has had it."""
         return first_new(number, known, lambda redraw: self._draw(number, redraw))
 

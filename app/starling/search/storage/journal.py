@@ -56,7 +56,7 @@ UNREPLAYABLE = (
     ArithmeticError,
     RecursionError,
 )
-"""What damaged or invented records make Optuna and the ledger raise."""
+"""What damaged or invented records make Optuna and the counts raise."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,7 +79,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def understood(journal: Path | str, line: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turn what damaged or invented records make Optuna and the ledger raise into a CheckpointError naming the place.
+    """Turn what damaged or invented records make Optuna and the counts raise into a CheckpointError naming the place.
 
     `line` says which line of the journal it is, where Optuna cannot replay it: such a one a repair drops.
     """

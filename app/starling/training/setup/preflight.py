@@ -11,7 +11,7 @@ from starling.data.fetch.acquire import CLEARML_SCHEME
 from starling.data.fetch.find import find_dataset
 from starling.device import check_device
 from starling.errors import DataError
-from starling.model.initial_weights import Start, check_freeze, local_weights
+from starling.model.initial_weights import InitialWeights, check_freeze, local_weights
 from starling.model.official import official_name
 from starling.outputs.run_dir import check_project, runs_root
 
@@ -28,7 +28,9 @@ def check_before_fetching(config: TrainConfig) -> None:
     if len(config.devices) < 2:
         check_device(config.device)
     layout = config.cfg or f"{str(official_name(config.weights)).removesuffix('.pt')}.yaml"
-    probe = Start(read_yaml(find_config("layouts", layout)), None).build(("any",), None, lambda line: None)
+    probe = InitialWeights(read_yaml(find_config("layouts", layout)), None).build(
+        ("any",), None, lambda line: None
+    )
     check_freeze(probe, config.freeze)
     check_dataset(config.data, single_cls=config.single_cls, fetched=config.download)
 
