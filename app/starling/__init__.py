@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from starling.core.version import VERSION
+from starling.core.package import VERSION
 
 if TYPE_CHECKING:
     from starling import settings as settings

@@ -16,8 +16,8 @@ import click
 from launcher.console import drop_output
 from launcher.errors import LauncherError, UsageError, disk_full
 from launcher.options.config_file import root_option
+from starling.core.package import VERSION
 from starling.core.paths import impossible, lost_folder
-from starling.core.version import VERSION
 from starling.core.words import shown
 
 EXIT_CODES = """\b

@@ -9,7 +9,7 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.hosts.host_files import LOCAL, HostFiles, expand
 from launcher.hosts.host_paths import is_the_systems
-from starling.core.entries import spellings, tails
+from starling.core.paths import spellings, tails
 
 MOST_BYTES = 1024**2
 """No description of a dataset comes near; a larger file is something else."""

@@ -1,4 +1,4 @@
-"""Starting another process of this package, wherever the package lies and however the present process was started."""
+"""The version of both packages, and how another process of this one is started, wherever it lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+VERSION = "0.1.0"
 
 PARENT = Path(__file__).resolve().parents[2]
 """The folder that holds the package: `app/` of a checkout or an image, or an installation's site-packages."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from starling.core.budget import Budget, BudgetExceeded
-from starling.core.entries import parts_of, spellings, tails, written
 from starling.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -19,7 +18,7 @@ from starling.core.file_kinds import (
     is_hidden_copy,
     suffix_of,
 )
-from starling.core.paths import at_home
+from starling.core.paths import at_home, parts_of, spellings, tails, written
 from starling.core.places import look_at
 from starling.core.regular_file import exists, is_file, is_folder, open_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
