@@ -23,7 +23,7 @@ from starling.core.paths import at_home
 from starling.core.words import shown
 
 if TYPE_CHECKING:
-    from launcher.plan.strict_yaml import Value
+    from starling.core.plain_yaml import Value
 
 NAME = "starling.yaml"
 TRAIN = "train"

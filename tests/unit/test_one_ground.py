@@ -1,0 +1,113 @@
+"""What both packages read, name and hide is read, named and hidden alike: a file that one takes, the other takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.plan.dataset_yaml import read_dataset
+from launcher.plan.training_args import prepare_args
+from starling.config.shipped import find_config
+from starling.config.yaml_reader import read_yaml
+from starling.core.plain_yaml import MOST_BYTES
+from starling.data.dataset.dataset import DatasetDescription
+from starling.errors import StarlingError
+
+WHOLE = "path: .\ntrain: images\nval: images\nnames: [x]\n"
+ODD_DESCRIPTIONS = {
+    "an alias": "path: .\ntrain: &a images\nval: *a\nnames: [x]\n",
+    "a key twice": WHOLE + "train: images\n",
+    "a key twice below": "train: images\nval: images\nnames: {0: x, 0: y}\n",
+    "a key that is no text": WHOLE + "1: one\n",
+    "a list": "- path: .\n",
+    "nothing": "",
+    "too much": WHOLE + "#" * MOST_BYTES,
+    "no split": "path: .\nnames: [x]\n",
+    "a split that is a number": "path: .\ntrain: images\nval: 3\nnames: [x]\n",
+    "a split with an empty entry": "path: .\ntrain: images\nval: [images, '']\nnames: [x]\n",
+    "a root that is a list": "path: [.]\ntrain: images\nval: images\nnames: [x]\n",
+    "a root that is no path": 'path: "a\\0b"\ntrain: images\nval: images\nnames: [x]\n',
+}
+
+
+@pytest.mark.parametrize("what", ODD_DESCRIPTIONS)
+def test_a_description_that_every_trainer_refuses_is_refused_before_one_starts(
+    tmp_path: Path, what: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "data.yaml"
+    path.write_text(ODD_DESCRIPTIONS[what])
+    with pytest.raises(StarlingError, match=str(path)) as trainers:
+        DatasetDescription.from_yaml(path)
+    with pytest.raises(LauncherError, match=str(path)) as launchers:
+        read_dataset(path)
+    assert len(str(launchers.value).splitlines()) == len(str(trainers.value).splitlines()) == 1
+    path.write_text(WHOLE)
+    assert read_yaml(path)["names"] == ["x"]
+    assert read_dataset(path).splits == (tmp_path / "images",) * 2
+
+
+LAYOUT = {
+    "beside the YAML": ("set", None),
+    "in the working folder": ("here", "here"),
+    "in the folder of datasets beside the working folder": ("datasets", "here"),
+    "by a Windows path": ("here", "here"),
+}
+
+
+@pytest.mark.parametrize("where", LAYOUT)
+def test_the_root_that_a_training_finds_from_its_working_folder_is_the_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    folder, start = LAYOUT[where]
+    for name in ("set", "here", "datasets", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "set" / "blood").mkdir()  # there, but without the split
+    root = tmp_path / folder / "blood"
+    (root / "images").mkdir(parents=True)
+    path = tmp_path / "set" / "data.yaml"
+    written = r".\blood" if "Windows" in where else "blood"
+    path.write_text(f"path: {written}\ntrain: images\nval: images\nnames: [x]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    trained = DatasetDescription.from_yaml(path)
+    assert trained.root == root
+
+    args = prepare_args(
+        ["--data", "../set/data.yaml"],
+        cwd=tmp_path / "here",
+        runs=tmp_path / "runs",
+        runs_inside="/runs",
+        isolated=True,
+    )
+    assert args.start == (tmp_path / start if start else None)
+    assert str(root) in {mount.source for mount in args.mounts}
+    assert set(args.reads) == {path, root / "images"}
+
+    monkeypatch.chdir(tmp_path / "runs")  # where a replica starts
+    if args.start:
+        monkeypatch.setenv("STARLING_START", str(args.start))
+    inside = DatasetDescription.from_yaml(path)
+    assert (inside.root, inside.splits) == (trained.root, trained.splits)
+
+
+def test_a_shipped_description_whose_data_lies_in_the_working_folder_is_found_by_local_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"cwd": tmp_path / "here", "runs": tmp_path / "runs", "runs_inside": str(tmp_path / "runs")}
+    (tmp_path / "here").mkdir()
+    args = prepare_args(["--data", "coco128.yaml"], isolated=False, **words)
+    assert args.start is None
+    monkeypatch.chdir(tmp_path / "here")
+    shipped = find_config("datasets", "coco128.yaml")
+    named = read_yaml(shipped)
+    (tmp_path / "here" / named["path"] / named["train"]).mkdir(parents=True)
+    for given in ("coco128.yaml", "coco128"):
+        args = prepare_args(["--data", given], isolated=False, **words)
+        assert args.start == tmp_path / "here"
+        assert prepare_args(["--data", given], isolated=True, **words).start is None
+    root = DatasetDescription.from_yaml(shipped).root
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("STARLING_START", str(args.start))
+    assert DatasetDescription.from_yaml(shipped).root == root
