@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
-from launcher.engines.base import Image, mask
+from launcher.engines.base import Image
 from launcher.errors import LauncherError
 from launcher.hosts.box import Box
 from launcher.hosts.runs_folder import check_runs
@@ -22,6 +22,7 @@ from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
 from starling.core.folder import Folder
 from starling.core.paths import real_path
+from starling.core.redaction import masked
 
 NO_GPU = "no GPU here; CPU replicas work"
 ANSWER_S = 2.0
@@ -186,7 +187,7 @@ def _remote_folder(runs: Path, box: Box) -> list[Finding]:
 def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:
     """Ask the MLflow server that replicas will be told of."""
     address = environment.get("MLFLOW_TRACKING_URI", "")
-    shown = mask(address)
+    shown = masked(address)
     parts = urlsplit(address)
     if not address:
         return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI is not set: runs land in runs/mlflow")

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.engines.base import mask
+from starling.core.redaction import masked
 from starling.core.words import printable
 
 PROC = Path("/proc")
@@ -74,7 +74,7 @@ def command_words(folder: Path) -> tuple[str, ...]:
 
 
 def _command(folder: Path) -> str:
-    text = printable(" ".join(mask(word) for word in command_words(folder)) or "a kernel thread")
+    text = printable(" ".join(masked(word) for word in command_words(folder)) or "a kernel thread")
     return text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + "…"
 
 

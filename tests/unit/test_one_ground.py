@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import LauncherError
+from launcher.hosts.ownership import labels
 from launcher.plan.dataset_yaml import read_dataset
+from launcher.plan.dry_run import docker_run, podman_run
 from launcher.plan.training_args import prepare_args
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.plain_yaml import MOST_BYTES
+from starling.core.redaction import masked, without_credentials
 from starling.data.dataset.dataset import DatasetDescription
 from starling.errors import StarlingError
+from tests.unit.test_launcher_plan import plan_for
 
 WHOLE = "path: .\ntrain: images\nval: images\nnames: [x]\n"
 ODD_DESCRIPTIONS = {
@@ -111,3 +119,45 @@ def test_a_shipped_description_whose_data_lies_in_the_working_folder_is_found_by
     monkeypatch.chdir("/")
     monkeypatch.setenv("STARLING_START", str(args.start))
     assert DatasetDescription.from_yaml(shipped).root == root
+
+
+SECRETS = {
+    "s3://bucket/set?token=T0P": "s3://bucket/set?token=***",
+    "https://T0P@host/x": "https://***@host/x",
+    "https://T0P:x-oauth-basic@host/x": "https://***:x-oauth-basic@host/x",
+    "https://T0P:@host/x": "https://***:@host/x",
+    "--study=postgresql://me:T0P@host/db": "--study=postgresql://me:***@host/db",
+    "https://me:T0P@T0P@host/x": "https://me:***@host/x",
+    "https://host/x?a=1&X-Amz-Signature=T0P&b=2": "https://host/x?a=1&X-Amz-Signature=***&b=2",
+    "https://host/x?sv=1&sig=T0P": "https://host/x?sv=1&sig=***",
+}
+PLAIN = (
+    "postgresql+pg8000://me@host/db",
+    "ssh://me@host",
+    "https://host/a@b.jpg?page=2",
+    "a@b",
+    "//x",
+    "a://@",
+)
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_what_the_trainer_hides_the_launcher_hides_and_marks_its_place(tmp_path: Path, address: str) -> None:
+    assert "T0P" not in without_credentials(address)
+    spec = replace(plan_for(tmp_path, gpus="0").replicas[0], command=("train", address))
+    assert spec.public()["command"] == ["train", SECRETS[address]]
+    assert "T0P" not in docker_run(spec, 0) + podman_run(spec, 0) + json.dumps(labels(spec, 0))
+    assert shlex.quote(SECRETS[address]) in docker_run(spec, 0)
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_names_that_are_no_secrets_stay_in_a_plan(text: str) -> None:
+    assert masked(text) == text
+
+
+def test_a_long_line_is_looked_at_once() -> None:
+    began = time.process_time()
+    for text in ("a" * 10**6 + "//", "//" + "a:" * 10**6, "http://" + "&key" * 10**5, "://x@" * 10**5):
+        masked(text)
+        without_credentials(text)
+    assert time.process_time() - began < 5
