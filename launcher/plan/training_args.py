@@ -11,12 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from launcher.engines.base import Mount
-from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
+from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
 from launcher.hosts.host_files import LOCAL, HostFiles
 from launcher.plan.dataset_yaml import read_dataset, start_of_shipped
 from launcher.plan.space_yaml import space_layouts
 from launcher.problems import Problems
 from starling.core import package
+from starling.core.errors import suggest
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home, path_problem
 from starling.core.words import shown

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import launcher.errors
+import starling.errors
 from launcher.errors import LauncherError
 from launcher.hosts.ownership import labels
 from launcher.plan.dataset_yaml import read_dataset
@@ -17,6 +19,7 @@ from launcher.plan.dry_run import docker_run, podman_run
 from launcher.plan.training_args import prepare_args
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import Exit, ToldError
 from starling.core.plain_yaml import MOST_BYTES
 from starling.core.redaction import masked, without_credentials
 from starling.data.dataset.dataset import DatasetDescription
@@ -161,3 +164,17 @@ def test_a_long_line_is_looked_at_once() -> None:
         masked(text)
         without_credentials(text)
     assert time.process_time() - began < 5
+
+
+def test_both_trees_of_errors_stand_on_one_base_with_one_list_of_exit_codes() -> None:
+    trees = [vars(module) for module in (starling.errors, launcher.errors)]
+    kinds = [
+        {name: kind for name, kind in tree.items() if isinstance(kind, type) and issubclass(kind, ToldError)}
+        for tree in trees
+    ]
+    for name in kinds[0].keys() & kinds[1].keys():
+        assert kinds[0][name].exit_code == kinds[1][name].exit_code, name
+    codes = {kind.exit_code for tree in kinds for kind in tree.values()}
+    assert codes == set(Exit)
+    assert json.dumps([*Exit]) == "[1, 2, 3, 4, 5, 6, 7]"
+    assert f"{Exit.DISK_FULL}" == "6"
