@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import secrets
@@ -21,6 +20,7 @@ from launcher.hosts.runs_folder import check_runs
 from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
 from starling.core.folder import Folder
+from starling.core.lock import lock_own
 from starling.core.paths import real_path
 from starling.core.redaction import masked
 
@@ -129,7 +129,7 @@ def check_locks(runs: Path) -> Finding:
             name = f".doctor-{secrets.token_hex(8)}"
             descriptor = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_own(descriptor)
             finally:
                 os.close(descriptor)
                 os.unlink(name, dir_fd=folder.descriptor)

@@ -32,7 +32,12 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = closest(word, known)
+    return "" if close is None else f" (did you mean {close!r}?)"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word closest to `word`; None where none comes near."""
     from difflib import get_close_matches  # slow to import, and few commands need it
 
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return next(iter(get_close_matches(word, list(known), n=1)), None)

@@ -13,7 +13,6 @@ Whoever takes a candidate over removes the lease, by which the old holder, shoul
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from starling.core.lock import lock_own, try_flock
 from starling.core.plain_json import parse_json
 from starling.errors import disk_write
 from starling.outputs.folders import make_folder, open_file, remove, state_of
@@ -80,7 +80,7 @@ class FileLease:
         holder = {"worker": worker, "pid": os.getpid(), "kernel": kernel_id() if kernel is None else kernel}
         self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_own(self._descriptor)
             with disk_write(path):
                 os.write(self._descriptor, json.dumps(holder).encode())
         except OSError:
@@ -204,9 +204,8 @@ class FileLeaseWatch:
             holder = parse_json(os.read(descriptor, 4096) or b"{}")
             if not isinstance(holder, dict) or holder.get("kernel") != self._kernel:
                 return False
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return try_flock(descriptor)
         except (OSError, ValueError):
             return False
         finally:
             os.close(descriptor)
-        return True
