@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from starling.core.process import stat_of
 from starling.core.redaction import masked
 from starling.core.words import printable
 
@@ -94,11 +95,9 @@ def _containers(folder: Path) -> tuple[str, ...]:
 def _ancestors(pid: int, proc: Path) -> tuple[int, ...]:
     ancestors: list[int] = []
     while pid > 1 and len(ancestors) < MOST_ANCESTORS:
-        try:
-            # The command name, in parentheses, may itself hold spaces and parentheses.
-            fields = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            pid = int(fields[1])
-        except (OSError, ValueError, IndexError):
+        stat = stat_of(pid, proc)
+        if stat is None:
             break
+        pid = stat.parent
         ancestors.append(pid)
     return tuple(ancestors)

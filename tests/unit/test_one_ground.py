@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import Exit, ToldError
 from starling.core.plain_yaml import MOST_BYTES
+from starling.core.process import all_stats, stat_of
 from starling.core.redaction import masked, without_credentials
 from starling.data.dataset.dataset import DatasetDescription
 from starling.errors import StarlingError
@@ -178,3 +181,26 @@ def test_both_trees_of_errors_stand_on_one_base_with_one_list_of_exit_codes() ->
     assert codes == set(Exit)
     assert json.dumps([*Exit]) == "[1, 2, 3, 4, 5, 6, 7]"
     assert f"{Exit.DISK_FULL}" == "6"
+
+
+def test_a_process_is_read_whatever_its_name_and_none_where_it_has_gone(tmp_path: Path) -> None:
+    own = stat_of(os.getpid())
+    assert own is not None
+    assert (own.parent, own.session, own.ended) == (os.getppid(), os.getsid(0), False)
+    assert own.start == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    (tmp_path / "7").mkdir()
+    for text in ("7 (a) Z 1) S) Z 3 4 5" + " 6" * 20, "7 (a) S 1", "", "7 (a) S x y z" + " 6" * 20):
+        (tmp_path / "7" / "stat").write_text(text)
+        found = stat_of(7, tmp_path)
+        assert (found is not None) == ("Z 3" in text)
+        if found:
+            assert (found.state, found.parent, found.session, found.ticks) == ("Z", 3, 5, 24)
+            assert found.ended
+            assert dict(all_stats(tmp_path)) == {7: found}
+    assert stat_of(8, tmp_path) is None
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        zombie = stat_of(child.pid)
+        assert zombie is not None
+        assert zombie.ended
+    assert stat_of(child.pid) is None

@@ -1,6 +1,6 @@
 """Bound the memory of one local replica: by a cgroup where one can be made, else by looking at its processes.
 
-The supervisor loads it by path, so it needs the standard library only. A resource limit (`ulimit`) would be no bound on
+The supervisor loads it by path, so it needs the standard library and the ground floor only. A resource limit (`ulimit`) would be no bound on
 a replica: it counts each process by itself, and address space that torch and CUDA reserve and never touch.
 """
 
@@ -11,6 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+
+from starling.core.process import all_stats
 
 CGROUPS = "/sys/fs/cgroup"
 LOOK_S = 0.25
@@ -152,13 +154,10 @@ def session_of(leader: int) -> list[int]:
     """Return the processes of the session that `leader` leads, and its descendants that have left it; not itself."""
     parents: dict[int, int] = {}
     found = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = _read(f"/proc/{entry}/stat").rpartition(")")[2].split()
-                parents[int(entry)] = int(fields[1])
-                if int(fields[3]) == leader and fields[0] != "Z":
-                    found.add(int(entry))
+    for pid, stat in all_stats():
+        parents[pid] = stat.parent
+        if stat.session == leader and not stat.ended:
+            found.add(pid)
     grown = True
     while grown:
         before = len(found)

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from starling.core.lock import lock_own, try_flock
 from starling.core.plain_json import parse_json
+from starling.core.process import boot_id
 from starling.errors import disk_write
 from starling.outputs.folders import make_folder, open_file, remove, state_of
 from starling.search.outcome import LeaseLost
@@ -56,14 +57,6 @@ class LeaseWatch(Protocol):
         """Take a lease from its holder, who learns of it at the next renewal."""
 
 
-def kernel_id() -> str:
-    """Return the identity of the running kernel, the same in every container of a host; empty if unknown."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def lease_path(search: Path, number: int) -> Path:
     """Return the lease file of a candidate."""
     return search / FOLDER / f"{number:04d}"
@@ -77,7 +70,7 @@ class FileLease:
         self._path = path
         # Left by a worker that died between taking the lease and recording the candidate.
         remove(path)
-        holder = {"worker": worker, "pid": os.getpid(), "kernel": kernel_id() if kernel is None else kernel}
+        holder = {"worker": worker, "pid": os.getpid(), "kernel": boot_id() if kernel is None else kernel}
         self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             lock_own(self._descriptor)
@@ -166,7 +159,7 @@ class FileLeaseWatch:
     ) -> None:
         self._search = search
         self._lease_s = lease_s
-        self._kernel = kernel_id() if kernel is None else kernel
+        self._kernel = boot_id() if kernel is None else kernel
         self._stillness = Stillness(monotonic)
 
     def verdict(self, number: int) -> str | None:
