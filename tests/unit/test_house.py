@@ -138,3 +138,23 @@ def test_what_both_packages_need_is_called_in_one_place(name: str, home: str | N
         and (getattr(node.func, "attr", None) == name or getattr(node.func, "id", None) == name)
     }
     assert callers == ({home} if home else set())
+
+
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        ("random/boot_id", "starling.core.process"),
+        ("/sys/fs/cgroup", "starling.core.cgroups"),
+        ("oom_kill", "starling.core.cgroups"),
+    ],
+)
+def test_what_the_kernel_tells_is_read_in_one_place(words: str, home: str) -> None:
+    readers = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (node.value == words or node.value.endswith(words))
+    }
+    assert readers == {home}

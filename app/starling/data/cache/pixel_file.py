@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from starling.core.limits import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.cgroups import container_cpu_count, container_memory_limit, container_memory_used
 from starling.core.lock import try_flock, wait_for
 from starling.core.plain_json import parse_json
 from starling.data.dataset.dataset import Progress

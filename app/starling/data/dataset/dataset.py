@@ -15,9 +15,9 @@ import numpy as np
 from starling.config.class_names import names_by_number
 from starling.config.shipped import SHIPPED
 from starling.config.yaml_reader import read_yaml
+from starling.core.cgroups import container_cpu_count
 from starling.core.dataset import OWN, SPLITS, BadDescription, NamedPlaces, find_entry, start_folder
 from starling.core.errors import suggest
-from starling.core.limits import container_cpu_count
 from starling.data.dataset.findings import REPORT, Finding
 from starling.data.dataset.image_header import ImageHeader
 from starling.data.dataset.image_lists import FoundImages, find_pictures, locate
