@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import os
 import subprocess
 import sys
@@ -223,10 +222,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def _append(args: argparse.Namespace, job: Job, curve: Sequence[float], seconds: float) -> None:
     """Add a row, one process at a time."""
+    from starling.core.lock import try_flock, wait_for
+
     columns = ["index", "kind", "seed", "seconds", *job.genes, *(f"epoch{n + 1}" for n in range(args.epochs))]
     cells = [f"{value:.5f}" for value in curve] + [""] * (args.epochs - len(curve))
     with args.out.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for(lambda: try_flock(file.fileno()))
         writer = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
             writer.writerow(columns)

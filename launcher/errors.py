@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterable
+from starling.core.errors import FULL, Exit, ToldError
 
 
-class LauncherError(Exception):
+class LauncherError(ToldError):
     """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
-
-    exit_code = 1
 
 
 class UsageError(LauncherError):
     """A command line or a plan that cannot work."""
 
-    exit_code = 2
+    exit_code = Exit.USAGE
 
 
 class DataError(LauncherError):
     """A dataset that is not there or cannot be read."""
 
-    exit_code = 3
+    exit_code = Exit.DATA
 
 
 class CheckpointError(LauncherError):
     """A weights file that is not there."""
 
-    exit_code = 4
+    exit_code = Exit.CHECKPOINT
 
 
 class EngineError(LauncherError):
     """An engine that does not answer, lacks something, or refuses."""
 
-    exit_code = 5
+    exit_code = Exit.SERVICE
 
 
 class DiskFull(LauncherError):
     """A write that the disk refused: it is full, over its quota, or failing."""
 
-    exit_code = 6
+    exit_code = Exit.DISK_FULL
 
 
 class GpuLost(LauncherError):
     """A GPU that no longer answers."""
 
-    exit_code = 7
-
-
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors of a write for which there is no room: on the disk, in the quota, or by a limit on a file's size."""
+    exit_code = Exit.GPU_LOST
 
 
 class NameTaken(EngineError):
@@ -79,11 +72,3 @@ class ReplicaFailed(LauncherError):
         super().__init__(message)
         # Codes outside the documented ones (a signal, an import error) are the engine's affair: 5.
         self.exit_code = exit_code if exit_code in TRAINERS_OWN else EngineError.exit_code
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
-    from difflib import get_close_matches
-
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

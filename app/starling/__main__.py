@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from starling import __version__
 from starling.config.flags import CONSOLE
+from starling.core.errors import closest
 
 COMMANDS = {
     "train": "train a detector, or search its hyperparameters (train.py)",
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"starling {__version__}")
         return 0
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; commands: {', '.join(COMMANDS)}"
+        near = closest(name, COMMANDS)
+        hint = f"; did you mean {near}?" if near else f"; commands: {', '.join(COMMANDS)}"
         print(f"starling: no command {name!r}{hint}", file=sys.stderr)
         return 2
     sys.argv = [f"{CONSOLE}{name}", *words[1:]]

@@ -13,7 +13,7 @@ import cv2
 import psutil
 import torch
 
-from starling.core.limits import container_cpu_count
+from starling.core.cgroups import container_cpu_count
 from starling.errors import UsageError
 
 MOST_THREADS = 4096

@@ -6,11 +6,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 
+from starling.core.errors import FULL, Exit, ToldError
 from starling.core.folder import LinkRefused
 from starling.core.words import shown
 
@@ -18,16 +18,14 @@ _MOST_FIELD, _MOST_VALUE = 4096, 400
 """Characters of a message: a field may carry a path, a value may be a whole file."""
 
 
-class StarlingError(Exception):
+class StarlingError(ToldError):
     """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
-
-    exit_code = 1
 
 
 class UsageError(StarlingError):
     """A command line or a configuration that cannot work."""
 
-    exit_code = 2
+    exit_code = Exit.USAGE
 
 
 class ConfigError(UsageError):
@@ -41,31 +39,31 @@ class ConfigError(UsageError):
 class DataError(StarlingError):
     """A dataset, picture or label file that cannot be used."""
 
-    exit_code = 3
+    exit_code = Exit.DATA
 
 
 class CheckpointError(StarlingError):
     """A checkpoint or weights file that cannot be read, trusted, matched or written."""
 
-    exit_code = 4
+    exit_code = Exit.CHECKPOINT
 
 
 class ServerError(StarlingError):
     """A server that the command needs does not answer."""
 
-    exit_code = 5
+    exit_code = Exit.SERVICE
 
 
 class DiskFull(StarlingError):
     """A write that the disk refused: it is full, over its quota, or failing. What was written before stays."""
 
-    exit_code = 6
+    exit_code = Exit.DISK_FULL
 
 
 class GpuLost(StarlingError):
     """A GPU that no longer answers: fallen off the bus, or reset under the training."""
 
-    exit_code = 7
+    exit_code = Exit.GPU_LOST
 
 
 class Stopped(StarlingError):
@@ -94,10 +92,6 @@ class FileRefused(OSError):
 
 class DiskRefused(OSError):
     """A write, or its sync, that the disk refused."""
-
-
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors of a write for which there is no room: on the disk, in the quota, or by a limit on a file's size."""
 
 
 @contextmanager
@@ -176,12 +170,6 @@ def readable(kind: type[StarlingError]) -> Iterator[None]:
         raise kind(
             f"{shown(error.filename)}: {error.strerror}: no file can be there; correct the path"
         ) from None
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 _CV2_NO_MEMORY = -4

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
+from starling.core.cgroups import own_oom_kills
 from starling.core.folder import Folder
 from starling.core.handover import strip_set_ids
 from starling.core.regular_file import read_regular
@@ -216,7 +217,7 @@ def ended_children() -> list[tuple[int, int]]:
 
 def oom_kills(environment: Mapping[str, str] = os.environ) -> int:
     """Return how many of this replica's processes were killed for memory: by the kernel, or by an engine that tells."""
-    return kernel_kills() + told_kills(environment)
+    return own_oom_kills() + told_kills(environment)
 
 
 def told_kills(environment: Mapping[str, str]) -> int:
@@ -228,37 +229,6 @@ def told_kills(environment: Mapping[str, str]) -> int:
         return int(read_regular(environment[KILLS_FILE], 64))
     except (KeyError, OSError, ValueError, BudgetExceeded):
         return 0
-
-
-def kernel_kills(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many processes of this cgroup the kernel has killed for memory; 0 where nothing tells.
-
-    In a container the cgroup's own files lie at the mount's root, whatever path the process is told (version 1).
-    """
-    for folder, name in _memory_cgroups(proc, root):
-        try:
-            lines = (folder / name).read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            key, _, value = line.partition(" ")
-            if key == "oom_kill" and value.strip().isdigit():
-                return int(value)
-    return 0
-
-
-def _memory_cgroups(proc: Path, root: Path) -> list[tuple[Path, str]]:
-    try:
-        memberships = [line.split(":", 2) for line in proc.read_text().splitlines()]
-    except OSError:
-        memberships = []
-    places = []
-    for fields in memberships:
-        if len(fields) == 3 and "memory" in fields[1].split(","):
-            places += [(root / "memory" / fields[2].lstrip("/"), "memory.oom_control")]
-        elif len(fields) == 3 and not fields[1]:
-            places += [(root / fields[2].lstrip("/"), "memory.events")]
-    return [*places, (root / "memory", "memory.oom_control"), (root, "memory.events")]
 
 
 def words_for(code: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import secrets
@@ -14,14 +13,16 @@ from urllib.parse import urlsplit
 from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
-from launcher.engines.base import Image, mask
+from launcher.engines.base import Image
 from launcher.errors import LauncherError
 from launcher.hosts.box import Box
 from launcher.hosts.runs_folder import check_runs
 from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
 from starling.core.folder import Folder
+from starling.core.lock import lock_own
 from starling.core.paths import real_path
+from starling.core.redaction import masked
 
 NO_GPU = "no GPU here; CPU replicas work"
 ANSWER_S = 2.0
@@ -128,7 +129,7 @@ def check_locks(runs: Path) -> Finding:
             name = f".doctor-{secrets.token_hex(8)}"
             descriptor = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_own(descriptor)
             finally:
                 os.close(descriptor)
                 os.unlink(name, dir_fd=folder.descriptor)
@@ -186,7 +187,7 @@ def _remote_folder(runs: Path, box: Box) -> list[Finding]:
 def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:
     """Ask the MLflow server that replicas will be told of."""
     address = environment.get("MLFLOW_TRACKING_URI", "")
-    shown = mask(address)
+    shown = masked(address)
     parts = urlsplit(address)
     if not address:
         return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI is not set: runs land in runs/mlflow")

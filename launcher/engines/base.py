@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from launcher.sizes import format_cores
+from starling.core.redaction import masked
 
 if TYPE_CHECKING:
     from launcher.devices.claims import Claim
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from launcher.devices.inventory import Machine
 
 Phase = Literal["created", "running", "paused", "exited"]
-
-_URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)@")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +87,7 @@ class ReplicaSpec:
             "uuids": list(self.device.uuids),
             "image": self.image,
             "image_id": self.image_id,
-            "command": [mask(word) for word in self.command],
+            "command": [masked(word) for word in self.command],
             "environment": dict(sorted(self.environment.items())),
             "passed_environment": sorted(self.passed),
             "mounts": [mount.public() for mount in self.mounts],
@@ -256,8 +254,3 @@ class Engine(Protocol):
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a plain file of at most `most_bytes`, as a replica sees it; empty for anything else, also a link."""
-
-
-def mask(text: str) -> str:
-    """Return `text` with the password of any URL in it hidden."""
-    return _URL_PASSWORD.sub(r"\1:***@", text)

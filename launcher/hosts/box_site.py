@@ -11,7 +11,7 @@ from launcher.devices.inventory import Gpu
 from launcher.engines.base import Engine
 from launcher.hosts import remote_runs
 from launcher.hosts.box import Box
-from launcher.hosts.host_files import HostFiles, RemoteFiles, expand
+from launcher.hosts.host_files import HostFiles, RemoteFiles
 from launcher.hosts.site import HeldMachine, Say
 
 
@@ -53,4 +53,4 @@ class BoxSite:
 def box_site(box: Box, runs: Path) -> BoxSite:
     """Return the site on a box; a relative `runs` starts in the user's home folder there."""
     files = RemoteFiles(box)
-    return BoxSite(box, expand(files, files.start, str(runs)), files)
+    return BoxSite(box, files.expand(files.start, str(runs)), files)

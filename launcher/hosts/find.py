@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.hosts.box_site import box_site
-from launcher.hosts.host_files import LOCAL, expand
+from launcher.hosts.host_files import LOCAL
 from launcher.hosts.reach import open_box
 from launcher.hosts.site import LocalSite, Site
 
@@ -17,5 +17,5 @@ def find_site(engine: str, runs: Path) -> Site:
     """
     box = open_box() if engine == "docker" else None
     if box is None:
-        return LocalSite(expand(LOCAL, LOCAL.start, str(runs)))
+        return LocalSite(LOCAL.expand(LOCAL.start, str(runs)))
     return box_site(box, runs)

@@ -8,14 +8,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from starling.core.paths import at_home
-from starling.core.regular_file import is_file, is_folder, open_regular
+from starling.core.dataset import Files, OwnFiles
+from starling.core.regular_file import is_file, open_regular
 
 if TYPE_CHECKING:
     from launcher.hosts.box import Box
 
 
-class HostFiles(Protocol):
+class HostFiles(Files, Protocol):
     """Questions about paths, asked before a replica is given them."""
 
     @property
@@ -29,9 +29,6 @@ class HostFiles(Protocol):
     def is_file(self, path: Path) -> bool:
         """Return whether a file is there that the user may read; links are followed."""
 
-    def is_dir(self, path: Path) -> bool:
-        """Return whether a folder is there."""
-
     def real(self, path: Path) -> Path:
         """Return the path with every link followed."""
 
@@ -39,7 +36,7 @@ class HostFiles(Protocol):
         """Return the head of a file; raises OSError."""
 
 
-class LocalFiles:
+class LocalFiles(OwnFiles):
     """Files of this machine."""
 
     @property
@@ -56,9 +53,9 @@ class LocalFiles:
         """Return whether a file is there."""
         return is_file(path)
 
-    def is_dir(self, path: Path) -> bool:
-        """Return whether a folder is there."""
-        return is_folder(path)
+    def exists(self, path: Path) -> bool:
+        """Return whether a folder or a file is there."""
+        return self.is_dir(path) or is_file(path)
 
     def real(self, path: Path) -> Path:
         """Return the path with every link followed."""
@@ -89,6 +86,17 @@ class RemoteFiles:
         """Return whether a folder is there."""
         return self._holds(f"[ -d {_quote(path)} ]")
 
+    def exists(self, path: Path) -> bool:
+        """Return whether a folder is there, or a file that the user may read."""
+        return self.is_dir(path) or self.is_file(path)
+
+    def expand(self, base: Path, given: str) -> Path:
+        """Return `given` below `base`, or by itself where it is absolute, its `~` replaced and its links kept."""
+        path = Path(given)
+        if path.parts and path.parts[0] == "~":
+            path = self.home.joinpath(*path.parts[1:])
+        return Path(os.path.normpath(base / path))
+
     def real(self, path: Path) -> Path:
         """Return the path with every link followed; as it is where the box cannot say."""
         code, text = self._box.ask(f"readlink -f -- {_quote(path)}")
@@ -105,16 +113,6 @@ class RemoteFiles:
 
     def _holds(self, test: str) -> bool:
         return self._box.ask(test)[0] == 0
-
-
-def expand(files: HostFiles, base: Path, given: str) -> Path:
-    """Return `given` absolute on that machine, its `~` replaced, its links kept."""
-    path = Path(given)
-    if path.parts and path.parts[0] == "~":
-        path = files.home.joinpath(*path.parts[1:])
-    elif files is LOCAL:
-        path = at_home(path)
-    return Path(os.path.abspath(base / path))
 
 
 def _quote(path: Path) -> str:

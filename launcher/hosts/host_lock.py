@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from launcher.errors import EngineError
 from launcher.hosts.lock_wait import LOCK_WAIT_S, Say, wait_for_lock
 from launcher.hosts.processes import PROC, find_process
+from starling.core.lock import take, try_flock
 
 NAME = "starling-launcher.lock"
 FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
@@ -45,16 +45,12 @@ def host_lock(
 ) -> Iterator[HostLock]:
     """Hold this machine against every other `up`; raises EngineError naming the holder after too long a wait."""
     path = lock_path(folders)
-    while True:
-        lock = HostLock(_open(path))
-        try:
-            _take(lock._descriptor, path, say, wait_s)
-            if not _is_at(lock._descriptor, path):
-                continue  # somebody removed the file meanwhile, and others lock a new one
-            yield lock
-            return
-        finally:
-            lock.release()
+    descriptor, _ = take(path, lambda: _open(path), lambda opened: _acquire(opened, path, say, wait_s))
+    lock = HostLock(descriptor)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def lock_path(folders: Sequence[Path] = FOLDERS) -> Path:
@@ -101,20 +97,7 @@ def _in_the_way(path: Path, what: str) -> EngineError:
     )
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    return False
-
-
-def _take(descriptor: int, path: Path, say: Say, wait_s: float) -> None:
-    def take() -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
+def _acquire(descriptor: int, path: Path, say: Say, wait_s: float) -> bool:
     def wait() -> str:
         return f"waiting for {_holder(descriptor)[0]}: one `launcher up` at a time on this machine"
 
@@ -123,7 +106,8 @@ def _take(descriptor: int, path: Path, say: Say, wait_s: float) -> None:
         end = f"end it: kill {pid}" if pid else f"see who has it: sudo fuser -v {path}"
         return f"{holder} has held {path} for over {wait_s:g} s; wait for it, or {end}"
 
-    wait_for_lock(take, wait=wait, give_up=give_up, say=say, limit_s=wait_s)
+    wait_for_lock(lambda: try_flock(descriptor), wait=wait, give_up=give_up, say=say, limit_s=wait_s)
+    return True
 
 
 def _holder(descriptor: int, proc: Path = PROC) -> tuple[str, int]:

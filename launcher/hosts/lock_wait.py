@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from launcher.errors import EngineError
+from starling.core.lock import wait_for
 
 LOCK_WAIT_S = 120.0
 POLL_S = 0.1
@@ -26,12 +26,5 @@ def wait_for_lock(
 
     Raises EngineError with the words of `give_up` after `limit_s`.
     """
-    deadline = time.monotonic() + limit_s
-    told = False
-    while not take():
-        if time.monotonic() > deadline:
-            raise EngineError(give_up())
-        if not told:
-            say(wait())
-            told = True
-        time.sleep(poll_s)
+    if not wait_for(take, limit_s=limit_s, tell=lambda: say(wait()), poll_s=poll_s):
+        raise EngineError(give_up())

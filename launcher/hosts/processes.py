@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.engines.base import mask
+from starling.core.process import stat_of
+from starling.core.redaction import masked
 from starling.core.words import printable
 
 PROC = Path("/proc")
@@ -74,7 +75,7 @@ def command_words(folder: Path) -> tuple[str, ...]:
 
 
 def _command(folder: Path) -> str:
-    text = printable(" ".join(mask(word) for word in command_words(folder)) or "a kernel thread")
+    text = printable(" ".join(masked(word) for word in command_words(folder)) or "a kernel thread")
     return text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + "…"
 
 
@@ -94,11 +95,9 @@ def _containers(folder: Path) -> tuple[str, ...]:
 def _ancestors(pid: int, proc: Path) -> tuple[int, ...]:
     ancestors: list[int] = []
     while pid > 1 and len(ancestors) < MOST_ANCESTORS:
-        try:
-            # The command name, in parentheses, may itself hold spaces and parentheses.
-            fields = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            pid = int(fields[1])
-        except (OSError, ValueError, IndexError):
+        stat = stat_of(pid, proc)
+        if stat is None:
             break
+        pid = stat.parent
         ancestors.append(pid)
     return tuple(ancestors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from starling.core.handover import (
     strip_set_ids,
     user_for,
 )
+from starling.core.lock import try_flock
 
 STRIP_S = 2.0
 """How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
@@ -172,12 +172,9 @@ def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
 
     def take() -> bool:
         try:
-            fcntl.flock(top.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            return try_flock(top.descriptor)
         except OSError:
-            pass  # a file system without locks; the engine's names still keep replicas single
-        return True
+            return True  # a file system without locks; the engine's names still keep replicas single
 
     wait_for_lock(
         take,

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from launcher.errors import UsageError, suggest
+from launcher.errors import UsageError
 from launcher.options.replica_names import ReplicaName
+from starling.core.errors import suggest
 from starling.core.paths import at_home
 from starling.core.words import shown
 
 if TYPE_CHECKING:
-    from launcher.plan.strict_yaml import Value
+    from starling.core.plain_yaml import Value
 
 NAME = "starling.yaml"
 TRAIN = "train"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import DataError
-from launcher.hosts.host_files import LOCAL, HostFiles, expand
+from launcher.hosts.host_files import LOCAL, HostFiles
 from launcher.hosts.host_paths import is_the_systems
-from starling.core.entries import spellings, tails
-
-MOST_BYTES = 1024**2
-"""No description of a dataset comes near; a larger file is something else."""
+from starling.core.dataset import BadDescription, NamedPlaces, find_entry
+from starling.core.paths import tails
+from starling.core.words import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +19,8 @@ class Dataset:
 
     root: Path
     splits: tuple[Path, ...]
+    start: Path | None = None
+    """Where the root was looked for, if it was not found from the YAML: a replica has to be told."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -28,65 +28,66 @@ class Dataset:
         return (self.root, *(place for place in self.splits if not place.is_relative_to(self.root)))
 
 
-def read_dataset(yaml_path: Path, files: HostFiles = LOCAL) -> Dataset:
-    """Return the places that a dataset's YAML names.
+def read_dataset(yaml_path: Path, files: HostFiles = LOCAL, start: Path | None = None) -> Dataset:
+    """Return the places that a dataset's YAML names, as the trainer finds them when it is called in `start`.
 
-    The root is the YAML's `path`, relative to the YAML, or the YAML's own folder. Raises DataError for a file
-    that cannot be read, a root or a split that is not there, or a folder that no replica may see.
+    Raises DataError for a file that cannot be read or that no trainer takes, a root or a split that is not there, or a
+    folder that no replica may see.
     """
-    description = _read(yaml_path, files)
-    named = description.get("path") or "."
-    if not isinstance(named, str):
-        raise DataError(f"{yaml_path}: path={named!r} is not a folder's name")
-    roots = [expand(files, yaml_path.parent, name) for name in (named, named.replace("\\", "/"))]
-    root = next((one for one in roots if files.is_dir(one)), roots[0])
-    if not files.is_dir(root):
-        raise DataError(f"{yaml_path}: its root {root} (path: {named}) is not a folder; correct `path`")
+    named = _read(yaml_path, files)
+    root = named.find_root(files, start)
+    if root is None:
+        tried = ", ".join(map(str, named.roots(files, start)))
+        raise DataError(
+            f"{yaml_path}: its root (path: {named.root}) is not a folder (tried {tried}); put it there, or correct `path`"
+        )
     _allowed(root, yaml_path, files)
     splits: list[Path] = []
-    for split in ("train", "val", "test"):
-        for entry in _entries(description.get(split)):
+    for split, entries in named.entries.items():
+        for entry in entries:
             place = _find_split(root, entry, yaml_path, split, files)
             if place is not None:
                 splits.append(place if place.is_relative_to(root) else _allowed(place, yaml_path, files))
-    return Dataset(root, tuple(splits))
+    return Dataset(root, tuple(splits), start=_start_needed(named, root, files, start))
+
+
+def start_of_shipped(yaml_path: Path, start: Path) -> Path | None:
+    """Return `start` where a description that the trainer carries has its data there; None where it may be anywhere."""
+    named = _read(yaml_path, LOCAL)
+    root = named.find_root(LOCAL, start)
+    return _start_needed(named, root, LOCAL, start) if root else None
+
+
+def _start_needed(named: NamedPlaces, root: Path, files: HostFiles, start: Path | None) -> Path | None:
+    return None if root in named.roots(files, None) else start
 
 
 def _find_split(root: Path, entry: str, yaml_path: Path, split: str, files: HostFiles) -> Path | None:
     """Return where a split's folder or list is; None for an absent test split, which training does without."""
-    place = expand(files, root, entry)
-    for candidate in (expand(files, root, spelling) for spelling in spellings(entry)):
-        if files.is_dir(candidate) or files.is_file(candidate):
-            return candidate
-    if split == "test":
-        return None
-    below = [expand(files, root, tail) for tail in tails(entry)]
-    likely = next((one for one in below if files.is_dir(one) or files.is_file(one)), None)
+    found = find_entry(root, entry, files)
+    if found is not None or split == "test":
+        return found
+    below = (files.expand(root, tail) for tail in tails(entry))
+    likely = next(filter(files.exists, below), None)
     hint = f" ({likely} is there)" if likely else ""
+    place = files.expand(root, entry)
     raise DataError(f"{yaml_path}: {split}: {place} does not exist; correct `{split}` or `path`{hint}")
 
 
-def _entries(value: Any) -> list[str]:
-    return [
-        item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item
-    ]
-
-
-def _read(path: Path, files: HostFiles) -> dict[str, Any]:
-    from starling.core.plain_yaml import NotYaml, load_yaml
+def _read(path: Path, files: HostFiles) -> NamedPlaces:
+    from starling.core.plain_yaml import MOST_BYTES, NotYaml, OtherYaml, load_mapping
 
     try:
-        raw = files.read(path, MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise DataError(f"{path}: over 1 MB, so no dataset description; give the dataset's YAML")
-        description = load_yaml(raw, path)
+        return NamedPlaces.of(path, load_mapping(files.read(path, MOST_BYTES + 1), path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except OtherYaml as error:
+        raise DataError(f"{path}: {error.problem}; give the dataset's YAML") from None
     except NotYaml as error:
         raise DataError(f"{path}{error.place}: not valid YAML: {error.problem}; correct the file") from None
-    if not isinstance(description, dict):
-        raise DataError(f"{path}: holds no `train:` and `val:`; give the dataset's YAML")
-    return description
+    except BadDescription as error:
+        value = "" if error.key is None else f" {error.key}={shown(repr(error.value))}:"
+        raise DataError(f"{path}:{value} {error.problem}") from None
 
 
 def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import starling.core.handover
-from launcher.engines.base import Mount, ReplicaSpec, ReplicaState, mask
+from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
 from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
 from launcher.hosts.ownership import labels
 from launcher.plan.env_file import read_env_file
 from launcher.plan.plan import Plan
 from launcher.sizes import format_cores, format_size
 from launcher.status.report import device_words
+from starling.core.redaction import masked
 
 
 def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[str]:
@@ -46,8 +47,10 @@ def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[st
             *_make_runs(plan.replicas[0]),
             *(run(spec, owner, env_files) for spec in plan.replicas),
         ]
-    if any(mask(word) != word for spec in plan.replicas for word in spec.command):
-        commands.insert(0, "# *** stands for a password: put it back in the command at the end of each line")
+    if any(masked(word) != word for spec in plan.replicas for word in spec.command):
+        commands.insert(
+            0, "# *** stands for a password or a token: put it back in the command at the end of each line"
+        )
     notes = [f"note: {note}" for note in plan.notes]
     wrong = [f"would fail now: {problem}".replace("\n", "\n  ") for problem in plan.problems]
     return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands, *notes, *wrong]
@@ -126,14 +129,14 @@ def _run(program: str, spec: ReplicaSpec, owner: int, env_files: Sequence[Path],
     for mount in spec.mounts:
         words += ["--mount", _mount(mount)]
     words += _environment(spec, env_files)
-    return shlex.join([*words, spec.image, *map(mask, spec.command)])
+    return shlex.join([*words, spec.image, *map(masked, spec.command)])
 
 
 def _process(spec: ReplicaSpec) -> str:
     """Return the shell line that runs the same process in a session of its own."""
     pin = ["taskset", "-c", format_cores(spec.cores)] if spec.cores else []
     settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
-    return shlex.join(["setsid", "env", *settings, *pin, *map(mask, spec.command)])
+    return shlex.join(["setsid", "env", *settings, *pin, *map(masked, spec.command)])
 
 
 def _environment(spec: ReplicaSpec, env_files: Sequence[Path]) -> list[str]:

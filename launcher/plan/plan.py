@@ -18,6 +18,7 @@ from launcher.plan.ddp import check_device_argument, check_together
 from launcher.plan.training_args import TrainingArgs
 from launcher.problems import Problems
 from launcher.sizes import GIB, MIB, format_size
+from starling.core.dataset import START
 
 DEFAULT_IMAGE = "starling:latest"
 RUNS_IN_IMAGE = "/usr/src/app/runs"
@@ -241,6 +242,7 @@ def _template(request: Request, placement: Placement, image_id: str, memory: int
             "STARLING_RUNS": placement.runs_inside,
             **({**_PRIVATE_ENVIRONMENT, "STARLING_IMAGE": image_id} if placement.isolated else {}),
             **placement.environment,
+            **({START: str(request.args.start)} if request.args.start else {}),
             **request.settings,
         },
         passed=request.passed,

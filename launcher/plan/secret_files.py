@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.engines.base import Mount
 from launcher.errors import UsageError
-from launcher.hosts.host_files import LOCAL, HostFiles, expand
+from launcher.hosts.host_files import LOCAL, HostFiles
 from launcher.plan.plan import Request
 
 PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
@@ -26,7 +26,7 @@ def with_secret_files(request: Request, files: HostFiles = LOCAL) -> Request:
     """
     passed, settings = dict(request.passed), dict(request.settings)
     if named := passed.get(CLEARML_FILE):
-        path = expand(files, files.start, named)
+        path = files.expand(files.start, named)
         if files.is_file(path):
             settings[CLEARML_FILE] = str(path)  # absolute, and no secret itself
             del passed[CLEARML_FILE]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.hosts.host_files import LOCAL, HostFiles, expand
-
-MOST_BYTES = 1024**2
-"""No space comes near; a larger file is something else."""
+from launcher.hosts.host_files import LOCAL, HostFiles
 
 
 def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]:
@@ -15,15 +12,15 @@ def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]
 
     What is wrong with the space is the trainer's to say: a file that cannot be read names nothing.
     """
-    from starling.core.plain_yaml import NotYaml, load_yaml
+    from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
 
     try:
-        space = load_yaml(files.read(yaml_path, MOST_BYTES))
+        space = load_mapping(files.read(yaml_path, MOST_BYTES + 1))
     except (OSError, NotYaml):
         return ()
-    names = space.get("cfg") if isinstance(space, dict) else None
+    names = space.get("cfg")
     found = (
-        files.real(expand(files, yaml_path.parent, name))
+        files.real(files.expand(yaml_path.parent, name))
         for name in (names if isinstance(names, list) else ())
         if isinstance(name, str) and name.endswith((".yaml", ".yml"))
     )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from launcher.engines.base import Mount
-from launcher.errors import CheckpointError, DataError, LauncherError, UsageError, suggest
-from launcher.hosts.host_files import LOCAL, HostFiles, expand
-from launcher.plan.dataset_yaml import read_dataset
+from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
+from launcher.hosts.host_files import LOCAL, HostFiles
+from launcher.plan.dataset_yaml import read_dataset, start_of_shipped
 from launcher.plan.space_yaml import space_layouts
 from launcher.problems import Problems
 from starling.core import package
+from starling.core.errors import suggest
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home, path_problem
 from starling.core.words import shown
@@ -75,6 +77,8 @@ class TrainingArgs:
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
     batch: int | None = None
     """Pictures in one iteration over all devices; None where it is a checkpoint's, or not a number."""
+    start: Path | None = None
+    """Where the dataset's root is looked for, if the YAML alone does not tell."""
 
     @property
     def fleet(self) -> str:
@@ -106,7 +110,7 @@ def prepare_args(
     study = values.get("--study")
     _refuse_password(study or "")
     _refuse_queue(values)
-    mounts, reads = _take_paths(values, cwd, isolated, files)
+    mounts, reads, start = _take_paths(values, cwd, isolated, files)
     _place_resume(values, cwd, runs, runs_inside, files)
     evolve = values.has("--evolve")
     project = _project(values, runs, "evolve" if evolve else "train")
@@ -128,25 +132,31 @@ def prepare_args(
         reads=reads,
         study=study,
         batch=_batch(values),
+        start=start,
     )
 
 
 def _take_paths(
     values: _Words, cwd: Path, isolated: bool, files: HostFiles
-) -> tuple[list[Mount], dict[Path, type[LauncherError]]]:
-    """Make the host's paths absolute, and return the mounts that they need and what training opens; raises all refusals."""
+) -> tuple[list[Mount], dict[Path, type[LauncherError]], Path | None]:
+    """Make the host's paths absolute; return the mounts that they need, what training opens, and where it starts.
+
+    Raises all refusals together.
+    """
     mounts: list[Mount] = []
     reads: dict[Path, type[LauncherError]] = {}
+    start: Path | None = None
     problems = Problems()
     for option in _MISSING:
         path = problems.check(_take_path, option, values, cwd, isolated, files)
-        named = path and problems.check(_named_by, option, path, files)
+        named = path and problems.check(_named_by, option, path, cwd, files)
         if path and named:
-            shown, opened = named
-            mounts += [Mount(source=str(item), target=str(item)) for item in (path, *shown)]
-            reads |= dict.fromkeys((path, *opened), _MISSING[option])
+            mounts += [Mount(source=str(item), target=str(item)) for item in (path, *named.shown)]
+            reads |= dict.fromkeys((path, *named.opened), _MISSING[option])
+            start = named.start or start
     problems.raise_any()
-    return mounts, reads
+    shipped = None if isolated else _shipped_dataset(values.get("--data"), reads)
+    return mounts, reads, start_of_shipped(shipped, cwd) if shipped else start
 
 
 def _take_path(option: str, values: _Words, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
@@ -165,13 +175,20 @@ def _take_path(option: str, values: _Words, cwd: Path, isolated: bool, files: Ho
     return path
 
 
-def _named_by(option: str, path: Path, files: HostFiles) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Return what else a file names that replicas must see, and what of that the training opens."""
+class _Named(NamedTuple):
+    """What else a file names: what replicas must see, what of that the training opens, and where it was looked for."""
+
+    shown: tuple[Path, ...] = ()
+    opened: tuple[Path, ...] = ()
+    start: Path | None = None
+
+
+def _named_by(option: str, path: Path, cwd: Path, files: HostFiles) -> _Named:
     if option == "--data":
-        dataset = read_dataset(path, files)
-        return dataset.folders, dataset.splits
+        dataset = read_dataset(path, files, cwd)
+        return _Named(dataset.folders, dataset.splits, dataset.start)
     layouts = space_layouts(path, files) if option == "--space" else ()
-    return layouts, layouts
+    return _Named(layouts, layouts)
 
 
 def _batch(values: _Words) -> int | None:
@@ -258,7 +275,7 @@ def _existing(option: str, given: str, cwd: Path, isolated: bool, files: HostFil
     """Return the absolute path of a file of the host, or None for one that the trainer brings or fetches."""
     if "://" in given:
         return None
-    path = expand(files, cwd, given)
+    path = files.expand(cwd, given)
     if files.is_file(path):
         if files is LOCAL and (wrong := _misplaced(option, path)):
             raise _MISSING[option](f"{option} {given}: {wrong}")
@@ -309,8 +326,20 @@ def _shipped(option: str) -> list[str]:
     """Return the names of the YAML files that the trainer carries for this option."""
     if option not in _SHIPPED_FOLDER:
         return []
-    folder = package.PARENT / "starling" / "config" / _SHIPPED_FOLDER[option]
-    return [path.name for path in folder.glob("*.yaml")]
+    return [path.name for path in _shipped_folder(option).glob("*.yaml")]
+
+
+def _shipped_folder(option: str) -> Path:
+    return package.PARENT / "starling" / "config" / _SHIPPED_FOLDER[option]
+
+
+def _shipped_dataset(given: str | None, found: Collection[Path]) -> Path | None:
+    """Return the description that the trainer carries, where `--data` names none of the files that were found."""
+    if not given or Path(given) in found or "://" in given:
+        return None
+    name = PurePosixPath(given).name
+    path = _shipped_folder("--data") / (name if name in _shipped("--data") else f"{name}.yaml")
+    return path if path.is_file() else None
 
 
 def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files: HostFiles) -> None:
@@ -318,7 +347,7 @@ def _place_resume(values: _Words, cwd: Path, runs: Path, runs_inside: str, files
     given = values.get("--resume")
     if not given or given == "latest":
         return
-    path = expand(files, cwd, given)
+    path = files.expand(cwd, given)
     if not files.is_file(path):
         raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
     if not path.is_relative_to(runs):

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.engines.base import ReplicaState
 from launcher.sizes import format_share, format_size
 from launcher.status.progress import Progress, Restarts
+from starling.core.errors import Exit
 
 COLUMNS = (
     *("replica", "device", "state", "candidate", "epoch", "img/s", "best", "time left"),
@@ -21,13 +22,13 @@ COLUMNS = (
 _LONGEST_REASON = 240
 """Characters of a trainer's own words in a line; `--json` has them all."""
 _EXITS = {
-    1: "error",
-    2: "usage or configuration error",
-    3: "data error",
-    4: "checkpoint error",
-    5: "engine error",
-    6: "disk full",
-    7: "GPU lost",
+    Exit.ERROR: "error",
+    Exit.USAGE: "usage or configuration error",
+    Exit.DATA: "data error",
+    Exit.CHECKPOINT: "checkpoint error",
+    Exit.SERVICE: "engine error",
+    Exit.DISK_FULL: "disk full",
+    Exit.GPU_LOST: "GPU lost",
     127: "command not found",
 }
 

@@ -7,7 +7,6 @@ followed, and only `<runs>/<project>/<name>` with a run's own files in it is eve
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -148,15 +147,15 @@ def _lock(run: RunFolder, holder: Folder, name: str, held: contextlib.ExitStack)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        free = try_flock(descriptor)
+    except OSError:
+        return  # a file system without locks
+    if not free:
         said = os.read(descriptor, 200).decode(errors="replace").strip().splitlines()
         who = printable(said[0]) if said else "a process"
         raise UsageError(
             f"{run.path}: is in use ({who} holds {holder.path.name}/{name}), so it stays; end that first"
-        ) from None
-    except OSError:
-        return  # a file system without locks
+        )
 
 
 def _changed(run: RunFolder) -> UsageError:

@@ -13,17 +13,12 @@ INDENT = "    "
 STATE = COLUMNS.index("state")
 STATE_WIDTH = 12
 """On a terminal of 120 columns, at most; longer words go on below."""
-DISPENSABLE = (
-    "restarts",
-    "CPU",
-    "candidate",
-    "best fitness",
-    "img/s",
-    "memory",
-    "GPU",
-    "time left",
-    "epoch",
-    "device",
+DISPENSABLE = tuple(
+    COLUMNS.index(name)
+    for name in (
+        *("restarts", "CPU", "candidate", "best", "img/s"),
+        *("memory", "GPU", "time left", "epoch", "device"),
+    )
 )
 """Which columns give way on a narrow terminal, the first one first."""
 
@@ -63,15 +58,15 @@ def _fit(cells: Sequence[Sequence[str]], widths: list[int], width: int) -> list[
     """Choose the columns for a terminal, and give the state what is left over."""
     shown = [
         column
-        for column, name in enumerate(COLUMNS)
-        if name not in DISPENSABLE or any(line[column] != "-" for line in cells[1:])
+        for column in range(len(COLUMNS))
+        if column not in DISPENSABLE or any(line[column] != "-" for line in cells[1:])
     ]
     longest = widths[STATE]
     widths[STATE] = min(longest, STATE_WIDTH)
-    for name in DISPENSABLE:
+    for dispensable in DISPENSABLE:
         if _total(shown, widths) <= width:
             break
-        shown = [column for column in shown if COLUMNS[column] != name]
+        shown = [column for column in shown if column != dispensable]
     left = width - _total(shown, widths)
     widths[STATE] = max(min(longest, widths[STATE] + left), 8)
     return shown

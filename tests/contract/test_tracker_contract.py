@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from starling.cli import track
-from starling.outputs.redaction import without_credentials
+from starling.core.redaction import without_credentials
 from starling.outputs.run_dir import RunDir
 from starling.progress import Silence
 from starling.tracking import process as bridge_process

@@ -13,7 +13,8 @@ from starling.config.hyp import Hyp
 from starling.config.shipped import SHIPPED, find_config
 from starling.config.train_config import TrainConfig
 from starling.config.train_flags import build_parser, parse_args
-from starling.config.yaml_reader import MAX_BYTES, read_yaml, write_yaml
+from starling.config.yaml_reader import read_yaml, write_yaml
+from starling.core.plain_yaml import MOST_BYTES
 from starling.errors import ConfigError, DataError, StarlingError, UsageError
 
 
@@ -34,7 +35,7 @@ def yaml_file(tmp_path: Path, content: str | bytes) -> Path:
         (b"a: \xff\xfe", "UTF-8"),
         ("1: one", "must be text"),
         ("[" * 200, "nested"),
-        ("a: 1\n" + "# long\n" * (MAX_BYTES // 4), "larger than"),
+        ("a: 1\n" + "# long\n" * (MOST_BYTES // 4), "larger than"),
         ("? [a, b]\n: 1", "key"),
     ],
 )

@@ -21,6 +21,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from launcher.hosts.host_lock import host_lock
+"".encode("unicode_escape")  # a codec is a module too
 os.umask(0o077)
 if len(sys.argv) > 4: os.setuid(int(sys.argv[4]))  # here, as the interpreter may be root's alone
 with host_lock(lambda line: print(line, flush=True), folders=[Path(sys.argv[1])], wait_s=float(sys.argv[2])):

@@ -123,3 +123,38 @@ def test_no_folder_holds_more_modules_than_a_reader_takes_in(package: str) -> No
             counts[str(path.parent)] = counts.get(str(path.parent), 0) + 1
     crowded = {folder: count for folder, count in counts.items() if count > MOST_MODULES[package]}
     assert crowded == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [("flock", "starling.core.lock"), ("lockf", None), ("get_close_matches", "starling.core.errors")],
+)
+def test_what_both_packages_need_is_called_in_one_place(name: str, home: str | None) -> None:
+    callers = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and (getattr(node.func, "attr", None) == name or getattr(node.func, "id", None) == name)
+    }
+    assert callers == ({home} if home else set())
+
+
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        ("random/boot_id", "starling.core.process"),
+        ("/sys/fs/cgroup", "starling.core.cgroups"),
+        ("oom_kill", "starling.core.cgroups"),
+    ],
+)
+def test_what_the_kernel_tells_is_read_in_one_place(words: str, home: str) -> None:
+    readers = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (node.value == words or node.value.endswith(words))
+    }
+    assert readers == {home}

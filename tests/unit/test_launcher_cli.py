@@ -18,6 +18,7 @@ from launcher.cli.up_steps import OWN_OPTIONS
 from launcher.engines.local import supervisor
 from launcher.engines.local.local import LocalEngine
 from starling.config.train_flags import FLAGS
+from starling.core.process import stat_of
 from tests.conftest import PYTHON_PATH
 from tests.unit.test_supervise import wait_until
 
@@ -179,7 +180,9 @@ def test_a_forged_or_stale_record_never_ends_another_process(tmp_path: Path, run
     original = path.read_text()
     record = json.loads(original)
     try:
-        for pid, start in ((bystander.pid, supervisor.start_time(bystander.pid)), (record["pid"], 1)):
+        stat = stat_of(bystander.pid)
+        assert stat is not None
+        for pid, start in ((bystander.pid, stat.start), (record["pid"], 1)):
             path.write_text(json.dumps({**record, "pid": pid, "start_time": start}))
             [state] = running.list()
             assert state.phase == "exited"

@@ -162,7 +162,7 @@ def write_process(
     folder.mkdir(parents=True)
     (folder / "status").write_text(f"Name:\tpython\nPid:\t{pid}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t0\n")
     (folder / "cgroup").write_text(cgroup)
-    (folder / "stat").write_text(f"{pid} (a (odd) name) S {parent} {pid} {pid} 0 -1")
+    (folder / "stat").write_text(f"{pid} (a (odd) name) S {parent} {pid} {pid} 0 -1" + " 0" * 44)
     (folder / "cmdline").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in command))
 
 

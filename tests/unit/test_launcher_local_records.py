@@ -13,10 +13,11 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.local import supervisor
-from launcher.engines.local.local import FOLDER, LocalEngine, _boot_id
+from launcher.engines.local.local import FOLDER, LocalEngine
 from launcher.engines.local.log import read_log
 from launcher.errors import EngineError, NameTaken
 from launcher.hosts.ownership import labels
+from starling.core.process import boot_id
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes another user's files")
 STRANGER = 12345
@@ -106,7 +107,7 @@ def test_a_record_that_somebody_else_wrote_in_the_owners_name_is_not_believed(ru
     (runs / FOLDER).mkdir()
     path = runs / FOLDER / "r.json"
     path.write_text(
-        json.dumps({"id": "x", "labels": found, "created": 0, "boot": _boot_id(), "pid": 2, "start_time": 0})
+        json.dumps({"id": "x", "labels": found, "created": 0, "boot": boot_id(), "pid": 2, "start_time": 0})
     )
     assert [state.name for state in engine.list()] == ["r"]
     os.chown(path, STRANGER, STRANGER)

@@ -381,3 +381,32 @@ def test_an_env_file_gives_values_and_bare_names(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r":2: not NAME=value") as caught:
         read_env_file(path, {})
     assert "hunter" not in str(caught.value)
+
+
+def test_on_a_narrow_terminal_the_columns_give_way_in_their_order() -> None:
+    progress = Progress(candidate="7", epoch=3, epochs=10, images_per_s=811.6, best_fitness=0.5, eta_s=3900)
+    running = Row(
+        replace(STATE, phase="running"),
+        progress,
+        Restarts(done=1),
+        Figures(memory_bytes=GIB, cpu_percent=100, gpu_percent=50),
+    )
+    assert "0.5000" in lay_out([running], 0.0, 100)[1].text
+    seen = []
+    for width in range(120, 20, -1):
+        heading = lay_out([running], 0.0, width)[0].text
+        gone = [name for name in COLUMNS if name not in heading and name not in seen]
+        assert len(gone) <= 1
+        seen += gone
+    assert seen == [
+        "restarts",
+        "CPU",
+        "candidate",
+        "best",
+        "img/s",
+        "memory",
+        "GPU",
+        "time left",
+        "epoch",
+        "device",
+    ]

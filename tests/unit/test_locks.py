@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from starling.core.lock import is_at, take, try_flock
+from launcher.hosts.host_lock import host_lock, lock_path
+from starling.core.lock import is_at, lock_own, take, try_flock, wait_for
 from starling.data.fetch.download import only_one
 from starling.errors import UsageError
 from starling.outputs.run_lock import LOCK as RUN_LOCK
@@ -108,3 +111,57 @@ def test_a_lock_is_given_only_on_the_file_that_the_path_names(tmp_path: Path) ->
     assert len(opened) == 2
     assert is_at(descriptor, path)
     os.close(descriptor)
+
+
+def test_who_waits_hears_of_it_once_or_again_and_gives_up_at_the_limit(tmp_path: Path) -> None:
+    said: list[float] = []
+
+    def tell() -> None:
+        said.append(time.monotonic())
+
+    with open(tmp_path / "lock", "w") as mine, open(tmp_path / "lock") as other:
+        lock_own(mine.fileno())
+
+        def attempt() -> bool:
+            return try_flock(other.fileno())
+
+        began = time.monotonic()
+        assert not wait_for(attempt, limit_s=0.3, tell=tell)
+        assert 0.3 <= time.monotonic() - began < 2
+        assert len(said) == 1
+        assert not wait_for(attempt, limit_s=0.3, tell=tell, patience_s=0.1, again_s=0.05, poll_s=0.01)
+        assert said[1] - began >= 0.4
+        assert len(said) > 3
+        assert not wait_for(attempt, limit_s=0, tell=tell, patience_s=0)
+        with pytest.raises(BlockingIOError):
+            lock_own(other.fileno())
+        threading.Timer(0.2, lambda: fcntl.flock(mine, fcntl.LOCK_UN)).start()
+        assert wait_for(attempt)
+
+
+def test_a_shared_lock_goes_with_others_and_excludes_the_exclusive_one(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock") as one, open(tmp_path / "lock") as two, open(tmp_path / "lock") as three:
+        assert try_flock(one.fileno(), shared=True)
+        assert try_flock(two.fileno(), shared=True)
+        assert not try_flock(three.fileno())
+
+
+def test_a_machine_lock_whose_file_was_removed_lets_who_waited_lock_the_new_one(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    inside = threading.Event()
+    said: list[str] = []
+
+    def enter() -> None:
+        with host_lock(said.append, folders=[tmp_path], wait_s=10):
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    with host_lock(print, folders=[tmp_path]):
+        thread.start()
+        while not said:
+            time.sleep(0.01)
+        lock_path([tmp_path]).unlink()
+    assert inside.wait(10)
+    thread.join()
+    assert lock_path([tmp_path]).is_file()

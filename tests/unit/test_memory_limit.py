@@ -13,6 +13,7 @@ import pytest
 from launcher.engines.local import memory_limit
 from launcher.engines.local.memory_limit import MemoryLimit
 from launcher.sizes import MIB
+from starling.core.cgroups import count_oom_kills
 
 HOG = "import time; x = bytearray(b'x' * 150_000_000); time.sleep(60)"
 WATCHER = f"""
@@ -63,16 +64,16 @@ def test_a_cgroup_of_version_2_is_made_beside_ours_and_only_where_that_keeps_eve
     own = tmp_path / "user.slice" / "session-1.scope"
     own.mkdir(parents=True)
     (tmp_path / "cgroup.controllers").write_text("memory pids")
-    monkeypatch.setattr(memory_limit, "_own_cgroups", lambda: [["0", "", "/user.slice/session-1.scope"]])
+    monkeypatch.setattr(memory_limit, "_own_cgroups", lambda: "0::/user.slice/session-1.scope")
     assert memory_limit.make_cgroup("a", 64 * MIB, str(tmp_path)) is None, "memory is not handed down"
     (own.parent / "cgroup.subtree_control").write_text("cpu memory")
     made = memory_limit.make_cgroup("a", 64 * MIB, str(tmp_path))
     assert made == str(own.parent / "a")
     assert (own.parent / "a" / "memory.max").read_text() == str(64 * MIB)
     assert (own.parent / "a" / "memory.swap.max").read_text() == "0"
-    assert memory_limit.count_kills(made) == 0
+    assert count_oom_kills(Path(made)) is None
     (own.parent / "a" / "memory.events").write_text("oom 3\noom_kill 2\n")
-    assert memory_limit.count_kills(made) == 2
+    assert count_oom_kills(Path(made)) == 2
     (own / "memory.max").write_text("1000000")
     assert memory_limit.make_cgroup("b", 64 * MIB, str(tmp_path)) is None, (
         "a sibling would escape our own limit"

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from starling.cli import data as data_command
-from starling.core.limits import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.cgroups import container_cpu_count, container_memory_limit, container_memory_used
 from starling.data.cache import pixel_folder, resized
 from starling.data.cache.pixel_folder import MARGIN, kept_files, remove_idle
 from starling.data.cache.store import ImageStore, StoreMode

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from starling.core.cgroups import own_oom_kills
 from starling.outputs.restarts import RestartRecord, unfinished_run
-from starling.supervise import KILLS_FILE, End, RestartPolicy, kernel_kills, oom_kills
+from starling.supervise import KILLS_FILE, End, RestartPolicy, oom_kills
 from tests.conftest import REPOSITORY
 
 REPLICA = "a-b-cpu0"
@@ -199,9 +200,9 @@ def test_kills_for_memory_are_counted_by_either_version_of_cgroups(
     counts = tmp_path / "fs" / file
     counts.parent.mkdir(parents=True)
     counts.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
-    assert kernel_kills(tmp_path / "cgroup", tmp_path / "fs") == 2
+    assert own_oom_kills(tmp_path / "cgroup", tmp_path / "fs") == 2
     counts.unlink()
-    assert kernel_kills(tmp_path / "cgroup", tmp_path / "fs") == 0
+    assert own_oom_kills(tmp_path / "cgroup", tmp_path / "fs") == 0
 
 
 def test_an_engine_that_kills_for_memory_itself_is_believed(

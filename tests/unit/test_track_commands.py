@@ -10,7 +10,7 @@ import pytest
 
 from starling import settings
 from starling.cli import track
-from starling.outputs.redaction import Redaction, without_credentials
+from starling.core.redaction import Redaction, without_credentials
 from starling.tracking.delivery import Bridge
 from starling.tracking.events import EventLog
 from starling.tracking.tensorboard import TensorBoardTracker

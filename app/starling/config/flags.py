@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, Self
 
+from starling.core.errors import suggest
 from starling.core.paths import impossible
-from starling.errors import UsageError, suggest
+from starling.errors import UsageError
 
 
 class Flag:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from starling.errors import ConfigError, UsageError, suggest
+from starling.core.errors import suggest
+from starling.errors import ConfigError, UsageError
 
 _FRACTIONS = (
     "hsv_h",

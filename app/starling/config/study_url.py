@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from starling.errors import UsageError, suggest
+from starling.core.errors import suggest
+from starling.errors import UsageError
 
 SCHEMES = ("postgresql", "postgres")
 PASSWORD_FILE_VARIABLE = "STARLING_STUDY_PASSWORD_FILE"

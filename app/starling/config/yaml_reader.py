@@ -9,14 +9,11 @@ from typing import Any
 import yaml
 
 from starling.core.budget import BudgetExceeded
-from starling.core.plain_yaml import NotYaml, load_yaml
+from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
 from starling.core.regular_file import read_regular
-from starling.core.words import printable, shown
+from starling.core.words import printable
 from starling.errors import StarlingError, UsageError, readable
 from starling.outputs.atomic import write_atomic
-
-MAX_BYTES = 256 * 1024
-"""Real descriptions stay below 40 KB; what is larger is not a configuration."""
 
 
 def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[str, Any]:
@@ -27,23 +24,17 @@ def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[
     """
     try:
         with readable(unreadable):
-            content = read_regular(path, MAX_BYTES)
+            content = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise unreadable(f"{printable(path)}: cannot be read: {error.strerror}; check the path") from None
     except BudgetExceeded:
         raise UsageError(
-            f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a configuration; check the path"
+            f"{path}: larger than {MOST_BYTES // 1024} KiB, so not a configuration; check the path"
         ) from None
     try:
-        value = load_yaml(content, path)
+        return load_mapping(content, path)
     except NotYaml as error:
         raise UsageError(f"{path}{error.place}: {error.problem}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: must hold `key: value` lines, found {type(value).__name__}")
-    for key in value:
-        if not isinstance(key, str):
-            raise UsageError(f"{path}: the key {shown(repr(key))} must be text")
-    return value
 
 
 def write_yaml(path: Path, mapping: Mapping[str, Any], *, comment: str = "") -> None:

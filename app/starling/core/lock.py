@@ -1,7 +1,8 @@
-"""Locks of the kernel on files: who gets one has the file that its path names, even where somebody removed it meanwhile.
+"""The locks of the project: the kernel's, on files and folders; they end with their holder.
 
-A `flock` belongs to an open file, not to a name. Whoever waits for the lock of a file that is removed, and then gets
-it, would share it with nobody: others make a new file of that name and lock that one.
+Who gets one has the file that its path names, even where somebody removed it meanwhile: a `flock` belongs to an open
+file, not to a name. Whoever waits for the lock of a file that is removed, and then gets it, would share it with nobody:
+others make a new file of that name and lock that one.
 """
 
 from __future__ import annotations
@@ -10,22 +11,59 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+POLL_S = 0.05
+_FIRST_PAUSE_S = 0.001
 _ROUNDS = 100
 """So often is a lock begun anew whose file has gone; more is a volume that cannot tell files apart."""
+_NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 Open = Callable[[], int]
 Take = Callable[[int], bool]
 
 
-def try_flock(descriptor: int) -> bool:
-    """Take the exclusive lock of an open file if nobody else has it; return whether."""
+def try_flock(descriptor: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file if nobody else has it; return whether. A `shared` one goes with others of its kind."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    return True
+
+
+def lock_own(descriptor: int) -> None:
+    """Lock a file that this process has just made. Raises OSError where its file system has no locks, or another was quicker."""
+    if not try_flock(descriptor):
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it")
+
+
+def wait_for(
+    take: Callable[[], bool],
+    *,
+    limit_s: float | None = None,
+    tell: Callable[[], object] | None = None,
+    patience_s: float = 0.0,
+    again_s: float | None = None,
+    poll_s: float = POLL_S,
+) -> bool:
+    """Try `take` until it has the lock, at most every `poll_s`; return whether it got it within `limit_s` (None: no limit).
+
+    Who waits for longer than `patience_s` hears of it by `tell`: once, or again after each `again_s`.
+    """
+    began, pause = time.monotonic(), min(_FIRST_PAUSE_S, poll_s)
+    tell_at: float | None = began + patience_s
+    while not take():
+        now = time.monotonic()
+        if limit_s is not None and now - began >= limit_s:
+            return False
+        if tell is not None and tell_at is not None and now >= tell_at:
+            tell()
+            tell_at = None if again_s is None else now + again_s
+        time.sleep(pause)
+        pause = min(pause * 2, poll_s)
     return True
 
 
@@ -59,14 +97,14 @@ def take(path: Path, open_file: Open, acquire: Take = try_flock) -> tuple[int, b
 def take_folder(open_folder: Open, acquire: Take = try_flock) -> tuple[int, bool]:
     """Lock a folder itself, as a second lock beside a file in it which somebody might remove.
 
-    `open_folder` returns a new descriptor of the folder. Returns a descriptor, and whether the lock was got. On a volume that locks no folders (NFS) it counts as got: there
-    the file is the only lock.
+    `open_folder` returns a new descriptor of the folder. Returns a descriptor, and whether the lock was got. On a volume
+    that locks no folders (NFS) it counts as got: there the file is the only lock.
     """
     descriptor = open_folder()
     try:
         return descriptor, acquire(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _NO_LOCKS:
             os.close(descriptor)
             raise
         return descriptor, True
@@ -74,3 +112,13 @@ def take_folder(open_folder: Open, acquire: Take = try_flock) -> tuple[int, bool
         with contextlib.suppress(OSError):
             os.close(descriptor)
         raise
+
+
+@contextlib.contextmanager
+def held(path: Path, open_file: Open, acquire: Take = try_flock) -> Iterator[bool]:
+    """Hold what `take` takes while the block runs; yields whether the lock was got."""
+    descriptor, got = take(path, open_file, acquire)
+    try:
+        yield got
+    finally:
+        os.close(descriptor)

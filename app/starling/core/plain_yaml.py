@@ -1,13 +1,14 @@
 """YAML of others as plain data: no objects, no aliases, no duplicate keys, bounded depth, and one kind of error.
 
 PyYAML raises nearly anything for a value that its tag does not fit (`!!timestamp x`), builds whole numbers of any
-length, and lets merge keys and aliases unfold without end. Both packages read through the two functions here.
+length, and lets merge keys and aliases unfold without end. Both packages read through the functions here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,10 @@ import yaml
 from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 
+MOST_BYTES = 256 * 1024
+"""Real files of settings and descriptions stay below 40 KB; what is larger is something else."""
 MAX_LEVELS = 32
+_MOST_WRITTEN_LEVELS = 16
 _MOST_WHOLE_BITS = 64
 _MOST_WHOLE_CHARACTERS = 80
 """64 binary digits with their underscores; a conversion takes time with the square of the length."""
@@ -35,6 +39,87 @@ class NotYaml(Exception):
     def place(self) -> str:
         """The line as it follows a path: `:7`, or nothing."""
         return "" if self.line is None else f":{self.line}"
+
+
+class OtherYaml(NotYaml):
+    """YAML that is read well, and is not what was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Value:
+    """A value as it is written: a text, a list, a mapping, or nothing.
+
+    Texts are never turned into numbers or dates here: what `1000:1000` or `1e-3` means is its reader's to say.
+    """
+
+    line: int
+    text: str | None = None
+    quoted: bool = False
+    items: tuple[Value, ...] | None = None
+    fields: dict[str, Value] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is said: `key:` or `key: null`."""
+        return (
+            self.items is None
+            and self.fields is None
+            and not self.quoted
+            and self.text in ("", "~", "null", "Null", "NULL", None)
+        )
+
+    @property
+    def boolean(self) -> bool | None:
+        """The truth that a plain `true` or `false` says; None for anything else."""
+        if self.quoted or self.text is None:
+            return None
+        return {"true": True, "false": False}.get(self.text.lower())
+
+    @property
+    def kind(self) -> str:
+        """What it is, for messages."""
+        return "a list" if self.items is not None else "a mapping" if self.fields is not None else "a text"
+
+
+def load_mapping(content: bytes, path: Path | str = "FILE") -> dict[str, Any]:
+    """Return the mapping with text keys that a file of at most MOST_BYTES holds. Raises NotYaml."""
+    if len(content) > MOST_BYTES:
+        raise OtherYaml(f"larger than {MOST_BYTES // 1024} KiB, so not a configuration; check the path")
+    value = load_yaml(content, path)
+    if not isinstance(value, dict):
+        raise OtherYaml(f"must hold `key: value` lines, found {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise OtherYaml(f"the key {shown(repr(key))} must be text")
+    return value
+
+
+def written_mapping(content: bytes, path: Path | str = "FILE") -> dict[str, Value]:
+    """Return the mapping that a file holds as it is written, with its lines; an empty one for comments only. Raises NotYaml."""
+    node = compose_yaml(content, path, _MOST_WRITTEN_LEVELS)
+    value = None if node is None else _written(node)
+    if value is None or value.empty:
+        return {}
+    if value.fields is None:
+        raise OtherYaml(f"must hold `key: value` lines, found {value.kind}", value.line)
+    return value.fields
+
+
+def _written(node: Any) -> Value:
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        return Value(line=line, text=node.value, quoted=node.style is not None)
+    if isinstance(node, yaml.SequenceNode):
+        return Value(line=line, items=tuple(map(_written, node.value)))
+    fields: dict[str, Value] = {}
+    for key, value in node.value:
+        key_line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise OtherYaml("a key must be a plain word", key_line)
+        if key.value in fields:
+            raise OtherYaml(f"the key {shown(repr(key.value))} stands twice; keep one of them", key_line)
+        fields[key.value] = _written(value)
+    return Value(line=line, fields=fields)
 
 
 def load_yaml(content: bytes, path: Path | str = "FILE") -> Any:

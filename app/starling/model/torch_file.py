@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
-from starling.core.bounded_zip import open_zip
+from starling.core.archives.bounded_zip import open_zip
 from starling.core.budget import BudgetExceeded
 from starling.core.regular_file import open_regular
 from starling.errors import CheckpointError

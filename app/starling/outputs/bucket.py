@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from starling.errors import UsageError, suggest
+from starling.core.errors import suggest
+from starling.errors import UsageError
 
 DRIVERS: dict[str, str | None] = {
     "gs": "gcsfs",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from starling.core.process import stat_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,10 @@ class ProcessIdentity:
 
 def _start_of(pid: int) -> str | None:
     """Return the start time of a running process, or None."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    stat = stat_of(pid)
+    if stat is None:
         return _start_without_proc(pid)
-    # The command stands in brackets and may hold spaces and brackets itself.
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
+    return None if stat.ended else str(stat.start)
 
 
 def _start_without_proc(pid: int) -> str | None:

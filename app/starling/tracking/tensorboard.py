@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.paths import real_path
+from starling.core.redaction import without_credentials
 from starling.errors import refusal
 from starling.outputs.folders import is_file, names_in, open_file, read_file
-from starling.outputs.redaction import without_credentials
 from starling.tracking.tracker import (
     DatasetInput,
     ModelFile,

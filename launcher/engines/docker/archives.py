@@ -8,9 +8,9 @@ from typing import Any
 
 import docker.errors
 
+from starling.core.archives.tar_reader import HEADER_BYTES, TarReader
+from starling.core.archives.unpacked_stream import DamagedArchive
 from starling.core.budget import Budget, BudgetExceeded
-from starling.core.tar_reader import HEADER_BYTES, TarReader
-from starling.core.unpacked_stream import DamagedArchive
 
 
 def read_archived_file(api: Any, container: str, path: str, most_bytes: int) -> bytes:

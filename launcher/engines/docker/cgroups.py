@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.engines.base import Usage
+from starling.core.cgroups import MOUNT, Group, groups_of
 
-PROC, ROOT = Path("/proc"), Path("/sys/fs/cgroup")
+PROC, ROOT = Path("/proc"), MOUNT
 
 Read = Callable[[Path], str]
 """Returns a file's text; raises OSError."""
@@ -30,14 +31,16 @@ def read_usage(pid: int, name: str, proc: Path = PROC, root: Path = ROOT) -> Usa
 def usage_in(groups: str, name: str, read: Read, root: Path = ROOT) -> Usage | None:
     """Return what the groups use that a process's `cgroup` file lists, as far as they have `name` in their path."""
     memory = cpu = None
-    for controllers, below in _groups(groups, name):
-        if not controllers:
-            memory = _memory_v2(root / below, read) if memory is None else memory
-            cpu = _cpu_v2(root / below, read) if cpu is None else cpu
-        elif "memory" in controllers.split(","):
-            memory = _memory_v1(root / "memory" / below, read)
-        elif "cpuacct" in controllers.split(","):
-            cpu = _cpu_v1(root, controllers, below, read)
+    for group in _named(groups, name, "memory", root):
+        if group.version == 1:
+            memory = _without_cache(group.folder, "memory.usage_in_bytes", "total_inactive_file", read)
+        elif memory is None:
+            memory = _without_cache(group.folder, "memory.current", "inactive_file", read)
+    for group in _named(groups, name, "cpuacct", root):
+        if group.version == 1:
+            cpu = _cpu_v1(group, read)
+        elif cpu is None:
+            cpu = _cpu_v2(group.folder, read)
     if memory is None and cpu is None:
         return None
     return Usage(memory_bytes=memory, cpu_s=cpu, at=time.monotonic())
@@ -46,30 +49,17 @@ def usage_in(groups: str, name: str, read: Read, root: Path = ROOT) -> Usage | N
 def files_of(groups: str, name: str, root: Path = ROOT) -> list[Path]:
     """Return the files that `usage_in` may read, for a machine whose files are fetched all at once."""
     files: list[Path] = []
-    for controllers, below in _groups(groups, name):
-        if not controllers:
-            files += [root / below / file for file in ("memory.current", "memory.stat", "cpu.stat")]
-        elif "memory" in controllers.split(","):
-            files += [root / "memory" / below / file for file in ("memory.usage_in_bytes", "memory.stat")]
-        elif "cpuacct" in controllers.split(","):
-            files += [root / mount / below / "cpuacct.usage" for mount in _cpu_mounts(controllers)]
+    for group in _named(groups, name, "memory", root):
+        used = "memory.usage_in_bytes" if group.version == 1 else "memory.current"
+        files += [group.folder / used, group.folder / "memory.stat"]
+    for group in _named(groups, name, "cpuacct", root):
+        files += _cpu_files_v1(group) if group.version == 1 else [group.folder / "cpu.stat"]
     return files
 
 
-def _groups(text: str, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the controllers of each group that has `name` in its path, and that path below the controllers' root."""
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if name in path:
-            yield controllers, path.lstrip("/")
-
-
-def _memory_v1(folder: Path, read: Read) -> int | None:
-    return _without_cache(folder, "memory.usage_in_bytes", "total_inactive_file", read)
-
-
-def _memory_v2(folder: Path, read: Read) -> int | None:
-    return _without_cache(folder, "memory.current", "inactive_file", read)
+def _named(text: str, name: str, controller: str, root: Path) -> Iterator[Group]:
+    """Yield the groups for a controller that have `name` in their path."""
+    return (group for group in groups_of(text, controller, root) if name in str(group.folder))
 
 
 def _without_cache(folder: Path, total: str, cache: str, read: Read) -> int | None:
@@ -82,17 +72,19 @@ def _without_cache(folder: Path, total: str, cache: str, read: Read) -> int | No
     return max(used - cached, 0)
 
 
-def _cpu_v1(root: Path, controllers: str, below: str, read: Read) -> float | None:
-    for mount in _cpu_mounts(controllers):
+def _cpu_v1(group: Group, read: Read) -> float | None:
+    for file in _cpu_files_v1(group):
         try:
-            return int(read(root / mount / below / "cpuacct.usage")) / 1e9
+            return int(read(file)) / 1e9
         except (OSError, ValueError):
             continue
     return None
 
 
-def _cpu_mounts(controllers: str) -> tuple[str, ...]:
-    return ("cpuacct", controllers)
+def _cpu_files_v1(group: Group) -> list[Path]:
+    """Return where the file may be: some machines mount the hierarchy under all its controllers' names."""
+    below = group.folder.relative_to(group.base)
+    return [base / below / "cpuacct.usage" for base in (group.base, group.base.parent / group.controllers)]
 
 
 def _cpu_v2(folder: Path, read: Read) -> float | None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.engines.base import mask
 from launcher.engines.docker.api import (
     Api,
     SdkApi,
@@ -20,6 +19,7 @@ from launcher.engines.docker.api import (
 )
 from launcher.errors import EngineError
 from launcher.hosts.reach import box, engine_address
+from starling.core.redaction import masked
 
 ANSWER_TIMEOUT_S = 3.0
 """A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
@@ -121,7 +121,7 @@ class Connection:
             reason = _reason(error)
             if reason == _NO_SOCKET and self._socket:
                 reason = f"no socket at {self._socket}"
-            where = "" if self._socket else f" at {mask(self._address or engine_address())}"
+            where = "" if self._socket else f" at {masked(self._address or engine_address())}"
             denied = self._denied() if reason == _DENIED else ""
             raise EngineError(denied or f"{title}{where} does not answer ({reason}); {remedy}") from error
 

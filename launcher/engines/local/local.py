@@ -39,6 +39,7 @@ from launcher.hosts.ownership import (
 )
 from starling.core.folder import Folder
 from starling.core.plain_json import parse_json
+from starling.core.process import boot_id, stat_of
 
 FOLDER = ".launcher"
 MOST_RECORD_BYTES = 4 * 1024**2
@@ -156,7 +157,7 @@ class LocalEngine:
                 id=record.id,
                 labels=record.labels,
                 created=record.created,
-                boot=_boot_id(),
+                boot=boot_id(),
                 pid=pid,
                 start_time=start_time,
                 started=time.time(),
@@ -363,20 +364,14 @@ def _alive(record: _Record) -> bool:
     It must be a supervisor too: replicas can write below the runs folder, and a forged record must not be able to
     point at somebody else's process. A zombie has no command line, so it counts as ended.
     """
-    if not record.pid or record.boot != _boot_id():
+    if not record.pid or record.boot != boot_id():
         return False
     try:
         words = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
-        return (
-            os.fsencode(supervisor.__file__) in words
-            and supervisor.start_time(record.pid) == record.start_time
-        )
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return False
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    stat = stat_of(record.pid)
+    return os.fsencode(supervisor.__file__) in words and stat is not None and stat.start == record.start_time
 
 
 def _dump(record: _Record) -> str:

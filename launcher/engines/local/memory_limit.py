@@ -1,6 +1,6 @@
 """Bound the memory of one local replica: by a cgroup where one can be made, else by looking at its processes.
 
-The supervisor loads it by path, so it needs the standard library only. A resource limit (`ulimit`) would be no bound on
+The supervisor loads it by path, so it needs the standard library and the ground floor only. A resource limit (`ulimit`) would be no bound on
 a replica: it counts each process by itself, and address space that torch and CUDA reserve and never touch.
 """
 
@@ -11,8 +11,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-CGROUPS = "/sys/fs/cgroup"
+from starling.core.cgroups import MOUNT, OWN, count_oom_kills, groups_of
+from starling.core.process import all_stats
+
+CGROUPS = str(MOUNT)
 LOOK_S = 0.25
 """Between two looks at a replica without a cgroup; what it takes in that time can exceed the limit."""
 
@@ -37,7 +41,7 @@ class MemoryLimit:
     @property
     def oom_killed(self) -> bool:
         """Whether a process was killed for want of memory."""
-        return self._killed + (count_kills(self._cgroup) if self._cgroup else 0) > 0
+        return self._killed + (count_oom_kills(Path(self._cgroup)) or 0 if self._cgroup else 0) > 0
 
     def enter(self) -> None:
         """Put the calling process, and all that it will start, under the limit: between fork and exec."""
@@ -86,22 +90,22 @@ def make_cgroup(name: str, limit: int, root: str = CGROUPS) -> str | None:
 
 def _places(root: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the folders in which a cgroup may be made, with the settings that make a limit there."""
-    for _, controllers, path in _own_cgroups():
-        if "memory" in controllers.split(","):
-            own = os.path.join(root, "memory", path.lstrip("/"))
+    for group in groups_of(_own_cgroups(), "memory", Path(root)):
+        own = str(group.folder)
+        if group.version == 1:
             yield own, {"memory.limit_in_bytes": "{}", "memory.memsw.limit_in_bytes": "{}"}
-        elif not controllers and os.path.exists(os.path.join(root, "cgroup.controllers")):
-            own = os.path.join(root, path.lstrip("/"))
-            # With processes of its own a cgroup cannot limit its children, so a sibling it is: under the same limits
-            # but this process's own, and therefore only where there is none.
-            if _read(os.path.join(own, "memory.max")) in ("max", ""):
-                parent = own if path == "/" else os.path.dirname(own)
-                if "memory" in _read(os.path.join(parent, "cgroup.subtree_control")).split():
-                    yield parent, {"memory.max": "{}", "memory.swap.max": "0"}
+            continue
+        # With processes of its own a cgroup cannot limit its children, so a sibling it is: under the same limits
+        # but this process's own, and therefore only where there is none.
+        mounted = os.path.exists(os.path.join(root, "cgroup.controllers"))
+        if mounted and _read(os.path.join(own, "memory.max")) in ("max", ""):
+            parent = own if group.folder == group.base else os.path.dirname(own)
+            if "memory" in _read(os.path.join(parent, "cgroup.subtree_control")).split():
+                yield parent, {"memory.max": "{}", "memory.swap.max": "0"}
 
 
-def _own_cgroups() -> list[list[str]]:
-    return [line.split(":", 2) for line in _read("/proc/self/cgroup").splitlines()]
+def _own_cgroups() -> str:
+    return _read(str(OWN))
 
 
 def _can_enter(cgroup: str) -> bool:
@@ -114,15 +118,6 @@ def _can_enter(cgroup: str) -> bool:
             os._exit(1)
         os._exit(0)
     return os.waitpid(pid, 0)[1] == 0
-
-
-def count_kills(cgroup: str) -> int:
-    """Return how many processes of a cgroup the kernel has killed for want of memory."""
-    for file in ("memory.oom_control", "memory.events"):
-        for line in _read(os.path.join(cgroup, file)).splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 def remove_cgroup(cgroup: str, limit_s: float = 2.0) -> None:
@@ -152,13 +147,10 @@ def session_of(leader: int) -> list[int]:
     """Return the processes of the session that `leader` leads, and its descendants that have left it; not itself."""
     parents: dict[int, int] = {}
     found = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = _read(f"/proc/{entry}/stat").rpartition(")")[2].split()
-                parents[int(entry)] = int(fields[1])
-                if int(fields[3]) == leader and fields[0] != "Z":
-                    found.add(int(entry))
+    for pid, stat in all_stats():
+        parents[pid] = stat.parent
+        if stat.session == leader and not stat.ended:
+            found.add(pid)
     grown = True
     while grown:
         before = len(found)

@@ -8,11 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.engines.base import Usage
-
-_PARENT_SESSION = 3
-"""Field of /proc/PID/stat after the command's name; those below count alike (proc(5), less three)."""
-_TIMES = slice(11, 15)
-_RESIDENT = 21
+from starling.core.process import all_stats
 
 
 def read_sessions(sessions: Collection[int], proc: Path = Path("/proc")) -> dict[int, Usage]:
@@ -24,18 +20,11 @@ def read_sessions(sessions: Collection[int], proc: Path = Path("/proc")) -> dict
     memory = dict.fromkeys(sessions, 0)
     ticks = dict.fromkeys(sessions, 0)
     seen = set()
-    for entry in os.scandir(proc):
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (proc / entry.name / "stat").read_bytes().rpartition(b")")[2].split()
-            session = int(fields[_PARENT_SESSION])
-        except (OSError, ValueError, IndexError):
-            continue
-        if session in memory:
-            seen.add(session)
-            memory[session] += int(fields[_RESIDENT]) * page
-            ticks[session] += sum(map(int, fields[_TIMES]))  # its own, and of the children it has buried
+    for _, stat in all_stats(proc):
+        if stat.session in memory:
+            seen.add(stat.session)
+            memory[stat.session] += stat.resident_pages * page
+            ticks[stat.session] += stat.ticks
     now = time.monotonic()
     return {
         session: Usage(memory_bytes=memory[session], cpu_s=ticks[session] / tick, at=now) for session in seen

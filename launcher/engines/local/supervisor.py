@@ -1,6 +1,6 @@
 """Stand over one local replica: own session, own cores, rotated log, its exit code on disk.
 
-Run by path with `python -I`, so that it needs the standard library only and starts in milliseconds:
+Run by path with `python -I`, so that it needs the standard library and the ground floor only, and starts in milliseconds:
     supervisor.py EXIT_FILE LOG_FILE CORES MEMORY -- COMMAND…
 Prints `pid start-time` of the process that stays, and returns; that one has left the caller's session, so a logout
 does not reach it. Should it be killed, the kernel kills its child too.
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(os.read(read_end, 64).decode())
         return 0
     os.setsid()
-    os.write(write_end, f"{os.getpid()} {start_time(os.getpid())}\n".encode())
+    os.write(write_end, f"{os.getpid()} {own_start()}\n".encode())
     os.close(write_end)
     os.close(read_end)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -86,7 +86,7 @@ def open_new(folder: int, name: str, flags: int) -> int:
 def memory_limit(limit: int) -> Any:
     """Return a MemoryLimit; its module is loaded by path, since this one knows no package."""
     module = os.path.join(os.path.dirname(os.path.abspath(__file__)), "memory_limit.py")
-    return runpy.run_path(module)["MemoryLimit"](cgroup_name(os.getpid(), start_time(os.getpid())), limit)
+    return runpy.run_path(module)["MemoryLimit"](cgroup_name(os.getpid(), own_start()), limit)
 
 
 def cgroup_name(pid: int, started: int) -> str:
@@ -205,12 +205,22 @@ class RotatedLog:
         return open_new(self._folder, self._name, flags)
 
 
-def start_time(pid: int) -> int:
-    """Return a process's start in clock ticks since boot: with the pid, it names one process and no later one."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        # The command name, in parentheses, may itself hold spaces and parentheses.
-        return int(file.read().rpartition(")")[2].split()[19])
+def own_start() -> int:
+    """Return when this process started: with its pid, it names it and no later one."""
+    from starling.core.process import stat_of
+
+    own = stat_of(os.getpid())
+    assert own is not None
+    return own.start
+
+
+def find_ground_floor() -> None:
+    """Let `starling.core` be found, which lies in `app` of a checkout, or beside this package."""
+    root = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
+    places = (os.path.join(root, "app"), root)
+    sys.path += [place for place in places if os.path.isdir(os.path.join(place, "starling", "core"))][:1]
 
 
 if __name__ == "__main__":
+    find_ground_floor()
     sys.exit(main(sys.argv[1:]))

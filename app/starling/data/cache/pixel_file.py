@@ -8,7 +8,6 @@ decoding it. So a flipped byte is found before it is trained on, and nobody wait
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -24,7 +23,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from starling.core.limits import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.cgroups import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.lock import try_flock, wait_for
 from starling.core.plain_json import parse_json
 from starling.data.dataset.dataset import Progress
 from starling.outputs.atomic import write_atomic
@@ -113,7 +113,7 @@ class PixelFile:
             return None
         with file:
             with suppress(OSError):  # a volume without locks: nobody could take it away either
-                fcntl.flock(file, fcntl.LOCK_SH)
+                wait_for(lambda: try_flock(file.fileno(), shared=True))
             status = os.fstat(file.fileno())
             if status.st_nlink == 0 or status.st_size != layout.start + layout.nbytes:
                 return None

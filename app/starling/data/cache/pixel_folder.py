@@ -12,13 +12,12 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from starling.core.lock import is_at, try_flock
+from starling.core.lock import is_at, take, try_flock, wait_for
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 from starling.errors import disk_write
 from starling.outputs.atomic import TEMPORARY_SUFFIX
@@ -30,8 +29,6 @@ MARGIN = 1 << 30
 """Bytes of the disk that are left free, for checkpoints."""
 POLL_S = 0.2
 """Seconds between two looks at a lock that another process holds."""
-_ROUNDS = 100
-"""So often is a lock begun anew that has gone; more is a volume that cannot tell files apart."""
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 _LEFTOVER = re.compile(rf"\.([0-9a-f]{{64}}){re.escape(SUFFIX)}\..*{re.escape(TEMPORARY_SUFFIX)}")
 
@@ -121,30 +118,29 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
     The lock's file goes with the lock. A process that got hold of a file that has gone begins again.
     """
     lock = path.with_suffix(".lock")
-    told = False
-    for _ in range(_ROUNDS):
-        descriptor = _open_lock(lock)
+    told: list[str] = []
+
+    def acquire(descriptor: int) -> bool:
+        def tell() -> None:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            if not told:
+                told.append(holder)
+                say(f"waiting for {holder or 'another process'}, which builds the picture cache {path}")
+
+        return wait_for(lambda: try_flock(descriptor), tell=tell, poll_s=POLL_S)
+
+    descriptor, _ = take(lock, lambda: _open_lock(lock), acquire)
+    try:
+        with disk_write(lock):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         try:
-            while not try_flock(descriptor):
-                if not told:
-                    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                    say(f"waiting for {holder or 'another process'}, which builds the picture cache {path}")
-                    told = True
-                time.sleep(POLL_S)
-            if not is_at(descriptor, lock):
-                continue
-            with disk_write(lock):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    remove(lock)
-            return
+            yield
         finally:
-            os.close(descriptor)
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(lock))
+            with suppress(OSError):
+                remove(lock)
+    finally:
+        os.close(descriptor)
 
 
 def _sweep(folder: Path, own_key: str | None = None) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import cv2
 import numpy as np
 
+from starling.core.cgroups import container_memory_limit, container_memory_used
 from starling.core.folder import LinkRefused
-from starling.core.limits import container_memory_limit, container_memory_used
 from starling.data.augment.letterbox import Size
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from starling.data.cache.pixel_folder import Say, discard, shared_pixels

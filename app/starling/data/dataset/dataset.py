@@ -15,9 +15,9 @@ import numpy as np
 from starling.config.class_names import names_by_number
 from starling.config.shipped import SHIPPED
 from starling.config.yaml_reader import read_yaml
-from starling.core.limits import container_cpu_count
-from starling.core.paths import at_home
-from starling.core.regular_file import exists
+from starling.core.cgroups import container_cpu_count
+from starling.core.dataset import OWN, SPLITS, BadDescription, NamedPlaces, find_entry, start_folder
+from starling.core.errors import suggest
 from starling.data.dataset.findings import REPORT, Finding
 from starling.data.dataset.image_header import ImageHeader
 from starling.data.dataset.image_lists import FoundImages, find_pictures, locate
@@ -26,10 +26,9 @@ from starling.data.dataset.label_kinds import doubtful_polygons, read_keypoints
 from starling.data.dataset.labels import Keypoints, LabelFile, Polygon
 from starling.data.dataset.left_out import LeftOut
 from starling.data.dataset.pairs import read_pair, unlabelled, without_partner
-from starling.errors import ConfigError, DataError, readable, suggest
+from starling.errors import ConfigError, DataError, readable
 from starling.outputs.names import distinct
 
-SPLITS = ("train", "val", "test")
 _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))
 _TOLERATED_KEYS = frozenset(
     (
@@ -94,18 +93,15 @@ class DatasetDescription:
         for key in mapping:
             if key not in _KNOWN_KEYS | _TOLERATED_KEYS:
                 raise ConfigError(str(path), key, f"unknown key{suggest(key, _KNOWN_KEYS)}; remove or fix it")
-        entries = {split: _entries(path, split, mapping[split]) for split in SPLITS if mapping.get(split)}
-        if not entries:
-            raise ConfigError(str(path), None, "names no pictures; give `train:` and `val:`")
+        places = _named_places(path, mapping)
         names = _class_names(path, mapping)
-        fetchable = isinstance(mapping.get("download"), list)
-        root = _find_root(path, mapping.get("path"), next(iter(entries.values()))[0], fetchable)
+        root = _find_root(places, fetchable=isinstance(mapping.get("download"), list))
         if mapping.get("names") is None:
             names = _names_beside(root / path.name, names)
         return cls(
             path_yaml=path,
             root=root,
-            splits={split: tuple(locate(root, e) for e in some) for split, some in entries.items()},
+            splits={split: tuple(locate(root, e) for e in some) for split, some in places.entries.items()},
             names=("item",) if single_cls and len(names) > 1 else names,
             nc_in_labels=len(names),
             keypoints=read_keypoints(path, mapping),
@@ -259,12 +255,12 @@ class _Scanned:
     problems: tuple[Finding, ...]
 
 
-def _entries(path: Path, split: str, value: object) -> tuple[str, ...]:
-    entries = value if isinstance(value, list) else [value]
-    for entry in entries:
-        if not isinstance(entry, str) or not entry or "\0" in entry:
-            raise ConfigError(f"{path}: {split}", entry, "must be a folder, a .txt list, or a list of these")
-    return tuple(entries)
+def _named_places(path: Path, mapping: Mapping[str, Any]) -> NamedPlaces:
+    try:
+        return NamedPlaces.of(path, mapping)
+    except BadDescription as error:
+        field = str(path) if error.key is None else f"{path}: {error.key}"
+        raise ConfigError(field, error.value, error.problem) from None
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -302,28 +298,16 @@ def _names_beside(own: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-def _find_root(path_yaml: Path, given: object, first_entry: str, fetchable: bool = False) -> Path:
-    """Return the folder that splits are relative to.
-
-    A relative `path` is tried from the YAML's folder, from the working folder, and from `../datasets`, which
-    is where the classic trainer keeps them; the first that holds the first split wins, then the first there.
-    """
-    if given is not None and (not isinstance(given, str) or "\0" in given):
-        raise ConfigError(f"{path_yaml}: path", given, "must be a folder")
-    spelled = dict.fromkeys((given or ".", (given or ".").replace("\\", "/")))
-    bases = (path_yaml.parent, Path.cwd(), Path.cwd().parent / "datasets")
-    candidates = list(
-        dict.fromkeys(Path(os.path.normpath(base / at_home(name))) for name in spelled for base in bases)
-    )
-    for root in candidates:
-        if root.is_dir() and locate(root, first_entry).exists():
-            return root
-    for root in candidates:
-        if root.is_dir():
-            return root
-    tried = ", ".join(str(root) for root in candidates)
+def _find_root(places: NamedPlaces, *, fetchable: bool) -> Path:
+    """Return the folder that splits are relative to."""
+    start = start_folder()
+    root = places.find_root(OWN, start)
+    if root is not None:
+        return root
+    path_yaml, first_entry = places.yaml_path, next(iter(places.entries.values()))[0]
+    tried = ", ".join(map(str, places.roots(OWN, start)))
     name = path_yaml.name if path_yaml.is_relative_to(SHIPPED) else path_yaml
-    lies_beside = exists(locate(path_yaml.parent, first_entry))
+    lies_beside = find_entry(path_yaml.parent, first_entry, OWN) is not None
     beside = f" ({first_entry} lies beside the YAML: write `path: .`)" if lies_beside else ""
     fetch = f"; or fetch it: starling data download {name} (or --download)" if fetchable else ""
     raise DataError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from starling.core.budget import Budget, BudgetExceeded
-from starling.core.entries import parts_of, spellings, tails, written
+from starling.core.dataset import OWN, find_entry
 from starling.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -19,7 +19,7 @@ from starling.core.file_kinds import (
     is_hidden_copy,
     suffix_of,
 )
-from starling.core.paths import at_home
+from starling.core.paths import parts_of, tails, written
 from starling.core.places import look_at
 from starling.core.regular_file import exists, is_file, is_folder, open_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
@@ -257,8 +257,4 @@ def _by_name(folder: Path, name: str) -> Path | None:
 
 def locate(root: Path, entry: str) -> Path:
     """Return the path that an entry of a description means; as it is written where nothing is there."""
-    for spelling in spellings(entry):
-        path = root / at_home(spelling)
-        if exists(path):
-            return Path(os.path.normpath(path))
-    return Path(os.path.normpath(root / at_home(entry)))
+    return find_entry(root, entry, OWN) or OWN.expand(root, entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import http.client
 import ipaddress
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from starling.core.lock import take, try_flock
+from starling.core.lock import held, try_flock, wait_for
 from starling.core.plain_json import read_json
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
@@ -147,16 +146,11 @@ def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> It
     path = target.with_name(f".{target.name}.lock")
 
     def wait(descriptor: int) -> bool:
-        if not try_flock(descriptor):
-            say(f"{target}: another process is fetching it; waiting")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return True
+        line = f"{target}: another process is fetching it; waiting"
+        return wait_for(lambda: try_flock(descriptor), tell=lambda: say(line))
 
-    descriptor, _ = take(path, lambda: open_file(path, os.O_WRONLY | os.O_CREAT, alone=True), wait)
-    try:
+    with held(path, lambda: open_file(path, os.O_WRONLY | os.O_CREAT, alone=True), wait):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _receive_all(

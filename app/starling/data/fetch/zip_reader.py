@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from starling.core.bounded_zip import open_zip
+from starling.core.archives.bounded_zip import open_zip
+from starling.core.archives.unpacked_stream import CHUNK, DamagedArchive
 from starling.core.budget import BudgetExceeded
-from starling.core.unpacked_stream import CHUNK, DamagedArchive
 
 MAX_DIRECTORY_BYTES = 32 << 20
 """Room for 300,000 entries of usual names. zipfile makes half a gigabyte of the worst one of this size, in 10 s."""

@@ -23,7 +23,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from starling.core.lock import take, take_folder, try_flock
+from starling.core.lock import held, take, take_folder, try_flock, wait_for
 from starling.core.words import shown
 from starling.errors import CheckpointError, UsageError, disk_write, refusal
 from starling.outputs.atomic import fsync_directory
@@ -158,11 +158,8 @@ class JournalStudyStorage:
 @contextmanager
 def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
-    descriptor, _ = take(path, lambda: _open_lock(path), lambda d: _acquire(d, path, say))
-    try:
+    with held(path, lambda: _open_lock(path), lambda d: _acquire(d, path, say)):
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -190,11 +187,8 @@ def folder_locked(
 @contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
     """Hold the lock of `locked` if nobody else does; yields whether."""
-    descriptor, free = take(path, lambda: _open_lock(path))
-    try:
+    with held(path, lambda: _open_lock(path)) as free:
         yield free
-    finally:
-        os.close(descriptor)
 
 
 def _open_lock(path: Path) -> int:
@@ -204,15 +198,10 @@ def _open_lock(path: Path) -> int:
 
 def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> bool:
     """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
-    pause, complain_at = 0.001, time.monotonic() + _PATIENCE_S
-    while True:
-        if try_flock(descriptor):
-            return True
-        if time.monotonic() > complain_at:
-            complain_at = time.monotonic() + _PATIENCE_S
-            say(f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?")
-        time.sleep(pause)
-        pause = min(pause * 2, 0.05)
+    line = f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?"
+    return wait_for(
+        lambda: try_flock(descriptor), tell=lambda: say(line), patience_s=_PATIENCE_S, again_s=_PATIENCE_S
+    )
 
 
 class SafeJournalBackend(BaseJournalBackend):

@@ -13,7 +13,6 @@ Whoever takes a candidate over removes the lease, by which the old holder, shoul
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
@@ -22,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from starling.core.lock import lock_own, try_flock
 from starling.core.plain_json import parse_json
+from starling.core.process import boot_id
 from starling.errors import disk_write
 from starling.outputs.folders import make_folder, open_file, remove, state_of
 from starling.search.outcome import LeaseLost
@@ -56,14 +57,6 @@ class LeaseWatch(Protocol):
         """Take a lease from its holder, who learns of it at the next renewal."""
 
 
-def kernel_id() -> str:
-    """Return the identity of the running kernel, the same in every container of a host; empty if unknown."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def lease_path(search: Path, number: int) -> Path:
     """Return the lease file of a candidate."""
     return search / FOLDER / f"{number:04d}"
@@ -77,10 +70,10 @@ class FileLease:
         self._path = path
         # Left by a worker that died between taking the lease and recording the candidate.
         remove(path)
-        holder = {"worker": worker, "pid": os.getpid(), "kernel": kernel_id() if kernel is None else kernel}
+        holder = {"worker": worker, "pid": os.getpid(), "kernel": boot_id() if kernel is None else kernel}
         self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_own(self._descriptor)
             with disk_write(path):
                 os.write(self._descriptor, json.dumps(holder).encode())
         except OSError:
@@ -166,7 +159,7 @@ class FileLeaseWatch:
     ) -> None:
         self._search = search
         self._lease_s = lease_s
-        self._kernel = kernel_id() if kernel is None else kernel
+        self._kernel = boot_id() if kernel is None else kernel
         self._stillness = Stillness(monotonic)
 
     def verdict(self, number: int) -> str | None:
@@ -204,9 +197,8 @@ class FileLeaseWatch:
             holder = parse_json(os.read(descriptor, 4096) or b"{}")
             if not isinstance(holder, dict) or holder.get("kernel") != self._kernel:
                 return False
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return try_flock(descriptor)
         except (OSError, ValueError):
             return False
         finally:
             os.close(descriptor)
-        return True

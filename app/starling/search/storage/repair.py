@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from starling.core.budget import BudgetExceeded
-from starling.core.lock import take, try_flock
+from starling.core.lock import held, try_flock, wait_for
 from starling.core.regular_file import read_regular
 from starling.errors import CheckpointError, UsageError
 from starling.outputs.atomic import write_atomic
@@ -253,28 +252,20 @@ def _failed_trial(number: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the study and its journal; raises CheckpointError where a worker does not let go."""
-    deadline = time.monotonic() + wait_s
 
     def say(line: str) -> None:
         raise CheckpointError(f"{line} It must end, or go on, before the journal can be repaired")
 
     def acquire(descriptor: int) -> bool:
-        while not try_flock(descriptor):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
+        return wait_for(lambda: try_flock(descriptor), limit_s=wait_s, poll_s=0.01)
 
-    with folder_locked(path.with_name(LOCK), say=say):
-        descriptor, free = take(path, lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC), acquire)
-        try:
-            if not free:
-                raise CheckpointError(
-                    f"{path}: a worker is writing to it for long; try again when it has ended"
-                )
-            yield
-        finally:
-            os.close(descriptor)
+    with (
+        folder_locked(path.with_name(LOCK), say=say),
+        held(path, lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC), acquire) as got,
+    ):
+        if not got:
+            raise CheckpointError(f"{path}: a worker is writing to it for long; try again when it has ended")
+        yield
 
 
 def _free_name(path: Path) -> Path:

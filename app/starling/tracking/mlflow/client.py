@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starling.core.folder import LinkRefused
+from starling.core.redaction import without_credentials
 from starling.errors import FileRefused, StarlingError
-from starling.outputs.redaction import without_credentials
 from starling.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
 CLIENT_LIMITS = {

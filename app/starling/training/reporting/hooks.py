@@ -24,8 +24,9 @@ from typing import Any
 
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
+from starling.core.errors import suggest
 from starling.core.paths import at_home, real_path
-from starling.errors import UsageError, readable, suggest
+from starling.errors import UsageError, readable
 from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import RunDir, folder_below
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.train_config import TrainConfig
+from starling.core.redaction import Redaction
 from starling.data.dataset.dataset import Dataset
 from starling.outputs.atomic import write_atomic
-from starling.outputs.redaction import Redaction
 from starling.outputs.run_dir import RunDir
 
 IMAGE_COMMIT = "STARLING_COMMIT"

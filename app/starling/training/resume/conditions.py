@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from starling.config.train_config import TrainConfig
-from starling.core.limits import container_cpu_count
+from starling.core.cgroups import container_cpu_count
 from starling.data.dataset.dataset import Dataset
 from starling.device import Compute
 from starling.training.reporting.provenance import code_version

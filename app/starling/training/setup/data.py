@@ -12,7 +12,7 @@ import torch
 
 from starling.config.hyp import Hyp
 from starling.config.train_config import TrainConfig
-from starling.core.limits import container_memory_limit
+from starling.core.cgroups import container_memory_limit
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.account import left_out

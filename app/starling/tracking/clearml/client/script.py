@@ -11,7 +11,7 @@ import subprocess
 from typing import Any
 
 from starling.core import package
-from starling.outputs.redaction import Redaction
+from starling.core.redaction import Redaction
 
 ROOT = package.PARENT.parent
 """The checkout, where there is one."""

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from starling.core.archives.unpacked_stream import CHUNK, DamagedArchive, is_packed, unpacked
 from starling.core.budget import Budget
-from starling.core.unpacked_stream import CHUNK, DamagedArchive, is_packed, unpacked
 
 HEADER_BYTES = 1 << 20
 """Of the headers of one member, long names and PAX records included; real ones have a few KiB."""

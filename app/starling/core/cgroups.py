@@ -1,14 +1,67 @@
-"""What the container may use: memory and processors, from cgroup v1 or v2 and the scheduler."""
+"""Control groups of either version: where a process's own are, and what the container may use."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+MOUNT = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/")
 _UNLIMITED = 1 << 60
 """Cgroup v1 writes a number near 2**63 where there is no limit."""
+
+
+class Group(NamedTuple):
+    """A group that a process is in, below the mount of its hierarchy."""
+
+    version: int
+    """1 or 2; of version 2 there is one hierarchy for all controllers."""
+    base: Path
+    """The root of the hierarchy."""
+    folder: Path
+    controllers: str
+    """As they are written, with commas; empty in version 2."""
+
+
+def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[Group]:
+    """Yield the groups for a controller that a process's `cgroup` file lists: of version 1, and the one of version 2.
+
+    A path that leads out of the mount, as one from another namespace does, is left out.
+    """
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path.startswith("/") or ".." in path.split("/"):
+            continue
+        if not controllers:
+            yield Group(2, mount, mount / path.lstrip("/"), controllers)
+        elif controller in controllers.split(","):
+            base = mount / controller
+            yield Group(1, base, base / path.lstrip("/"), controllers)
+
+
+def count_oom_kills(folder: Path) -> int | None:
+    """Return how many processes of a group the kernel has killed for memory; None where nothing tells."""
+    for name in ("memory.oom_control", "memory.events"):
+        for line in _read_text(folder / name).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill" and value.strip().isdigit():
+                return int(value)
+    return None
+
+
+def own_oom_kills(own: Path = OWN, mount: Path = MOUNT) -> int:
+    """Return how many processes of this process's group the kernel has killed for memory; 0 where nothing tells.
+
+    In a container the group's own files lie at the mount's root, whatever path the process is told (version 1).
+    """
+    folders = [group.folder for group in groups_of(_read_text(own), "memory", mount)]
+    counts = map(count_oom_kills, (*folders, mount / "memory", mount))
+    return next((count for count in counts if count is not None), 0)
 
 
 def container_memory_limit(root: Path = _ROOT) -> int:
@@ -44,19 +97,9 @@ def _candidates(root: Path, controller: str, v2_name: str, v1_name: str) -> list
     """
     mount = root / "sys/fs/cgroup"
     paths: list[Path] = []
-    for line in _read_text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if not group.startswith("/") or ".." in group:
-            continue
-        if controllers == "":
-            base, name = mount, v2_name
-        elif controller in controllers.split(","):
-            base, name = mount / controller, v1_name
-        else:
-            continue
-        folder = base / group.lstrip("/")
-        while folder != base and base in folder.parents:
+    for group in groups_of(_read_text(root / "proc/self/cgroup"), controller, mount):
+        name, folder = v2_name if group.version == 2 else v1_name, group.folder
+        while folder != group.base and group.base in folder.parents:
             paths.append(folder / name)
             folder = folder.parent
     paths += [mount / v2_name, mount / controller / v1_name]

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from starling.core.bounded_zip import open_zip
+from starling.core.archives.bounded_zip import open_zip
 from starling.core.regular_file import open_regular
 
 SCANNED = 4 << 20
