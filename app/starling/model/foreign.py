@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from starling.core.words import shown
-from starling.data.fetch.families import family_of_tensors, foreign_kind
 from starling.errors import CheckpointError, readable
 from starling.model.blocks import DEFAULT_ACTIVATION
+from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.inert_pickle import Record, TensorRef
 from starling.model.stored_tensors import StoredTensors
 from starling.model.torch_file import TorchFile, open_torch_file

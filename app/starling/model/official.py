@@ -21,8 +21,8 @@ from starling.data.fetch.download import (
     record_path,
     sha256_of,
 )
-from starling.data.fetch.families import family_of_name
 from starling.errors import CheckpointError, refusal
+from starling.model.families import family_of_name
 from starling.progress import Progress
 
 OFFICIAL = tuple(f"yolov5{size}{levels}.pt" for levels in ("", "6") for size in "nsmlx")
