@@ -29,6 +29,9 @@ class Client(APIClient):
         adapter = self.get_adapter(self.base_url)
         if isinstance(adapter, UnixHTTPAdapter):
             place = f"http+unix://{adapter.socket_path}"
+            self.trust_env = (
+                False  # a socket has no proxy, and no password in ~/.netrc to look for at each request
+            )
             self.mount(self.base_url, _OnePool(place, patience_s, max_pool_size=MOST_AT_ONCE))
 
     def request(self, method: str, url: str, **options: Any) -> Any:
