@@ -10,13 +10,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from docker.errors import APIError
+
 from launcher.engines.base import Image, LogLine, Mount, ReplicaSpec
 from launcher.engines.docker.connection import Manner
 from launcher.engines.docker.docker import DockerEngine
-from launcher.engines.limits import CDI_GPU, LOG_BYTES, SCRATCH_BYTES, STOP_GRACE_S
+from launcher.engines.docker.troubles import refusal
+from launcher.engines.hardening import Scratch, log, podman_body, scratch
+from launcher.engines.limits import CDI_GPU
 from launcher.errors import EngineError
 from launcher.hosts.ownership import labels
-from launcher.sizes import format_cores
 
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
 """Podman 4 and 5 answer to both; to tell which it speaks, it starts several programs."""
@@ -74,20 +77,18 @@ class PodmanEngine(DockerEngine):
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
+        client = self._to.client
         with self._to.translated(spec.name):
-            actor = self._to.acting.api
-            answer = actor.post(
-                f"{actor.base_url}/{NATIVE_API}/libpod/containers/create",
-                json=container_specification(spec, self._owner, rootless=self._is_rootless()),
-                timeout=actor.timeout,
-            )
-        said = answer.json()
-        if not answer.ok:
-            text = said.get("message") or said.get("cause") or answer.reason
-            if "already in use" in text:
-                raise self._name_taken(spec.name)
-            raise EngineError(f"{spec.name}: Podman refuses: {text}")
-        return str(said["Id"])
+            try:
+                made = client.post(
+                    f"{client.base_url}/{NATIVE_API}/libpod/containers/create",
+                    json=container_specification(spec, self._owner, rootless=self._is_rootless()),
+                ).json()
+            except APIError as error:
+                if "already in use" in refusal(error):
+                    raise self._name_taken(spec.name) from None
+                raise
+        return str(made["Id"])
 
     def start(self, replica_id: str) -> None:
         """Start a container; a failure leaves it created, for the caller to remove."""
@@ -133,29 +134,19 @@ def socket_address(environment: Mapping[str, str], uid: int) -> str:
 
 
 def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) -> dict[str, Any]:
-    """Return the body of Podman's own `create`: the same limits and hardening as `container_options`."""
+    """Return the body of Podman's own `create`, with the same bounds as `container_options`."""
+    kept = log("podman")
     body: dict[str, Any] = {
+        **podman_body(spec),
         "image": spec.image,
         "command": list(spec.command),
         "name": spec.name,
         "labels": labels(spec, owner),
         "env": {**spec.passed, **spec.environment},
-        "user": spec.user,
-        "init": True,
         "terminal": False,
-        "stop_timeout": STOP_GRACE_S,
         "stdin": False,
-        "cap_drop": ["ALL"],
-        "no_new_privileges": True,
-        "read_only_filesystem": True,
-        "mounts": [*_scratch(spec.tmp_bytes), *map(_bind, spec.mounts)],
-        "shm_size": spec.shm_bytes,
-        "resource_limits": {
-            "memory": {"limit": spec.memory_bytes, "swap": spec.memory_bytes},
-            "pids": {"limit": spec.pids_limit},
-            "cpu": {"cpus": format_cores(spec.cores)} if spec.cores else {},
-        },
-        "log_configuration": {"driver": "k8s-file", "size": LOG_BYTES},
+        "mounts": [*map(_scratch, scratch(spec, "podman")), *map(_bind, spec.mounts)],
+        "log_configuration": {"driver": kept.driver, "size": int(kept.options["max-size"])},
         **_network(spec.network),
     }
     if spec.device.kind == "gpu":
@@ -174,21 +165,13 @@ def _network(network: str) -> dict[str, Any]:
     return {"netns": {"nsmode": "bridge"}, "networks": {network: {}}}
 
 
-def _scratch(tmp_bytes: int) -> list[dict[str, Any]]:
-    """Return /tmp, and bounds for the two folders that Podman makes writable below a read-only root."""
-    return [
-        {
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "destination": place,
-            "options": ["rw", execution, "nosuid", "nodev", "mode=1777", f"size={size}"],
-        }
-        for place, execution, size in (
-            ("/tmp", "exec", tmp_bytes),
-            ("/run", "noexec", SCRATCH_BYTES),
-            ("/var/tmp", "noexec", SCRATCH_BYTES),
-        )
-    ]
+def _scratch(folder: Scratch) -> dict[str, Any]:
+    return {
+        "type": "tmpfs",
+        "source": "tmpfs",
+        "destination": folder.place,
+        "options": list(folder.options),
+    }
 
 
 def _bind(mount: Mount) -> dict[str, Any]:

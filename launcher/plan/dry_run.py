@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import starling.core.handover
+from launcher.engines import hardening
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
-from launcher.engines.limits import CDI_GPU, LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
+from launcher.engines.limits import CDI_GPU
 from launcher.hosts.ownership import labels
 from launcher.plan.env_file import read_env_file
 from launcher.plan.plan import Plan
@@ -96,8 +97,6 @@ def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
     if spec.device.kind == "gpu":  # the client itself adds the capability `gpu`
         devices = ",".join(spec.device.handles)
         own += ["--gpus", f'"device={devices}","capabilities=compute,utility"']
-    own += ["--log-driver", "json-file", "--log-opt", f"max-size={LOG_FILE_SIZE}"]
-    own += ["--log-opt", f"max-file={LOG_FILES}"]
     return _run("docker", spec, owner, env_files, own)
 
 
@@ -107,25 +106,17 @@ def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
     own += ["--userns", "keep-id"] if owner else []  # a user's own Podman is rootless
     for handle in spec.device.handles if spec.device.kind == "gpu" else ():
         own += ["--device", CDI_GPU.format(handle)]
-    for place in ("/run", "/var/tmp"):
-        own += ["--tmpfs", f"{place}:rw,noexec,nosuid,nodev,mode=1777,size={SCRATCH_BYTES}"]
-    own += ["--log-driver", "k8s-file", "--log-opt", f"max-size={LOG_BYTES}"]
     return _run("podman", spec, owner, env_files, own)
 
 
-def _run(program: str, spec: ReplicaSpec, owner: int, env_files: Sequence[Path], own: Sequence[str]) -> str:
+def _run(
+    kind: hardening.Kind, spec: ReplicaSpec, owner: int, env_files: Sequence[Path], own: Sequence[str]
+) -> str:
     """Return what both have in common, around each one's own options."""
-    words = [program, "run", "--detach", "--init", "--name", spec.name, *own]
-    words += ["--stop-timeout", str(STOP_GRACE_S)]
+    words = [kind, "run", "--detach", "--name", spec.name, *own]
     for name, value in labels(spec, owner).items():
         words += ["--label", f"{name}={value}"]
-    if spec.cores:
-        words += ["--cpuset-cpus", format_cores(spec.cores)]
-    words += ["--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes)]
-    words += ["--shm-size", str(spec.shm_bytes), "--pids-limit", str(spec.pids_limit)]
-    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--read-only"]
-    words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,mode=1777,size={spec.tmp_bytes}"]
-    words += ["--user", spec.user] if spec.user else []
+    words += hardening.words(spec, kind)
     for mount in spec.mounts:
         words += ["--mount", _mount(mount)]
     words += _environment(spec, env_files)

@@ -58,7 +58,7 @@ class World:
         """Whether the engine says that memory ended a replica; Podman 4.3 loses its own note of it."""
         if self.engine.name != "podman":
             return True
-        api = self.engine._to.asking.api  # type: ignore[attr-defined]
+        api = self.engine._to.client  # type: ignore[attr-defined]
         version = api.get(f"{api.base_url}/_ping").headers["Libpod-Api-Version"]
         return tuple(map(int, version.split(".")[:2])) > (4, 3)
 

@@ -88,7 +88,7 @@ def test_the_line_that_a_dry_run_prints_makes_the_same_container(world: World, p
 
 def test_the_log_has_a_bound(world: World) -> None:
     replica_id = world.engine.create(world.spec("pass"))
-    api = world.engine._to.asking.api  # type: ignore[attr-defined]
+    api = world.engine._to.client  # type: ignore[attr-defined]
     inspected = api.get(f"{api.base_url}/v4.0.0/libpod/containers/{replica_id}/json").json()
     world.engine.remove(replica_id)
     assert inspected["HostConfig"]["LogConfig"]["Size"] == "31.46MB"
@@ -116,7 +116,7 @@ def test_docker_host_that_leads_to_podman_is_taken_for_what_it_is(
             "but for the want of a trainer in this image all is well"
         )
         assert "on the podman engine" in done.stdout
-        assert "\npodman run --detach --init" in done.stdout
+        assert "\npodman run --detach --name" in done.stdout
 
 
 def test_an_image_that_is_not_there_is_built_or_brought_over_by_podmans_own_commands(

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launcher.engines.docker import container_options
+from launcher.engines import hardening
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import ended, run, wait_until
@@ -215,7 +215,7 @@ def read_until(terminal: int, sign: bytes, limit_s: float = 20) -> bytes:
 def test_a_log_flood_is_bounded_on_the_disk_and_its_last_lines_are_there(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(container_options, "LOG_FILE_SIZE", "100k")
+    monkeypatch.setattr(hardening, "LOG_FILE_SIZE", "100k")
     replica_id = run(world, "for n in range(20_000): print(n, 'x' * 100)")
     ended(world.engine, replica_id)
     wait_until(lambda: next(world.engine.logs(replica_id, tail=1)).startswith("19999 "))

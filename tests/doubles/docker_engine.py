@@ -37,13 +37,19 @@ class EngineDouble(BaseHTTPRequestHandler):
         return "a unix socket"
 
 
+class _Server(ThreadingUnixStreamServer):
+    """A server on whose socket as many may knock at once as on an engine's: it refuses whom its queue has no place for."""
+
+    request_queue_size = 128
+
+
 @contextmanager
 def served(double: type[EngineDouble]) -> Iterator[str]:
     """Run an engine like `double`, and give the path of its socket."""
     # A socket's path is at most 107 characters long, so not below pytest's own folders.
     with tempfile.TemporaryDirectory(prefix="starling-", dir="/tmp") as folder:
         path = f"{folder}/docker.sock"
-        with ThreadingUnixStreamServer(path, double) as server:
+        with _Server(path, double) as server:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             yield path

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import docker
 import docker.errors
+import docker.types
 
 from launcher.engines.base import Image
+from launcher.engines.docker.client import Client
+from launcher.engines.docker.troubles import refusal
 from launcher.errors import EngineError
 
 TRAINER_LABEL = "starling.trainer"
@@ -28,11 +30,11 @@ _HOOK = "nvidia-container-runtime-hook"
 _HOOK_PLACES = os.pathsep.join(("/usr/bin", "/usr/local/bin", "/usr/local/nvidia/toolkit"))
 
 
-def find_image(client: Any, name: str) -> Image:
+def find_image(client: Client, name: str) -> Image:
     """Return a present image by name; raises EngineError with the way to get it."""
     try:
-        attributes: dict[str, Any] = client.images.get(name).attrs
-    except docker.errors.ImageNotFound:
+        attributes: dict[str, Any] = client.inspect_image(name)
+    except docker.errors.NotFound:
         raise EngineError(
             f"no image {name} here, and none is ever pulled; build it: add --build, or in the project's folder: "
             f"docker build -t {name.removesuffix(':latest')} .  (or name another with --image)"
@@ -46,13 +48,13 @@ def find_image(client: Any, name: str) -> Image:
     )
 
 
-def require_trainer(client: Any, image: Image, script: str) -> None:
+def require_trainer(client: Client, image: Image, script: str) -> None:
     """Raise EngineError unless our trainer is in the image: by its label, or by a look for its script."""
     if image.trainer:
         return
     with _one_shot(client, image, ["true"]) as container:
         try:
-            stream, _ = client.api.get_archive(container, script)
+            stream, _ = client.get_archive(container, script)
             stream.close()
         except docker.errors.NotFound:
             raise EngineError(
@@ -61,7 +63,7 @@ def require_trainer(client: Any, image: Image, script: str) -> None:
             ) from None
 
 
-def require_gpu_runtime(client: Any, about: Mapping[str, Any], image: Image, *, remote: bool) -> None:
+def require_gpu_runtime(client: Client, about: Mapping[str, Any], image: Image, *, remote: bool) -> None:
     """Raise EngineError when the engine cannot hand out GPUs.
 
     It tells of NVIDIA's runtime, but not of a hook on its own PATH, nor whether it takes CDI for `--gpus`: where there is
@@ -73,9 +75,9 @@ def require_gpu_runtime(client: Any, about: Mapping[str, Any], image: Image, *, 
     gpu = docker.types.DeviceRequest(count=0, capabilities=[["gpu"]])
     try:
         with _one_shot(client, image, ["true"], device_requests=[gpu]) as container:
-            client.api.start(container)
+            client.start(container)
     except docker.errors.APIError as error:
-        if NO_GPU_RUNTIME in str(error.explanation or error):
+        if NO_GPU_RUNTIME in refusal(error):
             raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
 
 
@@ -103,17 +105,17 @@ def permission_words(path: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _one_shot(client: Any, image: Image, command: list[str], **host: Any) -> Iterator[str]:
+def _one_shot(client: Client, image: Image, command: list[str], **host: Any) -> Iterator[str]:
     """Create a container that is never anybody's replica, and remove it afterwards."""
-    container: str = client.api.create_container(
+    container: str = client.create_container(
         image.id,
         entrypoint=command,
         command=[],
         network_disabled=True,
-        host_config=client.api.create_host_config(network_mode="none", **host),
+        host_config=client.create_host_config(network_mode="none", **host),
     )["Id"]
     try:
         yield container
     finally:
         with contextlib.suppress(docker.errors.APIError):
-            client.api.remove_container(container, force=True, v=True)
+            client.remove_container(container, force=True, v=True)

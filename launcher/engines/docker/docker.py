@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import requests
+import urllib3.exceptions
+from docker.errors import APIError
+
 from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
-from launcher.engines.docker.api import Refused, refusal_in
 from launcher.engines.docker.cgroups import read_usage
 from launcher.engines.docker.connection import Connection, Manner
 from launcher.engines.docker.logs import read_log
 from launcher.engines.docker.stats import ask_usage
+from launcher.engines.docker.troubles import is_gone, is_idle, refusal
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.hosts.ownership import (
     DEVICE_LABEL,
@@ -51,8 +55,7 @@ _PHASES: dict[str, Phase] = {
 class DockerEngine:
     """The Docker engine that DOCKER_HOST or the current Docker context names.
 
-    Raises EngineError at once when it does not answer. What only some commands need is imported where it is used,
-    docker-py above all (see `docker_api`).
+    Raises EngineError at once when it does not answer. What only some commands need is imported where it is used.
     """
 
     name = "docker"
@@ -94,7 +97,7 @@ class DockerEngine:
         """Return what the engine says of itself and its host; asked once a command."""
         if self._told is None:
             with self._to.translated():
-                self._told = dict(self._to.ask("/info"))
+                self._told = dict(self._to.client.info())
         return self._told
 
     def resolve_image(self, image: str) -> Image:
@@ -102,26 +105,26 @@ class DockerEngine:
         from launcher.engines.docker.checks import find_image
 
         with self._to.translated(f"image {image}"):
-            return find_image(self._to.asking, image)
+            return find_image(self._to.client, image)
 
     def check_trainer(self, image: Image, script: str) -> None:
         """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
         from launcher.engines.docker.checks import require_trainer
 
         with self._to.translated(f"image {image.name}"):
-            require_trainer(self._to.acting, image, script)
+            require_trainer(self._to.client, image, script)
 
     def check_gpu_runtime(self, image: Image) -> None:
         """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
         from launcher.engines.docker.checks import require_gpu_runtime
 
         with self._to.translated("GPU runtime"):
-            require_gpu_runtime(self._to.acting, self._about(), image, remote=self.remote)
+            require_gpu_runtime(self._to.client, self._about(), image, remote=self.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
         with self._to.translated(f"network {network}"):
-            names = sorted(item["Name"] for item in self._to.ask("/networks"))
+            names = sorted(item["Name"] for item in self._to.client.networks())
         if network not in names:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
 
@@ -138,14 +141,12 @@ class DockerEngine:
 
     def create(self, spec: ReplicaSpec) -> str:
         """Create the container with all of engine-side hardening; raises NameTaken."""
-        from docker.errors import APIError
-
         from launcher.engines.docker.container_options import container_options
 
         with self._to.translated(spec.name):
             try:
-                api = self._to.acting.api
-                made = api.create_container(**container_options(spec, self._owner, api.api_version))
+                client = self._to.client
+                made = client.create_container(**container_options(spec, self._owner, client.api_version))
             except APIError as error:
                 if error.status_code == 409:
                     raise self._name_taken(spec.name) from None
@@ -156,11 +157,11 @@ class DockerEngine:
         """Start a container; a failure leaves it in `created`, for the caller to remove."""
         with self._to.translated():
             try:
-                self._to.act("POST", f"/containers/{replica_id}/start")
-            except Refused as error:
+                self._to.client.start(replica_id)
+            except APIError as error:
                 from launcher.engines.docker.checks import GPU_REMEDY, NO_GPU_RUNTIME
 
-                text = str(error)
+                text = refusal(error)
                 if NO_GPU_RUNTIME in text:
                     raise EngineError(f"Docker has no GPU runtime; {GPU_REMEDY}") from None
                 if "nvidia-container-cli" in text:
@@ -236,7 +237,7 @@ class DockerEngine:
         return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
 
     def _stats(self, replica_id: str) -> Mapping[str, Any]:
-        return dict(self._to.ask(f"/containers/{replica_id}/stats", **{"stream": 0, "one-shot": 1}))
+        return dict(self._to.client.stats(replica_id, stream=False, one_shot=True))
 
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
@@ -274,22 +275,22 @@ class DockerEngine:
         """Kill and remove a container; one that is gone, or going, is fine."""
         with self._to.translated():
             try:
-                self._to.act("DELETE", f"/containers/{replica_id}", force=True, v=True)
-            except Refused as error:
-                if not (error.vanished or "already in progress" in str(error)):
+                self._to.client.remove_container(replica_id, force=True, v=True)
+            except APIError as error:
+                if not (is_gone(error) or "already in progress" in refusal(error)):
                     raise
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what the engine says of itself: its `info` and its `version`."""
         with self._to.translated():
-            return self._to.ask("/info"), self._to.ask("/version")
+            return self._to.client.info(), self._to.client.version()
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
         """Return a file of a container, running or not, out of the archive that the engine makes of it."""
         from launcher.engines.docker.archives import read_archived_file
 
         with self._to.translated():
-            return read_archived_file(self._to.asking.api, replica_id, path, most_bytes)
+            return read_archived_file(self._to.client, replica_id, path, most_bytes)
 
     def services(self, project: str) -> Sequence[Service]:
         """Return the containers of a compose project, by service."""
@@ -301,19 +302,17 @@ class DockerEngine:
     def _signal(self, replica_id: str, signal: str) -> None:
         with self._to.translated():
             try:
-                self._to.act("POST", f"/containers/{replica_id}/kill", signal=signal)
-            except Refused as error:
-                # 409, and Podman's words for it: it does not run. Either way there is nothing left to end.
-                improper = error.status == 409 or "container state improper" in str(error)
-                if not (improper or error.vanished):
+                self._to.client.kill(replica_id, signal)
+            except APIError as error:
+                if not (is_idle(error) or is_gone(error)):  # else there is nothing left to end
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
         with self._to.translated():
             try:
-                return dict(self._to.ask(f"/containers/{replica_id}/json"))
-            except Refused as error:
-                if error.vanished:
+                return dict(self._to.client.inspect_container(replica_id))
+            except APIError as error:
+                if is_gone(error):
                     return None
                 raise
 
@@ -339,20 +338,15 @@ class DockerEngine:
 
     def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
         """Yield the log's frames until the stream ends, however it ends."""
-        from docker.errors import APIError
-        from requests.exceptions import ConnectionError as Closed
-        from urllib3.exceptions import HTTPError as Broken
-
         with self._to.translated():
             try:
-                yield from self._to.asking.api.logs(
+                yield from self._to.client.logs(
                     replica_id, stream=True, follow=follow, timestamps=True, **options
                 )
             except APIError as error:
-                refused = refusal_in(error)
-                if refused is None or not refused.vanished:
+                if not is_gone(error):
                     raise
-            except (Closed, Broken):
+            except (requests.ConnectionError, urllib3.exceptions.HTTPError):
                 if not follow:
                     raise
 
