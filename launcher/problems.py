@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from launcher.errors import (
     CheckpointError,
@@ -67,10 +67,12 @@ class Problems:
 
     def raise_any(self) -> None:
         """Raise what was found: the one problem itself, or all of them together."""
-        if len(self.found) == 1:
-            raise self.found[0]
         if self.found:
-            raise SeveralProblems(self.found)
+            self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise what was found, of which there is something."""
+        raise self.found[0] if len(self.found) == 1 else SeveralProblems(self.found)
 
 
 def exit_code_of(problems: Sequence[LauncherError]) -> int:

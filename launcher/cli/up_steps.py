@@ -71,8 +71,7 @@ def run_up(options: dict[str, Any]) -> None:
     if request is None or engine is None:
         if engine is not None and not options["build"]:
             problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
-        problems.raise_any()
-        raise AssertionError("what is missing was refused")
+        problems.refuse()
     if options["tracking"]:
         request = join_servers(request, placement, engine)
     if options["dry_run"]:
