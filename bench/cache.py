@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPOSITORY / "app"))
 
 from starling.config.hyp import Hyp  # noqa: E402
 from starling.config.shipped import find_config  # noqa: E402
-from starling.core.limits import container_cpu_count  # noqa: E402
+from starling.core.cgroups import container_cpu_count  # noqa: E402
 from starling.data.cache.pixel_folder import kept_files, remove_idle  # noqa: E402
 from starling.data.cache.store import ImageStore  # noqa: E402
 from starling.data.dataset.dataset import Dataset, DatasetDescription  # noqa: E402

@@ -158,3 +158,16 @@ def test_what_the_kernel_tells_is_read_in_one_place(words: str, home: str) -> No
         and (node.value == words or node.value.endswith(words))
     }
     assert readers == {home}
+
+
+BESIDE = [path for folder in ("bench", "examples", "scripts") for path in (REPOSITORY / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.name)
+def test_benches_and_examples_import_modules_that_are_there(path: Path) -> None:
+    named = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FOLDERS
+    }
+    assert {module for module in named if module not in MODULES} == set()
