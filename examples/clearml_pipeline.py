@@ -40,17 +40,8 @@ def search(dataset: str, project: str, trials: int, flags: list[str]) -> str:
 
     from starling.outputs.run_dir import runs_root
 
-    words = [
-        "-m",
-        "starling",
-        "train",
-        "--data",
-        f"clearml://{dataset}",
-        "--project",
-        project,
-        "--name",
-        "search",
-    ]
+    words = ["-m", "starling", "train", "--data", f"clearml://{dataset}"]
+    words += ["--project", project, "--name", "search"]
     run([*words, "--exist-ok", "--evolve", str(trials), *flags])
     return Path(runs_root() / project / "search" / "hyp_evolve.yaml").read_text()
 
@@ -61,17 +52,8 @@ def train(dataset: str, project: str, hyp: str, flags: list[str]) -> str:
 
     folder = create_run_dir(project, "train", runs_root())
     (folder / "best-of-search.yaml").write_text(hyp)
-    words = [
-        "-m",
-        "starling",
-        "train",
-        "--data",
-        f"clearml://{dataset}",
-        "--project",
-        project,
-        "--name",
-        folder.name,
-    ]
+    words = ["-m", "starling", "train", "--data", f"clearml://{dataset}"]
+    words += ["--project", project, "--name", folder.name]
     run([*words, "--exist-ok", "--hyp", str(folder / "best-of-search.yaml"), *flags])
     return str(folder)
 

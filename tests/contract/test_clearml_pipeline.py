@@ -28,11 +28,11 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    mains = {"starling.cli.train": train.main, "starling.cli.export": export.main}
+    mains = {"train": train.main, "export": export.main}
 
     def run(words: list[str]) -> None:
-        assert words[0] == "-m"
-        assert mains[words[1]](words[2:]) == 0
+        assert words[:2] == ["-m", "starling"]
+        assert mains[words[2]](words[3:]) == 0
 
     monkeypatch.setattr(module, "run", run)
     return module

@@ -19,8 +19,8 @@ import pytest
 
 from starling import settings
 from starling.config.yaml_reader import read_yaml
-from starling.search.exports import CSV, YAML, csv_text
-from starling.search.outcome import Attempt, State, best_of
+from starling.search.exports import CSV, csv_text
+from starling.search.outcome import BEST_HYP, Attempt, State, best_of
 from starling.search.storage.journal import JOURNAL, locked
 from starling.search.study import SearchStudy
 from tests.crash.conftest import PROCESSES, Start
@@ -305,7 +305,7 @@ def test_every_line_of_the_journal_is_a_record(story: Story) -> None:
 def test_the_views_agree_with_the_study(story: Story) -> None:
     finished = SearchStudy.read(story.scene.search).finished()
     assert (story.scene.search / CSV).read_text() == csv_text(finished)
-    assert read_yaml(story.scene.search / YAML) == best_of(finished).hyp
+    assert read_yaml(story.scene.search / BEST_HYP) == best_of(finished).hyp
 
 
 def test_real_trainings_that_are_killed_at_random_go_on_and_end_as_if_nobody_had_touched_them(

@@ -230,7 +230,7 @@ def test_up_status_logs_and_kill_all_on_a_machine_behind_ssh(box: Box, image: st
         (("--data", "rootless.yaml"), 3, "rootless.yaml: its root"),
         (("--data", "etc.yaml"), 3, "would show replicas more than a dataset"),
         (("--data", "link.yaml"), 3, "would show replicas more than a dataset"),
-        (("--data", "bomb.yaml"), 3, "over 1 MB"),
+        (("--data", "bomb.yaml"), 3, "bomb.yaml: larger than 256 KiB"),
         (("--weights", "gone.pt"), 4, "no such file on the remote machine"),
         (("--weights", "yolov5s.pt"), 4, "/home/.cache/starling/weights"),
         (("--resume", "runs/gone.pt"), 4, "no such checkpoint"),
