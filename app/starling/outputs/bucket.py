@@ -84,7 +84,7 @@ def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Replace `target` by a copy, whole at any moment: whoever looks into a shared folder sees files as they grow.
+    """Replace `target` by a copy, whole at any moment: a reader of a shared folder sees files as they grow.
 
     The temporary name is always the same, so that the next copy replaces what a kill has left.
     """
