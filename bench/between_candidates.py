@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import REPOSITORY, machine, runs_below
 
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.search.training import search
 from starling.training.trainer import Trainer, TrainResult
 

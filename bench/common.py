@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.device import Compute
 from starling.model.detector import build_detector
 from starling.model.initial_weights import find_initial_weights

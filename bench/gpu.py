@@ -28,7 +28,7 @@ from common import Loop, Step, machine, made_up_targets
 
 from starling.boxes.nms import non_max_suppression
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.augment.paint import paint_item
 from starling.data.augment.plan import plan_item

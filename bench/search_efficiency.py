@@ -30,7 +30,7 @@ import optuna
 from common import REPOSITORY, machine
 from search_landscape import Landscape
 
-from starling.config.train_config import SAMPLERS, Sampler
+from starling.core.settings.train import SAMPLERS, Sampler
 from starling.errors import Pruned
 from starling.search.outcome import Outcome, best_of
 from starling.search.plan import StudyPlan

@@ -124,7 +124,7 @@ def training_worker(
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
     from starling import settings
-    from starling.config.train_config import TrainConfig
+    from starling.core.settings.train import TrainConfig
     from starling.search.training import _Trainings, search
     from starling.training.trainer import Trainer, TrainResult
 

@@ -94,7 +94,7 @@ def _fill(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(REPOSITORY / "bench"))
     from common import Loop
 
-    from starling.config.train_config import TrainConfig
+    from starling.core.settings.train import TrainConfig
     from starling.search.genes import genes_of
 
     config = TrainConfig(

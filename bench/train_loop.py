@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import REPOSITORY, Loop, Step, machine
 
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.device import Compute
 from starling.training.setup.data import training_loader
 

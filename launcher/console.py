@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from launcher.errors import UsageError
+from starling.core.errors import UsageError
 
 
 def say(line: str) -> None:

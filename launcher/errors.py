@@ -1,48 +1,14 @@
-"""The launcher's error tree: every message says what, where and the remedy; every class carries its exit code."""
+"""The errors of engines and replicas."""
 
 from __future__ import annotations
 
-from starling.core.errors import FULL, Exit, ToldError
+from starling.core.errors import FULL, DiskFull, Exit, GpuLost, StarlingError
 
 
-class LauncherError(ToldError):
-    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
-
-
-class UsageError(LauncherError):
-    """A command line or a plan that cannot work."""
-
-    exit_code = Exit.USAGE
-
-
-class DataError(LauncherError):
-    """A dataset that is not there or cannot be read."""
-
-    exit_code = Exit.DATA
-
-
-class CheckpointError(LauncherError):
-    """A weights file that is not there."""
-
-    exit_code = Exit.CHECKPOINT
-
-
-class EngineError(LauncherError):
+class EngineError(StarlingError):
     """An engine that does not answer, lacks something, or refuses."""
 
     exit_code = Exit.SERVICE
-
-
-class DiskFull(LauncherError):
-    """A write that the disk refused: it is full, over its quota, or failing."""
-
-    exit_code = Exit.DISK_FULL
-
-
-class GpuLost(LauncherError):
-    """A GPU that no longer answers."""
-
-    exit_code = Exit.GPU_LOST
 
 
 class NameTaken(EngineError):
@@ -65,7 +31,7 @@ TRAINERS_OWN = frozenset({2, 3, 4, DiskFull.exit_code, GpuLost.exit_code})
 """Exit codes of a trainer that say what is wrong."""
 
 
-class ReplicaFailed(LauncherError):
+class ReplicaFailed(StarlingError):
     """A replica ended with an error while `up` was watching it; carries the trainer's own exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:

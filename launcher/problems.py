@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NoReturn, ParamSpec, TypeVar
 
-from launcher.errors import (
-    CheckpointError,
-    DataError,
-    DiskFull,
-    EngineError,
-    LauncherError,
-    UsageError,
-)
+from launcher.errors import EngineError
+from starling.core.errors import CheckpointError, DataError, DiskFull, StarlingError, UsageError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,10 +17,10 @@ MOST_SPECIFIC = tuple(
 """Of several problems the one that is named first here gives the exit code: the user's file says more than a flag."""
 
 
-class SeveralProblems(LauncherError):
+class SeveralProblems(StarlingError):
     """More than one independent problem, each with its own remedy."""
 
-    def __init__(self, problems: Sequence[LauncherError]) -> None:
+    def __init__(self, problems: Sequence[StarlingError]) -> None:
         lines = [f"{number}. {_indented(str(problem))}" for number, problem in enumerate(problems, start=1)]
         super().__init__("\n  ".join([f"{len(problems)} problems; nothing was started", *lines]))
         self.problems = tuple(problems)
@@ -37,10 +31,10 @@ class Problems:
     """Collects refusals of checks that do not depend on each other."""
 
     def __init__(self) -> None:
-        self.found: list[LauncherError] = []
+        self.found: list[StarlingError] = []
 
     def check(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what `act` returns; None, with its refusal kept, when it raises a LauncherError.
+        """Return what `act` returns; None, with its refusal kept, when it raises a StarlingError.
 
         A path that the caller may not even look at is a refusal too.
         """
@@ -48,7 +42,7 @@ class Problems:
             return act(*args, **kwargs)
         except SeveralProblems as several:
             self._keep(several.problems)
-        except LauncherError as error:
+        except StarlingError as error:
             self._keep([error])
         except PermissionError as error:
             self._keep(
@@ -56,11 +50,11 @@ class Problems:
             )
         return None
 
-    def add(self, problem: LauncherError) -> None:
+    def add(self, problem: StarlingError) -> None:
         """Keep a refusal."""
         self._keep([problem])
 
-    def _keep(self, problems: Sequence[LauncherError]) -> None:
+    def _keep(self, problems: Sequence[StarlingError]) -> None:
         """Keep each in the order found; what two checks say in the same words is one problem."""
         said = {str(problem) for problem in self.found}
         self.found += {str(problem): problem for problem in problems if str(problem) not in said}.values()
@@ -75,7 +69,7 @@ class Problems:
         raise self.found[0] if len(self.found) == 1 else SeveralProblems(self.found)
 
 
-def exit_code_of(problems: Sequence[LauncherError]) -> int:
+def exit_code_of(problems: Sequence[StarlingError]) -> int:
     """Return the exit code of the most telling problem; 0 for none."""
     codes = {problem.exit_code for problem in problems}
     return next((code for code in MOST_SPECIFIC if code in codes), min(codes, default=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from launcher.errors import UsageError
+from starling.core.errors import UsageError
 
 MIB = 1024**2
 GIB = 1024**3

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from starling import __version__
-from starling.config.flags import CONSOLE
 from starling.core.errors import closest
+from starling.core.settings.parser import CONSOLE
 
 COMMANDS = {
     "train": "train a detector, or search its hyperparameters (train.py)",

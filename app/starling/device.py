@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from starling.core.cgroups import container_cpu_count
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 
 MOST_THREADS = 4096
 OWN_LAUNCH = "STARLING_LAUNCHED"

@@ -1,4 +1,4 @@
-"""The error tree. Every error a user can meet says what, where and the remedy, and carries its exit code."""
+"""The errors of training and of its files, and what a refused write or read means."""
 
 from __future__ import annotations
 
@@ -10,60 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from starling.core.errors import FULL, Exit, ToldError
+from starling.core.errors import FULL, DiskFull, Exit, StarlingError, UsageError
 from starling.core.folder import LinkRefused
 from starling.core.words import shown
-
-_MOST_FIELD, _MOST_VALUE = 4096, 400
-"""Characters of a message: a field may carry a path, a value may be a whole file."""
-
-
-class StarlingError(ToldError):
-    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
-
-
-class UsageError(StarlingError):
-    """A command line or a configuration that cannot work."""
-
-    exit_code = Exit.USAGE
-
-
-class ConfigError(UsageError):
-    """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
-
-    def __init__(self, field: str, value: object, problem: str) -> None:
-        super().__init__(f"{shown(field, _MOST_FIELD)}={_repr(value)}: {problem}")
-        self.field = field
-
-
-class DataError(StarlingError):
-    """A dataset, picture or label file that cannot be used."""
-
-    exit_code = Exit.DATA
-
-
-class CheckpointError(StarlingError):
-    """A checkpoint or weights file that cannot be read, trusted, matched or written."""
-
-    exit_code = Exit.CHECKPOINT
 
 
 class ServerError(StarlingError):
     """A server that the command needs does not answer."""
 
     exit_code = Exit.SERVICE
-
-
-class DiskFull(StarlingError):
-    """A write that the disk refused: it is full, over its quota, or failing. What was written before stays."""
-
-    exit_code = Exit.DISK_FULL
-
-
-class GpuLost(StarlingError):
-    """A GPU that no longer answers: fallen off the bus, or reset under the training."""
-
-    exit_code = Exit.GPU_LOST
 
 
 class Stopped(StarlingError):
@@ -142,13 +97,6 @@ def print_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
     if told := environment.get(TOLD):
         with suppress(OSError):
             Path(told).touch()
-
-
-def _repr(value: object) -> str:
-    try:
-        return shown(repr(value), _MOST_VALUE)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits, lists in lists without end
-        return f"a {type(value).__name__}"
 
 
 @contextmanager

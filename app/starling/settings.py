@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from starling.core.errors import suggest
+from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.paths import at_home
 from starling.core.plain_json import parse_json, read_json
-from starling.errors import ConfigError, UsageError, refusal
+from starling.errors import refusal
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import is_below_top, read_file
 

@@ -12,8 +12,9 @@ import click
 
 from launcher.cli.context import open_engine, shared
 from launcher.console import confirmed
-from launcher.errors import EngineError, LauncherError, UsageError
+from launcher.errors import EngineError
 from launcher.options.config_file import ConfiguredCommand
+from starling.core.errors import StarlingError, UsageError
 from starling.core.paths import absolute
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _remove(engine: Engine, found: _Found) -> None:
         try:
             with unused(runs, run) as folder:  # again: the answer may have taken a while
                 delete(runs, run, folder)
-        except LauncherError as error:
+        except StarlingError as error:
             failures.append(str(error))
     if found.folders:
         for state in still:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from launcher.errors import UsageError
+from starling.core.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState

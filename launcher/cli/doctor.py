@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from launcher.cli.context import open_engine, shared
-from launcher.errors import UsageError
 from launcher.options.config_file import ConfiguredCommand
+from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
 if TYPE_CHECKING:

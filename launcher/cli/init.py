@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from launcher.errors import UsageError
 from launcher.options.config_file import NAME, TRAIN, keys_of
+from starling.core.errors import UsageError
 
 _EXAMPLES = {
     "gpus": "all",

@@ -9,8 +9,8 @@ import click
 
 from launcher.cli.context import count_words, open_engine, shared
 from launcher.console import confirmed, say
-from launcher.errors import UsageError
 from launcher.options.config_file import ConfiguredCommand
+from starling.core.errors import UsageError
 
 
 @click.command("kill-all", cls=ConfiguredCommand)

@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from launcher.console import drop_output
-from launcher.errors import LauncherError, UsageError, disk_full
+from launcher.errors import disk_full
 from launcher.options.config_file import root_option
+from starling.core.errors import StarlingError, UsageError
 from starling.core.package import VERSION
 from starling.core.paths import impossible, lost_folder
 from starling.core.words import shown
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except LauncherError as error:
+    except StarlingError as error:
         if "--debug" in words[:1]:
             raise
         # A name on the command line need not be UTF-8, and not every stream takes it then.
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         drop_output()  # the reader (`head`) has gone
         sys.exit(0)
     except OSError as error:
-        full: LauncherError | None = disk_full(error)
+        full: StarlingError | None = disk_full(error)
         if error.errno == errno.ENAMETOOLONG:
             full = UsageError(f"{shown(error.filename)}: {error.strerror}")
         elif problem := lost_folder():

@@ -18,7 +18,6 @@ from launcher.cli.context import open_engine
 from launcher.console import say
 from launcher.devices.claims import NOBODY
 from launcher.engines.base import Engine, Image
-from launcher.errors import UsageError
 from launcher.hosts.find import find_site
 from launcher.hosts.ownership import caller_ids
 from launcher.hosts.site import Site
@@ -43,6 +42,7 @@ from launcher.plan.training_args import check_local_trainer, prepare_args
 from launcher.problems import Problems, exit_code_of
 from launcher.sizes import parse_size
 from starling.core import package
+from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
 OWN_OPTIONS = frozenset([
@@ -53,7 +53,7 @@ OWN_OPTIONS = frozenset([
 
 
 def run_up(options: dict[str, Any]) -> None:
-    """Do what `launcher up` asks for, from click's options; raises LauncherError with nothing started."""
+    """Do what `launcher up` asks for, from click's options; raises StarlingError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
     if options["build"] and options["engine"] == "local":

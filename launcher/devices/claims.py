@@ -15,8 +15,8 @@ from launcher.devices.devices import (
     resolve_ids,
 )
 from launcher.devices.inventory import Gpu
-from launcher.errors import UsageError
 from launcher.problems import Problems
+from starling.core.errors import UsageError
 
 EVERY = "all"
 

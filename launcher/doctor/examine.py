@@ -14,12 +14,12 @@ from launcher.devices.inventory import Gpu, read_driver, read_gpus
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
-from launcher.errors import LauncherError
 from launcher.hosts.box import Box
 from launcher.hosts.box_site import BoxSite
 from launcher.hosts.site import Site
 from launcher.sizes import format_size
 from starling.core import package
+from starling.core.errors import StarlingError
 
 Check = Callable[[], list[Finding]]
 
@@ -40,7 +40,7 @@ def examine_docker(
     socket = [] if path is None else [engine_checks.check_socket(path)]
     try:
         engine = open_engine()
-    except LauncherError as error:
+    except StarlingError as error:
         return [*socket, Finding.of_error("engine", error), *_together(_host(site.runs, box))]
     remote = engine.remote
     gpus = site.gpus(engine)
@@ -77,7 +77,7 @@ def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: boo
         before = time.time()
         about, version = engine.about()
         after = time.time()
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("engine", error)]
     return [
         engine_checks.check_version(version),
@@ -93,7 +93,7 @@ def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> li
     try:
         found = engine.resolve_image(image)
         user = site.replica_user(None)
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("image", error)]
     driver = [] if engine.remote else host_checks.check_driver_for(found, read_driver())
     return driver + one_shot.probe(
@@ -118,7 +118,7 @@ def _trainer() -> list[Finding]:
     try:
         check_local_trainer()
         return [Finding("trainer", "ok", str(package.PARENT / "starling"))]
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("trainer", error)]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from launcher.errors import LauncherError
+from starling.core.errors import StarlingError
 
 Status = Literal["ok", "warning", "failure"]
 
@@ -25,7 +25,7 @@ class Finding:
     remedy: str = ""
 
     @classmethod
-    def of_error(cls, check: str, error: LauncherError, where: str = "") -> Finding:
+    def of_error(cls, check: str, error: StarlingError, where: str = "") -> Finding:
         """Return the failure that an error tells of: what, and after the semicolon the remedy."""
         text, _, remedy = str(error).partition("; ")
         return cls(check, "failure", where + text, remedy)

@@ -14,11 +14,11 @@ from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Image
-from launcher.errors import LauncherError
 from launcher.hosts.box import Box
 from launcher.hosts.runs_folder import check_runs
 from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
+from starling.core.errors import StarlingError
 from starling.core.folder import Folder
 from starling.core.lock import lock_own
 from starling.core.paths import real_path
@@ -78,7 +78,7 @@ def check_driver_for(image: Image, driver: Driver | None) -> list[Finding]:
         return []
     try:
         check_driver(image, driver)
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("driver", error)]
     serves = f"serves CUDA {driver.cuda[0]}.{driver.cuda[1]}"
     return [
@@ -114,7 +114,7 @@ def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
         if box is not None:
             return _remote_folder(runs, box)
         check_runs(runs)
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("runs folder", error)]
     writable = (
         check_locks(runs) if runs.is_dir() else Finding("runs folder", "ok", f"{runs}: `up` will make it")

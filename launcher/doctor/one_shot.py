@@ -11,9 +11,9 @@ from pathlib import Path
 from launcher.devices.devices import Device
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine, Mount, ReplicaSpec
-from launcher.errors import LauncherError
 from launcher.plan.plan import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
 from launcher.sizes import MIB, format_size
+from starling.core.errors import StarlingError
 
 MEMORY, SHM = 256 * MIB, 64 * MIB
 END_S = 30.0
@@ -47,7 +47,7 @@ def probe(engine: Engine, image: str, runs: Path | None, user: str, gpu: str | N
     label = f"GPU {gpu}" if gpu is not None else "CPU"
     try:
         sight = _look(engine, _spec(image, runs, user, gpu))
-    except LauncherError as error:
+    except StarlingError as error:
         return [Finding.of_error("container", error, f"on {label}: ")]
     found = [_trainer(image, sight), _limits(sight)]
     if runs is not None:
@@ -89,7 +89,7 @@ def _look(engine: Engine, spec: ReplicaSpec) -> Sight:
             time.sleep(0.05)
         said = list(engine.logs(replica_id))
     finally:
-        with contextlib.suppress(LauncherError):
+        with contextlib.suppress(StarlingError):
             engine.remove(replica_id)
     words = dict(line.partition(" ")[::2] for line in said)
     return Sight(

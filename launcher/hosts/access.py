@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from launcher.engines.base import Mount
-from launcher.errors import LauncherError, UsageError
 from launcher.problems import Problems
+from starling.core.errors import StarlingError, UsageError
 from starling.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 
 READ, WRITE, ENTER = 4, 2, 1
@@ -24,7 +24,7 @@ MOST_OF_A_FOLDER = 20
 IMAGES_AND_LABELS = IMAGE_SUFFIXES | {".txt"}
 
 
-def check_data(reads: Mapping[Path, type[LauncherError]], mounts: Sequence[Mount], user: str) -> None:
+def check_data(reads: Mapping[Path, type[StarlingError]], mounts: Sequence[Mount], user: str) -> None:
     """Raise for what `user` could not read or see inside a replica.
 
     `reads` are the files and folders that a training opens, each with the error that it is; `mounts` what replicas are shown.
@@ -40,7 +40,7 @@ def check_data(reads: Mapping[Path, type[LauncherError]], mounts: Sequence[Mount
     problems.raise_any()
 
 
-def _check_place(place: Path, kind: type[LauncherError], shown: Sequence[Path], uid: int, gid: int) -> None:
+def _check_place(place: Path, kind: type[StarlingError], shown: Sequence[Path], uid: int, gid: int) -> None:
     """Check the way from the mount to the place, the place, and some of what is in it."""
     root = next((item for item in shown if place.is_relative_to(item)), place)
     way = [

@@ -26,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.errors import ConnectionLost, EngineError, UsageError
+from launcher.errors import ConnectionLost, EngineError
+from starling.core.errors import UsageError
 
 CONNECT_S = 10
 """For the connection itself; whoever is asked for a password has longer."""

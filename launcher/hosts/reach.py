@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
+from starling.core.errors import UsageError
 from starling.core.paths import at_home
 from starling.core.plain_json import read_json
 

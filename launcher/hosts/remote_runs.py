@@ -12,12 +12,13 @@ from pathlib import Path
 import starling.core.folder
 import starling.core.handover
 from launcher.devices.inventory import Gpu
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.hosts.box import Box
 from launcher.hosts.host_lock import FOLDERS, NAME
 from launcher.hosts.host_paths import is_the_systems
 from launcher.hosts.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
 from launcher.hosts.runs_folder import replica_user
+from starling.core.errors import UsageError
 from starling.core.handover import NOBODYS_ID, STILL
 
 _SENT = {"starling.core.folder": starling.core.folder, "starling.core.handover": starling.core.handover}

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launcher.errors import UsageError
 from launcher.hosts.host_paths import is_the_systems
 from launcher.hosts.lock_wait import wait_for_lock
 from launcher.hosts.ownership import caller_ids
+from starling.core.errors import UsageError
 from starling.core.folder import Folder
 from starling.core.handover import (
     NOBODYS_ID,

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from launcher.errors import UsageError
 from launcher.options.replica_names import ReplicaName
-from starling.core.errors import suggest
+from starling.core.errors import UsageError, suggest
 from starling.core.paths import at_home
 from starling.core.words import shown
 

@@ -44,14 +44,14 @@ def _names_in_time(ctx: click.Context) -> list[str]:
 
 def _names(ctx: click.Context) -> list[str]:
     from launcher.engines.opening import open_engine
-    from launcher.errors import LauncherError
     from launcher.hosts.reach import remote_files
+    from starling.core.errors import StarlingError
 
     engine = ctx.params.get("engine") or "docker"
     try:
         if engine == "docker" and remote_files():
             return []  # a connection by ssh takes too long for a key, and may ask for a password
         states = open_engine(engine, ctx.params.get("runs") or Path("runs")).list()
-    except LauncherError:
+    except StarlingError:
         return []
     return [state.name for state in states] + [state.fleet for state in states]

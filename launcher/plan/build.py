@@ -6,7 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
+from starling.core.errors import UsageError
 
 BUILDER = Path("scripts/image")
 

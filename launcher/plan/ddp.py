@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.devices.devices import Device
-from launcher.errors import UsageError
 from launcher.plan.training_args import TrainingArgs
+from starling.core.errors import UsageError
 
 
 def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.errors import UsageError
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import UsageError
 from starling.core.regular_file import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 

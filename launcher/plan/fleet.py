@@ -10,9 +10,10 @@ from typing import Any
 
 from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
 from launcher.engines.limits import STOP_GRACE_S
-from launcher.errors import EngineError, LauncherError, ReplicaFailed, UsageError
+from launcher.errors import EngineError, ReplicaFailed
 from launcher.parallel import Done, in_parallel
 from launcher.status.report import device_words, words_for
+from starling.core.errors import StarlingError, UsageError
 
 POLL_S = 0.25
 LAST_WORDS = 15
@@ -118,9 +119,9 @@ def _raise_failures(outcomes: Sequence[Done[ReplicaSpec, None]], *, named: bool 
     """
     from launcher.problems import Problems
 
-    failed: dict[str, tuple[LauncherError, list[str]]] = {}
+    failed: dict[str, tuple[StarlingError, list[str]]] = {}
     for outcome in outcomes:
-        if isinstance(outcome.error, LauncherError):
+        if isinstance(outcome.error, StarlingError):
             name = f"{outcome.item.name} ({device_words(outcome.item.device.label)})"
             failed.setdefault(str(outcome.error), (outcome.error, []))[1].append(name)
         elif outcome.error is not None:
@@ -167,7 +168,7 @@ def _roll_back(
     """
     wanted = {spec.name: spec.public() for spec in specs}
     ids = dict.fromkeys(created)
-    with contextlib.suppress(LauncherError):
+    with contextlib.suppress(StarlingError):
         for state in engine.list():
             if state.id not in before and wanted.get(state.name) == state.plan:
                 ids[state.id] = None
@@ -227,7 +228,7 @@ def discard(engine: Engine, states: Iterable[ReplicaState]) -> list[str]:
     """Kill and remove replicas by id; return a line for each that resisted. One that has vanished is fine."""
     failures = []
     for outcome in in_parallel(lambda state: engine.remove(state.id), states):
-        if isinstance(outcome.error, LauncherError):
+        if isinstance(outcome.error, StarlingError):
             failures.append(f"{outcome.item.name}: {outcome.error}")
         elif outcome.error is not None:
             raise outcome.error

@@ -12,13 +12,13 @@ from launcher.devices.claims import NOBODY, Occupancy, choose_gpus
 from launcher.devices.devices import Device, join_devices, split_cores
 from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount, ReplicaSpec
-from launcher.errors import LauncherError, UsageError
 from launcher.hosts.runs_folder import check_user
 from launcher.plan.ddp import check_device_argument, check_together
 from launcher.plan.training_args import TrainingArgs
 from launcher.problems import Problems
 from launcher.sizes import GIB, MIB, format_size
 from starling.core.dataset import START
+from starling.core.errors import StarlingError, UsageError
 
 DEFAULT_IMAGE = "starling:latest"
 RUNS_IN_IMAGE = "/usr/src/app/runs"
@@ -92,7 +92,7 @@ class Plan:
     fleet: str
     replicas: tuple[ReplicaSpec, ...]
     notes: tuple[str, ...] = ()
-    problems: tuple[LauncherError, ...] = ()
+    problems: tuple[StarlingError, ...] = ()
     """What would stop it now; only a plan that is to be shown has any."""
 
     def public(self) -> dict[str, Any]:

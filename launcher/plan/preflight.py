@@ -9,12 +9,13 @@ from urllib.parse import urlsplit
 
 from launcher.devices.inventory import Driver, Machine, read_driver
 from launcher.engines.base import Engine, Image, ReplicaState
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.hosts.access import check_data, check_runs_access, check_secret_file
 from launcher.plan.plan import Placement, Plan, Request
 from launcher.plan.secret_files import CLEARML_FILE, secret_files
 from launcher.problems import Problems
 from launcher.sizes import GIB, format_size
+from starling.core.errors import UsageError
 
 LEAST_FREE_BYTES = GIB
 """Below this a search does not come far: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""

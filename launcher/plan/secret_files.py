@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.engines.base import Mount
-from launcher.errors import UsageError
 from launcher.hosts.host_files import LOCAL, HostFiles
 from launcher.plan.plan import Request
+from starling.core.errors import UsageError
 
 PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
 """Variables that name a file with a password, which replicas find at its own path."""

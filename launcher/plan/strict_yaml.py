@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import UsageError
+from starling.core.errors import UsageError
 
 if TYPE_CHECKING:
     from starling.core.plain_yaml import Value

@@ -11,13 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from launcher.engines.base import Mount
-from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
 from launcher.hosts.host_files import LOCAL, HostFiles
 from launcher.plan.dataset_yaml import read_dataset, start_of_shipped
 from launcher.plan.space_yaml import space_layouts
 from launcher.problems import Problems
 from starling.core import package
-from starling.core.errors import suggest
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError, suggest
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home, path_problem
 from starling.core.words import shown
@@ -47,7 +46,7 @@ _TAKES_NO_VALUE = {"--evolve": True, "--resume": True}
 """Options whose value may be left out."""
 
 _SHIPPED_FOLDER = {"--cfg": "layouts", "--data": "datasets", "--hyp": "hyps", "--space": "spaces"}
-_MISSING: dict[str, type[LauncherError]] = {
+_MISSING: dict[str, type[StarlingError]] = {
     "--data": DataError,
     "--weights": CheckpointError,
     "--hyp": UsageError,
@@ -71,7 +70,7 @@ class TrainingArgs:
     name: str
     evolve: bool
     device: str | None
-    reads: Mapping[Path, type[LauncherError]] = field(default_factory=dict)
+    reads: Mapping[Path, type[StarlingError]] = field(default_factory=dict)
     """What the training opens, its files and the folders of its pictures, each with the error that the lack of it is."""
     study: str | None = None
     """Where the search keeps its study: a database's URL, without a password; None for the journal in the runs folder."""
@@ -138,13 +137,13 @@ def prepare_args(
 
 def _take_paths(
     values: _Words, cwd: Path, isolated: bool, files: HostFiles
-) -> tuple[list[Mount], dict[Path, type[LauncherError]], Path | None]:
+) -> tuple[list[Mount], dict[Path, type[StarlingError]], Path | None]:
     """Make the host's paths absolute; return the mounts that they need, what training opens, and where it starts.
 
     Raises all refusals together.
     """
     mounts: list[Mount] = []
-    reads: dict[Path, type[LauncherError]] = {}
+    reads: dict[Path, type[StarlingError]] = {}
     start: Path | None = None
     problems = Problems()
     for option in _MISSING:

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from launcher.engines.base import Mount
 from launcher.engines.docker.services import Service
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.servers.compose import project_name
+from starling.core.errors import UsageError
 
 PORT = 5000
 URI_INSIDE = f"http://mlflow:{PORT}"

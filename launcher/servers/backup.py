@@ -18,11 +18,12 @@ from typing import IO
 from launcher.console import say
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.services import Service
-from launcher.errors import EngineError, UsageError, disk_full
+from launcher.errors import EngineError, disk_full
 from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member, is_left_over
 from launcher.servers.compose import Compose, last_words
 from launcher.servers.track import open_host
 from launcher.sizes import format_size
+from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
 FOLDER = "/mlflow/artifacts"

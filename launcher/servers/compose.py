@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.hosts.ownership import caller_ids
+from starling.core.errors import UsageError
 from starling.core.paths import at_home
 from starling.core.regular_file import is_file, open_regular
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 from launcher.console import confirmed, say
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.services import Service
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.servers.archive import (
     ARTIFACTS,
     DATABASES,
@@ -35,6 +35,7 @@ from launcher.servers.archive import (
 from launcher.servers.backup import FOLDER
 from launcher.servers.compose import Compose, last_words, run
 from launcher.servers.track import bring_up, open_host, provide_images
+from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
 STAGE_ARTIFACTS = f"rm -rf {FOLDER}/{STAGED} && mkdir {FOLDER}/{STAGED} && tar -x -f - -C {FOLDER}/{STAGED}"

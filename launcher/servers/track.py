@@ -16,7 +16,7 @@ from launcher.console import confirmed, say
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.services import Service
 from launcher.engines.opening import open_engine
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.servers.addresses import (
     PASSWORD_FILES,
     URI_INSIDE,
@@ -27,6 +27,7 @@ from launcher.servers.addresses import (
     read_secret,
 )
 from launcher.servers.compose import Compose, find_compose_file, last_words, project_name, run
+from starling.core.errors import UsageError
 
 POLL_S = 0.5
 CRASHING_S = 20.0

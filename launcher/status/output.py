@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 
 from launcher.engines.base import Engine, LogLine, ReplicaState
-from launcher.errors import LauncherError, UsageError
 from launcher.status.selection import select
 from launcher.status.terminal import coloured, paint
+from starling.core.errors import StarlingError, UsageError
 
 PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
 
@@ -97,7 +97,7 @@ def _follow_all(
                 _print(prefixes[state.id] + line)
         except BrokenPipeError:
             reader_left.set()
-        except LauncherError as error:
+        except StarlingError as error:
             click.echo(f"{prefixes[state.id]}{error}", err=True)
 
     # Daemon threads: Ctrl-C must not wait for a replica to say something.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.engines.base import ReplicaState
-from launcher.errors import UsageError
+from starling.core.errors import UsageError
 
 
 def select(states: Sequence[ReplicaState], names: Sequence[str]) -> list[ReplicaState]:

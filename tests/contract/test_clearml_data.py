@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from starling.cli.data import main as data_main
+from starling.core.errors import DataError
 from starling.data.dataset.dataset import DatasetDescription
 from starling.data.fetch.clearml_set import FOLDER, fetch_clearml_set, make_version
-from starling.errors import DataError
 from starling.tracking.clearml.client.sdk import SdkError, run_sdk
 from tests.doubles.clearml_server import Answer, ClearmlServerDouble
 

@@ -14,8 +14,9 @@ import pytest
 
 from launcher.devices.devices import Device
 from launcher.engines.base import Engine, ReplicaState
-from launcher.errors import EngineError, LauncherError, NameTaken, ReplicaFailed, UsageError
+from launcher.errors import EngineError, NameTaken, ReplicaFailed
 from launcher.plan import fleet
+from starling.core.errors import StarlingError, UsageError
 from tests.contract.conftest import World
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
@@ -349,7 +350,7 @@ def test_a_replica_removed_by_somebody_else_before_its_start_takes_the_fleet_bac
         start(replica_id)
 
     monkeypatch.setattr(world.engine, "start", removed_first)
-    with pytest.raises(LauncherError) as caught:
+    with pytest.raises(StarlingError) as caught:
         fleet.bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
     assert caught.value.exit_code == 5
     assert world.reopen().list() == []
@@ -381,7 +382,7 @@ def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World
     remover.start()
     # Whoever removes a replica kills it first, and may be seen between the two.
     with pytest.raises(
-        LauncherError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
+        StarlingError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
     ):
         fleet.bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
     remover.join()

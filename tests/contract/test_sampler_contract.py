@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import SAMPLERS, Sampler
+from starling.core.settings.train import SAMPLERS, Sampler
 from starling.search.genes import Gene
 from starling.search.outcome import Outcome, State
 from starling.search.samplers.history import IMPORTED, History

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from starling.cli import search as search_command
-from starling.config.study_url import parse_study_url
-from starling.errors import CheckpointError, ServerError, Stopped, UsageError
+from starling.core.errors import CheckpointError, UsageError
+from starling.core.settings.study_url import parse_study_url
+from starling.errors import ServerError, Stopped
 from starling.search.outcome import Candidate, LeaseLost, Outcome, Report, State
 from starling.search.storage import database as connections
 from starling.search.storage import database_storage

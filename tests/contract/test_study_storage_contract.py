@@ -18,7 +18,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from starling.config.hyp import Hyp
-from starling.errors import Pruned, UsageError
+from starling.core.errors import UsageError
+from starling.errors import Pruned
 from starling.search import definition
 from starling.search.outcome import LeaseLost, Outcome, State
 from starling.search.plan import StudyPlan

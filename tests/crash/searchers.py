@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling.config.hyp import Hyp
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 from starling.outputs.atomic import append_line, write_atomic
 from starling.search.outcome import Candidate, Outcome, Report
 from starling.search.storage.journal import writing

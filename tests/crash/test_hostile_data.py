@@ -21,10 +21,10 @@ from PIL import Image
 
 from starling import settings
 from starling.cli import train
+from starling.core.errors import DataError
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.findings import REPORT, write_report
 from starling.data.dataset.images import decode_image
-from starling.errors import DataError
 from tests.conftest import REPOSITORY
 
 GOOD = "0 .5 .5 .4 .4\n"
@@ -128,7 +128,7 @@ import resource, sys
 from pathlib import Path
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.images import decode_image
-from starling.errors import DataError
+from starling.core.errors import DataError
 description = DatasetDescription.from_yaml(Path(sys.argv[1]) / "data.yaml")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = Dataset.load(description, "train")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from starling.cli import train
-from starling.config.train_flags import parse_args
+from starling.core.settings.train import parse_args
 from starling.model.checkpoint import load_checkpoint
 from starling.training.resume.own_run import go_on
 from starling.training.training import read_hyp

@@ -13,7 +13,7 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.errors import DiskFull
+from starling.core.errors import DiskFull
 from starling.model.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from starling.outputs.atomic import sweep
 from starling.outputs.run_dir import previous_of

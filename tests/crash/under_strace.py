@@ -122,7 +122,7 @@ def main(action: str, cases: str, *calls: str) -> None:
 
 
 def _child(act: Callable[[Path], None], call: str, place: int, template: Path, case: Path) -> int:
-    from starling.errors import DiskFull
+    from starling.core.errors import DiskFull
 
     shutil.copytree(template, case)
     harmless(call, NTH - place, case.with_suffix(".scratch"))

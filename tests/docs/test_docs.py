@@ -16,11 +16,9 @@ from starling.cli import plots as plots
 from starling.cli import track
 from starling.cli.data import build_parser as data_parser
 from starling.cli.search import build_parser as search_parser
-from starling.config import detect_flags, export_config, hpo_config
-from starling.config import val_flags as val_command
 from starling.config.hyp import Hyp
 from starling.config.shipped import SHIPPED
-from starling.config.train_flags import build_parser
+from starling.core.settings import detect, export, hpo, train, val
 from tests.conftest import REPOSITORY
 
 DOCS = {
@@ -30,11 +28,11 @@ ALL = "\n".join(DOCS.values())
 
 
 def train_flags() -> list[str]:
-    return flags_of(build_parser())
+    return flags_of(train.COMMAND.parser())
 
 
 def val_flags() -> list[str]:
-    return flags_of(val_command.build_parser())
+    return flags_of(val.COMMAND.parser())
 
 
 def plots_flags() -> list[str]:
@@ -42,7 +40,7 @@ def plots_flags() -> list[str]:
 
 
 def detect_and_export_flags() -> list[tuple[str, str]]:
-    parsers = {"detect.md": detect_flags.build_parser(), "export.md": export_config.build_parser()}
+    parsers = {"detect.md": detect.COMMAND.parser(), "export.md": export.COMMAND.parser()}
     return [(page, flag) for page, parser in parsers.items() for flag in flags_of(parser) if flag != "--help"]
 
 
@@ -110,7 +108,7 @@ def test_every_flag_of_the_data_command_is_in_the_data_page(flag: str) -> None:
     assert f"`{flag}" in DOCS["data.md"]
 
 
-@pytest.mark.parametrize("flag", sorted(set(flags_of(hpo_config.build_parser())) - {"--help"}))
+@pytest.mark.parametrize("flag", sorted(set(flags_of(hpo.COMMAND.parser())) - {"--help"}))
 def test_every_flag_of_hpo_is_in_the_clearml_page(flag: str) -> None:
     assert f"`{flag}`" in DOCS["clearml.md"]
 
@@ -151,7 +149,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
     known = {*train_flags(), *launcher_flags(), *track_flags(), *val_flags(), *plots_flags()}
     known |= {
         *(flag for _, flag in detect_and_export_flags()),
-        *export_config.REFUSED,
+        *export.COMMAND.refused,
         *flags_of(data_parser()),
         *flags_of(search_parser()),
     }
@@ -164,7 +162,7 @@ def test_no_page_names_a_flag_that_no_command_has() -> None:
     known |= {"--always", "--dirty", "--abbrev", "--exclude"}  # of git
     known |= {"--cpu-only"}  # of clearml-agent
     known |= {"--real", "--journal", "--landscape", "--plot"}  # of bench/search_*.py
-    known |= {*flags_of(hpo_config.build_parser())}
+    known |= {*flags_of(hpo.COMMAND.parser())}
     known |= {"--folder", "--search-epochs"}  # of examples/clearml_pipeline.py
     known |= {
         "--files",

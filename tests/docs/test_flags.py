@@ -9,15 +9,15 @@ from functools import cache
 
 import pytest
 
-from starling.config import detect_flags, export_config, train_flags, val_flags
+from starling.core.settings import detect, export, train, val
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "flags.md").read_text()
 PARSERS: dict[str, argparse.ArgumentParser] = {
-    "train.py": train_flags.build_parser(),
-    "val.py": val_flags.build_parser(),
-    "detect.py": detect_flags.build_parser(),
-    "export.py": export_config.build_parser(),
+    "train.py": train.COMMAND.parser(),
+    "val.py": val.COMMAND.parser(),
+    "detect.py": detect.COMMAND.parser(),
+    "export.py": export.COMMAND.parser(),
 }
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 

@@ -80,7 +80,7 @@ Measured = Callable[..., list[str]]
 _MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 {setup}
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -71,13 +71,13 @@ def read_any(path):
     read_weights(path)
 """,
     "yaml": """
-from launcher.errors import LauncherError
+from starling.core.errors import StarlingError
 from launcher.plan.dataset_yaml import read_dataset
 from starling.data.dataset.dataset import DatasetDescription
 def read_any(path):
     try:
         read_dataset(path)
-    except LauncherError:
+    except StarlingError:
         pass
     DatasetDescription.from_yaml(path)
 """,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from starling.core.errors import DataError
 from starling.data.fetch.acquire import acquire
 from starling.data.fetch.archive import unpack
-from starling.errors import DataError
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import GOOD_TAR, GOOD_ZIP, HOSTILE, tar_of, zip_of
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from starling.core.budget import SECONDS
+from starling.core.errors import StarlingError
 from starling.data.dataset.image_lists import find_pictures
 from starling.data.dataset.images import decode_image, read_header
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch.archive import unpack
 from starling.data.fetch.converters import CONVERTERS
 from starling.data.sources.sources import find_sources
-from starling.errors import StarlingError
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv
 from tests.conftest import REPOSITORY

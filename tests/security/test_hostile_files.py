@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from launcher import errors as launcher_errors
 from launcher.engines.docker.archives import read_archived_file
 from launcher.plan.env_file import read_env_file
 from launcher.servers import compose
 from launcher.servers.archive import ArchiveWriter, is_left_over, verify
 from launcher.servers.restore import _send_artifacts
-from starling.config.study_url import StudyUrl
+from starling.core.errors import CheckpointError, DataError, UsageError
+from starling.core.settings.study_url import StudyUrl
 from starling.distributed.heartbeat import GRACE_S, Heartbeat
-from starling.errors import CheckpointError, UsageError
 from starling.search.storage import checksum, journal
 from starling.search.storage.password import find_password
 from starling.search.storage.repair import repair
@@ -31,23 +30,14 @@ from starling.training.resume import ending
 from tests.security.conftest import Measured
 from tests.security.hostile_archives import HOSTILE, tar_of
 
-VERIFY = """
-from starling.errors import DataError
-from launcher import errors
-from launcher.servers.archive import verify
-def read(path):
-    try:
-        verify(path)
-    except errors.DataError as error:
-        raise DataError(str(error)) from None
-"""
+VERIFY = "from launcher.servers.archive import verify as read"
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_backup_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     backup = tmp_path / "backup.tar"
     backup.write_bytes(HOSTILE[kind][0]())
-    with pytest.raises(launcher_errors.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         verify(backup)
     assert str(backup) in str(caught.value)
     assert str(caught.value).isprintable()
@@ -77,9 +67,9 @@ def test_a_backup_of_more_files_than_one_holds_is_refused_in_both_directions(
         for number in range(5):
             writer.add(f"artifacts/{number}", 1, io.BytesIO(b"x"))
         monkeypatch.setattr("launcher.servers.archive.MOST_FILES", 3)
-        with pytest.raises(launcher_errors.DataError, match="more than 3 files"):
+        with pytest.raises(DataError, match="more than 3 files"):
             writer.add("artifacts/6", 1, io.BytesIO(b"x"))
-    with pytest.raises(launcher_errors.DataError, match="more than 3 files"):
+    with pytest.raises(DataError, match="more than 3 files"):
         verify(backup)
 
 
@@ -185,7 +175,7 @@ KINDS = pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
 
 @KINDS
 def test_an_env_file_that_never_ends_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(launcher_errors.UsageError, match=r"--env-file .*file"):
+    with pytest.raises(UsageError, match=r"--env-file .*file"):
         read_env_file(endless(tmp_path, kind), {})
 
 
@@ -204,7 +194,7 @@ def test_a_compose_file_that_never_ends_is_not_taken_for_ours(
 ) -> None:
     endless(tmp_path, kind).rename(tmp_path / compose.FILE_NAME)
     monkeypatch.setattr(compose, "__file__", str(tmp_path / "site" / "launcher" / "servers" / "compose.py"))
-    with pytest.raises(launcher_errors.UsageError, match=r"no docker-compose\.yml"):
+    with pytest.raises(UsageError, match=r"no docker-compose\.yml"):
         compose.find_compose_file(None, tmp_path)
 
 
@@ -232,7 +222,7 @@ def sealed_backup(path: Path, *names: str) -> Path:
 )
 def test_a_name_that_is_not_spelled_as_a_backup_spells_it_is_refused(tmp_path: Path, name: str) -> None:
     backup = sealed_backup(tmp_path / "backup.tar", name)
-    with pytest.raises(launcher_errors.DataError, match="which no backup has"):
+    with pytest.raises(DataError, match="which no backup has"):
         verify(backup)
 
 

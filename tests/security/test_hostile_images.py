@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from starling.core.errors import DataError
 from starling.data.dataset.image_cost import Room
 from starling.data.dataset.images import UnusableImageError, decode_image, read_header
-from starling.errors import DataError
 from tests.security.conftest import Measured
 from tests.security.hostile_images import HOSTILE, LARGEST, png
 

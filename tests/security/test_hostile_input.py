@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from starling.cli import train
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
 from starling.model.initial_weights import read_weights
 from starling.search.storage.journal import JOURNAL
@@ -73,7 +73,7 @@ import sys, time
 from pathlib import Path
 from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 for path in map(Path, sys.argv[1:]):
     began = time.process_time()
     try:

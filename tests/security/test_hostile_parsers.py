@@ -19,9 +19,9 @@ import torch
 
 from launcher.cli.main import main as launcher_main
 from starling.cli import detect, export, track, train, val
+from starling.core.errors import ConfigError, StarlingError
 from starling.core.plain_json import NotJson, parse_json
 from starling.core.plain_yaml import NotYaml, compose_yaml, load_yaml
-from starling.errors import ConfigError, StarlingError
 from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.model.detector import build_detector
 from starling.model.pickle_check import PickleWalk
@@ -37,7 +37,7 @@ from tests.security.hostile_pickles import FILES, FORMS, PICKLES
 from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
 
 IMPORTS = """
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 from starling.model.checkpoint import load_checkpoint
 from starling.model.initial_weights import read_weights
 """
@@ -157,23 +157,23 @@ def _yaml_files(folder: Path) -> list[tuple[str, Path]]:
 
 YAML_IMPORTS = """
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.config.yaml_reader import read_yaml
 from starling.data.dataset.dataset import DatasetDescription
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 from starling.model.detector import build_detector
 from starling.search.space import parse_space
 from launcher.cli.main import cli
 from launcher.options.config_file import read_settings
 from launcher.plan.dataset_yaml import read_dataset
-from launcher.errors import LauncherError
+from starling.core.errors import StarlingError
 from launcher.plan.space_yaml import space_layouts
 def read_any(path):
     kind = path.name.split("-")[0]
     if kind == "data":
         try:
             read_dataset(path)
-        except LauncherError:
+        except StarlingError:
             pass
         DatasetDescription.from_yaml(path)
     elif kind == "hyp":
@@ -192,7 +192,7 @@ def test_every_yaml_reader_of_both_packages_gives_one_clear_message_for_odd_file
     (tmp_path / "images").mkdir()
     paths = [path for _, path in _yaml_files(tmp_path)]
     said = read_all(
-        paths, ["read_any"], imports=YAML_IMPORTS, errors="StarlingError, LauncherError", seconds=5
+        paths, ["read_any"], imports=YAML_IMPORTS, errors="StarlingError, StarlingError", seconds=5
     )
     assert len(said) == len(paths)
     refused = sum(words != "taken" for _, _, words in said)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from starling.core.errors import DataError
 from starling.data.fetch import paced
 from starling.data.fetch.download import Download, FetchError, fetch
 from starling.data.sources import remote_source
-from starling.errors import DataError
 
 Serve = Callable[[bytes, float], str]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from starling.cli import train
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.outputs.run_dir import previous_of
 from tests.crash.conftest import Start

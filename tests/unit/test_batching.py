@@ -17,13 +17,13 @@ from PIL import Image
 from starling import settings
 from starling.cli import train
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
+from starling.core.errors import ConfigError
+from starling.core.settings.train import TrainConfig
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.loader.batching import Batching, BatchPlan, picture_weights, plan_epoch
 from starling.data.loader.loader import Batch, TrainLoader
 from starling.device import Compute
-from starling.errors import ConfigError
 from starling.model.checkpoint import load_checkpoint
 from starling.prediction.inputs import to_input
 from starling.training.setup.data import load_data

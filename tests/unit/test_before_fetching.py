@@ -11,8 +11,8 @@ import pytest
 
 from starling.cli import detect, export, train, val
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import UsageError
 from starling.device import OWN_LAUNCH, asked_threads
-from starling.errors import UsageError
 from starling.model import initial_weights as start
 from starling.model.initial_weights import InitialWeights, check_freeze, frozen_layers
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT

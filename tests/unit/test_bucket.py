@@ -7,9 +7,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from starling.config.train_config import TrainConfig
-from starling.errors import UsageError
-from starling.outputs.bucket import check_bucket, upload
+from starling.core.errors import UsageError
+from starling.core.settings.train import TrainConfig
+from starling.core.settings.values import check_bucket
+from starling.outputs.bucket import check_driver, upload
 from starling.training.reporting.delivery import upload_results
 
 
@@ -64,7 +65,7 @@ def test_missing_driver_is_found_at_the_start_and_named(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for url, package in (("gs://b/x", "gcsfs"), ("s3://b", "s3fs"), ("az://b", "adlfs")):
         with pytest.raises(UsageError, match=f"pip install {package}"):
-            TrainConfig(bucket=url)
+            check_driver(url)
 
 
 @pytest.mark.parametrize("url", ["gs:/b", "b", "ftp://b", "gs://", "gs:///", "memory://a/../b"])

@@ -13,7 +13,7 @@ import torch
 
 from starling import settings
 from starling.cli import export, train, val
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector, build_detector
 from starling.model.foreign import read_foreign_checkpoint

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
-from starling.config.train_flags import parse_args
 from starling.config.yaml_reader import read_yaml
-from starling.errors import ConfigError, UsageError
+from starling.core.errors import ConfigError, UsageError
+from starling.core.settings.train import TrainConfig, parse_args
 from starling.tracking.clearml.client import script
 from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
 from starling.tracking.clearml.client.credentials import find_credentials, is_configured

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from starling.config.hyp import Hyp
 from starling.config.shipped import SHIPPED, find_config
-from starling.config.train_config import TrainConfig
-from starling.config.train_flags import build_parser, parse_args
 from starling.config.yaml_reader import read_yaml, write_yaml
+from starling.core.errors import ConfigError, DataError, StarlingError, UsageError
 from starling.core.plain_yaml import MOST_BYTES
-from starling.errors import ConfigError, DataError, StarlingError, UsageError
+from starling.core.settings.train import TrainConfig, parse_args
 
 
 def yaml_file(tmp_path: Path, content: str | bytes) -> Path:
@@ -156,9 +155,10 @@ def test_flags_have_their_classic_names_aliases_and_prefixes() -> None:
     assert {"imgsz", "batch_size", "freeze"} <= command.given
 
 
-def test_the_parsers_defaults_are_the_configurations() -> None:
-    defaults = vars(build_parser().parse_args([]))
-    assert TrainConfig.from_mapping(defaults) == TrainConfig()
+def test_a_command_without_flags_is_the_configurations_defaults() -> None:
+    command = parse_args([])
+    assert command.config == TrainConfig()
+    assert command.given == frozenset()
 
 
 def test_a_configuration_survives_its_plain_form() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from starling.cli import data as data_command
+from starling.core.errors import DataError
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch.convert import (
@@ -23,7 +24,6 @@ from starling.data.fetch.convert import (
     convert_voc,
     convert_wheat,
 )
-from starling.errors import DataError
 
 WIDTH, HEIGHT = 200, 100
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from starling.core.errors import DataError, UsageError
 from starling.data.dataset.account import left_out
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.findings import write_report
-from starling.errors import DataError, UsageError
 
 
 def _picture(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0 .5 .5 .2 .2\n") -> None:

@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from starling.cli.detect import main
-from starling.config.detect_flags import parse_args
+from starling.core.errors import DataError, UsageError
+from starling.core.settings.detect import parse_args
 from starling.data.sources import sources
 from starling.data.sources.remote_source import download
-from starling.errors import DataError, UsageError
 from starling.prediction import detecting
 from starling.prediction.detection_files import class_folders
 from starling.prediction.inference import Augmented

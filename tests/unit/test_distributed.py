@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from starling.cli import train
-from starling.config.train_config import TrainConfig
+from starling.core.errors import UsageError
+from starling.core.settings.train import TrainConfig
 from starling.distributed.group import Place
 from starling.distributed.heartbeat import LOST_S, SUSPECT_S, Heartbeat, LostRank
 from starling.distributed.relaunch import relaunch
-from starling.errors import UsageError
 from starling.model.checkpoint import load_checkpoint
 from tests.conftest import PYTHON_PATH, REPOSITORY
 
@@ -32,7 +32,7 @@ import sys
 import torch
 from starling.cli import train
 from starling.cli.command import leave
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 leave(train.main(sys.argv[1:]))
 """
@@ -530,7 +530,7 @@ import os
 import sys
 from starling.cli import train
 from starling.cli.command import leave
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.model.loss import DetectionLoss
 healthy, calls = DetectionLoss.forward, []
 def forward(self, *given):

@@ -22,11 +22,11 @@ import pytest
 
 from starling.cli import data as data_command
 from starling.config.shipped import SHIPPED
+from starling.core.errors import CheckpointError, DataError, UsageError
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.fetch.acquire import Fetch, acquire, read_steps
 from starling.data.fetch.archive import unpack
 from starling.data.fetch.download import MIRROR, Download, FetchError, check_url, fetch, record_path
-from starling.errors import CheckpointError, DataError, UsageError
 from starling.model import official
 from starling.model.initial_weights import find_weights
 from starling.model.official import OFFICIAL, official_name, official_weights, weights_folder
@@ -485,7 +485,7 @@ def test_dataset_is_fetched_when_asked_for_and_trains_from_its_own_folder_too(
 def test_train_fetches_a_dataset_under_its_flag_only(
     mirror: Server, tiny_zip: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from starling.config.train_flags import parse_args
+    from starling.core.settings.train import parse_args
 
     mirror.files["tiny.zip"] = tiny_zip
     Path("tiny.yaml").write_text(TINY)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from starling.config.hyp import Hyp
+from starling.core.errors import CheckpointError, DiskFull, UsageError
 from starling.device import select_compute
-from starling.errors import CheckpointError, DiskFull, UsageError
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
 from starling.progress import Progress, duration
 from starling.training.optimizer import (

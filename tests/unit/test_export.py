@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from starling.cli.export import main
-from starling.config.export_config import parse_args
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.export import parse_args
 from starling.export import exporter
 from starling.export.exporter import Difference
 from starling.prediction.inference import load_detector

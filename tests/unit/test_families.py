@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from starling.cli import data as data_command
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.initial_weights import local_weights, read_weights
 from tests.security.hostile_archives import crowded_zip

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from starling.cli.detect import main
+from starling.core.errors import DataError
 from starling.data.dataset.left_out import LeftOut
 from starling.data.sources.edit_list import shown_seconds
 from starling.data.sources.films import ends_early, is_animated
 from starling.data.sources.sources import Source, find_sources, frames
-from starling.errors import DataError
 from tests.conftest import MINI_SET, REPOSITORY
 
 WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")

@@ -17,11 +17,14 @@ import torch
 
 from starling import device, settings
 from starling.cli import detect, export, train, val
-from starling.config import detect_flags, export_config, train_flags, val_flags
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings import detect as detect_settings
+from starling.core.settings import export as export_settings
+from starling.core.settings import train as train_settings
+from starling.core.settings import val as val_settings
 from starling.data.loader.loader import ValLoader
 from starling.device import Compute, select_compute
-from starling.errors import StarlingError, UsageError
 from starling.evaluation import evaluation
 from starling.export import exporter
 from starling.model.checkpoint import load_checkpoint
@@ -226,7 +229,7 @@ def test_amp_follows_the_hardware_unless_it_is_turned_off(monkeypatch: pytest.Mo
 def test_cache_chooses_where_decoded_pictures_are_kept(
     tiny_args: list[str], tmp_path: Path, words: list[str], mode: str
 ) -> None:
-    config = train_flags.parse_args([*tiny_args, "--cache", *words]).config
+    config = train_settings.parse_args([*tiny_args, "--cache", *words]).config
     data = load_data(config, 64, tmp_path / "cache", print)
     assert (data.train_images.mode, data.val_images.mode) == (mode, mode)
     assert bool(list((tmp_path / "cache").glob("*"))) == (mode == "disk")
@@ -487,16 +490,16 @@ def test_half_files_have_float16_weights(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_alias_means_its_flag() -> None:
-    for parse, flags in (
-        (lambda words: train_flags.parse_args(words).config, train_flags.FLAGS),
-        (val_flags.parse_args, val_flags.FLAGS),
-        (detect_flags.parse_args, detect_flags.FLAGS),
-        (export_config.parse_args, export_config.FLAGS),
-    ):
-        aliased = [flag for rows in flags.values() for flag in rows if len(flag.names) > 1]
+    for module in (train_settings, val_settings, detect_settings, export_settings):
+
+        def parse(words: list[str], module: Any = module) -> Any:
+            parsed = module.parse_args(words)
+            return getattr(parsed, "config", parsed)
+
+        aliased = [declared for declared in module.COMMAND.settings if len(declared.flags) > 1]
         assert aliased
-        for flag in aliased:
-            configs = [parse([name, "96"]) for name in flag.names]
+        for declared in aliased:
+            configs = [parse([name, "96"]) for name in declared.flags]
             assert all(config == configs[0] for config in configs)
             assert configs[0] != parse([])
 
@@ -559,4 +562,4 @@ def _missing(command: str, words: list[str]) -> list[str]:
 
 def test_a_flag_cut_short_where_two_begin_so_is_refused() -> None:
     with pytest.raises(UsageError, match="ambiguous"):
-        train_flags.parse_args(["--save", "1"])
+        train_settings.parse_args(["--save", "1"])

@@ -138,7 +138,7 @@ def test_a_tree_of_any_depth_is_walked_with_a_few_descriptors(deep: Path, folder
         found = [name for _, name, _ in folder.tree(folders_last=folders_last)]
     assert found.count("a folder") == DEEP
     assert found.index("file") == (0 if folders_last else DEEP)
-    assert open_below(tmp_path) == []
+    assert open_below(deep) == []
 
 
 def test_a_tree_of_any_depth_is_emptied_with_a_few_descriptors(deep: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model import inert_pickle
 from starling.model.detector import build_detector
 from starling.model.foreign import read_foreign_checkpoint

@@ -11,7 +11,7 @@ import pytest
 
 from starling import settings
 from starling.cli import train
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 from starling.tracking.events import Event, read_events
 from starling.training.reporting import hooks
 from starling.training.reporting.hooks import NAMES, find_hooks

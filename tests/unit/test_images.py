@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from starling.core.errors import DataError
 from starling.data.dataset.images import UnusableImageError, decode_image, read_header
-from starling.errors import DataError
 
 
 def _gradient(height: int = 24, width: int = 36) -> Image.Image:

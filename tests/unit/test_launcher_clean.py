@@ -19,9 +19,10 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.local.local import LocalEngine
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.status.progress import read_progress
 from launcher.status.run_folders import RunFolder, delete, forget_workers, run_folders, unused
+from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 from tests.contract.test_engines import wait_until
 

@@ -17,8 +17,8 @@ from launcher.cli.main import cli
 from launcher.cli.up_steps import OWN_OPTIONS
 from launcher.engines.local import supervisor
 from launcher.engines.local.local import LocalEngine
-from starling.config.train_flags import FLAGS
 from starling.core.process import stat_of
+from starling.core.settings.train import COMMAND
 from tests.conftest import PYTHON_PATH
 from tests.unit.test_supervise import wait_until
 
@@ -104,7 +104,7 @@ def test_every_option_of_up_is_either_the_launchers_alone_or_a_trainings_too() -
     of_up = {
         name for option in cli.get_command(None, "up").params for name in option.opts if name.startswith("--")
     }
-    of_training = {name for flags in FLAGS.values() for flag in flags for name in flag.names}
+    of_training = {name for declared in COMMAND.settings for name in declared.flags}
     assert of_up - of_training - {"--help"} == OWN_OPTIONS
     assert not OWN_OPTIONS & of_training
 

@@ -15,8 +15,8 @@ import pytest
 from launcher.cli.init import example
 from launcher.cli.main import cli
 from launcher.cli.up import up
-from launcher.errors import UsageError
 from launcher.options.config_file import keys_of, without_overridden
+from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 
 ROOT = Path(__file__).resolve().parents[2]

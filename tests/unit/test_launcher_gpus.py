@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from launcher.devices.claims import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
 from launcher.devices.devices import Device, Selection, expand_ids, join_devices, parse_gpus
 from launcher.devices.inventory import Gpu, MigSlice
-from launcher.errors import UsageError
 from launcher.sizes import GIB
+from starling.core.errors import UsageError
 
 GPUS = tuple(Gpu(n, f"GPU-0000-{n}", "H200", 140 * GIB) for n in range(6))
 SLICES = tuple(MigSlice(n, f"MIG-0000-{n}", "MIG 1g.18gb", 18 * GIB) for n in (0, 2))

@@ -15,9 +15,9 @@ from launcher.engines.docker.logs import _Seen, read_log, split_lines
 from launcher.engines.docker.stats import ask_usage, usage_in
 from launcher.engines.local import log as local_log
 from launcher.engines.local import supervisor
-from launcher.errors import UsageError
 from launcher.instants import parse_since, parse_stamp
 from launcher.status.terminal import coloured, paint
+from starling.core.errors import UsageError
 
 
 def stamp(second: float) -> str:

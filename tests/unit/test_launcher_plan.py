@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from launcher.devices.devices import Device, split_cores
 from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount
-from launcher.errors import CheckpointError, DataError, LauncherError, UsageError
 from launcher.hosts.ownership import caller_ids, is_ours, labels
 from launcher.hosts.runs_folder import check_runs, replica_user
 from launcher.plan.dataset_yaml import read_dataset
@@ -32,6 +31,7 @@ from launcher.plan.preflight import preflight_notes
 from launcher.plan.secret_files import with_secret_files
 from launcher.plan.training_args import TrainingArgs, prepare_args
 from launcher.sizes import GIB, format_cores, format_size, parse_size
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.handover import NOBODYS_ID
 
 DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
@@ -201,7 +201,7 @@ def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: 
     ],
 )
 def test_what_is_not_there_is_found_before_anything_starts(
-    words: list[str], error: type[LauncherError], code: int, tmp_path: Path
+    words: list[str], error: type[StarlingError], code: int, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words[0]) as caught:
         prepare(words, tmp_path)
@@ -374,7 +374,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_starts
 
 
 def test_the_batch_is_the_trainers_default_and_a_checkpoints_own(tmp_path: Path) -> None:
-    from starling.config.train_config import TrainConfig
+    from starling.core.settings.train import TrainConfig
 
     assert prepare(TRAINING, tmp_path).batch == TrainConfig(data="d.yaml").batch_size
     assert prepare([*TRAINING, "--resume"], tmp_path).batch is None

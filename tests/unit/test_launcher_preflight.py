@@ -18,7 +18,7 @@ import pytest
 
 from launcher.devices.inventory import Driver, Machine
 from launcher.engines.base import Image, Mount, ReplicaState
-from launcher.errors import CheckpointError, DataError, EngineError, LauncherError, UsageError
+from launcher.errors import EngineError
 from launcher.hosts.access import check_data, check_runs_access, check_secret_file, may
 from launcher.hosts.runs_folder import check_runs
 from launcher.parallel import in_parallel
@@ -29,6 +29,7 @@ from launcher.plan.preflight import check_disk, check_driver, check_study_addres
 from launcher.plan.training_args import prepare_args
 from launcher.problems import Problems, SeveralProblems
 from launcher.sizes import GIB
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.doubles.docker_engine import EngineDouble, served
 
@@ -52,7 +53,7 @@ def launcher(*words: str, cwd: Path, **environment: str) -> subprocess.Completed
 # --- several problems at once
 
 
-def refuse(error: LauncherError) -> None:
+def refuse(error: StarlingError) -> None:
     raise error
 
 
@@ -429,7 +430,7 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
      ("--weights", CheckpointError)],
 )  # fmt: skip
 def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
-    option: str, error: type[LauncherError], tmp_path: Path
+    option: str, error: type[StarlingError], tmp_path: Path
 ) -> None:
     path = tmp_path / ("x.pt" if option == "--weights" else "x.yaml")
     path.write_text("cfg: [yolov5n.yaml]\n")
@@ -438,7 +439,7 @@ def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
         [option, str(path)], cwd=tmp_path, runs=tmp_path / "runs", runs_inside="/runs", isolated=True
     )
     with pytest.raises(
-        LauncherError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
+        StarlingError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
     ) as caught:
         check_data(args.reads, args.mounts, STRANGER)
     assert type(caught.value) is error

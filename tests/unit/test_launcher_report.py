@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.engines.base import ReplicaState, Usage
-from launcher.errors import UsageError
 from launcher.plan.env_file import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
@@ -29,6 +28,7 @@ from launcher.status.report import (
 )
 from launcher.status.selection import select
 from launcher.status.table import lay_out
+from starling.core.errors import UsageError
 
 STATE = ReplicaState(
     id="abc",

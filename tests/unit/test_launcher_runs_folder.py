@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.errors import EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.hosts import remote_runs
 from launcher.hosts.box import Box
 from launcher.hosts.host_lock import NAME
 from launcher.hosts.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
 from launcher.hosts.runs_folder import runs_folder
 from starling.core import handover
+from starling.core.errors import UsageError
 from starling.core.handover import STILL
 from tests.conftest import PYTHON_PATH
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from launcher.engines.docker.services import Service, read_services
-from launcher.errors import DataError, EngineError, UsageError
+from launcher.errors import EngineError
 from launcher.servers.addresses import check_network_choice, join
 from launcher.servers.archive import MANIFEST, ArchiveWriter, Contents, held, verify
 from launcher.servers.compose import find_compose_file
 from launcher.servers.track import provide_images
+from starling.core.errors import DataError, UsageError
 from tests.conftest import REPOSITORY
 
 SECRET = "5f1c-not-to-be-seen"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from starling.config.hyp import Hyp
+from starling.core.errors import ConfigError, DataError
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.augment.letterbox import boxes_to_original
 from starling.data.cache.store import ImageStore
@@ -19,7 +20,6 @@ from starling.data.loader import prepare
 from starling.data.loader.batching import Batching
 from starling.data.loader.loader import Batch, TrainLoader, ValLoader
 from starling.data.loader.prepare import PREFETCH
-from starling.errors import ConfigError, DataError
 
 SIZE = 64
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from starling.config.hyp import Hyp
+from starling.core.errors import ConfigError
 from starling.data.loader.prepare import TARGET_ROWS, filled_up
-from starling.errors import ConfigError
 from starling.model.loss import DetectionLoss, LossGains
 
 ANCHORS = torch.tensor([[[2.0, 2.0], [4.0, 4.0]], [[2.0, 2.0], [4.0, 4.0]]])

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.errors import LauncherError
 from launcher.plan.dataset_yaml import read_dataset
 from launcher.plan.training_args import prepare_args
 from starling.config.hyp import FOREIGN_KEYS, Hyp
 from starling.config.shipped import find_config
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.misplaced import misplaced
 from starling.data.dataset.dataset import DatasetDescription
 from starling.data.fetch.acquire import class_names
-from starling.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.model.initial_weights import find_weights
 
 
@@ -105,7 +104,7 @@ def test_what_is_asked_for_passes_and_what_is_not_there_is_no_such_file(there: P
     ("option", "given"), [("--data", "ls"), ("--data", "set.zip"), ("--weights", "best.onnx")]
 )
 def test_the_launcher_says_the_same(there: Path, option: str, given: str) -> None:
-    with pytest.raises(LauncherError) as launcher:
+    with pytest.raises(StarlingError) as launcher:
         prepare_args([option, given], cwd=there, runs=there / "runs", runs_inside="/runs", isolated=True)
     with pytest.raises(StarlingError) as trainer:
         find_config("datasets", given) if option == "--data" else find_weights(given)
@@ -120,7 +119,7 @@ def test_the_launcher_finds_the_folders_that_the_trainer_finds(tmp_path: Path, e
     assert read_dataset(yaml).splits == (tmp_path / "images" / "train",)
     assert DatasetDescription.from_yaml(yaml).splits["train"] == read_dataset(yaml).splits
     yaml.write_text("path: .\ntrain: C:\\sets\\images\\train\nnames: [x]\n")
-    with pytest.raises(LauncherError, match=f"{tmp_path}/images/train is there"):
+    with pytest.raises(StarlingError, match=f"{tmp_path}/images/train is there"):
         read_dataset(yaml)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from starling.config.shipped import SHIPPED
-from starling.errors import CheckpointError, ConfigError
+from starling.core.errors import CheckpointError, ConfigError
 from starling.model.blocks import BottleneckCSP, Conv, Focus
 from starling.model.detector import build_detector
 from starling.model.ghost import GhostConv

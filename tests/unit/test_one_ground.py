@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import launcher.errors
+import starling.core.errors
 import starling.errors
-from launcher.errors import LauncherError
 from launcher.hosts.ownership import labels
 from launcher.plan.dataset_yaml import read_dataset
 from launcher.plan.dry_run import docker_run, podman_run
@@ -22,12 +22,11 @@ from launcher.plan.training_args import prepare_args
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.cgroups import Group, groups_of
-from starling.core.errors import Exit, ToldError
+from starling.core.errors import Exit, StarlingError
 from starling.core.plain_yaml import MOST_BYTES
 from starling.core.process import all_stats, stat_of
 from starling.core.redaction import masked, without_credentials
 from starling.data.dataset.dataset import DatasetDescription
-from starling.errors import StarlingError
 from tests.unit.test_launcher_plan import plan_for
 
 WHOLE = "path: .\ntrain: images\nval: images\nnames: [x]\n"
@@ -56,7 +55,7 @@ def test_a_description_that_every_trainer_refuses_is_refused_before_one_starts(
     path.write_text(ODD_DESCRIPTIONS[what])
     with pytest.raises(StarlingError, match=str(path)) as trainers:
         DatasetDescription.from_yaml(path)
-    with pytest.raises(LauncherError, match=str(path)) as launchers:
+    with pytest.raises(StarlingError, match=str(path)) as launchers:
         read_dataset(path)
     assert len(str(launchers.value).splitlines()) == len(str(trainers.value).splitlines()) == 1
     path.write_text(WHOLE)
@@ -170,16 +169,16 @@ def test_a_long_line_is_looked_at_once() -> None:
     assert time.process_time() - began < 5
 
 
-def test_both_trees_of_errors_stand_on_one_base_with_one_list_of_exit_codes() -> None:
-    trees = [vars(module) for module in (starling.errors, launcher.errors)]
-    kinds = [
-        {name: kind for name, kind in tree.items() if isinstance(kind, type) and issubclass(kind, ToldError)}
-        for tree in trees
-    ]
-    for name in kinds[0].keys() & kinds[1].keys():
-        assert kinds[0][name].exit_code == kinds[1][name].exit_code, name
-    codes = {kind.exit_code for tree in kinds for kind in tree.values()}
-    assert codes == set(Exit)
+def test_an_error_has_one_class_and_one_code_of_the_list() -> None:
+    modules = (starling.core.errors, starling.errors, launcher.errors)
+    kinds = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, StarlingError)
+    }
+    assert len({kind.__name__ for kind in kinds}) == len(kinds)
+    assert {kind.exit_code for kind in kinds} == set(Exit)
     assert json.dumps([*Exit]) == "[1, 2, 3, 4, 5, 6, 7]"
     assert f"{Exit.DISK_FULL}" == "6"
 

@@ -13,10 +13,11 @@ from typing import IO
 
 import pytest
 
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.values import check_name
 from starling.outputs import atomic
 from starling.outputs.atomic import TEMPORARY_SUFFIX, append_line, write_atomic
-from starling.outputs.run_dir import RunDir, check_name, next_free_dir, project_dir, runs_root
+from starling.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
 from starling.outputs.worker_status import FOLDER, WorkerStatus, worker_name
 
 ROOT = Path(__file__).parents[2]

@@ -27,9 +27,12 @@ import pytest
 
 from starling import settings
 from starling.cli import detect, train, val
-from starling.config import detect_flags, hpo_config, train_flags, val_flags
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml, write_yaml
+from starling.core.settings import detect as detect_settings
+from starling.core.settings import hpo as hpo_settings
+from starling.core.settings import train as train_settings
+from starling.core.settings import val as val_settings
 from starling.model.initial_weights import find_initial_weights
 from starling.training.training import open_setup, read_hyp
 from tests.conftest import PYTHON_PATH, REPOSITORY
@@ -92,10 +95,10 @@ TWO = [pasted for pasted in SEVERAL if "--device 0,1,2,3" not in pasted.line]
 """Lines of two processes. Those of four and eight differ in the number only, and would take minutes of a small machine."""
 (SEARCH,) = (pasted for pasted in ALONE if "--evolve" in pasted.line)
 PARSERS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], Any]]] = {
-    "train": (train_flags.build_parser, lambda words: train_flags.parse_args(words).config),
-    "val": (val_flags.build_parser, val_flags.parse_args),
-    "detect": (detect_flags.build_parser, detect_flags.parse_args),
-    "hpo": (hpo_config.build_parser, hpo_config.parse_args),
+    "train": (train_settings.COMMAND.parser, lambda words: train_settings.parse_args(words).config),
+    "val": (val_settings.COMMAND.parser, val_settings.parse_args),
+    "detect": (detect_settings.COMMAND.parser, detect_settings.parse_args),
+    "hpo": (hpo_settings.COMMAND.parser, hpo_settings.parse_args),
 }
 MAINS = {"train": train.main, "val": val.main, "detect": detect.main}
 
@@ -126,9 +129,9 @@ def as_words(value: Any) -> list[str]:
 
 @pytest.mark.parametrize("pasted", COMMANDS, ids=by_line)
 def test_every_word_of_a_line_arrives_in_the_configuration(pasted: Pasted) -> None:
-    build_parser, parse = PARSERS[pasted.tool]
+    parser_of, parse = PARSERS[pasted.tool]
     config = parse(pasted.arguments)
-    for field, words in given_values(build_parser(), pasted.arguments):
+    for field, words in given_values(parser_of(), pasted.arguments):
         value = getattr(config, field)
         bare = {"resume": "latest", "cache": "ram"}.get(field, True)
         assert as_words(value) == (words or as_words(bare)), field
@@ -148,13 +151,13 @@ def test_what_stands_before_the_script_is_torchs_own(pasted: Pasted) -> None:
 
 
 def test_the_guides_short_spellings_mean_the_whole_flags() -> None:
-    config = train_flags.parse_args(["--weight", "best.pt", "--freez", "10"]).config
+    config = train_settings.parse_args(["--weight", "best.pt", "--freez", "10"]).config
     assert (config.weights, config.freeze) == ("best.pt", (10,))
-    assert train_flags.parse_args(["--freez", "0", "2", "4"]).config.freeze == (0, 2, 4)
+    assert train_settings.parse_args(["--freez", "0", "2", "4"]).config.freeze == (0, 2, 4)
 
 
 def test_local_rank_of_an_old_starter_is_taken_and_changes_nothing() -> None:
-    assert train_flags.parse_args(["--local_rank", "3"]).config == train_flags.parse_args([]).config
+    assert train_settings.parse_args(["--local_rank", "3"]).config == train_settings.parse_args([]).config
 
 
 # --- a folder like a user's -------------------------------------------------------------------------------
@@ -331,7 +334,7 @@ def test_a_search_rounds_a_size_off_the_stride_up_and_says_so(
 def test_the_guides_3000_is_rounded_up_to_3008_and_said(folder: Path) -> None:
     words = [word.replace("/home/user", "home/user") for word in SEARCH.arguments]
     words[words.index("--device") + 1] = "cpu"
-    config = train_flags.parse_args(words).config
+    config = train_settings.parse_args(words).config
     assert config.imgsz == 3000
     said: list[str] = []
     setup = open_setup(

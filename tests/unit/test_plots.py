@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from starling.cli.plots import main as plots_main
-from starling.errors import DataError
+from starling.core.errors import DataError
 from starling.plots import batches, curves, drawing, labels, overlay, results, style
 
 HARD_NAMES = ("$x_1$", "_hidden", "Größe", "红细胞", "50 $", r"a\$b$", "two\nlines", "", "n" * 200)

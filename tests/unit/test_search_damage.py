@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from starling.cli import search as command
 from starling.config.hyp import Hyp
-from starling.errors import CheckpointError, UsageError
+from starling.core.errors import CheckpointError, UsageError
 from starling.search.outcome import Outcome, State
 from starling.search.plan import StudyPlan
 from starling.search.storage.checksum import has_lost_line_end, opened, sealed

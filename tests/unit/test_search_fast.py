@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.config.hyp import Hyp
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.search.outcome import State
 from starling.search.samplers.fast import FastSampler, FastSettings, ranking
 from starling.search.samplers.history import Finding, History

@@ -15,7 +15,7 @@ import pytest
 from starling.cli.search import main
 from starling.config.hyp import Hyp
 from starling.config.yaml_reader import write_yaml
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 from starling.search.exports import write_files
 from starling.search.importing import read_evolve_csv
 from starling.search.outcome import METRIC_COLUMNS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.errors import CheckpointError, DiskFull, UsageError
+from starling.core.errors import CheckpointError, DiskFull, UsageError
 from starling.search.storage import journal
 from starling.search.storage.checksum import sealed
 from starling.search.storage.journal import JournalStudyStorage, SafeJournalBackend, locked

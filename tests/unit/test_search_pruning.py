@@ -11,7 +11,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.config.hyp import Hyp
-from starling.errors import ConfigError, Pruned, UsageError
+from starling.core.errors import ConfigError, UsageError
+from starling.errors import Pruned
 from starling.search.outcome import (
     BEST_HYP,
     Candidate,

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.config.train_flags import parse_args
+from starling.core.settings.train import parse_args
 from starling.search.estimate import seconds_left
 from starling.search.exports import draw_picture, write_files
 from starling.search.outcome import Progress, State

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from starling.cli import train
 from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.train import TrainConfig
 from starling.search.genes import GENES, Gene
 from starling.search.space import (
     SETTINGS,
@@ -239,6 +239,6 @@ def test_a_classic_mutant_lies_inside_limits_of_more_than_five_decimals_too(gene
 
 
 def test_parsing_a_command_line_imports_no_optuna() -> None:
-    line = "import sys; from starling.config.train_flags import parse_args; parse_args(['--evolve', '--sampler', 'gp'])"
+    line = "import sys; from starling.core.settings.train import parse_args; parse_args(['--evolve', '--sampler', 'gp'])"
     check = "; sys.exit(any(name in sys.modules for name in ('optuna', 'scipy', 'torch')))"
     assert subprocess.run([sys.executable, "-c", line + check], cwd=REPOSITORY).returncode == 0

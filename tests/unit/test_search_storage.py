@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from starling.cli import train
-from starling.config.study_url import StudyUrl, parse_study_url
-from starling.config.train_config import TrainConfig
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.study_url import StudyUrl, parse_study_url
+from starling.core.settings.train import TrainConfig
 from starling.outputs import file_system
 from starling.outputs.file_system import file_system_type, network_file_system
 from starling.search.storage.journal import JournalStudyStorage

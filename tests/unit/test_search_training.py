@@ -19,10 +19,10 @@ from optuna.trial import FrozenTrial
 
 from starling import settings
 from starling.cli import train
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import CheckpointError
+from starling.core.settings.train import TrainConfig
 from starling.data.loader.loader import Batch
-from starling.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint
 from starling.search.outcome import State, best_of
 from starling.search.pruning import Halving

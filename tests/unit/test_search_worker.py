@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from starling.config.hyp import Hyp
-from starling.errors import CheckpointError, ConfigError, Stopped, UsageError
+from starling.core.errors import CheckpointError, ConfigError, UsageError
+from starling.errors import Stopped
 from starling.search import worker as worker_module
 from starling.search.exports import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
 from starling.search.outcome import (

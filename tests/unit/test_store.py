@@ -16,11 +16,11 @@ from PIL import Image
 
 from starling.cli import data as data_command
 from starling.core.cgroups import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.errors import ConfigError, DataError
 from starling.data.cache import pixel_folder, resized
 from starling.data.cache.pixel_folder import MARGIN, kept_files, remove_idle
 from starling.data.cache.store import ImageStore, StoreMode
 from starling.data.dataset.dataset import Dataset, DatasetDescription
-from starling.errors import ConfigError, DataError
 
 SHAPES = [(20, 40), (40, 20), (16, 16), (64, 32)]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from starling.config.hpo_config import HpoConfig, parse_args
-from starling.errors import ConfigError, Stopped, UsageError
+from starling.core.errors import ConfigError, UsageError
+from starling.core.settings.hpo import HpoConfig, parse_args
+from starling.errors import Stopped
 from starling.search.task_search import NoTrialFinishedError, TaskSearch
 from starling.search.trial_runners import QueueRunner
 from starling.tracking.clearml.client.api import ClearmlApi

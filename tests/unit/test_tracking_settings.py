@@ -6,7 +6,7 @@ import pytest
 
 from starling import settings
 from starling.cli import settings as settings_command
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.tracking.events import EventLog
 from starling.tracking.process import start_bridges
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from starling.cli import train, val
 from starling.cli.data import main as data_main
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.unlabelled import explain_no_box
 from starling.training.setup.data import load_data

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from starling.cli import detect, train, val
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 from starling.tracking.clearml.client.credentials import find_credentials, is_configured
 from tests.conftest import MINI_SET, TINY_LAYOUT
 

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import DataError as LauncherDataError
-from launcher.errors import UsageError as LauncherUsageError
 from launcher.plan.dataset_yaml import read_dataset
 from launcher.plan.env_file import read_env_file
 from launcher.plan.strict_yaml import read_mapping
-from starling.config.study_url import parse_study_url
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import DataError, UsageError
+from starling.core.errors import DataError as LauncherDataError
+from starling.core.errors import UsageError as LauncherUsageError
 from starling.core.plain_json import NotJson, parse_json
+from starling.core.settings.study_url import parse_study_url
 from starling.core.utf8 import NotUtf8, check_utf8, text_of
 from starling.data.dataset.image_lists import find_pictures
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch import convert
 from starling.data.fetch.convert import read_bounded, read_open_images_classes, read_voc
 from starling.data.sources.sources import find_sources
-from starling.errors import DataError, UsageError
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv
 from starling.search.storage.password import find_password

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from starling import device
 from starling.cli import train, val
-from starling.config.val_flags import parse_args
+from starling.core.settings.val import parse_args
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.evaluation import evaluation
 from starling.evaluation.coco import CocoPredictions, image_ids

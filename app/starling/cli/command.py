@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
+from starling.core.errors import StarlingError, UsageError
 from starling.core.paths import lost_folder
 from starling.core.words import shown
-from starling.errors import StarlingError, UsageError, is_out_of_memory, print_error, refusal
+from starling.errors import is_out_of_memory, print_error, refusal
 
 Parsed = TypeVar("Parsed")
 

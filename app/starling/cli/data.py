@@ -20,10 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from starling.cli.command import run_command
-from starling.config.flags import PathParser
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import DataError, UsageError
 from starling.core.paths import real_path
+from starling.core.settings.parser import PathParser
 from starling.data.fetch.acquire import (
     DATASETS_FOLDER,
     Convert,
@@ -35,7 +36,6 @@ from starling.data.fetch.acquire import (
     run_steps,
     write_description,
 )
-from starling.errors import DataError, UsageError
 from starling.model.official import another_family, official_name, official_weights
 from starling.progress import Progress
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from starling.cli.command import run_command
-from starling.config.detect_config import DetectConfig
-from starling.config.detect_flags import parse_args
+from starling.core.settings.detect import DetectConfig, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starling.cli.command import run_command
-from starling.config.export_config import ExportConfig, parse_args
+from starling.core.settings.export import ExportConfig, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:

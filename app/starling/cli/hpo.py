@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starling.cli.command import run_command
-from starling.config.hpo_config import HpoConfig, parse_args
+from starling.core.settings.hpo import HpoConfig, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:

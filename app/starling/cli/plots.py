@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from starling.config.flags import PathParser
-from starling.errors import StarlingError, UsageError, refusal
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings.parser import PathParser
+from starling.errors import refusal
 
 DEFAULT_OUT = Path("results_overlay.png")
 

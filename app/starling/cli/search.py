@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starling.cli.command import run_command
-from starling.config.flags import PathParser
+from starling.core.settings.parser import PathParser
 
 if TYPE_CHECKING:
     from starling.search.outcome import Attempt

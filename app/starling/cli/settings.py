@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from starling import settings
-from starling.errors import StarlingError, UsageError
+from starling.core.errors import StarlingError, UsageError
 
 _WORDS = {
     "true": True,

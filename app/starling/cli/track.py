@@ -18,9 +18,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from starling.config.flags import PathParser
+from starling.core.errors import StarlingError, UsageError
 from starling.core.paths import real_path
-from starling.errors import StarlingError, UsageError, refusal
+from starling.core.settings.parser import PathParser
+from starling.errors import refusal
 from starling.outputs.folders import name_top, runs_root
 from starling.tracking.delivery import Bridge, bridge_lock
 from starling.tracking.lock import exclusive

@@ -6,8 +6,8 @@ import os
 import sys
 
 from starling.cli.command import run_command, speaks
-from starling.config.train_flags import TrainCommand, parse_args
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
+from starling.core.settings.train import TrainCommand, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 from starling.cli.command import run_command
-from starling.config.val_config import ValConfig
-from starling.config.val_flags import parse_args
+from starling.core.settings.val import ValConfig, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from starling.core.errors import suggest
-from starling.errors import ConfigError, UsageError
+from starling.core.errors import ConfigError, UsageError, suggest
 
 _FRACTIONS = (
     "hsv_h",

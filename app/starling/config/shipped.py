@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from starling.core.errors import suggest
+from starling.core.errors import DataError, UsageError, suggest
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home
-from starling.errors import DataError, UsageError, readable
+from starling.errors import readable
 
 Kind = Literal["layouts", "hyps", "datasets", "spaces"]
 

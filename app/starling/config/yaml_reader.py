@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import StarlingError, UsageError
 from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
 from starling.core.regular_file import read_regular
 from starling.core.words import printable
-from starling.errors import StarlingError, UsageError, readable
+from starling.errors import readable
 from starling.outputs.atomic import write_atomic
 
 

@@ -1,10 +1,15 @@
-"""What the errors of both packages have in common: a base that is told to users, and the exit codes that scripts read."""
+"""The error tree of both packages: what is raised on purpose says what, where and the remedy, and carries its exit code."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
 from enum import IntEnum
+
+from starling.core.words import shown
+
+_MOST_FIELD, _MOST_VALUE = 4096, 400
+"""Characters of a message: a field may carry a path, a value may be a whole file."""
 
 
 class Exit(IntEnum):
@@ -20,10 +25,48 @@ class Exit(IntEnum):
     GPU_LOST = 7
 
 
-class ToldError(Exception):
-    """Base of every error raised on purpose: it says what, where and the remedy, and is printed without a traceback."""
+class StarlingError(Exception):
+    """Base of every error raised on purpose; printed without a traceback unless `--debug`."""
 
     exit_code: int = Exit.ERROR
+
+
+class UsageError(StarlingError):
+    """A command line, a configuration or a plan that cannot work."""
+
+    exit_code = Exit.USAGE
+
+
+class ConfigError(UsageError):
+    """One setting with a value that cannot work: `ConfigError("batch_size", 0, "must be at least 1")`."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{shown(field, _MOST_FIELD)}={_repr(value)}: {problem}")
+        self.field = field
+
+
+class DataError(StarlingError):
+    """A dataset, image or label file that is missing or cannot be used."""
+
+    exit_code = Exit.DATA
+
+
+class CheckpointError(StarlingError):
+    """A checkpoint or weights file that is missing or cannot be read, trusted, matched or written."""
+
+    exit_code = Exit.CHECKPOINT
+
+
+class DiskFull(StarlingError):
+    """A write that the disk refused: it is full, over its quota, or failing. What was written before stays."""
+
+    exit_code = Exit.DISK_FULL
+
+
+class GpuLost(StarlingError):
+    """A GPU that no longer answers: fallen off the bus, or reset under the training."""
+
+    exit_code = Exit.GPU_LOST
 
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -41,3 +84,10 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # slow to import, and few commands need it
 
     return next(iter(get_close_matches(word, list(known), n=1)), None)
+
+
+def _repr(value: object) -> str:
+    try:
+        return shown(repr(value), _MOST_VALUE)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__}"

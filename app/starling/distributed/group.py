@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from starling.config.train_config import TrainConfig
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings.train import TrainConfig
 from starling.data.loader.loader import Batch
 from starling.device import Compute
 from starling.distributed.heartbeat import STORE_S, Heartbeat, LostRank, end_process
-from starling.errors import StarlingError, Stopped, UsageError, print_error, refusal
+from starling.errors import Stopped, print_error, refusal
 from starling.model.loss import Share
 
 Value = TypeVar("Value")

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from starling.core import package
+from starling.core.errors import StarlingError, UsageError
 from starling.device import OWN_LAUNCH
-from starling.errors import TOLD, StarlingError, UsageError
+from starling.errors import TOLD
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 600

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from starling.core.errors import StarlingError
 from starling.data.dataset.dataset import Dataset
-from starling.errors import StarlingError
 from starling.evaluation.validator import ScoredImage
 from starling.outputs.atomic import write_atomic
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from starling.boxes.geometry import iou_matrix, xyxy_to_xywhn
-from starling.config.val_config import ValConfig
+from starling.core.settings.val import ValConfig
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.account import left_out
 from starling.data.dataset.dataset import Dataset, DatasetDescription

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starling.config.export_config import ExportConfig
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings.export import ExportConfig
 from starling.device import Compute, select_compute
-from starling.errors import StarlingError, UsageError
 from starling.model.detector import Detector
 from starling.model.initial_weights import find_weights
 from starling.outputs.atomic import write_atomic

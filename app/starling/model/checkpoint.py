@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from starling.core.errors import CheckpointError
 from starling.core.paths import at_home
 from starling.core.regular_file import is_file
 from starling.core.words import shown
-from starling.errors import CheckpointError, readable, refusal
+from starling.errors import readable, refusal
 from starling.model.inert_pickle import PLAIN_GLOBALS
 from starling.model.stored_tensors import StoredTensors
 from starling.model.torch_file import open_zip_form

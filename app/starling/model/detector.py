@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from starling.config.shipped import find_config
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION, BottleneckCSP, Concat, Conv
 from starling.model.head import Detect
 from starling.model.layout import Layout, Row, check_anchors, parse_layout, read_layout

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.yaml_reader import read_yaml
-from starling.core.errors import suggest
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError, suggest
 from starling.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION
 
 REQUIRED_KEYS = ("depth_multiple", "width_multiple", "backbone", "head")

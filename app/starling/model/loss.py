@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starling.boxes.geometry import iou_aligned_xywh
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 
 FOCAL_ALPHA = 0.25
 LEVEL_BALANCE_P5 = (4.0, 1.0, 0.4)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import CheckpointError
 from starling.core.paths import at_home
 from starling.core.plain_json import parse_json
 from starling.core.regular_file import read_regular
@@ -21,7 +22,7 @@ from starling.data.fetch.download import (
     record_path,
     sha256_of,
 )
-from starling.errors import CheckpointError, refusal
+from starling.errors import refusal
 from starling.model.families import family_of_name
 from starling.progress import Progress
 

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from starling.core.errors import CheckpointError
 from starling.core.words import shown
-from starling.errors import CheckpointError
 
 MAX_OPCODES = 4_000_000
 """The largest official checkpoint has 200,000; 100,000 class names take 400,000."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.model.blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, Focus
 from starling.model.ghost import C3Ghost, GhostConv
 from starling.model.layout import Layout, Row

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.inert_pickle import Storage, TensorRef
 from starling.model.torch_file import TorchFile
 

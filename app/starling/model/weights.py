@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.detector import Detector
 
 _NAMED = 8

@@ -4,47 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from starling.core.errors import suggest
-from starling.errors import UsageError
-
-DRIVERS: dict[str, str | None] = {
-    "gs": "gcsfs",
-    "s3": "s3fs",
-    "az": "adlfs",
-    "file": None,
-    "memory": None,
-}
-"""Scheme -> the package that speaks it; None where fsspec itself does. Credentials come from the environment."""
+from starling.core.errors import UsageError
+from starling.core.settings.values import BUCKET_DRIVERS, check_bucket
 
 _TEMPORARY = (".part", ".lock", ".tmp")
 
 
-def check_bucket(url: str) -> str:
-    """Return `url` if results can go there, as far as can be told without asking it.
-
-    Raises UsageError for another scheme, for credentials in the URL (they would be logged with it), and for a driver
-    that is not installed: found at the start of a run and not at its end.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in DRIVERS or not rest.strip("/"):
-        known = ", ".join(f"{name}://" for name in DRIVERS)
-        hint = suggest(scheme, DRIVERS) if separator else ""
-        raise UsageError(f"--bucket: give scheme://bucket/folder with one of {known}{hint}")
-    if re.search(r"[@?#]", rest) or ".." in rest.split("/"):
-        raise UsageError(
-            f"--bucket {scheme}://…: a bucket and a folder only, without '@', '?', '#' or '..'; "
-            "credentials come from the environment"
-        )
-    package = DRIVERS[scheme]
+def check_driver(url: str) -> None:
+    """Raise UsageError where the package that speaks the bucket's scheme is not installed; an empty `url` needs none."""
+    package = BUCKET_DRIVERS[check_bucket(url)] if url else None
     if package is not None and importlib.util.find_spec(package) is None:
-        raise UsageError(f"--bucket {url}: {scheme}:// needs a package more: pip install {package}")
-    return url
+        raise UsageError(f"--bucket {url}: needs a package that is not installed: pip install {package}")
 
 
 def result_files(folder: Path) -> Iterator[Path]:

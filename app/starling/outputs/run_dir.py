@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from starling.core.errors import UsageError
 from starling.core.folder import link_to_nothing
 from starling.core.paths import real_path
-from starling.errors import UsageError, refusal
+from starling.errors import refusal
 from starling.outputs.folders import make_folder, name_top, open_folder, top_of
 from starling.outputs.folders import runs_root as runs_root
 
@@ -67,13 +68,6 @@ def folder_below(parent: Path, *parts: str) -> Path:
             "remove the link, or give that place as an absolute --project"
         )
     return parent / real.relative_to(top)
-
-
-def check_name(name: str) -> str:
-    """Return `name` if it is one plain path component; raises UsageError otherwise."""
-    if not name or name in {".", ".."} or "/" in name or "\0" in name:
-        raise UsageError(f"--name {name!r}: must be one folder name, without '/' or '..'")
-    return name
 
 
 def next_free_dir(parent: Path, name: str) -> Path:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from starling.core.errors import UsageError
 from starling.core.lock import take, take_folder
-from starling.errors import UsageError, disk_write, refusal
+from starling.errors import disk_write, refusal
 from starling.outputs.folders import make_folder, open_file, open_folder
 
 LOCK = ".lock"

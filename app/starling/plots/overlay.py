@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from starling.errors import DataError
+from starling.core.errors import DataError
 from starling.plots import style
 from starling.plots.results import PANELS, read_results, smooth
 

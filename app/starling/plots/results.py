@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import DataError
 from starling.core.regular_file import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
-from starling.errors import DataError
 from starling.plots import style
 
 if TYPE_CHECKING:

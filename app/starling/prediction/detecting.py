@@ -15,9 +15,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from starling.config.detect_config import DetectConfig
 from starling.config.shipped import find_config
+from starling.core.errors import DataError, UsageError
 from starling.core.paths import real_path
+from starling.core.settings.detect import DetectConfig
 from starling.data.dataset.dataset import DatasetDescription, read_class_names
 from starling.data.dataset.findings import write_report
 from starling.data.dataset.left_out import LeftOut
@@ -25,7 +26,6 @@ from starling.data.fetch.find import find_dataset
 from starling.data.sources.films import Frame
 from starling.data.sources.sources import Source, find_sources, frames
 from starling.device import select_compute
-from starling.errors import DataError, UsageError
 from starling.outputs.names import distinct
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles

@@ -15,13 +15,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from starling.config.detect_config import DetectConfig
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import DataError
 from starling.core.regular_file import read_regular
+from starling.core.settings.detect import DetectConfig
 from starling.core.words import shown
 from starling.data.sources.films import Frame
 from starling.data.sources.sources import Source
-from starling.errors import DataError
 from starling.outputs.atomic import append_line, atomic_path, write_atomic
 from starling.outputs.file_system import folds_names, longest_name
 from starling.outputs.names import Named, cut, distinct, folded, numbered

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starling.core.errors import CheckpointError
 from starling.data.augment.letterbox import FILL
 from starling.device import Compute
-from starling.errors import CheckpointError
 from starling.model.detector import Detector, build_detector
 from starling.model.initial_weights import find_weights, read_weights
 from starling.model.weights import load_weights

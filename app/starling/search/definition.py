@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from starling.errors import UsageError
+from starling.core.errors import UsageError
 from starling.search.plan import StudyPlan
 from starling.search.space import Space
 

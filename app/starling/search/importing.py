@@ -15,10 +15,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
 from starling.core.budget import BudgetExceeded
-from starling.core.errors import suggest
+from starling.core.errors import UsageError, suggest
 from starling.core.regular_file import read_regular
 from starling.core.utf8 import NotUtf8, text_of
-from starling.errors import UsageError
 from starling.search.outcome import METRIC_COLUMNS
 from starling.search.study import SearchStudy
 from starling.search.trial_counts import IMPORTED

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from starling.errors import StarlingError, is_out_of_memory
+from starling.core.errors import StarlingError
+from starling.errors import is_out_of_memory
 
 BEST_HYP = "hyp_evolve.yaml"
 """The file of a search's best hyperparameters."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.search.pruning import Halving
 
 FRESH_SEEDS = 2

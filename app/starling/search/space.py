@@ -12,11 +12,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
-from starling.config.train_config import OPTIMIZERS, TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.core.errors import suggest
+from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.paths import at_home, real_path
-from starling.errors import ConfigError, UsageError, readable
+from starling.core.settings.train import OPTIMIZERS, TrainConfig
+from starling.errors import readable
 from starling.search.genes import GENES, Gene, genes_of
 
 Value = float | int | str

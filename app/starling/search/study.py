@@ -14,8 +14,9 @@ from typing import Any, Self
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from starling.config.train_config import DEFAULT_SAMPLER, Sampler
-from starling.errors import ConfigError, Pruned, UsageError
+from starling.core.errors import ConfigError, UsageError
+from starling.core.settings.train import DEFAULT_SAMPLER, Sampler
+from starling.errors import Pruned
 from starling.search.definition import check_version, define, describe_difference
 from starling.search.outcome import (
     Attempt,

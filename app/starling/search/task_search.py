@@ -14,9 +14,9 @@ from typing import Any
 
 import optuna
 
-from starling.config.hpo_config import HpoConfig
-from starling.config.train_config import TrainConfig
-from starling.errors import StarlingError, UsageError
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings.hpo import HpoConfig
+from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
 from starling.search.space import Space, read_space, split_values
 from starling.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
@@ -325,9 +325,16 @@ def _read_template(template: Answer, config: HpoConfig) -> tuple[dict[str, Any],
         )
     hyp = {name: float(value) for name, value in values.items()}
     arguments = section_of(template, ARGS)
-    base = TrainConfig(evolve=1, space=config.space, batch_size=int(arguments.get("batch_size") or 16),
-                       imgsz=int(arguments.get("imgsz") or 640), optimizer=arguments.get("optimizer") or "SGD",
-                       cfg=arguments.get("cfg") or "")  # fmt: skip
+    base = TrainConfig.from_mapping(
+        {
+            "evolve": 1,
+            "space": config.space,
+            "batch_size": int(arguments.get("batch_size") or 16),
+            "imgsz": int(arguments.get("imgsz") or 640),
+            "optimizer": arguments.get("optimizer") or "SGD",
+            "cfg": arguments.get("cfg") or "",
+        }
+    )
     space, settings = read_space(base)
     return {**hyp, **settings}, space.starting_from(hyp)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import AUTO_FINALISTS, TrainConfig
+from starling.core.errors import CheckpointError, UsageError
+from starling.core.settings.train import AUTO_FINALISTS, TrainConfig
 from starling.distributed.group import Place
-from starling.errors import CheckpointError, UsageError
 from starling.model.checkpoint import load_checkpoint, load_newest, require
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import is_file, names_in, read_file, remove, remove_tree, rename

@@ -9,9 +9,9 @@ from typing import Any
 
 from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.train import TrainConfig
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights
 from starling.prediction.inputs import fit_stride

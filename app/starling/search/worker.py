@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from starling.config.train_config import DEFAULT_SAMPLER, Sampler
-from starling.errors import ConfigError, Pruned, Stopped, refusal
+from starling.core.errors import ConfigError
+from starling.core.settings.train import DEFAULT_SAMPLER, Sampler
+from starling.errors import Pruned, Stopped, refusal
 from starling.outputs.worker_status import worker_name
 from starling.search.exports import PICTURE, draw_picture, write_files
 from starling.search.outcome import (

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from starling.errors import StarlingError, refusal
+from starling.core.errors import StarlingError
+from starling.errors import refusal
 from starling.outputs.folders import name_top, runs_root
 from starling.tracking.delivery import Bridge, bridge_lock
 from starling.tracking.events import last_event

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from starling.core.errors import UsageError
 from starling.core.paths import real_path
 from starling.core.words import printable
-from starling.errors import UsageError
 from starling.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
 from starling.tracking.cursor import Cursor
 from starling.tracking.events import read_events

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from starling.errors import StarlingError
+from starling.core.errors import StarlingError
 
 
 class TrackerUnavailableError(StarlingError):

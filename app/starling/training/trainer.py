@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import write_yaml
+from starling.core.errors import CheckpointError, StarlingError
+from starling.core.settings.train import TrainConfig
 from starling.data.loader.loader import Batch
 from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
-from starling.errors import CheckpointError, StarlingError, Stopped
+from starling.errors import Stopped
 from starling.evaluation.pictures import PREVIEWS
 from starling.evaluation.validator import Validation, class_table, validate
 from starling.model.checkpoint import load_checkpoint, require

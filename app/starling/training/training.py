@@ -12,26 +12,19 @@ import torch
 
 from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
-from starling.config.train_config import AUTO_BATCH, TrainConfig
-from starling.config.train_flags import TrainCommand
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
+from starling.core.settings.train import AUTO_BATCH, TrainCommand, TrainConfig
 from starling.data.cache.pixel_folder import CACHE_FOLDER
 from starling.device import Compute, select_compute
 from starling.distributed.group import SINGLE, Group, Place, joined
 from starling.distributed.relaunch import relaunch
-from starling.errors import (
-    CheckpointError,
-    DataError,
-    Pruned,
-    StarlingError,
-    Stopped,
-    UsageError,
-    is_out_of_memory,
-)
+from starling.errors import Pruned, Stopped, is_out_of_memory
 from starling.model.checkpoint import find_last, load_newest, require
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights, read_weights
 from starling.outputs.atomic import sweep
+from starling.outputs.bucket import check_driver
 from starling.outputs.folders import name_top, remove
 from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from starling.outputs.run_lock import run_lock
@@ -340,6 +333,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
         )
     require(taken, state, RESUMED)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
+    check_driver(config.bucket)
     folder, done = last.parent.parent, state["epoch"]
     name_top(folder.parent)
     name_top(folder)

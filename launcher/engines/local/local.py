@@ -27,7 +27,7 @@ from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usa
 from launcher.engines.local import memory_limit, supervisor
 from launcher.engines.local.log import read_log
 from launcher.engines.local.process_usage import read_sessions
-from launcher.errors import EngineError, NameTaken, UsageError, disk_full
+from launcher.errors import EngineError, NameTaken, disk_full
 from launcher.hosts.ownership import (
     DEVICE_LABEL,
     FLEET_LABEL,
@@ -37,6 +37,7 @@ from launcher.hosts.ownership import (
     labels,
     plan_of,
 )
+from starling.core.errors import UsageError
 from starling.core.folder import Folder
 from starling.core.plain_json import parse_json
 from starling.core.process import boot_id, stat_of

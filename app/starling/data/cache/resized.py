@@ -11,11 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 
+from starling.core.errors import DataError
 from starling.data.cache.pixel_file import FORMAT
 from starling.data.cache.pixel_folder import Say
 from starling.data.dataset.dataset import Dataset
 from starling.data.dataset.images import decode_image, file_stamp
-from starling.errors import DataError
 
 _SHOWN = 3
 """Changed pictures that are named; the rest would flood the log."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from starling.core.budget import Budget, BudgetExceeded
 from starling.core.dataset import OWN, find_entry
+from starling.core.errors import DataError
 from starling.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -25,7 +26,6 @@ from starling.core.regular_file import exists, is_file, is_folder, open_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.data.dataset.findings import Finding
 from starling.data.dataset.left_out import LeftOut
-from starling.errors import DataError
 
 _MAX_LIST_BYTES = 256 << 20
 _MAX_LINES = 4_000_000

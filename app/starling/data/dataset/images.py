@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from starling.core.budget import MEMORY_BYTES, BudgetExceeded
+from starling.core.errors import DataError
 from starling.core.regular_file import open_regular, read_regular
 from starling.data.dataset.image_cost import (
     DECODING,
@@ -28,7 +29,7 @@ from starling.data.dataset.image_cost import (
     has_many_scans,
 )
 from starling.data.dataset.image_header import ImageHeader
-from starling.errors import DataError, is_out_of_memory
+from starling.errors import is_out_of_memory
 
 MIN_SIDE = 10
 """Pictures with a shorter side hold nothing to learn from."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from starling.core.errors import ConfigError
 from starling.data.dataset.findings import Finding
 from starling.data.dataset.labels import Keypoints, LabelFile, surrounds
-from starling.errors import ConfigError
 
 _MOST_KEYPOINTS = 1000
 _QUADRILATERAL = 4

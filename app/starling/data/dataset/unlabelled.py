@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from starling.core.errors import DataError
 from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.labels import label_path
 from starling.data.fetch.annotation_files import kind_of_json, kind_of_xml, table_columns
-from starling.errors import DataError
 
 _MOST_ENTRIES = 200_000
 """Files looked at below a dataset's folder before the search for its labels ends."""

@@ -16,10 +16,10 @@ from typing import IO
 from starling.core.archives.tar_reader import TarReader, is_tar
 from starling.core.archives.unpacked_stream import DamagedArchive
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import DataError, DiskFull
 from starling.core.regular_file import open_regular
 from starling.core.words import printable, shown
 from starling.data.fetch.zip_reader import ZipReader, is_zip, kind_of, why_unread
-from starling.errors import DataError, DiskFull
 
 MAX_ENTRIES = 4_000_000
 MAX_LEVELS = 100

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import DataError
 from starling.core.paths import at_home, real_path
 from starling.data.dataset.dataset import Dataset, DatasetDescription, read_class_names
 from starling.data.fetch.acquire import CLEARML_SCHEME as SCHEME
 from starling.data.fetch.acquire import write_description
 from starling.data.fetch.download import only_one
-from starling.errors import DataError, ServerError, refusal
+from starling.errors import ServerError, refusal
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import make_folder, open_folder, remove_tree, rename
 from starling.tracking.clearml.client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefusedError

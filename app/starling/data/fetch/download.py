@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from starling.core.errors import DiskFull, StarlingError, UsageError
 from starling.core.lock import held, try_flock, wait_for
 from starling.core.plain_json import read_json
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
-from starling.errors import DiskFull, StarlingError, UsageError, disk_write, refusal
+from starling.errors import disk_write, refusal
 from starling.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
 from starling.outputs.folders import make_folder, open_file, remove, rename
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from starling.core.errors import DataError
 from starling.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 from starling.core.plain_json import parse_json
 from starling.data.fetch.convert import (
@@ -22,7 +23,6 @@ from starling.data.fetch.convert import (
     size_of,
     write_labels,
 )
-from starling.errors import DataError
 
 _MAX_JSON_BYTES = 256 << 20
 """labelme keeps the image itself in its file."""

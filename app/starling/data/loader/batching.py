@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.config.train_config import TrainConfig
+from starling.core.errors import ConfigError
+from starling.core.settings.train import TrainConfig
 from starling.data.augment.letterbox import Size
 from starling.data.augment.streams import decision_stream, epoch_order
 from starling.data.dataset.dataset import Dataset
-from starling.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from starling.config.hyp import Hyp
+from starling.core.errors import ConfigError
 from starling.data.augment.letterbox import Letterbox, Size, apply_letterbox, letterbox_geometry
 from starling.data.augment.paint import paint_item, paint_quad
 from starling.data.augment.plan import QuadPlan, plan_item, plan_letterbox
@@ -25,7 +26,6 @@ from starling.data.cache.store import ImageStore, stored_ratio
 from starling.data.dataset.dataset import Dataset
 from starling.data.loader.batching import Batching, BatchPlan, Slot, plan_epoch, rectangle
 from starling.data.loader.prepare import Painter, Planned, Prepared, Work, part, prepared
-from starling.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 

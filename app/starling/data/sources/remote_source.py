@@ -12,9 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
+from starling.core.errors import DataError
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
-from starling.errors import DataError
 from starling.outputs.atomic import write_atomic
 
 MAX_BYTES = 4 << 30

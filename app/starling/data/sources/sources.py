@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import DataError, UsageError
 from starling.core.file_kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -36,7 +37,7 @@ from starling.data.sources.films import (
     read_video,
 )
 from starling.data.sources.remote_source import download
-from starling.errors import DataError, UsageError, readable
+from starling.errors import readable
 from starling.outputs.names import Subject
 
 STREAM_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))

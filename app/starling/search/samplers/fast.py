@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from starling.errors import ConfigError
+from starling.core.errors import ConfigError
 from starling.search.genes import Gene
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.history import Finding, History

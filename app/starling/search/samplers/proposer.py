@@ -9,7 +9,7 @@ from typing import Self
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from starling.config.train_config import Sampler as Name
+from starling.core.settings.train import Sampler as Name
 from starling.search.samplers.base import Sampler
 from starling.search.samplers.classic import ClassicSampler
 from starling.search.samplers.fast import FastSampler

@@ -14,8 +14,9 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from starling.config.study_url import StudyUrl
-from starling.errors import CheckpointError, ServerError, StarlingError, UsageError
+from starling.core.errors import CheckpointError, StarlingError, UsageError
+from starling.core.settings.study_url import StudyUrl
+from starling.errors import ServerError
 from starling.search.storage.password import REMEDY, find_password
 
 try:

@@ -23,8 +23,9 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from starling.config.study_url import StudyUrl
-from starling.errors import ServerError, StarlingError, UsageError
+from starling.core.errors import StarlingError, UsageError
+from starling.core.settings.study_url import StudyUrl
+from starling.errors import ServerError
 from starling.search.storage.database import (
     ANSWER_S,
     IDLE_S,

@@ -22,9 +22,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from starling.core.budget import BudgetExceeded
+from starling.core.errors import CheckpointError, UsageError
 from starling.core.lock import held, try_flock, wait_for
 from starling.core.regular_file import read_regular
-from starling.errors import CheckpointError, UsageError
 from starling.outputs.atomic import write_atomic
 from starling.search.outcome import State
 from starling.search.storage.checksum import has_lost_line_end, looks_like_record, opened, sealed

@@ -12,8 +12,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from optuna.storages import BaseStorage
 
-from starling.config.study_url import parse_study_url
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.study_url import parse_study_url
 from starling.outputs.file_system import network_file_system
 from starling.outputs.folders import make_folder, runs_root
 from starling.search.storage.journal import JournalStudyStorage, writing

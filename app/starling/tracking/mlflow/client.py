@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from starling.core.errors import StarlingError
 from starling.core.folder import LinkRefused
 from starling.core.redaction import without_credentials
-from starling.errors import FileRefused, StarlingError
+from starling.errors import FileRefused
 from starling.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
 CLIENT_LIMITS = {

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.core import package
-from starling.core.errors import suggest
-from starling.errors import StarlingError, UsageError
+from starling.core.errors import StarlingError, UsageError, suggest
 from starling.tracking.events import read_events
 from starling.tracking.mlflow.names import TAG_LENGTH, metric_key
 from starling.tracking.tracker import ModelFile, TrackerRejectedError

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starling.core.errors import UsageError
 from starling.core.paths import real_path
 from starling.core.redaction import without_credentials
-from starling.errors import UsageError
 from starling.outputs.atomic import write_atomic
 from starling.tracking.lock import exclusive
 from starling.tracking.mlflow.client import CLIENT_LIMITS, patient, translated

@@ -14,8 +14,8 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from starling.core.errors import StarlingError, UsageError
 from starling.core.plain_json import parse_json
-from starling.errors import StarlingError, UsageError
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import open_file, read_file, remove
 from starling.tracking.mlflow.client import CLIENT_LIMITS

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from starling.errors import CheckpointError
+from starling.core.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint
 from starling.training.reporting.results import EpochRow
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.model.checkpoint import save_checkpoint
 from starling.outputs.run_dir import RunDir
 from starling.training.checkpoint.best_weights import best_row, held_row

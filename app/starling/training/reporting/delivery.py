@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from starling.config.train_config import TrainConfig
+from starling.core.settings.train import TrainConfig
 from starling.outputs.bucket import upload
 from starling.outputs.run_dir import RunDir
 from starling.training.checkpoint.best_weights import kept_row, unscored

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
-from starling.core.errors import suggest
+from starling.core.errors import UsageError, suggest
 from starling.core.paths import at_home, real_path
-from starling.errors import UsageError, readable
+from starling.core.settings.train import TrainConfig
+from starling.errors import readable
 from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import RunDir, folder_below
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from starling.config.train_config import AUTO_INTERVAL, TrainConfig
+from starling.core.settings.train import AUTO_INTERVAL, TrainConfig
 from starling.data.dataset.dataset import Dataset
 from starling.data.loader.loader import Batch, ValLoader
 from starling.device import Compute

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from starling.config.train_config import TrainConfig
 from starling.core.redaction import Redaction
+from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import Dataset
 from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import RunDir

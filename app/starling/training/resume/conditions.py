@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starling.config.train_config import TrainConfig
 from starling.core.cgroups import container_cpu_count
+from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import Dataset
 from starling.device import Compute
 from starling.training.reporting.provenance import code_version

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from starling.config.train_config import TrainConfig
 from starling.core.plain_json import parse_json
 from starling.core.regular_file import is_file
+from starling.core.settings.train import TrainConfig
 from starling.outputs.atomic import write_atomic
 from starling.outputs.folders import read_file
 from starling.outputs.run_dir import RunDir

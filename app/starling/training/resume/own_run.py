@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import AUTO_BATCH, TrainConfig
-from starling.config.train_flags import RESUMABLE, TrainCommand
+from starling.core.errors import CheckpointError, UsageError
 from starling.core.paths import real_path
-from starling.errors import CheckpointError, UsageError
+from starling.core.settings.train import AUTO_BATCH, RESUMABLE, TrainCommand, TrainConfig
 from starling.model.checkpoint import load_newest
 from starling.outputs.restarts import unfinished_run
 from starling.outputs.run_dir import RunDir, project_dir, runs_root

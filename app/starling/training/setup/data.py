@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
 from starling.core.cgroups import container_memory_limit
+from starling.core.errors import DataError
+from starling.core.settings.train import TrainConfig
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.account import left_out
@@ -25,7 +26,6 @@ from starling.data.loader.batching import Batching
 from starling.data.loader.loader import TrainLoader, ValLoader
 from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
-from starling.errors import DataError
 from starling.evaluation.cut_list import cut_list
 from starling.evaluation.validator import CONFIDENCE, MAX_DETECTIONS
 from starling.model.detector import Detector

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from starling.config.shipped import find_config
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
+from starling.core.errors import DataError
+from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import DatasetDescription
 from starling.data.dataset.image_lists import find_pictures
 from starling.data.fetch.acquire import CLEARML_SCHEME
 from starling.data.fetch.find import find_dataset
 from starling.device import check_device
-from starling.errors import DataError
 from starling.model.initial_weights import InitialWeights, check_freeze, local_weights
 from starling.model.official import official_name
+from starling.outputs.bucket import check_driver
 from starling.outputs.run_dir import check_project, runs_root
 
 
 def check_before_fetching(config: TrainConfig) -> None:
     """Raise what a training would raise anyway, before published weights are fetched.
 
-    The project is looked at in any case; where weights are to be fetched, so are device, dataset (unless it is to be
+    The bucket and the project are looked at in any case; where weights are to be fetched, so are device, dataset (unless it is to be
     fetched too) and layout, as far as they are here.
     """
+    check_driver(config.bucket)
     check_project(config.run_project, runs_root())
     if not config.weights or local_weights(config.weights) is not None:
         return

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import read_yaml
-from starling.errors import UsageError
+from starling.core.errors import UsageError
+from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
 from starling.tracking.clearml.client.api import ClearmlApi
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from starling.core import package
+from starling.core.errors import UsageError
 from starling.core.plain_json import parse_json
-from starling.errors import ServerError, UsageError
+from starling.errors import ServerError
 
 IDLE_S = 120.0
 """So long nothing may move: neither what the SDK prints nor the folder that it works in."""

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.config.hyp import Hyp
-from starling.config.train_config import TrainConfig
 from starling.config.yaml_reader import write_yaml
-from starling.core.errors import suggest
+from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.plain_json import parse_json
-from starling.errors import ConfigError, UsageError
+from starling.core.settings.train import TrainConfig
 from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlRefusedError
 from starling.tracking.clearml.client.script import describe_script
 

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from starling.core.errors import suggest
-from starling.errors import UsageError
+from starling.core.errors import UsageError, suggest
 
 SCHEMES = ("postgresql", "postgres")
 PASSWORD_FILE_VARIABLE = "STARLING_STUDY_PASSWORD_FILE"

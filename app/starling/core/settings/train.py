@@ -1,0 +1,383 @@
+"""What one `train.py` command asks for: parsed once, checked, frozen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from starling.core.errors import ConfigError, UsageError
+from starling.core.settings.declaration import Check, Config, at_least, setting, settings_of
+from starling.core.settings.parser import Command
+from starling.core.settings.study_url import parse_study_url
+from starling.core.settings.values import check_bucket, check_name
+
+Optimizer = Literal["SGD", "Adam", "AdamW"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+Cache = Literal["auto", "ram", "disk", "device", "val", "off"]
+CACHES: tuple[Cache, ...] = get_args(Cache)
+Sampler = Literal["fast", "classic", "random", "qmc", "gp"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+DEFAULT_SAMPLER: Sampler = "fast"
+"""What finds most for the same images through the model; see "Which sampler" in docs/performance.md."""
+
+AUTO_BATCH = -1
+AUTO_FINALISTS = -1
+AUTO_INTERVAL = -1
+BARE_EVOLVE = 300
+
+DEFAULT_PROJECT = "runs/train"
+DEFAULT_SEARCH_PROJECT = "runs/evolve"
+DEFAULT_NAME = "exp"
+
+_SEARCHING = "searching hyperparameters"
+"""The heading of what means nothing without `--evolve`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Config):
+    """One training, or one worker of a search."""
+
+    weights: str = setting(
+        "yolov5s.pt", "weights to start from; '' trains from scratch", heading="what to train"
+    )
+    cfg: str = setting(
+        "",
+        "layout YAML: yolov5n.yaml and its like (docs/train.md), or a path",
+        shown="the weights' own",
+    )
+    data: str = setting("coco128.yaml", "dataset YAML, shipped name or path, or clearml://ID", resumable=True)
+    download: bool = setting(
+        False, "fetch the dataset first, as its description says, unless it is there", resumable=True
+    )
+    hyp: str = setting("hyp.scratch-low.yaml", "hyperparameter YAML, shipped name or path")
+    single_cls: bool = setting(False, "treat every class as one")
+    freeze: tuple[int, ...] = setting(
+        (0,),
+        "one number: freeze the first N layers (10 = backbone); several: those layers",
+        metavar="N",
+        check=Check(holds=lambda layers: all(layer >= 0 for layer in layers), problem="layers count from 0"),
+    )
+
+    epochs: int = setting(
+        100,
+        "epochs in all, those before a resume counted",
+        heading="how long, how large",
+        check=at_least(1),
+        resumable=True,
+    )
+    batch_size: int = setting(
+        16,
+        "images in one iteration over all devices; -1: as many as the GPU has room for",
+        "--batch-size",
+        "--batch",
+        check=at_least(1, "must be at least 1, or -1 to fill the GPU", besides=(AUTO_BATCH,)),
+    )
+    imgsz: int = setting(
+        640,
+        "image side, rounded up to the stride",
+        "--imgsz",
+        "--img",
+        "--img-size",
+        metavar="PIXELS",
+        check=at_least(32, "must be at least 32 pixels"),
+    )
+    patience: int = setting(
+        100,
+        "epochs without a better fitness before training stops; 0: never",
+        check=at_least(0, "must be 0 (off) or more"),
+        resumable=True,
+    )
+    resume: str = setting(
+        "",
+        "go on from this checkpoint; without a path, from the newest last.pt; in a search: join it",
+        metavar="LAST.PT",
+        shown="",
+        bare="latest",
+        resumable=True,
+    )
+
+    optimizer: Optimizer = setting("SGD", "SGD with Nesterov momentum, Adam or AdamW", heading="how to train")
+    cos_lr: bool = setting(False, "cosine learning rate in place of linear")
+    label_smoothing: float = setting(
+        0.0,
+        "epsilon of label smoothing",
+        metavar="EPS",
+        check=Check(holds=lambda epsilon: 0 <= epsilon < 1, problem="must be from 0 to below 1"),
+    )
+    rect: bool = setting(False, "batches of like aspect in their own shapes, no mosaics")
+    multi_scale: bool = setting(False, "another image size each iteration, 0.5 to 1.5 of --imgsz")
+    quad: bool = setting(
+        False, "a quarter of the images at twice the side: one image enlarged, or four joined"
+    )
+    image_weights: bool = setting(False, "show rare and badly found classes more often")
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting(
+        "",
+        "cpu, or a GPU's number; 0,1: one training on both",
+        shown="the first GPU, else cpu",
+        resumable=True,
+    )
+    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of one training")
+    local_rank: int = setting(
+        -1, "accepted and ignored: torchrun gives it by a variable", "--local_rank", metavar="N", shown=""
+    )
+    amp: Literal["auto", "on", "off"] = setting(
+        "auto", "bfloat16 autocast", shown="auto: where the hardware has it"
+    )
+    compile: bool = setting(
+        False, "compile the model first (minutes), for faster iterations; needs g++", resumable=True
+    )
+    deterministic: bool = setting(
+        False, "GPU kernels that give the same numbers in every run, where there are some"
+    )
+    workers: int = setting(
+        8,
+        "most loader threads",
+        shown="8, at most one a core",
+        check=at_least(0, "must be 0 or more"),
+        resumable=True,
+    )
+    cache: Cache = setting(
+        "auto",
+        "keep decoded images: disk (one file shared by all containers), ram, device (GPU memory), val (ram, "
+        "validation only), off",
+        shown="auto: disk, else ram; bare: ram",
+        bare="ram",
+        resumable=True,
+    )
+    noautoanchor: bool = setting(False, "keep the anchors, even where they do not fit the labels")
+    strict: bool = setting(False, "stop at the first unusable image or label")
+
+    evolve: int = setting(
+        0,
+        "search until the study has N finished trainings, over all workers",
+        heading=_SEARCHING,
+        metavar="N",
+        shown=f"bare: {BARE_EVOLVE}",
+        bare=BARE_EVOLVE,
+        check=at_least(0, "must be at least 1"),
+    )
+    sampler: Sampler = setting(
+        DEFAULT_SAMPLER, "how candidates are proposed: docs/search.md says when to take which"
+    )
+    space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
+    prune: bool = setting(False, "end trainings that fall behind early; N is then what the search may cost")
+    finalists: int = setting(
+        AUTO_FINALISTS,
+        "train the best K candidates again on fresh seeds before one is named, within N",
+        metavar="K",
+        shown="with --prune 3, else 0",
+        check=Check(
+            holds=lambda count: count in (AUTO_FINALISTS, 0) or count >= 2,
+            problem="must be 0 (none) or at least 2, or there is no choice",
+        ),
+    )
+    study: str = setting(
+        "",
+        "keep the study in a database, for workers of many hosts: postgresql://user@host[:port]/database, "
+        "the password elsewhere (docs/search.md)",
+        metavar="URL",
+        shown="a journal in the search's folder",
+    )
+    allow_nfs: bool = setting(
+        False,
+        "keep the journal on a network file system: all workers run on this host, or its locks hold",
+    )
+
+    remote: str = setting(
+        "",
+        "put the command into this ClearML queue for an agent to run, and leave",
+        heading="where it runs",
+        metavar="QUEUE",
+        shown="run here",
+    )
+
+    project: str = setting(
+        "", "folder below runs/", heading="where results go", shown="train; evolve for a search"
+    )
+    name: str = setting("", "run folder below the project", shown="exp, exp2, …")
+    exist_ok: bool = setting(False, "write into an existing run folder", resumable=True)
+    nosave: bool = setting(False, "keep the final checkpoint only", resumable=True)
+    noval: bool = setting(False, "validate after the final epoch only")
+    noplots: bool = setting(False, "draw no pictures", resumable=True)
+    bbox_interval: int = setting(
+        AUTO_INTERVAL,
+        "draw what the validation finds every N epochs; 0: never",
+        "--bbox_interval",
+        "--bbox-interval",
+        metavar="N",
+        shown="a tenth of all",
+        check=at_least(AUTO_INTERVAL, "must be at least 1, 0 (none) or -1 (auto)"),
+        resumable=True,
+    )
+    hooks: str = setting(
+        "",
+        "functions to call as training goes: docs/track.md",
+        metavar="FILE.PY",
+        shown="$STARLING_HOOKS",
+        resumable=True,
+    )
+    save_period: int = setting(
+        -1, "keep a checkpoint every N epochs; below 1: no", metavar="N", shown="no", resumable=True
+    )
+    save_minutes: float = setting(
+        10.0,
+        "save after so many minutes within an epoch too; 0: after each step",
+        metavar="N",
+        check=at_least(0, "must be 0 (after each step) or more"),
+        resumable=True,
+    )
+    json: bool = setting(
+        False,
+        "end with one JSON object: precision, recall, mAP50, mAP50_95 and more",
+        resumable=True,
+    )
+    bucket: str = setting(
+        "",
+        "copy results there at the end: gs://, s3://, az://",
+        metavar="URL",
+        shown="no",
+        resumable=True,
+    )
+    debug: bool = setting(False, "show tracebacks", resumable=True)
+
+    def check_together(self) -> None:
+        """Raise UsageError for values that do not go together; a server is asked later."""
+        if self.quad and self.batch_size % 4:
+            raise ConfigError("--batch-size", self.batch_size, "must be a multiple of 4 with --quad")
+        self._check_search()
+        self._check_devices()
+        if self.remote and self.resume and not self.evolve:
+            raise UsageError(
+                "--remote: a checkpoint is on this machine, not the agent's; leave --resume or --remote out"
+            )
+        if self.name:
+            check_name(self.name)
+        if self.bucket:
+            check_bucket(self.bucket)
+
+    def _check_search(self) -> None:
+        """Refuse what only a search knows where there is none."""
+        if self.study:
+            parse_study_url(self.study)
+        if self.study and self.allow_nfs:
+            raise UsageError("--allow-nfs: is about the journal, and --study names a database; leave one out")
+        for declared in settings_of(type(self)):
+            given = getattr(self, declared.field) != declared.default
+            if declared.heading == _SEARCHING and given and not self.evolve:
+                raise UsageError(f"{declared.flag}: belongs to a search; add --evolve N, or leave it out")
+
+    def _check_devices(self) -> None:
+        """Check a list of devices by itself; whether they exist is found out later."""
+        devices = self.devices
+        if len(devices) < 2:
+            return
+        if self.evolve:
+            raise UsageError(
+                f"--device {self.device}: a search gives each device trainings of its own; start one worker a device, "
+                "or all at once with `launcher up --gpus`"
+            )
+        if "cpu" in devices and set(devices) != {"cpu"}:
+            raise UsageError(f"--device {self.device}: one training runs on GPUs or on CPUs, not on both")
+        twice = next((name for name in devices if name != "cpu" and devices.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--device {self.device}: names GPU {twice} twice; each takes one process")
+        self.check_split(len(devices))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices asked for, one process each: `0,1` or `cpu,cpu`; none: the default one."""
+        names = (name.strip().lower().removeprefix("cuda:") for name in self.device.split(","))
+        return tuple(name for name in names if name)
+
+    def check_split(self, processes: int) -> None:
+        """Raise UsageError, naming the nearest batch that works, where so many processes cannot share the batch evenly."""
+        if self.batch_size == AUTO_BATCH:
+            raise UsageError(
+                f"--batch-size {AUTO_BATCH}: is measured on one device; give the batch of all {processes} processes together"
+            )
+        if self.batch_size % processes:
+            nearest = max(round(self.batch_size / processes), 1) * processes
+            raise UsageError(
+                f"--batch-size {self.batch_size}: cannot be split evenly over {processes} processes; "
+                f"the nearest that can is --batch-size {nearest}"
+            )
+
+    @property
+    def run_project(self) -> str:
+        """The project asked for, or the default of a training or of a search."""
+        return self.project or (DEFAULT_SEARCH_PROJECT if self.evolve else DEFAULT_PROJECT)
+
+    @property
+    def run_name(self) -> str:
+        """The name asked for, or `exp`."""
+        return self.name or DEFAULT_NAME
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as `opt.yaml` and checkpoints hold them."""
+        values = asdict(self)
+        values["freeze"] = list(self.freeze)
+        return values
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any]) -> TrainConfig:
+        """Build from `as_dict()`'s values, as a checkpoint holds them."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in mapping.items() if key in known}
+        values["freeze"] = tuple(values.get("freeze", (0,)))
+        return cls(**values)
+
+
+COMMAND = Command(
+    name="train",
+    description="Train a detector, or search its hyperparameters together with every other worker.",
+    config=TrainConfig,
+    examples="""\
+  from scratch, on the images this project carries
+      python train.py --img 320 --batch 16 --epochs 3 --data bccd.yaml --weights '' --cfg yolov5n.yaml
+  fine-tuning from a checkpoint
+      python train.py --data my/data.yaml --weights best.pt --hyp hyp.finetune.yaml
+  going on after an interruption
+      python train.py --resume runs/train/exp/weights/last.pt
+  searching hyperparameters: 60 trainings shared by every worker that names the same project and name
+      python train.py --data my/data.yaml --weights '' --cfg yolov5n.yaml --epochs 10 --project blood --name search --evolve 60
+""",
+)
+RESUMABLE = frozenset(declared.field for declared in COMMAND.settings if declared.resumable)
+"""Fields that a resume may change; any other would make it a different training. Other `data` must hold the same images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainCommand:
+    """A parsed command line: the configuration, and which of its fields were given."""
+
+    config: TrainConfig
+    given: frozenset[str]
+    arguments: tuple[str, ...] = ()
+    """The words it was parsed from."""
+    goes_on: bool = False
+    """Whether it resumes the run that its replica left, which the words do not say."""
+
+    def resumed(self, saved: TrainConfig) -> TrainConfig:
+        """Return the configuration of a resume: the saved one, with what was given now.
+
+        Raises UsageError for a flag that would change what is being trained.
+        """
+        changed = {key: getattr(self.config, key) for key in self.given}
+        for key in sorted(changed.keys() - RESUMABLE):
+            if changed[key] != getattr(saved, key):
+                raise UsageError(
+                    f"--{key.replace('_', '-')} {changed[key]}: the run to resume has {getattr(saved, key)!r}; "
+                    "leave the flag out, or start a new run from its weights with --weights"
+                )
+        return replace(saved, **changed)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
+    """Return what the command line asks for; raises UsageError for what cannot work."""
+    arguments = tuple(sys.argv[1:] if argv is None else argv)
+    given = COMMAND.given(arguments)
+    given.pop("local_rank", None)
+    return TrainCommand(config=TrainConfig(**given), given=frozenset(given), arguments=arguments)

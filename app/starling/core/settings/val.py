@@ -1,0 +1,116 @@
+"""What one `val.py` command asks for: parsed once, checked, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from starling.core.errors import UsageError
+from starling.core.settings.declaration import UNIT, Config, at_least, setting
+from starling.core.settings.parser import Command
+from starling.core.settings.values import check_name
+
+Task = Literal["val", "train", "test", "speed", "study"]
+DEFAULT_PROJECT = "runs/val"
+DEFAULT_NAME = "exp"
+SPEED_CONFIDENCE, SPEED_IOU = 0.25, 0.45
+"""Thresholds of `--task speed` where none are given: those of detection, so that NMS has its usual work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValConfig(Config):
+    """One validation."""
+
+    data: str = setting("coco128.yaml", "dataset YAML, shipped name or path", heading="what to validate")
+    weights: tuple[str, ...] = setting(
+        ("yolov5s.pt",), "weights; several make an ensemble, in a study a line each", metavar="PT"
+    )
+    task: Task = setting(
+        "val", "val, train, test: the split; speed: time each stage; study: sizes 256 to 1536"
+    )
+    single_cls: bool = setting(False, "treat every class as one")
+    batch_size: int = setting(
+        32, "images in one iteration", "--batch-size", "--batch", heading="how", check=at_least(1)
+    )
+    imgsz: int = setting(
+        640,
+        "image side, rounded up to the stride",
+        "--imgsz",
+        "--img",
+        "--img-size",
+        metavar="PIXELS",
+        check=at_least(32),
+    )
+    conf_thres: float = setting(
+        0.001,
+        "least confidence of a detection",
+        metavar="C",
+        shown=f"0.001; speed: {SPEED_CONFIDENCE}",
+        check=UNIT,
+    )
+    iou_thres: float = setting(
+        0.6,
+        "overlap above which NMS removes the less confident of two boxes",
+        metavar="IOU",
+        shown=f"0.6; speed: {SPEED_IOU}",
+        check=UNIT,
+    )
+    max_det: int = setting(300, "most detections in an image", metavar="N", check=at_least(1))
+    augment: bool = setting(False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67")
+    half: bool = setting(False, "bfloat16 where the hardware has it")
+    device: str = setting("", "cpu, or a GPU's number", shown="the first GPU, else cpu")
+    workers: int = setting(8, "most loader threads", shown="8, at most one a core", check=at_least(0))
+    verbose: bool = setting(
+        False, "print every class, however many there are", heading="what to print and write"
+    )
+    json: bool = setting(False, "end with one line of JSON")
+    save_txt: bool = setting(False, "write labels/*.txt: class x y width height, divided by the image's size")
+    save_conf: bool = setting(False, "write the confidence as a sixth column")
+    save_hybrid: bool = setting(False, "write the labels, and the detections that are not on one")
+    save_json: bool = setting(False, "write detections as COCO JSON, and score them with pycocotools")
+    project: str = setting(DEFAULT_PROJECT, "folder below runs/")
+    name: str = setting(DEFAULT_NAME, "run folder below the project", shown="exp, exp2, …")
+    exist_ok: bool = setting(False, "write into an existing run folder")
+    debug: bool = setting(False, "show tracebacks")
+
+    def check_together(self) -> None:
+        """Raise UsageError for values that do not go together."""
+        if not self.weights or not all(self.weights):
+            raise UsageError("--weights: name at least one weights file")
+        if "," in self.device:
+            raise UsageError(f"--device {self.device}: one validation runs on one device; give one")
+        check_name(self.name)
+
+    @property
+    def split(self) -> str:
+        """The split of the dataset to validate on."""
+        return self.task if self.task in ("train", "test") else "val"
+
+    @property
+    def writes_labels(self) -> bool:
+        """Whether labels/*.txt are asked for."""
+        return self.save_txt or self.save_hybrid
+
+
+COMMAND = Command(
+    name="val",
+    description="Validate a detector: precision, recall, mAP, pictures; optionally its detections as files.",
+    config=ValConfig,
+    examples="""\
+  a trained detector on the validation split it was trained with
+      python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml --img 320
+  two models as one, each image seen at three scales
+      python val.py --weights a.pt b.pt --data my/data.yaml --augment
+  milliseconds an image
+      python val.py --weights best.pt --data my/data.yaml --task speed --device 0 --batch 1
+""",
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> ValConfig:
+    """Return what the command line asks for; raises UsageError for what cannot work."""
+    given = COMMAND.given(argv)
+    if given.get("task") == "speed":
+        given = {"conf_thres": SPEED_CONFIDENCE, "iou_thres": SPEED_IOU, **given}
+    return ValConfig(**given)
