@@ -22,6 +22,7 @@ COMMANDS = {
     "plots": "draw the progress of several runs in one picture",
     "track": "MLflow's page, and what a tracking server missed",
     "settings": "settings that outlive a command",
+    "completion": "the script that completes `starling` in bash, zsh or fish",
 }
 """Each command, which is the module of its name in `starling.cli`, with its line in the help."""
 
@@ -36,6 +37,10 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, and return its exit code."""
+    if asked := os.environ.get("_STARLING_COMPLETE"):
+        from starling.cli.completion import answer
+
+        return answer(asked, tuple(COMMANDS))
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):

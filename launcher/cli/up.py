@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from launcher.cli.context import shared
+from launcher.options.completion import TrainingWord
 from launcher.options.config_file import ConfiguredCommand
 
 
@@ -73,7 +74,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show what would start, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @shared
-@click.argument("training_args", nargs=-1, type=click.UNPROCESSED, metavar="-- TRAINING ARGUMENTS…")
+@click.argument("training_args", nargs=-1, type=TrainingWord(), metavar="-- TRAINING ARGUMENTS…")
 def up(**options: Any) -> None:
     """Start one replica a device, all running the same training arguments (those after `--`).
 

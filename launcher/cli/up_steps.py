@@ -38,18 +38,12 @@ from launcher.plan.plan import (
 )
 from launcher.plan.preflight import check_all, preflight_notes
 from launcher.plan.secret_files import with_secret_files
-from launcher.plan.training_args import check_local_trainer, prepare_args
+from launcher.plan.training_args import TrainingArgs, check_local_trainer, means, prepare_args
 from launcher.problems import Problems, exit_code_of
 from launcher.sizes import parse_size
 from starling.core import package
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
-
-OWN_OPTIONS = frozenset([
-    "--build", "--cpu", "--ddp", "--dry-run", "--engine", "--env", "--env-file", "--file", "--force", "--gpus", "--host",
-    "--image", "--max-restarts", "--memory", "--network", "--recreate", "--runs", "--settle", "--shm", "--tracking", "--user",
-])  # fmt: skip
-"""Options of `up` that no training has."""
 
 
 def run_up(options: dict[str, Any]) -> None:
@@ -126,9 +120,8 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
     problems.check(site.check_runs)
-    problems.check(refuse_misplaced, options["training_args"])
     args = problems.check(
-        prepare_args,
+        _read_training,
         options["training_args"],
         cwd=site.files.start,
         runs=site.runs,
@@ -163,13 +156,18 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     )
 
 
-def refuse_misplaced(words: Sequence[str]) -> None:
-    """Raise UsageError for the launcher's own options after `--`, where the trainer would get them: a dry run would start."""
-    wrong = [word for word in words if word.split("=", 1)[0] in OWN_OPTIONS]
+def _read_training(words: Sequence[str], **where: Any) -> TrainingArgs:
+    """Return the training arguments, as `prepare_args` does.
+
+    Raises UsageError for the launcher's own options among them, where a trainer would get them: a dry run would start.
+    """
+    own = {flag for option in click.get_current_context().command.params for flag in option.opts}
+    wrong = [word for word in words if word.split("=", 1)[0] in own and means(word) is None]
     if wrong:
         raise UsageError(
             f"{', '.join(wrong)}: after `--`, where the trainer would get it; write what is the launcher's before `--`"
         )
+    return prepare_args(words, **where)
 
 
 def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from launcher.options.replica_names import ReplicaName
+from launcher.options.completion import ReplicaName
 from starling.core.errors import UsageError, suggest
 from starling.core.paths import at_home
 from starling.core.words import shown
@@ -235,7 +235,7 @@ def _train_words(value: Value, where: str) -> tuple[str, ...]:
         return tuple(_texts(value, where, f"write {TRAIN}: [--epochs, 10]"))
     words: list[str] = []
     for key, item in (value.fields or {}).items():
-        flag = f"--{key.removeprefix('--')}"
+        flag = _training_flag(key, f"{where}.{key}")
         if item.empty or item.boolean is False:
             continue
         if item.boolean:
@@ -248,10 +248,24 @@ def _train_words(value: Value, where: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _training_flag(key: str, where: str) -> str:
+    """Return the flag of `train.py` that a key means; raises UsageError where there is none."""
+    from starling.core.settings.train import COMMAND
+
+    name = key.removeprefix("--")
+    for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+        if COMMAND.setting_of(flag) is not None:
+            return flag
+    known = [spelling.removeprefix("--") for declared in COMMAND.settings for spelling in declared.flags]
+    raise UsageError(
+        f"{where}: no setting of a training is called {key!r}{suggest(name, known)}; see train.py --help"
+    )
+
+
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
     from launcher.hosts.reach import remote_files
-    from launcher.plan.training_args import place_beside
+    from launcher.plan.training_args import place_beside, without_overridden
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
@@ -276,17 +290,3 @@ def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_absolute(item, folder) for item in value)
     return value if value is None else folder / at_home(value)
-
-
-def without_overridden(words: Sequence[str], winners: Sequence[str]) -> tuple[str, ...]:
-    """Return `words` less the options, with their values, that `winners` says too, also by a prefix."""
-    said = [word.split("=", 1)[0] for word in winners if word.startswith("--") and len(word) > 2]
-    kept: list[str] = []
-    dropping = False
-    for word in words:
-        if word.startswith("--"):
-            option = word.split("=", 1)[0]
-            dropping = any(option.startswith(name) for name in said)
-        if not dropping:
-            kept.append(word)
-    return tuple(kept)

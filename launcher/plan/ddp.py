@@ -11,7 +11,8 @@ from starling.core.errors import UsageError
 
 def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
     """Raise UsageError for devices, or a training, that cannot be one training on all of them."""
-    if args.evolve:
+    config = args.command.config
+    if config.evolve:
         raise UsageError(
             "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
             "leave out --ddp, or --evolve"
@@ -22,30 +23,16 @@ def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
             f"--ddp: {', '.join(device.id for device in devices)}: CUDA gives a program one MIG slice and no more; "
             "name whole GPUs, or leave out --ddp"
         )
-    _check_split(args.batch, len(devices))
+    # A resumed training has the batch of its checkpoint, which the host does not read.
+    if len(devices) > 1 and ("batch_size" in args.command.given or not config.resume):
+        config.check_split(len(devices))
 
 
-def _check_split(batch: int | None, count: int) -> None:
-    """Refuse, before anything starts, a batch that the trainer could not share out evenly."""
-    if batch is None or count == 1:
-        return
-    if batch < 1:
-        raise UsageError(
-            f"--batch-size {batch}: is measured on one device; give the batch of all {count} devices together"
-        )
-    if batch % count:
-        nearest = max(round(batch / count), 1) * count
-        raise UsageError(
-            f"--batch-size {batch}: cannot be split evenly over {count} devices; the nearest that can is "
-            f"--batch-size {nearest}"
-        )
-
-
-def check_device_argument(asked: str | None, device: Device) -> None:
+def check_device_argument(asked: str, device: Device) -> None:
     """Refuse a training `--device` that the replica does not have: inside, GPUs count from 0."""
     several = len(device.members) > 1
-    allowed = (device.inside,) if several or device.kind == "cpu" else ("", "0", "cuda:0")
-    if asked is not None and asked not in allowed:
+    allowed = (device.inside,) if several or device.kind == "cpu" else ("0", "cuda:0")
+    if asked and asked not in allowed:
         raise UsageError(
             f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
             "--device out and choose devices with `launcher up --gpus` or `--cpu`"

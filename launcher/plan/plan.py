@@ -132,8 +132,8 @@ def make_plan(
         found.check(check_together, request.args, devices)
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    found.check(check_device_argument, request.args.device, devices[0])
-    if not request.args.evolve and len(devices) > 1:
+    found.check(check_device_argument, request.args.command.config.device, devices[0])
+    if not request.args.command.config.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
         )

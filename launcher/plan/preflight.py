@@ -48,7 +48,7 @@ def check_all(
     if not engine.remote:
         problems.check(check_disk, request.runs)
     if placement.isolated:
-        problems.check(check_study_address, request.args.study, request.network)
+        problems.check(check_study_address, request.args.command.config.study, request.network)
         if not engine.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
             problems.check(check_data, request.args.reads, request.args.mounts, request.user)
@@ -86,9 +86,9 @@ def check_disk(runs: Path) -> None:
         )
 
 
-def check_study_address(study: str | None, network: str) -> None:
+def check_study_address(study: str, network: str) -> None:
     """Raise UsageError for a study's database at an address that means the container itself."""
-    where = _loopback(study or "")
+    where = _loopback(study)
     if where and network != "host":
         raise UsageError(
             f"--study: {where} is the replica itself, not this machine, on network {network}; name the database by an "

@@ -15,7 +15,8 @@ import pytest
 from launcher.cli.init import example
 from launcher.cli.main import cli
 from launcher.cli.up import up
-from launcher.options.config_file import keys_of, without_overridden
+from launcher.options.config_file import keys_of
+from launcher.plan.training_args import without_overridden
 from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 
@@ -117,6 +118,12 @@ def test_each_key_says_what_its_flag_says() -> None:
         ("- memory\n", 1, "`key: value`"),
         ("train: '--epochs \"10'\n", 1, "quot"),
         ("train: {epochs: {a: b}}\n", 1, "one of plain values"),
+        (
+            "cpu: 2\ntrain: {epohs: 3}\n",
+            2,
+            "no setting of a training is called 'epohs' (did you mean 'epochs'?)",
+        ),
+        ("train: {gpus: 3}\n", 1, "no setting of a training is called 'gpus'"),
         ("a: " + "[" * 20 + "]" * 20, 1, "nested deeper"),
     ],
 )
@@ -234,11 +241,16 @@ def test_training_arguments_are_a_mapping_a_list_or_a_line(train: str) -> None:
 
 def test_words_typed_put_aside_those_of_the_file_also_by_a_prefix() -> None:
     assert without_overridden(
-        ["--data", "a", "--evolve", "60", "--img=320"], ["--ev", "3", "--img", "64"]
+        ["--data", "a", "--evolve", "60", "--img=320"], ["--ev", "3", "--imgsz", "64"]
     ) == (
         "--data",
         "a",
     )
+
+
+def test_a_setting_of_a_training_may_be_written_as_its_variable_or_with_a_short_name(here: Path) -> None:
+    write("train: {batch_size: 4, img: 64, cos_lr: true}\n")
+    assert parsed("up")["training_args"] == ("--batch-size", "4", "--img", "64", "--cos-lr")
 
 
 def test_relative_paths_of_the_file_start_at_its_folder(here: Path) -> None:

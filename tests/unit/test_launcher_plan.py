@@ -178,8 +178,8 @@ def test_a_file_of_hooks_is_mounted(dataset: Path, tmp_path: Path) -> None:
 def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.yaml").write_text("backbone: []\n")
     (tmp_path / "space.yaml").write_text("cfg: [yolov5n.yaml, wide.yaml, space.txt]\n")
-    args = prepare(["--space", "space.yaml"], tmp_path)
-    assert args.words == ("--space", str(tmp_path / "space.yaml"))
+    args = prepare(["--evolve", "2", "--space", "space.yaml"], tmp_path)
+    assert args.words[2:] == ("--space", str(tmp_path / "space.yaml"))
     assert {m.source for m in args.mounts} == {str(tmp_path / "space.yaml"), str(tmp_path / "wide.yaml")}
 
 
@@ -191,7 +191,7 @@ def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: 
         (["--weight", "gone.pt"], CheckpointError, 4),
         (["--hyp", "gone.yaml"], UsageError, 2),
         (["--cfg", "yolov5q.yaml"], UsageError, 2),
-        (["--space", "gone.yaml"], UsageError, 2),
+        (["--evolve", "2", "--space", "gone.yaml"], UsageError, 2),
         (["--hooks", "gone.py"], UsageError, 2),
         (["--resume", "gone.pt"], CheckpointError, 4),
         (["--project", "../x"], UsageError, 2),
@@ -203,7 +203,7 @@ def test_a_space_of_ones_own_and_the_layouts_that_it_names_are_mounted(dataset: 
 def test_what_is_not_there_is_found_before_anything_starts(
     words: list[str], error: type[StarlingError], code: int, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=words[0]) as caught:
+    with pytest.raises(error, match=words[-2:][0]) as caught:
         prepare(words, tmp_path)
     assert caught.value.exit_code == code
 
@@ -357,11 +357,11 @@ def test_a_search_is_not_one_training(tmp_path: Path) -> None:
     [
         (
             [],
-            "--batch-size 16: cannot be split evenly over 3 devices; the nearest that can is --batch-size 15",
+            "--batch-size 16: cannot be split evenly over 3 processes; the nearest that can is --batch-size 15",
         ),
         (["--batch", "64"], "the nearest that can is --batch-size 63"),
         (["--batch-size=1"], "the nearest that can is --batch-size 3"),
-        (["--batch-size", "-1"], "give the batch of all 3 devices together"),
+        (["--batch-size", "-1"], "give the batch of all 3 processes together"),
     ],
 )
 def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_starts(
@@ -373,13 +373,10 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_before_anything_starts
     plan_for(tmp_path, [*TRAINING, *words], gpus="0-2")
 
 
-def test_the_batch_is_the_trainers_default_and_a_checkpoints_own(tmp_path: Path) -> None:
-    from starling.core.settings.train import TrainConfig
-
-    assert prepare(TRAINING, tmp_path).batch == TrainConfig(data="d.yaml").batch_size
-    assert prepare([*TRAINING, "--resume"], tmp_path).batch is None
-    assert prepare([*TRAINING, "--batch", "many"], tmp_path).batch is None, "the trainer says what is wrong"
-    assert prepare([*TRAINING, "--resume", "--batch", "8"], tmp_path).batch == 8
+def test_a_resumed_training_is_split_as_its_checkpoint_says_unless_a_batch_is_given(tmp_path: Path) -> None:
+    plan_for(tmp_path, [*TRAINING, "--resume"], gpus="0-2", ddp=True)
+    with pytest.raises(UsageError, match="--batch-size 8: cannot be split evenly over 3"):
+        plan_for(tmp_path, [*TRAINING, "--resume", "--batch", "8"], gpus="0-2", ddp=True)
 
 
 def test_slices_are_not_joined(tmp_path: Path) -> None:
@@ -409,7 +406,7 @@ def test_a_process_of_the_local_engine_is_pinned_by_uuid(tmp_path: Path) -> None
 
 
 def test_secrets_show_by_name_only(tmp_path: Path) -> None:
-    words = ["--storage", "postgresql://u:hunter2@db/study"]
+    words = ["--data", "https://u:hunter2@db/data.yaml"]
     plan = plan_for(tmp_path, words, gpus="1", passed={"CLEARML_API_SECRET_KEY": "s3cret"})
     [spec] = plan.replicas
     shown = "\n".join(
@@ -447,7 +444,7 @@ def test_a_study_with_a_password_is_refused_before_it_is_a_containers_command(
     with pytest.raises(UsageError, match="STARLING_STUDY_PASSWORD_FILE") as caught:
         prepare(["--evolve", "2", *words], tmp_path)
     assert "hunter2" not in str(caught.value)
-    assert prepare(["--evolve", "2", "--study", "postgresql://u@db:5432/study"], tmp_path).evolve
+    assert prepare(["--evolve", "2", "--study", "postgresql://u@db:5432/study"], tmp_path)
 
 
 @pytest.mark.parametrize("words", [["--remote", "gpus"], ["--rem=gpus"]])

@@ -294,11 +294,11 @@ def test_shared_memory_beyond_the_memory_that_it_counts_against_is_refused(tmp_p
         ("postgresql://me@db/study", "bridge", True),
         ("journal.log", "bridge", True),
         ("http://[", "bridge", True),
-        (None, "bridge", True),
+        ("", "bridge", True),
     ],
 )
 def test_a_study_at_an_address_that_means_the_container_itself_is_refused(
-    url: str | None, network: str, fits: bool
+    url: str, network: str, fits: bool
 ) -> None:
     if fits:
         check_study_address(url, network)
@@ -436,7 +436,11 @@ def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
     path.write_text("cfg: [yolov5n.yaml]\n")
     path.chmod(0o600)
     args = prepare_args(
-        [option, str(path)], cwd=tmp_path, runs=tmp_path / "runs", runs_inside="/runs", isolated=True
+        ["--evolve", "2", option, str(path)],
+        cwd=tmp_path,
+        runs=tmp_path / "runs",
+        runs_inside="/runs",
+        isolated=True,
     )
     with pytest.raises(
         StarlingError, match=rf"{path}: replicas run as {STRANGER} and may not read it"

@@ -48,6 +48,14 @@ class Command:
         """Return the parser of the command line."""
         return CommandParser(self)
 
+    def setting_of(self, flag: str) -> Setting | None:
+        """Return the setting that a flag means by one of its spellings or a prefix of them; None for any other word."""
+        if not flag.startswith("--"):
+            return None
+        begin = [item for item in self.settings if any(name.startswith(flag) for name in item.flags)]
+        exact = [item for item in begin if flag in item.flags]
+        return next(iter(exact or (begin if len(begin) == 1 else ())), None)
+
     def given(self, words: Sequence[str] | None = None) -> dict[str, Any]:
         """Return what the words [the process's own] set, by field; what they leave alone is absent.
 

@@ -1,4 +1,4 @@
-"""Names of replicas and fleets as a type of click's: any text, completed from what there is."""
+"""Types of click's that a shell completes: names of replicas and fleets, and training arguments."""
 
 from __future__ import annotations
 
@@ -55,3 +55,21 @@ def _names(ctx: click.Context) -> list[str]:
     except StarlingError:
         return []
     return [state.name for state in states] + [state.fleet for state in states]
+
+
+class TrainingWord(click.types.UnprocessedParamType):
+    """A word of the training arguments; the trainer's own declarations tell what a shell may offer."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Suggest flags of `train.py`, a flag's choices, or names of files."""
+        from click.shell_completion import CompletionItem
+
+        from starling.core.settings.completion import offers
+        from starling.core.settings.train import COMMAND
+
+        given = offers(COMMAND.parser(), ctx.params.get(param.name or "") or (), incomplete)
+        if given.files:
+            return [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(word, help=text) for word, text in given.words]
