@@ -20,7 +20,8 @@ def attach(engine: str, runs: Path, name: str) -> None:
     Exits 0 when you leave or the replica ends well; 1 when it fails.
     """
     from launcher.status import output
-    from launcher.status.report import exit_code, words_for
+    from launcher.status.report import exit_code
+    from launcher.status.words import words_for
 
     chosen = open_engine(engine, runs)
 

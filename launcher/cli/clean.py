@@ -80,7 +80,7 @@ class _Found:
 
     def lines(self) -> list[str]:
         from launcher.sizes import format_size
-        from launcher.status.report import words_for
+        from launcher.status.words import words_for
 
         lines = [f"{state.name}  {words_for(state)}  {state.id[:12]}" for state in self.ended]
         lines += [f"{run.path}  {run.files} files, {format_size(run.bytes)}" for _, run in self.folders]

@@ -32,8 +32,8 @@ def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None
     What they did since their last checkpoint is lost: `stop` saves first. They stay listed, and the same `up` resumes
     them. Does not ask, since you name them.
     """
-    from launcher.status.report import words_for
     from launcher.status.selection import select
+    from launcher.status.words import words_for
 
     chosen = open_engine(engine, runs)
     states = select(chosen.list(), names)

@@ -24,8 +24,8 @@ def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str
 
     from launcher.errors import EngineError
     from launcher.plan import fleet
-    from launcher.status.report import device_words, words_for
     from launcher.status.selection import select
+    from launcher.status.words import device_words, words_for
 
     if as_json and not yes:
         raise UsageError("--json: nobody can be asked then; give --yes")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from launcher.sizes import format_cores
-from starling.core.redaction import masked
 
 if TYPE_CHECKING:
     from launcher.devices.claims import Claim
@@ -80,6 +79,8 @@ class ReplicaSpec:
 
     def public(self) -> dict[str, Any]:
         """Return the spec as plain values without a secret: what is shown, labelled, hashed and compared."""
+        from starling.core.redaction import masked
+
         return {
             "replica": self.name,
             "fleet": self.fleet,

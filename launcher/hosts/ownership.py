@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.engines.base import ReplicaSpec
-from launcher.hosts.processes import user_name
 from starling.core.plain_json import parse_json
 from starling.core.words import printable
 
@@ -71,6 +70,8 @@ def owner_of(found: Mapping[str, str], name: str) -> int | None:
 
 def user_words(uid: int, *, remote: bool = False) -> str:
     """Return `user bob (uid 1001)`; the number alone for one whom this machine does not know."""
+    from launcher.hosts.processes import user_name
+
     name = f"uid {uid}" if remote else user_name(uid)
     return name if name == f"uid {uid}" else f"user {name} (uid {uid})"
 

@@ -10,9 +10,8 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -38,13 +37,12 @@ _EXCLUSIVE = (("gpus", "cpus"),)
 _GIVEN, _SETTINGS = f"{__name__}.given", f"{__name__}.settings"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What a file says, checked: values by click's parameter names, and the training arguments as words."""
 
     path: Path
-    values: Mapping[str, Any] = field(default_factory=dict)
-    train: tuple[str, ...] = ()
+    values: Mapping[str, Any]
+    train: tuple[str, ...]
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,7 @@ from launcher.hosts.ownership import labels
 from launcher.plan.env_file import read_env_file
 from launcher.plan.plan import Plan
 from launcher.sizes import format_cores, format_size
-from launcher.status.report import device_words
+from launcher.status.words import device_words
 from starling.core.redaction import masked
 
 

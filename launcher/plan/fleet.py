@@ -12,7 +12,7 @@ from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
 from launcher.engines.limits import STOP_GRACE_S
 from launcher.errors import EngineError, ReplicaFailed
 from launcher.parallel import Done, in_parallel
-from launcher.status.report import device_words, words_for
+from launcher.status.words import device_words, words_for
 from starling.core.errors import StarlingError, UsageError
 
 POLL_S = 0.25

@@ -127,7 +127,7 @@ def test_training_arguments_that_no_trainer_takes_are_refused_before_anything_st
 
 def test_a_mistake_that_only_the_trainer_sees_is_told_by_status(tmp_path: Path) -> None:
     (tmp_path / "hyp.yaml").write_text("lr0: 0.01\nmomentun: 0.9\n")
-    training = ("--data", "bccd.yaml", "--hyp", "hyp.yaml")
+    training = ("--data", "bccd.yaml", "--weights", "", "--cfg", "yolov5n.yaml", "--hyp", "hyp.yaml")
     up = launcher("up", "--engine", "local", "--cpu", "1", "--", *training, cwd=tmp_path)
     assert up.returncode == 0, up.stderr
     engine = LocalEngine(tmp_path / "runs", os.getuid())

@@ -17,17 +17,10 @@ from launcher.plan.env_file import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
 from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
-from launcher.status.report import (
-    COLUMNS,
-    Figures,
-    Row,
-    exit_code,
-    format_duration,
-    searches_of,
-    words_for,
-)
+from launcher.status.report import COLUMNS, Figures, Row, exit_code, format_duration, searches_of
 from launcher.status.selection import select
 from launcher.status.table import lay_out
+from launcher.status.words import words_for
 from starling.core.errors import UsageError
 
 STATE = ReplicaState(

@@ -34,6 +34,10 @@ class Client(APIClient):
             )
             self.mount(self.base_url, _OnePool(place, patience_s, max_pool_size=MOST_AT_ONCE))
 
+    def speak(self, version: str) -> None:
+        """Use this version of the engine's interface from now on."""
+        self._version = version
+
     def request(self, method: str, url: str, **options: Any) -> Any:
         """Send a request, as every method of docker-py does in the end."""
         if method != "GET":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from docker.errors import APIError
@@ -21,14 +20,12 @@ from launcher.engines.docker.troubles import (
 )
 from launcher.errors import EngineError
 from launcher.hosts.reach import box, engine_address
-from starling.core.redaction import masked
 
 OLDEST_API, OLDEST_ENGINE = "1.41", "20.10"
 """Cgroup v2, `init` and device requests as they are used here."""
 
 
-@dataclass(frozen=True)
-class Manner:
+class Manner(NamedTuple):
     """How one kind of engine is spoken to, and spoken of."""
 
     title: str
@@ -53,13 +50,12 @@ class Connection:
         self._address = address
         self._socket = _socket_path(address or engine_address())
         with self.translated():
-            self.client = self._open(manner.version or OLDEST_API)
+            self.client = Client(address, manner.version or OLDEST_API, manner.patience_s)
             hello = self._greet()
-            newest = hello.get("Api-Version", "0")
-            if manner.version is None and newest != OLDEST_API:
+            if manner.version is None:
+                newest = hello.get("Api-Version", "0")
                 self._refuse_old(newest)
-                self.client.close()
-                self.client = self._open(newest)
+                self.client.speak(newest)
         self.is_podman = "Libpod-Api-Version" in hello
         """Whether it is Podman that answers, at Docker's address too."""
 
@@ -97,11 +93,10 @@ class Connection:
             return permission_words(self._socket)
         if why == NO_SOCKET and self._socket:
             why = f"no socket at {self._socket}"
+        from starling.core.redaction import masked
+
         where = "" if self._socket else f" at {masked(self._address or engine_address())}"
         return f"{self._manner.title}{where} does not answer ({why}); {self._manner.remedy}"
-
-    def _open(self, version: str) -> Client:
-        return Client(self._address, version, self._manner.patience_s)
 
     def _greet(self) -> Mapping[str, str]:
         """Return the headers with which the engine says what it is; soon, however patient the manner is later."""

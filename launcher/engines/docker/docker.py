@@ -12,10 +12,7 @@ import urllib3.exceptions
 from docker.errors import APIError
 
 from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
-from launcher.engines.docker.cgroups import read_usage
 from launcher.engines.docker.connection import Connection, Manner
-from launcher.engines.docker.logs import read_log
-from launcher.engines.docker.stats import ask_usage
 from launcher.engines.docker.troubles import is_gone, is_idle, refusal
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.hosts.ownership import (
@@ -222,6 +219,8 @@ class DockerEngine:
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
         """Return what running containers use: read from their control groups, else as the engine tells."""
+        from launcher.engines.docker.cgroups import read_usage
+
         live = {state.id: state for state in states if state.live}
         found: dict[str, Usage] = {}
         there = box()
@@ -234,7 +233,11 @@ class DockerEngine:
             if usage is not None:
                 found[replica_id] = usage
         elsewhere = [replica_id for replica_id in live if replica_id not in found]
-        return found | (ask_usage(self._stats, elsewhere) if elsewhere else {})
+        if not elsewhere:
+            return found
+        from launcher.engines.docker.stats import ask_usage
+
+        return found | ask_usage(self._stats, elsewhere)
 
     def _stats(self, replica_id: str) -> Mapping[str, Any]:
         return dict(self._to.client.stats(replica_id, stream=False, one_shot=True))
@@ -243,6 +246,8 @@ class DockerEngine:
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
     ) -> Iterator[LogLine]:
         """Yield whole lines, through restarts of the engine too."""
+        from launcher.engines.docker.logs import read_log
+
         yield from read_log(
             lambda follow, options: self._log_frames(replica_id, follow, options),
             lambda: self._runs(replica_id),
