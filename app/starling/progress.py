@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from starling.errors import disk_write
+from starling.core.files.refusals import disk_write
 
 _CONSOLE = Path("the console")
 """What a message calls standard output, which may be a file on a full disk."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.errors import ConfigError, UsageError, suggest
+from starling.core.files.atomic import write_atomic
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import is_below_top, read_file
 from starling.core.paths import at_home
 from starling.core.plain_json import parse_json, read_json
-from starling.errors import refusal
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import is_below_top, read_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
 from starling.core.cgroups import own_oom_kills
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
+from starling.core.files.regular import read_regular
 from starling.core.handover import strip_set_ids
-from starling.core.regular_file import read_regular
-from starling.outputs.restarts import RestartRecord
+from starling.core.worker_status import RestartRecord
 from starling.outputs.run_dir import runs_root
 
 STOPS = (signal.SIGTERM, signal.SIGINT)

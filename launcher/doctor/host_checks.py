@@ -19,7 +19,7 @@ from launcher.hosts.runs_folder import check_runs
 from launcher.plan.preflight import check_driver
 from launcher.sizes import format_size
 from starling.core.errors import StarlingError
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
 from starling.core.lock import lock_own
 from starling.core.paths import real_path
 from starling.core.redaction import masked

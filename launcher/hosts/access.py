@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from launcher.engines.base import Mount
 from launcher.problems import Problems
 from starling.core.errors import StarlingError, UsageError
-from starling.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
+from starling.core.files.kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 
 READ, WRITE, ENTER = 4, 2, 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from starling.core.dataset import Files, OwnFiles
-from starling.core.regular_file import is_file, open_regular
+from starling.core.files.regular import is_file, open_regular
 
 if TYPE_CHECKING:
     from launcher.hosts.box import Box

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import starling.core.folder
+import starling.core.files.folder
 import starling.core.handover
 from launcher.devices.inventory import Gpu
 from launcher.errors import EngineError
@@ -21,7 +21,10 @@ from launcher.hosts.runs_folder import replica_user
 from starling.core.errors import UsageError
 from starling.core.handover import NOBODYS_ID, STILL
 
-_SENT = {"starling.core.folder": starling.core.folder, "starling.core.handover": starling.core.handover}
+_SENT = {
+    "starling.core.files.folder": starling.core.files.folder,
+    "starling.core.handover": starling.core.handover,
+}
 """What is sent to a machine where root logs in, in the order in which each needs those before."""
 
 _GPU_FIELDS = "index,uuid,name,memory.total"

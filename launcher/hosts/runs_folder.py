@@ -11,7 +11,7 @@ from launcher.hosts.host_paths import is_the_systems
 from launcher.hosts.lock_wait import wait_for_lock
 from launcher.hosts.ownership import caller_ids
 from starling.core.errors import UsageError
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
 from starling.core.handover import (
     NOBODYS_ID,
     Refused,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError
-from starling.core.regular_file import read_regular
+from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 
 _MOST_BYTES = 1 << 20

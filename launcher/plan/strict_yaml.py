@@ -18,8 +18,8 @@ def read_mapping(path: Path) -> dict[str, Value]:
     document with a mapping, and for tags, anchors, aliases and keys that stand twice.
     """
     from starling.core.budget import BudgetExceeded
+    from starling.core.files.regular import read_regular
     from starling.core.plain_yaml import MOST_BYTES, NotYaml, OtherYaml, written_mapping
-    from starling.core.regular_file import read_regular
     from starling.core.words import printable
 
     try:

@@ -23,8 +23,8 @@ from starling.core.archives.tar_reader import TarReader, as_file
 from starling.core.archives.unpacked_stream import DamagedArchive, is_packed
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import DataError
+from starling.core.files.regular import open_regular
 from starling.core.plain_json import parse_json
-from starling.core.regular_file import open_regular
 from starling.core.words import shown
 
 FORMAT = 1

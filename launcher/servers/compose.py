@@ -13,8 +13,8 @@ from typing import IO, Any
 from launcher.errors import EngineError
 from launcher.hosts.ownership import caller_ids
 from starling.core.errors import UsageError
+from starling.core.files.regular import is_file, open_regular
 from starling.core.paths import at_home
-from starling.core.regular_file import is_file, open_regular
 
 FILE_NAME = "docker-compose.yml"
 FILE_VARIABLE = "STARLING_COMPOSE_FILE"

@@ -11,8 +11,8 @@ from typing import Any
 
 from launcher.engines.base import ReplicaState
 from launcher.sizes import format_share
-from launcher.status.progress import Progress, Restarts
 from launcher.status.words import device_words, words_for
+from starling.core.worker_status import Progress, Restarts
 
 COLUMNS = (
     *("replica", "device", "state", "candidate", "epoch", "img/s", "best", "time left"),

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from launcher.errors import EngineError
-from launcher.status.progress import FOLDER as WORKERS
 from launcher.status.progress import read_json_below
 from starling.core.errors import UsageError
-from starling.core.folder import Folder, LinkRefused
+from starling.core.files.folder import Folder, LinkRefused
 from starling.core.lock import try_flock
 from starling.core.words import printable
+from starling.core.worker_status import FOLDER as WORKERS
 
 _SIGNS = (
     ".lock",

@@ -147,7 +147,7 @@ def slow_iterations(marker: str) -> None:
 
 def slow_saves(folder: str, seconds: str, first: str = "1") -> None:
     """Note each save of `last.pt` as a file in `folder`, and let it take so long from save `first` on."""
-    from starling.outputs import atomic
+    from starling.core.files import atomic
     from starling.training.checkpoint import saving
 
     whole_save, whole_fsync, saves = saving.save_checkpoint, os.fsync, [0]
@@ -207,7 +207,7 @@ def die_of_size(limit: str) -> None:
 
 def failing_disk() -> None:
     """Let every fsync of a checkpoint fail, as a dying disk does."""
-    from starling.outputs import atomic
+    from starling.core.files import atomic
     from starling.training.checkpoint import saving
 
     whole_save, whole_fsync = saving.save_checkpoint, os.fsync
@@ -246,7 +246,7 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
 
     On one core: several trainings with a thread for each core get in each other's way.
     """
-    from starling.outputs.atomic import append_line
+    from starling.core.files.atomic import append_line
     from starling.search import training
     from starling.search.study import StudyRules
     from starling.search.worker import WorkerSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starling.config.hyp import Hyp
 from starling.core.errors import StarlingError
-from starling.outputs.atomic import append_line, write_atomic
+from starling.core.files.atomic import append_line, write_atomic
 from starling.search.outcome import Candidate, Outcome, Report
 from starling.search.storage.journal import writing
 from starling.search.study import Claim, SearchStudy, StudyRules

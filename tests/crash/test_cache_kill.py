@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from starling.core.files.atomic import TEMPORARY_SUFFIX
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.dataset import Dataset, DatasetDescription
-from starling.outputs.atomic import TEMPORARY_SUFFIX
 from tests.conftest import REPOSITORY
 
 PICTURES = 6

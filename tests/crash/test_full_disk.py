@@ -23,9 +23,9 @@ from starling.cli import settings as settings_command
 from starling.cli.data import main as data_command
 from starling.cli.plots import main as plots_command
 from starling.core.errors import DiskFull, GpuLost
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
+from starling.core.files.refusals import DiskRefused, refusal
 from starling.data.fetch import archive, convert
-from starling.errors import DiskRefused, refusal
 from tests.conftest import REPOSITORY, TINY_LAYOUT
 
 SEARCH = ["--project", "blood", "--name", "search", "--evolve", "1"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from starling.core.worker_status import FOLDER
 from starling.data.dataset import images
 from starling.data.dataset.images import decode_image, read_header
-from starling.outputs.worker_status import FOLDER
 from tests.crash.conftest import Start
 
 SIDE = 9000

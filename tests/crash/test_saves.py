@@ -14,8 +14,8 @@ import torch
 from starling import settings
 from starling.cli import train
 from starling.core.errors import DiskFull
+from starling.core.files.atomic import sweep
 from starling.model.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from starling.outputs.atomic import sweep
 from starling.outputs.run_dir import previous_of
 from starling.search.storage.journal import SafeJournalBackend
 from tests.crash.conftest import Start, Strace

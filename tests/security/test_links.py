@@ -12,11 +12,11 @@ import pytest
 from starling import settings
 from starling.cli import detect, export, train, val
 from starling.cli.data import main as data_command
-from starling.core.folder import LinkRefused
-from starling.errors import FileRefused
-from starling.outputs import atomic
-from starling.outputs.atomic import append_line, atomic_path, sweep, write_atomic
-from starling.outputs.folders import name_top, open_file, remove, remove_tree
+from starling.core.files import atomic
+from starling.core.files.atomic import append_line, atomic_path, sweep, write_atomic
+from starling.core.files.folder import LinkRefused
+from starling.core.files.refusals import FileRefused
+from starling.core.files.safe_open import name_top, open_file, remove, remove_tree
 
 Tree = dict[str, tuple[object, ...]]
 
@@ -415,7 +415,7 @@ def test_a_folder_in_place_of_a_file_is_named_by_the_files_own_name(
 
 
 def test_a_file_of_ours_that_somebody_made_endless_is_refused_unread(runs: Path) -> None:
-    from starling.outputs.folders import read_file
+    from starling.core.files.safe_open import read_file
 
     runs.mkdir(exist_ok=True)
     (runs / "settings.json").touch()
@@ -428,7 +428,7 @@ def test_pipes_hang_no_reader(quick: list[str], runs: Path) -> None:
     for place in (".workers/r.json", "train/exp/results.csv", "train/exp/events.mlflow.cursor"):
         (runs / place).parent.mkdir(parents=True, exist_ok=True)
         os.mkfifo(runs / place)
-    from starling.outputs.worker_status import read_status
+    from starling.core.worker_status import read_status
     from starling.tracking.cursor import Cursor
 
     assert read_status(runs / ".workers/r.json") == {}

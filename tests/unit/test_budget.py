@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from starling.core.budget import PACE_SECONDS, SECONDS, Budget, BudgetExceeded, Pace
-from starling.core.regular_file import found, is_file, is_folder, open_regular, read_regular
+from starling.core.files.regular import found, is_file, is_folder, open_regular, read_regular
 from starling.core.words import printable
 
 

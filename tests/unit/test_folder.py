@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.core.folder import Folder, LinkRefused
-from starling.outputs.folders import remove_tree
+from starling.core.files.folder import Folder, LinkRefused
+from starling.core.files.safe_open import remove_tree
 
 
 def descriptors() -> int:
@@ -261,7 +261,7 @@ def test_what_is_mounted_below_is_never_emptied(tmp_path: Path, mounted: str) ->
     (tmp_path / "run/file").touch()
     script = (
         f"mount --bind {tmp_path}/dataset {tmp_path}/{mounted} && {sys.executable} -c "
-        f"'from starling.outputs.folders import remove_tree; from pathlib import Path; remove_tree(Path(\"{tmp_path}/run\"))'"
+        f"'from starling.core.files.safe_open import remove_tree; from pathlib import Path; remove_tree(Path(\"{tmp_path}/run\"))'"
     )
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from starling.core import handover
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
 from starling.core.handover import (
     STILL,
     Refused,

@@ -16,12 +16,13 @@ from launcher.engines.base import ReplicaState, Usage
 from launcher.plan.env_file import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
-from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
+from launcher.status.progress import read_progress, read_restarts
 from launcher.status.report import COLUMNS, Figures, Row, exit_code, format_duration, searches_of
 from launcher.status.selection import select
 from launcher.status.table import lay_out
 from launcher.status.words import words_for
 from starling.core.errors import UsageError
+from starling.core.worker_status import Progress, Restarts, _number, _text
 
 STATE = ReplicaState(
     id="abc",

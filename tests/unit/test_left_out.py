@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, is_hidden_copy
+from starling.core.files.kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, is_hidden_copy
 from starling.data.dataset.left_out import LeftOut
 
 

@@ -14,11 +14,11 @@ from typing import IO
 import pytest
 
 from starling.core.errors import UsageError
+from starling.core.files import atomic
+from starling.core.files.atomic import TEMPORARY_SUFFIX, append_line, write_atomic
 from starling.core.settings.values import check_name
-from starling.outputs import atomic
-from starling.outputs.atomic import TEMPORARY_SUFFIX, append_line, write_atomic
+from starling.core.worker_status import FOLDER, WorkerStatus, worker_name
 from starling.outputs.run_dir import RunDir, next_free_dir, project_dir, runs_root
-from starling.outputs.worker_status import FOLDER, WorkerStatus, worker_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_kill_while_writing_keeps_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     script = (
-        "import os, pathlib, signal, sys; from starling.outputs.atomic import write_atomic\n"
+        "import os, pathlib, signal, sys; from starling.core.files.atomic import write_atomic\n"
         "def payload(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(pathlib.Path(sys.argv[1]), payload)"

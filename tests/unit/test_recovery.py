@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from starling import settings
 from starling.cli import train
+from starling.core.worker_status import FOLDER
 from starling.data.loader.loader import Batch
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector
 from starling.model.loss import DetectionLoss
-from starling.outputs.worker_status import FOLDER
 from starling.training import trainer
 from starling.training.checkpoint import saving
 from starling.training.finite_check import LossWatch, is_finite

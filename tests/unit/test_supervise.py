@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from starling.core.cgroups import own_oom_kills
-from starling.outputs.restarts import RestartRecord, unfinished_run
+from starling.core.worker_status import RestartRecord, unfinished_run
 from starling.supervise import KILLS_FILE, End, RestartPolicy, oom_kills
 from tests.conftest import REPOSITORY
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.status.progress import read_progress
 from launcher.status.report import format_duration
-from starling.outputs.worker_status import WorkerStatus
+from starling.core.worker_status import WorkerStatus
 from starling.progress import Progress
 from starling.search.estimate import seconds_left
 from starling.search.outcome import Attempt, State

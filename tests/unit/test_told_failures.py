@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from starling.cli import train
-from starling.outputs.restarts import unfinished_run
-from starling.outputs.worker_status import WorkerStatus, tell_failure
+from starling.core.worker_status import WorkerStatus, tell_failure, unfinished_run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from starling.outputs.atomic import append_line
+from starling.core.files.atomic import append_line
 from starling.tracking.bridge import follow
 from starling.tracking.delivery import Bridge
 from starling.tracking.tracker import DatasetInput, ModelFile, Run, TrackerUnavailableError

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.refusals import refusal
 from starling.core.paths import lost_folder
 from starling.core.words import shown
-from starling.errors import is_out_of_memory, print_error, refusal
+from starling.errors import is_out_of_memory, print_error
 
 Parsed = TypeVar("Parsed")
 

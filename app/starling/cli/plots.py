@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.refusals import refusal
 from starling.core.settings.parser import PathParser
-from starling.errors import refusal
 
 DEFAULT_OUT = Path("results_overlay.png")
 

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import name_top, runs_root
 from starling.core.paths import real_path
 from starling.core.settings.parser import PathParser
-from starling.errors import refusal
-from starling.outputs.folders import name_top, runs_root
 from starling.tracking.delivery import Bridge, bridge_lock
 from starling.tracking.lock import exclusive
 from starling.tracking.run_files import export, find_logs, pending

@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
 def _tell_launcher(error: BaseException) -> None:
     """Leave the reason where `launcher status` looks, also of an error before there is a run."""
     if (replica := os.environ.get("STARLING_REPLICA")) and speaks():
+        from starling.core.worker_status import tell_failure
         from starling.outputs.run_dir import runs_root
-        from starling.outputs.worker_status import tell_failure
 
         words = str(error) if isinstance(error, StarlingError) else f"{type(error).__name__}: {error}"
         tell_failure(runs_root(), replica, words)

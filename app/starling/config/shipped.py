@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from starling.core.errors import DataError, UsageError, suggest
+from starling.core.files.refusals import readable
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home
-from starling.errors import readable
 
 Kind = Literal["layouts", "hyps", "datasets", "spaces"]
 

@@ -10,11 +10,11 @@ import yaml
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.refusals import readable
+from starling.core.files.regular import read_regular
 from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
-from starling.core.regular_file import read_regular
 from starling.core.words import printable
-from starling.errors import readable
-from starling.outputs.atomic import write_atomic
 
 
 def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from starling.core.files.regular import exists, is_folder
 from starling.core.paths import at_home, spellings
-from starling.core.regular_file import exists, is_folder
 
 SPLITS = ("train", "val", "test")
 START = "STARLING_START"

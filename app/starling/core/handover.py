@@ -21,7 +21,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from starling.core.folder import Folder, link_to_nothing, mount_of
+from starling.core.files.folder import Folder, link_to_nothing, mount_of
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""

@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, suffix_of
-from starling.core.regular_file import found, open_regular
+from starling.core.files.kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, suffix_of
+from starling.core.files.regular import found, open_regular
 
 PlaceKind = Literal["folder", "archive", "checkpoint", "model", "image", "table", "file", "special"]
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.refusals import refusal
 from starling.core.settings.train import TrainConfig
 from starling.data.loader.loader import Batch
 from starling.device import Compute
 from starling.distributed.heartbeat import STORE_S, Heartbeat, LostRank, end_process
-from starling.errors import Stopped, print_error, refusal
+from starling.errors import Stopped, print_error
 from starling.model.loss import Share
 
 Value = TypeVar("Value")

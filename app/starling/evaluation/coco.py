@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from starling.core.errors import StarlingError
+from starling.core.files.atomic import write_atomic
 from starling.data.dataset.dataset import Dataset
 from starling.evaluation.validator import ScoredImage
-from starling.outputs.atomic import write_atomic
 
 _IOU_50 = 0
 """Row of IoU 0.5 in COCO's precisions."""

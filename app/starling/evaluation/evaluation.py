@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starling.boxes.geometry import iou_matrix, xyxy_to_xywhn
+from starling.core.files.atomic import write_atomic
 from starling.core.settings.val import ValConfig
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.account import left_out
@@ -35,7 +36,6 @@ from starling.evaluation.validator import (
     validate,
 )
 from starling.model.initial_weights import local_weights
-from starling.outputs.atomic import write_atomic
 from starling.outputs.names import subjects_of
 from starling.outputs.register import Register
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from starling.core.files.atomic import write_atomic
 from starling.data.dataset.dataset import BACKGROUND, Dataset
 from starling.evaluation.validator import Preview, Validation
-from starling.outputs.atomic import write_atomic
 
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.atomic import write_atomic
 from starling.core.settings.export import ExportConfig
 from starling.device import Compute, select_compute
 from starling.model.detector import Detector
 from starling.model.initial_weights import find_weights
-from starling.outputs.atomic import write_atomic
 from starling.prediction.inference import load_detector
 from starling.prediction.inputs import fit_size
 from starling.progress import Progress

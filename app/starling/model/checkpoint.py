@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from starling.core.errors import CheckpointError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.refusals import readable, refusal
+from starling.core.files.regular import is_file
 from starling.core.paths import at_home
-from starling.core.regular_file import is_file
 from starling.core.words import shown
-from starling.errors import readable, refusal
 from starling.model.inert_pickle import PLAIN_GLOBALS
 from starling.model.stored_tensors import StoredTensors
 from starling.model.torch_file import open_zip_form
-from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import previous_of, runs_root
 
 FORMAT = "starling-1"

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from starling.core.archives.bounded_zip import open_zip
-from starling.core.regular_file import open_regular
+from starling.core.files.regular import open_regular
 
 SCANNED = 4 << 20
 """Bytes of a pickle that are looked at; that of an official checkpoint has under 1 MiB."""

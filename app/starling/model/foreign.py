@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from starling.core.errors import CheckpointError
+from starling.core.files.refusals import readable
 from starling.core.words import shown
-from starling.errors import readable
 from starling.model.blocks import DEFAULT_ACTIVATION
 from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.inert_pickle import Record, TensorRef

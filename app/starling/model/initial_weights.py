@@ -12,9 +12,9 @@ import torch
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import CheckpointError, UsageError, suggest
+from starling.core.files.refusals import readable
 from starling.core.misplaced import misplaced
 from starling.core.paths import at_home
-from starling.errors import readable
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, require
 from starling.model.detector import Detector, build_detector
 from starling.model.official import OFFICIAL, another_family, official_name, official_weights

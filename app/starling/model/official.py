@@ -9,9 +9,10 @@ from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import CheckpointError
+from starling.core.files.refusals import refusal
+from starling.core.files.regular import read_regular
 from starling.core.paths import at_home
 from starling.core.plain_json import parse_json
-from starling.core.regular_file import read_regular
 from starling.data.fetch.download import (
     MIRROR,
     Download,
@@ -22,7 +23,6 @@ from starling.data.fetch.download import (
     record_path,
     sha256_of,
 )
-from starling.errors import refusal
 from starling.model.families import family_of_name
 from starling.progress import Progress
 

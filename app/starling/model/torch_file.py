@@ -17,7 +17,7 @@ from torch import Tensor
 from starling.core.archives.bounded_zip import open_zip
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import CheckpointError
-from starling.core.regular_file import open_regular
+from starling.core.files.regular import open_regular
 from starling.model.inert_pickle import GLOBALS, Pickled, Storage, Table, read_pickle
 
 MAX_PICKLE_BYTES = 64 * 2**20

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from starling.outputs.file_system import NAME_MAX
+from starling.core.files.file_system import NAME_MAX
 
 DIGITS = 6
 """Hexadecimal digits of an addition; more where six are taken."""

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from starling.core.files.atomic import write_atomic
+from starling.core.files.file_system import folds_names, longest_name
 from starling.core.plain_json import read_json
-from starling.outputs.atomic import write_atomic
-from starling.outputs.file_system import folds_names, longest_name
 from starling.outputs.names import Key, Named, Names, Subject, folded
 
 REGISTER = "outputs.json"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from starling.core.errors import UsageError
-from starling.core.folder import link_to_nothing
+from starling.core.files.folder import link_to_nothing
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import make_folder, name_top, open_folder, top_of
+from starling.core.files.safe_open import runs_root as runs_root
 from starling.core.paths import real_path
-from starling.errors import refusal
-from starling.outputs.folders import make_folder, name_top, open_folder, top_of
-from starling.outputs.folders import runs_root as runs_root
 
 DIFF = "uncommitted.diff"
 

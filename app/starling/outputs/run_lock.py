@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from starling.core.errors import UsageError
+from starling.core.files.refusals import disk_write, refusal
+from starling.core.files.safe_open import make_folder, open_file, open_folder
 from starling.core.lock import take, take_folder
-from starling.errors import disk_write, refusal
-from starling.outputs.folders import make_folder, open_file, open_folder
 
 LOCK = ".lock"
 

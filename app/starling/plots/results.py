@@ -11,7 +11,7 @@ import numpy as np
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import DataError
-from starling.core.regular_file import read_regular
+from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 from starling.plots import style

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from starling.outputs.atomic import write_atomic
+from starling.core.files.atomic import write_atomic
 from starling.outputs.names import distinct
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ import numpy as np
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import DataError
-from starling.core.regular_file import read_regular
+from starling.core.files.atomic import append_line, atomic_path, write_atomic
+from starling.core.files.file_system import folds_names, longest_name
+from starling.core.files.regular import read_regular
 from starling.core.settings.detect import DetectConfig
 from starling.core.words import shown
 from starling.data.sources.films import Frame
 from starling.data.sources.sources import Source
-from starling.outputs.atomic import append_line, atomic_path, write_atomic
-from starling.outputs.file_system import folds_names, longest_name
 from starling.outputs.names import Named, cut, distinct, folded, numbered
 from starling.outputs.register import Kind, Register
 from starling.plots.drawing import draw_detections

@@ -16,7 +16,7 @@ from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError, suggest
-from starling.core.regular_file import read_regular
+from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.search.outcome import METRIC_COLUMNS
 from starling.search.study import SearchStudy

@@ -14,9 +14,9 @@ from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import ConfigError, UsageError, suggest
+from starling.core.files.refusals import readable
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import OPTIMIZERS, TrainConfig
-from starling.errors import readable
 from starling.search.genes import GENES, Gene, genes_of
 
 Value = float | int | str

@@ -14,13 +14,13 @@ from typing import Any
 
 from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, UsageError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.safe_open import is_file, names_in, read_file, remove, remove_tree, rename
 from starling.core.settings.train import AUTO_FINALISTS, TrainConfig
+from starling.core.worker_status import WorkerStatus, worker_name
 from starling.distributed.group import Place
 from starling.model.checkpoint import load_checkpoint, load_newest, require
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import is_file, names_in, read_file, remove, remove_tree, rename
 from starling.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
-from starling.outputs.worker_status import WorkerStatus, worker_name
 from starling.progress import Progress
 from starling.search.estimate import seconds_left
 from starling.search.outcome import (

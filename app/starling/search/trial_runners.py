@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from starling.core import package
-from starling.outputs.folders import make_folder, open_file
+from starling.core.files.safe_open import make_folder, open_file
 from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError
 from starling.tracking.clearml.client.tasks import TASK_VARIABLE, enqueue
 

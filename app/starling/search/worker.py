@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.errors import ConfigError
+from starling.core.files.refusals import refusal
 from starling.core.settings.train import DEFAULT_SAMPLER, Sampler
-from starling.errors import Pruned, Stopped, refusal
-from starling.outputs.worker_status import worker_name
+from starling.core.worker_status import worker_name
+from starling.errors import Pruned, Stopped
 from starling.search.exports import PICTURE, draw_picture, write_files
 from starling.search.outcome import (
     Candidate,

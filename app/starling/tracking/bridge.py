@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from starling.core.errors import StarlingError
-from starling.errors import refusal
-from starling.outputs.folders import name_top, runs_root
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import name_top, runs_root
 from starling.tracking.delivery import Bridge, bridge_lock
 from starling.tracking.events import last_event
 from starling.tracking.lock import exclusive

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
+from starling.core.files.atomic import write_atomic
+from starling.core.files.safe_open import open_file, read_file
 from starling.core.plain_json import parse_json
 from starling.core.words import shown
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import open_file, read_file
 
 _Kept = TypeVar("_Kept", "RunProgress", "Cursor")
 

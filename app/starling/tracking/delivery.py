@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from starling.core.regular_file import is_file
+from starling.core.files.regular import is_file
 from starling.core.words import shown
 from starling.tracking.cursor import Cursor, RunProgress, cursor_path
 from starling.tracking.events import Damage, Event, console_text, metric_values, read_lines

@@ -14,12 +14,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any
 
+from starling.core.files.atomic import append_line
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import make_folder, open_file
 from starling.core.plain_json import parse_json
 from starling.core.redaction import Redaction
 from starling.core.words import shown
-from starling.errors import refusal
-from starling.outputs.atomic import append_line
-from starling.outputs.folders import make_folder, open_file
 
 SCHEMA = 1
 """Version of the line format, field `v` of each line."""

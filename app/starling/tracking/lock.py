@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from starling.core.files.safe_open import make_folder, open_file
 from starling.core.lock import POLL_S, held, try_flock, wait_for
-from starling.outputs.folders import make_folder, open_file
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from starling.core import package
-from starling.errors import refusal
-from starling.outputs.folders import make_folder, open_file, state_of, top_of
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import make_folder, open_file, state_of, top_of
 from starling.tracking.cursor import Cursor
 from starling.tracking.events import EventLog
 from starling.tracking.process_identity import ProcessIdentity

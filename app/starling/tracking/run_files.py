@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling.core.errors import UsageError
+from starling.core.files.atomic import TEMPORARY_SUFFIX, write_atomic
 from starling.core.paths import real_path
 from starling.core.words import printable
-from starling.outputs.atomic import TEMPORARY_SUFFIX, write_atomic
 from starling.tracking.cursor import Cursor
 from starling.tracking.events import read_events
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import is_file, names_in, open_file, read_file
 from starling.core.paths import real_path
 from starling.core.redaction import without_credentials
-from starling.errors import refusal
-from starling.outputs.folders import is_file, names_in, open_file, read_file
 from starling.tracking.tracker import (
     DatasetInput,
     ModelFile,

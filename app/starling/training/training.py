@@ -14,7 +14,10 @@ from starling.config.hyp import Hyp
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
+from starling.core.files.atomic import sweep
+from starling.core.files.safe_open import name_top, remove
 from starling.core.settings.train import AUTO_BATCH, TrainCommand, TrainConfig
+from starling.core.worker_status import WorkerStatus, worker_name
 from starling.data.cache.pixel_folder import CACHE_FOLDER
 from starling.device import Compute, select_compute
 from starling.distributed.group import SINGLE, Group, Place, joined
@@ -23,12 +26,9 @@ from starling.errors import Pruned, Stopped, is_out_of_memory
 from starling.model.checkpoint import find_last, load_newest, require
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights, read_weights
-from starling.outputs.atomic import sweep
 from starling.outputs.bucket import check_driver
-from starling.outputs.folders import name_top, remove
 from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
 from starling.outputs.run_lock import run_lock
-from starling.outputs.worker_status import WorkerStatus, worker_name
 from starling.prediction.inputs import fit_stride
 from starling.progress import Progress, Silence
 from starling.stop_signal import StopSignal

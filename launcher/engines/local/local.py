@@ -38,7 +38,7 @@ from launcher.hosts.ownership import (
     plan_of,
 )
 from starling.core.errors import UsageError
-from starling.core.folder import Folder
+from starling.core.files.folder import Folder
 from starling.core.plain_json import parse_json
 from starling.core.process import boot_id, stat_of
 

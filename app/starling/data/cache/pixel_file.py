@@ -24,11 +24,11 @@ from typing import IO, Any, Self
 import numpy as np
 
 from starling.core.cgroups import container_cpu_count, container_memory_limit, container_memory_used
+from starling.core.files.atomic import write_atomic
+from starling.core.files.safe_open import open_file, state_of
 from starling.core.lock import try_flock, wait_for
 from starling.core.plain_json import parse_json
 from starling.data.dataset.dataset import Progress
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import open_file, state_of
 
 FORMAT = "starling-pixels-3"
 """Changes whenever the stored bytes of the same pictures would."""

@@ -17,11 +17,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from starling.core.files.atomic import TEMPORARY_SUFFIX
+from starling.core.files.refusals import disk_write
+from starling.core.files.safe_open import make_folder, names_in, open_file, remove, state_of
 from starling.core.lock import is_at, take, try_flock, wait_for
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
-from starling.errors import disk_write
-from starling.outputs.atomic import TEMPORARY_SUFFIX
-from starling.outputs.folders import make_folder, names_in, open_file, remove, state_of
 
 CACHE_FOLDER = ".cache"
 """Below the runs folder, so that every container of the host shares it."""

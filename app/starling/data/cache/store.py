@@ -11,13 +11,13 @@ import numpy as np
 
 from starling.core.cgroups import container_memory_limit, container_memory_used
 from starling.core.errors import ConfigError
-from starling.core.folder import LinkRefused
+from starling.core.files.folder import LinkRefused
+from starling.core.files.refusals import refusal
 from starling.data.augment.letterbox import Size
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from starling.data.cache.pixel_folder import Say, discard, shared_pixels
 from starling.data.cache.resized import PictureChangedError, ResizedPictures, read_only
 from starling.data.dataset.dataset import Dataset, Progress
-from starling.errors import refusal
 
 StoreMode = Literal["auto", "ram", "disk", "device", "off"]
 _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {

@@ -18,6 +18,7 @@ from starling.config.yaml_reader import read_yaml
 from starling.core.cgroups import container_cpu_count
 from starling.core.dataset import OWN, SPLITS, BadDescription, NamedPlaces, find_entry, start_folder
 from starling.core.errors import ConfigError, DataError, suggest
+from starling.core.files.refusals import readable
 from starling.data.dataset.findings import REPORT, Finding
 from starling.data.dataset.image_header import ImageHeader
 from starling.data.dataset.image_lists import FoundImages, find_pictures, locate
@@ -26,7 +27,6 @@ from starling.data.dataset.label_kinds import doubtful_polygons, read_keypoints
 from starling.data.dataset.labels import Keypoints, LabelFile, Polygon
 from starling.data.dataset.left_out import LeftOut
 from starling.data.dataset.pairs import read_pair, unlabelled, without_partner
-from starling.errors import readable
 from starling.outputs.names import distinct
 
 _KNOWN_KEYS = frozenset((*SPLITS, "path", "nc", "names", "download"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from starling.outputs.atomic import write_atomic
+from starling.core.files.atomic import write_atomic
 
 REPORT = "labels_report.csv"
 """Name of the report in a run folder."""

@@ -13,16 +13,16 @@ from pathlib import Path
 from starling.core.budget import Budget, BudgetExceeded
 from starling.core.dataset import OWN, find_entry
 from starling.core.errors import DataError
-from starling.core.file_kinds import (
+from starling.core.files.kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
     is_hidden,
     is_hidden_copy,
     suffix_of,
 )
+from starling.core.files.regular import exists, is_file, is_folder, open_regular
 from starling.core.paths import parts_of, tails, written
 from starling.core.places import look_at
-from starling.core.regular_file import exists, is_file, is_folder, open_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.data.dataset.findings import Finding
 from starling.data.dataset.left_out import LeftOut

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from starling.core.budget import MEMORY_BYTES, BudgetExceeded
 from starling.core.errors import DataError
-from starling.core.regular_file import open_regular, read_regular
+from starling.core.files.regular import open_regular, read_regular
 from starling.data.dataset.image_cost import (
     DECODING,
     CountedFile,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.core.budget import Budget, BudgetExceeded
-from starling.core.regular_file import read_regular
+from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.findings import Finding
 

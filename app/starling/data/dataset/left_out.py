@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
-from starling.core.file_kinds import suffix_of
+from starling.core.files.kinds import suffix_of
 from starling.data.dataset.findings import Finding
 
 UNREAD_IMAGES = "images of a kind that is not read"

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
+from starling.core.files.kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
 from starling.core.paths import encodings
 from starling.data.dataset.findings import Finding
 from starling.data.dataset.labels import Keypoints, LabelFile, label_path, label_path_beside, read_labels

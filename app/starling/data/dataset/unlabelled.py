@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from starling.core.errors import DataError
-from starling.core.file_kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
+from starling.core.files.kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, suffix_of
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.labels import label_path
 from starling.data.fetch.annotation_files import kind_of_json, kind_of_xml, table_columns

@@ -19,12 +19,12 @@ from typing import Any
 from starling.config.class_names import names_by_number
 from starling.config.yaml_reader import read_yaml, write_yaml
 from starling.core.errors import ConfigError, DataError, suggest
+from starling.core.files.refusals import refusal
 from starling.core.paths import at_home, real_path
 from starling.data.fetch.archive import unpack
 from starling.data.fetch.convert import Converted, read_open_images_classes
 from starling.data.fetch.converters import CONVERTERS
 from starling.data.fetch.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
-from starling.errors import refusal
 
 DATASETS_FOLDER = Path("../datasets")
 """Where datasets go: next to the current folder, as the classic trainer keeps them."""

@@ -17,7 +17,7 @@ from starling.core.archives.tar_reader import TarReader, is_tar
 from starling.core.archives.unpacked_stream import DamagedArchive
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import DataError, DiskFull
-from starling.core.regular_file import open_regular
+from starling.core.files.regular import open_regular
 from starling.core.words import printable, shown
 from starling.data.fetch.zip_reader import ZipReader, is_zip, kind_of, why_unread
 

@@ -14,14 +14,15 @@ from typing import Any
 
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import DataError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.refusals import refusal
+from starling.core.files.safe_open import make_folder, open_folder, remove_tree, rename
 from starling.core.paths import at_home, real_path
 from starling.data.dataset.dataset import Dataset, DatasetDescription, read_class_names
 from starling.data.fetch.acquire import CLEARML_SCHEME as SCHEME
 from starling.data.fetch.acquire import write_description
 from starling.data.fetch.download import only_one
-from starling.errors import ServerError, refusal
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import make_folder, open_folder, remove_tree, rename
+from starling.errors import ServerError
 from starling.tracking.clearml.client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefusedError
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
 from starling.tracking.clearml.client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk

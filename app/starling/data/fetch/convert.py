@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 from starling.core.budget import Budget, BudgetExceeded
 from starling.core.errors import DataError, suggest
-from starling.core.regular_file import is_file, open_regular, read_regular
+from starling.core.files.refusals import refusal
+from starling.core.files.regular import is_file, open_regular, read_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.core.words import printable
 from starling.data.fetch.json_stream import members
-from starling.errors import refusal
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels, counted from the picture's corner."""

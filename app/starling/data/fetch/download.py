@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from starling.core.errors import DiskFull, StarlingError, UsageError
+from starling.core.files.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
+from starling.core.files.refusals import disk_write, refusal
+from starling.core.files.safe_open import make_folder, open_file, remove, rename
 from starling.core.lock import held, try_flock, wait_for
 from starling.core.plain_json import read_json
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
-from starling.errors import disk_write, refusal
-from starling.outputs.atomic import TEMPORARY_SUFFIX, fsync_directory, write_atomic
-from starling.outputs.folders import make_folder, open_file, remove, rename
 
 MIRROR = "STARLING_MIRROR"
 """Environment variable: a base URL that holds every file by its bare name, asked in place of the public hosts."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starling.config.shipped import find_config
+from starling.core.files.safe_open import runs_root
 from starling.data.fetch.acquire import CLEARML_SCHEME
 from starling.data.fetch.download import Show
-from starling.outputs.folders import runs_root
 
 
 def find_dataset(data: str, say: Callable[[str], None], show: Show = lambda line: None) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.budget import BudgetExceeded
-from starling.core.regular_file import open_regular
+from starling.core.files.regular import open_regular
 from starling.core.utf8 import HEAD_BYTES, check_utf8
 
 PIECE_CHARACTERS = 8 << 20

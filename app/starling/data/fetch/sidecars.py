@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.errors import DataError
-from starling.core.file_kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
+from starling.core.files.kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 from starling.core.plain_json import parse_json
 from starling.data.fetch.convert import (
     Box,

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from starling.core.errors import DataError
-from starling.core.regular_file import is_file
+from starling.core.files.regular import is_file
 from starling.data.dataset.images import MIN_SIDE
 from starling.data.sources.edit_list import shown_seconds
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from starling.core.errors import DataError
+from starling.core.files.atomic import write_atomic
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
-from starling.outputs.atomic import write_atomic
 
 MAX_BYTES = 4 << 30
 TIMEOUT_S = 30.0

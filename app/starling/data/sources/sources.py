@@ -15,15 +15,16 @@ from typing import Literal
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import DataError, UsageError
-from starling.core.file_kinds import (
+from starling.core.files.kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
     is_hidden,
     is_hidden_copy,
     suffix_of,
 )
+from starling.core.files.refusals import readable
+from starling.core.files.regular import found, is_file, is_folder, read_regular
 from starling.core.paths import at_home
-from starling.core.regular_file import found, is_file, is_folder, read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.images import decode_image
 from starling.data.dataset.left_out import LeftOut
@@ -37,7 +38,6 @@ from starling.data.sources.films import (
     read_video,
 )
 from starling.data.sources.remote_source import download
-from starling.errors import readable
 from starling.outputs.names import Subject
 
 STREAM_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))

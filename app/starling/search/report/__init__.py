@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from starling.outputs.atomic import write_atomic
+from starling.core.files.atomic import write_atomic
 from starling.search.report.facts import read_facts
 from starling.search.report.page import build_page
 from starling.search.study import SearchStudy

@@ -24,11 +24,11 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from starling.core.errors import CheckpointError, UsageError
+from starling.core.files.atomic import fsync_directory
+from starling.core.files.refusals import disk_write, refusal
+from starling.core.files.safe_open import make_folder, open_file, open_folder, state_of
 from starling.core.lock import held, take, take_folder, try_flock, wait_for
 from starling.core.words import shown
-from starling.errors import disk_write, refusal
-from starling.outputs.atomic import fsync_directory
-from starling.outputs.folders import make_folder, open_file, open_folder, state_of
 from starling.search.storage.checksum import (
     MOST_LINE_BYTES,
     has_lost_line_end,

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from starling.core.files.refusals import disk_write
+from starling.core.files.safe_open import make_folder, open_file, remove, state_of
 from starling.core.lock import lock_own, try_flock
 from starling.core.plain_json import parse_json
 from starling.core.process import boot_id
-from starling.errors import disk_write
-from starling.outputs.folders import make_folder, open_file, remove, state_of
 from starling.search.outcome import LeaseLost
 
 FOLDER = "leases"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError
-from starling.core.regular_file import read_regular
+from starling.core.files.refusals import readable
+from starling.core.files.regular import read_regular
 from starling.core.settings.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
 from starling.core.utf8 import NotUtf8, text_of
-from starling.errors import readable
 
 REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
 _MOST_BYTES = 1 << 20

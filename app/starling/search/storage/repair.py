@@ -23,9 +23,9 @@ from optuna.storages.journal import BaseJournalBackend
 
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import CheckpointError, UsageError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.regular import read_regular
 from starling.core.lock import held, try_flock, wait_for
-from starling.core.regular_file import read_regular
-from starling.outputs.atomic import write_atomic
 from starling.search.outcome import State
 from starling.search.storage.checksum import has_lost_line_end, looks_like_record, opened, sealed
 from starling.search.storage.journal import JOURNAL, LOCK, STUDY, UNREPLAYABLE, folder_locked, writing

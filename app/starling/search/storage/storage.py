@@ -13,9 +13,9 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from optuna.storages import BaseStorage
 
 from starling.core.errors import UsageError
+from starling.core.files.file_system import network_file_system
+from starling.core.files.safe_open import make_folder, runs_root
 from starling.core.settings.study_url import parse_study_url
-from starling.outputs.file_system import network_file_system
-from starling.outputs.folders import make_folder, runs_root
 from starling.search.storage.journal import JournalStudyStorage, writing
 from starling.search.storage.leases import Lease, LeaseWatch
 

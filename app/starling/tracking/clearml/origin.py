@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from starling.outputs.folders import read_file
+from starling.core.files.safe_open import read_file
 from starling.outputs.run_dir import RunDir
 from starling.tracking.clearml.client.machine import describe_machine
 from starling.tracking.clearml.client.script import describe_script

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starling.core.regular_file import open_regular
-from starling.outputs.folders import read_file
+from starling.core.files.regular import open_regular
+from starling.core.files.safe_open import read_file
 from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
 from starling.tracking.clearml.client.script import describe_script

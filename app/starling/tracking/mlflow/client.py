@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starling.core.errors import StarlingError
-from starling.core.folder import LinkRefused
+from starling.core.files.folder import LinkRefused
+from starling.core.files.refusals import FileRefused
 from starling.core.redaction import without_credentials
-from starling.errors import FileRefused
 from starling.tracking.tracker import TrackerRejectedError, TrackerUnavailableError
 
 CLIENT_LIMITS = {

@@ -12,9 +12,9 @@ import stat
 from pathlib import Path
 from urllib.parse import quote
 
-from starling.core.folder import Folder, LinkRefused
-from starling.errors import FileRefused
-from starling.outputs.folders import open_folder
+from starling.core.files.folder import Folder, LinkRefused
+from starling.core.files.refusals import FileRefused
+from starling.core.files.safe_open import open_folder
 from starling.tracking.tracker import TrackerUnavailableError
 
 _LOCKED_S = 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 
 from starling.core.budget import BudgetExceeded
-from starling.core.regular_file import read_regular
+from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
 from starling.tracking.tracker import TrackerUnavailableError
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 from pathlib import Path
 
-from starling.outputs.folders import read_file
+from starling.core.files.safe_open import read_file
 
 _THUMBNAIL_SIDE = 256
 

@@ -22,9 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starling.core.errors import UsageError
+from starling.core.files.atomic import write_atomic
 from starling.core.paths import real_path
 from starling.core.redaction import without_credentials
-from starling.outputs.atomic import write_atomic
 from starling.tracking.lock import exclusive
 from starling.tracking.mlflow.client import CLIENT_LIMITS, patient, translated
 from starling.tracking.mlflow.database import (

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from starling.core.errors import StarlingError, UsageError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.safe_open import open_file, read_file, remove
 from starling.core.plain_json import parse_json
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import open_file, read_file, remove
 from starling.tracking.mlflow.client import CLIENT_LIMITS
 from starling.tracking.mlflow.database import database_uri, held_database
 from starling.tracking.mlflow.tracker import MlflowTracker

@@ -24,10 +24,10 @@ from typing import Any
 
 from starling.config.hyp import Hyp
 from starling.core.errors import UsageError, suggest
+from starling.core.files.atomic import write_atomic
+from starling.core.files.refusals import readable
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import TrainConfig
-from starling.errors import readable
-from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import RunDir, folder_below
 
 NAMES = (

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from starling.core.files.atomic import write_atomic
 from starling.core.redaction import Redaction
 from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import Dataset
-from starling.outputs.atomic import write_atomic
 from starling.outputs.run_dir import RunDir
 
 IMAGE_COMMIT = "STARLING_COMMIT"

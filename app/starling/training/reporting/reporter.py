@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.paths import real_path
+from starling.core.worker_status import WorkerStatus
 from starling.outputs.run_dir import RunDir
-from starling.outputs.worker_status import WorkerStatus
 from starling.progress import Progress, duration
 from starling.tracking.events import RUN_ARTIFACTS, EventLog, tells_metrics
 from starling.training.reporting.hooks import Hook, Hooks, Training

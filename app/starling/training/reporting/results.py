@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starling.outputs.atomic import write_atomic
+from starling.core.files.atomic import write_atomic
 
 TRAIN_LOSSES = ("train/box_loss", "train/obj_loss", "train/cls_loss")
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")

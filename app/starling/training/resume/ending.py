@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from starling.core.files.atomic import write_atomic
+from starling.core.files.regular import is_file
+from starling.core.files.safe_open import read_file
 from starling.core.plain_json import parse_json
-from starling.core.regular_file import is_file
 from starling.core.settings.train import TrainConfig
-from starling.outputs.atomic import write_atomic
-from starling.outputs.folders import read_file
 from starling.outputs.run_dir import RunDir
 from starling.tracking.events import last_status
 from starling.training.checkpoint.best_weights import kept_row, out_of_patience, saved_row, unscored

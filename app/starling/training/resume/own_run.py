@@ -13,10 +13,9 @@ from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, UsageError
 from starling.core.paths import real_path
 from starling.core.settings.train import AUTO_BATCH, RESUMABLE, TrainCommand, TrainConfig
+from starling.core.worker_status import FOLDER, unfinished_run
 from starling.model.checkpoint import load_newest
-from starling.outputs.restarts import unfinished_run
 from starling.outputs.run_dir import RunDir, project_dir, runs_root
-from starling.outputs.worker_status import FOLDER
 
 FREE = RESUMABLE - {"data"} | {"name"}
 """Fields that may differ between the run and the command; a run's folder may be `name2` where `name` was taken."""

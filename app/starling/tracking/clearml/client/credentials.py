@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from starling.core.errors import UsageError
+from starling.core.files.refusals import readable
 from starling.core.paths import at_home
-from starling.errors import readable
 
 API_HOST, WEB_HOST, FILES_HOST = "https://api.clear.ml", "https://app.clear.ml", "https://files.clear.ml"
 """ClearML's hosted service, which its SDK takes where credentials are given without addresses."""

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from starling.core.folder import Folder
-from starling.errors import disk_write
-from starling.outputs.folders import open_file, open_folder
+from starling.core.files.folder import Folder
+from starling.core.files.refusals import disk_write
+from starling.core.files.safe_open import open_file, open_folder
 
 TEMPORARY_SUFFIX = ".part"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL

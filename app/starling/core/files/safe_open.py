@@ -13,8 +13,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from starling.core.folder import Folder
-from starling.errors import FileRefused
+from starling.core.files.folder import Folder
+from starling.core.files.refusals import FileRefused
 
 MOST_BYTES = 16 << 20
 """Of a file that is read whole: settings, a worker's status, a tracker's cursor."""
