@@ -41,7 +41,7 @@ from starling.model.detector import Detector, build_detector  # noqa: E402
 from starling.model.initial_weights import read_weights  # noqa: E402
 from starling.model.loss import DetectionLoss, LossGains  # noqa: E402
 from starling.model.weights import load_weights  # noqa: E402
-from starling.prediction.inputs import to_input  # noqa: E402
+from starling.prediction.predictor import to_input  # noqa: E402
 
 TRAINED = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 RAISED = 5.0

@@ -59,7 +59,7 @@ def die_at_iteration(count: str) -> None:
 
 def die_before_best(count: str) -> None:
     """Be killed where `best.pt` is about to be written for the given time."""
-    from starling.training.checkpoint import saving
+    from starling.training import checkpoint as saving
 
     whole, done = saving.save_checkpoint, [0]
 
@@ -148,7 +148,7 @@ def slow_iterations(marker: str) -> None:
 def slow_saves(folder: str, seconds: str, first: str = "1") -> None:
     """Note each save of `last.pt` as a file in `folder`, and let it take so long from save `first` on."""
     from starling.core.files import atomic
-    from starling.training.checkpoint import saving
+    from starling.training import checkpoint as saving
 
     whole_save, whole_fsync, saves = saving.save_checkpoint, os.fsync, [0]
 
@@ -208,7 +208,7 @@ def die_of_size(limit: str) -> None:
 def failing_disk() -> None:
     """Let every fsync of a checkpoint fail, as a dying disk does."""
     from starling.core.files import atomic
-    from starling.training.checkpoint import saving
+    from starling.training import checkpoint as saving
 
     whole_save, whole_fsync = saving.save_checkpoint, os.fsync
 

@@ -11,7 +11,7 @@ import torch
 
 from starling.model.checkpoint import load_checkpoint
 from starling.model.initial_weights import read_weights
-from starling.training.checkpoint.best_weights import holds_best
+from starling.training.checkpoint import holds_best
 from starling.training.reporting.results import EpochRow
 from tests.crash.conftest import Start, wait_for
 

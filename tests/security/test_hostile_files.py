@@ -24,7 +24,7 @@ from starling.distributed.heartbeat import GRACE_S, Heartbeat
 from starling.search.storage import checksum, journal
 from starling.search.storage.password import find_password
 from starling.search.storage.repair import repair
-from starling.tracking.mlflow.login import PASSWORD_FILE, read_password
+from starling.tracking.mlflow.client import PASSWORD_FILE, read_password
 from starling.tracking.tracker import TrackerUnavailableError
 from starling.training.resume import ending
 from tests.security.conftest import Measured

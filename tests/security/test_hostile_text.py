@@ -11,8 +11,8 @@ import pytest
 from starling.core.errors import DataError, StarlingError, UsageError
 from starling.data.dataset.image_lists import find_pictures
 from starling.data.dataset.labels import read_labels
+from starling.data.fetch.annotation_files import members
 from starling.data.fetch.converters import CONVERTERS
-from starling.data.fetch.json_stream import members
 from starling.data.sources.sources import find_sources
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv

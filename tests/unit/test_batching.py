@@ -25,7 +25,7 @@ from starling.data.loader.batching import Batching, BatchPlan, picture_weights, 
 from starling.data.loader.loader import Batch, TrainLoader
 from starling.device import Compute
 from starling.model.checkpoint import load_checkpoint
-from starling.prediction.inputs import to_input
+from starling.prediction.predictor import to_input
 from starling.training.setup.data import load_data
 from starling.training.training import warn_of_idle
 from tests.conftest import REPOSITORY

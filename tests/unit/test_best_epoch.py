@@ -13,7 +13,7 @@ from starling import settings
 from starling.cli import train
 from starling.model.checkpoint import load_checkpoint
 from starling.training import trainer
-from starling.training.checkpoint.best_weights import best_row, out_of_patience, unscored
+from starling.training.checkpoint import best_row, out_of_patience, unscored
 from starling.training.reporting.results import EpochRow
 
 NAN = math.nan

@@ -28,7 +28,7 @@ from starling.device import Compute, select_compute
 from starling.evaluation import evaluation
 from starling.export import exporter
 from starling.model.checkpoint import load_checkpoint
-from starling.training.checkpoint import saving
+from starling.training import checkpoint as saving
 from starling.training.setup.data import load_data
 from starling.training.trainer import Trainer, TrainResult
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT

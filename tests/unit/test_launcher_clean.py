@@ -168,7 +168,7 @@ def test_results_of_a_fleet_that_runs_stay(
 def test_results_whose_lock_file_somebody_removed_stay_while_the_trainer_holds_the_folder(
     tmp_path: Path,
 ) -> None:
-    from starling.outputs.run_lock import run_lock
+    from starling.outputs.run_dir import run_lock
 
     run = tmp_path / "runs/blood/x"
     (run / "weights").mkdir(parents=True)

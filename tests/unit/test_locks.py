@@ -16,8 +16,8 @@ from launcher.hosts.host_lock import host_lock, lock_path
 from starling.core.errors import UsageError
 from starling.core.lock import is_at, lock_own, take, try_flock, wait_for
 from starling.data.fetch.download import only_one
-from starling.outputs.run_lock import LOCK as RUN_LOCK
-from starling.outputs.run_lock import run_lock
+from starling.outputs.run_dir import LOCK as RUN_LOCK
+from starling.outputs.run_dir import run_lock
 from starling.search.storage.journal import LOCK as STUDY_LOCK
 from starling.search.storage.journal import JournalStudyStorage, locked
 from starling.search.training import weights_locked

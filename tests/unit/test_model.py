@@ -12,12 +12,10 @@ import torch
 
 from starling.config.shipped import SHIPPED
 from starling.core.errors import CheckpointError, ConfigError
-from starling.model.blocks import BottleneckCSP, Conv, Focus
+from starling.model.blocks import BottleneckCSP, Conv, Focus, GhostConv, TransformerBlock
 from starling.model.detector import build_detector
-from starling.model.ghost import GhostConv
 from starling.model.head import Detect
 from starling.model.layout import read_layout
-from starling.model.transformer import TransformerBlock
 from starling.model.weights import load_weights
 
 TINY: dict[str, Any] = {

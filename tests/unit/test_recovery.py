@@ -19,10 +19,9 @@ from starling.data.loader.loader import Batch
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector
 from starling.model.loss import DetectionLoss
+from starling.training import checkpoint as saving
 from starling.training import trainer
-from starling.training.checkpoint import saving
-from starling.training.finite_check import LossWatch, is_finite
-from starling.training.learner import split
+from starling.training.learner import LossWatch, is_finite, split
 
 
 @pytest.fixture(autouse=True)

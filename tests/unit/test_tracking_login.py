@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.tracking.mlflow.login import PASSWORD, PASSWORD_FILE, read_password
+from starling.tracking.mlflow.client import PASSWORD, PASSWORD_FILE, read_password
 from starling.tracking.tracker import TrackerUnavailableError
 
 

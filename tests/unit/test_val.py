@@ -19,7 +19,7 @@ from starling.core.settings.val import parse_args
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.evaluation import evaluation
 from starling.evaluation.coco import CocoPredictions, image_ids
-from starling.evaluation.cut_list import cut_list
+from starling.evaluation.evaluation import cut_list
 from starling.evaluation.mistakes import WorstImages
 from starling.evaluation.validator import ScoredImage
 from starling.metrics import find_mistakes

@@ -28,7 +28,7 @@ from starling.evaluation.validator import (
     validate,
 )
 from starling.metrics import ConfusionMatrix, average_precision
-from starling.prediction.inputs import to_input
+from starling.prediction.predictor import to_input
 
 SIDE = 64
 SIZES = [(48, 64), (100, 40), (30, 30), (64, 64), (500, 375)]

@@ -161,6 +161,6 @@ def _version(given: argparse.Namespace) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    from starling.data.cache.listing import show_cache  # with numpy, which fetching does without
+    from starling.data.cache.store import show_cache  # with numpy, which fetching does without
 
     show_cache(given.folder, remove=given.remove, as_json=given.json)

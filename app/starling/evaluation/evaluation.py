@@ -1,4 +1,7 @@
-"""Validations from a command line to their files: one of a split, or a study over image sizes."""
+"""Validations from a command line to their files: one of a split, or a study over image sizes.
+
+Figures of a list of detections that was cut short say so: recall that the list does not reach counts as not found.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from starling.data.loader.loader import ValLoader
 from starling.device import Compute, select_compute
 from starling.evaluation import pictures
 from starling.evaluation.coco import CocoPredictions
-from starling.evaluation.cut_list import cut_list
 from starling.evaluation.mistakes import WorstImages, draw_worst
 from starling.evaluation.validator import (
     INFERENCE,
@@ -40,7 +42,7 @@ from starling.outputs.names import subjects_of
 from starling.outputs.register import Register
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.inference import Predictor, fit_classes, load_predictor
-from starling.prediction.inputs import fit_stride, to_input
+from starling.prediction.predictor import fit_stride, to_input
 from starling.progress import Progress
 
 TIMED = (PRE_PROCESS, INFERENCE, SUPPRESSION)
@@ -274,7 +276,7 @@ def _score_as_coco(
 
 def study(config: ValConfig) -> dict[str, Any]:
     """Validate each of the weights at every size, write tables and a picture, and return the figures."""
-    from starling.plots.study import StudyLine, plot_study
+    from starling.plots.curves import StudyLine, plot_study
 
     bench = _open_bench(config)
     say = bench.progress.say
@@ -351,3 +353,25 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 def _rounded_figure(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
+
+
+WHOLE_UP_TO = 0.01
+"""A least confidence up to this one hardly cuts the curve of precision over recall."""
+
+
+def cut_list(data: Dataset, confidence: float, max_detections: int) -> str | None:
+    """Return in one sentence what cuts the list of detections that figures are made of; None for nothing."""
+    reasons = []
+    if confidence > WHOLE_UP_TO:
+        reasons.append(
+            f"no detection below confidence {confidence:g} (--conf-thres; whole up to {WHOLE_UP_TO:g})"
+        )
+    crowded = sum(len(rows) > max_detections for rows in data.labels)
+    if crowded:
+        most = max(len(rows) for rows in data.labels)
+        reasons.append(
+            f"{max_detections} detections an image, and images with more labels than that: {crowded} (up to {most})"
+        )
+    if not reasons:
+        return None
+    return f"figures of a cut list of detections, so recall and mAP are too low: {'; '.join(reasons)}"

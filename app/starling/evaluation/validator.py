@@ -21,7 +21,7 @@ from starling.metrics import ConfusionMatrix, Metrics, average_precision
 from starling.model.detector import Detector
 from starling.model.loss import DetectionLoss
 from starling.prediction.inference import Predictor
-from starling.prediction.inputs import to_input
+from starling.prediction.predictor import to_input
 
 CONFIDENCE = 0.001
 IOU = 0.6

@@ -21,7 +21,7 @@ from starling.device import Compute, select_compute
 from starling.model.detector import Detector
 from starling.model.initial_weights import find_weights
 from starling.prediction.inference import load_detector
-from starling.prediction.inputs import fit_size
+from starling.prediction.predictor import fit_size
 from starling.progress import Progress
 
 TOLERANCE = 1e-4

@@ -182,3 +182,93 @@ class Concat(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return [B, sum of channels, H, W]."""
         return torch.cat(tuple(maps), dim=1)
+
+
+CHEAP_KERNEL = 5
+"""Side of the depthwise convolution that derives the ghost channels."""
+
+
+class GhostConv(nn.Module):
+    """Convolve into half of the channels; derive the other half from them, channel by channel."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, activation: bool = True
+    ) -> None:
+        """`c_out` is even."""
+        super().__init__()
+        half = c_out // 2
+        self.cv1 = Conv(c_in, half, kernel, stride, activation=activation)
+        self.cv2 = Conv(half, half, CHEAP_KERNEL, groups=half, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c_out, H/stride, W/stride]: the convolved half, then its ghosts."""
+        primary = self.cv1(x)
+        return torch.cat((primary, self.cv2(primary)), dim=1)
+
+
+class GhostBottleneck(nn.Module):
+    """Two ghost convolutions, the second linear, added to the input (figure 3 of the paper, stride 1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = channels // 2
+        # The one in the middle is where a stride would go; the numbers are part of every entry's name.
+        self.conv = nn.Sequential(
+            GhostConv(channels, hidden), nn.Identity(), GhostConv(hidden, channels, activation=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's shape."""
+        return x + self.conv(x)
+
+
+class C3Ghost(C3):
+    """A cross-stage partial block around ghost bottlenecks."""
+
+    def __init__(self, c_in: int, c_out: int, number: int = 1) -> None:
+        super().__init__(c_in, c_out, number=0)
+        self.m = nn.Sequential(*(GhostBottleneck(c_out // 2) for _ in range(number)))
+
+
+HEADS = 4
+
+
+class TransformerLayer(nn.Module):
+    """Attend, then mix each cell's channels; both are added to what came in, and nothing is normalised."""
+
+    def __init__(self, channels: int, heads: int = HEADS) -> None:
+        super().__init__()
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.k = nn.Linear(channels, channels, bias=False)
+        self.v = nn.Linear(channels, channels, bias=False)
+        self.ma = nn.MultiheadAttention(channels, heads)
+        self.fc1 = nn.Linear(channels, channels, bias=False)
+        self.fc2 = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Return [cells, B, channels] for the same."""
+        attended, _ = self.ma(self.q(cells), self.k(cells), self.v(cells), need_weights=False)
+        cells = cells + attended
+        return cells + self.fc2(self.fc1(cells))
+
+
+class TransformerBlock(nn.Module):
+    """Layers of attention over all cells of a map; a linear layer stands in for a position embedding."""
+
+    def __init__(self, channels: int, number: int = 1) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+        self.tr = nn.Sequential(*(TransformerLayer(channels) for _ in range(number)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the input's shape; memory grows with the square of its cells."""
+        cells = x.flatten(2).permute(2, 0, 1)
+        return self.tr(cells + self.linear(cells)).permute(1, 2, 0).reshape(x.shape)
+
+
+class C3Transformer(C3):
+    """A cross-stage partial block around attention."""
+
+    def __init__(self, c_in: int, c_out: int, number: int = 1) -> None:
+        super().__init__(c_in, c_out, number=0)
+        self.m = TransformerBlock(c_out // 2, number)

@@ -16,8 +16,7 @@ from starling.core.files.regular import is_file
 from starling.core.paths import at_home
 from starling.core.words import shown
 from starling.model.inert_pickle import PLAIN_GLOBALS
-from starling.model.stored_tensors import StoredTensors
-from starling.model.torch_file import open_zip_form
+from starling.model.torch_file import StoredTensors, open_zip_form
 from starling.outputs.run_dir import previous_of, runs_root
 
 FORMAT = "starling-1"

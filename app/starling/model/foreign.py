@@ -20,8 +20,7 @@ from starling.core.words import shown
 from starling.model.blocks import DEFAULT_ACTIVATION
 from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.inert_pickle import Record, TensorRef
-from starling.model.stored_tensors import StoredTensors
-from starling.model.torch_file import TorchFile, open_torch_file
+from starling.model.torch_file import StoredTensors, TorchFile, open_torch_file
 
 MAX_DEPTH = 64
 """Modules inside modules."""

@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from torch import nn
 
 from starling.core.errors import ConfigError
-from starling.model.blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, Focus
-from starling.model.ghost import C3Ghost, GhostConv
+from starling.model.blocks import (
+    C3,
+    HEADS,
+    SPP,
+    SPPF,
+    Bottleneck,
+    BottleneckCSP,
+    C3Ghost,
+    C3Transformer,
+    Concat,
+    Conv,
+    Focus,
+    GhostConv,
+)
 from starling.model.layout import Layout, Row
-from starling.model.transformer import HEADS, C3Transformer
 
 MAX_KERNELS = 16
 """Pools side by side; published layouts have three."""

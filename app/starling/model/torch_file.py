@@ -1,4 +1,7 @@
-"""The two forms of a file that `torch.save` writes, read as data: a zip, and, before torch 1.6, pickles in a row."""
+"""The two forms of a file that `torch.save` writes, read as data: a zip, and, before torch 1.6, pickles in a row.
+
+Tensors come out of the file's storages, never more of them than the file holds.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,7 +22,7 @@ from starling.core.archives.bounded_zip import open_zip
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import CheckpointError
 from starling.core.files.regular import open_regular
-from starling.model.inert_pickle import GLOBALS, Pickled, Storage, Table, read_pickle
+from starling.model.inert_pickle import GLOBALS, Pickled, Storage, Table, TensorRef, read_pickle
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """The largest official checkpoint's pickle is under 1 MiB."""
@@ -194,3 +198,34 @@ def _fill(storage: Storage, read: Callable[[memoryview], None]) -> Tensor:
 def _read_whole(file: IO[bytes], buffer: memoryview) -> None:
     if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
         raise CheckpointError("the file is cut short; copy it again")
+
+
+class StoredTensors:
+    """The tensors of one open file; those that share a storage there share it here."""
+
+    def __init__(self, file: TorchFile) -> None:
+        self._file = file
+        # Tensors share a storage; together they may not grow past the file.
+        self._elements_left = file.size
+        self._storages: dict[Storage, Tensor] = {}
+
+    def view(self, ref: TensorRef) -> Tensor:
+        """Return a tensor as the file describes it; raises CheckpointError."""
+        if ref.storage not in self._storages:
+            self._storages[ref.storage] = self._file.read_storage(ref.storage)
+        self._elements_left -= prod(ref.size)
+        if self._elements_left < 0:
+            raise CheckpointError("its tensors are together larger than the file")
+        return self._storages[ref.storage].as_strided(ref.size, ref.stride, ref.offset)
+
+    def filled(self, value: Any) -> Any:
+        """Return a copy of plain nested values with a tensor at each reference to one."""
+        if isinstance(value, TensorRef):
+            return self.view(value)
+        if isinstance(value, Mapping):
+            return {key: self.filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.filled(item) for item in value]
+        if isinstance(value, tuple):
+            return tuple([self.filled(item) for item in value])
+        return value

@@ -1,20 +1,25 @@
-"""Where a run's files go: `<runs>/<project>/<name>`, whatever the current directory is called."""
+"""Where a run's files go: `<runs>/<project>/<name>`, whatever the current directory is called.
+
+One trainer works in a run directory: it holds a lock that ends with its process.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from starling.core.errors import UsageError
 from starling.core.files.folder import link_to_nothing
-from starling.core.files.refusals import refusal
-from starling.core.files.safe_open import make_folder, name_top, open_folder, top_of
+from starling.core.files.refusals import disk_write, refusal
+from starling.core.files.safe_open import make_folder, name_top, open_file, open_folder, top_of
 from starling.core.files.safe_open import runs_root as runs_root
+from starling.core.lock import take, take_folder
 from starling.core.paths import real_path
 
 DIFF = "uncommitted.diff"
@@ -174,3 +179,44 @@ class RunDir:
     def events(self) -> Path:
         """The event log that the tracking bridge reads."""
         return self.path / "events.jsonl"
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the run directory; raises UsageError naming the holder when another trainer has it.
+
+    The kernel releases the lock when its holder dies, so there is nothing to clean up.
+    """
+    with ExitStack() as stack:
+        # Two locks: the file tells who holds it, the folder's holds though somebody removes the file.
+        descriptor, free = take(folder / LOCK, lambda: _open(folder / LOCK))
+        file = stack.enter_context(open(descriptor, "a+"))
+        if free:
+            descriptor, free = take_folder(lambda: open_folder(folder).descriptor)
+            stack.callback(os.close, descriptor)
+        if not free:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UsageError(
+                f"{folder}: already in use by {holder}; wait for it, stop it, or choose another --name"
+            )
+        with disk_write(
+            folder / LOCK
+        ):  # by the descriptor: what a buffer holds would be tried again at the close
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+def _open(path: Path) -> int:
+    """Open the lock's file, which is about to be emptied: a link, or a second name of another file, is refused."""
+    try:
+        make_folder(path.parent)
+        return open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, alone=True)
+    except OSError as error:
+        raise refusal(error, path) or UsageError(
+            f"{path}: cannot be locked ({error.strerror}); it must be a file that this user may write"
+        ) from None

@@ -30,8 +30,7 @@ from starling.outputs.names import distinct
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles
 from starling.prediction.inference import Predictor, load_predictor
-from starling.prediction.inputs import fit_size
-from starling.prediction.predictor import PictureDetector, Thresholds
+from starling.prediction.predictor import PictureDetector, Thresholds, fit_size
 from starling.progress import Progress, duration
 from starling.stop_signal import StopSignal
 

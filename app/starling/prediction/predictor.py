@@ -1,20 +1,21 @@
-"""From one picture to its detections, in the picture's own pixels."""
+"""From one image to its detections, in the image's own pixels."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from starling.boxes.nms import non_max_suppression
-from starling.data.augment.letterbox import apply_letterbox, boxes_to_original, letterbox_geometry
+from starling.data.augment.letterbox import Size, apply_letterbox, boxes_to_original, letterbox_geometry
 from starling.device import Compute
 from starling.prediction.inference import Predictor
-from starling.prediction.inputs import to_input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,3 +87,30 @@ class PictureDetector:
         self.seconds.network += predicted - prepared
         self.seconds.suppression += time.perf_counter() - predicted
         return detections
+
+
+def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
+    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
+    fitted = max(-(-size // stride), 2) * stride
+    if fitted != size:
+        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
+    return fitted
+
+
+def fit_size(size_hw: tuple[int, int], stride: int, say: Callable[[str], None]) -> tuple[int, int]:
+    """Return height and width rounded up to multiples of `stride`, at least two of them, and say what changes."""
+    height = fit_stride(size_hw[0], stride, say)
+    return height, height if size_hw[1] == size_hw[0] else fit_stride(size_hw[1], stride, say)
+
+
+def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:
+    """Return images [B,3,H,W] as 0..1 on the device, channels last, resized to `scaled_hw` if given.
+
+    uint8 becomes float32; what a painter has put there already stays as it is.
+    """
+    pixels = images.to(compute.device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        pixels = pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    if scaled_hw is None:
+        return pixels
+    return functional.interpolate(pixels, scaled_hw, mode="bilinear", align_corners=False)

@@ -14,7 +14,7 @@ from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights
-from starling.prediction.inputs import fit_stride
+from starling.prediction.predictor import fit_stride
 from starling.search.space import Space, changed
 from starling.training.training import TrainingSetup, open_setup
 

@@ -1,4 +1,7 @@
-"""Run a batch forward and backward; where it does not fit into memory, in parts whose gradients add up."""
+"""Run a batch forward and backward, in parts whose gradients add up where the batch does not fit into memory.
+
+A loss or weights that are not finite are noticed without reading the device in every iteration.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from starling.data.loader.loader import Batch
 from starling.data.loader.prepare import filled_up
@@ -16,7 +19,7 @@ from starling.device import Compute
 from starling.distributed.group import Group
 from starling.errors import is_out_of_memory
 from starling.model.loss import DetectionLoss
-from starling.prediction.inputs import to_input
+from starling.prediction.predictor import to_input
 
 
 class Learner:
@@ -97,3 +100,31 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
             indices=batch.indices[first : first + size],
             original_hw=batch.original_hw[first : first + size],
         )
+
+
+class LossWatch:
+    """Remember the first iteration whose loss was NaN or infinite, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def look(self, total: Tensor, position: int) -> None:
+        """Look at one iteration's loss; queues work on the device and does not wait for it."""
+        fresh = ~torch.isfinite(total.detach()) & (self._first < 0)
+        self._first.masked_fill_(fresh, position)
+
+    def first_bad(self) -> int | None:
+        """Return the first bad iteration's position, None if there was none; waits for the device."""
+        position = int(self._first)
+        return None if position < 0 else position
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._first.fill_(-1)
+
+
+@torch.no_grad()
+def is_finite(model: nn.Module) -> bool:
+    """Return whether every floating point number of the model is finite; waits for the device once."""
+    states = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(states))).all())

@@ -29,10 +29,8 @@ from starling.model.loss import DetectionLoss, LossGains
 from starling.model.weights import load_weights
 from starling.outputs.run_dir import DIFF, RunDir
 from starling.stop_signal import StopSignal
-from starling.training.checkpoint.best_weights import kept_row
-from starling.training.checkpoint.saving import Saver
-from starling.training.finite_check import LossWatch, is_finite
-from starling.training.learner import Learner
+from starling.training.checkpoint import Saver, kept_row
+from starling.training.learner import Learner, LossWatch, is_finite
 from starling.training.optimizer import (
     BIASES,
     DECAYED,

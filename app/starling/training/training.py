@@ -27,9 +27,8 @@ from starling.model.checkpoint import find_last, load_newest, require
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights, read_weights
 from starling.outputs.bucket import check_driver
-from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, runs_root
-from starling.outputs.run_lock import run_lock
-from starling.prediction.inputs import fit_stride
+from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, run_lock, runs_root
+from starling.prediction.predictor import fit_stride
 from starling.progress import Progress, Silence
 from starling.stop_signal import StopSignal
 from starling.tracking.events import EventLog

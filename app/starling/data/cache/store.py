@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,9 +18,18 @@ from starling.core.files.folder import LinkRefused
 from starling.core.files.refusals import refusal
 from starling.data.augment.letterbox import Size
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
-from starling.data.cache.pixel_folder import Say, discard, shared_pixels
+from starling.data.cache.pixel_folder import (
+    CACHE_FOLDER,
+    KeptFile,
+    Say,
+    discard,
+    kept_files,
+    remove_idle,
+    shared_pixels,
+)
 from starling.data.cache.resized import PictureChangedError, ResizedPictures, read_only
 from starling.data.dataset.dataset import Dataset, Progress
+from starling.outputs.run_dir import runs_root
 
 StoreMode = Literal["auto", "ram", "disk", "device", "off"]
 _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
@@ -216,3 +228,28 @@ def stored_ratio(original_hw: Size, image_size: int) -> float:
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
+
+
+def show_cache(folder: Path | None, *, remove: bool, as_json: bool) -> None:
+    """Print what `folder` holds, by default that of the runs folder; first remove what no process uses, if asked."""
+    folder = folder.absolute() if folder else runs_root() / CACHE_FOLDER
+    removed = remove_idle(folder) if remove else []
+    kept = kept_files(folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "files": _plain(kept), "removed": _plain(removed)}))
+        return
+    for file in removed:
+        print(f"removed  {_line(file)}")
+    for file in kept:
+        print(f"{'in use' if file.in_use else 'idle':<7}  {_line(file)}")
+    print(f"{folder}: {len(kept)} files, {sum(file.nbytes for file in kept) / 2**30:.2f} GiB")
+
+
+def _plain(files: list[KeptFile]) -> list[dict[str, Any]]:
+    return [{**asdict(file), "path": str(file.path)} for file in files]
+
+
+def _line(file: KeptFile) -> str:
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used_at))
+    content = f"{file.pictures} pictures at {file.image_size} px" if file.pictures else "damaged or outdated"
+    return f"{file.path.name[:12]}…  {file.nbytes / 2**30:8.2f} GiB  used {used}  {content}"

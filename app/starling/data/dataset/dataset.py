@@ -20,11 +20,10 @@ from starling.core.dataset import OWN, SPLITS, BadDescription, NamedPlaces, find
 from starling.core.errors import ConfigError, DataError, suggest
 from starling.core.files.refusals import readable
 from starling.data.dataset.findings import REPORT, Finding
-from starling.data.dataset.image_header import ImageHeader
+from starling.data.dataset.image_cost import ImageHeader
 from starling.data.dataset.image_lists import FoundImages, find_pictures, locate
 from starling.data.dataset.images import UnusableImageError, read_header
-from starling.data.dataset.label_kinds import doubtful_polygons, read_keypoints
-from starling.data.dataset.labels import Keypoints, LabelFile, Polygon
+from starling.data.dataset.labels import Keypoints, LabelFile, Polygon, doubtful_polygons, read_keypoints
 from starling.data.dataset.left_out import LeftOut
 from starling.data.dataset.pairs import read_pair, unlabelled, without_partner
 from starling.outputs.names import distinct

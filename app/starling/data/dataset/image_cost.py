@@ -6,14 +6,13 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import IO, Any, Literal
 
 from PIL import ImageFile
 
 from starling.core.budget import MEMORY_BYTES, SECONDS, Budget, BudgetExceeded
-
-if TYPE_CHECKING:
-    from starling.data.dataset.image_header import ImageHeader
+from starling.data.augment.letterbox import Size
 
 _PER_PIXEL = {"JPEG": 6.5, "MPO": 6.5, "PNG": 6.5, "BMP": 7.5, "GIF": 9.0, "WEBP": 8.0, "TIFF": 11.0}
 """Bytes a pixel at the peak, by Pillow's name of the format, for what OpenCV decodes to 8-bit RGB: the pixels, their
@@ -164,3 +163,23 @@ class Room:
 
 DECODING = Room(MEMORY_BYTES)
 """What all threads of this process may take to decode large images at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageHeader:
+    """What a picture's file says before it is decoded."""
+
+    hw: Size
+    """Height and width in pixels after the EXIF rotation."""
+    orientation: int
+    """EXIF orientation, 1 (upright) to 8."""
+    pixels: Literal["plain", "deep", "converted"]
+    """How the pixels become RGB: by OpenCV, from 16 bits a channel, or by Pillow."""
+    many_scans: bool
+    """Whether it is a JPEG whose pixels come in several scans, each of which takes time."""
+    decode_bytes: int
+    """The most memory that decoding takes, the file's bytes included."""
+    file_size: int
+    """Bytes on disk."""
+    changed_ns: int
+    """When the file last changed, in nanoseconds of the file system's clock; see `file_stamp`."""

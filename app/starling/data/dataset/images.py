@@ -24,11 +24,11 @@ from starling.core.files.regular import open_regular, read_regular
 from starling.data.dataset.image_cost import (
     DECODING,
     CountedFile,
+    ImageHeader,
     check_content,
     decode_bytes,
     has_many_scans,
 )
-from starling.data.dataset.image_header import ImageHeader
 from starling.errors import is_out_of_memory
 
 MIN_SIDE = 10

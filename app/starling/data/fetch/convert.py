@@ -30,7 +30,7 @@ from starling.core.files.refusals import refusal
 from starling.core.files.regular import is_file, open_regular, read_regular
 from starling.core.utf8 import HEAD_BYTES, NotUtf8, check_utf8
 from starling.core.words import printable
-from starling.data.fetch.json_stream import members
+from starling.data.fetch.annotation_files import members
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels, counted from the picture's corner."""

@@ -26,7 +26,7 @@ from starling.core.files.atomic import write_atomic
 from starling.core.paths import real_path
 from starling.core.redaction import without_credentials
 from starling.tracking.lock import exclusive
-from starling.tracking.mlflow.client import CLIENT_LIMITS, patient, translated
+from starling.tracking.mlflow.client import CLIENT_LIMITS, patient, read_password, translated
 from starling.tracking.mlflow.database import (
     FOLDER,
     check_schema,
@@ -35,7 +35,6 @@ from starling.tracking.mlflow.database import (
     upgrade_schema,
     uri_of,
 )
-from starling.tracking.mlflow.login import read_password
 from starling.tracking.mlflow.names import (
     KEY_LENGTH,
     TAG_LENGTH,

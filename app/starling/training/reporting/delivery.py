@@ -9,7 +9,7 @@ from pathlib import Path
 from starling.core.settings.train import TrainConfig
 from starling.outputs.bucket import upload
 from starling.outputs.run_dir import RunDir
-from starling.training.checkpoint.best_weights import kept_row, unscored
+from starling.training.checkpoint import kept_row, unscored
 from starling.training.reporting.results import EpochRow
 from starling.training.resume.ending import figures_of, read_account, write_mark
 

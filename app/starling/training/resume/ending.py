@@ -16,7 +16,7 @@ from starling.core.plain_json import parse_json
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import RunDir
 from starling.tracking.events import last_status
-from starling.training.checkpoint.best_weights import kept_row, out_of_patience, saved_row, unscored
+from starling.training.checkpoint import kept_row, out_of_patience, saved_row, unscored
 from starling.training.reporting.results import EpochRow
 
 SUMMARY = "summary.json"

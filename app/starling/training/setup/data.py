@@ -26,7 +26,7 @@ from starling.data.loader.batching import Batching
 from starling.data.loader.loader import TrainLoader, ValLoader
 from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
-from starling.evaluation.cut_list import cut_list
+from starling.evaluation.evaluation import cut_list
 from starling.evaluation.validator import CONFIDENCE, MAX_DETECTIONS
 from starling.model.detector import Detector
 from starling.progress import Progress, duration
