@@ -1,4 +1,4 @@
-"""What a flag changes, for those flags whose effect no other file tests; docs/flags.md lists all of them."""
+"""What a flag changes, for those flags whose effect no other file tests; tests/docs/flags.toml lists all of them."""
 
 from __future__ import annotations
 
