@@ -3,7 +3,7 @@
 
     python bench/validation.py [--data ~/bccd/bccd.yaml] [--weights best.pt] [--img 320] [--batch 32]
 
-Two detectors: `trained` (by default the checkpoint among the golden vectors) and `early`, fresh weights whose
+Two detectors: `trained` (by default the small detector of the tests) and `early`, fresh weights whose
 objectness is raised so that every box is a candidate. Each twice: as in training (loss, normalisations apart) and as
 in val.py (no loss, normalisations folded in). Whole passes and forward passes take turns, and the fastest of each
 counts. On a busy machine take `--threads 1` and the ratio of processor seconds, which others take no part in.
@@ -43,7 +43,7 @@ from starling.model.loss import DetectionLoss, LossGains  # noqa: E402
 from starling.model.weights import load_weights  # noqa: E402
 from starling.prediction.predictor import to_input  # noqa: E402
 
-TRAINED = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+TRAINED = REPOSITORY / "tests" / "detector" / "cells.pt"
 RAISED = 5.0
 """What `early` adds to the logits of objectness."""
 BAR = 1.25

@@ -29,6 +29,8 @@ PYTHON_PATH = f"{REPOSITORY / 'app'}:{REPOSITORY}"
 """Where a process of this checkout finds both packages, whatever is installed."""
 MINI_SET = REPOSITORY / "datasets" / "bccd-mini"
 TINY_LAYOUT = Path(__file__).resolve().parent / "tiny.yaml"
+CELL_DETECTOR = Path(__file__).resolve().parent / "detector" / "cells.pt"
+"""Weights that find blood cells; detector/README.md says how they were trained."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -51,10 +51,9 @@ from starling.tracking.tracker import (
 from starling.tracking.trackers import TRACKERS
 from starling.training.reporting.reporter import Reporter, RunLabel
 from starling.training.reporting.results import COLUMNS, EpochRow, write_results
-from tests.conftest import PYTHON_PATH
+from tests.conftest import CELL_DETECTOR, MINI_SET, PYTHON_PATH
 
 pytest.importorskip("mlflow")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -289,9 +288,6 @@ def test_long_names_values_and_many_parameters_are_taken(place: Place) -> None:
 
 # Behind a real server only.
 
-PEER = ROOT / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
-"""Weights that find blood cells."""
-
 
 def request(url: str, body: dict[str, Any]) -> tuple[int, Any]:
     """POST JSON; return the status and the answer's JSON."""
@@ -354,7 +350,7 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
     tracker = MlflowTracker(place.runs, place.environment, register=True)
     run_id = tracker.start_run(a_run("u1", "blood/cells", params={"imgsz": 320}))
     model = ModelFile(
-        path=PEER, name="best", step=4, values={"metrics/mAP_0.5": 0.6, "metrics/mAP_0.5:0.95": 0.41}
+        path=CELL_DETECTOR, name="best", step=4, values={"metrics/mAP_0.5": 0.6, "metrics/mAP_0.5:0.95": 0.41}
     )
     tracker.log_metrics(run_id, {"metrics/mAP_0.5": 0.6}, step=4, time=1e9)
     for _ in range(2):
@@ -385,7 +381,7 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
     assert "known: metrics/mAP_0.5:0.95" in capsys.readouterr().err
     assert place.client.get_model_version_by_alias("blood-cells", "production").version == version.version
 
-    picture = min((ROOT / "datasets/bccd-mini/images/val").glob("*.jpg"))
+    picture = min((MINI_SET / "images" / "val").glob("*.jpg"))
     text = base64.b64encode(picture.read_bytes()).decode()
     with served("models:/blood-cells@production", place.uri, tmp_path / "serve.log") as url:
         body = {

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.classic_files import ClassicFiles, trained
+from tests.conftest import REPOSITORY
 from tests.golden.__main__ import main
-from tests.golden.checks import PEER, Check, collect
+from tests.golden.checks import FOREIGN, Check, collect, foreign
 
 VECTORS = Path(__file__).parent / "vectors"
+ELSEWHERE = Path(os.environ.get("STARLING_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
+"""A folder beside this project that may hold what its licence keeps out of it."""
 CHECKS = collect(VECTORS)
 
 
@@ -21,12 +25,27 @@ def test_agrees_with_the_golden_vector(check: Check) -> None:
     check.run()
 
 
+def test_agrees_with_a_checkpoint_that_the_classic_trainer_wrote() -> None:
+    path = ELSEWHERE / FOREIGN
+    if not path.exists():
+        pytest.skip(f"no {path}; STARLING_GOLDEN names the folder that holds one")
+    for check in foreign(path):
+        check.run()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with links to every vector, to replace one of them."""
     for vector in VECTORS.iterdir():
         os.symlink(vector, tmp_path / vector.name)
     return tmp_path
+
+
+@pytest.fixture
+def foreign_file(folder: Path) -> Path:
+    """Return a checkpoint in the classic trainer's form, in the folder of links, under the name that is looked for."""
+    detector = trained("yolov5n.yaml", names=("RBC", "WBC", "Platelets"))
+    return ClassicFiles(folder).write(detector).rename(folder / FOREIGN)
 
 
 def failures(folder: Path) -> list[str]:
@@ -65,8 +84,15 @@ def test_one_changed_number_fails_its_check_alone(folder: Path, file: str, key: 
     assert failures(folder) == [check]
 
 
+def test_a_foreign_checkpoint_is_checked_where_the_folder_holds_one(folder: Path, foreign_file: Path) -> None:
+    checks = [check for check in collect(folder) if check.name == "foreign checkpoint"]
+    assert [check.run() for check in checks] == ["349 tensors, classes RBC, WBC, Platelets"]
+    foreign_file.unlink()
+    assert [check.name for check in collect(folder)] == [check.name for check in CHECKS]
+
+
 def test_a_corrupted_vector_makes_the_runner_exit_non_zero(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, foreign_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = json.loads((VECTORS / "model_sizes.json").read_text())
     sizes["yolov5n/nc3"]["parameters"] += 1
@@ -74,16 +100,15 @@ def test_a_corrupted_vector_makes_the_runner_exit_non_zero(
     (folder / "model_sizes.json").write_text(json.dumps(sizes))
     (folder / "iou.npz").unlink()
     (folder / "iou.npz").write_bytes(b"not an archive")
-    content = bytearray((VECTORS / PEER).read_bytes())
+    content = bytearray(foreign_file.read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / PEER).unlink()
-    (folder / PEER).write_bytes(content)
+    foreign_file.write_bytes(content)
     (folder / "loss_focal.npz").unlink()
 
     assert main([str(folder)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 4, failed
-    for name in ("model size yolov5n/nc3", "loss_focal.npz", "iou.npz", "peer checkpoint"):
+    for name in ("model size yolov5n/nc3", "loss_focal.npz", "iou.npz", "foreign checkpoint"):
         assert any(line.startswith(f"FAIL  {name}:") for line in failed), name
 
 

@@ -23,9 +23,9 @@ from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_c
 from starling.model.initial_weights import read_weights
 from starling.search.storage.journal import JOURNAL
 from starling.search.study import SearchStudy, StudyRules
+from tests.classic_files import ClassicFiles, trained
 from tests.conftest import REPOSITORY
 
-PEER = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 
 HOSTILE_YAML = {
@@ -183,7 +183,7 @@ def test_a_checkpoint_with_any_bytes_changed_is_read_or_our_own_error(tmp_path: 
         save_checkpoint(tmp_path / "whole.pt", tensors)
         whole = (tmp_path / "whole.pt").read_bytes()
     else:
-        whole = PEER.read_bytes()
+        whole = ClassicFiles(tmp_path).write(trained("yolov5n.yaml")).read_bytes()
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         pickle_name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         content = archive.read(pickle_name)

@@ -15,9 +15,9 @@ from starling.evaluation.validator import class_figures, class_table
 from starling.metrics import average_precision
 from starling.outputs.names import distinct
 from starling.plots.style import figure_names
-from tests.conftest import MINI_SET, REPOSITORY
+from tests.conftest import CELL_DETECTOR, MINI_SET
 
-WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
+WEIGHTS = str(CELL_DETECTOR)
 PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 
 

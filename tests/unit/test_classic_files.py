@@ -20,7 +20,7 @@ from starling.model.foreign import read_foreign_checkpoint
 from starling.model.initial_weights import find_initial_weights
 from starling.model.torch_file import LEGACY_MAGIC
 from starling.model.weights import load_weights
-from tests.unit.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained
+from tests.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained
 
 CELLS = ("RBC", "WBC", "Platelets")
 OLD = {**OLD_LINE, **OLD_ACTIVATIONS}

@@ -31,9 +31,9 @@ from starling.data.sources.remote_source import download
 from starling.prediction import detecting
 from starling.prediction.detection_files import class_folders
 from starling.prediction.inference import Augmented
-from tests.conftest import MINI_SET, REPOSITORY
+from tests.conftest import CELL_DETECTOR, MINI_SET, REPOSITORY
 
-WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
+WEIGHTS = str(CELL_DETECTOR)
 PICTURES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
 FLAGS = ["--weights", WEIGHTS, "--device", "cpu", "--json", "--imgsz", "96", "--conf-thres", "0.05"]
 

@@ -19,20 +19,18 @@ from starling.core.settings.export import parse_args
 from starling.export import exporter
 from starling.export.exporter import Difference
 from starling.prediction.inference import load_detector
-from tests.conftest import REPOSITORY
-
-CHECKPOINT = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+from tests.conftest import CELL_DETECTOR
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Return a copy of a classic checkpoint, alone in its folder."""
-    return Path(shutil.copyfile(CHECKPOINT, tmp_path / "best.pt"))
+    """Return a copy of real weights, alone in its folder."""
+    return Path(shutil.copyfile(CELL_DETECTOR, tmp_path / "best.pt"))
 
 
 def expected(images: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return load_detector(str(CHECKPOINT), print)(torch.from_numpy(images))[0].numpy()
+        return load_detector(str(CELL_DETECTOR), print)(torch.from_numpy(images))[0].numpy()
 
 
 def some_images(*shape: int) -> np.ndarray:

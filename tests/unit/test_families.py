@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +17,7 @@ from starling.cli import data as data_command
 from starling.core.errors import CheckpointError
 from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.initial_weights import local_weights, read_weights
+from tests.classic_files import stub_class, stub_modules
 from tests.security.hostile_archives import crowded_zip
 
 U = "ultralytics.nn.modules"
@@ -50,33 +49,11 @@ FAMILIES: list[tuple[str, dict[str, str], str]] = [
 ]
 
 
-@pytest.fixture
-def classes(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that makes classes of these names, in modules of these names, for this test."""
-
-    def make(places: dict[str, str]) -> list[Any]:
-        made = []
-        for name, place in places.items():
-            parts = place.split(".")
-            for end in range(1, len(parts) + 1):
-                package = ".".join(parts[:end])
-                if package not in sys.modules:
-                    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-            module = sys.modules[place]
-            cls = type(name, (nn.Module,), {"__module__": place})
-            monkeypatch.setattr(module, name, cls, raising=False)
-            made.append(cls)
-        return made
-
-    return make
-
-
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(("family", "places", "layout"), FAMILIES, ids=[row[0] for row in FAMILIES])
 def test_a_checkpoint_of_another_family_is_named(
     tmp_path: Path,
-    classes: Any,
     family: str,
     places: dict[str, str],
     layout: str,
@@ -86,13 +63,13 @@ def test_a_checkpoint_of_another_family_is_named(
     places = {
         name: place.replace("torchvision_double", "torchvision.double") for name, place in places.items()
     }
-    top, *others = (cls() for cls in classes(places))
-    top.yaml_file = layout
-    top.model = nn.Sequential(nn.Conv2d(3, 8, 3), *others)
     path = tmp_path / "x.pt"
-    torch.save(
-        {"model": top, "epoch": -1}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy
-    )
+    with stub_modules(*places.values()):
+        top, *others = (stub_class(place, name)() for name, place in places.items())
+        top.yaml_file = layout
+        top.model = nn.Sequential(nn.Conv2d(3, 8, 3), *others)
+        content = {"model": top, "epoch": -1}
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError) as caught:
         read_weights(path)
     message = str(caught.value)

@@ -20,9 +20,9 @@ from starling.data.dataset.left_out import LeftOut
 from starling.data.sources.edit_list import shown_seconds
 from starling.data.sources.films import ends_early, is_animated
 from starling.data.sources.sources import Source, find_sources, frames
-from tests.conftest import MINI_SET, REPOSITORY
+from tests.conftest import CELL_DETECTOR, MINI_SET
 
-WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
+WEIGHTS = str(CELL_DETECTOR)
 PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 NOISE = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8), (5, 5), 0)
 CODECS = [("mp4", "mp4v"), ("avi", "MJPG"), ("avi", "XVID"), ("mkv", "mp4v"), ("webm", "VP80"), ("mov", "mp4v"),

@@ -1,4 +1,4 @@
-"""What a flag changes, for those flags whose effect no other file tests; docs/flags.md lists all of them."""
+"""What a flag changes, for those flags whose effect no other file tests; tests/docs/flags.toml lists all of them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from starling.model.checkpoint import load_checkpoint
 from starling.training import checkpoint as saving
 from starling.training.setup.data import load_data
 from starling.training.trainer import Trainer, TrainResult
-from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
+from tests.conftest import CELL_DETECTOR, MINI_SET, TINY_LAYOUT
 
-PEER = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
+WEIGHTS = str(CELL_DETECTOR)
 PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 MAINS = {"train": train.main, "val": val.main, "detect": detect.main, "export": export.main}
 
@@ -54,13 +54,13 @@ def quick_args(tiny_args: list[str]) -> list[str]:
 
 @pytest.fixture
 def val_args(tiny_data: Path) -> list[str]:
-    """Return the flags of a validation of the peer's checkpoint on four pictures."""
-    return ["--weights", PEER, "--data", str(tiny_data), "--img", "96", "--device", "cpu", "--json"]
+    """Return the flags of a validation of real weights on four pictures."""
+    return ["--weights", WEIGHTS, "--data", str(tiny_data), "--img", "96", "--device", "cpu", "--json"]
 
 
 DETECT_ARGS = [
     "--weights",
-    PEER,
+    WEIGHTS,
     "--source",
     str(PICTURE),
     "--img",
@@ -465,7 +465,7 @@ def test_half_is_bfloat16_where_the_hardware_has_it(
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--batch"])
 def test_an_exported_file_takes_the_batch_asked_for(tmp_path: Path, flag: str) -> None:
-    weights = Path(shutil.copyfile(PEER, tmp_path / "best.pt"))
+    weights = Path(shutil.copyfile(WEIGHTS, tmp_path / "best.pt"))
     assert export.main(["--weights", str(weights), "--include", "onnx", "--img", "64", flag, "2"]) == 0
     (images,) = onnx.load(weights.with_suffix(".onnx")).graph.input
     assert [side.dim_value for side in images.type.tensor_type.shape.dim] == [2, 3, 64, 64]
@@ -477,7 +477,7 @@ def test_half_files_have_float16_weights(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Compute, "on_cpu", False)
     monkeypatch.setattr(Compute, "describe", lambda self: "a GPU")
     monkeypatch.setattr(exporter, "select_compute", lambda *given: stand_in)
-    weights = Path(shutil.copyfile(PEER, tmp_path / "best.pt"))
+    weights = Path(shutil.copyfile(WEIGHTS, tmp_path / "best.pt"))
     assert export.main(["--weights", str(weights), "--img", "64", "--half", "--device", "0"]) == 0
     graph = onnx.load(weights.with_suffix(".onnx")).graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
@@ -511,9 +511,9 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     words = {
         "train": ["--weights", "", "--cfg", str(TINY_LAYOUT), "--data", str(tiny_data)],
-        "val": ["--weights", PEER, "--data", str(tiny_data)],
-        "detect": ["--weights", PEER, "--source", str(PICTURE)],
-        "export": ["--weights", PEER],
+        "val": ["--weights", WEIGHTS, "--data", str(tiny_data)],
+        "detect": ["--weights", WEIGHTS, "--source", str(PICTURE)],
+        "export": ["--weights", WEIGHTS],
     }[command]
     assert MAINS[command]([*words, "--device", name]) == 2
     assert f"--device {name}: " in capsys.readouterr().err

@@ -7,26 +7,27 @@ import os
 import pickle
 import struct
 import sys
-import types
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from starling.core.errors import CheckpointError
 from starling.model import inert_pickle
 from starling.model.detector import build_detector
 from starling.model.foreign import read_foreign_checkpoint
 from starling.model.inert_pickle import GLOBALS, read_pickle
+from starling.model.layout import read_layout
 from starling.model.weights import load_weights
+from tests.classic_files import ClassicFiles, trained
+from tests.conftest import TINY_LAYOUT
 
-PEER = Path(__file__).parents[1] / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+CELLS = ("RBC", "WBC", "Platelets")
 
 
 def archive(path: Path, content: bytes, entries: dict[str, bytes] | None = None) -> Path:
@@ -39,51 +40,24 @@ def archive(path: Path, content: bytes, entries: dict[str, bytes] | None = None)
 
 
 @pytest.fixture
-def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return a function that saves modules as the classic trainer does, classes of its modules included."""
-    for module in ("models", "models.yolo", "models.common"):
-        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-
-    def imitate(module: str, name: str) -> type[nn.Module]:
-        kind = type(name, (nn.Module,), {"__module__": module})
-        setattr(sys.modules[module], name, kind)
-        return kind
-
-    model_kind, conv_kind = imitate("models.yolo", "DetectionModel"), imitate("models.common", "Conv")
-
-    def make(value: float, act: nn.Module, **attributes: Any) -> nn.Module:
-        conv = conv_kind()
-        conv.conv, conv.bn, conv.act = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), act
-        nn.init.constant_(conv.conv.weight, value)
-        model = model_kind()
-        model.model = nn.Sequential(conv)
-        for name, item in attributes.items():
-            setattr(model, name, item)
-        return model
-
-    def write(
-        act: nn.Module | None = None, ema: float | None = None, half: bool = False, **extra: Any
-    ) -> Path:
-        names = {1: "b", 0: "a"}
-        yaml = {"nc": 2, "depth_multiple": 1.0, "backbone": [[-1, 1, "Conv", [4, 3]]]}
-        model = make(1.5, act or nn.SiLU(), names=names, yaml=yaml)
-        checkpoint = {"epoch": 7, "model": model.half() if half else model, "ema": None, **extra}
-        if ema is not None:
-            checkpoint["ema"] = make(ema, nn.SiLU(), names=names, yaml=yaml)
-        torch.save(checkpoint, tmp_path / "foreign.pt")
-        return tmp_path / "foreign.pt"
-
-    return write
+def files(tmp_path: Path) -> ClassicFiles:
+    return ClassicFiles(tmp_path)
 
 
-def test_the_peer_checkpoint_fits_the_shipped_layout_exactly() -> None:
-    checkpoint = read_foreign_checkpoint(PEER)
+@pytest.fixture
+def classic(files: ClassicFiles) -> Path:
+    """Return a file of the smallest shipped layout, as the classic trainer leaves it at the end of a training."""
+    return files.write(trained("yolov5n.yaml", names=CELLS))
+
+
+def test_a_classic_file_fits_the_shipped_layout_exactly(classic: Path) -> None:
+    checkpoint = read_foreign_checkpoint(classic)
     detector = build_detector("yolov5n.yaml", nc=3)
     ours = [(name, t.shape) for name, t in detector.state_dict().items()]
     assert [(name, t.shape) for name, t in checkpoint.state_dict.items()] == ours
     floats = [t for t in checkpoint.state_dict.values() if t.is_floating_point()]
     assert {t.dtype for t in floats} == {torch.float32}
-    assert checkpoint.names == ("RBC", "WBC", "Platelets")
+    assert checkpoint.names == CELLS
     assert checkpoint.nc == 3
     assert checkpoint.strides == (8.0, 16.0, 32.0)
     assert checkpoint.anchors is not None
@@ -91,49 +65,54 @@ def test_the_peer_checkpoint_fits_the_shipped_layout_exactly() -> None:
     assert not load_weights(detector, checkpoint.state_dict).left_out
 
 
-def test_the_peer_checkpoint_also_builds_by_its_own_layout() -> None:
-    checkpoint = read_foreign_checkpoint(PEER)
+def test_a_classic_file_also_builds_by_its_own_layout(classic: Path) -> None:
+    checkpoint = read_foreign_checkpoint(classic)
     assert checkpoint.layout is not None
     detector = build_detector(checkpoint.layout, nc=checkpoint.nc)
     assert not load_weights(detector, checkpoint.state_dict).left_out
 
 
-def test_reading_imports_none_of_the_modules_that_the_file_names() -> None:
-    read_foreign_checkpoint(PEER)
+def test_reading_imports_none_of_the_modules_that_the_file_names(classic: Path) -> None:
+    read_foreign_checkpoint(classic)
     assert not any(name == "models" or name.startswith("models.") for name in sys.modules)
 
 
-def test_values_survive_and_half_precision_becomes_float32(save: Callable[..., Path]) -> None:
-    checkpoint = read_foreign_checkpoint(save(half=True))
-    weight = checkpoint.state_dict["model.0.conv.weight"]
-    assert weight.dtype == torch.float32
-    assert weight.shape == (4, 3, 3, 3)
-    assert (weight == 1.5).all()
+@pytest.mark.parametrize("half", [True, False])
+def test_values_survive_and_half_precision_becomes_float32(files: ClassicFiles, half: bool) -> None:
+    source = trained(TINY_LAYOUT, names=("a", "b", "c"))
+    checkpoint = read_foreign_checkpoint(files.write(source, half=half, stripped=False))
+    assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in source.state_dict().items())
+    assert checkpoint.state_dict["model.0.conv.weight"].dtype == torch.float32
     assert checkpoint.state_dict["model.0.bn.num_batches_tracked"].dtype == torch.int64
-    assert checkpoint.names == ("a", "b")
-    assert checkpoint.epoch == 7
+    assert checkpoint.names == ("a", "b", "c")
+    assert checkpoint.epoch == 12
 
 
-def test_the_ema_is_preferred(save: Callable[..., Path]) -> None:
-    assert (read_foreign_checkpoint(save(ema=2.5)).state_dict["model.0.conv.weight"] == 2.5).all()
+def test_the_ema_is_preferred(files: ClassicFiles) -> None:
+    source = trained(TINY_LAYOUT)
+    weights = source.state_dict()["model.0.conv.weight"]
+    for average in ("module", "pair"):
+        path = files.write(source, average=average)  # whose model itself is all zeros
+        assert torch.equal(read_foreign_checkpoint(path).state_dict["model.0.conv.weight"], weights), average
 
 
-def test_an_older_activation_reaches_the_layout(save: Callable[..., Path]) -> None:
-    for act, expected in (
-        (nn.LeakyReLU(0.1), "nn.LeakyReLU(0.1)"),
-        (nn.Hardswish(), "nn.Hardswish()"),
-        (nn.SiLU(), None),
-    ):
-        layout = read_foreign_checkpoint(save(act)).layout
-        assert layout is not None
-        assert layout.get("activation") == expected
+@pytest.mark.parametrize("activation", ["nn.LeakyReLU(0.1)", "nn.Hardswish()", None])
+def test_an_older_activation_reaches_the_layout(files: ClassicFiles, activation: str | None) -> None:
+    older = {} if activation is None else {"activation": activation}
+    path = files.write(trained({**read_layout(TINY_LAYOUT), **older}))
+    layout = read_foreign_checkpoint(path).layout
+    assert layout is not None
+    assert layout.get("activation") == activation
 
 
-def test_settings_and_scores_beside_the_model_are_ignored(save: Callable[..., Path]) -> None:
-    import numpy as np
-
-    path = save(best_fitness=np.array([0.5]), opt={"save_dir": Path("runs/train/exp")}, score=np.float64(0.5))
-    assert read_foreign_checkpoint(path).names == ("a", "b")
+def test_settings_and_scores_beside_the_model_are_ignored(files: ClassicFiles) -> None:
+    beside = {
+        "best_fitness": np.array([0.5]),
+        "opt": {"save_dir": Path("runs/train/exp")},
+        "score": np.float64(0.5),
+    }
+    path = files.write(trained(TINY_LAYOUT, names=CELLS), beside=beside)
+    assert read_foreign_checkpoint(path).names == CELLS
 
 
 def test_a_plain_state_dict_is_read(tmp_path: Path) -> None:
@@ -358,16 +337,16 @@ def test_a_compressed_entry_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path, part: float) -> None:
-    content = PEER.read_bytes()
+def test_a_truncated_checkpoint_is_refused(classic: Path, tmp_path: Path, part: float) -> None:
+    content = classic.read_bytes()
     path = tmp_path / "short.pt"
     path.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(CheckpointError, match=r"short\.pt"):
         read_foreign_checkpoint(path)
 
 
-def test_one_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
-    content = bytearray(PEER.read_bytes())
+def test_one_flipped_bit_in_the_weights_is_noticed(classic: Path, tmp_path: Path) -> None:
+    content = bytearray(classic.read_bytes())
     content[len(content) // 2] ^= 1
     path = tmp_path / "flipped.pt"
     path.write_bytes(content)

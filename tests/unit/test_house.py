@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -171,3 +172,25 @@ def test_benches_and_examples_import_modules_that_are_there(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FOLDERS
     }
     assert {module for module in named if module not in MODULES} == set()
+
+
+LARGEST_FILE = 1_000_000
+"""Bytes."""
+
+
+def tracked_files() -> list[Path]:
+    """Return the files that git tracks; where these sources are no clone, those in folders that are not hidden."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode == 0:
+        names = [Path(name) for name in listed.stdout.split("\0") if name]
+    else:
+        names = [path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*")]
+        names = [name for name in names if name.parts[0] != "runs" and not name.parts[0].startswith(".")]
+    return [name for name in names if (REPOSITORY / name).is_file()]
+
+
+def test_no_tracked_file_is_over_a_megabyte_outside_datasets_and_docs() -> None:
+    files = [name for name in tracked_files() if name.parts[0] not in ("datasets", "docs")]
+    assert len(files) > 500
+    sizes = {str(name): (REPOSITORY / name).stat().st_size for name in files}
+    assert {name: size for name, size in sizes.items() if size > LARGEST_FILE} == {}

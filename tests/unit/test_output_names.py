@@ -18,9 +18,9 @@ from starling.cli.val import main as val_main
 from starling.evaluation.coco import image_ids
 from starling.outputs.names import Named, Names, Subject, numbered
 from starling.outputs.register import Register
-from tests.conftest import MINI_SET, REPOSITORY
+from tests.conftest import CELL_DETECTOR, MINI_SET
 
-WEIGHTS = str(REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt")
+WEIGHTS = str(CELL_DETECTOR)
 PICTURES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
 FRAMES, CROPS = range(4), range(1, 5)
 
@@ -278,5 +278,5 @@ def test_validation_writes_a_label_file_for_each_of_two_images_of_one_name(
     assert len(names) == 2
     assert "7" in names
     assert [row["name"] for row in told["renamed"]] == list(names - {"7"})
-    rows = json.loads((run / "peer_checkpoint_bccd_predictions.json").read_text())
+    rows = json.loads((run / "cells_predictions.json").read_text())
     assert {row["image_id"] for row in rows} == {7, *(names - {"7"})}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from starling.cli import hpo
 from starling.core.errors import ConfigError, UsageError
 from starling.core.settings.hpo import HpoConfig, parse_args
 from starling.errors import Stopped
@@ -129,6 +130,68 @@ def test_a_search_whose_trials_all_fail_ends_and_says_so(server: ClearmlServerDo
     with pytest.raises(NoTrialFinishedError, match="2 failed trials"):
         search.run()
     assert sum(task["type"] == "training" for task in server.records.tasks.values()) == 3
+
+
+def trials_of(server: ClearmlServerDouble, search: str) -> list[dict[str, Any]]:
+    """Return the tasks that a search made, in their order."""
+    return [task for task in server.records.tasks.values() if task["parent"] == search]
+
+
+def test_a_named_task_is_cloned_though_another_is_newer(server: ClearmlServerDouble) -> None:
+    older, newer = make_template(server), make_template(server)
+    search, said = make_search(server, Clock(), task=older, name="night", trials=1)
+    outcome = search.run()
+    assert f"({older})" in said[0]
+    assert newer not in " ".join(said)
+    assert server.records.tasks[outcome.task]["name"] == "night"
+    assert [task["name"] for task in trials_of(server, outcome.task)] == ["night 0"]
+
+
+def test_a_space_says_what_the_trials_change(server: ClearmlServerDouble, tmp_path: Path) -> None:
+    make_template(server)
+    space = tmp_path / "narrow.yaml"
+    space.write_text("lr0: {lower: 0.009, upper: 0.011}\n")
+    search, _ = make_search(server, Clock(), space=str(space), trials=4)
+    hyps = [server.records.arguments(task, "Hyp") for task in trials_of(server, search.run().task)]
+    assert all(0.009 <= float(hyp["lr0"]) <= 0.011 for hyp in hyps)
+    assert len({hyp["lr0"] for hyp in hyps}) == 4
+    assert {hyp["momentum"] for hyp in hyps} == {"0.9"}
+
+
+def test_a_trial_without_the_objective_has_failed(server: ClearmlServerDouble) -> None:
+    make_template(server)
+    search, said = make_search(server, Clock(), objective="metrics/mAP_0.5", failures=1)
+    with pytest.raises(NoTrialFinishedError):
+        search.run()
+    assert "trial 0: failed: completed, without metrics/mAP_0.5" in said
+
+
+def test_the_seed_decides_what_is_proposed(server: ClearmlServerDouble) -> None:
+    make_template(server)
+    proposed = []
+    for seed in (3, 3, 4):
+        search, _ = make_search(server, Clock(), sampler="random", seed=seed, trials=3)
+        tasks = trials_of(server, search.run().task)
+        proposed.append([server.records.arguments(task, "Hyp")["lr0"] for task in tasks])
+    assert proposed[0] == proposed[1] != proposed[2]
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_so_many_trials_are_in_the_queue_at_once(server: ClearmlServerDouble, parallel: int) -> None:
+    make_template(server)
+    search, said = make_search(server, Clock(), fails=None, hours=0.1, parallel=parallel)
+    with pytest.raises(NoTrialFinishedError):
+        search.run()
+    assert sum("in queue gpus" in line for line in said) == parallel
+
+
+def test_debug_shows_the_traceback_of_a_search_that_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words, count in (([], 0), (["--debug"], 1)):
+        assert hpo.main(words) != 0
+        assert capsys.readouterr().err.count("Traceback") == count
 
 
 def test_a_queue_that_no_agent_serves_holds_a_search_no_longer_than_its_hours(

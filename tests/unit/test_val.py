@@ -1,4 +1,4 @@
-"""A validation from its command line to its files, with weights that another trainer made."""
+"""A validation from its command line to its files, with weights that find something."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ from starling.model.checkpoint import save_checkpoint
 from starling.model.detector import build_detector
 from starling.prediction.inference import Augmented, Ensemble, SingleClass
 from starling.training.setup import data as engine_data
-from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
+from tests.conftest import CELL_DETECTOR, MINI_SET, REPOSITORY, TINY_LAYOUT
 
-PEER = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
 PICTURES = ["confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png", "worst.jpg",
             "val_batch0_labels.jpg", "val_batch0_pred.jpg"]  # fmt: skip
 
@@ -42,9 +41,19 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def peer_args(tiny_data: Path) -> list[str]:
-    """Return the flags of a validation of the peer's checkpoint on four pictures."""
-    return ["--weights", str(PEER), "--data", str(tiny_data), "--img", "224", "--device", "cpu", "--json"]
+def real_args(tiny_data: Path) -> list[str]:
+    """Return the flags of a validation of real weights on four pictures."""
+    return [
+        "--weights",
+        str(CELL_DETECTOR),
+        "--data",
+        str(tiny_data),
+        "--img",
+        "224",
+        "--device",
+        "cpu",
+        "--json",
+    ]
 
 
 def report_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -71,11 +80,11 @@ def own_checkpoint(path: Path, names: tuple[str, ...]) -> Path:
 # --- a whole validation ---------------------------------------------------------------------------------
 
 
-def test_validation_of_the_peer_checkpoint_agrees_with_pycocotools_and_writes_every_file(
+def test_validation_of_real_weights_agrees_with_pycocotools_and_writes_every_file(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = report_of(
-        ["--weights", str(PEER), "--data", str(MINI_SET / "bccd.yaml"), "--img", "320", "--device", "cpu",
+        ["--weights", str(CELL_DETECTOR), "--data", str(MINI_SET / "bccd.yaml"), "--img", "320", "--device", "cpu",
          "--save-txt", "--save-conf", "--save-json", "--json"], capsys)  # fmt: skip
     folder = runs / "val" / "exp"
     assert report["run"] == str(folder)
@@ -88,7 +97,7 @@ def test_validation_of_the_peer_checkpoint_agrees_with_pycocotools_and_writes_ev
     rows = np.concatenate([np.loadtxt(path, ndmin=2) for path in (folder / "labels").iterdir()])
     assert rows.shape[1] == 6
     assert ((rows[:, 1:] >= 0) & (rows[:, 1:] <= 1)).all()
-    found = json.loads((folder / "peer_checkpoint_bccd_predictions.json").read_text())
+    found = json.loads((folder / "cells_predictions.json").read_text())
     assert len(found) == len(rows)
     assert set(found[0]) == {"image_id", "category_id", "bbox", "score"}
     assert {row["image_id"] for row in found} <= stems
@@ -107,14 +116,14 @@ def test_what_train_wrote_is_what_val_reads(
 
 
 def test_hybrid_labels_hold_every_label_and_leave_the_metrics_alone(
-    peer_args: list[str],
+    real_args: list[str],
     tiny_data: Path,
     runs: Path,
     no_pictures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plain = report_of(peer_args, capsys)
-    hybrid = report_of([*peer_args, "--save-hybrid", "--save-conf", "--name", "hybrid"], capsys)
+    plain = report_of(real_args, capsys)
+    hybrid = report_of([*real_args, "--save-hybrid", "--save-conf", "--name", "hybrid"], capsys)
     assert hybrid["mAP50_95"] == plain["mAP50_95"]
     for path in (runs / "val" / "hybrid" / "labels").iterdir():
         written = np.loadtxt(path, ndmin=2)
@@ -124,9 +133,9 @@ def test_hybrid_labels_hold_every_label_and_leave_the_metrics_alone(
 
 
 def test_max_det_and_conf_thres_bound_what_is_found_and_the_figures_say_so(
-    peer_args: list[str], runs: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], runs: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert val.main([*peer_args, "--max-det", "1", "--conf-thres", "0.5", "--save-txt", "--save-conf"]) == 0
+    assert val.main([*real_args, "--max-det", "1", "--conf-thres", "0.5", "--save-txt", "--save-conf"]) == 0
     lines = capsys.readouterr().out.splitlines()
     cut = json.loads(lines[-1])["cut_list"]
     assert cut in lines
@@ -157,33 +166,33 @@ def test_a_training_says_that_its_own_validation_scores_a_cut_list(
 
 
 def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(
-    peer_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = report_of(peer_args, capsys)
-    twice = report_of([*peer_args, "--weights", str(PEER), str(PEER)], capsys)
+    alone = report_of(real_args, capsys)
+    twice = report_of([*real_args, "--weights", str(CELL_DETECTOR), str(CELL_DETECTOR)], capsys)
     assert twice["mAP50"] == pytest.approx(alone["mAP50"], abs=1e-3)
 
 
 def test_augmented_validation_scores_near_the_plain_one_yet_not_the_same(
-    peer_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, augmented = report_of(peer_args, capsys), report_of([*peer_args, "--augment"], capsys)
+    plain, augmented = report_of(real_args, capsys), report_of([*real_args, "--augment"], capsys)
     assert augmented["mAP50"] == pytest.approx(plain["mAP50"], abs=0.1)
     assert augmented["mAP50_95"] != plain["mAP50_95"]
 
 
 def test_single_cls_scores_a_model_of_several_classes_as_one_of_one(
-    peer_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = report_of([*peer_args, "--single-cls", "--save-json"], capsys)
+    report = report_of([*real_args, "--single-cls", "--save-json"], capsys)
     assert report["mAP50"] > 0.6
     assert report["coco"]["mAP50"] == pytest.approx(report["mAP50"], abs=0.01)
 
 
 def test_speed_tells_milliseconds_an_image_of_each_stage(
-    peer_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert val.main([*peer_args, "--task", "speed"]) == 0
+    assert val.main([*real_args, "--task", "speed"]) == 0
     out = capsys.readouterr().out
     assert "ms an image: pre-process" in out
     times = json.loads(out.splitlines()[-1])["ms_per_image"]
@@ -232,14 +241,17 @@ def test_an_ensemble_of_models_of_different_classes_is_refused(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = own_checkpoint(tmp_path / "pets.pt", ("cat", "dog"))
-    assert val.main(["--weights", str(PEER), str(weights), "--data", str(tiny_data), "--device", "cpu"]) == 4
+    assert (
+        val.main(["--weights", str(CELL_DETECTOR), str(weights), "--data", str(tiny_data), "--device", "cpu"])
+        == 4
+    )
     assert "ensemble" in capsys.readouterr().err
 
 
 def test_a_split_that_the_dataset_does_not_have_is_a_data_error(
-    peer_args: list[str], capsys: pytest.CaptureFixture[str]
+    real_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert val.main([*peer_args, "--task", "test"]) == 3
+    assert val.main([*real_args, "--task", "test"]) == 3
     assert "has no `test:`" in capsys.readouterr().err
 
 
@@ -254,13 +266,13 @@ def test_a_flag_that_cannot_work_is_refused_before_torch_is_needed(
 
 
 def test_half_on_hardware_without_bfloat16_is_said(
-    peer_args: list[str],
+    real_args: list[str],
     no_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: False)
-    assert val.main([*peer_args, "--half"]) == 0
+    assert val.main([*real_args, "--half"]) == 0
     assert "--half: this hardware has no bfloat16" in capsys.readouterr().out
 
 

@@ -17,13 +17,13 @@ class DetectConfig(Config):
 
     weights: tuple[str, ...] = setting(
         ("yolov5s.pt",),
-        "weights; several are an ensemble",
+        "weights; several make an ensemble, of the same classes",
         heading="what to look at, and with what",
         metavar="PT",
     )
     source: str = setting(
         "",
-        "image, video, folder, glob, URL, .txt list, webcam number, or rtsp:// stream",
+        "image, video, folder, glob, URL, .txt list, webcam number, or rtsp:// stream; one stream a command",
         shown="the images this project carries",
     )
     data: str = setting("", "dataset YAML, for its class names only", shown="the weights' own")
@@ -35,7 +35,12 @@ class DetectConfig(Config):
         "--img-size",
         metavar="PIXELS",
     )
-    vid_stride: int = setting(1, "look at every N-th frame of a video", metavar="N", check=at_least(1))
+    vid_stride: int = setting(
+        1,
+        "look at every N-th frame of a video; the annotated one keeps its length in seconds",
+        metavar="N",
+        check=at_least(1),
+    )
     conf_thres: float = setting(
         0.25, "least confidence of a detection", heading="what counts", metavar="C", check=UNIT
     )
@@ -45,18 +50,27 @@ class DetectConfig(Config):
     max_det: int = setting(1000, "most detections of one image", metavar="N", check=at_least(1))
     classes: tuple[int, ...] | None = setting(None, "class numbers to keep", metavar="N", shown="all")
     agnostic_nms: bool = setting(False, "let NMS compare boxes of different classes")
-    augment: bool = setting(False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67")
+    augment: bool = setting(
+        False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67; slower, finds more"
+    )
     device: str = setting(
         "", "cpu, or a GPU's number", heading="where it runs", shown="the first GPU, else cpu"
     )
-    half: bool = setting(False, "bfloat16 where the hardware has it")
-    project: str = setting("runs/detect", "folder below runs/", heading="what is written")
+    half: bool = setting(False, "bfloat16 where the hardware has it, else float32")
+    project: str = setting(
+        "runs/detect", "folder below runs/; an absolute path stands as it is", heading="what is written"
+    )
     name: str = setting("exp", "run folder below the project", shown="exp, exp2, …")
-    exist_ok: bool = setting(False, "write into an existing run folder")
+    exist_ok: bool = setting(
+        False, "write into an existing run folder; refused where it holds what is looked at"
+    )
     nosave: bool = setting(False, "write no annotated images and videos")
-    save_txt: bool = setting(False, "write labels/*.txt, one file an image or frame")
+    save_txt: bool = setting(
+        False,
+        "write labels/*.txt, one file an image or frame: class x y width height, divided by the image's size",
+    )
     save_conf: bool = setting(False, "add the confidence to label files; needs --save-txt")
-    save_csv: bool = setting(False, "write predictions.csv")
+    save_csv: bool = setting(False, "write predictions.csv, with corners in pixels")
     save_crop: bool = setting(False, "write each detection to crops/<class>/")
     line_thickness: int = setting(
         3,

@@ -21,8 +21,10 @@ OPSETS = (12, 20)
 class ExportConfig(Config):
     """One export of one detector; the outputs lie beside its weights."""
 
-    weights: str = setting("yolov5s.pt", "weights to export", heading="what to export")
-    include: tuple[Format, ...] = setting(FORMATS, "formats")
+    weights: str = setting(
+        "yolov5s.pt", "weights to export; the files lie beside them", heading="what to export"
+    )
+    include: tuple[Format, ...] = setting(FORMATS, "formats: torchscript, onnx")
     imgsz: tuple[int, ...] = setting(
         (640,),
         "one side, or height and width; rounded up to the stride",
@@ -32,17 +34,19 @@ class ExportConfig(Config):
         metavar="PIXELS",
     )
     batch_size: int = setting(1, "images in one call", "--batch-size", "--batch", check=at_least(1))
-    dynamic: bool = setting(False, "ONNX takes any batch, height and width")
+    dynamic: bool = setting(
+        False, "ONNX takes any batch, and any height and width in whole strides; TorchScript stays fixed"
+    )
     opset: int = setting(
         17,
-        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}",
+        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}; older runtimes want a lower one",
         metavar="N",
         check=Check(
             holds=lambda version: OPSETS[0] <= version <= OPSETS[1],
             problem=f"must be from {OPSETS[0]} to {OPSETS[1]}",
         ),
     )
-    half: bool = setting(False, "float16 weights; needs a GPU")
+    half: bool = setting(False, "float16 weights and input; needs a GPU")
     device: str = setting("cpu", "cpu, or a GPU's number")
     debug: bool = setting(False, "show tracebacks")
 

@@ -20,7 +20,7 @@ class HpoConfig(Config):
         "ClearML task that trials are clones of",
         heading="what to search",
         metavar="ID",
-        shown="the newest finished training",
+        shown="the newest finished training that is no trial itself",
     )
     space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
     objective: str = setting(
@@ -32,9 +32,13 @@ class HpoConfig(Config):
     epochs: int = setting(
         0, "epochs of a trial", shown="the task's", check=at_least(0, "must be 0 (the task's own) or more")
     )
-    sampler: Literal["optuna", "random"] = setting("optuna", "how trials are proposed: by TPE, or at random")
+    sampler: Literal["optuna", "random"] = setting(
+        "optuna", "how trials are proposed: optuna (by TPE) or random"
+    )
     seed: int = setting(0, "seed of what is proposed")
-    queue: str = setting("", "queue whose agents run the trials", heading="where", shown="they run here")
+    queue: str = setting(
+        "", "queue whose agents run the trials", heading="where", shown="they run here, one after the other"
+    )
     parallel: int = setting(1, "trials in the queue at once", metavar="N", check=at_least(1))
     trials: int = setting(
         20, "trials in all, failed ones counted", heading="when it ends", metavar="N", check=at_least(1)

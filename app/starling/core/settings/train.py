@@ -40,7 +40,9 @@ class TrainConfig(Config):
     """One training, or one worker of a search."""
 
     weights: str = setting(
-        "yolov5s.pt", "weights to start from; '' trains from scratch", heading="what to train"
+        "yolov5s.pt",
+        "weights to start from: a path with or without .pt, or published ones by name; '': from scratch, with --cfg",
+        heading="what to train",
     )
     cfg: str = setting(
         "",
@@ -51,7 +53,10 @@ class TrainConfig(Config):
     download: bool = setting(
         False, "fetch the dataset first, as its description says, unless it is there", resumable=True
     )
-    hyp: str = setting("hyp.scratch-low.yaml", "hyperparameter YAML, shipped name or path")
+    hyp: str = setting(
+        "hyp.scratch-low.yaml",
+        "hyperparameter YAML, shipped name or path; what it leaves out keeps its default",
+    )
     single_cls: bool = setting(False, "treat every class as one")
     freeze: tuple[int, ...] = setting(
         (0,),
@@ -62,14 +67,14 @@ class TrainConfig(Config):
 
     epochs: int = setting(
         100,
-        "epochs in all, those before a resume counted",
+        "epochs in all, those before a resume counted; more of them go on with a finished run",
         heading="how long, how large",
         check=at_least(1),
         resumable=True,
     )
     batch_size: int = setting(
         16,
-        "images in one iteration over all devices; -1: as many as the GPU has room for",
+        "images in one iteration over all devices; -1: as many as the GPU has room for, 16 on the CPU",
         "--batch-size",
         "--batch",
         check=at_least(1, "must be at least 1, or -1 to fill the GPU", besides=(AUTO_BATCH,)),
@@ -91,7 +96,7 @@ class TrainConfig(Config):
     )
     resume: str = setting(
         "",
-        "go on from this checkpoint; without a path, from the newest last.pt; in a search: join it",
+        "go on from this checkpoint or run folder; without a path, from the newest last.pt; in a search: join it",
         metavar="LAST.PT",
         shown="",
         bare="latest",
@@ -102,73 +107,84 @@ class TrainConfig(Config):
     cos_lr: bool = setting(False, "cosine learning rate in place of linear")
     label_smoothing: float = setting(
         0.0,
-        "epsilon of label smoothing",
+        "epsilon of label smoothing: class targets become 1 - EPS/2 and EPS/2",
         metavar="EPS",
         check=Check(holds=lambda epsilon: 0 <= epsilon < 1, problem="must be from 0 to below 1"),
     )
-    rect: bool = setting(False, "batches of like aspect in their own shapes, no mosaics")
-    multi_scale: bool = setting(False, "another image size each iteration, 0.5 to 1.5 of --imgsz")
-    quad: bool = setting(
-        False, "a quarter of the images at twice the side: one image enlarged, or four joined"
+    rect: bool = setting(False, "batches of like aspect, each in its smallest shape, and no mosaics")
+    multi_scale: bool = setting(
+        False, "another image size each iteration, 0.5 to 1.5 of --imgsz in whole strides"
     )
-    image_weights: bool = setting(False, "show rare and badly found classes more often")
+    quad: bool = setting(
+        False,
+        "a quarter of the images at twice the side: one image enlarged, or four joined; the batch is a multiple of 4",
+    )
+    image_weights: bool = setting(False, "show images of rare and badly found classes more often")
     seed: int = setting(0, "seed of everything random")
     device: str = setting(
         "",
-        "cpu, or a GPU's number; 0,1: one training on both",
+        "cpu, or a GPU's number; 0,1: one training on both, a process each",
         shown="the first GPU, else cpu",
         resumable=True,
     )
-    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of one training")
+    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of one training; GPUs only")
     local_rank: int = setting(
         -1, "accepted and ignored: torchrun gives it by a variable", "--local_rank", metavar="N", shown=""
     )
     amp: Literal["auto", "on", "off"] = setting(
-        "auto", "bfloat16 autocast", shown="auto: where the hardware has it"
+        "auto",
+        "bfloat16 autocast: auto (where the hardware has it, CPUs too), on, off; never float16",
     )
     compile: bool = setting(
-        False, "compile the model first (minutes), for faster iterations; needs g++", resumable=True
+        False,
+        "compile the model first (minutes), replayed as a CUDA graph on GPUs, for faster iterations; needs g++",
+        resumable=True,
     )
     deterministic: bool = setting(
         False, "GPU kernels that give the same numbers in every run, where there are some"
     )
     workers: int = setting(
         8,
-        "most loader threads",
-        shown="8, at most one a core",
+        "most loader threads: at most one a core, and one where the model runs on the CPU",
         check=at_least(0, "must be 0 or more"),
         resumable=True,
     )
     cache: Cache = setting(
         "auto",
-        "keep decoded images: disk (one file shared by all containers), ram, device (GPU memory), val (ram, "
-        "validation only), off",
-        shown="auto: disk, else ram; bare: ram",
+        "keep decoded images: auto (disk, else ram), disk (one file shared by all containers), ram, "
+        "device (GPU memory), val (ram, validation only), off",
+        shown="auto; bare: ram",
         bare="ram",
         resumable=True,
     )
-    noautoanchor: bool = setting(False, "keep the anchors, even where they do not fit the labels")
-    strict: bool = setting(False, "stop at the first unusable image or label")
+    noautoanchor: bool = setting(
+        False, "keep the anchors of layout or weights, even where they do not fit the labels"
+    )
+    strict: bool = setting(
+        False, "stop at the first unusable image or label; else they are left out, counted and named"
+    )
 
     evolve: int = setting(
         0,
         "search until the study has N finished trainings, over all workers",
         heading=_SEARCHING,
         metavar="N",
-        shown=f"bare: {BARE_EVOLVE}",
+        shown=f"off; bare: {BARE_EVOLVE}",
         bare=BARE_EVOLVE,
         check=at_least(0, "must be at least 1"),
     )
     sampler: Sampler = setting(
-        DEFAULT_SAMPLER, "how candidates are proposed: docs/search.md says when to take which"
+        DEFAULT_SAMPLER,
+        "how candidates are proposed: fast, classic (the evolution step), random, qmc or gp; docs/search.md says "
+        "when to take which",
     )
     space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
     prune: bool = setting(False, "end trainings that fall behind early; N is then what the search may cost")
     finalists: int = setting(
         AUTO_FINALISTS,
-        "train the best K candidates again on fresh seeds before one is named, within N",
+        "train the best K candidates again, on two fresh seeds each, before one is named; within N",
         metavar="K",
-        shown="with --prune 3, else 0",
+        shown="3 with --prune, else 0",
         check=Check(
             holds=lambda count: count in (AUTO_FINALISTS, 0) or count >= 2,
             problem="must be 0 (none) or at least 2, or there is no choice",
@@ -195,16 +211,21 @@ class TrainConfig(Config):
     )
 
     project: str = setting(
-        "", "folder below runs/", heading="where results go", shown="train; evolve for a search"
+        "",
+        "folder below runs/; an absolute path stands as it is",
+        heading="where results go",
+        shown="train; evolve for a search",
     )
     name: str = setting("", "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder", resumable=True)
-    nosave: bool = setting(False, "keep the final checkpoint only", resumable=True)
+    nosave: bool = setting(
+        False, "write last.pt only at the end or on a stop; best.pt as ever", resumable=True
+    )
     noval: bool = setting(False, "validate after the final epoch only")
     noplots: bool = setting(False, "draw no pictures", resumable=True)
     bbox_interval: int = setting(
         AUTO_INTERVAL,
-        "draw what the validation finds every N epochs; 0: never",
+        "draw what the validation finds every N epochs, into epochs/; 0: never",
         "--bbox_interval",
         "--bbox-interval",
         metavar="N",
@@ -214,13 +235,13 @@ class TrainConfig(Config):
     )
     hooks: str = setting(
         "",
-        "functions to call as training goes: docs/track.md",
+        "Python file whose functions are called as training goes: docs/track.md",
         metavar="FILE.PY",
         shown="$STARLING_HOOKS",
         resumable=True,
     )
     save_period: int = setting(
-        -1, "keep a checkpoint every N epochs; below 1: no", metavar="N", shown="no", resumable=True
+        -1, "keep weights/epochN.pt every N epochs; below 1: no", metavar="N", shown="no", resumable=True
     )
     save_minutes: float = setting(
         10.0,
@@ -236,7 +257,7 @@ class TrainConfig(Config):
     )
     bucket: str = setting(
         "",
-        "copy results there at the end: gs://, s3://, az://",
+        "copy results to PROJECT/NAME below this address at the end: gs://, s3://, az://",
         metavar="URL",
         shown="no",
         resumable=True,

@@ -22,14 +22,20 @@ SPEED_CONFIDENCE, SPEED_IOU = 0.25, 0.45
 class ValConfig(Config):
     """One validation."""
 
-    data: str = setting("coco128.yaml", "dataset YAML, shipped name or path", heading="what to validate")
+    data: str = setting(
+        "coco128.yaml",
+        "dataset YAML, shipped name or path; its classes are those of the weights",
+        heading="what to validate",
+    )
     weights: tuple[str, ...] = setting(
-        ("yolov5s.pt",), "weights; several make an ensemble, in a study a line each", metavar="PT"
+        ("yolov5s.pt",),
+        "weights, a path with or without .pt; several make an ensemble, in a study a line each",
+        metavar="PT",
     )
     task: Task = setting(
-        "val", "val, train, test: the split; speed: time each stage; study: sizes 256 to 1536"
+        "val", "val, train, test: the split; speed: time each stage; study: sizes 256 to 1536 by 128"
     )
-    single_cls: bool = setting(False, "treat every class as one")
+    single_cls: bool = setting(False, "treat every class as one; weights of any classes will do")
     batch_size: int = setting(
         32, "images in one iteration", "--batch-size", "--batch", heading="how", check=at_least(1)
     )
@@ -58,18 +64,28 @@ class ValConfig(Config):
     )
     max_det: int = setting(300, "most detections in an image", metavar="N", check=at_least(1))
     augment: bool = setting(False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67")
-    half: bool = setting(False, "bfloat16 where the hardware has it")
+    half: bool = setting(False, "bfloat16 where the hardware has it, else float32")
     device: str = setting("", "cpu, or a GPU's number", shown="the first GPU, else cpu")
-    workers: int = setting(8, "most loader threads", shown="8, at most one a core", check=at_least(0))
+    workers: int = setting(
+        8,
+        "most loader threads: at most one a core, and one where the model runs on the CPU",
+        check=at_least(0),
+    )
     verbose: bool = setting(
-        False, "print every class, however many there are", heading="what to print and write"
+        False, "print every class; up to 49 are printed anyway", heading="what to print and write"
     )
     json: bool = setting(False, "end with one line of JSON")
-    save_txt: bool = setting(False, "write labels/*.txt: class x y width height, divided by the image's size")
+    save_txt: bool = setting(
+        False,
+        "write labels/*.txt: class x y width height, divided by the image's size; empty where nothing is found",
+    )
     save_conf: bool = setting(False, "write the confidence as a sixth column")
-    save_hybrid: bool = setting(False, "write the labels, and the detections that are not on one")
+    save_hybrid: bool = setting(
+        False,
+        "write the labels, with confidence 1, and the detections that are not on one; the figures stay as they are",
+    )
     save_json: bool = setting(False, "write detections as COCO JSON, and score them with pycocotools")
-    project: str = setting(DEFAULT_PROJECT, "folder below runs/")
+    project: str = setting(DEFAULT_PROJECT, "folder below runs/; an absolute path stands as it is")
     name: str = setting(DEFAULT_NAME, "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder")
     debug: bool = setting(False, "show tracebacks")

@@ -1,13 +1,16 @@
-"""Checkpoints as the classic trainer wrote them: whole module objects of its modules, which this project has not.
+"""Write checkpoints in the form of the classic trainer: pickled module objects, whose classes this project does not have.
 
-The classes are empty and made here, under the names that stand in such files; what they hold is one of our detectors.
+A pickle names a class by its module and its name alone. The classes are empty, and the modules that hold them are
+registered only while the file is written; the tensors are those of a detector of this project.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 import warnings
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,29 @@ OLD_ACTIVATIONS = {"activation": "nn.Hardswish()", "csp_activation": "nn.LeakyRe
 """Those of autumn 2020. No layout of the time says so: only the modules do."""
 
 
-def trained(layout: dict[str, Any] | str, nc: int = 3, names: tuple[str, ...] | None = None) -> Detector:
+@contextlib.contextmanager
+def stub_modules(*names: str) -> Iterator[None]:
+    """Register empty modules of these names, and of their parents' names, for as long as the block lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                module = ".".join(parts[:end])
+                if module not in sys.modules:
+                    patch.setitem(sys.modules, module, types.ModuleType(module))
+        yield
+
+
+def stub_class(module: str, name: str) -> type[nn.Module]:
+    """Return the empty class of that name in a module of `stub_modules`: the same each time, as pickling asks for."""
+    if not hasattr(sys.modules[module], name):
+        setattr(sys.modules[module], name, type(name, (nn.Module,), {"__module__": module}))
+    return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
+
+
+def trained(
+    layout: dict[str, Any] | Path | str, nc: int = 3, names: tuple[str, ...] | None = None
+) -> Detector:
     """Return a detector with weights and statistics unlike fresh ones, each of them exact in half precision."""
     torch.manual_seed(0)
     detector = build_detector(layout, nc=nc, names=names)
@@ -86,13 +111,12 @@ class ClassicFiles:
         average: str = "none",
         stripped: bool = True,
         legacy: bool = False,
+        beside: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write one file; `average` is none, module or pair (with its updates)."""
+        """Write one file; `average` is none, module or pair (with its updates), `beside` is added to the model."""
         path = self._folder / "classic.pt"
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        with stub_modules(*MODULES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the older form misses the source of our empty classes
-            for module in MODULES:
-                patch.setitem(sys.modules, module, types.ModuleType(module))
             model = self._model(detector, top, names, half)
             other = self._model(detector, top, names, half)
             if average != "none":  # then the model itself is not the one to take
@@ -108,12 +132,13 @@ class ClassicFiles:
                 "optimizer": None if stripped else _momenta(model),
                 "wandb_id": None,
                 "date": "2020-10-29T12:00:00",
+                **(beside or {}),
             }
             torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         return path
 
     def _model(self, detector: Detector, top: str, names: Any, half: bool) -> nn.Module:
-        model = _class("models.yolo", top)()
+        model = stub_class("models.yolo", top)()
         model.model = nn.Sequential(*(_imitation(layer) for layer in detector.model))
         model.names = list(detector.names) if names is None else names
         model.yaml = {key: value for key, value in detector.layout.items() if "activation" not in key}
@@ -123,19 +148,12 @@ class ClassicFiles:
         return model.half() if half else model
 
 
-def _class(module: str, name: str) -> type[nn.Module]:
-    """Return the empty class of that name, the same each time, as pickling asks for."""
-    if not hasattr(sys.modules[module], name):
-        setattr(sys.modules[module], name, type(name, (nn.Module,), {"__module__": module}))
-    return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
-
-
 def _imitation(module: nn.Module) -> nn.Module:
     """Return a classic module with copies of the parameters and buffers that stand in our one's state dict."""
     place = KINDS.get(type(module).__name__)
     if place is None and not list(module.children()):
         return deepcopy(module)
-    twin = nn.Module.__new__(type(module) if place is None else _class(*place))
+    twin = nn.Module.__new__(type(module) if place is None else stub_class(*place))
     nn.Module.__init__(twin)
     for name, parameter in module.named_parameters(recurse=False):
         twin.register_parameter(name, nn.Parameter(parameter.detach().clone()))
