@@ -13,7 +13,7 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.model.checkpoint import load_checkpoint
+from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.training.resume import conditions
 from tests.conftest import MINI_SET, TINY_LAYOUT
 
@@ -138,6 +138,20 @@ def test_changed_added_and_removed_files_are_counted(
     assert said == (
         "2 of 8 training files changed (1 image and 1 label file), 2 training images added, 1 training image removed"
     )
+
+
+def test_each_condition_that_the_checkpoint_records_is_named_where_it_differs(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("python", "torch", "numpy", "opencv", "code", "device", "number format", "processes", "augmentation",
+             "compile", "epochs", "threads", "CPU instructions")  # fmt: skip
+    last = trained / "weights" / "last.pt"
+    state = load_checkpoint(last)
+    machine = state["conditions"]["machine"]
+    assert set(machine) == set(names)
+    state["conditions"]["machine"] = dict.fromkeys(names, "other")
+    save_checkpoint(last, state)
+    assert resume(trained, capsys) == "; ".join(f"{name} other → {machine[name]}" for name in names)
 
 
 def test_other_versions_and_devices_are_named() -> None:
