@@ -169,8 +169,24 @@ def test_other_versions_and_devices_are_named() -> None:
     assert "before the digests" in conditions.differences(early, after, exact_kernels=True)[0]
 
 
-def test_large_files_are_read_in_blocks_from_the_beginning_to_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "large"
+def test_a_changed_byte_anywhere_in_an_image_of_megabytes_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "large.bmp"
+    content = bytearray(5 << 20)
+    path.write_bytes(content)
+    digests = {conditions._file_digest(path)}
+    for position in range(70_000, len(content), 1_000_003):
+        changed = bytearray(content)
+        changed[position] = 1
+        path.write_bytes(changed)
+        digests.add(conditions._file_digest(path))
+    assert len(digests) == 7
+
+
+def test_huge_files_are_read_in_blocks_from_the_beginning_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "WHOLE_BYTES", 1 << 20)
+    path = tmp_path / "huge"
     content = bytearray(conditions.WHOLE_BYTES + 12345)
     path.write_bytes(content)
     digests = {conditions._file_digest(path)}
