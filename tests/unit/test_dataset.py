@@ -341,6 +341,15 @@ def test_list_entries_that_are_not_there_are_one_message_with_their_likely_path(
     assert "\n" not in str(caught.value)
 
 
+def test_the_likely_path_of_a_list_entry_is_told_by_its_folders_where_two_files_have_its_name(
+    folder: Path,
+) -> None:
+    _picture(folder / "images" / "more" / "a.png")
+    (folder / "some.txt").write_text("mine/Images/Train/a.png\n")
+    with pytest.raises(DataError, match=f"; {folder}/images/train/a.png may be meant"):
+        Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
+
+
 def test_the_entries_of_a_list_that_are_not_there_are_one_finding_beside_those_that_are(folder: Path) -> None:
     (folder / "some.txt").write_text(
         "images/train/a.png\nother/images/train/b.png\n"
