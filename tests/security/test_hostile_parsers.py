@@ -19,7 +19,7 @@ import torch
 
 from launcher.cli.main import main as launcher_main
 from starling.cli import detect, export, track, train, val
-from starling.core.errors import ConfigError, StarlingError
+from starling.core.errors import CheckpointError, ConfigError, StarlingError
 from starling.core.plain_json import NotJson, parse_json
 from starling.core.plain_yaml import NotYaml, compose_yaml, load_yaml
 from starling.model.checkpoint import load_checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ from starling.tracking.events import EventLog, last_event, read_events
 from starling.tracking.run_files import export as export_run
 from starling.tracking.run_files import pending
 from tests.security.bounded import read_all
-from tests.security.hostile_pickles import FILES, FORMS, PICKLES
+from tests.security.hostile_pickles import FILES, FORMS, HEAD, PICKLES
 from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
 
 IMPORTS = """
@@ -58,6 +58,33 @@ def test_a_hostile_pickle_is_refused_within_20_seconds_and_a_gibibyte(tmp_path: 
     said = read_all(paths, ["read_weights", "load_checkpoint"], imports=IMPORTS)
     assert len(said) == 2 * len(paths)
     assert not [name for name, _, words in said if words == "taken"]
+
+
+BOUNDS = {
+    "opcodes": (PICKLES["four million numbers"], "more than 4000000 opcodes"),
+    "containers": (PICKLES["twenty million empty dicts"], "more than 1000000 lists, dicts and objects"),
+    "depth": (PICKLES["a deep tuple"], "deeper than 400"),
+    "weight": (PICKLES["a doubled tuple"], "unfolds beyond reason"),
+    "a wide key": (b"}(" + b"K\x00" * 100 + b"tNs", "a key that is neither a text nor a number"),
+    "a deep key": (b"}N" + b"\x85" * 9 + b"Ns", "a key that is neither a text nor a number"),
+    "what is hashed": (
+        b"(" + b"K\x00" * 1_000_000 + b"tq\x00" + b"c__builtin__\nset\n(h\x00tR" * 9,
+        "hashes more than a checkpoint needs",
+    ),
+    "memo": (PICKLES["a huge memo index"], "memo is larger than what it holds"),
+    "numbers": (PICKLES["a number of 255 bytes"], "a whole number of 255 bytes"),
+    "cycles": (PICKLES["a list in itself"], "changes a value that stands in another one"),
+    "opcode": (PICKLES["POP and DUP without end"], "uses DUP"),
+    "claimed text": (PICKLES["a text that claims 4 GiB"], "cut short"),
+}
+"""What is bounded -> a pickle that this bound alone, or this bound first, refuses, and what the message says."""
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_each_bound_on_a_pickle_is_kept_before_anything_is_built(bound: str) -> None:
+    content, words = BOUNDS[bound]
+    with pytest.raises((CheckpointError, ValueError), match=words):
+        PickleWalk(HEAD + content + b".", 0, {("__builtin__", "set")}).end()
 
 
 def test_the_walk_takes_what_torch_saves_and_ends_where_the_pickle_does(tmp_path: Path) -> None:

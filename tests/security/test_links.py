@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -221,6 +223,23 @@ def test_a_folder_swapped_between_the_making_and_the_write_is_not_followed(
     assert [path.name for path in (runs / "train/moved").iterdir()] == ["results.csv"]
     with pytest.raises(LinkRefused):
         write_atomic(folder / "results.csv", b"again")
+
+
+def test_a_folder_swapped_while_a_library_writes_by_path_is_not_followed(runs: Path, outside: Path) -> None:
+    from starling.tracking.mlflow.database import held_database
+
+    folder = runs / "train/exp"
+    with atomic_path(folder / "best.pt") as path:
+        folder.rename(runs / "train/moved")
+        folder.symlink_to(outside)
+        path.write_bytes(b"x")
+    assert [path.name for path in (runs / "train/moved").iterdir()] == ["best.pt"]
+    database = held_database(runs)
+    (runs / "mlflow").rename(runs / "moved")
+    (runs / "mlflow").symlink_to(outside)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE one (x)")
+    assert (runs / "moved/mlflow.db").stat().st_size > 0
 
 
 def test_no_way_to_write_append_or_remove_goes_through_a_link(runs: Path, outside: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from starling import settings
 from starling.cli import train
-from starling.model.checkpoint import load_checkpoint
+from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.training.resume import conditions
 from tests.conftest import MINI_SET, TINY_LAYOUT
 
@@ -140,6 +140,20 @@ def test_changed_added_and_removed_files_are_counted(
     )
 
 
+def test_each_condition_that_the_checkpoint_records_is_named_where_it_differs(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("python", "torch", "numpy", "opencv", "code", "device", "number format", "processes", "augmentation",
+             "compile", "epochs", "threads", "CPU instructions")  # fmt: skip
+    last = trained / "weights" / "last.pt"
+    state = load_checkpoint(last)
+    machine = state["conditions"]["machine"]
+    assert set(machine) == set(names)
+    state["conditions"]["machine"] = dict.fromkeys(names, "other")
+    save_checkpoint(last, state)
+    assert resume(trained, capsys) == "; ".join(f"{name} other → {machine[name]}" for name in names)
+
+
 def test_other_versions_and_devices_are_named() -> None:
     table = {name: torch.zeros((1, 3), dtype=torch.int64) for name in ("train", "val")}
     before: dict[str, Any] = {"machine": {"torch": "2.8", "device": "cpu", "threads": "2"}, "data": table}
@@ -155,8 +169,24 @@ def test_other_versions_and_devices_are_named() -> None:
     assert "before the digests" in conditions.differences(early, after, exact_kernels=True)[0]
 
 
-def test_large_files_are_read_in_blocks_from_the_beginning_to_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "large"
+def test_a_changed_byte_anywhere_in_an_image_of_megabytes_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "large.bmp"
+    content = bytearray(5 << 20)
+    path.write_bytes(content)
+    digests = {conditions._file_digest(path)}
+    for position in range(70_000, len(content), 1_000_003):
+        changed = bytearray(content)
+        changed[position] = 1
+        path.write_bytes(changed)
+        digests.add(conditions._file_digest(path))
+    assert len(digests) == 7
+
+
+def test_huge_files_are_read_in_blocks_from_the_beginning_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "WHOLE_BYTES", 1 << 20)
+    path = tmp_path / "huge"
     content = bytearray(conditions.WHOLE_BYTES + 12345)
     path.write_bytes(content)
     digests = {conditions._file_digest(path)}

@@ -62,7 +62,7 @@ def test_a_changed_kpt_shape_changes_the_rows_and_the_digest(folder: Path) -> No
     text = "train: images/train\nnames: [x]\n"
     polygons = Dataset.load(_describe(folder, text), "train")
     boxes = Dataset.load(_describe(folder, f"{text}kpt_shape: [5, 2]\nflip_idx: [1, 0, 2, 4, 3]\n"), "train")
-    assert np.allclose(boxes.labels[0], [[0, 0.3, 0.4, 0.1, 0.12]])
+    assert boxes.labels[0].tolist() == [pytest.approx([0, 0.3, 0.4, 0.1, 0.12])]
     assert polygons.polygons
     assert not boxes.polygons
     assert boxes.digest != polygons.digest
@@ -339,6 +339,15 @@ def test_list_entries_that_are_not_there_are_one_message_with_their_likely_path(
         Dataset.load(description, "train")
     assert f"{folder}/images/train/a.png may be meant" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_likely_path_of_a_list_entry_is_told_by_its_folders_where_two_files_have_its_name(
+    folder: Path,
+) -> None:
+    _picture(folder / "images" / "more" / "a.png")
+    (folder / "some.txt").write_text("mine/Images/Train/a.png\n")
+    with pytest.raises(DataError, match=f"; {folder}/images/train/a.png may be meant"):
+        Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
 
 
 def test_the_entries_of_a_list_that_are_not_there_are_one_finding_beside_those_that_are(folder: Path) -> None:

@@ -125,6 +125,18 @@ def test_a_link_in_the_folder_and_set_id_bits_give_nobody_anything(hold: Hold, t
         assert mode(runs / "shell") == 0o755
 
 
+def test_the_folder_that_an_ordinary_user_makes_is_that_users_alone_and_set_id_bits_in_it_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: USER)  # whoever runs the tests
+    with runs_folder(tmp_path / "a" / "runs", "", print):
+        assert mode(tmp_path / "a" / "runs") == 0o700
+    (tmp_path / "a" / "runs" / "shell").touch()
+    (tmp_path / "a" / "runs" / "shell").chmod(0o4755)
+    with runs_folder(tmp_path / "a" / "runs", "", print):
+        assert mode(tmp_path / "a" / "runs" / "shell") == 0o755
+
+
 def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.symlink_to(tmp_path / "disk")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
+from starling.cli import train, val
 from starling.core.files.kinds import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, is_hidden, is_hidden_copy
 from starling.data.dataset.left_out import LeftOut
 
@@ -54,3 +59,28 @@ def test_a_listed_path_below_a_folder_with_a_dot_is_data_and_a_hidden_copy_is_no
     assert is_hidden_copy("/home/anna/.datasets/images/._x.jpg")
     assert is_hidden_copy("images/.ipynb_checkpoints/x-checkpoint.jpg")
     assert is_hidden_copy("__MACOSX\\images\\x.jpg")
+
+
+def test_train_and_val_give_one_account_on_the_console_in_the_report_and_in_json(
+    tmp_path: Path, tiny_args: list[str], tiny_data: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data.parent, tmp_path / "data")
+    data = str(tmp_path / "data" / tiny_data.name)
+    for name in ("train/x.avif", "val/y.heic", "val/z.heic", "val/._y.heic"):
+        (tmp_path / "data" / "images" / name).touch()
+    (tmp_path / "data" / "images" / "val" / "broken.jpg").write_bytes(b"no image")
+    line = "left out: images of a kind that is not read: 2 (.heic 2), first "
+    flags = [*tiny_args, "--data", data, "--epochs", "1", "--noplots", "--json"]
+    assert train.main(flags) == 0
+    *lines, figures = capsys.readouterr().out.splitlines()
+    accounts = json.loads(figures)["left_out"]
+    assert [(row["count"], row["kinds"]) for row in accounts["train"]] == [(1, {".avif": 1})]
+    assert {row["count"] for row in accounts["val"]} == {1, 2}
+    assert [text.strip()[: len(line)] for text in lines].count(line) == 1
+    assert "1 pictures left out" in "\n".join(lines)
+    assert "(.heic 2), this one first" in (runs / "train" / "exp" / "labels_report.csv").read_text()
+    weights = str(runs / "train" / "exp" / "weights" / "best.pt")
+    assert val.main(["--weights", weights, "--data", data, "--img", "64", "--device", "cpu", "--json"]) == 0
+    *lines, figures = capsys.readouterr().out.splitlines()
+    assert json.loads(figures)["left_out"] == accounts["val"]
+    assert [text.strip()[: len(line)] for text in lines].count(line) == 1

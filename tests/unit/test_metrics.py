@@ -133,7 +133,7 @@ def test_labels_beyond_the_last_recall_add_nothing_to_the_score(found: int, labe
 def test_a_shorter_list_of_detections_never_scores_higher() -> None:
     stream = np.random.default_rng(5)
     correct = (stream.random((200, 1)) < np.linspace(0.9, 0.1, 200)[:, None]) & np.ones((200, 10), bool)
-    confidence, actual = np.linspace(1, 0, 200), np.zeros(150)
+    confidence, actual = np.linspace(1, 0, 200), np.zeros(300)  # most labels lie beyond the last recall
     scores = [
         average_precision(correct[:kept], confidence[:kept], np.zeros(kept), actual).map5095
         for kept in (10, 50, 100, 200)

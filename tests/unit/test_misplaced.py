@@ -101,6 +101,14 @@ def test_what_is_asked_for_passes_and_what_is_not_there_is_no_such_file(there: P
 
 
 @pytest.mark.parametrize(
+    ("kind", "error"), [("datasets", DataError), ("hyps", UsageError), ("layouts", UsageError)]
+)
+def test_a_name_too_long_for_any_file_system_is_our_own_error(kind: str, error: type[StarlingError]) -> None:
+    with pytest.raises(error, match="File name too long: no file can be there; correct the path"):
+        find_config(kind, "n" * 300)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("option", "given"), [("--data", "ls"), ("--data", "set.zip"), ("--weights", "best.onnx")]
 )
 def test_the_launcher_says_the_same(there: Path, option: str, given: str) -> None:

@@ -50,6 +50,7 @@ AWKWARD = [
     "a.jpg", "a.png", "b/a.jpg", "a-2.jpg", "a-3.jpg", "a-2-2.jpg", "a-.jpg", "a--2.jpg", "scan.jpg", "scan-2.jpg",
     "film.mp4", "film_0.jpg", "film_1.png", "film_0-2.jpg", "film_0_1.jpg", "film_0.mp4", "b/film.mp4", "film.jpg",
     "_0.jpg", "_.mp4", "1.jpg", "01.jpg", "a_0.jpg", "a.mp4", "a_1-2.jpg", "a_1.mp4", ".jpg", "A.jpg", "film_00.jpg",
+    "a/clip_0.jpg", "clip.mp4", "a/clip_1-2.jpg",
 ]  # fmt: skip
 
 

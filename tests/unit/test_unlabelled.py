@@ -106,6 +106,7 @@ def test_label_files_that_lie_or_end_otherwise_are_named_with_the_command_that_m
         ("photo", "1a2b3c4d-photo"),
         ("1a2b3c4d-photo", "photo"),
         ("Photo", "photo"),
+        ("photo", "photo0_jpg.rf.8e1d"),
     ],
 )
 def test_label_files_with_nearly_the_names_of_images_are_named(

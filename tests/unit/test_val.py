@@ -224,6 +224,19 @@ def test_a_study_writes_a_table_for_each_of_the_weights_and_one_picture(
     assert report["imgsz"] in (64, 96)
 
 
+def test_a_study_of_a_cut_list_of_detections_says_so(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "STUDY_SIZES", (64,))
+    weights = own_checkpoint(tmp_path / "best.pt", ("RBC", "WBC", "Platelets"))
+    flags = ["--weights", str(weights), "--data", str(tiny_data), "--task", "study", "--max-det", "1"]
+    assert val.main([*flags, "--device", "cpu", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cut = json.loads(lines[-1])["cut_list"]
+    assert cut in lines
+    assert "1 detections an image" in cut
+
+
 # --- what cannot work -----------------------------------------------------------------------------------
 
 
