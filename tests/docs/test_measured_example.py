@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from starling.cli import val
-from tests.conftest import MINI_SET, REPOSITORY
+from tests.conftest import CELL_DETECTOR, MINI_SET, REPOSITORY
 
-WEIGHTS = REPOSITORY / "tests" / "golden" / "vectors" / "peer_checkpoint_bccd.pt"
+WEIGHTS = CELL_DETECTOR
 PAGE = (REPOSITORY / "docs" / "val.md").read_text(encoding="utf-8")
 
 
