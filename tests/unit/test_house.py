@@ -17,6 +17,7 @@ STOREYS = {
     "starling": [
         ["starling.__main__"],
         ["starling.cli", "starling.supervise"],
+        ["starling.tracking.clearml.search"],
         ["starling.search"],
         ["starling.training", "starling.export"],
         ["starling.evaluation"],

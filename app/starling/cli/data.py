@@ -140,8 +140,8 @@ def _step_of_words(words: Sequence[str]) -> Convert:
 
 
 def _version(given: argparse.Namespace) -> None:
-    from starling.data.fetch.clearml_set import DatasetServer
     from starling.data.fetch.find import check_folder  # with numpy, which fetching does without
+    from starling.tracking.clearml.dataset import DatasetServer
 
     say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
     folder = given.folder.absolute()

@@ -61,7 +61,7 @@ def _fetch_clearml(
     identity: str, root: Path, environment: Mapping[str, str], say: Callable[[str], None], show: Show
 ) -> None:
     """Fetch a dataset of the ClearML server, check its description, and put the folder at `root`."""
-    from starling.data.fetch.clearml_set import DatasetServer  # other trainings do without
+    from starling.tracking.clearml.dataset import DatasetServer  # other trainings do without
 
     called = f"--data {DATASET_SCHEME}{identity}"
     scratch = root.with_name(f".{identity}.building")

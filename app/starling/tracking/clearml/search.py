@@ -19,7 +19,6 @@ from starling.core.settings.hpo import HpoConfig
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
 from starling.search.space import Space, read_space, split_values
-from starling.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
 from starling.stop_signal import StopSignal
 from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlUnavailableError
 from starling.tracking.clearml.client.remote import connect
@@ -35,6 +34,7 @@ from starling.tracking.clearml.client.tasks import (
     section_of,
     task_page,
 )
+from starling.tracking.clearml.trial_runners import LocalRunner, QueueRunner, TrialRunner
 
 POLL_S = 2.0
 _DONE = {"completed", "closed", "published"}
