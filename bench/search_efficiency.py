@@ -36,7 +36,7 @@ from starling.search.outcome import Outcome, best_of
 from starling.search.plan import StudyPlan
 from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.samplers.proposer import Proposer
-from starling.search.space import Space
+from starling.search.space_file import Space
 from starling.search.study import Claim, SearchStudy, Turn
 
 TABLE = REPOSITORY / "bench" / "search_table.csv"

@@ -21,7 +21,7 @@ from starling.search.genes import Gene
 from starling.search.outcome import Outcome, State
 from starling.search.samplers.history import IMPORTED, History
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.space import Setting, Space, Values
+from starling.search.space_file import Setting, Space, Values
 from starling.search.study import Claim, SearchStudy, Turn
 
 HYP = Hyp(degrees=2.0, mixup=0.1).as_dict()

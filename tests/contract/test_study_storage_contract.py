@@ -20,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.core.errors import UsageError
 from starling.errors import Pruned
-from starling.search import definition
+from starling.search import spec as definition
 from starling.search.outcome import LeaseLost, Outcome, State
 from starling.search.plan import StudyPlan
 from starling.search.storage.leases import Lease

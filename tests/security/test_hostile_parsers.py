@@ -162,7 +162,7 @@ from starling.config.yaml_reader import read_yaml
 from starling.data.dataset.dataset import DatasetDescription
 from starling.core.errors import StarlingError
 from starling.model.detector import build_detector
-from starling.search.space import parse_space
+from starling.search.space_file import parse_space
 from launcher.cli.main import cli
 from launcher.options.config_file import read_settings
 from launcher.plan.dataset_yaml import read_dataset

@@ -15,7 +15,7 @@ from starling.search.samplers.fast import FastSampler, FastSettings, ranking
 from starling.search.samplers.history import Finding, History
 from starling.search.samplers.proposer import Proposer, make_sampler
 from starling.search.samplers.surrogates import density_ratio, expected_score, normal_scores
-from starling.search.space import Setting, Space
+from starling.search.space_file import Setting, Space
 
 HYP = Hyp(degrees=2.0).as_dict()
 SPACE = Space().starting_from(HYP)

@@ -27,7 +27,7 @@ from starling.search.outcome import (
 from starling.search.plan import FRESH_SEEDS, StudyPlan
 from starling.search.pruning import ENOUGH, Halving
 from starling.search.samplers.history import History
-from starling.search.space import Space
+from starling.search.space_file import Space
 from starling.search.study import Claim, SearchStudy, Turn
 from starling.search.worker import WorkerSettings, run_search
 

@@ -303,7 +303,7 @@ def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
 def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import training_setups as setups
+    from starling.search import yolo as setups
 
     opened: list[tuple[int, str]] = []
     whole = setups.open_setup

@@ -11,7 +11,7 @@ from pathlib import Path
 from starling.config.yaml_reader import write_yaml
 from starling.outputs.atomic import write_atomic
 from starling.search.outcome import BEST_HYP, METRIC_COLUMNS, Finished, best_of
-from starling.search.space import settings_flags
+from starling.search.space_file import settings_flags
 from starling.search.storage.journal import locked, locked_if_free
 from starling.search.study import SearchStudy
 

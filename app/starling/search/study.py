@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.core.errors import ConfigError, UsageError
 from starling.core.settings.train import DEFAULT_SAMPLER, Sampler
 from starling.errors import Pruned
-from starling.search.definition import check_version, define, describe_difference
 from starling.search.outcome import (
     Attempt,
     Candidate,
@@ -29,14 +28,15 @@ from starling.search.outcome import (
     State,
 )
 from starling.search.plan import FRESH_SEEDS, StudyPlan
-from starling.search.records import ancestors_of, as_attempt, as_finished
 from starling.search.samplers.history import SAMPLER
 from starling.search.samplers.proposer import SEED, Proposer
-from starling.search.space import Space, split_values
+from starling.search.space_file import Space, split_values
+from starling.search.spec import check_version, define, describe_difference
 from starling.search.storage.journal import JOURNAL, understood
 from starling.search.storage.leases import Lease
 from starling.search.storage.storage import StudyStorage, open_storage, persistent
 from starling.search.trial_counts import FINALIST_OF, FRESH_SEED, IMPORTED, TrialCounts
+from starling.search.trials import ancestors_of, as_attempt, as_finished
 
 _DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
 

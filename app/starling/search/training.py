@@ -34,13 +34,13 @@ from starling.search.outcome import (
 )
 from starling.search.outcome import Progress as SearchProgress
 from starling.search.plan import StudyPlan
-from starling.search.space import Space, changed, read_space, settings_flags
+from starling.search.space_file import Space, changed, read_space, settings_flags
 from starling.search.storage.journal import folder_locked
 from starling.search.storage.storage import check_storage, open_storage
 from starling.search.study import SearchStudy
 from starling.search.throttle import Throttle
-from starling.search.training_setups import TrainingSetups, check_layouts, layout_digest, searched_layouts
 from starling.search.worker import run_search
+from starling.search.yolo import TrainingSetups, check_layouts, layout_digest, searched_layouts
 from starling.stop_signal import StopSignal
 from starling.tracking.events import CANDIDATE_ARTIFACTS, SEARCH_ARTIFACTS, EventLog
 from starling.tracking.process import Bridges, start_bridges

@@ -29,7 +29,7 @@ from starling.search.outcome import (
     failure_reason,
 )
 from starling.search.plan import StudyPlan
-from starling.search.space import Space
+from starling.search.space_file import Space
 from starling.search.storage.storage import StudyStorage, open_storage
 from starling.search.study import Claim, SearchStudy, StudyRules, Turn
 from starling.search.throttle import Throttle

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.samplers.history import Finding, History
-from starling.search.space import Space, Value, Values
+from starling.search.space_file import Space, Value, Values
 
 LEAST_FINISHED = 8
 """Results before a process is fitted; until then candidates are drawn around the seed, as the fast sampler does."""

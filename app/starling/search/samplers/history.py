@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from starling.search.outcome import State
-from starling.search.space import Space, Value, Values
+from starling.search.space_file import Space, Value, Values
 from starling.search.trial_counts import FINALIST_OF, IMPORTED, OpenTrials, Ranking
 
 SAMPLER = "sampler"

@@ -16,7 +16,7 @@ from starling.search.samplers.fast import FastSampler
 from starling.search.samplers.gaussian import GaussianSampler
 from starling.search.samplers.history import History
 from starling.search.samplers.random_qmc import QmcSampler, RandomSampler
-from starling.search.space import Space, Value, Values
+from starling.search.space_file import Space, Value, Values
 
 SEED = "seed"
 """Stands in a trial for the sampler where the candidate is the seed itself."""

@@ -18,7 +18,7 @@ from starling.core.errors import StarlingError, UsageError
 from starling.core.settings.hpo import HpoConfig
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
-from starling.search.space import Space, read_space, split_values
+from starling.search.space_file import Space, read_space, split_values
 from starling.stop_signal import StopSignal
 from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlUnavailableError
 from starling.tracking.clearml.client.remote import connect

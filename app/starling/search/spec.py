@@ -9,7 +9,7 @@ from typing import Any
 
 from starling.core.errors import UsageError
 from starling.search.plan import StudyPlan
-from starling.search.space import Space
+from starling.search.space_file import Space
 
 VERSION = 2
 """Of the records of a study; one of another version is refused."""

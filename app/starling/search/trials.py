@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from starling.search.outcome import METRIC_COLUMNS, Attempt, Finished, State
 from starling.search.samplers.history import SAMPLER
 from starling.search.samplers.proposer import SEED
-from starling.search.space import split_values
+from starling.search.space_file import split_values
 from starling.search.trial_counts import FINALIST_OF
 
 

@@ -15,7 +15,7 @@ from starling.core.settings.train import TrainConfig
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights
 from starling.prediction.inputs import fit_stride
-from starling.search.space import Space, changed
+from starling.search.space_file import Space, changed
 from starling.training.training import TrainingSetup, open_setup
 
 
