@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
-from starling.search.genes import GENES
+from starling.search.space import GENES
 
 Array = NDArray[np.float64]
 

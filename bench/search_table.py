@@ -95,7 +95,7 @@ def _fill(args: argparse.Namespace) -> int:
     from common import Loop
 
     from starling.core.settings.train import TrainConfig
-    from starling.search.genes import genes_of
+    from starling.search.space import genes_of
 
     config = TrainConfig(
         data=args.data, weights=str(args.weights), imgsz=args.img, epochs=args.epochs, batch_size=args.batch, workers=1,

@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.config.hyp import Hyp
 from starling.core.settings.train import SAMPLERS, Sampler
-from starling.search.genes import Gene
 from starling.search.outcome import Outcome, State
 from starling.search.samplers.history import IMPORTED, History
 from starling.search.samplers.proposer import Proposer, make_sampler
+from starling.search.space import Gene
 from starling.search.space_file import Setting, Space, Values
 from starling.search.study import Claim, SearchStudy, Turn
 

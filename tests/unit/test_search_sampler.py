@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from starling.config.hyp import Hyp
-from starling.search.genes import GENES, Gene, genes_of
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.classic import propose
+from starling.search.space import GENES, Gene, genes_of
 from starling.search.space_file import Setting
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()

@@ -17,7 +17,7 @@ from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
-from starling.search.genes import GENES, Gene
+from starling.search.space import GENES, Gene
 from starling.search.space_file import (
     SETTINGS,
     Setting,

@@ -17,7 +17,7 @@ from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import OPTIMIZERS, TrainConfig
 from starling.errors import readable
-from starling.search.genes import GENES, Gene, genes_of
+from starling.search.space import GENES, Gene, genes_of
 
 Value = float | int | str
 """Of a gene: a float; of a setting: a whole number or text."""

@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 
 from starling.core.errors import ConfigError
-from starling.search.genes import Gene
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.history import Finding, History
 from starling.search.samplers.surrogates import density_ratio, expected_score
+from starling.search.space import Gene
 from starling.search.space_file import Space, Value, Values
 
 Array = np.ndarray
