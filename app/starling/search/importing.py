@@ -18,9 +18,9 @@ from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError, suggest
 from starling.core.regular_file import read_regular
 from starling.core.utf8 import NotUtf8, text_of
-from starling.search.outcome import METRIC_COLUMNS
+from starling.search.exports import METRIC_COLUMNS
 from starling.search.study import SearchStudy
-from starling.search.trial_counts import IMPORTED
+from starling.search.trials import IMPORTED
 
 OPTIONS = "opt.yaml"
 """What the classic trainer writes beside its evolve.csv: the settings of the search."""
@@ -37,7 +37,7 @@ class OldResult:
     """Its line in the file."""
     hyp: dict[str, float]
     metrics: dict[str, float]
-    """By the fields of Outcome."""
+    """By the names that an outcome has."""
 
     @property
     def fitness(self) -> float:

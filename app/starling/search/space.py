@@ -1,10 +1,22 @@
-"""The hyperparameters that a search may change, and how far."""
+"""What a search changes: hyperparameters (genes) within limits, and settings of the training among a few choices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from starling.core.errors import UsageError
+
+Value = float | int | str
+"""Of a gene: a float; of a setting: a whole number or text."""
+Values = Mapping[str, Value]
+"""Name of a gene or setting to its value."""
+GENE_KEYS = ("lower", "upper", "log", "gain")
+"""What a space file says of a gene, and what the workers of a study must agree on."""
 
 DIGITS = 5
 """Digits of a proposed value within a gene's limits: more than a fitness can tell apart, and short enough to read."""
@@ -26,23 +38,23 @@ class Gene:
         """Return `value` inside the limits, rounded to five decimals, as the classic step does."""
         return min(max(round(value, 5), self.lower), self.upper)
 
-    def at(self, place: float) -> float:
-        """Return the value at `place`, from 0 (lower limit) to 1 (upper limit), rounded to a readable one."""
-        if place <= 0:
+    def at(self, position: float) -> float:
+        """Return the value at `position`, from 0 (lower limit) to 1 (upper limit), rounded to a readable one."""
+        if position <= 0:
             return self.lower
-        if place >= 1:
+        if position >= 1:
             return self.upper
         width = self.upper - self.lower
         if self.log:
             low, high = math.log(self.lower), math.log(self.upper)
-            value = math.exp(low + (high - low) * place)
+            value = math.exp(low + (high - low) * position)
             width = min(width, value)
         else:
-            value = self.lower + width * place
+            value = self.lower + width * position
         rounded = round(value, DIGITS - 1 - math.floor(math.log10(width)))
         return min(max(rounded, self.lower), self.upper)
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Return where `value` lies between the limits, from 0 to 1: the inverse of `at`, but for its rounding."""
         value = min(max(value, self.lower), self.upper)
         if self.log:
@@ -51,43 +63,102 @@ class Gene:
         return (value - self.lower) / (self.upper - self.lower)
 
 
-GENES: tuple[Gene, ...] = (
-    Gene("lr0", 1, 1e-5, 0.1, log=True),
-    Gene("lrf", 1, 0.01, 1.0, log=True),
-    Gene("momentum", 0.3, 0.6, 0.98),
-    Gene("weight_decay", 1, 0.0, 0.001),
-    Gene("warmup_epochs", 1, 0.0, 5.0),
-    Gene("warmup_momentum", 1, 0.0, 0.95),
-    Gene("warmup_bias_lr", 1, 0.0, 0.2),
-    Gene("box", 1, 0.02, 0.2, log=True),
-    Gene("cls", 1, 0.2, 4.0, log=True),
-    Gene("cls_pw", 1, 0.5, 2.0, log=True),
-    Gene("obj", 1, 0.2, 4.0, log=True),
-    Gene("obj_pw", 1, 0.5, 2.0, log=True),
-    Gene("iou_t", 0, 0.1, 0.7),
-    Gene("anchor_t", 1, 2.0, 8.0),
-    Gene("anchors", 2, 2.0, 10.0),
-    Gene("fl_gamma", 0, 0.0, 2.0),
-    Gene("hsv_h", 1, 0.0, 0.1),
-    Gene("hsv_s", 1, 0.0, 0.9),
-    Gene("hsv_v", 1, 0.0, 0.9),
-    Gene("degrees", 1, 0.0, 45.0),
-    Gene("translate", 1, 0.0, 0.9),
-    Gene("scale", 1, 0.0, 0.9),
-    Gene("shear", 1, 0.0, 10.0),
-    Gene("perspective", 0, 0.0, 0.001),
-    Gene("flipud", 1, 0.0, 1.0),
-    Gene("fliplr", 0, 0.0, 1.0),
-    Gene("mosaic", 1, 0.0, 1.0),
-    Gene("mixup", 1, 0.0, 1.0),
-    Gene("copy_paste", 1, 0.0, 1.0),
-)
-"""The classic 29, in their order; `classic.yaml` says the same."""
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of the training that is searched: a choice of a few values, near ones beside each other."""
+
+    name: str
+    choices: tuple[int | str, ...]
+
+    def at(self, position: float) -> int | str:
+        """Return the choice at `position`, from 0 to 1."""
+        return self.choices[min(max(int(position * len(self.choices)), 0), len(self.choices) - 1)]
+
+    def position(self, value: Value) -> float:
+        """Return the middle of the part of 0 to 1 that `at` takes for `value`."""
+        return (self.choices.index(value) + 0.5) / len(self.choices)  # type: ignore[arg-type]
 
 
-def genes_of(hyp: Mapping[str, float], genes: Sequence[Gene] = GENES) -> tuple[Gene, ...]:
-    """Return the genes that a search from `hyp` changes.
+Axis = Gene | Setting
 
-    A hyperparameter that `hyp` leaves out (`anchors`, unless asked for), or whose limits meet, is not searched.
-    """
-    return tuple(gene for gene in genes if gene.name in hyp and gene.lower < gene.upper)
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Genes and settings that a search changes; whatever is not named keeps the value it starts from."""
+
+    genes: tuple[Gene, ...]
+    settings: tuple[Setting, ...] = ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Genes, then settings."""
+        return (*self.genes, *self.settings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the axes, in their order."""
+        return tuple(axis.name for axis in self.axes)
+
+    def starting_from(self, hyp: Mapping[str, float]) -> Self:
+        """Return what of this space a search from `hyp` changes.
+
+        A gene that `hyp` leaves out (`anchors`, unless asked for), or whose limits meet, is not searched. A gene that
+        `hyp` sets to 0 or below is searched on a linear scale, as a logarithmic one has no such position. Raises
+        UsageError where nothing is left.
+        """
+        genes = [gene for gene in self.genes if gene.name in hyp and gene.lower < gene.upper]
+        if not genes and not self.settings:
+            raise UsageError("the space leaves nothing to search: name a gene that the hyp has, or a setting")
+        return replace(self, genes=tuple(replace(g, log=g.log and hyp[g.name] > 0) for g in genes))
+
+    def distributions(self, seed: Values | None = None) -> dict[str, BaseDistribution]:
+        """Return every axis as Optuna describes it; limits are widened where `seed` is given and lies outside them."""
+        genes: dict[str, BaseDistribution] = {}
+        for gene in self.genes:
+            value = gene.lower if seed is None else float(seed[gene.name])
+            low, high = min(gene.lower, value), max(gene.upper, value)
+            genes[gene.name] = FloatDistribution(low, high, log=gene.log)
+        return genes | {setting.name: CategoricalDistribution(setting.choices) for setting in self.settings}
+
+    def understands(self, values: Values) -> bool:
+        """Return whether `values` has every axis, and every setting one of its choices; genes may lie outside."""
+        chosen = (values[setting.name] in setting.choices for setting in self.settings)
+        return all(name in values for name in self.names) and all(chosen)
+
+    def contains(self, values: Values) -> bool:
+        """Return whether `values` has every axis, each inside its limits or one of its choices."""
+        inside = (gene.lower <= float(values[gene.name]) <= gene.upper for gene in self.genes)
+        return self.understands(values) and all(inside)
+
+    def at(self, positions: Sequence[float]) -> dict[str, Value]:
+        """Return the values at `positions`, one from 0 to 1 an axis."""
+        return {axis.name: axis.at(position) for axis, position in zip(self.axes, positions, strict=True)}
+
+    def positions(self, values: Values) -> list[float]:
+        """Return where `values` lie, one position from 0 to 1 an axis; what lies outside is taken to the limit."""
+        return [axis.position(values[axis.name]) for axis in self.axes]  # type: ignore[arg-type]
+
+    def key(self, values: Values) -> tuple[Value, ...]:
+        """Return the values in the order of the axes: equal for equal candidates."""
+        return tuple(values[name] for name in self.names)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values: what the workers of a study must agree on."""
+        genes: dict[str, Any] = {
+            gene.name: {key: getattr(gene, key) for key in GENE_KEYS} for gene in self.genes
+        }
+        return genes | {setting.name: list(setting.choices) for setting in self.settings}
+
+
+def split_values(
+    values: Values, limits: Mapping[str, BaseDistribution]
+) -> tuple[dict[str, float], dict[str, int | str]]:
+    """Return hyperparameters and settings of a candidate's values apart: a setting is what has choices for limits."""
+    settings = [name for name in values if isinstance(limits.get(name), CategoricalDistribution)]
+    hyp = {name: float(value) for name, value in values.items() if name not in settings}
+    return hyp, {name: values[name] for name in settings}  # type: ignore[misc]
+
+
+def settings_flags(settings: Mapping[str, int | str]) -> str:
+    """Return the flags of train.py that ask for these settings; empty for none."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from starling.search.outcome import Attempt, Finished, Progress, State, best_of
+from starling.search.outcome import Attempt, Finished, SearchProgress, State, best_of
 from starling.search.study import SearchStudy
 
 VALIDATION_SHARE = 1 / 3
@@ -32,7 +32,7 @@ class Facts:
     name: str
     directory: Path
     now: datetime
-    progress: Progress
+    progress: SearchProgress
     attempts: Sequence[Attempt]
     finished: Sequence[Finished]
     best: Finished | None

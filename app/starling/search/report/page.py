@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -112,12 +113,13 @@ def _winner(facts: Facts) -> Markup:
     best = facts.best
     if best is None:
         return _section("The winner", element("p", "No candidate has finished yet."))
-    metrics = best.metrics
+    names = ("map50", "map5095", "precision", "recall")
+    map50, map5095, precision, recall = (best.metrics.get(name, math.nan) for name in names)
     lines: list[object] = [
         element(
             "p",
-            f"Candidate {best.number}, trained by {best.worker}: mAP50 {metrics['map50']:.4f}, mAP50-95 "
-            f"{metrics['map5095']:.4f}, precision {metrics['precision']:.3f}, recall {metrics['recall']:.3f}"
+            f"Candidate {best.number}, trained by {best.worker}: mAP50 {map50:.4f}, mAP50-95 "
+            f"{map5095:.4f}, precision {precision:.3f}, recall {recall:.3f}"
             f"{_against_seed(facts)}.",
         )
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.history import History
-from starling.search.space_file import Value, Values
+from starling.search.space import Value, Values
 
 REDRAWS = 1000
 """Draws of which one must be new."""

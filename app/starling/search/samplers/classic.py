@@ -9,8 +9,7 @@ import numpy as np
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.base import REDRAWS, stream
 from starling.search.samplers.history import History
-from starling.search.space import Gene
-from starling.search.space_file import Setting, Space, Value, Values
+from starling.search.space import Gene, Setting, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2
 FACTOR_LIMITS = (0.3, 3.0)

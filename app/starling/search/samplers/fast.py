@@ -20,8 +20,7 @@ from starling.core.errors import ConfigError
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.history import Finding, History
 from starling.search.samplers.surrogates import density_ratio, expected_score
-from starling.search.space import Gene
-from starling.search.space_file import Space, Value, Values
+from starling.search.space import Gene, Space, Value, Values
 
 Array = np.ndarray
 
@@ -94,7 +93,7 @@ class FastSampler:
     ) -> None:
         self._space, self._study_seed = space, study_seed
         self._settings = settings or FastSettings()
-        self._start = np.array([space.places(seed)])
+        self._start = np.array([space.positions(seed)])
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the best judged mutant."""
@@ -102,9 +101,9 @@ class FastSampler:
         if len(ranked) < self._settings.startup:
             return first_new(number, known, lambda redraw: self._around_seed(number, redraw))
         selected = _best_and_latest(ranked, self._settings.most_findings)
-        places = self._places([finding.values for finding in selected])
-        others = self._places(known.open)
-        return first_new(number, known, lambda redraw: self._mutant(number, redraw, places, others))
+        positions = self._positions([finding.values for finding in selected])
+        others = self._positions(known.open)
+        return first_new(number, known, lambda redraw: self._mutant(number, redraw, positions, others))
 
     def _around_seed(self, number: int, redraw: int) -> Values:
         rng, settings = stream(self._study_seed, number, redraw), self._settings
@@ -151,24 +150,24 @@ class FastSampler:
         is_gene = np.array([isinstance(axis, Gene) for axis in self._space.axes])
         return np.where(hit, np.where(is_gene, moved, anywhere), parents)
 
-    def _places(self, candidates: Sequence[Values]) -> Array:
-        rows = [self._space.places(values) for values in candidates]
+    def _positions(self, candidates: Sequence[Values]) -> Array:
+        rows = [self._space.positions(values) for values in candidates]
         return np.array(rows).reshape(len(rows), len(self._space.axes))
 
-    def _features(self, places: Array) -> Array:
+    def _features(self, positions: Array) -> Array:
         """Return the coordinates that distances are measured in, float [n, features].
 
         A gene's place; for a setting one coordinate a choice, so that all choices are equally far from each other.
         """
         columns = []
-        for axis, column in zip(self._space.axes, places.T, strict=True):
+        for axis, column in zip(self._space.axes, positions.T, strict=True):
             if isinstance(axis, Gene):
                 columns.append(column)
             else:
                 chosen = np.minimum((column * len(axis.choices)).astype(int), len(axis.choices) - 1)
                 apart = self._settings.startup_spread / math.sqrt(2)
                 columns += [apart * (chosen == choice) for choice in range(len(axis.choices))]
-        return np.stack(columns, axis=1) if len(places) else np.zeros((0, len(columns)))
+        return np.stack(columns, axis=1) if len(positions) else np.zeros((0, len(columns)))
 
     def _typical_distance(self) -> float:
         """Return the root mean square distance of a start-up draw from the seed."""

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from starling.search.outcome import State
-from starling.search.space_file import Space, Value, Values
-from starling.search.trial_counts import FINALIST_OF, IMPORTED, OpenTrials, Ranking
-
-SAMPLER = "sampler"
-"""Attribute of a trial: who proposed it."""
+from starling.search.space import Space, Value, Values
+from starling.search.trial_counts import OpenTrials, Ranking
+from starling.search.trials import FINALIST_OF, IMPORTED
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starling.search.samplers.base import first_new, stream
 from starling.search.samplers.history import History
-from starling.search.space_file import Space, Value, Values
+from starling.search.space import Space, Value, Values
 
 
 class RandomSampler:

@@ -18,7 +18,8 @@ from starling.core.errors import StarlingError, UsageError
 from starling.core.settings.hpo import HpoConfig
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
-from starling.search.space_file import Space, read_space, split_values
+from starling.search.space import Space, split_values
+from starling.search.space_file import read_space
 from starling.stop_signal import StopSignal
 from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlUnavailableError
 from starling.tracking.clearml.client.remote import connect
@@ -157,7 +158,7 @@ class TaskSearch:
         trial = self._study.ask(dict(distributions))
         values = {name: trial.params[name] for name in space.names}
         number = self._started
-        hyp, settings = split_values(values)
+        hyp, settings = split_values(values, distributions)
         sections = {**hyper_params(HYP, hyp), **hyper_params(ARGS, self._arguments(settings))}
         items = [item for section in sections.values() for item in section.values()]
         try:
