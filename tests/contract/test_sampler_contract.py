@@ -20,7 +20,7 @@ from starling.core.errors import ConfigError
 from starling.core.settings.train import DEFAULT_SAMPLER, SAMPLERS, Sampler
 from starling.search.outcome import State
 from starling.search.samplers import proposer as proposers
-from starling.search.samplers.history import History
+from starling.search.samplers.base import History
 from starling.search.samplers.proposer import Proposer, make_sampler
 from starling.search.space import Gene, Setting, Space, Values
 from starling.search.study import LeasedCandidate, SearchStudy, Turn

@@ -11,10 +11,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.core.errors import ConfigError
 from starling.search.outcome import State
-from starling.search.samplers.fast import FastSampler, FastSettings, ranking
-from starling.search.samplers.history import Finding, History
+from starling.search.samplers.base import Finding, History
+from starling.search.samplers.fast import (
+    FastSampler,
+    FastSettings,
+    density_ratio,
+    expected_score,
+    normal_scores,
+    ranking,
+)
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.samplers.surrogates import density_ratio, expected_score, normal_scores
 from starling.search.space import Setting, Space
 from tests.searches import CLASSIC
 

@@ -25,7 +25,7 @@ from starling.search.outcome import (
     best_of,
 )
 from starling.search.pruning import ENOUGH, Halving
-from starling.search.samplers.history import History
+from starling.search.samplers.base import History
 from starling.search.spec import FRESH_SEEDS, StudyPlan
 from starling.search.study import LeasedCandidate, SearchStudy, Turn
 from tests.searches import CLASSIC, outcome, run_search, spec

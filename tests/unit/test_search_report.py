@@ -21,9 +21,13 @@ from starling.core.settings.train import parse_args
 from starling.search.exports import draw_picture, write_files
 from starling.search.outcome import SearchProgress, State
 from starling.search.report import REPORT, write_report
-from starling.search.report.command import winner_command
-from starling.search.report.facts import costs_of, worker_times
-from starling.search.report.importance import FEWEST, gene_importance
+from starling.search.report.facts import (
+    FEWEST_FOR_IMPORTANCE,
+    costs_of,
+    gene_importance,
+    winner_command,
+    worker_times,
+)
 from starling.search.report.markup import element, text
 from starling.search.report.page import build_page
 from starling.search.report.svg import ticks
@@ -110,7 +114,7 @@ def test_a_search_that_has_hardly_begun_has_a_page(count: int) -> None:
     attempts = [attempt(0, state=State.RUNNING, ended=None)] if count == 1 else search(count)
     words = Elements(build_page(facts_of(attempts))).words
     assert ("No candidate has finished yet." in words) == (count < 2)
-    assert str(FEWEST) in words[words.index("Which genes matter") :]
+    assert str(FEWEST_FOR_IMPORTANCE) in words[words.index("Which genes matter") :]
 
 
 def test_a_long_table_is_folded_and_a_very_long_one_cut_with_a_word_on_it() -> None:
@@ -208,8 +212,8 @@ def test_importance_finds_the_gene_that_decides_and_is_the_same_each_time() -> N
 
 def test_importance_is_not_guessed_from_too_few_or_from_equal_results() -> None:
     finished = facts_of(search(120)).finished
-    assert gene_importance(finished[: FEWEST - 1], list(SEED)) == {}
-    assert gene_importance(finished[:FEWEST], list(SEED)) != {}
+    assert gene_importance(finished[: FEWEST_FOR_IMPORTANCE - 1], list(SEED)) == {}
+    assert gene_importance(finished[:FEWEST_FOR_IMPORTANCE], list(SEED)) != {}
     assert gene_importance([replace(candidate, fitness=0.5) for candidate in finished], list(SEED)) == {}
 
 

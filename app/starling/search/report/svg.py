@@ -87,6 +87,11 @@ def picture(
     )
 
 
+def titled(name: str, title: str, *children: object, **attributes: object) -> Markup:
+    """Return a shape that shows `title` where the mouse rests on it."""
+    return element(name, element("title", title), *children, **attributes)
+
+
 def label(x: float, y: float, words: str, *, anchor: str = "start", class_: str | None = None) -> Markup:
     """Return text at a place."""
     return element(

@@ -7,8 +7,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 
 from starling.search.outcome import SearchFailed
-from starling.search.samplers.base import REDRAWS, stream
-from starling.search.samplers.history import History
+from starling.search.samplers.base import REDRAWS, History, stream
 from starling.search.space import Gene, Setting, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2

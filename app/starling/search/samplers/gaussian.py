@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from starling.search.samplers.base import first_new, stream
+from starling.search.samplers.base import Finding, History, first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
-from starling.search.samplers.history import Finding, History
 from starling.search.space import Space, Value, Values
 
 LEAST_FINISHED = 8

@@ -8,11 +8,10 @@ from typing import Self
 from optuna.trial import FrozenTrial
 
 from starling.core.errors import ConfigError, suggest
-from starling.search.samplers.base import Sampler
+from starling.search.samplers.base import History, Sampler
 from starling.search.samplers.classic import ClassicSampler
 from starling.search.samplers.fast import FastSampler
 from starling.search.samplers.gaussian import GaussianSampler
-from starling.search.samplers.history import History
 from starling.search.samplers.random_qmc import QmcSampler, RandomSampler
 from starling.search.space import Space, Values
 from starling.search.trials import SAMPLER, SEED, NextAttempt
