@@ -41,7 +41,7 @@ class OldResult:
 
     @property
     def fitness(self) -> float:
-        """.1 mAP50 + .9 mAP50-95, as everywhere."""
+        """0.1 · mAP50 + 0.9 · mAP50-95, as everywhere."""
         return 0.1 * self.metrics["map50"] + 0.9 * self.metrics["map5095"]
 
 

@@ -1,4 +1,4 @@
-"""What a candidate is, what training it brought, and how it can fail."""
+"""What a search hands to a trainer and gets back, how a candidate can fail, and what the study remembers of it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One training that was begun, as the study remembers it: what reports and pictures are made from."""
+    """One training that was begun, as the study remembers it: what the report is made from."""
 
     number: int
     root: int
@@ -194,6 +194,11 @@ class SearchSummary:
     """Fitness of the hyp that the search started from; None if it failed."""
     trained_here: int
     """Candidates that this worker finished."""
+
+
+def seed_fitness_of(finished: Sequence[Finished]) -> float | None:
+    """Return the fitness of the hyp that the search started from; None before it has finished."""
+    return next((candidate.fitness for candidate in finished if candidate.is_seed), None)
 
 
 def best_of(finished: Sequence[Finished]) -> Finished:

@@ -24,7 +24,7 @@ from starling.training.setup.data import TrainingData
 
 
 class SearchReporter:
-    """Tells of one worker's part in a search: in its status file and in its event log."""
+    """Tells launcher and trackers of one worker's part in a search, in its status file and its event log."""
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from starling.search.outcome import (
     SearchSummary,
     State,
     best_of,
+    seed_fitness_of,
 )
 from starling.search.study import LeasedCandidate, SearchStudy, Turn
 
@@ -238,7 +239,7 @@ class Worker:
         return SearchSummary(
             progress=self._study.progress(),
             best=best_of(finished),
-            seed_fitness=next((candidate.fitness for candidate in finished if candidate.is_seed), None),
+            seed_fitness=seed_fitness_of(finished),
             trained_here=self._trained,
         )
 

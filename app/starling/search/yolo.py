@@ -1,4 +1,4 @@
-"""The trainer of a search for YOLO: candidates trained for real, with data and device set up once."""
+"""The `CandidateTrainer` of YOLO detectors: data and device are set up once for all candidates of a worker."""
 
 from __future__ import annotations
 

@@ -135,11 +135,11 @@ def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
     fitness = replace(fitness_scale(facts, bottom, top), high=own[-1].fitness)
     scales = [gene_scale([c.hyp[name] for c in own], bottom, top) for name in genes] + [fitness]
     lines = []
-    for place, candidate in enumerate(own):
+    for rank, candidate in enumerate(own):
         values = [*(candidate.hyp[name] for name in genes), candidate.fitness]
         points = [(x, scale(value)) for x, scale, value in zip(xs, scales, values, strict=True)]
         is_best = facts.best is not None and candidate.number == facts.best.number
-        class_ = "line winner" if is_best else f"line {shade(place, len(own))}"
+        class_ = "line winner" if is_best else f"line {shade(rank, len(own))}"
         words = f"candidate {candidate.number}: fitness {number(candidate.fitness)}"
         lines.append(titled("path", words, d=path(points), class_=class_))
     axes = [

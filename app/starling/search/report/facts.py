@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from starling.outputs.run_dir import runs_root
-from starling.search.outcome import BEST_HYP, Attempt, Finished, SearchProgress, State, best_of
+from starling.search.outcome import (
+    BEST_HYP,
+    Attempt,
+    Finished,
+    SearchProgress,
+    State,
+    best_of,
+    seed_fitness_of,
+)
 from starling.search.study import SearchStudy
 
 VALIDATION_SHARE = 1 / 3
@@ -66,7 +74,7 @@ class Facts:
     @property
     def seed_fitness(self) -> float | None:
         """Fitness of the hyp that the search started from; None before it has finished."""
-        return next((candidate.fitness for candidate in self.finished if candidate.is_seed), None)
+        return seed_fitness_of(self.finished)
 
     @property
     def genes(self) -> list[str]:

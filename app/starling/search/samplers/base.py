@@ -62,10 +62,10 @@ class Finding:
 
 
 class History:
-    """The candidates of a study by what became of them, read on from look to look.
+    """The candidates of a study by what became of them; `update` reads what is new.
 
-    An interrupted attempt and those that continue it are one candidate. Whatever is asked of it is a function of the
-    trials alone, not of when they were looked at.
+    An interrupted attempt and those that continue it are one candidate. Its answers depend on the
+    trials alone, not on when they were read.
     """
 
     def __init__(self, space: Space) -> None:

@@ -85,9 +85,9 @@ def _draw_factors(rng: np.random.Generator, genes: Sequence[Gene]) -> np.ndarray
 
 
 def _neighbour(rng: np.random.Generator, setting: Setting, value: Value, reach: float) -> int | str:
-    """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) places along the list.
+    """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) steps along the list.
 
-    The classic step's own formula, in places in place of fifths of the value: three mutants in four keep the choice,
+    The classic step's own formula, in steps in place of fifths of the value: three mutants in four keep the choice,
     most others take the one beside it.
     """
     hit = rng.random() < MUTATION_RATE

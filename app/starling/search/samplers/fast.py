@@ -156,7 +156,7 @@ class FastSampler:
     def _features(self, positions: Array) -> Array:
         """Return the coordinates that distances are measured in, float [n, features].
 
-        A gene's place; for a setting one coordinate a choice, so that all choices are equally far from each other.
+        A gene's position; for a setting one coordinate a choice, so that all choices are equally far from each other.
         """
         columns = []
         for axis, column in zip(self._space.axes, positions.T, strict=True):

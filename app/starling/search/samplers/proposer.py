@@ -1,4 +1,4 @@
-"""What a study asks for its next candidate."""
+"""The samplers by their names, and what a study asks for its next candidate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_sampler(name: str, space: Space, seed: Values, study_seed: int) -> Samp
 
 
 class Proposer:
-    """The seed first, once, whoever starts; then what the sampler proposes."""
+    """Proposes the hyp that the search starts from once, as the first candidate, and then what the sampler proposes."""
 
     def __init__(self, space: Space, seed: Values, name: str, sampler: Sampler) -> None:
         self._space, self._name, self._sampler = space, name, sampler

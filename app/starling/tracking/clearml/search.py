@@ -1,6 +1,6 @@
-"""A search whose trials are clones of a ClearML task. It ends: after so many trials, failures or hours, whatever happens.
+"""A search whose trials are clones of a ClearML task. It ends after so many trials, failures or hours, whatever happens.
 
-ClearML's own HyperParameterOptimizer does not always, and one failed trial can end it; here the loop is ours, and
+ClearML's own HyperParameterOptimizer does not always end, and one failed trial can end it. Here the loop is ours, and
 Optuna proposes.
 """
 
@@ -61,8 +61,8 @@ class _Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a search ended."""
+class TaskSearchResult:
+    """How a search over tasks ended, and the best of its trials."""
 
     task: str
     best_task: str
@@ -99,7 +99,7 @@ class TaskSearch:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
 
-    def run(self, check_stop: Callable[[], None] = lambda: None) -> Outcome:
+    def run(self, check_stop: Callable[[], None] = lambda: None) -> TaskSearchResult:
         """Search until a bound is met; raises NoTrialFinishedError, and what `check_stop` raises."""
         template = self._find_template()
         start, space = _read_template(template, self._config)
@@ -264,7 +264,7 @@ class TaskSearch:
         self._failed += len(self._running)
         self._running.clear()
 
-    def _conclude(self, own: str) -> Outcome:
+    def _conclude(self, own: str) -> TaskSearchResult:
         reason = self._bound() or "nothing left to do"
         if not self._finished:
             self._end_own(own, "failed", reason)
@@ -282,7 +282,7 @@ class TaskSearch:
         except ClearmlUnavailableError as error:
             self._say(f"{error}; the search's own task does not show its results")
         self._end_own(own, "completed", reason)
-        return Outcome(
+        return TaskSearchResult(
             task=own, best_task=best.task, best_value=value, best_values=best.values, finished=len(self._finished),
             failed=self._failed, reason=reason,
         )  # fmt: skip
