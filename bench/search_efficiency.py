@@ -28,16 +28,15 @@ from typing import Any
 import numpy as np
 import optuna
 from common import REPOSITORY, machine
-from search_landscape import Landscape
+from search_landscape import CLASSIC, Landscape
 
 from starling.core.settings.train import SAMPLERS, Sampler
 from starling.errors import Pruned
 from starling.search.outcome import Outcome, best_of
-from starling.search.plan import StudyPlan
 from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.samplers.proposer import Proposer
-from starling.search.space import Space
-from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.spec import StudyPlan, StudySpec
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
 
 TABLE = REPOSITORY / "bench" / "search_table.csv"
 TRAIN_IMAGES, VAL_IMAGES = 205, 87
@@ -161,19 +160,14 @@ class Replay:
         plan = StudyPlan(epochs=landscape.epochs, prune=method.prune, finalists=FINALISTS * method.prune)
         self._study = SearchStudy.open_or_create(
             Path("memory"),
-            seed_hyp=landscape.seed,
-            budget=budget,
-            study_seed=seed,
-            signature={},
-            plan=plan,
-            space=Space(),
-            sampler=method.sampler,
-            storage=Memory(),  # type: ignore[arg-type]
+            StudySpec(
+                hyp=landscape.seed, space=CLASSIC, budget=budget, seed=seed, plan=plan, sampler=method.sampler
+            ),
+            storage=Memory(),
         )
-
         if method.judge != "model":
             settings = FastSettings(judge=method.judge)  # type: ignore[arg-type]
-            space = Space().starting_from(landscape.seed)
+            space = CLASSIC.starting_from(landscape.seed)
             sampler = FastSampler(space, landscape.seed, seed, settings)
             self._study._proposer = Proposer(space, landscape.seed, method.sampler, sampler)
 
@@ -194,12 +188,12 @@ class Replay:
     def _work(self, worker: int) -> Iterator[float]:
         """Yield how many images each stretch of work takes."""
         while (turn := self._study.ask(str(worker))) is not Turn.DONE:
-            if isinstance(turn, Claim):
+            if isinstance(turn, LeasedCandidate):
                 yield from self._train(turn)
             else:
                 yield float(TRAIN_IMAGES)  # an epoch later there may be something to do
 
-    def _train(self, claim: Claim) -> Iterator[float]:
+    def _train(self, claim: LeasedCandidate) -> Iterator[float]:
         candidate = claim.candidate
         self.trainings += 1
         random = np.random.default_rng([self._seed, candidate.number, 77])
@@ -216,10 +210,7 @@ class Replay:
                 except Pruned as error:
                     self._study.prune(claim, error)
                     return
-        zeros = dict.fromkeys(
-            ("precision", "recall", "map50", "map5095", "box_loss", "obj_loss", "cls_loss"), 0.0
-        )
-        self._study.finish(claim, Outcome(fitness=float(curve[-1]), **zeros))
+        self._study.finish(claim, Outcome(fitness=float(curve[-1])))
 
 
 # --- many searches --------------------------------------------------------------------------------------

@@ -19,9 +19,12 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
-from starling.search.genes import GENES
+from starling.core.settings.train import TrainConfig
+from starling.search.space_file import read_space
 
 Array = NDArray[np.float64]
+CLASSIC, _ = read_space(TrainConfig(evolve=1))
+"""The space that a search changes unless it is asked for another."""
 
 
 class Landscape:
@@ -29,17 +32,17 @@ class Landscape:
 
     def __init__(self, rows: Sequence[Mapping[str, str]], kind: str) -> None:
         self.kind = kind
-        self.genes = [gene for gene in GENES if gene.name in rows[0]]
+        self.genes = [gene for gene in CLASSIC.genes if gene.name in rows[0]]
         self.epochs = sum(name.startswith("epoch") for name in rows[0])
         names = [f"epoch{number + 1}" for number in range(self.epochs)]
         # A training that diverged has nothing from there on.
         self._curves = np.array([[float(row[name] or 0) for name in names] for row in rows])
-        self._places = np.array(
+        self._positions = np.array(
             [self._place({g.name: float(row[g.name]) for g in self.genes}) for row in rows]
         )
         self.seed = {gene.name: float(rows[0][gene.name]) for gene in self.genes}
-        self._luck = _luck([row["kind"] for row in rows], self._places, self._curves)
-        self._model = _model(kind, self._places, self._curves[:, -1]).fit(self._places, self._curves)
+        self._luck = _luck([row["kind"] for row in rows], self._positions, self._curves)
+        self._model = _model(kind, self._positions, self._curves[:, -1]).fit(self._positions, self._curves)
         self._known: dict[tuple[float, ...], Array] = {}
 
     @classmethod
@@ -64,16 +67,16 @@ class Landscape:
         """Return how far the landscape is to be trusted, and what there is to find."""
         final = self._curves[:, -1]
         # What was trained on several seeds is left out as a whole.
-        _, groups = np.unique(self._places, axis=0, return_inverse=True)
-        model = _model(self.kind, self._places, final)
-        guessed = cross_val_predict(model, self._places, final, cv=GroupKFold(10), groups=groups)
+        _, groups = np.unique(self._positions, axis=0, return_inverse=True)
+        model = _model(self.kind, self._positions, final)
+        guessed = cross_val_predict(model, self._positions, final, cv=GroupKFold(10), groups=groups)
         wrong = ((guessed - final) ** 2).sum() / ((final - final.mean()) ** 2).sum()
         return {
             "trainings": len(final),
             "explained": float(1 - wrong),
             "luck": float(np.sqrt((self._luck[:, -1] ** 2).mean())),
             "seed": float(self.mean(self.seed)[-1]),
-            "best": float(max(self._model.predict(self._places)[:, -1])),
+            "best": float(max(self._model.predict(self._positions)[:, -1])),
         }
 
     def describe(self) -> str:
@@ -86,27 +89,27 @@ class Landscape:
         )
 
     def _place(self, hyp: Mapping[str, float]) -> list[float]:
-        return [gene.place(float(hyp[gene.name])) for gene in self.genes]
+        return [gene.position(float(hyp[gene.name])) for gene in self.genes]
 
 
-def _luck(kinds: Sequence[str], places: Array, curves: Array) -> Array:
+def _luck(kinds: Sequence[str], positions: Array, curves: Array) -> Array:
     """Return how single trainings differ from the mean over seeds, [trainings, epochs], of those trained again."""
-    again = {tuple(place) for place, kind in zip(places.tolist(), kinds, strict=True) if kind == "again"}
+    again = {tuple(place) for place, kind in zip(positions.tolist(), kinds, strict=True) if kind == "again"}
     parts = []
     for place in again:
-        same = curves[[tuple(other) == place for other in places.tolist()]]
+        same = curves[[tuple(other) == place for other in positions.tolist()]]
         # The mean of n is nearer to each of them than the true mean is.
         parts.append((same - same.mean(axis=0)) * np.sqrt(len(same) / (len(same) - 1)))
     return np.concatenate(parts)
 
 
-def _model(kind: str, places: Array, final: Array) -> Any:
+def _model(kind: str, positions: Array, final: Array) -> Any:
     if kind == "forest":
         return ExtraTreesRegressor(300, min_samples_leaf=2, max_features=0.5, random_state=0, n_jobs=1)
-    scales = RBF(np.full(places.shape[1], 2.0), (0.1, 100.0))
+    scales = RBF(np.full(positions.shape[1], 2.0), (0.1, 100.0))
     kernel = ConstantKernel(1.0) * scales + WhiteKernel(0.1)
     fitted = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=0, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a gene that does nothing has a length without bound
-        fitted.fit(places, final)
+        fitted.fit(positions, final)
     return GaussianProcessRegressor(fitted.kernel_, optimizer=None, normalize_y=True)

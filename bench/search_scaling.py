@@ -5,7 +5,7 @@
     python bench/search_scaling.py --real               # 1 and 2 workers that train, on one thread each
     python bench/search_scaling.py --journal 10000      # open, ask and tell in a journal of so many candidates
 
-Workers are processes that call the product's own `run_search`, on one study. Their start-up (imports, data) is not
+Workers are processes that call the product's own `Worker`, on one study. Their start-up (imports, data) is not
 counted: they begin together, once all are ready, and the time runs until the last result is recorded. Everything
 else of a search is in it: locks, journal, leases, evolve.csv, hyp_evolve.yaml, evolve.png.
 """
@@ -92,27 +92,27 @@ def tell(folder: Path, began: float, spans: list[Span], ended: float) -> None:
 def sleeping_worker(folder: Path, budget: int, place: int, barrier: Barrier, seconds: float) -> None:
     """Work on candidates whose training is a sleep."""
     from starling.search.outcome import Candidate, Outcome, Report
-    from starling.search.worker import WorkerSettings, run_search
+    from starling.search.study import SearchStudy
+    from starling.search.worker import CandidateTrainer, Worker
 
     spans: list[Span] = []
     recorded = [0.0]
 
-    def objective(candidate: Candidate, report: Report) -> Outcome:
-        begun = time.monotonic()
-        time.sleep(seconds)
-        report()
-        spans.append((begun, time.monotonic()))
-        return outcome(1 - abs(candidate.hyp["lr0"] - 0.02))
+    class Sleeper(CandidateTrainer):
+        def train(self, candidate: Candidate, report: Report) -> Outcome:
+            begun = time.monotonic()
+            time.sleep(seconds)
+            report()
+            spans.append((begun, time.monotonic()))
+            return outcome(1 - abs(candidate.hyp["lr0"] - 0.02))
 
-    def note(candidate: Candidate) -> None:
-        recorded[0] = time.monotonic()
+        def ended(self, candidate: Candidate) -> None:
+            recorded[0] = time.monotonic()
 
     barrier.wait()
     began = time.monotonic()
-    run_search(
-        directory=folder / "search", seed_hyp=SEED_HYP, budget=budget, study_seed=0, signature={},
-        objective=objective, settings=WorkerSettings(), say=lambda line: None, on_ended=note,
-    )  # fmt: skip
+    study = SearchStudy.open_or_create(folder / "search", search_spec(budget))
+    Worker(study, Sleeper(), say=lambda line: None).run()
     tell(folder, began, spans, recorded[0])
 
 
@@ -125,12 +125,13 @@ def training_worker(
     os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
     from starling import settings
     from starling.core.settings.train import TrainConfig
-    from starling.search.training import _Trainings, search
+    from starling.search.training import search
+    from starling.search.yolo import YoloTrainer
     from starling.training.trainer import Trainer, TrainResult
 
     spans: list[Span] = []
     ended = [0.0]
-    fit, whole = Trainer.fit, _Trainings.ended
+    fit, whole = Trainer.fit, YoloTrainer.ended
 
     def timed(self: Trainer) -> TrainResult:
         if not spans:
@@ -141,12 +142,12 @@ def training_worker(
         spans.append((begun, time.monotonic()))
         return result
 
-    def note(self: _Trainings, candidate: Any) -> None:
+    def note(self: YoloTrainer, candidate: Any) -> None:
         whole(self, candidate)
         ended[0] = time.monotonic()
 
     Trainer.fit = timed  # type: ignore[method-assign]
-    _Trainings.ended = note  # type: ignore[method-assign]
+    YoloTrainer.ended = note  # type: ignore[method-assign]
     with runs_below(folder), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         settings.update({"mlflow": False, "tensorboard": False})
         search(
@@ -161,10 +162,10 @@ def training_worker(
 def fill(study: Any, count: int) -> None:
     """Append finished candidates to a study, as records that its own first candidate left, with other values."""
     from starling.search.storage.journal import JOURNAL, SafeJournalBackend
-    from starling.search.study import Claim
+    from starling.search.study import LeasedCandidate
 
     first = study.ask("bench")
-    assert isinstance(first, Claim)
+    assert isinstance(first, LeasedCandidate)
     before = (study.directory / JOURNAL).read_text().count("\n") - 1
     study.finish(first, outcome(0.5))
     lines = (study.directory / JOURNAL).read_text().splitlines()[before:]
@@ -185,19 +186,28 @@ def fill(study: Any, count: int) -> None:
     SafeJournalBackend(study.directory / JOURNAL).append_logs(records)
 
 
+def search_spec(budget: int) -> Any:
+    """Return what the workers search: the classic space, from the shipped hyp."""
+    from starling.core.settings.train import TrainConfig
+    from starling.search.space_file import read_space
+    from starling.search.spec import StudySpec
+
+    return StudySpec(hyp=SEED_HYP, space=read_space(TrainConfig(evolve=1))[0], budget=budget)
+
+
 def outcome(fitness: float) -> Any:
     """Return a result with this fitness."""
     from starling.search.outcome import Outcome
 
-    return Outcome(fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=0.4,
-                   box_loss=0.1, obj_loss=0.2, cls_loss=0.3)  # fmt: skip
+    names = ("precision", "recall", "map50", "map5095", "box_loss", "obj_loss", "cls_loss")
+    return Outcome(fitness=fitness, metrics=dict.fromkeys(names, 0.5))
 
 
 def join(folder: Path) -> Any:
     """Open the study as one more worker, with room in its budget."""
     from starling.search.study import SearchStudy
 
-    return SearchStudy.open_or_create(folder, seed_hyp=SEED_HYP, budget=10**6, study_seed=0, signature={})
+    return SearchStudy.open_or_create(folder, search_spec(10**6))
 
 
 def ask_and_tell(study: Any) -> tuple[float, float]:

@@ -95,7 +95,7 @@ def _fill(args: argparse.Namespace) -> int:
     from common import Loop
 
     from starling.core.settings.train import TrainConfig
-    from starling.search.genes import genes_of
+    from starling.search.space_file import read_space
 
     config = TrainConfig(
         data=args.data, weights=str(args.weights), imgsz=args.img, epochs=args.epochs, batch_size=args.batch, workers=1,
@@ -104,7 +104,7 @@ def _fill(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(config, Path(folder))
         seed_hyp = {key: float(value) for key, value in loop.hyp.as_dict().items() if value is not None}
-        for job in _jobs(args, genes_of(seed_hyp), seed_hyp):
+        for job in _jobs(args, read_space(TrainConfig(evolve=1))[0].starting_from(seed_hyp).genes, seed_hyp):
             began = time.monotonic()
             curve = _train(loop, Path(folder), job, {**seed_hyp, **job.genes})
             _append(args, job, curve, time.monotonic() - began)

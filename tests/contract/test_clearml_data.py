@@ -15,7 +15,7 @@ import pytest
 from starling.cli.data import main as data_main
 from starling.core.errors import DataError
 from starling.data.dataset.dataset import DatasetDescription
-from starling.data.fetch.clearml_set import FOLDER, fetch_clearml_set, make_version
+from starling.data.fetch.find import CLEARML_FOLDER, check_folder, find_dataset
 from starling.tracking.clearml.client.sdk import SdkError, run_sdk
 from tests.doubles.clearml_server import Answer, ClearmlServerDouble
 
@@ -48,13 +48,15 @@ def test_a_set_made_with_clearml_data_is_fetched_once_and_its_description_means_
 ) -> None:
     clearml_data(cells, "sync", "--project", "YOLOv5", "--name", "coco128", "--folder", ".")
     [identity] = clearml_server.records.tasks
-    path = fetch_clearml_set(f"clearml://{identity}", runs)
+    path = find_dataset(f"clearml://{identity}", print)
     description = DatasetDescription.from_yaml(path)
-    assert description.root == runs / FOLDER / identity
+    assert description.root == runs / CLEARML_FOLDER / identity
     assert len(list((description.root / "images" / "train").iterdir())) == 8
-    assert sorted(item.name for item in (runs / FOLDER).iterdir() if item.suffix != ".lock") == [identity]
+    assert sorted(item.name for item in (runs / CLEARML_FOLDER).iterdir() if item.suffix != ".lock") == [
+        identity
+    ]
     clearml_server.stop()
-    assert fetch_clearml_set(f"clearml://{identity}", runs) == path
+    assert find_dataset(f"clearml://{identity}", print) == path
 
 
 @pytest.mark.slow
@@ -77,7 +79,7 @@ def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
     made = json.loads(capsys.readouterr().out)
     assert (made["added"], made["modified"], made["removed"]) == (0, 1, 0)
     assert clearml_server.records.tasks[made["id"]]["status"] == "completed"
-    path = fetch_clearml_set(made["data"], runs)
+    path = find_dataset(made["data"], print)
     assert "path: ." in path.read_text()
     assert len(list((path.parent / "labels" / "train").iterdir())) == 8
 
@@ -97,12 +99,12 @@ def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(
         "../../etc": "not a dataset's id",
     }.items():
         with pytest.raises(DataError, match=said):
-            fetch_clearml_set(f"clearml://{identity}", runs)
+            find_dataset(f"clearml://{identity}", print)
     with pytest.raises(DataError, match=r"CLEARML_API_ACCESS_KEY.*or run clearml-init"):
-        fetch_clearml_set(f"clearml://{training}", runs, environment={"HOME": str(runs)})
+        find_dataset(f"clearml://{training}", print, environment={"HOME": str(runs)})
     wrong = {**os.environ, "CLEARML_API_SECRET_KEY": "wrong"}
     with pytest.raises(DataError, match="refuses the credentials"):
-        fetch_clearml_set(f"clearml://{training}", runs, environment=wrong)
+        find_dataset(f"clearml://{training}", print, environment=wrong)
     assert [path for path in runs.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
@@ -122,7 +124,7 @@ def test_a_folder_without_a_sound_description_makes_no_version(
     description.write_text(text)
     (cells / "other.yaml").write_text(text)
     with pytest.raises(DataError, match="several dataset YAMLs"):
-        make_version(cells, project="p", name="n")
+        check_folder(cells, print)
     assert clearml_server.requests == []
 
 

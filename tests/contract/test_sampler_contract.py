@@ -1,6 +1,6 @@
 """What a search needs of a sampler: every one passes the same tests.
 
-A sampler joins by its name in `SAMPLERS` of the configuration and its class in `starling.search.samplers.proposer`.
+A sampler joins by its name in the choices of `--sampler` and its class in `starling.search.samplers.proposer`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from starling.config.hyp import Hyp
-from starling.core.settings.train import SAMPLERS, Sampler
-from starling.search.genes import Gene
-from starling.search.outcome import Outcome, State
-from starling.search.samplers.history import IMPORTED, History
+from starling.core.errors import ConfigError
+from starling.core.settings.train import DEFAULT_SAMPLER, SAMPLERS, Sampler
+from starling.search.outcome import State
+from starling.search.samplers import proposer as proposers
+from starling.search.samplers.base import History
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.space import Setting, Space, Values
-from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.space import Gene, Setting, Space, Values
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from starling.search.trials import IMPORTED
+from tests.searches import CLASSIC, outcome, spec
 
 HYP = Hyp(degrees=2.0, mixup=0.1).as_dict()
 SPACE = Space(
-    settings=(Setting("batch_size", (4, 8, 16)), Setting("optimizer", ("SGD", "AdamW")))
+    CLASSIC.genes, settings=(Setting("batch_size", (4, 8, 16)), Setting("optimizer", ("SGD", "AdamW")))
 ).starting_from(HYP)
 SEED: dict[str, Any] = {**HYP, "batch_size": 8, "optimizer": "SGD"}
 START = {name: SEED[name] for name in SPACE.names}
@@ -75,13 +78,20 @@ def name(request: pytest.FixtureRequest) -> Sampler:
     return request.param  # type: ignore[no-any-return]
 
 
+def test_the_choices_of_the_flag_are_the_samplers_that_there_are() -> None:
+    assert set(proposers.SAMPLERS) == set(SAMPLERS)
+    assert spec(HYP, 1).sampler == DEFAULT_SAMPLER
+    with pytest.raises(ConfigError, match="did you mean 'fast'"):
+        make_sampler("fats", SPACE, SEED, 0)
+
+
 def test_the_first_candidate_is_the_seed_exactly_and_no_later_one_is(name: Sampler) -> None:
     proposer = Proposer.of(name, SPACE, SEED, 0)
     first = proposer.propose(0, [])
-    assert (first.values, first.sampler) == (START, "seed")
+    assert (first.values, first.attributes["sampler"]) == (START, "seed")
     running = [trial(0, first.values, TrialState.RUNNING)]
     second = proposer.propose(1, running)
-    assert second.sampler == name
+    assert second.attributes["sampler"] == name
     assert second.values != START
 
 
@@ -181,7 +191,7 @@ def test_failed_candidates_are_never_proposed_again_nor_counted_as_finished(name
 def test_imported_candidates_are_known_and_the_seed_is_begun_all_the_same(name: Sampler) -> None:
     old = [trial(n, t.params, **{IMPORTED: "evolve.csv"}) for n, t in enumerate(history(name, 12))]
     first = Proposer.of(name, SPACE, SEED, 0).propose(12, old)
-    assert (first.values, first.sampler) == (START, "seed")
+    assert (first.values, first.attributes["sampler"]) == (START, "seed")
     own = [*old, trial(12, START)]
     known = History(SPACE)
     known.update(own)
@@ -211,9 +221,8 @@ def test_pruned_candidates_and_those_of_another_space_are_read(name: Sampler) ->
 def join(directory: Path, name: Sampler) -> SearchStudy:
     """Join the study as a worker with this sampler."""
     return SearchStudy.open_or_create(
-        directory, seed_hyp=HYP, budget=14, study_seed=0, signature={}, space=SPACE,
-        seed_settings={"batch_size": 8, "optimizer": "SGD"}, sampler=name,
-    )  # fmt: skip
+        directory, spec(HYP, 14, space=SPACE, settings={"batch_size": 8, "optimizer": "SGD"}, sampler=name)
+    )
 
 
 def test_workers_with_different_samplers_share_one_study(tmp_path: Path) -> None:
@@ -224,13 +233,12 @@ def test_workers_with_different_samplers_share_one_study(tmp_path: Path) -> None
             claim = worker.ask(name)
             if claim is Turn.WAIT:
                 break
-            assert isinstance(claim, Claim)
+            assert isinstance(claim, LeasedCandidate)
             claims.append((worker, claim, name))
             if len(claims) % 3:
                 candidate = claim.candidate
                 score = fitness({**candidate.hyp, **candidate.settings})
-                worker.finish(claim, Outcome(fitness=score, precision=0, recall=0, map50=0, map5095=0,
-                                             box_loss=0, obj_loss=0, cls_loss=0))  # fmt: skip
+                worker.finish(claim, outcome(score, precision=0, recall=0, map50=0, map5095=0, box_loss=0, obj_loss=0, cls_loss=0))  # fmt: skip
     told = [t.user_attrs["sampler"] for t in workers[0]._trials()]
     assert told == ["seed", *(name for _, _, name in claims[1:])]
     candidates = [claim.candidate for _, claim, _ in claims]

@@ -16,19 +16,20 @@ from typing import Any
 import pytest
 
 from starling.search.outcome import State
-from starling.search.study import Claim, SearchStudy
-from tests.unit.test_search_worker import SEED, outcome
+from starling.search.study import LeasedCandidate, SearchStudy
+from tests.searches import outcome, spec
+from tests.unit.test_search_worker import SEED
 
 START = "from optuna_dashboard._cli import main; main()"
 
 
 def open_study(directory: Path) -> SearchStudy:
-    return SearchStudy.open_or_create(directory, seed_hyp=SEED, budget=9, study_seed=0, signature={})
+    return SearchStudy.open_or_create(directory, spec(SEED, 9))
 
 
-def claim_of(study: SearchStudy) -> Claim:
+def claim_of(study: SearchStudy) -> LeasedCandidate:
     claim = study.ask("w")
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     return claim
 
 

@@ -22,16 +22,18 @@ from starling.core.errors import CheckpointError, UsageError
 from starling.core.settings.study_url import parse_study_url
 from starling.errors import ServerError, Stopped
 from starling.search.outcome import Candidate, LeaseLost, Outcome, Report, State
+from starling.search.spec import StudyRules
 from starling.search.storage import database as connections
 from starling.search.storage import database_storage
 from starling.search.storage.database import is_transient
 from starling.search.storage.database_storage import DatabaseStudyStorage
 from starling.search.storage.storage import check_storage, open_storage
-from starling.search.study import Claim, SearchStudy, StudyRules, Turn
-from starling.search.worker import WorkerSettings, run_search
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from starling.search.worker import WorkerSettings
 from tests.conftest import REPOSITORY
 from tests.contract.test_study_storage_contract import OUTCOME, PROCESSES, SEED, Clock, claim, wait_for
 from tests.postgres import PostgresServer, find_programs
+from tests.searches import run_search, spec
 
 LEASES = "application_name = 'starling lease'"
 
@@ -44,9 +46,8 @@ def name_of(url: str) -> str:
 def open_study(url: str, directory: Path, budget: int = 3) -> SearchStudy:
     """Open the study as one more worker."""
     return SearchStudy.open_or_create(
-        directory, seed_hyp=SEED, budget=budget, study_seed=0, signature={}, storage=open_storage(url, directory),
-        rules=StudyRules(lease_s=60),
-    )  # fmt: skip
+        directory, spec(SEED, budget), storage=open_storage(url, directory), rules=StudyRules(lease_s=60)
+    )
 
 
 def is_cut_off(write: Callable[[], object]) -> bool:
@@ -256,9 +257,8 @@ def test_result_waits_for_a_server_that_is_away_and_is_recorded_once(
 ) -> None:
     url, said = server.create_database("studies"), list[str]()
     study = SearchStudy.open_or_create(
-        tmp_path, seed_hyp=SEED, budget=3, study_seed=0, signature={},
-        storage=open_storage(url, tmp_path, said.append),
-    )  # fmt: skip
+        tmp_path, spec(SEED, 3), storage=open_storage(url, tmp_path, said.append)
+    )
     mine = claim(study)
     server.stop(how)
     recording = threading.Thread(target=study.finish, args=(mine, OUTCOME))
@@ -286,9 +286,7 @@ def test_patience_with_a_server_that_stays_away_ends_with_exit_5_and_then_at_onc
         clock.now += seconds
 
     storage = DatabaseStudyStorage(parse_study_url(url), "a/b", sleep=sleep, monotonic=clock)
-    study = SearchStudy.open_or_create(
-        tmp_path, seed_hyp=SEED, budget=3, study_seed=0, signature={}, storage=storage
-    )
+    study = SearchStudy.open_or_create(tmp_path, spec(SEED, 3), storage=storage)
     mine = claim(study)
     server.stop(signal.SIGQUIT)
     with pytest.raises(ServerError, match="out of reach for 10 minutes") as caught:
@@ -316,9 +314,8 @@ def test_asked_to_stop_while_the_server_is_away_a_worker_stops(
             raise Stopped(signal.SIGTERM)
 
     study = SearchStudy.open_or_create(
-        tmp_path, seed_hyp=SEED, budget=3, study_seed=0, signature={},
-        storage=open_storage(url, tmp_path, check_stop=check_stop),
-    )  # fmt: skip
+        tmp_path, spec(SEED, 3), storage=open_storage(url, tmp_path, check_stop=check_stop)
+    )
     mine = claim(study)
     server.stop()
     stop.append(1)
@@ -341,10 +338,14 @@ def work(url: str, directory: Path, password: str, budget: int) -> None:
 
     said = open(directory / f"said-{os.getpid()}", "w", buffering=1)  # noqa: SIM115 - as long as the process
     run_search(
-        directory=directory, seed_hyp=SEED, budget=budget, study_seed=0, signature={}, objective=objective,
-        settings=WorkerSettings(poll_s=0.1, picture=False, rules=StudyRules(lease_s=60)),
-        storage=open_storage(url, directory), say=lambda line: print(line, file=said),
-    )  # fmt: skip
+        directory,
+        objective,
+        spec(SEED, budget),
+        settings=WorkerSettings(poll_s=0.1, picture=False),
+        rules=StudyRules(lease_s=60),
+        storage=open_storage(url, directory),
+        say=lambda line: print(line, file=said),
+    )
 
 
 @pytest.mark.slow
@@ -547,10 +548,8 @@ def test_encryption_is_as_the_url_asks(server: PostgresServer, runs: Path) -> No
     untrusted = refused(f"{url}?sslmode=verify-full", runs)
     assert (untrusted.exit_code, "certificate is not trusted" in str(untrusted)) == (2, True)
     storage = open_storage(url, runs / "a" / "b")
-    study = SearchStudy.open_or_create(
-        runs / "a" / "b", seed_hyp=SEED, budget=1, study_seed=0, signature={}, storage=storage
-    )
-    assert isinstance(study.ask("w"), Claim)
+    study = SearchStudy.open_or_create(runs / "a" / "b", spec(SEED, 1), storage=storage)
+    assert isinstance(study.ask("w"), LeasedCandidate)
     encrypted = server.sql(
         "SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = 'studies'"
     )

@@ -20,18 +20,17 @@ from optuna.trial import TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.core.errors import UsageError
 from starling.errors import Pruned
-from starling.search import definition
-from starling.search.outcome import LeaseLost, Outcome, State
-from starling.search.plan import StudyPlan
+from starling.search import spec as specs
+from starling.search.outcome import LeaseLost, State
+from starling.search.spec import StudyPlan, StudyRules
 from starling.search.storage.leases import Lease
 from starling.search.storage.storage import StudyStorage, open_storage
-from starling.search.study import Claim, SearchStudy, StudyRules, Turn
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from tests.searches import outcome, spec
 
 STORAGES = ("journal", "postgresql")
 SEED = Hyp().as_dict()
-OUTCOME = Outcome(
-    fitness=0.25, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2, cls_loss=0.3
-)
+OUTCOME = outcome(0.25)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["starling.search.study"])
 
@@ -62,20 +61,16 @@ def join(
     """Open the study as one more worker."""
     return SearchStudy.open_or_create(
         directory,
-        seed_hyp=SEED,
-        budget=budget,
-        study_seed=0,
-        signature={"data": "d1"},
-        plan=plan,
+        spec(SEED, budget, signature={"data": "d1"}, plan=plan or StudyPlan()),
         storage=place.open(directory),
         rules=StudyRules(lease_s=lease_s),
     )
 
 
-def claim(study: SearchStudy, worker: str = "w") -> Claim:
-    """Claim a candidate that must be there."""
+def claim(study: SearchStudy, worker: str = "w") -> LeasedCandidate:
+    """LeasedCandidate a candidate that must be there."""
     turn = study.ask(worker)
-    assert isinstance(turn, Claim)
+    assert isinstance(turn, LeasedCandidate)
     return turn
 
 
@@ -250,9 +245,7 @@ def test_two_handles_see_one_study(place: Place, tmp_path: Path) -> None:
     mine, other = claim(first), claim(second)
     assert (mine.candidate.number, other.candidate.number) == (0, 1)
     first.finish(mine, OUTCOME)
-    assert [(c.number, c.fitness, dict(c.metrics)) for c in second.finished()] == [
-        (0, 0.25, OUTCOME.metrics())
-    ]
+    assert [(c.number, c.fitness, dict(c.metrics)) for c in second.finished()] == [(0, 0.25, OUTCOME.metrics)]
     second.finish(other, OUTCOME)
     assert first.progress() == second.progress()
 
@@ -295,16 +288,16 @@ def test_unended_candidate_of_a_dead_worker_is_taken_over_once(place: Place, tmp
 
 
 def test_lock_excludes_other_handles_and_dies_with_its_holder(place: Place, tmp_path: Path) -> None:
-    study = join(place, tmp_path)
+    storage = place.open(tmp_path)
     holder = PROCESSES.Process(target=die_with_lock, args=(place, tmp_path))
-    with study.lock():
+    with storage.lock():
         holder.start()
         holder.join(0.5)
         assert holder.exitcode is None
         assert not (tmp_path / "entered").exists()
     holder.join(10)
     assert holder.exitcode == -signal.SIGKILL
-    with study.lock():
+    with storage.lock():
         assert (tmp_path / "entered").exists()
 
 
@@ -319,7 +312,7 @@ def join_and_train(place: Place, directory: Path, lease_s: float = 60.0) -> None
     """Open the study in a process of its own and finish candidates until the budget is met."""
     study = join(place, directory, budget=12, lease_s=lease_s)
     while (turn := study.ask(f"w{os.getpid()}")) is not Turn.DONE:
-        if isinstance(turn, Claim):
+        if isinstance(turn, LeasedCandidate):
             study.finish(turn, OUTCOME)
         else:
             time.sleep(0.05)
@@ -352,7 +345,7 @@ def test_study_of_another_version_is_refused_with_both_versions(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr(definition, "VERSION", 1)
+        older.setattr(specs, "VERSION", 1)
         join(place, tmp_path)
     with pytest.raises(UsageError, match=r"version 1, and this program works on version \d.*another --name"):
         join(place, tmp_path)
@@ -362,7 +355,7 @@ def test_what_is_told_on_the_way_is_seen_by_all_and_prunes_who_has_fallen_behind
     place: Place, tmp_path: Path
 ) -> None:
     plan = StudyPlan(epochs=30, prune=True)
-    first, second = (join(place, tmp_path, budget=20, plan=plan) for _ in range(2))
+    first, second = (join(place, tmp_path, budget=20, plan=plan or StudyPlan()) for _ in range(2))
     for step in range(1, 10):
         mine = claim(first)
         first.report(mine, 4, step / 100)
@@ -396,6 +389,6 @@ def test_attempts_tell_how_each_training_ended(place: Place, tmp_path: Path) -> 
         (3, 3, State.RUNNING, "w3", ""),
         (4, 2, State.RUNNING, "w9", ""),
     ]
-    assert (told[0].fitness, told[0].metrics) == (0.25, OUTCOME.metrics())
+    assert (told[0].fitness, told[0].metrics) == (0.25, OUTCOME.metrics)
     assert told[4].hyp == told[2].hyp == again.candidate.hyp
     assert all((a.ended is None) == (a.state is State.RUNNING) and a.began is not None for a in told)

@@ -17,7 +17,7 @@ import pytest
 from starling import settings
 from starling.cli import train
 from starling.config.hyp import Hyp
-from starling.search import training as search_training
+from starling.search import yolo
 from starling.tracking.mlflow.database import database_uri
 from starling.tracking.mlflow.tracker import PARENT_TAG
 from starling.training.reporting.provenance import code_version
@@ -112,13 +112,13 @@ def test_a_search_is_a_parent_and_a_candidate_that_failed_says_why(
     tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.update({"tensorboard": False})
-    trained, calls = search_training.train_in, []
+    trained, calls = yolo.train_in, []
 
     def diverge_once(setup: Any, config: Any, hyp: Hyp, *rest: Any, **named: Any) -> TrainResult:
         calls.append(hyp)
         return trained(setup, config, replace(hyp, box=1e38) if len(calls) == 2 else hyp, *rest, **named)
 
-    monkeypatch.setattr(search_training, "train_in", diverge_once)
+    monkeypatch.setattr(yolo, "train_in", diverge_once)
     assert train.main([*tiny_args, "--epochs", "1", "--project", "p", "--name", "s", "--evolve", "2"]) == 0
     _, found = stored_runs(runs, "p")
     parents = [run for run in found if PARENT_TAG not in run.data.tags]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import resource
@@ -248,7 +247,7 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
     """
     from starling.core.files.atomic import append_line
     from starling.search import training
-    from starling.search.study import StudyRules
+    from starling.search.spec import StudyRules
     from starling.search.worker import WorkerSettings
     from starling.training.trainer import Trainer
 
@@ -262,8 +261,8 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
         whole(self)
 
     Trainer._fit_epoch = fit_epoch  # type: ignore[method-assign]
-    patient = WorkerSettings(poll_s=0.05, picture=False, rules=StudyRules(lease_s=float(lease_s)))
-    training.run_search = functools.partial(training.run_search, settings=patient)  # type: ignore[assignment]
+    training.WorkerSettings = lambda: WorkerSettings(poll_s=0.05, picture=False)  # type: ignore[assignment,misc]
+    training.StudyRules = lambda: StudyRules(lease_s=float(lease_s))  # type: ignore[assignment,misc]
 
 
 FAULTS: dict[str, Callable[..., None]] = {

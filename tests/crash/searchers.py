@@ -15,9 +15,11 @@ from starling.config.hyp import Hyp
 from starling.core.errors import StarlingError
 from starling.core.files.atomic import append_line, write_atomic
 from starling.search.outcome import Candidate, Outcome, Report
+from starling.search.spec import StudyRules
 from starling.search.storage.journal import writing
-from starling.search.study import Claim, SearchStudy, StudyRules
-from starling.search.worker import WorkerSettings, run_search
+from starling.search.study import LeasedCandidate, SearchStudy
+from starling.search.worker import WorkerSettings
+from tests.searches import outcome, run_search, spec
 
 EPOCHS = 5
 EPOCH_S = 0.02
@@ -49,13 +51,11 @@ def work(scene: Scene, name: str, fault: Fault = ()) -> None:
     _note_what_is_recorded(scene)
     try:
         run_search(
-            directory=scene.search,
-            seed_hyp=SEED_HYP,
-            budget=BUDGET,
-            study_seed=0,
-            signature={},
-            objective=_Training(scene, fault[1] if fault[:1] == ("freeze",) else ""),
-            settings=WorkerSettings(name=name, poll_s=0.02, picture=False, rules=StudyRules(lease_s=LEASE_S)),
+            scene.search,
+            _Training(scene, fault[1] if fault[:1] == ("freeze",) else ""),
+            spec(SEED_HYP, BUDGET),
+            settings=WorkerSettings(name=name, poll_s=0.02, picture=False),
+            rules=StudyRules(lease_s=LEASE_S),
             say=lambda line: append_line(scene.notes / "said", f"{name}: {line}"),
         )
     except StarlingError as error:
@@ -81,8 +81,7 @@ class _Training:
             report()
         self._freeze_at("late", candidate, EPOCHS - 1)
         fitness = 1 - abs(candidate.hyp["lr0"] - 0.02)
-        return Outcome(fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=fitness,
-                       box_loss=0.1, obj_loss=0.2, cls_loss=0.3)  # fmt: skip
+        return outcome(fitness, map5095=fitness)
 
     def _freeze_at(self, place: str, candidate: Candidate, epoch: int) -> None:
         if self._freezes == place:
@@ -105,7 +104,7 @@ def _note_what_is_recorded(scene: Scene) -> None:
     """Note each result once the study has promised to keep it."""
     whole = SearchStudy.finish
 
-    def finish(self: SearchStudy, claim: Claim, outcome: Outcome) -> None:
+    def finish(self: SearchStudy, claim: LeasedCandidate, outcome: Outcome) -> None:
         whole(self, claim, outcome)
         append_line(scene.notes / "recorded", str(claim.candidate.number))
 

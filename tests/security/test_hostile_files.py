@@ -22,7 +22,7 @@ from starling.core.errors import CheckpointError, DataError, UsageError
 from starling.core.settings.study_url import StudyUrl
 from starling.distributed.heartbeat import GRACE_S, Heartbeat
 from starling.search.storage import checksum, journal
-from starling.search.storage.password import find_password
+from starling.search.storage.database import find_password
 from starling.search.storage.repair import repair
 from starling.tracking.mlflow.client import PASSWORD_FILE, read_password
 from starling.tracking.tracker import TrackerUnavailableError

@@ -22,9 +22,10 @@ from starling.core.errors import StarlingError
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
 from starling.model.initial_weights import read_weights
 from starling.search.storage.journal import JOURNAL
-from starling.search.study import SearchStudy, StudyRules
+from starling.search.study import SearchStudy
 from tests.classic_files import ClassicFiles, trained
 from tests.conftest import REPOSITORY
+from tests.searches import spec
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 
@@ -99,9 +100,7 @@ for path in map(Path, sys.argv[1:]):
 def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return a real study's journal: its definition and one claimed candidate."""
     folder = tmp_path_factory.mktemp("study")
-    study = SearchStudy.open_or_create(
-        folder, seed_hyp={"lr0": 0.01}, budget=3, study_seed=0, signature={"data": "d"}, rules=StudyRules()
-    )
+    study = SearchStudy.open_or_create(folder, spec({"lr0": 0.01}, 3, signature={"data": "d"}))
     study.ask("w").lease.close()  # type: ignore[union-attr]
     return (folder / JOURNAL).read_bytes()
 

@@ -26,12 +26,13 @@ from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.model.detector import build_detector
 from starling.model.pickle_check import PickleWalk
 from starling.search.storage.journal import JOURNAL
-from starling.search.study import SearchStudy, StudyRules
+from starling.search.study import SearchStudy
 from starling.tracking.cursor import Cursor, cursor_path
 from starling.tracking.delivery import Bridge
 from starling.tracking.events import EventLog, last_event, read_events
 from starling.tracking.run_files import export as export_run
 from starling.tracking.run_files import pending
+from tests.searches import spec
 from tests.security.bounded import read_all
 from tests.security.hostile_pickles import FILES, FORMS, HEAD, PICKLES
 from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
@@ -189,7 +190,7 @@ from starling.config.yaml_reader import read_yaml
 from starling.data.dataset.dataset import DatasetDescription
 from starling.core.errors import StarlingError
 from starling.model.detector import build_detector
-from starling.search.space import parse_space
+from starling.search.space_file import parse_space
 from launcher.cli.main import cli
 from launcher.options.config_file import read_settings
 from launcher.plan.dataset_yaml import read_dataset
@@ -452,9 +453,7 @@ def test_a_pipe_in_the_place_of_a_log_keeps_nobody_waiting(tmp_path: Path) -> No
 
 
 def test_odd_values_and_lines_in_a_journal_are_taken_or_refused_by_name(tmp_path: Path) -> None:
-    study = SearchStudy.open_or_create(
-        tmp_path, seed_hyp={"lr0": 0.01}, budget=3, study_seed=0, signature={"data": "d"}, rules=StudyRules()
-    )
+    study = SearchStudy.open_or_create(tmp_path, spec({"lr0": 0.01}, 3, signature={"data": "d"}))
     study.ask("w").lease.close()  # type: ignore[union-attr]
     lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
     changed = [[*lines[:at], odd, *lines[at:]] for odd in ODD_LINES for at in (0, len(lines))]

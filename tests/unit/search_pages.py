@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from starling.search.outcome import Attempt, Finished, Progress, State, best_of
+from starling.search.outcome import Attempt, Finished, SearchProgress, State, best_of
 from starling.search.report.facts import Facts, costs_of
+from starling.search.trial_counts import seconds_between, seconds_left
 
 BEGAN = datetime(2026, 8, 1, 9, 0)
 SEED = {"lr0": 0.01, "momentum": 0.9, "mixup": 0.0, "scale": 0.5, "fliplr": 0.5}
@@ -74,7 +75,7 @@ def facts_of(attempts: Sequence[Attempt], **changes: Any) -> Facts:
         "name": "blood/search",
         "directory": Path("runs/blood/search").absolute(),
         "now": BEGAN + timedelta(days=1),
-        "progress": Progress(
+        "progress": SearchProgress(
             budget=max(len(finished), 1),
             finished=len(finished),
             running=sum(a.state is State.RUNNING for a in attempts),
@@ -91,3 +92,11 @@ def facts_of(attempts: Sequence[Attempt], **changes: Any) -> Facts:
         "costs": costs_of(attempts, full_epochs=10, train_images=100, val_images=30),
     }
     return Facts(**{**values, **changes})
+
+
+def time_left(attempts: Sequence[Attempt], progress: SearchProgress, now: datetime) -> float | None:
+    """Return the seconds until the budget is met, from the attempts themselves."""
+    ended = [attempt for attempt in attempts if attempt.state is not State.RUNNING]
+    began = [attempt.began for attempt in attempts if attempt.state is State.RUNNING and attempt.began]
+    took = sum(seconds_between(attempt.began, attempt.ended) for attempt in ended)
+    return seconds_left(took, began, progress, now)

@@ -17,7 +17,7 @@ from starling.model.autoanchor import AutoAnchor, cluster_sizes, evolve_anchors,
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import build_detector
 from starling.model.initial_weights import InitialWeights, Weights, read_weights
-from starling.search import training as search
+from starling.search import winner
 from starling.training.setup import anchors as engine_anchors
 from starling.training.setup.anchors import label_sizes
 from starling.training.trainer import Trainer
@@ -234,8 +234,8 @@ def test_a_search_fits_anchors_once_for_all_candidates(
         return decisions[-1]
 
     monkeypatch.setattr(engine_anchors, "fit_anchors", counted)
-    monkeypatch.setattr(search.pictures, "draw_labels", lambda *args: None)
-    monkeypatch.setattr(search, "draw_weights", lambda *args: None)
+    monkeypatch.setattr(winner.pictures, "draw_labels", lambda *args: None)
+    monkeypatch.setattr(winner, "draw_weights", lambda *args: None)
     assert train.main([*misfit_args, "--evolve", "2", "--project", "blood", "--name", "search"]) == 0
     assert [decision.changed for decision in decisions] == [True]
     best = load_checkpoint(runs / "blood" / "search" / "weights" / "best.pt")

@@ -18,6 +18,7 @@ STOREYS = {
     "starling": [
         ["starling.__main__"],
         ["starling.cli", "starling.supervise"],
+        ["starling.tracking.clearml.search"],
         ["starling.search"],
         ["starling.training", "starling.export"],
         ["starling.evaluation"],
@@ -114,6 +115,35 @@ def test_no_imports_go_in_a_circle_inside_functions_included() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+OWN_TRAINER = ("training", "yolo", "winner", "reporting", "space_file", "importing")
+"""Modules of the search that know what is trained. The others search with any `CandidateTrainer`."""
+WHAT_IS_TRAINED = (
+    "starling.training", "starling.model", "starling.data", "starling.evaluation", "starling.prediction",
+    "starling.boxes", "starling.distributed", "starling.tracking", "starling.core.settings.train",
+    "starling.config.hyp",
+)  # fmt: skip
+
+
+def test_the_worker_of_a_search_knows_nothing_of_what_is_trained() -> None:
+    own = tuple(f"starling.search.{name}" for name in OWN_TRAINER)
+    general = [m for m in MODULES if m.startswith("starling.search") and m not in own]
+    assert {"starling.search.worker", "starling.search.study", "starling.search.report.page"} <= set(general)
+    importers: dict[str, str] = {}
+    found = list(general)
+    while found:
+        module = found.pop()
+        for target in imports(module):
+            if target not in importers:
+                importers[target] = module
+                found.append(target)
+    reached = {
+        target: importer
+        for target, importer in importers.items()
+        if target.startswith((*WHAT_IS_TRAINED, *own))
+    }
+    assert reached == {}, "module: by whom it is imported"
 
 
 @pytest.mark.parametrize("package", FOLDERS)

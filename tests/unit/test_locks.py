@@ -20,7 +20,7 @@ from starling.outputs.run_dir import LOCK as RUN_LOCK
 from starling.outputs.run_dir import run_lock
 from starling.search.storage.journal import LOCK as STUDY_LOCK
 from starling.search.storage.journal import JournalStudyStorage, locked
-from starling.search.training import weights_locked
+from starling.search.winner import weights_locked
 from starling.tracking.lock import exclusive
 
 Lock = Callable[[Path], AbstractContextManager[None]]

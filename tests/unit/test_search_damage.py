@@ -19,28 +19,26 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from starling.cli import search as command
 from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, UsageError
-from starling.search.outcome import Outcome, State
-from starling.search.plan import StudyPlan
+from starling.search.outcome import State
+from starling.search.spec import StudyPlan
 from starling.search.storage.checksum import has_lost_line_end, opened, sealed
 from starling.search.storage.journal import JOURNAL, LOCK, SafeJournalBackend
 from starling.search.storage.repair import mend, repair
-from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from tests.searches import outcome, spec
 
 SEED = Hyp().as_dict()
-OUTCOME = Outcome(
-    fitness=0.5, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2, cls_loss=0.3
-)
+OUTCOME = outcome(0.5)
 
 
 def join(directory: Path, budget: int = 6) -> SearchStudy:
     return SearchStudy.open_or_create(
-        directory, seed_hyp=SEED, budget=budget, study_seed=3, plan=StudyPlan(epochs=5, prune=True), signature={},
-        sampler="random",
-    )  # fmt: skip
+        directory, spec(SEED, budget, seed=3, plan=StudyPlan(epochs=5, prune=True), sampler="random")
+    )
 
 
 def finish_all(study: SearchStudy) -> None:
-    while isinstance(turn := study.ask("w"), Claim):
+    while isinstance(turn := study.ask("w"), LeasedCandidate):
         value = 0.5 + turn.candidate.number / 100
         if turn.candidate.glances:
             study.report(turn, turn.candidate.glances[0], value / 2)
@@ -232,7 +230,7 @@ def test_a_repair_waits_for_a_worker_that_holds_the_study(search: Path) -> None:
     study = join(search)
     done = threading.Event()
     thread = threading.Thread(target=lambda: (repair(search), done.set()))
-    with study.lock():
+    with study._storage.lock():
         thread.start()
         assert not done.wait(0.2)
     assert done.wait(10)
@@ -292,7 +290,7 @@ def test_a_record_that_arrives_while_a_worker_runs_is_told_as_at_opening(
 ) -> None:
     study = join(tmp_path / "s", budget=3)
     claim = study.ask("w")
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     path = tmp_path / "s" / JOURNAL
     line = path.read_bytes().count(b"\n") + 1
     with path.open("ab") as file:

@@ -11,15 +11,22 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.core.errors import ConfigError
 from starling.search.outcome import State
-from starling.search.samplers.fast import FastSampler, FastSettings, ranking
-from starling.search.samplers.history import Finding, History
+from starling.search.samplers.base import Finding, History
+from starling.search.samplers.fast import (
+    FastSampler,
+    FastSettings,
+    density_ratio,
+    expected_score,
+    normal_scores,
+    ranking,
+)
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.samplers.surrogates import density_ratio, expected_score, normal_scores
 from starling.search.space import Setting, Space
+from tests.searches import CLASSIC
 
 HYP = Hyp(degrees=2.0).as_dict()
-SPACE = Space().starting_from(HYP)
-START = np.array(SPACE.places(HYP))
+SPACE = CLASSIC.starting_from(HYP)
+START = np.array(SPACE.positions(HYP))
 MODEL = {"linear": 2.0, "curved": 1.0, "reach": 1.0, "noise": 0.1}
 
 
@@ -32,9 +39,11 @@ def known(trials: list[FrozenTrial], space: Space = SPACE) -> History:
     return found
 
 
-def ended(places: np.ndarray, fitness: float | None, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
-    """Return a trial at `places`; a pruned one after 3 epochs, a failed one by its own fault."""
-    values = SPACE.at(places.tolist())
+def ended(
+    positions: np.ndarray, fitness: float | None, state: TrialState = TrialState.COMPLETE
+) -> FrozenTrial:
+    """Return a trial at `positions`; a pruned one after 3 epochs, a failed one by its own fault."""
+    values = SPACE.at(positions.tolist())
     pruned = {3: fitness} if state is TrialState.PRUNED else {}
     return create_trial(
         state=state,
@@ -48,7 +57,7 @@ def ended(places: np.ndarray, fitness: float | None, state: TrialState = TrialSt
 
 def test_start_up_draws_stay_around_the_seed_and_change_half_of_the_genes() -> None:
     sampler = FastSampler(SPACE, HYP, 0)
-    drawn = np.array([SPACE.places(sampler.propose(n, known([]))) for n in range(1, 200)])
+    drawn = np.array([SPACE.positions(sampler.propose(n, known([]))) for n in range(1, 200)])
     moved = np.abs(drawn - START)
     changed = moved > 1e-3
     assert changed.mean() == pytest.approx(0.5, abs=0.03)
@@ -73,17 +82,17 @@ def test_proposals_move_to_where_the_good_ones_are(judge: str) -> None:
     scale = SPACE.names.index("scale")
     trials = []
     for _ in range(40):
-        places = np.clip(START + rng.normal(0, 0.1, len(START)), 0, 1)
-        trials.append(ended(places, fitness=float(places[scale])))
+        positions = np.clip(START + rng.normal(0, 0.1, len(START)), 0, 1)
+        trials.append(ended(positions, fitness=float(positions[scale])))
     best = sorted(places_of(trial)[scale] for trial in trials)[-10]
     sampler = FastSampler(SPACE, HYP, 0, FastSettings(judge=judge))  # type: ignore[arg-type]
-    proposed = [SPACE.places(sampler.propose(n, known(trials)))[scale] for n in range(40, 60)]
+    proposed = [SPACE.positions(sampler.propose(n, known(trials)))[scale] for n in range(40, 60)]
     assert np.mean(proposed) > best
 
 
 def places_of(trial: FrozenTrial) -> list[float]:
     """Return where a trial's values lie."""
-    return SPACE.places(trial.params)
+    return SPACE.positions(trial.params)
 
 
 def search(objective: Callable[[np.ndarray], float], name: str, seed: int, budget: int = 40) -> float:
@@ -91,8 +100,8 @@ def search(objective: Callable[[np.ndarray], float], name: str, seed: int, budge
     proposer = Proposer.of(name, SPACE, HYP, seed)  # type: ignore[arg-type]
     trials: list[FrozenTrial] = []
     for number in range(budget):
-        places = np.array(SPACE.places(proposer.propose(number, trials).values))
-        trials.append(ended(places, objective(places)))
+        positions = np.array(SPACE.positions(proposer.propose(number, trials).values))
+        trials.append(ended(positions, objective(positions)))
         trials[-1].number = number
     return max(float(trial.value) for trial in trials)
 
@@ -122,12 +131,12 @@ def test_a_proposal_keeps_away_from_what_another_is_training(judge: str) -> None
     sampler = FastSampler(SPACE, HYP, 0, FastSettings(judge=judge))  # type: ignore[arg-type]
     moved = 0
     for number in range(20, 50):
-        alone = np.array(SPACE.places(sampler.propose(number, known(trials))))
+        alone = np.array(SPACE.positions(sampler.propose(number, known(trials))))
         beside = SPACE.at(
             np.clip(alone + 0.003, 0, 1).tolist()
         )  # not the same values, which are never drawn twice
         running = create_trial(state=TrialState.RUNNING, params=beside, distributions=SPACE.distributions())
-        again = np.array(SPACE.places(sampler.propose(number, known([*trials, running]))))
+        again = np.array(SPACE.positions(sampler.propose(number, known([*trials, running]))))
         moved += np.abs(again - alone).max() > 0.01
     assert moved > 10
 

@@ -16,12 +16,11 @@ from starling.cli.search import main
 from starling.config.hyp import Hyp
 from starling.config.yaml_reader import write_yaml
 from starling.core.errors import UsageError
-from starling.search.exports import write_files
+from starling.search.exports import METRIC_COLUMNS, write_files
 from starling.search.importing import read_evolve_csv
-from starling.search.outcome import METRIC_COLUMNS
-from starling.search.study import Claim, SearchStudy
+from starling.search.study import LeasedCandidate, SearchStudy
 from tests.conftest import REPOSITORY
-from tests.unit.test_search_worker import outcome
+from tests.searches import outcome, spec
 from tests.unit.test_search_worker import search as work
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
@@ -63,15 +62,10 @@ def old(tmp_path: Path) -> Path:
 def study(tmp_path: Path) -> SearchStudy:
     """Return a search at 320 pixels whose first candidate has finished."""
     study = SearchStudy.open_or_create(
-        tmp_path / "s",
-        seed_hyp=SEED,
-        budget=3,
-        sampler="classic",
-        study_seed=0,
-        signature={"epochs": 10, "image_size": 320},
+        tmp_path / "s", spec(SEED, 3, sampler="classic", signature={"epochs": 10, "image_size": 320})
     )
     claim = study.ask("w")
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     study.finish(claim, outcome(0.4))
     return study
 
@@ -91,7 +85,7 @@ def test_imported_results_are_parents_and_neither_candidates_nor_budget(
     with (study.directory / "evolve.csv").open() as file:
         assert len(list(csv.reader(file))) == 2
     claim = study.ask("w")
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     assert claim.candidate.hyp["fliplr"] == 0.25, (
         "a mutant of the best old result: this gene is passed on as it is"
     )
@@ -218,7 +212,7 @@ def test_a_search_without_a_candidate_yet_is_told_to_begin_first(
     old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signature = {"epochs": 10, "image_size": 320}
-    SearchStudy.open_or_create(tmp_path / "s", seed_hyp=SEED, budget=1, study_seed=0, signature=signature)
+    SearchStudy.open_or_create(tmp_path / "s", spec(SEED, 1, signature=signature))
     assert run("import", old, "--to", tmp_path / "s") == 2
     assert "start a worker first" in capsys.readouterr().err
     assert run("import", old, "--to", tmp_path / "nothing") == 2

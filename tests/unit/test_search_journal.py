@@ -16,6 +16,7 @@ from starling.search.storage import journal
 from starling.search.storage.checksum import sealed
 from starling.search.storage.journal import JournalStudyStorage, SafeJournalBackend, locked
 from starling.search.study import SearchStudy
+from tests.searches import spec
 
 RECORD = {"op_code": 1, "worker_id": "w", "text": "x" * 200}
 LINE = sealed(RECORD)
@@ -142,7 +143,7 @@ def test_file_that_never_was_a_journal_is_exit_2_and_left_as_it_is(tmp_path: Pat
     path = tmp_path / journal.JOURNAL
     path.write_bytes(content)
     with pytest.raises(UsageError, match="not a study's journal; move it away") as caught:
-        SearchStudy.open_or_create(tmp_path, seed_hyp={"lr0": 0.01}, budget=1, study_seed=0, signature={})
+        SearchStudy.open_or_create(tmp_path, spec({"lr0": 0.01}, 1))
     assert caught.value.exit_code == 2
     assert path.read_bytes() == content
 
@@ -150,7 +151,7 @@ def test_file_that_never_was_a_journal_is_exit_2_and_left_as_it_is(tmp_path: Pat
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"op_code":0,"worker_id":"4', b"\0" * 300])
 def test_journal_whose_first_record_was_torn_is_begun_anew(tmp_path: Path, torn: bytes) -> None:
     (tmp_path / journal.JOURNAL).write_bytes(torn)
-    SearchStudy.open_or_create(tmp_path, seed_hyp={"lr0": 0.01}, budget=1, study_seed=0, signature={})
+    SearchStudy.open_or_create(tmp_path, spec({"lr0": 0.01}, 1))
     assert SearchStudy.read(tmp_path).progress().budget == 1
 
 

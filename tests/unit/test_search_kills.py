@@ -12,10 +12,11 @@ import pytest
 
 from starling.config.hyp import Hyp
 from starling.errors import Pruned
-from starling.search.outcome import Outcome, State
-from starling.search.plan import FRESH_SEEDS, StudyPlan
+from starling.search.outcome import State
+from starling.search.spec import FRESH_SEEDS, StudyPlan
 from starling.search.storage.journal import SafeJournalBackend
-from starling.search.study import Claim, SearchStudy, Turn
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from tests.searches import outcome, spec
 
 SEED = Hyp().as_dict()
 EPOCHS, BUDGET, FINALISTS, WORKERS = 5, 20, 2, 4
@@ -38,7 +39,7 @@ class World:
     aim: str
     """`anybody`, or `finals`: whoever trains a finalist again dies more often."""
     studies: dict[int, SearchStudy] = field(default_factory=dict)
-    claims: dict[int, tuple[Claim, int] | None] = field(default_factory=dict)
+    claims: dict[int, tuple[LeasedCandidate, int] | None] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     killed: int = 0
     peaceful: bool = True
@@ -46,13 +47,7 @@ class World:
     def join(self) -> SearchStudy:
         plan = StudyPlan(epochs=EPOCHS, prune=True, finalists=FINALISTS)
         return SearchStudy.open_or_create(
-            self.directory,
-            seed_hyp=SEED,
-            budget=BUDGET,
-            study_seed=7,
-            plan=plan,
-            signature={},
-            sampler="random",
+            self.directory, spec(SEED, BUDGET, seed=7, plan=plan, sampler="random")
         )
 
     def play(self) -> None:
@@ -79,7 +74,7 @@ class World:
         held = self.claims.get(worker)
         if held is None:
             turn = study.ask(f"w{worker}")
-            if isinstance(turn, Claim):
+            if isinstance(turn, LeasedCandidate):
                 self.claims[worker] = (turn, 0)
             elif turn is Turn.DONE:
                 self.done.add(worker)
@@ -91,7 +86,7 @@ class World:
             raise Killed
         self.train(study, worker, mine, epoch + 1)
 
-    def train(self, study: SearchStudy, worker: int, mine: Claim, epoch: int) -> None:
+    def train(self, study: SearchStudy, worker: int, mine: LeasedCandidate, epoch: int) -> None:
         quality = 1 - abs(mine.candidate.hyp["lr0"] - 0.02) * 10
         self.claims[worker] = (mine, epoch)
         try:
@@ -112,11 +107,6 @@ class World:
         if held is not None:
             held[0].lease.abandon()
         self.studies.pop(worker, None)
-
-
-def outcome(fitness: float) -> Outcome:
-    return Outcome(fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2,
-                   cls_loss=0.3)  # fmt: skip
 
 
 @pytest.fixture

@@ -24,24 +24,15 @@ from starling.search.outcome import (
     State,
     best_of,
 )
-from starling.search.plan import FRESH_SEEDS, StudyPlan
 from starling.search.pruning import ENOUGH, Halving
-from starling.search.samplers.history import History
-from starling.search.space import Space
-from starling.search.study import Claim, SearchStudy, Turn
-from starling.search.worker import WorkerSettings, run_search
+from starling.search.samplers.base import History
+from starling.search.spec import FRESH_SEEDS, StudyPlan
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from tests.searches import CLASSIC, outcome, run_search, spec
 
 SEED = Hyp().as_dict()
 EPOCHS = 30
 RUNGS = (4, 12)
-
-
-def outcome(fitness: float) -> Outcome:
-    """Return a result with this fitness."""
-    return Outcome(
-        fitness=fitness, precision=0.5, recall=0.5, map50=0.6, map5095=0.4, box_loss=0.1, obj_loss=0.2,
-        cls_loss=0.3,
-    )  # fmt: skip
 
 
 def quality(candidate: Candidate) -> float:
@@ -64,31 +55,21 @@ def trained(epochs: dict[int, int], after: Callable[[Candidate], float] = qualit
 
 def search(directory: Path, objective: Any, budget: int, **plan: Any) -> SearchSummary:
     """Work on a search alone."""
-    return run_search(
-        directory=directory,
-        seed_hyp=SEED,
-        budget=budget,
-        study_seed=7,
-        plan=StudyPlan(epochs=EPOCHS, **plan),
-        signature={},
-        sampler="classic",
-        objective=objective,
-        settings=WorkerSettings(name="w", poll_s=0.02, picture=False),
-        say=lambda line: None,
-    )
+    about = spec(SEED, budget, seed=7, plan=StudyPlan(epochs=EPOCHS, **plan), sampler="classic")
+    return run_search(directory, objective, about)
 
 
 def join(directory: Path, budget: int = 9, **plan: Any) -> SearchStudy:
     """Open a search as a worker does."""
     return SearchStudy.open_or_create(
-        directory, seed_hyp=SEED, budget=budget, study_seed=7, plan=StudyPlan(epochs=EPOCHS, **plan), signature={}
-    )  # fmt: skip
+        directory, spec(SEED, budget, seed=7, plan=StudyPlan(epochs=EPOCHS, **plan))
+    )
 
 
-def claim(study: SearchStudy) -> Claim:
-    """Claim what must be there."""
+def claim(study: SearchStudy) -> LeasedCandidate:
+    """LeasedCandidate what must be there."""
     turn = study.ask("w")
-    assert isinstance(turn, Claim)
+    assert isinstance(turn, LeasedCandidate)
     return turn
 
 
@@ -236,7 +217,7 @@ def test_finalists_are_trained_again_whole_on_the_same_fresh_seeds(tmp_path: Pat
 def test_finals_teach_the_samplers_nothing_twice(tmp_path: Path) -> None:
     search(tmp_path, trained({}), budget=20, finalists=2)
     study = SearchStudy.read(tmp_path)
-    known = History(Space().starting_from(study.seed_hyp))
+    known = History(CLASSIC.starting_from(study.seed_hyp))
     known.update(study._trials())
     assert len(known.finished) == 20 - 2 * FRESH_SEEDS
     assert len({tuple(values.items()) for _, values in known.best}) == 5

@@ -7,8 +7,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,20 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.core.settings.train import parse_args
-from starling.search.estimate import seconds_left
 from starling.search.exports import draw_picture, write_files
-from starling.search.outcome import Progress, State
+from starling.search.outcome import SearchProgress, State
 from starling.search.report import REPORT, write_report
-from starling.search.report.command import winner_command
-from starling.search.report.facts import costs_of, worker_times
-from starling.search.report.importance import FEWEST, gene_importance
+from starling.search.report.facts import (
+    FEWEST_FOR_IMPORTANCE,
+    costs_of,
+    gene_importance,
+    winner_command,
+    worker_times,
+)
 from starling.search.report.markup import element, text
 from starling.search.report.page import build_page
 from starling.search.report.svg import ticks
 from starling.search.report.tables import MOST_ROWS, SHOWN
-from starling.search.study import Claim, SearchStudy
-from tests.unit.search_pages import BEGAN, COMMAND, SEED, attempt, facts_of, search
-from tests.unit.test_search_worker import outcome
+from starling.search.study import LeasedCandidate, SearchStudy
+from tests.searches import outcome, spec
+from tests.unit.search_pages import BEGAN, COMMAND, SEED, attempt, facts_of, search, time_left
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '</td></script><script src="http://evil.example/a.js"></script><img src=//evil.example/x onerror=alert(1)>&\x1b[31m'
@@ -110,7 +114,7 @@ def test_a_search_that_has_hardly_begun_has_a_page(count: int) -> None:
     attempts = [attempt(0, state=State.RUNNING, ended=None)] if count == 1 else search(count)
     words = Elements(build_page(facts_of(attempts))).words
     assert ("No candidate has finished yet." in words) == (count < 2)
-    assert str(FEWEST) in words[words.index("Which genes matter") :]
+    assert str(FEWEST_FOR_IMPORTANCE) in words[words.index("Which genes matter") :]
 
 
 def test_a_long_table_is_folded_and_a_very_long_one_cut_with_a_word_on_it() -> None:
@@ -208,8 +212,8 @@ def test_importance_finds_the_gene_that_decides_and_is_the_same_each_time() -> N
 
 def test_importance_is_not_guessed_from_too_few_or_from_equal_results() -> None:
     finished = facts_of(search(120)).finished
-    assert gene_importance(finished[: FEWEST - 1], list(SEED)) == {}
-    assert gene_importance(finished[:FEWEST], list(SEED)) != {}
+    assert gene_importance(finished[: FEWEST_FOR_IMPORTANCE - 1], list(SEED)) == {}
+    assert gene_importance(finished[:FEWEST_FOR_IMPORTANCE], list(SEED)) != {}
     assert gene_importance([replace(candidate, fitness=0.5) for candidate in finished], list(SEED)) == {}
 
 
@@ -230,41 +234,60 @@ def test_the_time_left_deals_the_trainings_that_are_left_to_whoever_is_free_firs
     now = BEGAN + timedelta(minutes=25)
 
     def left(budget: int, finished: int = 2) -> float | None:
-        progress = Progress(budget=budget, finished=finished, running=2, failed=0, best_fitness=0.3)
-        return seconds_left(attempts, progress, now)
+        progress = SearchProgress(budget=budget, finished=finished, running=2, failed=0, best_fitness=0.3)
+        return time_left(attempts, progress, now)
 
     assert left(4) == 5 * 60
     assert left(5) == left(6) == 15 * 60
     assert left(2) == 0
     assert (
-        seconds_left(running, Progress(budget=4, finished=0, running=2, failed=0, best_fitness=None), now)
+        time_left(running, SearchProgress(budget=4, finished=0, running=2, failed=0, best_fitness=None), now)
         is None
     )
 
 
 def test_what_failed_is_in_the_price_of_a_training_and_what_was_pruned_by_its_part() -> None:
     running = attempt(9, state=State.RUNNING, ended=None, began=BEGAN)
-    progress = Progress(budget=2, finished=1, running=1, failed=0, best_fitness=0.3)
-    cheap = seconds_left([attempt(0), running], progress, BEGAN)
-    dear = seconds_left([attempt(0), attempt(1, state=State.FAILED), running], progress, BEGAN)
+    progress = SearchProgress(budget=2, finished=1, running=1, failed=0, best_fitness=0.3)
+    cheap = time_left([attempt(0), running], progress, BEGAN)
+    dear = time_left([attempt(0), attempt(1, state=State.FAILED), running], progress, BEGAN)
     assert (cheap, dear) == (10 * 60, 20 * 60)
     third = attempt(1, state=State.PRUNED, began=BEGAN, ended=BEGAN + timedelta(minutes=5))
-    part = Progress(budget=3, finished=1, running=1, failed=0, best_fitness=0.3, pruned=1, part_trained=0.5)
-    assert seconds_left([attempt(0), third, running], part, BEGAN) == 10 * 60
+    part = SearchProgress(
+        budget=3, finished=1, running=1, failed=0, best_fitness=0.3, pruned=1, part_trained=0.5
+    )
+    assert time_left([attempt(0), third, running], part, BEGAN) == 10 * 60
+
+
+def test_a_study_counts_the_time_of_its_attempts_whenever_it_looks(tmp_path: Path) -> None:
+    study = SearchStudy.open_or_create(tmp_path, spec(SEED, 9))
+    late, now = SearchStudy.read(tmp_path), datetime.now() + timedelta(minutes=1)
+    for number in range(4):
+        held = study.ask("w")
+        assert isinstance(held, LeasedCandidate)
+        time.sleep(0.02)
+        if number == 1:
+            study.fail(held, State.LOST, "its worker died")
+        elif number != 3:
+            study.finish(held, outcome(0.5))
+        expected = time_left(study.attempts(), study.progress(), now)
+        assert (expected is None) == (number == 0 or study.progress().running == 0)
+        assert study.seconds_left(now) == (expected if expected is None else pytest.approx(expected))
+    assert expected is not None
+    assert late.seconds_left(now) == pytest.approx(expected)
+    assert SearchStudy.read(tmp_path).seconds_left(now) == pytest.approx(expected)
 
 
 def test_the_report_is_one_of_the_views_and_says_what_the_study_says(tmp_path: Path) -> None:
-    study = SearchStudy.open_or_create(
-        tmp_path / "s", seed_hyp=SEED, budget=3, study_seed=0, signature={"epochs": 10}
-    )
+    study = SearchStudy.open_or_create(tmp_path / "s", spec(SEED, 3, signature={"epochs": 10}))
     study.describe({"command": COMMAND, "train_images": 100, "val_images": 30})
     study.describe({"command": {}, "train_images": 1, "val_images": 1})
     for fitness in (0.25, 0.75):
         claim = study.ask("the worker")
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, LeasedCandidate)
         study.finish(claim, outcome(fitness))
     failing = study.ask("the worker")
-    assert isinstance(failing, Claim)
+    assert isinstance(failing, LeasedCandidate)
     study.fail(failing, State.FAILED, "it was <b>too large</b>")
     write_files(study)
     draw_picture(study)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from starling.config.hyp import Hyp
-from starling.search.genes import GENES, Gene, genes_of
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.classic import propose
-from starling.search.space import Setting
+from starling.search.space import Gene, Setting, Space
+from tests.searches import CLASSIC
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
-SEARCHED = genes_of(SEED)
+SEARCHED = CLASSIC.starting_from(SEED).genes
 START = {gene.name: SEED[gene.name] for gene in SEARCHED}
 
 
@@ -26,19 +26,20 @@ def mutant(number: int = 1, study_seed: int = 0, **changes: object) -> dict[str,
 
 
 def test_there_are_29_genes_each_a_hyperparameter_and_frozen() -> None:
-    assert len(GENES) == 29
-    assert {gene.name for gene in GENES} <= {field.name for field in dataclasses.fields(Hyp)}
+    assert len(CLASSIC.genes) == 29
+    assert {gene.name for gene in CLASSIC.genes} <= {field.name for field in dataclasses.fields(Hyp)}
     with pytest.raises(dataclasses.FrozenInstanceError):
-        GENES[0].gain = 2  # type: ignore[misc]
+        CLASSIC.genes[0].gain = 2  # type: ignore[misc]
 
 
 def test_anchors_are_searched_only_if_the_hyp_has_them() -> None:
     assert "anchors" not in {gene.name for gene in SEARCHED}
-    assert "anchors" in {gene.name for gene in genes_of({**SEED, "anchors": 3.0})}
+    assert "anchors" in {gene.name for gene in CLASSIC.starting_from({**SEED, "anchors": 3.0}).genes}
 
 
 def test_gene_whose_limits_meet_is_not_searched() -> None:
-    assert genes_of({"a": 1.0, "b": 1.0}, [Gene("a", 1, 1, 1), Gene("b", 1, 0, 2)])[0].name == "b"
+    space = Space((Gene("a", 1, 1, 1), Gene("b", 1, 0, 2)))
+    assert space.starting_from({"a": 1.0, "b": 1.0}).names == ("b",)
 
 
 def test_same_seed_number_and_history_give_the_same_proposal() -> None:

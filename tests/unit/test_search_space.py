@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from starling.cli import train
 from starling.config.hyp import Hyp
@@ -17,18 +18,41 @@ from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
-from starling.search.genes import GENES, Gene
-from starling.search.space import (
-    SETTINGS,
-    Setting,
-    Space,
-    parse_space,
-    read_space,
-    settings_flags,
-    split_values,
-)
+from starling.search.space import Gene, Setting, Space, settings_flags, split_values
+from starling.search.space_file import SETTINGS, parse_space, read_space
 from tests.conftest import REPOSITORY
 
+GENES: tuple[Gene, ...] = (
+    Gene("lr0", 1, 1e-5, 0.1, log=True),
+    Gene("lrf", 1, 0.01, 1.0, log=True),
+    Gene("momentum", 0.3, 0.6, 0.98),
+    Gene("weight_decay", 1, 0.0, 0.001),
+    Gene("warmup_epochs", 1, 0.0, 5.0),
+    Gene("warmup_momentum", 1, 0.0, 0.95),
+    Gene("warmup_bias_lr", 1, 0.0, 0.2),
+    Gene("box", 1, 0.02, 0.2, log=True),
+    Gene("cls", 1, 0.2, 4.0, log=True),
+    Gene("cls_pw", 1, 0.5, 2.0, log=True),
+    Gene("obj", 1, 0.2, 4.0, log=True),
+    Gene("obj_pw", 1, 0.5, 2.0, log=True),
+    Gene("iou_t", 0, 0.1, 0.7),
+    Gene("anchor_t", 1, 2.0, 8.0),
+    Gene("anchors", 2, 2.0, 10.0),
+    Gene("fl_gamma", 0, 0.0, 2.0),
+    Gene("hsv_h", 1, 0.0, 0.1),
+    Gene("hsv_s", 1, 0.0, 0.9),
+    Gene("hsv_v", 1, 0.0, 0.9),
+    Gene("degrees", 1, 0.0, 45.0),
+    Gene("translate", 1, 0.0, 0.9),
+    Gene("scale", 1, 0.0, 0.9),
+    Gene("shear", 1, 0.0, 10.0),
+    Gene("perspective", 0, 0.0, 0.001),
+    Gene("flipud", 1, 0.0, 1.0),
+    Gene("fliplr", 0, 0.0, 1.0),
+    Gene("mosaic", 1, 0.0, 1.0),
+    Gene("mixup", 1, 0.0, 1.0),
+    Gene("copy_paste", 1, 0.0, 1.0),
+)
 CONFIG = TrainConfig(evolve=1)
 LR0 = {"lower": 0.001, "upper": 0.1, "log": True}
 
@@ -191,7 +215,7 @@ def test_a_layout_that_cannot_be_built_is_found_before_anything_starts(
 
 
 def test_gene_of_the_hyp_at_0_is_searched_on_a_linear_scale() -> None:
-    space = Space().starting_from(Hyp(lrf=0.0).as_dict())
+    space = Space(GENES).starting_from(Hyp(lrf=0.0).as_dict())
     scales = {gene.name: gene.log for gene in space.genes}
     assert (scales["lr0"], scales["lrf"]) == (True, False)
     space.distributions(Hyp(lrf=0.0).as_dict())
@@ -204,7 +228,11 @@ def test_space_that_the_hyp_has_nothing_of_is_refused() -> None:
 
 def test_values_come_apart_into_hyp_and_settings() -> None:
     values = {"lr0": 0.1, "imgsz": 64, "optimizer": "Adam", "batch_size": 4, "cfg": "a.yaml"}
-    hyp, settings = split_values(values)
+    limits = {
+        name: FloatDistribution(0, 1) if name == "lr0" else CategoricalDistribution([value])
+        for name, value in values.items()
+    }
+    hyp, settings = split_values(values, limits)
     assert hyp == {"lr0": 0.1}
     assert settings_flags(settings) == "--imgsz 64 --optimizer Adam --batch-size 4 --cfg a.yaml"
     assert set(settings) == set(SETTINGS)
@@ -221,7 +249,7 @@ def test_every_place_of_a_gene_is_a_value_inside_and_back(gene: Gene, place: flo
     value = gene.at(place)
     assert gene.lower <= value <= gene.upper
     near = max(abs(gene.lower), abs(gene.upper)) * 1e-4
-    assert gene.at(gene.place(value)) == pytest.approx(value, abs=near)
+    assert gene.at(gene.position(value)) == pytest.approx(value, abs=near)
     assert gene.at(0) == gene.lower
     assert gene.at(1) == gene.upper
 
@@ -230,7 +258,7 @@ def test_every_place_of_a_gene_is_a_value_inside_and_back(gene: Gene, place: flo
 def test_every_place_of_a_setting_is_one_of_its_choices(count: int, place: float) -> None:
     setting = Setting("batch_size", tuple(range(count)))
     assert setting.at(place) in setting.choices
-    assert [setting.at(setting.place(choice)) for choice in setting.choices] == list(setting.choices)
+    assert [setting.at(setting.position(choice)) for choice in setting.choices] == list(setting.choices)
 
 
 @given(gene=GENE, value=st.floats(-1e3, 3e3))

@@ -15,8 +15,8 @@ from starling.core.files import file_system
 from starling.core.files.file_system import file_system_type, network_file_system
 from starling.core.settings.study_url import StudyUrl, parse_study_url
 from starling.core.settings.train import TrainConfig
+from starling.search.storage.database import find_password
 from starling.search.storage.journal import JournalStudyStorage
-from starling.search.storage.password import find_password
 from starling.search.storage.storage import check_storage, open_storage, study_name
 from tests.conftest import REPOSITORY
 

@@ -177,13 +177,13 @@ def test_a_diverging_candidate_fails_alone(search_args: list[str], runs: Path) -
 def test_a_candidate_whose_worker_died_after_its_last_epoch_is_finished_without_training(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import training
+    from starling.search import yolo
 
     def die(directory: Path, run: object, fitness: float) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "keep_best_weights", die)
+        patched.setattr(yolo, "keep_best_weights", die)
         assert train.main([*search_args, "--evolve", "1"]) == 130
     assert train.main([*search_args, "--evolve", "1"]) == 0
     assert (runs / "blood" / "search" / "weights" / "best.pt").is_file()
@@ -303,7 +303,7 @@ def test_a_search_over_optimizer_and_batch_size_trains_with_them_and_says_so(
 def test_a_search_over_image_size_and_layout_changes_its_workshop_and_keeps_one_data_a_size(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import training_setups as setups
+    from starling.search import yolo as setups
 
     opened: list[tuple[int, str]] = []
     whole = setups.open_setup
@@ -347,9 +347,9 @@ def test_joining_with_another_space_is_refused_with_the_difference(
 def test_a_stopped_candidate_goes_on_with_its_own_settings(
     search_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starling.search import training
+    from starling.search import yolo
 
-    whole, calls = training.train_in, iter(range(9))
+    whole, calls = yolo.train_in, iter(range(9))
 
     def stop_in_the_second(*given: object, **more: object) -> object:
         if next(calls) == 1:
@@ -359,7 +359,7 @@ def test_a_stopped_candidate_goes_on_with_its_own_settings(
     space = write_space(runs, "batch_size: [2, 4]\nlr0: {lower: 0.001, upper: 0.02}\n")
     arguments = [*search_args, "--evolve", "2", "--space", space, "--sampler", "random"]
     with monkeypatch.context() as patched:
-        patched.setattr(training, "train_in", stop_in_the_second)
+        patched.setattr(yolo, "train_in", stop_in_the_second)
         assert train.main(arguments) == 130
     assert train.main(arguments) == 0
     attempts = SearchStudy.read(runs / "blood" / "search").attempts()

@@ -18,7 +18,8 @@ from starling.plots.style import lower_end
 from starling.search.exports import CSV, PICTURE, draw_picture, write_files
 from starling.search.outcome import BEST_HYP, Candidate, Outcome, Report
 from starling.search.study import SearchStudy
-from starling.search.worker import WorkerSettings, run_search
+from starling.search.worker import WorkerSettings
+from tests.searches import outcome, run_search, spec
 
 SEED = Hyp(degrees=2.0, lr0=1e-05).as_dict()
 
@@ -26,31 +27,15 @@ SEED = Hyp(degrees=2.0, lr0=1e-05).as_dict()
 def score(candidate: Candidate, report: Report) -> Outcome:
     """Let candidate 1 be the best of three."""
     fitness = 0.123456789 if candidate.number == 1 else 0.1
-    return Outcome(
-        fitness=fitness,
-        precision=0.9,
-        recall=0.8,
-        map50=0.7,
-        map5095=fitness,
-        box_loss=1,
-        obj_loss=2,
-        cls_loss=3,
+    return outcome(
+        fitness, precision=0.9, recall=0.8, map50=0.7, map5095=fitness, box_loss=1, obj_loss=2, cls_loss=3
     )
 
 
 @pytest.fixture
 def searched(tmp_path: Path) -> Path:
     """Return the folder of a finished search."""
-    run_search(
-        directory=tmp_path / "s",
-        seed_hyp=SEED,
-        budget=3,
-        study_seed=0,
-        signature={},
-        objective=score,
-        settings=WorkerSettings(name="w", picture=False),
-        say=lambda line: None,
-    )
+    run_search(tmp_path / "s", score, spec(SEED, 3))
     return tmp_path / "s"
 
 
@@ -84,7 +69,7 @@ def test_views_that_were_deleted_or_damaged_are_derived_anew(searched: Path) -> 
 
 
 def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> None:
-    study = SearchStudy.open_or_create(tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={})
+    study = SearchStudy.open_or_create(tmp_path, spec(SEED, 1))
     write_files(study)
     draw_picture(study)
     assert not (tmp_path / CSV).exists()
@@ -97,15 +82,7 @@ def test_picture_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> No
         "scale": 0.5,
         "fliplr": 0.5,
     }  # fliplr stays; few, as panels take time
-    run_search(
-        directory=tmp_path,
-        seed_hyp=seed,
-        budget=3,
-        study_seed=0,
-        signature={},
-        objective=score,
-        say=lambda line: None,
-    )
+    run_search(tmp_path, score, spec(seed, 3), settings=WorkerSettings())
     picture = cv2.imread(str(tmp_path / PICTURE))[..., ::-1].astype(int)
     ring = (np.abs(picture - (0xD5, 0x5E, 0x00)).max(axis=-1) < 40).astype(np.uint8)
     blobs, _, boxes, _ = cv2.connectedComponentsWithStats(ring)

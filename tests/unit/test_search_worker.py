@@ -16,40 +16,27 @@ import pytest
 from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, ConfigError, UsageError
 from starling.errors import Stopped
-from starling.search import worker as worker_module
+from starling.search import exports
 from starling.search.exports import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
 from starling.search.outcome import (
     Candidate,
     CandidateFailed,
-    Objective,
     Outcome,
     Report,
     SearchFailed,
     SearchSummary,
     State,
 )
+from starling.search.spec import StudyRules, StudySpec
 from starling.search.storage.journal import SafeJournalBackend, locked
-from starling.search.study import Claim, SearchStudy, StudyRules, Turn
-from starling.search.worker import WorkerSettings, run_search
+from starling.search.study import LeasedCandidate, SearchStudy, Turn
+from starling.search.worker import Worker, WorkerSettings
+from tests.searches import FunctionTrainer, Train, outcome, run_search, spec
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
 # One process that has imported everything and runs no threads; workers are forked off it in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["starling.search.worker"])
-
-
-def outcome(fitness: float) -> Outcome:
-    """Return a result with this fitness."""
-    return Outcome(
-        fitness=fitness,
-        precision=0.5,
-        recall=0.5,
-        map50=0.6,
-        map5095=0.4,
-        box_loss=0.1,
-        obj_loss=0.2,
-        cls_loss=0.3,
-    )
 
 
 def score(candidate: Candidate, report: Report) -> Outcome:
@@ -63,25 +50,21 @@ def settings(**changes: Any) -> WorkerSettings:
     return WorkerSettings(**{"name": "w", "poll_s": 0.02, "picture": False, **changes})
 
 
-def search(directory: Path, objective: Objective = score, budget: int = 3, **changes: Any) -> SearchSummary:
+def search(directory: Path, train: Train = score, budget: int = 3, **changes: Any) -> SearchSummary:
     """Work on the search of the test."""
-    given: dict[str, Any] = {
-        "study_seed": 0,
-        "seed_hyp": SEED,
-        "signature": {"data": "d1"},
-        "say": lambda line: None,
-    }
-    given |= {"settings": settings(), **changes}
-    return run_search(directory=directory, objective=objective, budget=budget, **given)
+    about = {name: changes.pop(name) for name in ("hyp", "seed", "signature") if name in changes}
+    return run_search(directory, train, search_spec(budget, **about), **changes)
 
 
-def ask(directory: Path, **changes: Any) -> Claim:
+def search_spec(budget: int, **changes: Any) -> StudySpec:
+    """Return what the search of the test is about."""
+    return spec(**{"hyp": SEED, "budget": budget, "signature": {"data": "d1"}, **changes})
+
+
+def ask(directory: Path, budget: int = 3) -> LeasedCandidate:
     """Claim a candidate of the test's search, as one more worker would."""
-    given: dict[str, Any] = {"budget": 3, "rules": StudyRules(), **changes}
-    turn = SearchStudy.open_or_create(
-        directory, seed_hyp=SEED, study_seed=0, signature={"data": "d1"}, **given
-    ).ask("other")
-    assert isinstance(turn, Claim)
+    turn = SearchStudy.open_or_create(directory, search_spec(budget)).ask("other")
+    assert isinstance(turn, LeasedCandidate)
     return turn
 
 
@@ -122,7 +105,7 @@ def train_for_ever(candidate: Candidate, report: Report) -> Outcome:
 def work_for_ever(directory: Path, budget: int, lease_s: float) -> None:
     """Work on candidates that never end."""
     search(
-        directory, train_for_ever, budget, settings=settings(name="frozen", rules=StudyRules(lease_s=lease_s))
+        directory, train_for_ever, budget, settings=settings(name="frozen"), rules=StudyRules(lease_s=lease_s)
     )
     (directory / "left alone").touch()
 
@@ -169,7 +152,7 @@ def test_frozen_worker_loses_its_candidate_and_abandons_it_when_thawed(tmp_path:
     frozen.start()
     wait_for((tmp_path / "candidates/0000/started").exists)
     os.kill(frozen.pid or 0, signal.SIGSTOP)
-    summary = search(tmp_path, budget=1, settings=settings(rules=StudyRules(lease_s=0.4)))
+    summary = search(tmp_path, budget=1, rules=StudyRules(lease_s=0.4))
     assert (summary.trained_here, summary.best.number) == (1, 1)
     os.kill(frozen.pid or 0, signal.SIGCONT)
     frozen.join(10)
@@ -181,13 +164,10 @@ def test_frozen_worker_loses_its_candidate_and_abandons_it_when_thawed(tmp_path:
 def test_result_of_a_lost_lease_is_not_counted(tmp_path: Path) -> None:
     def lose(candidate: Candidate, report: Report) -> Outcome:
         if candidate.number == 0:
-            thief = SearchStudy.open_or_create(
-                tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"},
-                rules=StudyRules(lease_s=1e-9),
-            )  # fmt: skip
+            thief = SearchStudy.open_or_create(tmp_path, search_spec(1), rules=StudyRules(lease_s=1e-9))
             assert thief.ask("thief") is Turn.WAIT
             stolen = thief.ask("thief")
-            assert isinstance(stolen, Claim)
+            assert isinstance(stolen, LeasedCandidate)
             thief.finish(stolen, outcome(0.25))
         return outcome(0.75)
 
@@ -195,11 +175,9 @@ def test_result_of_a_lost_lease_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_worker_waits_for_the_last_candidates_of_others(tmp_path: Path) -> None:
-    other = SearchStudy.open_or_create(
-        tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"}
-    )
+    other = SearchStudy.open_or_create(tmp_path, search_spec(1))
     claim = other.ask("other")
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     said: list[str] = []
     naps: list[float] = []
 
@@ -364,9 +342,7 @@ def test_views_that_cannot_be_written_do_not_stop_the_search(tmp_path: Path) -> 
 
 
 def test_stop_while_waiting_is_heard(tmp_path: Path) -> None:
-    other = SearchStudy.open_or_create(
-        tmp_path, seed_hyp=SEED, budget=1, study_seed=0, signature={"data": "d1"}
-    )
+    other = SearchStudy.open_or_create(tmp_path, search_spec(1))
     claim = other.ask("other")
     calls = iter(range(3))
 
@@ -376,7 +352,7 @@ def test_stop_while_waiting_is_heard(tmp_path: Path) -> None:
 
     with pytest.raises(Stopped):
         search(tmp_path, budget=1, check_stop=check_stop)
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, LeasedCandidate)
     claim.lease.close()
 
 
@@ -391,9 +367,7 @@ def test_waiting_worker_goes_on_when_a_joiner_raises_the_budget(tmp_path: Path) 
     claim = ask(tmp_path, budget=1)
 
     def nap(seconds: float) -> None:
-        SearchStudy.open_or_create(
-            tmp_path, seed_hyp=SEED, budget=3, study_seed=0, signature={"data": "d1"}
-        ).finish(claim, outcome(0.5))
+        SearchStudy.open_or_create(tmp_path, search_spec(3)).finish(claim, outcome(0.5))
 
     summary = search(tmp_path, budget=1, sleep=nap)
     assert (summary.progress.budget, summary.progress.finished, summary.trained_here) == (3, 3, 2)
@@ -427,7 +401,7 @@ def work_by_another_clock(directory: Path, name: str, ahead_s: float) -> None:
         report()
         return score(candidate, report)
 
-    search(directory, train, budget=8, settings=settings(name=name, rules=StudyRules(lease_s=60)))
+    search(directory, train, budget=8, settings=settings(name=name), rules=StudyRules(lease_s=60))
 
 
 def test_two_workers_whose_clocks_are_two_days_apart_share_a_search(tmp_path: Path) -> None:
@@ -452,8 +426,8 @@ def test_two_workers_whose_clocks_are_two_days_apart_share_a_search(tmp_path: Pa
     [
         ({"signature": {"data": "d2"}}, "signature.data: 'd1' in the study, 'd2' here"),
         ({"signature": {"data": "d1", "epochs": 3}}, "signature.epochs: None in the study, 3 here"),
-        ({"seed_hyp": {**SEED, "lr0": 0.02}}, "hyp.lr0: 0.01 in the study, 0.02 here"),
-        ({"study_seed": 1}, "seed: 0 in the study, 1 here"),
+        ({"hyp": {**SEED, "lr0": 0.02}}, "hyp.lr0: 0.01 in the study, 0.02 here"),
+        ({"seed": 1}, "seed: 0 in the study, 1 here"),
     ],
 )
 def test_search_for_something_else_is_refused_with_the_difference(
@@ -477,16 +451,15 @@ def test_budget_and_settings_that_cannot_work_are_refused(tmp_path: Path) -> Non
             settings(**wrong)
 
 
-def test_progress_and_study_are_shown_to_the_caller(tmp_path: Path) -> None:
-    opened: list[SearchStudy] = []
+def test_progress_is_shown_to_the_trainer_and_the_study_has_one_id(tmp_path: Path) -> None:
     shown: list[tuple[int, int | None]] = []
-    search(
-        tmp_path,
-        on_open=opened.append,
-        on_progress=lambda p, c: shown.append((p.finished, None if c is None else c.number)),
+    trainer = FunctionTrainer(
+        score, lambda progress, c: shown.append((progress.finished, None if c is None else c.number))
     )
-    assert len(opened[0].uuid) == 32
-    assert study_of(tmp_path).uuid == opened[0].uuid
+    study = SearchStudy.open_or_create(tmp_path, search_spec(3))
+    Worker(study, trainer, settings=settings(), say=lambda line: None).run()
+    assert len(study.uuid) == 32
+    assert study_of(tmp_path).uuid == study.uuid
     assert shown == [(0, 0), (1, 1), (2, 2), (3, None)]
 
 
@@ -502,8 +475,8 @@ def views(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def draw_picture(study: SearchStudy, *, wait: bool) -> None:
         written.append(f"picture of {study.progress().finished}")
 
-    monkeypatch.setattr(worker_module, "write_files", write_files)
-    monkeypatch.setattr(worker_module, "draw_picture", draw_picture)
+    monkeypatch.setattr(exports, "write_files", write_files)
+    monkeypatch.setattr(exports, "draw_picture", draw_picture)
     return written
 
 
@@ -528,7 +501,7 @@ def test_a_worker_that_leaves_early_leaves_no_file_behind_the_study(tmp_path: Pa
 def test_a_worker_that_waits_for_others_leaves_no_file_behind_the_study(
     tmp_path: Path, views: list[str]
 ) -> None:
-    others: list[Claim] = []
+    others: list[LeasedCandidate] = []
 
     def train(candidate: Candidate, report: Report) -> Outcome:
         if candidate.number == 1:
@@ -547,7 +520,7 @@ def test_views_are_written_after_each_long_training_but_for_a_picture_that_anoth
     tmp_path: Path, views: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(worker_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(exports.time, "monotonic", lambda: now[0])
 
     def train(candidate: Candidate, report: Report) -> Outcome:
         now[0] += 80

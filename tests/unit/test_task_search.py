@@ -12,11 +12,11 @@ from starling.cli import hpo
 from starling.core.errors import ConfigError, UsageError
 from starling.core.settings.hpo import HpoConfig, parse_args
 from starling.errors import Stopped
-from starling.search.task_search import NoTrialFinishedError, TaskSearch
-from starling.search.trial_runners import QueueRunner
 from starling.tracking.clearml.client.api import ClearmlApi
 from starling.tracking.clearml.client.credentials import find_credentials
 from starling.tracking.clearml.client.tasks import create_task
+from starling.tracking.clearml.search import NoTrialFinishedError, TaskSearch
+from starling.tracking.clearml.trial_runners import QueueRunner
 from tests.doubles.clearml_server import ClearmlServerDouble
 
 METRIC = ("metrics", "mAP_0.5:0.95")

@@ -11,11 +11,10 @@ from launcher.status.progress import read_progress
 from launcher.status.report import format_duration
 from starling.core.worker_status import WorkerStatus
 from starling.progress import Progress
-from starling.search.estimate import seconds_left
-from starling.search.outcome import Attempt, State
-from starling.search.outcome import Progress as SearchProgress
+from starling.search.outcome import SearchProgress, State
 from starling.training.reporting.reporter import Reporter, RunLabel
 from starling.training.reporting.results import EpochRow
+from tests.unit.search_pages import attempt, time_left
 
 NAN = float("nan")
 
@@ -64,15 +63,10 @@ def test_the_time_left_is_told_from_the_second_epoch_on_and_without_the_first(tm
 
 def test_a_search_tells_no_end_before_a_whole_training_was_trained() -> None:
     began = datetime(2026, 1, 1)
-    pruned = Attempt(
-        number=0, root=0, state=State.PRUNED, hyp={}, worker="w", began=began, ended=began + timedelta(seconds=60),
-        fitness=None, metrics={}, curve={}, reason="", epochs=1,
-    )  # fmt: skip
-    running = Attempt(
-        number=1, root=1, state=State.RUNNING, hyp={}, worker="w", began=began, ended=None, fitness=None,
-        metrics={}, curve={}, reason="",
-    )  # fmt: skip
+    minute = timedelta(seconds=60)
+    pruned = attempt(0, state=State.PRUNED, began=began, ended=began + minute, epochs=1)
+    running = attempt(1, state=State.RUNNING, began=began, ended=None)
     progress = SearchProgress(
         budget=10, finished=0, running=1, failed=0, best_fitness=None, pruned=1, part_trained=1 / 30
     )
-    assert seconds_left([pruned, running], progress, began + timedelta(seconds=70)) is None
+    assert time_left([pruned, running], progress, began + timedelta(seconds=70)) is None

@@ -25,7 +25,7 @@ from starling.data.fetch.convert import read_bounded, read_open_images_classes, 
 from starling.data.sources.sources import find_sources
 from starling.plots.results import read_results
 from starling.search.importing import read_evolve_csv
-from starling.search.storage.password import find_password
+from starling.search.storage.database import find_password
 from starling.tracking.mlflow.client import read_password
 from starling.tracking.tracker import TrackerUnavailableError
 

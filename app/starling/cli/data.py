@@ -140,11 +140,15 @@ def _step_of_words(words: Sequence[str]) -> Convert:
 
 
 def _version(given: argparse.Namespace) -> None:
-    from starling.data.fetch.clearml_set import make_version  # with numpy, which fetching does without
+    from starling.data.fetch.find import check_folder  # with numpy, which fetching does without
+    from starling.tracking.clearml.dataset import DatasetServer
 
     say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
-    made = make_version(
-        given.folder,
+    folder = given.folder.absolute()
+    description = check_folder(folder, say)
+    say(f"{description.path_yaml.name} is sound")
+    made = DatasetServer(f"{folder}: no version was made").upload(
+        folder,
         project=given.project,
         name=given.name or real_path(given.folder).name,
         version=given.version,

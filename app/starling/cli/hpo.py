@@ -13,6 +13,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: HpoConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without Optuna.
-    from starling.search.task_search import search_tasks
+    from starling.tracking.clearml.search import search_tasks
 
     search_tasks(config)

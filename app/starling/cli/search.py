@@ -123,6 +123,7 @@ def _repair(given: argparse.Namespace) -> None:
 def _show(given: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from starling.search.exports import metrics_of
     from starling.search.outcome import best_of
     from starling.search.study import SearchStudy
 
@@ -133,8 +134,8 @@ def _show(given: argparse.Namespace) -> None:
         report = {
             "progress": asdict(progress),
             "imported": study.imported(),
-            "best": asdict(best) if best else None,
-            "finished": [asdict(candidate) for candidate in finished],
+            "best": {**asdict(best), "metrics": metrics_of(best)} if best else None,
+            "finished": [{**asdict(candidate), "metrics": metrics_of(candidate)} for candidate in finished],
             "attempts": [asdict(attempt) for attempt in attempts],
         }
         print(json.dumps(report, indent=2, default=str))
@@ -146,8 +147,9 @@ def _show(given: argparse.Namespace) -> None:
     if best:
         print(f"{'candidate':>9}  {'fitness':>9}  {'mAP50':>9}  {'mAP50-95':>9}  worker")
         for c in finished:
+            metrics = metrics_of(c)
             print(
-                f"{c.number:>9}  {c.fitness:>9.5f}  {c.metrics['map50']:>9.5f}  {c.metrics['map5095']:>9.5f}  {c.worker}"
+                f"{c.number:>9}  {c.fitness:>9.5f}  {metrics['map50']:>9.5f}  {metrics['map5095']:>9.5f}  {c.worker}"
                 + ("  seed" if c.is_seed else "")
                 + ("  best" if c is best else "")
             )

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from starling.config.yaml_reader import write_yaml
 from starling.core.files.atomic import write_atomic
-from starling.search.outcome import BEST_HYP, METRIC_COLUMNS, Finished, best_of
+from starling.core.files.refusals import refusal
+from starling.search.outcome import BEST_HYP, Finished, best_of
 from starling.search.space import settings_flags
 from starling.search.storage.journal import locked, locked_if_free
 from starling.search.study import SearchStudy
 
 CSV, PICTURE = "evolve.csv", "evolve.png"
 LOCK, PICTURE_LOCK = "views.lock", "picture.lock"
+METRIC_COLUMNS = {
+    "precision": "metrics/precision",
+    "recall": "metrics/recall",
+    "map50": "metrics/mAP_0.5",
+    "map5095": "metrics/mAP_0.5:0.95",
+    "box_loss": "val/box_loss",
+    "obj_loss": "val/obj_loss",
+    "cls_loss": "val/cls_loss",
+}
+"""Metric of an outcome to column of evolve.csv, in the file's order."""
+FILES_SHARE = 0.005
+"""Most of a worker's time that evolve.csv and hyp_evolve.yaml may take; they grow with the study."""
+DRAWING_SHARE = 0.02
+"""Most of one worker's time that evolve.png and report.html may take all workers together."""
+DRAWING_S = 1.5
+"""What a drawing is thought to take, before one took longer."""
 
 
 def write_files(study: SearchStudy) -> None:
@@ -32,7 +50,7 @@ def write_files(study: SearchStudy) -> None:
 
 
 def draw_picture(study: SearchStudy, *, wait: bool = True) -> None:
-    """Replace evolve.png; unless `wait`, leave it to the worker that is at it, if one is.
+    """Replace evolve.png and report.html; unless `wait`, leave it to the worker that is at it, if one is.
 
     Under a lock of its own: drawing takes seconds, for which nobody's evolve.csv is to wait.
     """
@@ -43,8 +61,15 @@ def draw_picture(study: SearchStudy, *, wait: bool = True) -> None:
         elif not stack.enter_context(locked_if_free(lock)):
             return
         if finished := study.finished():
-            _draw(finished, study.directory / PICTURE)
-            _report(study)
+            from starling.plots.search import plot_evolve  # matplotlib is slow to import
+            from starling.search.report import (
+                write_report,  # as is what it takes the importance of genes from
+            )
+
+            hyps = {name: [candidate.hyp[name] for candidate in finished] for name in finished[0].hyp}
+            fitness = [candidate.fitness for candidate in finished]
+            plot_evolve(hyps, fitness, study.directory / PICTURE)
+            write_report(study)
 
 
 def csv_text(finished: Sequence[Finished]) -> str:
@@ -57,7 +82,7 @@ def csv_text(finished: Sequence[Finished]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*METRIC_COLUMNS.values(), *names, *settings])
     for candidate in finished:
-        metrics = [f"{candidate.metrics[name]:.6g}" for name in METRIC_COLUMNS]
+        metrics = [f"{value:.6g}" for value in metrics_of(candidate).values()]
         values = [
             *(repr(candidate.hyp[name]) for name in names),
             *(candidate.settings[name] for name in settings),
@@ -66,9 +91,14 @@ def csv_text(finished: Sequence[Finished]) -> str:
     return text.getvalue()
 
 
+def metrics_of(candidate: Finished) -> dict[str, float]:
+    """Return the metrics that evolve.csv has columns for; NaN where nobody measured or kept one."""
+    return {name: candidate.metrics.get(name, math.nan) for name in METRIC_COLUMNS}
+
+
 def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
     best, progress = best_of(finished), study.progress()
-    metrics = "\n".join(f"{column}: {best.metrics[name]:.5g}" for name, column in METRIC_COLUMNS.items())
+    metrics = "\n".join(f"{METRIC_COLUMNS[name]}: {value:.5g}" for name, value in metrics_of(best).items())
     again = "".join(f"fitness on a fresh seed: {value:.5g}\n" for value in best.again)
     comment = (
         f"Best of {progress.finished} finished trainings (budget {progress.budget}): candidate {best.number}\n"
@@ -79,14 +109,69 @@ def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
     write_yaml(study.directory / BEST_HYP, best.hyp, comment=comment)
 
 
-def _report(study: SearchStudy) -> None:
-    from starling.search.report import write_report  # as is what it takes the importance of genes from
+class Exports:
+    """The exports as one worker keeps them up to date, in a share of its time.
 
-    write_report(study)
+    Between short trainings of a large study they would take most of the time, and evolve.png between any: they wait
+    for a later training then, or for the last one. The study is the truth, so a failure here is only worth a line.
+    """
 
+    def __init__(self, study: SearchStudy, say: Callable[[str], None], *, draws: bool) -> None:
+        self._study, self._say, self._draws = study, say, draws
+        self._files_are_behind = False
+        self._files_due = self._drawing_due = 0.0
+        """When the files and the picture may be written again, by the monotonic clock."""
+        self._picture: int | None = None
+        """Modification time of evolve.png when this worker last looked; only ever compared with itself."""
+        self._drawing_s = DRAWING_S
+        """The longest drawing so far."""
+        self._was_drawn()  # the first one, too, has its share of the time to wait for
+        self._said: set[str] = set()
+        """Reasons that were said for exports that could not be written."""
 
-def _draw(finished: Sequence[Finished], path: Path) -> None:
-    from starling.plots.search import plot_evolve  # matplotlib is slow to import
+    def refresh(self, *, last: bool = False) -> None:
+        """Derive anew what is due, or all of it for the last time."""
+        self._files_are_behind = True
+        if last or time.monotonic() >= self._files_due:
+            self.catch_up()
+        if self._draws and (last or self._picture_is_due()):
+            took = self._timed(lambda: draw_picture(self._study, wait=last))
+            self._drawing_s = max(self._drawing_s, took)
+            self._was_drawn()
+            self._picture = self._picture_mark()
 
-    hyps = {name: [candidate.hyp[name] for candidate in finished] for name in finished[0].hyp}
-    plot_evolve(hyps, [candidate.fitness for candidate in finished], path)
+    def catch_up(self) -> None:
+        """Write the files that `refresh` has put off."""
+        if self._files_are_behind:
+            self._files_are_behind = False
+            took = self._timed(lambda: write_files(self._study))
+            self._files_due = time.monotonic() + took / FILES_SHARE
+
+    def _picture_is_due(self) -> bool:
+        """Return whether it is time to draw; a drawing by another worker counts as this one's."""
+        mark = self._picture_mark()
+        if mark != self._picture:
+            self._picture = mark
+            self._was_drawn()
+        return time.monotonic() >= self._drawing_due
+
+    def _was_drawn(self) -> None:
+        self._drawing_due = time.monotonic() + self._drawing_s / DRAWING_SHARE
+
+    def _picture_mark(self) -> int | None:
+        try:
+            return (self._study.directory / PICTURE).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _timed(self, write: Callable[[], None]) -> float:
+        """Return the seconds that writing took; say why it failed, once for each reason."""
+        began = time.monotonic()
+        try:
+            write()
+        except Exception as error:
+            reason = str((isinstance(error, OSError) and refusal(error)) or error)
+            if reason not in self._said:
+                self._said.add(reason)
+                self._say(f"{self._study.directory}: evolve files are behind the study: {reason}")
+        return time.monotonic() - began

@@ -18,9 +18,9 @@ from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError, suggest
 from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
-from starling.search.outcome import METRIC_COLUMNS
+from starling.search.exports import METRIC_COLUMNS
 from starling.search.study import SearchStudy
-from starling.search.trial_counts import IMPORTED
+from starling.search.trials import IMPORTED
 
 OPTIONS = "opt.yaml"
 """What the classic trainer writes beside its evolve.csv: the settings of the search."""
@@ -37,11 +37,11 @@ class OldResult:
     """Its line in the file."""
     hyp: dict[str, float]
     metrics: dict[str, float]
-    """By the fields of Outcome."""
+    """By the names that an outcome has."""
 
     @property
     def fitness(self) -> float:
-        """.1 mAP50 + .9 mAP50-95, as everywhere."""
+        """0.1 · mAP50 + 0.9 · mAP50-95, as everywhere."""
         return 0.1 * self.metrics["map50"] + 0.9 * self.metrics["map5095"]
 
 

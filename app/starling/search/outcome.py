@@ -1,30 +1,19 @@
-"""What a candidate is, what training it brought, and how it can fail."""
+"""What a search hands to a trainer and gets back, how a candidate can fail, and what the study remembers of it."""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from starling.core.errors import StarlingError
-from starling.errors import is_out_of_memory
 
 BEST_HYP = "hyp_evolve.yaml"
 """The file of a search's best hyperparameters."""
-METRIC_COLUMNS = {
-    "precision": "metrics/precision",
-    "recall": "metrics/recall",
-    "map50": "metrics/mAP_0.5",
-    "map5095": "metrics/mAP_0.5:0.95",
-    "box_loss": "val/box_loss",
-    "obj_loss": "val/obj_loss",
-    "cls_loss": "val/cls_loss",
-}
-"""Field of Outcome to column of evolve.csv, in the file's order."""
 
 
 class CandidateFailed(StarlingError):
@@ -33,6 +22,9 @@ class CandidateFailed(StarlingError):
 
 class LeaseLost(StarlingError):
     """Another worker took the candidate over, because this one did not respond; its training is to be abandoned."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"candidate {number} was taken over by another worker")
 
 
 class SearchFailed(StarlingError):
@@ -76,20 +68,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished training measured on the validation split."""
+    """What a finished training reached."""
 
     fitness: float
-    precision: float
-    recall: float
-    map50: float
-    map5095: float
-    box_loss: float
-    obj_loss: float
-    cls_loss: float
-
-    def metrics(self) -> dict[str, float]:
-        """Return the seven values in the order of evolve.csv."""
-        return {name: float(getattr(self, name)) for name in METRIC_COLUMNS}
+    """What candidates are ranked by; higher is better."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured, by name; the study keeps it."""
 
     def check(self) -> None:
         """Raise CandidateFailed if the fitness is not a finite number, as nothing could be ranked by it."""
@@ -105,10 +89,6 @@ class Report(Protocol):
 
         Raises LeaseLost if another worker has taken the candidate over, Pruned if it has fallen behind.
         """
-
-
-Objective = Callable[[Candidate, Report], Outcome]
-"""Train one candidate. Raises CandidateFailed for a failure that is the candidate's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +132,7 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One training that was begun, as the study remembers it: what reports and pictures are made from."""
+    """One training that was begun, as the study remembers it: what the report is made from."""
 
     number: int
     root: int
@@ -166,7 +146,7 @@ class Attempt:
     fitness: float | None
     """Of a finished training."""
     metrics: Mapping[str, float]
-    """Of a finished training, by the fields of Outcome; else empty."""
+    """Of a finished training, by name; else empty."""
     curve: Mapping[int, float]
     """Epochs trained to fitness, where it was validated on the way."""
     reason: str
@@ -180,7 +160,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class SearchProgress:
     """How far the whole search is, over all workers."""
 
     budget: int
@@ -208,7 +188,7 @@ class Progress:
 class SearchSummary:
     """How a search ended."""
 
-    progress: Progress
+    progress: SearchProgress
     best: Finished
     seed_fitness: float | None
     """Fitness of the hyp that the search started from; None if it failed."""
@@ -216,17 +196,9 @@ class SearchSummary:
     """Candidates that this worker finished."""
 
 
-def failure_reason(error: Exception) -> str | None:
-    """Return why a candidate failed if the fault is its own, else None.
-
-    Its own are CandidateFailed and running out of device or host memory.
-    """
-    if isinstance(error, CandidateFailed):
-        return str(error)
-    if is_out_of_memory(error):
-        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-        return f"out of memory: {text or type(error).__name__}; lower --batch or --imgsz"
-    return None
+def seed_fitness_of(finished: Sequence[Finished]) -> float | None:
+    """Return the fitness of the hyp that the search started from; None before it has finished."""
+    return next((candidate.fitness for candidate in finished if candidate.is_seed), None)
 
 
 def best_of(finished: Sequence[Finished]) -> Finished:

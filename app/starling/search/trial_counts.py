@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 from optuna.trial import FrozenTrial, TrialState
 
-from starling.search.outcome import State
-from starling.search.plan import FRESH_SEEDS, StudyPlan
+from starling.search.outcome import SearchProgress, State
+from starling.search.spec import FRESH_SEEDS, StudyPlan
+from starling.search.trials import FINALIST_OF, FRESH_SEED, IMPORTED
 
-IMPORTED = "imported"
-"""User attribute of a trial that holds a result of an older search: where it was read."""
 PARENTS = 5
 """The best finished candidates that a parent is drawn from."""
-FINALIST_OF, FRESH_SEED = "finalist_of", "fresh_seed"
-"""Attributes of a trial that trains a candidate again."""
 
 
 class Ranking:
@@ -69,6 +68,8 @@ class TrialCounts:
         self.pruned = 0
         self._epochs = 0
         """Of trainings that ended as they should."""
+        self._seconds = 0.0
+        """What all ended attempts took together, however they ended."""
         self.last_reason = "no reason given"
 
     @property
@@ -85,11 +86,6 @@ class TrialCounts:
     def committed(self) -> int:
         """Epochs of the budget that are spent, or may be by what is running."""
         return self._epochs + len(self.running) * self._plan.epochs
-
-    @property
-    def part_trained(self) -> float:
-        """What the pruned trainings ran, in trainings of full length."""
-        return self._epochs / self._plan.epochs - self.finished
 
     @property
     def orphan(self) -> FrozenTrial | None:
@@ -113,6 +109,25 @@ class TrialCounts:
         seeds = range(FRESH_SEEDS)
         return tuple(self._finals[number, seed] for seed in seeds if (number, seed) in self._finals)
 
+    def progress(self, budget: int) -> SearchProgress:
+        """Return how far a search of this budget is."""
+        return SearchProgress(
+            budget=budget,
+            finished=self.finished,
+            running=len(self.running),
+            failed=self.failed,
+            pruned=self.pruned,
+            part_trained=self._epochs / self._plan.epochs - self.finished,
+            best_fitness=self.best_fitness,
+        )
+
+    def seconds_left(self, trials: Sequence[FrozenTrial], budget: int, now: datetime) -> float | None:
+        """Return the seconds until the budget is met, if the workers that train now go on; None: too early to say."""
+        began = [trials[number].datetime_start for number in self.running]
+        return seconds_left(
+            self._seconds, [start for start in began if start is not None], self.progress(budget), now
+        )
+
     def update(self, trials: Sequence[FrozenTrial]) -> None:
         """Count what is new in `trials`, which holds every trial of the study by number."""
         for trial, is_new in self._open.read(trials):
@@ -120,6 +135,8 @@ class TrialCounts:
                 self._orphans.pop(trial.user_attrs["retry_of"], None)
             if IMPORTED in trial.user_attrs:
                 continue
+            if trial.state.is_finished():
+                self._seconds += seconds_between(trial.datetime_start, trial.datetime_complete)
             if FINALIST_OF in trial.user_attrs:
                 self._count_final(trial)
             elif trial.state is TrialState.COMPLETE:
@@ -155,3 +172,36 @@ class TrialCounts:
             self._orphans[trial.number] = trial
         else:
             self.failed += 1
+
+
+def seconds_left(
+    took_s: float, began: Sequence[datetime], progress: SearchProgress, now: datetime
+) -> float | None:
+    """Return the seconds until the budget is met, if those that train now, since `began`, go on.
+
+    None before as much has been trained as one training of full length takes: what a training that was cut short took
+    is mostly its start.
+
+    A training costs what all ended attempts took together, `took_s`, divided by how many of full length they make: what
+    fails or is lost is in the price. The trainings that are left are dealt out to whoever is free first.
+    """
+    if progress.over:
+        return 0.0
+    if progress.spent < 1 or not began:
+        return None
+    price = took_s / progress.spent
+    free_at = [max(price - seconds_between(start, now), 0.0) for start in began]
+    end = max(free_at)
+    heapq.heapify(free_at)
+    for _ in range(int(progress.budget - progress.spent) - len(began)):
+        done = free_at[0] + price
+        heapq.heapreplace(free_at, done)
+        end = max(end, done)
+    return end
+
+
+def seconds_between(began: datetime | None, ended: datetime | None) -> float:
+    """Return the seconds from one time to a later one; 0 where one is not known, or a clock was put back."""
+    if began is None or ended is None:
+        return 0.0
+    return max((ended - began).total_seconds(), 0.0)

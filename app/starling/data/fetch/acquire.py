@@ -29,9 +29,6 @@ from starling.data.fetch.download import Download, FetchError, Show, check_url, 
 DATASETS_FOLDER = Path("../datasets")
 """Where datasets go: next to the current folder, as the classic trainer keeps them."""
 
-CLEARML_SCHEME = "clearml://"
-"""`clearml://ID` names a dataset of a ClearML server."""
-
 MAX_BYTES = 64 << 30
 """The largest archive of the shipped descriptions has about 50 GB."""
 _FETCH_KEYS = ("url", "sha256", "extract_to", "strip", "save_to")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from starling.plots.style import lower_end, shorten
+from starling.progress import duration
 from starling.search.outcome import Attempt, Finished, State
 from starling.search.report.facts import Facts, WorkerTime, end_of
-from starling.search.report.markup import Markup, element, join, text, void
-from starling.search.report.svg import Scale, grid, label, line, path, picture, shade, ticks
-from starling.search.report.words import compact, duration, number
+from starling.search.report.markup import Markup, compact, join, number, text, void
+from starling.search.report.svg import Scale, grid, label, line, path, picture, shade, ticks, titled
 
 WIDE = 600.0
 """Pixels; a narrower chart is made for phones and drawn at its own size."""
+ROW, ROW_NAME = 26.0, 160.0
+"""Pixels: the height of a worker's row, and the width of the worker's name before it."""
 MOST_LINES = 1000
 """Candidates in the parallel coordinates; more are a solid block. The best are kept."""
 MOST_MARKS = 4000
@@ -47,17 +49,13 @@ def progress_chart(facts: Facts, width: float = 900.0, *, name: str = "progress"
         top=top,
         bottom=bottom,
     )
-    marks = [_mark(attempt, x(total), y, unit) for (attempt, _, _), total in zip(rows, totals, strict=True)]
-    note = (
-        "By all workers together, in the order in which candidates ended; validation images count a third."
-        if in_images
-        else "By all workers together, in the order in which candidates ended."
-    )
+    marks = [_mark(attempt, x(total), y) for (attempt, _, _), total in zip(rows, totals, strict=True)]
+    note = "By all workers together, in the order in which candidates ended"
     return picture(
         width,
         height,
         "Best fitness so far",
-        f"Fitness against {unit}. {note}",
+        f"Fitness against {unit}. {note}{'; validation images count a third' if in_images else ''}.",
         [
             frame,
             label((left + right) / 2, height - 10, unit, anchor="middle"),
@@ -83,28 +81,20 @@ def _bill(facts: Facts) -> list[tuple[Attempt, float | None, int]]:
     return rows
 
 
-def _mark(attempt: Attempt, x: float, y: Scale, unit: str) -> Markup:
+def _mark(attempt: Attempt, x: float, y: Scale) -> Markup:
     """Draw one candidate: a dot, a ring for a finalist, a cross where it was pruned; nothing for what has no fitness."""
-    fitness = attempt.fitness
     if attempt.state is State.PRUNED and attempt.curve:
-        fitness = attempt.curve[max(attempt.curve)]
-        at = y(fitness)
-        words = f"candidate {attempt.number}: pruned at {number(fitness)} after {max(attempt.curve)} epochs"
-        d = f"M{x - 3:g} {at - 3:g}l6 6m0 -6l-6 6"
-        return element("path", element("title", words), d=d, class_="cross")
-    if attempt.state is not State.FINISHED or fitness is None:
+        epoch, fitness = max(attempt.curve.items())
+        words = f"candidate {attempt.number}: pruned at {number(fitness)} after {epoch} epochs"
+        return titled("path", words, d=f"M{x - 3:g} {y(fitness) - 3:g}l6 6m0 -6l-6 6", class_="cross")
+    if attempt.state is not State.FINISHED or attempt.fitness is None:
         return Markup("")
-    words = f"candidate {attempt.number}: fitness {number(fitness)}"
-    if attempt.finalist_of is not None:
-        words += f", trains candidate {attempt.finalist_of} again"
-    return element(
-        "circle",
-        element("title", words),
-        cx=f"{x:g}",
-        cy=f"{y(fitness):g}",
-        r=3.2 if attempt.finalist_of is None else 5,
-        class_="dot" if attempt.finalist_of is None else "ring",
-    )
+    words = f"candidate {attempt.number}: fitness {number(attempt.fitness)}"
+    cx, cy = f"{x:g}", f"{y(attempt.fitness):g}"
+    if attempt.finalist_of is None:
+        return titled("circle", words, cx=cx, cy=cy, r=3.2, class_="dot")
+    words += f", trains candidate {attempt.finalist_of} again"
+    return titled("circle", words, cx=cx, cy=cy, r=5, class_="ring")
 
 
 def _best_line(
@@ -123,14 +113,8 @@ def _best_line(
             continue
         if facts.best is not None and attempt.number == facts.best.number:
             words = f"the winner, candidate {attempt.number}: fitness {number(attempt.fitness)}"
-            ring = element(
-                "circle",
-                element("title", words),
-                cx=f"{x(total):g}",
-                cy=f"{y(attempt.fitness):g}",
-                r=6.5,
-                class_="winner",
-            )
+            cx, cy = f"{x(total):g}", f"{y(attempt.fitness):g}"
+            ring = titled("circle", words, cx=cx, cy=cy, r=6.5, class_="winner")
         if attempt.finalist_of is None and (best is None or attempt.fitness > best):
             if best is not None:
                 points.append((x(total), y(best)))
@@ -151,13 +135,13 @@ def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
     fitness = replace(fitness_scale(facts, bottom, top), high=own[-1].fitness)
     scales = [gene_scale([c.hyp[name] for c in own], bottom, top) for name in genes] + [fitness]
     lines = []
-    for place, candidate in enumerate(own):
+    for rank, candidate in enumerate(own):
         values = [*(candidate.hyp[name] for name in genes), candidate.fitness]
         points = [(x, scale(value)) for x, scale, value in zip(xs, scales, values, strict=True)]
         is_best = facts.best is not None and candidate.number == facts.best.number
-        class_ = "line winner" if is_best else f"line {shade(place, len(own))}"
+        class_ = "line winner" if is_best else f"line {shade(rank, len(own))}"
         words = f"candidate {candidate.number}: fitness {number(candidate.fitness)}"
-        lines.append(element("path", element("title", words), d=path(points), class_=class_))
+        lines.append(titled("path", words, d=path(points), class_=class_))
     axes = [
         join(
             line(x, top, x, bottom, "axis"),
@@ -186,51 +170,21 @@ def gene_scale(values: Sequence[float], start: float, stop: float) -> Scale:
 
 def timeline(facts: Facts, workers: Sequence[WorkerTime]) -> Markup:
     """Draw a row a worker: each training as a bar of its state's colour, idle time as what is left blank."""
-    left, width, row = 160.0, 900.0, 26.0
+    width, bottom = 900.0, 10 + ROW * len(workers)
     attempts = [attempt for worker in workers for attempt in worker.attempts]
     begin = min(attempt.began for attempt in attempts if attempt.began is not None)
     seconds = max((max(end_of(a, facts.now) for a in attempts) - begin).total_seconds(), 1.0)
-    x = Scale(0.0, seconds, left, width - 14)
-    bottom = 10 + row * len(workers)
+    x = Scale(0.0, seconds, ROW_NAME, width - 14)
+    hours = [(x(at), _clock(at, seconds)) for at in _time_ticks(seconds)]
+    parts = [grid(hours, [], left=x.start, right=x.stop, top=6, bottom=bottom)]
     most = max(MOST_MARKS // len(workers), 1)
-    parts = [
-        grid(
-            [(x(at), _clock(at, seconds)) for at in _time_ticks(seconds)],
-            [],
-            left=left,
-            right=width - 14,
-            top=6,
-            bottom=bottom,
-        )
-    ]
     for index, worker in enumerate(workers):
-        y = 10 + row * index
-        name = element("title", worker.name)
-        words = element(
-            "text",
-            name,
-            text(shorten(worker.name, 22)),
-            x=f"{left - 8:g}",
-            y=f"{y + 15:g}",
-            text_anchor="end",
-        )
-        parts.append(words)
-        for attempt in worker.attempts[-most:]:
-            assert attempt.began is not None
-            start = x((attempt.began - begin).total_seconds())
-            stop = x((end_of(attempt, facts.now) - begin).total_seconds())
-            took = (end_of(attempt, facts.now) - attempt.began).total_seconds()
-            parts.append(
-                element(
-                    "rect",
-                    element("title", f"candidate {attempt.number}: {attempt.state}, {duration(took)}"),
-                    x=f"{start:g}",
-                    y=f"{y:g}",
-                    width=f"{max(stop - start - 0.6, 0.8):g}",
-                    height=f"{row - 8:g}",
-                    class_=f"s-{attempt.state}",
-                )
-            )
+        y = 10 + ROW * index
+        parts.append(titled("text", worker.name, text(shorten(worker.name, 22)), x=f"{ROW_NAME - 8:g}", y=f"{y + 15:g}",
+                            text_anchor="end"))  # fmt: skip
+        parts += [
+            _bar(attempt, begin, end_of(attempt, facts.now), x, y) for attempt in worker.attempts[-most:]
+        ]
     return picture(
         width,
         bottom + 26,
@@ -239,6 +193,16 @@ def timeline(facts: Facts, workers: Sequence[WorkerTime]) -> Markup:
         parts,
         name="timeline",
     )
+
+
+def _bar(attempt: Attempt, begin: datetime, end: datetime, x: Scale, y: float) -> Markup:
+    """Draw one training of a worker's row, whose upper edge is at `y` pixels; `begin` is where the scale begins."""
+    assert attempt.began is not None, "it has begun"
+    start, stop = (x((at - begin).total_seconds()) for at in (attempt.began, end))
+    took = (end - attempt.began).total_seconds()
+    words = f"candidate {attempt.number}: {attempt.state}, {duration(took)}"
+    return titled("rect", words, x=f"{start:g}", y=f"{y:g}", width=f"{max(stop - start - 0.6, 0.8):g}",
+                  height=f"{ROW - 8:g}", class_=f"s-{attempt.state}")  # fmt: skip
 
 
 def _time_ticks(seconds: float) -> list[float]:

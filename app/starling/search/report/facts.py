@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from starling.search.outcome import Attempt, Finished, Progress, State, best_of
+from starling.outputs.run_dir import runs_root
+from starling.search.outcome import (
+    BEST_HYP,
+    Attempt,
+    Finished,
+    SearchProgress,
+    State,
+    best_of,
+    seed_fitness_of,
+)
 from starling.search.study import SearchStudy
 
 VALIDATION_SHARE = 1 / 3
 """What an image costs in a validation (forward only) against one in training (forward and backward)."""
+FEWEST_FOR_IMPORTANCE = 50
+"""Finished candidates below which the importance of 29 genes is hardly better than guessing."""
+IMPORTANCE_TREES = 64
+IMPORTANCE_METHOD = "mean decrease of impurity in a random forest of 64 trees (Optuna's MeanDecreaseImpurityImportanceEvaluator)"
+"""How it is found, in words.
+
+Of Optuna's evaluators this one found most of the genes that mattered in simulated searches of 24 genes, six of them
+of effect, drawn by the classic step: 0.43 of the effect among its first six at 50 trials, 0.57 at 100, 0.74 at 300 and 0.92
+at 1,000, against 0.20, 0.23, 0.17 and 0.58 by PED-ANOVA, and 0.38, 0.50 and 0.56 by fANOVA (which takes seconds); guessing gives
+0.25, and at 20 trials nothing does better. 1,000 trials take it a second.
+"""
+LONG_EPOCHS = 300
+"""Epochs of the training that is proposed, if the search's own were fewer: a usual full training."""
+_FLAGS = ("weights", "cfg", "data", "imgsz", "batch_size", "optimizer", "freeze")
+_SWITCHES = ("single_cls", "cos_lr", "rect", "quad", "image_weights", "multi_scale", "noautoanchor")
+_SHORT = {"imgsz": "--img", "batch_size": "--batch"}
+_DEFAULTS = {"optimizer": "SGD", "freeze": [0], "cfg": ""}
+"""Values that need no flag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +60,7 @@ class Facts:
     name: str
     directory: Path
     now: datetime
-    progress: Progress
+    progress: SearchProgress
     attempts: Sequence[Attempt]
     finished: Sequence[Finished]
     best: Finished | None
@@ -46,7 +74,7 @@ class Facts:
     @property
     def seed_fitness(self) -> float | None:
         """Fitness of the hyp that the search started from; None before it has finished."""
-        return next((candidate.fitness for candidate in self.finished if candidate.is_seed), None)
+        return seed_fitness_of(self.finished)
 
     @property
     def genes(self) -> list[str]:
@@ -171,3 +199,69 @@ def end_of(attempt: Attempt, now: datetime) -> datetime:
     """Return when an attempt ended, never before it began; `now` for one that runs."""
     began = attempt.began or now
     return max(attempt.ended or now, began)
+
+
+def gene_importance(finished: Sequence[Finished], genes: Sequence[str]) -> dict[str, float]:
+    """Return each gene's share of the importance, greatest first; empty with too few candidates or nothing to tell.
+
+    Deterministic; fixed genes are left out. `genes` names what the candidates' hyps are compared in.
+    """
+    varied = [name for name in genes if len({candidate.hyp[name] for candidate in finished}) > 1]
+    if (
+        len(finished) < FEWEST_FOR_IMPORTANCE
+        or not varied
+        or len({candidate.fitness for candidate in finished}) < 2
+    ):
+        return {}
+    return _by_forest(finished, varied)
+
+
+def _by_forest(finished: Sequence[Finished], varied: Sequence[str]) -> dict[str, float]:
+    import optuna  # its importances bring scikit-learn, which takes two seconds
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+    from optuna.trial import create_trial
+
+    limits = {
+        name: FloatDistribution(min(values), max(values))
+        for name in varied
+        for values in [[candidate.hyp[name] for candidate in finished]]
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        create_trial(
+            params={name: candidate.hyp[name] for name in varied},
+            distributions=limits,
+            value=candidate.fitness,
+        )
+        for candidate in finished
+    )
+    evaluator = MeanDecreaseImpurityImportanceEvaluator(n_trees=IMPORTANCE_TREES, seed=0)
+    return dict(get_param_importances(study, evaluator=evaluator))
+
+
+def winner_command(settings: Mapping[str, Any], directory: Path) -> str:
+    """Return a `train.py` command, quoted for a shell; empty where the study does not hold the settings."""
+    if not settings.get("data"):
+        return ""
+    epochs = settings.get("epochs")
+    words = ["python", "train.py"]
+    for field in _FLAGS:
+        value = settings.get(field)
+        if value is None or value == _DEFAULTS.get(field):
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [_SHORT.get(field, "--" + field.replace("_", "-")), *map(str, values)]
+    words += ["--hyp", _from_here(directory / BEST_HYP)]
+    words += ["--epochs", str(max(epochs, LONG_EPOCHS) if isinstance(epochs, int) else LONG_EPOCHS)]
+    words += [f"--{field.replace('_', '-')}" for field in _SWITCHES if settings.get(field) is True]
+    if settings.get("project"):
+        words += ["--project", str(settings["project"])]
+    words += ["--name", f"{directory.name}-winner"]
+    return shlex.join(words)
+
+
+def _from_here(path: Path) -> str:
+    """Return a path below the runs folder as `runs/…`, which holds inside a container as outside; else as it is."""
+    root = runs_root()
+    return str(Path(root.name) / path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from starling.progress import duration
 from starling.search.outcome import State
 from starling.search.report.charts import chosen_genes, parallel_chart, progress_chart, timeline
-from starling.search.report.command import winner_command
-from starling.search.report.facts import Facts, worker_times
-from starling.search.report.importance import FEWEST, METHOD, gene_importance
-from starling.search.report.markup import Markup, element, join, text, void
+from starling.search.report.facts import (
+    FEWEST_FOR_IMPORTANCE,
+    IMPORTANCE_METHOD,
+    Facts,
+    gene_importance,
+    winner_command,
+    worker_times,
+)
+from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void
 from starling.search.report.tables import (
     candidate_table,
     ended_early_table,
@@ -20,10 +27,9 @@ from starling.search.report.tables import (
     importance_table,
     worker_table,
 )
-from starling.search.report.words import compact, duration, number, percent
 
 _HERE = Path(__file__).parent
-FEW = 200
+FEW_FOR_IMPORTANCE = 200
 """Finished candidates below which importances are to be taken with caution."""
 _STATES = (State.FINISHED, State.PRUNED, State.FAILED, State.LOST, State.STOPPED, State.RUNNING)
 
@@ -112,12 +118,13 @@ def _winner(facts: Facts) -> Markup:
     best = facts.best
     if best is None:
         return _section("The winner", element("p", "No candidate has finished yet."))
-    metrics = best.metrics
+    names = ("map50", "map5095", "precision", "recall")
+    map50, map5095, precision, recall = (best.metrics.get(name, math.nan) for name in names)
     lines: list[object] = [
         element(
             "p",
-            f"Candidate {best.number}, trained by {best.worker}: mAP50 {metrics['map50']:.4f}, mAP50-95 "
-            f"{metrics['map5095']:.4f}, precision {metrics['precision']:.3f}, recall {metrics['recall']:.3f}"
+            f"Candidate {best.number}, trained by {best.worker}: mAP50 {map50:.4f}, mAP50-95 "
+            f"{map5095:.4f}, precision {precision:.3f}, recall {recall:.3f}"
             f"{_against_seed(facts)}.",
         )
     ]
@@ -200,14 +207,16 @@ def _importance(facts: Facts, importance: dict[str, float]) -> Markup:
         n = len(facts.finished)
         caution = (
             f" {n} candidates are few for {len(importance)} genes: the first places are likely right, their order is not."
-            if n < FEW
+            if n < FEW_FOR_IMPORTANCE
             else ""
         )
-        return _section("Which genes matter", _soft(f"By {METHOD}.{caution}"), importance_table(importance))
+        return _section(
+            "Which genes matter", _soft(f"By {IMPORTANCE_METHOD}.{caution}"), importance_table(importance)
+        )
     n = len(facts.finished)
     reason = (
-        f"{n} candidates have finished; below {FEWEST} the importance of so many genes is hardly better than guessing."
-        if n < FEWEST
+        f"{n} candidates have finished; below {FEWEST_FOR_IMPORTANCE} the importance of so many genes is hardly better than guessing."
+        if n < FEWEST_FOR_IMPORTANCE
         else "All candidates have the same fitness or the same genes."
     )
     return _section("Which genes matter", _soft(reason))

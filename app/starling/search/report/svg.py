@@ -48,9 +48,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def shade(place: int, count: int) -> str:
-    """Return the class of the colour of one of `count`, by its place from the worst, 0, to the best."""
-    return f"f{place * COLOURS // count}"
+def shade(rank: int, count: int) -> str:
+    """Return the class of the colour of one of `count`, by its rank from the worst, 0, to the best."""
+    return f"f{rank * COLOURS // count}"
 
 
 def picture(
@@ -85,6 +85,11 @@ def picture(
         role="group",
         aria_label=title,
     )
+
+
+def titled(name: str, title: str, *children: object, **attributes: object) -> Markup:
+    """Return a shape that shows `title` where the mouse rests on it."""
+    return element(name, element("title", title), *children, **attributes)
 
 
 def label(x: float, y: float, words: str, *, anchor: str = "start", class_: str | None = None) -> Markup:

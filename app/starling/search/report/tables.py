@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from starling.progress import duration
 from starling.search.outcome import Attempt, State
 from starling.search.report.facts import Facts, WorkerTime, end_of
-from starling.search.report.markup import Markup, element, join, text, void
-from starling.search.report.words import compact, duration, number, percent
+from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void
 
 SHOWN = 20
 """Rows in sight before a long table is opened."""

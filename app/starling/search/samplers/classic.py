@@ -6,11 +6,9 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 
-from starling.search.genes import Gene
 from starling.search.outcome import SearchFailed
-from starling.search.samplers.base import REDRAWS, stream
-from starling.search.samplers.history import History
-from starling.search.space import Setting, Space, Value, Values
+from starling.search.samplers.base import REDRAWS, History, stream
+from starling.search.space import Gene, Setting, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2
 FACTOR_LIMITS = (0.3, 3.0)
@@ -87,9 +85,9 @@ def _draw_factors(rng: np.random.Generator, genes: Sequence[Gene]) -> np.ndarray
 
 
 def _neighbour(rng: np.random.Generator, setting: Setting, value: Value, reach: float) -> int | str:
-    """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) places along the list.
+    """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) steps along the list.
 
-    The classic step's own formula, in places in place of fifths of the value: three mutants in four keep the choice,
+    The classic step's own formula, in steps in place of fifths of the value: three mutants in four keep the choice,
     most others take the one beside it.
     """
     hit = rng.random() < MUTATION_RATE

@@ -12,16 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 
 from starling.core.errors import ConfigError
-from starling.search.genes import Gene
-from starling.search.samplers.base import first_new, stream
-from starling.search.samplers.history import Finding, History
-from starling.search.samplers.surrogates import density_ratio, expected_score
-from starling.search.space import Space, Value, Values
+from starling.search.samplers.base import Finding, History, first_new, stream
+from starling.search.space import Gene, Space, Value, Values
 
 Array = np.ndarray
 
@@ -94,7 +92,7 @@ class FastSampler:
     ) -> None:
         self._space, self._study_seed = space, study_seed
         self._settings = settings or FastSettings()
-        self._start = np.array([space.places(seed)])
+        self._start = np.array([space.positions(seed)])
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
         """Return the best judged mutant."""
@@ -102,9 +100,9 @@ class FastSampler:
         if len(ranked) < self._settings.startup:
             return first_new(number, known, lambda redraw: self._around_seed(number, redraw))
         selected = _best_and_latest(ranked, self._settings.most_findings)
-        places = self._places([finding.values for finding in selected])
-        others = self._places(known.open)
-        return first_new(number, known, lambda redraw: self._mutant(number, redraw, places, others))
+        positions = self._positions([finding.values for finding in selected])
+        others = self._positions(known.open)
+        return first_new(number, known, lambda redraw: self._mutant(number, redraw, positions, others))
 
     def _around_seed(self, number: int, redraw: int) -> Values:
         rng, settings = stream(self._study_seed, number, redraw), self._settings
@@ -151,24 +149,24 @@ class FastSampler:
         is_gene = np.array([isinstance(axis, Gene) for axis in self._space.axes])
         return np.where(hit, np.where(is_gene, moved, anywhere), parents)
 
-    def _places(self, candidates: Sequence[Values]) -> Array:
-        rows = [self._space.places(values) for values in candidates]
+    def _positions(self, candidates: Sequence[Values]) -> Array:
+        rows = [self._space.positions(values) for values in candidates]
         return np.array(rows).reshape(len(rows), len(self._space.axes))
 
-    def _features(self, places: Array) -> Array:
+    def _features(self, positions: Array) -> Array:
         """Return the coordinates that distances are measured in, float [n, features].
 
-        A gene's place; for a setting one coordinate a choice, so that all choices are equally far from each other.
+        A gene's position; for a setting one coordinate a choice, so that all choices are equally far from each other.
         """
         columns = []
-        for axis, column in zip(self._space.axes, places.T, strict=True):
+        for axis, column in zip(self._space.axes, positions.T, strict=True):
             if isinstance(axis, Gene):
                 columns.append(column)
             else:
                 chosen = np.minimum((column * len(axis.choices)).astype(int), len(axis.choices) - 1)
                 apart = self._settings.startup_spread / math.sqrt(2)
                 columns += [apart * (chosen == choice) for choice in range(len(axis.choices))]
-        return np.stack(columns, axis=1) if len(places) else np.zeros((0, len(columns)))
+        return np.stack(columns, axis=1) if len(positions) else np.zeros((0, len(columns)))
 
     def _typical_distance(self) -> float:
         """Return the root mean square distance of a start-up draw from the seed."""
@@ -192,3 +190,72 @@ def _best_and_latest(ranked: Sequence[Finding], most: int) -> list[Finding]:
     best, others = ranked[: most - most // 2], ranked[most - most // 2 :]
     latest = {finding.number for finding in sorted(others, key=lambda finding: -finding.number)[: most // 2]}
     return [*best, *(finding for finding in others if finding.number in latest)]
+
+
+def density_ratio(points: Array, good: Array, weights: Array, bad: Array, bandwidth: float) -> Array:
+    """Return log(density of good / density of bad) at `points`, float [n]; all points are float [*, d].
+
+    Both are sums of normal kernels over all axes together; `weights` [good] sum to 1, bad ones weigh alike.
+    """
+    above = np.full(len(bad), 1 / max(len(bad), 1))
+    return _log_density(points, good, weights, bandwidth) - _log_density(points, bad, above, bandwidth)
+
+
+def _log_density(points: Array, centres: Array, weights: Array, bandwidth: float) -> Array:
+    """Return the logarithm of the density up to a constant, float [n]; 0 where there are no centres."""
+    if not len(centres):
+        return np.zeros(len(points))
+    exponents = np.log(weights) - _squared_distances(points, centres) / (2 * bandwidth**2)
+    highest = exponents.max(axis=1, keepdims=True)
+    return highest[:, 0] + np.log(np.exp(exponents - highest).sum(axis=1))
+
+
+def expected_score(
+    points: Array,
+    ranked: Array,
+    others: Array,
+    *,
+    linear: float,
+    curved: float,
+    reach: float,
+    noise: float,
+    curiosity: float,
+) -> Array:
+    """Return what a regression expects at `points`, plus `curiosity` of its standard deviations, float [n].
+
+    `ranked` are known points, best first: their scores are those of normal variates in that order, so that an
+    outlier counts as a rank and not as a distance. `others` have no score yet and get the expected one: they leave
+    the expectation as it is and take the doubt away. All are float [*, d], the origin being where the search began.
+
+    A Gaussian process with fixed parameters; linear and squared-exponential covariance, Rasmussen and Williams,
+    "Gaussian Processes for Machine Learning" (2006), eq. 2.25, 2.26 and 4.9.
+    """
+
+    def covariance(one: Array, other: Array) -> Array:
+        bent = np.exp(-_squared_distances(one, other) / (2 * reach**2))
+        return linear * one @ other.T + curved * bent
+
+    scores = normal_scores(len(ranked))
+    own = covariance(ranked, ranked) + noise * np.eye(len(ranked))
+    expected = covariance(points, ranked) @ np.linalg.solve(own, scores)
+    known = np.concatenate([ranked, others])
+    both = covariance(known, known) + noise * np.eye(len(known))
+    cross = covariance(points, known)
+    told = (cross * np.linalg.solve(both, cross.T).T).sum(axis=1)
+    doubt = linear * (points**2).sum(axis=1) + curved - told
+    return expected + curiosity * np.sqrt(np.maximum(doubt, 0))
+
+
+def normal_scores(count: int) -> Array:
+    """Return what `count` sorted normal variates are on average, highest first, float [count].
+
+    Blom's approximation, "Statistical Estimates and Transformed Beta-Variables" (1958).
+    """
+    quantile = NormalDist().inv_cdf
+    return np.array([quantile((count - rank - 0.375) / (count + 0.25)) for rank in range(count)])
+
+
+def _squared_distances(one: Array, other: Array) -> Array:
+    """Return the squared distance of each of `one` from each of `other`, float [n, m]."""
+    squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None, :]
+    return np.maximum(squares - 2 * one @ other.T, 0)

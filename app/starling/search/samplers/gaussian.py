@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from starling.search.samplers.base import first_new, stream
+from starling.search.samplers.base import Finding, History, first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
-from starling.search.samplers.history import Finding, History
 from starling.search.space import Space, Value, Values
 
 LEAST_FINISHED = 8
@@ -48,14 +47,14 @@ class GaussianSampler:
         study.add_trials([*rows, *others])
         proposed = study.ask(self._limits).params
         if redraw:  # its optimum is another candidate's already: a point beside it
-            places = self._space.places(proposed) + rng.normal(0, 0.02 * redraw, len(self._limits))
-            return self._space.at(places.tolist())
-        return self._space.at(self._space.places(proposed))
+            positions = self._space.positions(proposed) + rng.normal(0, 0.02 * redraw, len(self._limits))
+            return self._space.at(positions.tolist())
+        return self._space.at(self._space.positions(proposed))
 
     def _trial(self, finding: Finding) -> FrozenTrial:
         state = TrialState.RUNNING if finding.fitness is None else TrialState.COMPLETE
         # The seed, or what was imported, may lie outside the limits.
-        inside = self._space.at(self._space.places(finding.values))
+        inside = self._space.at(self._space.positions(finding.values))
         return create_trial(state=state, value=finding.fitness, params=inside, distributions=self._limits)
 
 

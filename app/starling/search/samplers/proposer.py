@@ -1,27 +1,22 @@
-"""What a study asks for its next candidate."""
+"""The samplers by their names, and what a study asks for its next candidate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from starling.core.settings.train import Sampler as Name
-from starling.search.samplers.base import Sampler
+from starling.core.errors import ConfigError, suggest
+from starling.search.samplers.base import History, Sampler
 from starling.search.samplers.classic import ClassicSampler
 from starling.search.samplers.fast import FastSampler
 from starling.search.samplers.gaussian import GaussianSampler
-from starling.search.samplers.history import History
 from starling.search.samplers.random_qmc import QmcSampler, RandomSampler
-from starling.search.space import Space, Value, Values
+from starling.search.space import Space, Values
+from starling.search.trials import SAMPLER, SEED, NextAttempt
 
-SEED = "seed"
-"""Stands in a trial for the sampler where the candidate is the seed itself."""
-
-_KINDS: dict[Name, type[ClassicSampler | FastSampler | RandomSampler | QmcSampler | GaussianSampler]] = {
+SAMPLERS: dict[str, type[ClassicSampler | FastSampler | RandomSampler | QmcSampler | GaussianSampler]] = {
     "classic": ClassicSampler,
     "fast": FastSampler,
     "random": RandomSampler,
@@ -30,25 +25,18 @@ _KINDS: dict[Name, type[ClassicSampler | FastSampler | RandomSampler | QmcSample
 }
 
 
-def make_sampler(name: Name, space: Space, seed: Values, study_seed: int) -> Sampler:
-    """Return the sampler of that name for a study.
+def make_sampler(name: str, space: Space, seed: Values, study_seed: int) -> Sampler:
+    """Return the sampler of that name for a study; raises ConfigError where there is none.
 
     `space` is what the search changes; `seed` has the values of its axes that the search starts from.
     """
-    return _KINDS[name](space, seed, study_seed)
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """A new candidate's values, within which limits they were drawn, and by whom."""
-
-    values: dict[str, Value]
-    limits: dict[str, BaseDistribution]
-    sampler: str
+    if name not in SAMPLERS:
+        raise ConfigError("--sampler", name, f"is none of {', '.join(SAMPLERS)}{suggest(name, SAMPLERS)}")
+    return SAMPLERS[name](space, seed, study_seed)
 
 
 class Proposer:
-    """The seed first, once, whoever starts; then what the sampler proposes."""
+    """Proposes the hyp that the search starts from once, as the first candidate, and then what the sampler proposes."""
 
     def __init__(self, space: Space, seed: Values, name: str, sampler: Sampler) -> None:
         self._space, self._name, self._sampler = space, name, sampler
@@ -56,7 +44,7 @@ class Proposer:
         self._known = History(space)
 
     @classmethod
-    def of(cls, name: Name, space: Space, seed: Values, study_seed: int) -> Self:
+    def of(cls, name: str, space: Space, seed: Values, study_seed: int) -> Self:
         """Return the proposer of a worker that takes the sampler `name`."""
         return cls(space, seed, name, make_sampler(name, space, seed, study_seed))
 
@@ -64,10 +52,10 @@ class Proposer:
         """Take into account what is new in `trials`, which holds every trial of the study by number."""
         self._known.update(trials)
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> NextAttempt:
         """Return candidate `number` of a study whose trials so far are `trials`, by number."""
         self.read(trials)
         if not self._known.begun:
-            return Proposal(dict(self._seed), self._space.distributions(self._seed), SEED)
+            return NextAttempt(self._seed, self._space.distributions(self._seed), {SAMPLER: SEED})
         values = self._sampler.propose(number, self._known)
-        return Proposal(values, self._space.distributions(), self._name)
+        return NextAttempt(values, self._space.distributions(), {SAMPLER: self._name})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from starling.search.samplers.base import first_new, stream
-from starling.search.samplers.history import History
+from starling.search.samplers.base import History, first_new, stream
 from starling.search.space import Space, Value, Values
 
 

@@ -1,23 +1,28 @@
-"""Sessions with a PostgreSQL server that keeps studies, and what its refusals mean."""
+"""Sessions with a PostgreSQL server that keeps studies: where its password is, and what its refusals mean."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
+from starling.core.budget import BudgetExceeded
 from starling.core.errors import CheckpointError, StarlingError, UsageError
-from starling.core.settings.study_url import StudyUrl
+from starling.core.files.refusals import readable
+from starling.core.files.regular import read_regular
+from starling.core.settings.study_url import PASSWORD_FILE_VARIABLE, StudyUrl
+from starling.core.utf8 import NotUtf8, text_of
 from starling.errors import ServerError
-from starling.search.storage.password import REMEDY, find_password
 
 try:
     import pg8000.legacy
@@ -38,6 +43,10 @@ ANSWER_S = 30.0
 IDLE_S = 120.0
 """Seconds of silence in mid-transaction after which the server ends a session: its worker is frozen."""
 OLDEST_VERSION = 14
+
+PASSWORD_REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
+_MOST_PASSWORD_BYTES = 1 << 20
+_PASSWORD_FIELD = re.compile(r"\\(.)|(:)|([^:\\]+|\\$)")
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 LOCK_NOT_AVAILABLE = "55P03"
@@ -216,7 +225,9 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
     state, reason = sql_state(error), reason_of(error)
     if state == "28P01":
         given = "the password is not the one of this user" if has_password else "it asks for a password"
-        return UsageError(f"{url}: the server does not let {url.user} in: {given}; set it by {REMEDY}")
+        return UsageError(
+            f"{url}: the server does not let {url.user} in: {given}; set it by {PASSWORD_REMEDY}"
+        )
     if state.startswith("28"):
         return UsageError(
             f"{url}: the server does not let {url.user} in ({reason}); see its pg_hba.conf and the user's name"
@@ -252,3 +263,62 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
 def _is_silence(error: BaseException) -> bool:
     """Return whether there was no answer at all, rather than one that made no sense."""
     return any(isinstance(cause, (OSError, InterfaceError)) for cause in _causes(error))
+
+
+@readable(UsageError)
+def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
+    """Return the password for `url`, or an empty string where none is set.
+
+    The first that is set counts: the file that STARLING_STUDY_PASSWORD_FILE names, PGPASSWORD, and the line for
+    this server in the file of PGPASSFILE, else ~/.pgpass.
+
+    Raises UsageError for a file that cannot be read, or that others can.
+    """
+    named = environment.get(PASSWORD_FILE_VARIABLE)
+    if named:
+        return _read_password(Path(named), PASSWORD_FILE_VARIABLE).rstrip("\r\n")
+    if environment.get("PGPASSWORD"):
+        return environment["PGPASSWORD"]
+    given = environment.get("PGPASSFILE")
+    path = Path(given) if given else Path(environment.get("HOME") or "/") / ".pgpass"
+    if not path.is_file():
+        return ""
+    if path.stat().st_mode & 0o077:
+        raise UsageError(f"{path}: holds passwords and others may read it; chmod 600 it")
+    return _look_up_password(_read_password(path, "PGPASSFILE"), url)
+
+
+def _read_password(path: Path, variable: str) -> str:
+    try:
+        return text_of(read_regular(path, _MOST_PASSWORD_BYTES), path)
+    except (OSError, NotUtf8, BudgetExceeded) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None)
+        reason = reason or "not text of a password's length"
+        raise UsageError(
+            f"{path}: the database's password cannot be read ({reason}); correct {variable}"
+        ) from None
+
+
+def _look_up_password(text: str, url: StudyUrl) -> str:
+    """Return the password of the first line `host:port:database:user:password` that fits; `*` fits anything."""
+    wanted = (url.host, str(url.port), url.database, url.user)
+    for line in text.splitlines():
+        if line.startswith("#"):
+            continue
+        fields = _password_fields(line)
+        if len(fields) >= 5 and all(
+            field in ("*", value) for field, value in zip(fields[:4], wanted, strict=True)
+        ):
+            return fields[4]
+    return ""
+
+
+def _password_fields(line: str) -> list[str]:
+    r"""Return the fields of a line between its colons; `\:` and `\\` stand for the characters themselves."""
+    fields: list[list[str]] = [[]]
+    for escaped, colon, plain in _PASSWORD_FIELD.findall(line):
+        if colon:
+            fields.append([])
+        else:
+            fields[-1].append(escaped or plain)
+    return ["".join(pieces) for pieces in fields]

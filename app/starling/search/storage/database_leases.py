@@ -111,7 +111,7 @@ class DatabaseLease:
             finally:
                 self._mutex.release()
         if self._lost or self._closed:
-            raise LeaseLost(f"candidate {self._number} was taken over by another worker")
+            raise LeaseLost(self._number)
 
     def close(self) -> None:
         """Give the lease back: its candidate has ended."""

@@ -91,7 +91,7 @@ class FileLease:
     def renew(self) -> None:
         """Show that the holder is alive; raises LeaseLost if the candidate was taken over."""
         if not self.is_held():
-            raise LeaseLost(f"candidate {int(self._path.name)} was taken over by another worker")
+            raise LeaseLost(int(self._path.name))
         with contextlib.suppress(OSError):  # a volume out of reach for a moment; the next touch may do
             os.utime(self._descriptor)
 

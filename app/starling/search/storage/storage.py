@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import optuna
 from optuna.storages import BaseStorage
 
 from starling.core.errors import UsageError
@@ -101,6 +102,13 @@ def open_storage(
         check_stop=check_stop,
         environment=environment,
     )
+
+
+def load_study(storage: StudyStorage) -> optuna.Study | None:
+    """Return the study as Optuna knows it; None where the storage does not hold it."""
+    if storage.study_name not in [study.study_name for study in storage.optuna.get_all_studies()]:
+        return None
+    return optuna.load_study(study_name=storage.study_name, storage=storage.optuna)
 
 
 def check_storage(url: str, directory: Path, *, allow_nfs: bool = False) -> None:

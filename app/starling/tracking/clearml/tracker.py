@@ -18,6 +18,7 @@ from typing import Any
 
 from starling.core.files.regular import open_regular
 from starling.core.files.safe_open import read_file
+from starling.tracking.clearml import DATASET_SCHEME
 from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError, ClearmlUnavailableError
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
 from starling.tracking.clearml.client.script import describe_script
@@ -42,7 +43,6 @@ from starling.tracking.tracker import (
     TrackerUnavailableError,
 )
 
-DATASET_SCHEME = "clearml://"
 CONFUSION = "confusion_matrix.png"
 """Beside it lie the counts that it was drawn from, which ClearML draws by itself."""
 _LOCK_TIMEOUT_S = 120.0

@@ -8,13 +8,13 @@ from starling.core.errors import DataError
 from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import DatasetDescription
 from starling.data.dataset.image_lists import find_pictures
-from starling.data.fetch.acquire import CLEARML_SCHEME
 from starling.data.fetch.find import find_dataset
 from starling.device import check_device
 from starling.model.initial_weights import InitialWeights, check_freeze, local_weights
 from starling.model.official import official_name
 from starling.outputs.bucket import check_driver
 from starling.outputs.run_dir import check_project, runs_root
+from starling.tracking.clearml import DATASET_SCHEME
 
 
 def check_before_fetching(config: TrainConfig) -> None:
@@ -42,7 +42,7 @@ def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False)
 
     Raises a UsageError for what the description says wrongly; DataError for what is not there, unless it is `fetched`.
     """
-    if data.startswith(CLEARML_SCHEME):
+    if data.startswith(DATASET_SCHEME):
         return
     path = find_dataset(data, lambda line: None)
     try:

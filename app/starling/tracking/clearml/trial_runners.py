@@ -19,7 +19,7 @@ STOP_S = 30.0
 
 
 class TrialRunner(Protocol):
-    """Runs tasks; how they fare, the server says."""
+    """Runs tasks; the server says how they fare."""
 
     def start(self, task: str) -> None:
         """Begin a task, or see that it will begin."""
@@ -74,7 +74,7 @@ class LocalRunner:
         return self._processes[task].poll()
 
     def stop(self, task: str) -> None:
-        """End the training as a user would; a deaf one is killed."""
+        """End the training as a user would; kill one that does not end."""
         process = self._processes[task]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -104,7 +104,7 @@ class QueueRunner:
         enqueue(self._api, task, self._queue)
 
     def ended(self, task: str) -> int | None:
-        """Return None: the agent's process is far away."""
+        """Return None: the process runs where the agent is, and the server alone knows."""
         return None
 
     def stop(self, task: str) -> None:

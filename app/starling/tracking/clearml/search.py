@@ -1,6 +1,6 @@
-"""A search whose trials are clones of a ClearML task. It ends: after so many trials, failures or hours, whatever happens.
+"""A search whose trials are clones of a ClearML task. It ends after so many trials, failures or hours, whatever happens.
 
-ClearML's own HyperParameterOptimizer does not always, and one failed trial can end it; here the loop is ours, and
+ClearML's own HyperParameterOptimizer does not always end, and one failed trial can end it. Here the loop is ours, and
 Optuna proposes.
 """
 
@@ -18,8 +18,8 @@ from starling.core.errors import StarlingError, UsageError
 from starling.core.settings.hpo import HpoConfig
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
-from starling.search.space import Space, read_space, split_values
-from starling.search.trial_runners import LocalRunner, QueueRunner, TrialRunner
+from starling.search.space import Space, split_values
+from starling.search.space_file import read_space
 from starling.stop_signal import StopSignal
 from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlUnavailableError
 from starling.tracking.clearml.client.remote import connect
@@ -35,6 +35,7 @@ from starling.tracking.clearml.client.tasks import (
     section_of,
     task_page,
 )
+from starling.tracking.clearml.trial_runners import LocalRunner, QueueRunner, TrialRunner
 
 POLL_S = 2.0
 _DONE = {"completed", "closed", "published"}
@@ -60,8 +61,8 @@ class _Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a search ended."""
+class TaskSearchResult:
+    """How a search over tasks ended, and the best of its trials."""
 
     task: str
     best_task: str
@@ -98,7 +99,7 @@ class TaskSearch:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
 
-    def run(self, check_stop: Callable[[], None] = lambda: None) -> Outcome:
+    def run(self, check_stop: Callable[[], None] = lambda: None) -> TaskSearchResult:
         """Search until a bound is met; raises NoTrialFinishedError, and what `check_stop` raises."""
         template = self._find_template()
         start, space = _read_template(template, self._config)
@@ -157,7 +158,7 @@ class TaskSearch:
         trial = self._study.ask(dict(distributions))
         values = {name: trial.params[name] for name in space.names}
         number = self._started
-        hyp, settings = split_values(values)
+        hyp, settings = split_values(values, distributions)
         sections = {**hyper_params(HYP, hyp), **hyper_params(ARGS, self._arguments(settings))}
         items = [item for section in sections.values() for item in section.values()]
         try:
@@ -263,7 +264,7 @@ class TaskSearch:
         self._failed += len(self._running)
         self._running.clear()
 
-    def _conclude(self, own: str) -> Outcome:
+    def _conclude(self, own: str) -> TaskSearchResult:
         reason = self._bound() or "nothing left to do"
         if not self._finished:
             self._end_own(own, "failed", reason)
@@ -281,7 +282,7 @@ class TaskSearch:
         except ClearmlUnavailableError as error:
             self._say(f"{error}; the search's own task does not show its results")
         self._end_own(own, "completed", reason)
-        return Outcome(
+        return TaskSearchResult(
             task=own, best_task=best.task, best_value=value, best_values=best.values, finished=len(self._finished),
             failed=self._failed, reason=reason,
         )  # fmt: skip

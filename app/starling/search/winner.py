@@ -1,0 +1,93 @@
+"""The winner's weights and pictures, which the workers of a search keep together in its folder."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from starling.core.errors import CheckpointError
+from starling.core.files.atomic import write_atomic
+from starling.core.files.safe_open import is_file, read_file, remove, remove_tree, rename
+from starling.model.checkpoint import load_checkpoint
+from starling.outputs.run_dir import RunDir
+from starling.search.outcome import best_of
+from starling.search.storage.journal import folder_locked
+from starling.search.study import SearchStudy
+from starling.training.reporting import pictures
+from starling.training.reporting.results import EpochRow
+from starling.training.training import TrainingSetup, draw_weights
+
+DRAWN = ".drawn"
+"""Names the weights whose pictures are all drawn."""
+PICTURE = "confusion_matrix.png"
+"""One of the pictures of what `weights/best.pt` finds: where it is not, they have to be drawn."""
+
+
+def weights_locked(directory: Path) -> AbstractContextManager[None]:
+    """Exclude the other workers from the `weights` folder of a search; its `best.pt` is compared, then replaced."""
+    return folder_locked(directory / "weights.lock", RunDir(directory).weights)
+
+
+def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
+    """Keep the weights of the search's best candidate as `weights/best.pt`.
+
+    The candidate's checkpoint stays until the study has the result: without it, a worker that is killed or refused by
+    a full disk just then would have trained for nothing.
+    """
+    best = RunDir(directory).best
+    with weights_locked(directory):
+        if not is_file(best) or fitness > _fitness_of(best):
+            rename(run.best, best)
+            # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
+            remove(directory / PICTURE)
+
+
+def keep_winners_weights(study: SearchStudy) -> None:
+    """Make `weights/best.pt` the winner's where finalists decided who that is, and drop the other finalists'.
+
+    Of the winner's trainings on fresh seeds that left weights here, the best is taken.
+    """
+    finished = study.finished()
+    winner = best_of(finished)
+    finals = [training for training in finished if training.finalist_of is not None]
+    runs = {training.number: RunDir(study.candidate_dir(training.number)) for training in finals}
+    mine = [t for t in finals if t.finalist_of == winner.number and is_file(runs[t.number].best)]
+    if mine:
+        taken = max(mine, key=lambda training: training.fitness)
+        # In this order a worker that is killed on the way leaves the best of them to the next one.
+        for number, run in runs.items():
+            if number != taken.number:
+                remove_tree(run.weights)
+        remove(study.directory / PICTURE)
+        rename(runs[taken.number].best, RunDir(study.directory).best)
+    for run in runs.values():
+        remove_tree(run.weights)
+
+
+def draw_winner(setup: TrainingSetup, directory: Path) -> None:
+    """Draw what the winner's weights find, unless another worker has; the weights are locked."""
+    best, mark = RunDir(directory).best, directory / DRAWN
+    if not is_file(best) or ((directory / PICTURE).exists() and _holds(mark, _stamp(best))):
+        return
+    pictures.draw_labels(setup.data.train, directory)
+    draw_weights(setup, best, directory)
+    # Last: a worker that is killed before it leaves all to be drawn again.
+    write_atomic(mark, _stamp(best))
+
+
+def _stamp(path: Path) -> str:
+    """Return what tells a weights file from another."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return is_file(path) and read_file(path) == text.encode()
+
+
+def _fitness_of(path: Path) -> float:
+    try:
+        rows = [EpochRow.from_list(values) for values in load_checkpoint(path)["rows"]]
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        return float("-inf")
+    return max((row.fitness for row in rows if row.validated), default=float("-inf"))
