@@ -104,7 +104,7 @@ class _Found:
 
 
 def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -> _Found:
-    from launcher.hosts.reach import box
+    from launcher.hosts.address import box
     from launcher.status.run_folders import run_folders, unused
     from launcher.status.selection import select
 
@@ -142,7 +142,7 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
 
 def _remove(engine: Engine, found: _Found) -> None:
     """Remove everything that was found; raises EngineError with all that resisted, after trying the rest."""
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.run_folders import delete, forget_workers, unused
 
     still = [state for state in found.ended if (now := engine.state(state.id)) is not None and not now.live]

@@ -48,7 +48,7 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 def _choose_host(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     said_elsewhere = bool(os.environ.get("DOCKER_CONTEXT")) and _from_file(ctx, param)
     if value and ctx.get_parameter_source("host") is not ParameterSource.ENVIRONMENT and not said_elsewhere:
-        from launcher.hosts.reach import choose_host
+        from launcher.hosts.address import choose_host
 
         choose_host(value)
 

@@ -41,10 +41,10 @@ def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) 
         open_engine(engine, runs)
         findings = examine_local(absolute(runs))
     else:
-        from launcher.hosts.find import find_site
+        from launcher.hosts.find import find_host
 
         findings = examine_docker(
-            lambda: cast("ContainerEngine", open_engine(engine, runs)), find_site(engine, runs), image, gpu
+            lambda: cast("ContainerEngine", open_engine(engine, runs)), find_host(engine, runs), image, gpu
         )
     if as_json:
         click.echo(json.dumps(as_document(findings), indent=2))

@@ -23,7 +23,7 @@ def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str
     import json
 
     from launcher.errors import EngineError
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.report import device_words, words_for
     from launcher.status.selection import select
 

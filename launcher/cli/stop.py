@@ -25,7 +25,7 @@ def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
     Without NAMES: all of yours. They stay listed, and the same `up` resumes them. Exits 1 when one had to be killed,
     or had failed.
     """
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.selection import select
     from launcher.status.watch import show_status
 

@@ -16,15 +16,17 @@ import click
 
 from launcher.cli.context import open_engine
 from launcher.console import say
-from launcher.devices.claims import NOBODY
+from launcher.devices.holders import NOBODY
 from launcher.engines.base import Engine, Image
-from launcher.hosts.find import find_site
+from launcher.fleet import bring_up as fleet
+from launcher.fleet.holders import find_occupancy
+from launcher.hosts.find import find_host
+from launcher.hosts.host import Host
 from launcher.hosts.ownership import caller_ids
-from launcher.hosts.site import Site
-from launcher.plan import fleet
+from launcher.options.env_file import read_env_file
+from launcher.options.training_args import TrainingArgs, check_local_trainer, means, prepare_args
+from launcher.plan.check import check_all, preflight_notes
 from launcher.plan.dry_run import rehearsal_notes, show_plan
-from launcher.plan.env_file import read_env_file
-from launcher.plan.holders import find_occupancy
 from launcher.plan.plan import (
     DEFAULT_IMAGE,
     RUNS_IN_IMAGE,
@@ -36,9 +38,7 @@ from launcher.plan.plan import (
     make_plan,
     passed_variables,
 )
-from launcher.plan.preflight import check_all, preflight_notes
 from launcher.plan.secret_files import with_secret_files
-from launcher.plan.training_args import TrainingArgs, check_local_trainer, means, prepare_args
 from launcher.problems import Problems, exit_code_of
 from launcher.sizes import parse_size
 from starling.core import package
@@ -57,7 +57,7 @@ def run_up(options: dict[str, Any]) -> None:
             f"--build: builds with Docker; in the project's folder: podman build -t {options['image']} .  "
             f"(or bring it over: docker save {options['image']} | podman load)"
         )
-    site = find_site(options["engine"], options["runs"])
+    site = find_host(options["engine"], options["runs"])
     placement = place(options["engine"], site.runs)
     problems = Problems()
     request = problems.check(read_request, options, site, placement)
@@ -75,7 +75,7 @@ def run_up(options: dict[str, Any]) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
             signal.signal(number, _end_like_interrupt)
     if options["build"]:
-        from launcher.plan.build import build_image
+        from launcher.fleet.build import build_image
 
         build_image(request.image, Path.cwd())
     _, image = draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
@@ -116,7 +116,7 @@ def place(engine: str, runs: Path) -> Placement:
     )
 
 
-def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
+def read_request(options: dict[str, Any], site: Host, placement: Placement) -> Request:
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
     problems.check(site.check_runs)
@@ -196,7 +196,7 @@ def draw_up(
     request: Request,
     placement: Placement,
     engine: Engine,
-    site: Site,
+    site: Host,
     *,
     strict: bool = True,
     to_build: bool = False,
@@ -252,7 +252,7 @@ def _show(plan: Plan, options: Mapping[str, Any]) -> int:
     return exit_code_of(plan.problems)
 
 
-def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
+def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Host) -> None:
     """Say what happened, and how to watch it."""
     if outcome.running:
         say(f"already running: {', '.join(outcome.running)}")

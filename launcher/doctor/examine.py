@@ -14,9 +14,9 @@ from launcher.devices.inventory import Gpu, read_driver, read_gpus
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
-from launcher.hosts.box import Box
-from launcher.hosts.box_site import BoxSite
-from launcher.hosts.site import Site
+from launcher.hosts.host import Host
+from launcher.hosts.ssh_connection import SshConnection
+from launcher.hosts.ssh_host import SshHost
 from launcher.sizes import format_size
 from starling.core import package
 from starling.core.errors import StarlingError
@@ -32,10 +32,10 @@ class ContainerEngine(Engine, Protocol):
 
 
 def examine_docker(
-    open_engine: Callable[[], ContainerEngine], site: Site, image: str, gpu: str | None
+    open_engine: Callable[[], ContainerEngine], site: Host, image: str, gpu: str | None
 ) -> list[Finding]:
     """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
-    box = site.box if isinstance(site, BoxSite) else None
+    box = site.box if isinstance(site, SshHost) else None
     path = engine_checks.socket_path() if box is None else None
     socket = [] if path is None else [engine_checks.check_socket(path)]
     try:
@@ -67,7 +67,7 @@ def _together(checks: list[Check]) -> list[Finding]:
         return [finding for found in pool.map(lambda check: check(), checks) for finding in found]
 
 
-def _host(runs: Path, box: Box | None) -> list[Check]:
+def _host(runs: Path, box: SshConnection | None) -> list[Check]:
     return [lambda: host_checks.check_runs_folder(runs, box), lambda: [host_checks.check_tracking()]]
 
 
@@ -89,7 +89,7 @@ def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: boo
     ]
 
 
-def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> list[Finding]:
+def _in_container(engine: Engine, site: Host, image: str, gpu: str | None) -> list[Finding]:
     try:
         found = engine.resolve_image(image)
         user = site.replica_user(None)
@@ -101,9 +101,9 @@ def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> li
     )
 
 
-def _is_ready(engine: Engine, site: Site, user: str) -> bool:
+def _is_ready(engine: Engine, site: Host, user: str) -> bool:
     """Return whether the runs folder is there as `up` leaves it: root's own is handed to the replicas' user first."""
-    if isinstance(site, BoxSite):
+    if isinstance(site, SshHost):
         place = shlex.quote(str(site.runs))
         code, owner = site.box.ask(f"[ -d {place} ] && stat -c %u -- {place}")
         return code == 0 and (site.box.ids[0] != 0 or owner.strip() == user.split(":")[0])
@@ -113,7 +113,7 @@ def _is_ready(engine: Engine, site: Site, user: str) -> bool:
 
 
 def _trainer() -> list[Finding]:
-    from launcher.plan.training_args import check_local_trainer
+    from launcher.options.training_args import check_local_trainer
 
     try:
         check_local_trainer()

@@ -14,9 +14,9 @@ from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Image
-from launcher.hosts.box import Box
 from launcher.hosts.runs_folder import check_runs
-from launcher.plan.preflight import check_driver
+from launcher.hosts.ssh_connection import SshConnection
+from launcher.plan.check import check_driver
 from launcher.sizes import format_size
 from starling.core.errors import StarlingError
 from starling.core.folder import Folder
@@ -108,7 +108,7 @@ def _nvidia_cards(pci: Path) -> int:
     return count
 
 
-def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
+def check_runs_folder(runs: Path, box: SshConnection | None) -> list[Finding]:
     """Look at whether the folder can be written and locked, what it lies on, and how much room there is."""
     try:
         if box is not None:
@@ -168,10 +168,10 @@ def _mounts() -> dict[str, str]:
     return {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
 
 
-def _remote_folder(runs: Path, box: Box) -> list[Finding]:
+def _remote_folder(runs: Path, box: SshConnection) -> list[Finding]:
     import shlex
 
-    from launcher.hosts.remote_runs import check_remote_runs
+    from launcher.hosts.ssh_runs import check_remote_runs
 
     check_remote_runs(box, runs)
     code, text = box.ask(

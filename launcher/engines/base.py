@@ -13,8 +13,8 @@ from launcher.sizes import format_cores
 from starling.core.redaction import masked
 
 if TYPE_CHECKING:
-    from launcher.devices.claims import Claim
     from launcher.devices.devices import Device
+    from launcher.devices.holders import Claim
     from launcher.devices.inventory import Machine
 
 Phase = Literal["created", "running", "paused", "exited"]

@@ -19,7 +19,7 @@ def open_engine(name: str, runs: Path) -> Engine:
         return LocalEngine(absolute(runs), owner)
     if name == "docker":
         from launcher.engines.docker.docker import DockerEngine
-        from launcher.hosts.reach import open_box
+        from launcher.hosts.address import open_box
 
         box = open_box()
         engine = DockerEngine(owner if box is None else box.ids[0])

@@ -44,7 +44,7 @@ def _names_in_time(ctx: click.Context) -> list[str]:
 
 def _names(ctx: click.Context) -> list[str]:
     from launcher.engines.opening import open_engine
-    from launcher.hosts.reach import remote_files
+    from launcher.hosts.address import remote_files
     from starling.core.errors import StarlingError
 
     engine = ctx.params.get("engine") or "docker"

@@ -160,7 +160,7 @@ def read_settings(path: Path, up: click.Command) -> Settings:
 
     Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
     """
-    from launcher.plan.strict_yaml import read_mapping
+    from launcher.options.strict_yaml import read_mapping
 
     keys = keys_of(up)
     values: dict[str, Any] = {}
@@ -264,8 +264,8 @@ def _training_flag(key: str, where: str) -> str:
 
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
-    from launcher.hosts.reach import remote_files
-    from launcher.plan.training_args import place_beside, without_overridden
+    from launcher.hosts.address import remote_files
+    from launcher.options.training_args import place_beside, without_overridden
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP

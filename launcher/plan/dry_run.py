@@ -15,7 +15,7 @@ from launcher.engines import hardening
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
 from launcher.engines.limits import CDI_GPU
 from launcher.hosts.ownership import labels
-from launcher.plan.env_file import read_env_file
+from launcher.options.env_file import read_env_file
 from launcher.plan.plan import Plan
 from launcher.sizes import format_cores, format_size
 from launcher.status.report import device_words

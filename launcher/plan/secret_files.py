@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.engines.base import Mount
-from launcher.hosts.host_files import LOCAL, HostFiles
+from launcher.hosts.files import LOCAL, HostFiles
 from launcher.plan.plan import Request
 from starling.core.errors import UsageError
 

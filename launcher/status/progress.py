@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.hosts.reach import box
+from launcher.hosts.address import box
 from launcher.parallel import in_parallel
 from starling.core.folder import Folder
 from starling.core.plain_json import parse_json
@@ -22,7 +22,7 @@ from starling.core.words import printable
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
-    from launcher.hosts.box import Box
+    from launcher.hosts.ssh_connection import SshConnection
 
 FOLDER = ".workers"
 MOST_BYTES = 65536
@@ -121,9 +121,9 @@ def _read_runs(runs: Path, file: str) -> dict[str, Any]:
         return {}
 
 
-def _read_there(there: Box, states: Sequence[ReplicaState]) -> Mapping[Path, bytes] | None:
+def _read_there(there: SshConnection, states: Sequence[ReplicaState]) -> Mapping[Path, bytes] | None:
     """Return the files of all replicas on a machine behind ssh; None where its shell cannot read them safely."""
-    from launcher.engines.docker.box_status import read_told
+    from launcher.engines.docker.ssh_status import read_told
 
     paths = [state.runs / FOLDER / file for state in states for file in _files_of(state)]
     return read_told(there, paths, MOST_BYTES)

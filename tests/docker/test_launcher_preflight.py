@@ -19,7 +19,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.docker.docker import DockerEngine
 from launcher.errors import EngineError
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
 from launcher.plan.dry_run import docker_run
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, docker_engine

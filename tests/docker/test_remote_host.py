@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EngineError
-from launcher.hosts.host_lock import host_lock
+from launcher.hosts.lock import host_lock
 from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import docker, missing
 from tests.docker.test_launcher_docker import image  # noqa: F401  (a stand-in for the trainer, as a fixture)
@@ -278,8 +278,8 @@ def test_an_up_waits_for_another_one_on_that_machine(box: Box, image: str, fleet
 
 
 HOLD = """
-from launcher.hosts.reach import open_box
-from launcher.hosts.remote_runs import remote_host_lock
+from launcher.hosts.address import open_box
+from launcher.hosts.ssh_runs import remote_host_lock
 with remote_host_lock(open_box(), lambda line: None) as lock:
     print("held", flush=True)
     if input() == "release": lock.release()
@@ -403,7 +403,7 @@ def test_what_cannot_work_on_another_machine_is_refused(box: Box) -> None:
 
 MANY = """
 import socket
-from launcher.hosts.reach import open_box
+from launcher.hosts.address import open_box
 path = str(open_box().docker_socket)
 ends = [socket.socket(socket.AF_UNIX) for _ in range(14)]
 for end in ends:
@@ -444,7 +444,7 @@ def test_a_socket_that_is_not_the_users_there_is_named_with_its_group(tmp_path: 
 
 def test_a_killed_launcher_leaves_no_connection_behind(box: Box) -> None:
     before = set(_ssh_processes(box))
-    code = "from launcher.hosts.reach import open_box; import time; print(open_box().home, flush=True); time.sleep(60)"
+    code = "from launcher.hosts.address import open_box; import time; print(open_box().home, flush=True); time.sleep(60)"
     holder = subprocess.Popen(
         [sys.executable, "-c", code],
         env=box.environment(),

@@ -36,8 +36,10 @@ STOREYS = {
     "launcher": [
         ["launcher.__main__"],
         ["launcher.cli"],
-        ["launcher.doctor", "launcher.options", "launcher.servers"],
+        ["launcher.doctor", "launcher.servers"],
+        ["launcher.fleet"],
         ["launcher.plan"],
+        ["launcher.options"],
         ["launcher.status"],
         ["launcher.engines", "launcher.console"],
         ["launcher.hosts"],

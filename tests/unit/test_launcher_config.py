@@ -16,7 +16,7 @@ from launcher.cli.init import example
 from launcher.cli.main import cli
 from launcher.cli.up import up
 from launcher.options.config_file import keys_of
-from launcher.plan.training_args import without_overridden
+from launcher.options.training_args import without_overridden
 from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 

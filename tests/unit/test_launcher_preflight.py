@@ -19,14 +19,14 @@ import pytest
 from launcher.devices.inventory import Driver, Machine
 from launcher.engines.base import Image, Mount, ReplicaState
 from launcher.errors import EngineError
+from launcher.fleet.build import project_folder
 from launcher.hosts.access import check_data, check_runs_access, check_secret_file, may
 from launcher.hosts.runs_folder import check_runs
+from launcher.options.training_args import prepare_args
 from launcher.parallel import in_parallel
-from launcher.plan import preflight
-from launcher.plan.build import project_folder
+from launcher.plan import check as preflight
+from launcher.plan.check import check_disk, check_driver, check_study_address, preflight_notes
 from launcher.plan.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
-from launcher.plan.preflight import check_disk, check_driver, check_study_address, preflight_notes
-from launcher.plan.training_args import prepare_args
 from launcher.problems import Problems, SeveralProblems
 from launcher.sizes import GIB
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
@@ -489,7 +489,7 @@ def test_the_projects_folder_is_the_packages_own_or_above(
 ) -> None:
     assert project_folder(tmp_path) == REPOSITORY
     monkeypatch.setattr(
-        "launcher.plan.build.__file__", str(tmp_path / "site-packages/launcher/plan/build.py")
+        "launcher.fleet.build.__file__", str(tmp_path / "site-packages/launcher/fleet/build.py")
     )
     assert project_folder(REPOSITORY / "docs") == REPOSITORY
     with pytest.raises(UsageError, match="run it in the project's folder"):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.engines.base import ReplicaState, Usage
-from launcher.plan.env_file import read_env_file
+from launcher.options.env_file import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
 from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts

@@ -20,7 +20,7 @@ from launcher.engines.docker.troubles import (
     refusal,
 )
 from launcher.errors import EngineError
-from launcher.hosts.reach import box, engine_address
+from launcher.hosts.address import box, engine_address
 from starling.core.redaction import masked
 
 OLDEST_API, OLDEST_ENGINE = "1.41", "20.10"

@@ -18,6 +18,7 @@ from launcher.engines.docker.logs import read_log
 from launcher.engines.docker.stats import ask_usage
 from launcher.engines.docker.troubles import is_gone, is_idle, refusal
 from launcher.errors import ConnectionLost, EngineError, NameTaken
+from launcher.hosts.address import box
 from launcher.hosts.ownership import (
     DEVICE_LABEL,
     FLEET_LABEL,
@@ -29,13 +30,12 @@ from launcher.hosts.ownership import (
     is_ours,
     plan_of,
 )
-from launcher.hosts.reach import box
 from launcher.instants import parse_stamp
 from launcher.parallel import in_parallel
 from starling.core.words import printable
 
 if TYPE_CHECKING:
-    from launcher.devices.claims import Claim
+    from launcher.devices.holders import Claim
     from launcher.devices.inventory import Machine
     from launcher.engines.docker.services import Service
 
@@ -226,7 +226,7 @@ class DockerEngine:
         found: dict[str, Usage] = {}
         there = box()
         if there is not None:
-            from launcher.engines.docker.box_status import read_groups
+            from launcher.engines.docker.ssh_status import read_groups
 
             found = read_groups(there, live.values())
         for replica_id, state in () if self.remote else live.items():

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from launcher.devices.claims import Claim
+from launcher.devices.holders import Claim
 from launcher.devices.inventory import Machine
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
 from launcher.engines.local import memory_limit, supervisor

@@ -12,7 +12,7 @@ from starling.core.dataset import Files, OwnFiles
 from starling.core.regular_file import is_file, open_regular
 
 if TYPE_CHECKING:
-    from launcher.hosts.box import Box
+    from launcher.hosts.ssh_connection import SshConnection
 
 
 class HostFiles(Files, Protocol):
@@ -73,7 +73,7 @@ LOCAL = LocalFiles()
 class RemoteFiles:
     """Files of a box, asked through the one shell that is open there; as with scp, relative paths start at home."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: SshConnection) -> None:
         self._box = box
         self.home = box.home
         self.start = box.home

@@ -77,7 +77,7 @@ def destination(url: str) -> list[str]:
     return [*words, *(["-l", user] if user else []), "--", name]
 
 
-class Box:
+class SshConnection:
     """One connection to a machine: a shell for questions, and the engine's socket. Ends with this process."""
 
     def __init__(self, url: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from launcher.engines.base import Mount
-from launcher.hosts.host_files import LOCAL, HostFiles
-from launcher.plan.dataset_yaml import read_dataset, start_of_shipped
-from launcher.plan.space_yaml import space_layouts
+from launcher.hosts.files import LOCAL, HostFiles
+from launcher.options.space_yaml import space_layouts
+from launcher.options.training_files import read_dataset, start_of_shipped
 from launcher.problems import Problems
 from starling.core import package
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError, suggest

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from launcher.devices.inventory import Gpu, read_gpus
 from launcher.engines.base import Engine
-from launcher.hosts.host_files import LOCAL, HostFiles
-from launcher.hosts.host_lock import host_lock
+from launcher.hosts.files import LOCAL, HostFiles
+from launcher.hosts.lock import host_lock
 from launcher.hosts.ownership import caller_ids
 from launcher.hosts.runs_folder import check_runs, replica_user, runs_folder
 
@@ -25,7 +25,7 @@ class HeldMachine(Protocol):
         """Let the next one go on; what was started is there to be seen."""
 
 
-class Site(Protocol):
+class Host(Protocol):
     """A machine and its runs folder."""
 
     @property
@@ -54,7 +54,7 @@ class Site(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LocalSite:
+class ThisMachine:
     """This machine; also for an engine behind tcp, whose files are taken to be ours."""
 
     runs: Path

@@ -13,11 +13,11 @@ import starling.core.folder
 import starling.core.handover
 from launcher.devices.inventory import Gpu
 from launcher.errors import EngineError
-from launcher.hosts.box import Box
-from launcher.hosts.host_lock import FOLDERS, NAME
 from launcher.hosts.host_paths import is_the_systems
+from launcher.hosts.lock import FOLDERS, NAME
 from launcher.hosts.lock_wait import LOCK_WAIT_S, POLL_S, wait_for_lock
 from launcher.hosts.runs_folder import replica_user
+from launcher.hosts.ssh_connection import SshConnection
 from starling.core.errors import UsageError
 from starling.core.handover import NOBODYS_ID, STILL
 
@@ -27,7 +27,7 @@ _SENT = {"starling.core.folder": starling.core.folder, "starling.core.handover":
 _GPU_FIELDS = "index,uuid,name,memory.total"
 
 
-def check_remote_runs(box: Box, runs: Path) -> None:
+def check_remote_runs(box: SshConnection, runs: Path) -> None:
     """Raise UsageError for a folder that cannot be the runs folder there."""
     if is_the_systems((runs,), box.home):
         raise UsageError(
@@ -44,7 +44,7 @@ def check_remote_runs(box: Box, runs: Path) -> None:
         )
 
 
-def remote_replica_user(box: Box, runs: Path, asked: str | None) -> str:
+def remote_replica_user(box: SshConnection, runs: Path, asked: str | None) -> str:
     """Return the `uid:gid` that replicas run as there, as `replica_user` chooses it here."""
     if asked is not None or box.ids[0] != 0:
         return replica_user(runs, box.ids, asked)
@@ -56,7 +56,9 @@ def remote_replica_user(box: Box, runs: Path, asked: str | None) -> str:
 
 
 @contextlib.contextmanager
-def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
+def remote_runs_folder(
+    box: SshConnection, runs: Path, user: str, say: Callable[[str], None]
+) -> Iterator[None]:
     """Make the folder there, give it to `user` when root calls, and hold it against every other `up` there.
 
     A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when it cannot
@@ -81,7 +83,7 @@ def remote_runs_folder(box: Box, runs: Path, user: str, say: Callable[[str], Non
         _let_go(box, 9)
 
 
-def _hand_over(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> None:
+def _hand_over(box: SshConnection, runs: Path, user: str, say: Callable[[str], None]) -> None:
     """Give root's files below the folder to the replicas' user, as `hand_over` does it here, by a Python there.
 
     No tool of a shell's does it: each names files by their paths, which replicas can swap meanwhile.
@@ -110,7 +112,7 @@ def _hand_over(box: Box, runs: Path, user: str, say: Callable[[str], None]) -> N
     raise EngineError(f"{box.name}: {why}; or log in as an ordinary user and name a folder of that user's")
 
 
-def _is_roots(box: Box, runs: Path) -> bool:
+def _is_roots(box: SshConnection, runs: Path) -> bool:
     return box.ask(f'[ "$(stat -L -c %u -- {shlex.quote(str(runs))})" = 0 ]')[0] == 0
 
 
@@ -131,7 +133,7 @@ def handover_program() -> str:
 class RemoteHostLock:
     """A held lock of another machine, which may be given back before its block ends."""
 
-    box: Box
+    box: SshConnection
 
     def release(self) -> None:
         """Let the next one go on; what was started is there to be seen."""
@@ -139,7 +141,7 @@ class RemoteHostLock:
 
 
 @contextlib.contextmanager
-def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHostLock]:
+def remote_host_lock(box: SshConnection, say: Callable[[str], None]) -> Iterator[RemoteHostLock]:
     """Hold that machine against every other `up`, from here or there, as `host_lock` holds this one."""
     places = " ".join(map(str, FOLDERS))
     chosen = (
@@ -165,7 +167,7 @@ def remote_host_lock(box: Box, say: Callable[[str], None]) -> Iterator[RemoteHos
         lock.release()
 
 
-def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str], None]) -> None:
+def _hold(box: SshConnection, descriptor: int, opening: str, what: str, say: Callable[[str], None]) -> None:
     """Lock what `opening` opens in the shell there: the lock ends with the connection."""
     if box.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
         return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
@@ -178,12 +180,12 @@ def _hold(box: Box, descriptor: int, opening: str, what: str, say: Callable[[str
     )
 
 
-def _let_go(box: Box, descriptor: int) -> None:
+def _let_go(box: SshConnection, descriptor: int) -> None:
     with contextlib.suppress(EngineError):  # a lost connection has let go already
         box.ask(f"exec {descriptor}<&-")
 
 
-def remote_gpus(box: Box) -> tuple[Gpu, ...] | None:
+def remote_gpus(box: SshConnection) -> tuple[Gpu, ...] | None:
     """Return the GPUs that `nvidia-smi` lists there; None where it does not answer."""
     code, text = box.ask(f"nvidia-smi --query-gpu={_GPU_FIELDS} --format=csv,noheader,nounits")
     return parse_gpus_csv(text) if code == 0 else None

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.devices.claims import Claim, Occupancy
 from launcher.devices.devices import expand_ids
+from launcher.devices.holders import Claim, Occupancy
 from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError

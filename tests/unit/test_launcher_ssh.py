@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from launcher.engines.base import ReplicaState
-from launcher.engines.docker import box_status
-from launcher.engines.docker.box_status import read_groups, read_told
+from launcher.engines.docker import ssh_status
 from launcher.engines.docker.cgroups import read_usage
+from launcher.engines.docker.ssh_status import read_groups, read_told
 from launcher.status.progress import told_by
 
 
 class Shell:
-    """A shell of this machine, asked as `Box` asks one behind ssh."""
+    """A shell of this machine, asked as `SshConnection` asks one behind ssh."""
 
     def __init__(self, path: str = os.environ["PATH"]) -> None:
         self.path, self.questions = path, 0
@@ -42,7 +42,7 @@ def replica(name: str, runs: Path, **values: Any) -> ReplicaState:
 
 
 def test_files_there_are_read_in_one_question_and_links_and_pipes_never(tmp_path: Path) -> None:
-    (tmp_path / "it's here").write_bytes(b"\x00\xff" * 40 + box_status._MARK.encode())
+    (tmp_path / "it's here").write_bytes(b"\x00\xff" * 40 + ssh_status._MARK.encode())
     (tmp_path / "private").write_text("private")
     (tmp_path / "link").symlink_to("private")
     (tmp_path / "long").write_text("x" * 200)
@@ -75,7 +75,7 @@ def test_a_link_in_place_of_their_folder_is_not_followed_there_either(tmp_path: 
 def test_more_files_than_one_answer_may_hold_are_asked_for_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(box_status, "MOST_TOLD", 2)
+    monkeypatch.setattr(ssh_status, "MOST_TOLD", 2)
     paths = [tmp_path / str(number) for number in range(5)]
     for path in paths:
         path.write_text(path.name)

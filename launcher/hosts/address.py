@@ -1,6 +1,6 @@
 """Which machine's engine is meant: `--host`, `DOCKER_HOST` or the Docker context.
 
-An ssh address is reached by `launcher.hosts.box`. `DOCKER_HOST` then names a socket here that leads there, so that whatever
+An ssh address is reached by `launcher.hosts.ssh_connection`. `DOCKER_HOST` then names a socket here that leads there, so that whatever
 talks to Docker in this process, or is started by it, reaches the box.
 """
 
@@ -20,13 +20,13 @@ from starling.core.paths import at_home
 from starling.core.plain_json import read_json
 
 if TYPE_CHECKING:
-    from launcher.hosts.box import Box
+    from launcher.hosts.ssh_connection import SshConnection
 
 DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
 
 _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 
-_box: Box | None = None
+_box: SshConnection | None = None
 
 
 def choose_host(url: str) -> None:
@@ -35,7 +35,7 @@ def choose_host(url: str) -> None:
     if parts.scheme not in _SCHEMES or not (parts.netloc or parts.path):
         raise UsageError(f"--host {url}: must be ssh://user@machine, tcp://machine:port or unix:///socket")
     if parts.scheme == "ssh":
-        from launcher.hosts.box import destination
+        from launcher.hosts.ssh_connection import destination
 
         destination(url)
     os.environ["DOCKER_HOST"] = url
@@ -46,12 +46,12 @@ def remote_files(environment: Mapping[str, str] = os.environ) -> bool:
     return _box is not None or _ssh_url(environment) is not None
 
 
-def box() -> Box | None:
+def box() -> SshConnection | None:
     """Return the machine that `open_box` has connected to."""
     return _box
 
 
-def open_box() -> Box | None:
+def open_box() -> SshConnection | None:
     """Connect to the machine that an ssh address names, once a process; None for any other address.
 
     Raises EngineError with ssh's own words when that fails.
@@ -59,9 +59,9 @@ def open_box() -> Box | None:
     global _box
     url = None if _box is not None else _ssh_url(os.environ)
     if url is not None:
-        from launcher.hosts.box import Box
+        from launcher.hosts.ssh_connection import SshConnection
 
-        _box = Box(url)
+        _box = SshConnection(url)
         os.environ["DOCKER_HOST"] = f"unix://{_box.docker_socket}"
         for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
             os.environ.pop(name, None)
