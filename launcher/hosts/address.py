@@ -1,8 +1,4 @@
-"""Which machine's engine is meant: `--host`, `DOCKER_HOST` or the Docker context.
-
-An ssh address is reached by `launcher.hosts.ssh_connection`. `DOCKER_HOST` then names a socket here that leads there, so that whatever
-talks to Docker in this process, or is started by it, reaches the box.
-"""
+"""The address of an engine: what `--host` gives, else DOCKER_HOST, else the current Docker context."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from launcher.errors import EngineError
@@ -19,18 +14,13 @@ from starling.core.errors import UsageError
 from starling.core.paths import at_home
 from starling.core.plain_json import read_json
 
-if TYPE_CHECKING:
-    from launcher.hosts.ssh_connection import SshConnection
-
 DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
 
 _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 
-_box: SshConnection | None = None
 
-
-def choose_host(url: str) -> None:
-    """Make `--host` the engine's address for this process; raises UsageError for what is no address."""
+def check_address(url: str) -> None:
+    """Raise UsageError for a `--host` that is no address."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES or not (parts.netloc or parts.path):
         raise UsageError(f"--host {url}: must be ssh://user@machine, tcp://machine:port or unix:///socket")
@@ -38,51 +28,38 @@ def choose_host(url: str) -> None:
         from launcher.hosts.ssh_connection import destination
 
         destination(url)
-    os.environ["DOCKER_HOST"] = url
-
-
-def remote_files(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the engine's machine is reached by ssh, so that its files can be asked about there."""
-    return _box is not None or _ssh_url(environment) is not None
-
-
-def box() -> SshConnection | None:
-    """Return the machine that `open_box` has connected to."""
-    return _box
-
-
-def open_box() -> SshConnection | None:
-    """Connect to the machine that an ssh address names, once a process; None for any other address.
-
-    Raises EngineError with ssh's own words when that fails.
-    """
-    global _box
-    url = None if _box is not None else _ssh_url(os.environ)
-    if url is not None:
-        from launcher.hosts.ssh_connection import SshConnection
-
-        _box = SshConnection(url)
-        os.environ["DOCKER_HOST"] = f"unix://{_box.docker_socket}"
-        for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
-            os.environ.pop(name, None)
-    return _box
 
 
 def engine_address(environment: Mapping[str, str] = os.environ) -> str:
-    """Return where the engine is; raises EngineError for a Docker context that is not there."""
-    return environment.get("DOCKER_HOST") or _context_host(environment) or DEFAULT_ADDRESS
+    """Return the URL of the Docker engine; raises EngineError for a Docker context that does not exist."""
+    return environment.get("DOCKER_HOST") or _context_address(environment) or DEFAULT_ADDRESS
 
 
-def _ssh_url(environment: Mapping[str, str]) -> str | None:
-    url = engine_address(environment)
-    return url if url.startswith("ssh://") else None
+def podman_address(environment: Mapping[str, str], uid: int) -> str:
+    """Return the URL of Podman's socket: CONTAINER_HOST or DOCKER_HOST, else the place of this user's own service."""
+    named = environment.get("CONTAINER_HOST") or environment.get("DOCKER_HOST")
+    if named:
+        return named
+    run = "/run" if uid == 0 else environment.get("XDG_RUNTIME_DIR", f"/run/user/{uid}")
+    return f"unix://{run}/podman/podman.sock"
 
 
-def _context_host(environment: Mapping[str, str]) -> str | None:
+def is_behind_ssh(given: str | None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the Docker engine is reached by ssh, so that paths are those of its machine."""
+    return (given or engine_address(environment)).startswith("ssh://")
+
+
+def socket_path(address: str) -> str | None:
+    """Return the path of an address that is a unix socket; None for any other address."""
+    parts = urlsplit(address)
+    return "/" + f"{parts.netloc}{parts.path}".lstrip("/") if parts.scheme == "unix" else None
+
+
+def _context_address(environment: Mapping[str, str]) -> str | None:
     """Return the address in the current Docker context; None for the default one.
 
     Read here, since docker-py takes a context that it does not find for the default one, which is another machine.
-    Raises EngineError for a context that is not there.
+    Raises EngineError for a context that does not exist.
     """
     folder = Path(environment.get("DOCKER_CONFIG") or at_home("~/.docker"))
     name = environment.get("DOCKER_CONTEXT")

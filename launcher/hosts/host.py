@@ -1,80 +1,91 @@
-"""Where replicas run and results land: this machine, or a box behind ssh. What `up` must ask of a machine, either way."""
+"""What the launcher asks of a machine that replicas run on, wherever that machine is."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from launcher.devices.inventory import Gpu, read_gpus
-from launcher.engines.base import Engine
-from launcher.hosts.files import LOCAL, HostFiles
-from launcher.hosts.lock import host_lock
-from launcher.hosts.ownership import caller_ids
-from launcher.hosts.runs_folder import check_runs, replica_user, runs_folder
+if TYPE_CHECKING:
+    from launcher.devices.inventory import Driver, Gpu
+    from launcher.errors import ConnectionLost
+    from launcher.hosts.files import DiskSpace, HostFiles
+    from launcher.hosts.usage import Usage
 
 Say = Callable[[str], None]
 
 
-class HeldMachine(Protocol):
-    """A machine held against every other `up`."""
-
-    def release(self) -> None:
-        """Let the next one go on; what was started is there to be seen."""
-
-
 class Host(Protocol):
-    """A machine and its runs folder."""
+    """A machine that replicas run on: its files, its lock, its devices, and the way to its engine.
+
+    Every method may raise EngineError where the machine is reached over a connection.
+    """
 
     @property
-    def runs(self) -> Path:
-        """The runs folder, absolute there."""
+    def address(self) -> str:
+        """The URL that `--host` names it by; empty where its files are those of this machine."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages; empty where its files are those of this machine."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is another machine, whose processes and devices are not to be seen from here."""
+
+    @property
+    def uid(self) -> int:
+        """The uid that the launcher acts under there."""
+
+    @property
+    def owner(self) -> int:
+        """The uid of the user whose replicas they are: behind `sudo`, of the user who typed it."""
 
     @property
     def files(self) -> HostFiles:
         """Its files."""
 
     @property
-    def address(self) -> str:
-        """What `--host` names it by; empty for this machine."""
+    def environment(self) -> Mapping[str, str]:
+        """The variables under which Docker's own client, and docker-py, reach its engine."""
 
-    def check_runs(self) -> None:
-        """Raise UsageError for a runs folder that cannot be one."""
+    @property
+    def engine_address(self) -> str:
+        """The URL of its engine; raises EngineError for a Docker context that does not exist."""
 
-    def replica_user(self, asked: str | None) -> str:
-        """Return the `uid:gid` that replicas run as: what was asked, else what suits the runs folder."""
-
-    def gpus(self, engine: Engine) -> tuple[Gpu, ...] | None:
+    def gpus(self) -> tuple[Gpu, ...] | None:
         """Return its GPUs; None where they cannot be listed."""
 
-    def held(self, user: str, say: Say) -> contextlib.AbstractContextManager[HeldMachine]:
-        """Make the runs folder, and hold it and the machine against every other `up`."""
+    def driver(self) -> Driver | None:
+        """Return its NVIDIA driver; None where that is not known."""
 
+    def disk_space(self, path: Path) -> DiskSpace | None:
+        """Return the free space at a path that need not exist yet; None where that is not known."""
 
-@dataclass(frozen=True, slots=True)
-class ThisMachine:
-    """This machine; also for an engine behind tcp, whose files are taken to be ours."""
+    def owner_of(self, path: Path) -> int | None:
+        """Return the uid of the owner of a folder, links followed; None where there is no folder."""
 
-    runs: Path
-    files: HostFiles = LOCAL
-    address: str = ""
+    def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
+        """Return what containers use, by id, as far as the kernel there tells; `pids` are their first processes."""
 
-    def check_runs(self) -> None:
-        """Raise UsageError for a runs folder that cannot be one."""
-        check_runs(self.runs)
+    def read_status(self, paths: Sequence[Path], most_bytes: int) -> Mapping[Path, bytes] | None:
+        """Return the heads of files `<runs>/<folder>/<file>` that replicas write, following no link below `<runs>`.
 
-    def replica_user(self, asked: str | None) -> str:
-        """Return the `uid:gid` that replicas run as."""
-        return replica_user(self.runs, caller_ids(), asked)
+        A file that is absent, or is no regular file, reads as empty. None where files there cannot be read safely.
+        """
 
-    def gpus(self, engine: Engine) -> tuple[Gpu, ...] | None:
-        """Return NVML's list; None where it does not answer, or for an engine elsewhere."""
-        return None if engine.remote else read_gpus()
+    def check_runs(self, runs: Path) -> None:
+        """Raise UsageError for a path that cannot be the runs folder."""
 
-    @contextlib.contextmanager
-    def held(self, user: str, say: Say) -> Iterator[HeldMachine]:
-        """Make the runs folder, and hold it and the machine against every other `up`."""
-        with runs_folder(self.runs, user, say), host_lock(say) as lock:
-            yield lock
+    def replica_user(self, runs: Path, asked: str | None) -> str:
+        """Return the `uid:gid` that replicas run as: what was asked, else what suits the runs folder."""
+
+    def hold(self, runs: Path, user: str, say: Say) -> AbstractContextManager[Callable[[], None]]:
+        """Make the runs folder, and hold it and the machine against every other `up`.
+
+        Gives the function that releases the machine before the block ends; the runs folder stays held.
+        """
+
+    def lost(self) -> ConnectionLost | None:
+        """Return the error that tells why the connection has ended; None while there is one, or none is needed."""

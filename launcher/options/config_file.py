@@ -134,7 +134,7 @@ def _found(path: Path) -> Path | None:
         owner = path.stat().st_uid
     except OSError:
         return None
-    from launcher.hosts.ownership import caller_ids
+    from launcher.hosts.processes import caller_ids
 
     if owner not in (0, os.getuid(), caller_ids()[0]):
         raise UsageError(
@@ -264,13 +264,13 @@ def _training_flag(key: str, where: str) -> str:
 
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
-    from launcher.hosts.address import remote_files
+    from launcher.hosts.address import is_behind_ssh
     from launcher.options.training_args import place_beside, without_overridden
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
-    elsewhere = ctx.params.get("engine") == "docker" and remote_files()
+    elsewhere = ctx.params.get("engine") == "docker" and is_behind_ssh(ctx.params.get("host"))
     for param in ctx.command.params:
         here = not (elsewhere and param.name == "runs")
         if isinstance(param.type, click.Path) and from_file(param.name) and here:

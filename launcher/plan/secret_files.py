@@ -34,7 +34,7 @@ def with_secret_files(request: Request, files: HostFiles = LOCAL) -> Request:
     paths = dict.fromkeys(path for _, path in secret_files(placed))
     for variable, path in secret_files(placed):
         if not path.is_absolute() or not files.is_file(path):
-            where = "" if files is LOCAL else " on the remote machine"
+            where = " on the remote machine" if files.remote else ""
             raise UsageError(
                 f"{variable}={path}: must be the absolute path of a file{where}; correct or unset it"
             )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from launcher.devices.devices import Device, split_cores
 from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount
-from launcher.hosts.ownership import caller_ids, is_ours, labels
+from launcher.engines.labels import is_ours, labels
+from launcher.hosts.processes import caller_ids
 from launcher.hosts.runs_folder import check_runs, replica_user
 from launcher.options.training_args import TrainingArgs, prepare_args
 from launcher.options.training_files import read_dataset

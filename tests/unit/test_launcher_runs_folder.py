@@ -40,7 +40,7 @@ def mode(path: Path) -> int:
 class Shell:
     """A shell of this machine, as the one that a connection keeps open on another."""
 
-    name = "box"
+    name = "machine"
 
     def __init__(self, ids: tuple[int, int], path: str = os.defpath) -> None:
         self.ids = ids
@@ -259,7 +259,7 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
         kind
     ]()
     with (
-        pytest.raises(EngineError, match=f"{place} on box: not a file"),
+        pytest.raises(EngineError, match=f"{place} on machine: not a file"),
         remote_host_lock(cast(SshConnection, shell), lambda _: None),
     ):
         raise AssertionError("not reached")
@@ -270,33 +270,35 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshConnection]:
+def connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshConnection]:
     """The connection itself; in place of the ssh client a shell of this machine."""
     (tmp_path / "bin").mkdir()
     client = tmp_path / "bin/ssh"
     client.write_text('#!/bin/sh\nfor word; do :; done\n[ "$word" = "exec sh" ] && exec sh\nexit 1\n')
     client.chmod(0o755)
     monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
-    box = SshConnection("ssh://machine")
-    yield box
-    box.close()
+    connection = SshConnection("ssh://machine")
+    yield connection
+    connection.close()
 
 
-def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(box: SshConnection) -> None:
+def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(connection: SshConnection) -> None:
     said: list[tuple[str, float]] = []
     began = time.monotonic()
     script = "for n in 1 2 3 4; do echo line $n; sleep 0.3; done; printf end"
-    code, answer = box.ask(script, limit_s=0.8, heard=lambda line: said.append((line, time.monotonic())))
+    code, answer = connection.ask(
+        script, limit_s=0.8, heard=lambda line: said.append((line, time.monotonic()))
+    )
     assert (code, answer) == (0, "line 1\nline 2\nline 3\nline 4\nend")
     assert [line for line, _ in said] == ["line 1", "line 2", "line 3", "line 4", "end"]
     assert said[0][1] - began < 0.8, "each line as it comes"
     with pytest.raises(EngineError, match="no answer over ssh in time"):
-        box.ask("echo x; sleep 5", limit_s=0.3, heard=lambda line: None)
+        connection.ask("echo x; sleep 5", limit_s=0.3, heard=lambda line: None)
 
 
 @needs_root
 def test_a_long_hand_over_is_told_while_it_goes_on(
-    box: SshConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connection: SshConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -307,7 +309,7 @@ def test_a_long_hand_over_is_told_while_it_goes_on(
     hasty = program.replace("FIRST_S, EACH_S = 2.0, 10.0", "FIRST_S, EACH_S = 0.0, 0.0")
     assert hasty != program
     monkeypatch.setattr(ssh_runs, "handover_program", lambda: hasty)
-    with remote_runs_folder(box, runs, f"{USER}:{USER}", said.append):
+    with remote_runs_folder(connection, runs, f"{USER}:{USER}", said.append):
         pass
     assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]
     said.clear()

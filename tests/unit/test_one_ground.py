@@ -15,7 +15,7 @@ import pytest
 import launcher.errors
 import starling.core.errors
 import starling.errors
-from launcher.hosts.ownership import labels
+from launcher.engines.labels import labels
 from launcher.options.training_args import prepare_args
 from launcher.options.training_files import read_dataset
 from launcher.plan.dry_run import docker_run, podman_run

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from docker.errors import APIError
 
@@ -20,7 +19,8 @@ from launcher.engines.docker.troubles import (
     refusal,
 )
 from launcher.errors import EngineError
-from launcher.hosts.address import box, engine_address
+from launcher.hosts.address import socket_path
+from launcher.hosts.host import Host
 from starling.core.redaction import masked
 
 OLDEST_API, OLDEST_ENGINE = "1.41", "20.10"
@@ -43,15 +43,15 @@ class Manner:
 
 
 class Connection:
-    """An engine that answers, at `address` or where DOCKER_HOST or the Docker context leads.
+    """An engine of a host that answers.
 
     Several threads may use it at once. Raises EngineError when nobody answers, or an engine that is too old.
     """
 
-    def __init__(self, manner: Manner, address: str | None = None) -> None:
+    def __init__(self, manner: Manner, host: Host) -> None:
         self._manner = manner
-        self._address = address
-        self._socket = _socket_path(address or engine_address())
+        self._host = host
+        self._socket = socket_path(host.engine_address)
         with self.translated():
             self.client = self._open(manner.version or OLDEST_API)
             hello = self._greet()
@@ -62,11 +62,6 @@ class Connection:
                 self.client = self._open(newest)
         self.is_podman = "Libpod-Api-Version" in hello
         """Whether it is Podman that answers, at Docker's address too."""
-
-    @property
-    def remote(self) -> bool:
-        """Whether the engine is on another machine."""
-        return box() is not None or self._socket is None
 
     def containers(self, **filters: Sequence[str]) -> Sequence[dict[str, Any]]:
         """Return the containers that pass all filters, whatever their state, in the short form of a list."""
@@ -84,9 +79,8 @@ class Connection:
             subject = f"{what}: " if what else ""
             raise EngineError(f"{subject}{self._manner.title} refuses: {refusal(error)}") from error
         except TRANSPORT as error:
-            there = box()
-            if there is not None and there.ended:
-                raise there.lost() from error
+            if (lost := self._host.lost()) is not None:
+                raise lost from error
             raise EngineError(self._silence(reason(error))) from error
 
     def _silence(self, why: str) -> str:
@@ -97,11 +91,11 @@ class Connection:
             return permission_words(self._socket)
         if why == NO_SOCKET and self._socket:
             why = f"no socket at {self._socket}"
-        where = "" if self._socket else f" at {masked(self._address or engine_address())}"
+        where = "" if self._socket else f" at {masked(self._host.engine_address)}"
         return f"{self._manner.title}{where} does not answer ({why}); {self._manner.remedy}"
 
     def _open(self, version: str) -> Client:
-        return Client(self._address, version, self._manner.patience_s)
+        return Client(self._host.environment, version, self._manner.patience_s)
 
     def _greet(self) -> Mapping[str, str]:
         """Return the headers with which the engine says what it is; soon, however patient the manner is later."""
@@ -121,9 +115,3 @@ class Connection:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def _socket_path(address: str) -> str | None:
-    """Return the path of an address that is a unix socket; None for any other."""
-    parts = urlsplit(address)
-    return "/" + f"{parts.netloc}{parts.path}".lstrip("/") if parts.scheme == "unix" else None
