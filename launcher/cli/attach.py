@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.options.config_file import ConfiguredCommand
 
 
 @click.command(cls=ConfiguredCommand)
 @shared
 @click.argument("name")
-def attach(engine: str, runs: Path, name: str) -> None:
+def attach(target: Target, name: str) -> None:
     """Watch one replica's output; Ctrl-C leaves, and the replica lives on.
 
     Exits 0 when you leave or the replica ends well; 1 when it fails.
@@ -23,7 +22,7 @@ def attach(engine: str, runs: Path, name: str) -> None:
     from launcher.status.report import exit_code
     from launcher.status.words import words_for
 
-    chosen = open_engine(engine, runs)
+    chosen = target.open_engine()
 
     def begin() -> None:
         click.echo(f"watching {name}; Ctrl-C leaves it running", err=True)

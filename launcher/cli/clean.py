@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.console import confirmed
 from launcher.errors import EngineError
 from launcher.options.config_file import ConfiguredCommand
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 @shared
 @click.argument("names", nargs=-1)
 def clean(
-    engine: str,
-    runs: Path,
+    target: Target,
     runs_too: bool,
     yes: bool,
     dry_run: bool,
@@ -48,8 +47,8 @@ def clean(
     """
     if as_json and not (yes or dry_run):
         raise UsageError("--json: nobody can be asked then; give --yes, or --dry-run to see the list")
-    chosen = open_engine(engine, runs)
-    found = _find(chosen, absolute(runs), names, runs_too=runs_too)
+    chosen = target.open_engine()
+    found = _find(chosen, absolute(target.runs), names, runs_too=runs_too)
     if as_json:
         if not dry_run:
             _remove(chosen, found)
@@ -104,15 +103,13 @@ class _Found:
 
 
 def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -> _Found:
-    from launcher.hosts.reach import box
     from launcher.status.run_folders import run_folders, unused
     from launcher.status.selection import select
 
-    if runs_too and engine.remote:
-        where = box()
+    if runs_too and engine.host.remote:
         raise UsageError(
             "--runs-too: results on another machine are removed there: run `launcher clean --runs-too` on "
-            + (where.name if where else "it")
+            f"{engine.host.name or 'it'}"
         )
     everyone = engine.list()
     known = {state.name for state in everyone} | {state.fleet for state in everyone}
@@ -142,7 +139,7 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
 
 def _remove(engine: Engine, found: _Found) -> None:
     """Remove everything that was found; raises EngineError with all that resisted, after trying the rest."""
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.run_folders import delete, forget_workers, unused
 
     still = [state for state in found.ended if (now := engine.state(state.id)) is not None and not now.live]

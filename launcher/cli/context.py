@@ -1,9 +1,11 @@
-"""What the commands share: the options that say where replicas live, the engine they mean, and how a command speaks."""
+"""What the commands share: the options that say where replicas run, and the engine that they mean."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,39 @@ from starling.core.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
+    from launcher.hosts.host import Host
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the replicas of a command run."""
+
+    engine: str
+    """`docker`, `podman` or `local`."""
+    host: str | None
+    """The address that `--host` or the file of settings gives; None: DOCKER_HOST, the Docker context, or this machine."""
+    runs: Path
+    host_is_typed: bool = False
+    """Whether the address stands on the command line."""
+
+    def find_host(self) -> Host:
+        """Return the machine; connects to one behind ssh. Raises EngineError for one that cannot be reached."""
+        from launcher.engines.opening import find_host
+
+        return find_host(self.engine, self.host)
+
+    def open_engine(self, host: Host | None = None) -> Engine:
+        """Return the engine of the machine, or of `host`; raises EngineError when it does not answer."""
+        from launcher.engines.opening import open_engine
+
+        if self.engine == "local" and self.host_is_typed:
+            raise UsageError("--host: processes run on this machine only; leave it out with --engine local")
+        return open_engine(self.engine, host or self.find_host(), self.runs)
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where replicas live."""
-    runs = click.option(
+    """Add the options that say where replicas run; `command` gets them as a Target, its first argument."""
+    runs_option = click.option(
         "--runs",
         type=click.Path(path_type=Path),
         default=Path("runs"),
@@ -26,7 +56,7 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="The shared folder that replicas write.",
     )
-    engine = click.option(
+    engine_option = click.option(
         "--engine",
         type=click.Choice(["docker", "podman", "local"]),
         default="docker",
@@ -34,42 +64,36 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Containers of Docker or Podman, or processes of this machine.",
     )
-    host = click.option(
+    host_option = click.option(
         "--host",
         metavar="URL",
         envvar="DOCKER_HOST",
-        expose_value=False,
-        callback=_choose_host,
-        help="The machine: ssh://user@box, tcp://… [$DOCKER_HOST, the Docker context, this one].",
+        callback=_given_address,
+        help="The machine: ssh://user@machine, tcp://… [$DOCKER_HOST, the Docker context, this one].",
     )
-    return engine(host(runs(command)))
+
+    @functools.wraps(command)
+    def call(*arguments: Any, engine: str, host: str | None, runs: Path, **options: Any) -> Any:
+        source = click.get_current_context().get_parameter_source("host")
+        target = Target(engine, host, runs, host_is_typed=source is ParameterSource.COMMANDLINE)
+        return command(target, *arguments, **options)
+
+    return engine_option(host_option(runs_option(call)))
 
 
-def _choose_host(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    said_elsewhere = bool(os.environ.get("DOCKER_CONTEXT")) and _from_file(ctx, param)
-    if value and ctx.get_parameter_source("host") is not ParameterSource.ENVIRONMENT and not said_elsewhere:
-        from launcher.hosts.reach import choose_host
+def _given_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return the address that the command line or the file of settings gives; None for one of the environment.
 
-        choose_host(value)
+    DOCKER_CONTEXT wins over the file, as variables do.
+    """
+    source = ctx.get_parameter_source(param.name or "")
+    overruled = source is ParameterSource.DEFAULT_MAP and bool(os.environ.get("DOCKER_CONTEXT"))
+    if not value or source is ParameterSource.ENVIRONMENT or overruled:
+        return None
+    from launcher.hosts.address import check_address
 
-
-def _from_file(ctx: click.Context, param: click.Parameter) -> bool:
-    return ctx.get_parameter_source(param.name or "") is ParameterSource.DEFAULT_MAP
-
-
-def open_engine(name: str, runs: Path) -> Engine:
-    """Return the engine that `--engine` names; raises EngineError when it does not answer."""
-    from launcher.engines import opening
-
-    if name == "local":
-        _refuse_host()
-    return opening.open_engine(name, runs)
-
-
-def _refuse_host() -> None:
-    ctx = click.get_current_context(silent=True)
-    if ctx is not None and ctx.get_parameter_source("host") is ParameterSource.COMMANDLINE:
-        raise UsageError("--host: processes run on this machine only; leave it out with --engine local")
+    check_address(value)
+    return value
 
 
 def count_words(states: Sequence[ReplicaState]) -> str:

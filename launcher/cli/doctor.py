@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.options.config_file import ConfiguredCommand
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--gpu", metavar="ID", help="Try this GPU, an index or a UUID [the first].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @shared
-def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) -> None:
+def doctor(target: Target, image: str, gpu: str | None, as_json: bool) -> None:
     """Check everything that `up` needs: engine, image, GPUs, limits, disks, runs folder, tracking server.
 
     One container is started as replicas are, on one GPU where there is any, and removed again; nothing else changes.
@@ -35,16 +34,16 @@ def doctor(engine: str, runs: Path, image: str, gpu: str | None, as_json: bool) 
 
     if gpu is not None and not re.fullmatch(r"\d{1,4}|(?:GPU|MIG)-[0-9A-Za-z/_-]{4,80}", gpu, re.ASCII):
         raise UsageError(f"--gpu {gpu}: must be an index or a UUID, as `nvidia-smi -L` lists them")
-    if engine == "local":
+    if target.engine == "local":
         if gpu is not None:
             raise UsageError("--gpu: is tried in a container; leave it out with --engine local")
-        open_engine(engine, runs)
-        findings = examine_local(absolute(runs))
+        target.open_engine()
+        findings = examine_local(absolute(target.runs))
     else:
-        from launcher.hosts.find import find_site
-
+        host = target.find_host()
+        runs = host.files.expand(host.files.start, str(target.runs))
         findings = examine_docker(
-            lambda: cast("ContainerEngine", open_engine(engine, runs)), find_site(engine, runs), image, gpu
+            lambda: cast("ContainerEngine", target.open_engine(host)), host, runs, image, gpu
         )
     if as_json:
         click.echo(json.dumps(as_document(findings), indent=2))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.options.config_file import ConfiguredCommand
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ END_S = 10.0
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @shared
 @click.argument("names", nargs=-1, required=True)
-def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None:
+def kill(target: Target, as_json: bool, names: tuple[str, ...]) -> None:
     """Kill the replicas NAMES at once (SIGKILL); NAMES are replicas, or fleets as project/name.
 
     What they did since their last checkpoint is lost: `stop` saves first. They stay listed, and the same `up` resumes
@@ -35,7 +34,7 @@ def kill(engine: str, runs: Path, as_json: bool, names: tuple[str, ...]) -> None
     from launcher.status.selection import select
     from launcher.status.words import words_for
 
-    chosen = open_engine(engine, runs)
+    chosen = target.open_engine()
     states = select(chosen.list(), names)
     ended = _end_now(chosen, states)
     was_live = {state.id for state in states if state.live}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from launcher.cli.context import count_words, open_engine, shared
+from launcher.cli.context import Target, count_words, shared
 from launcher.console import confirmed, say
 from launcher.options.config_file import ConfiguredCommand
 from starling.core.errors import UsageError
@@ -18,18 +17,18 @@ from starling.core.errors import UsageError
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; with --yes.")
 @shared
 @click.argument("names", nargs=-1)
-def kill_all(engine: str, runs: Path, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
+def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
     """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
     import json
 
     from launcher.errors import EngineError
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.selection import select
     from launcher.status.words import device_words, words_for
 
     if as_json and not yes:
         raise UsageError("--json: nobody can be asked then; give --yes")
-    chosen = open_engine(engine, runs)
+    chosen = target.open_engine()
     states = select(chosen.list(), names)
     if not states and not as_json:
         click.echo("none: nothing to remove")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.options.config_file import ConfiguredCommand
 
 
@@ -16,9 +14,7 @@ from launcher.options.config_file import ConfiguredCommand
 @click.option("--since", metavar="WHEN", help="Only what was said since: 10m, 1h30m, 2026-03-01T14:00.")
 @shared
 @click.argument("names", nargs=-1)
-def logs(
-    engine: str, runs: Path, follow: bool, tail: int | None, since: str | None, names: tuple[str, ...]
-) -> None:
+def logs(target: Target, follow: bool, tail: int | None, since: str | None, names: tuple[str, ...]) -> None:
     """Print the output of replicas: of several in the order of time, each line marked with its replica."""
     import time
 
@@ -26,4 +22,4 @@ def logs(
     from launcher.status.output import print_logs
 
     moment = None if since is None else parse_since(since, time.time())
-    print_logs(open_engine(engine, runs), names, follow=follow, tail=tail, since=moment)
+    print_logs(target.open_engine(), names, follow=follow, tail=tail, since=moment)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.options.config_file import ConfiguredCommand
 
 
@@ -17,16 +16,14 @@ from launcher.options.config_file import ConfiguredCommand
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @shared
 @click.argument("names", nargs=-1)
-def status(
-    engine: str, runs: Path, watch: bool, interval: float, as_json: bool, names: tuple[str, ...]
-) -> None:
+def status(target: Target, watch: bool, interval: float, as_json: bool, names: tuple[str, ...]) -> None:
     """Show replicas, their devices, states and progress. NAMES: replicas, or fleets as project/name.
 
     Exits 0 when every replica runs, has finished or was stopped; 1 when one has failed, or there is none.
     """
     from launcher.status.watch import show_status, watch_status
 
-    chosen = open_engine(engine, runs)
+    chosen = target.open_engine()
     if watch and not as_json:
         watch_status(chosen, names, interval)
     else:

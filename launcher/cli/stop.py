@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from launcher.cli.context import open_engine, shared
+from launcher.cli.context import Target, shared
 from launcher.console import say
 from launcher.engines.limits import STOP_GRACE_S
 from launcher.options.config_file import ConfiguredCommand
@@ -19,17 +18,17 @@ from launcher.options.config_file import ConfiguredCommand
 )
 @shared
 @click.argument("names", nargs=-1)
-def stop(engine: str, runs: Path, grace: float, names: tuple[str, ...]) -> None:
+def stop(target: Target, grace: float, names: tuple[str, ...]) -> None:
     """Ask replicas to save and end (SIGTERM), kill those that outlast the grace, and report.
 
     Without NAMES: all of yours. They stay listed, and the same `up` resumes them. Exits 1 when one had to be killed,
     or had failed.
     """
-    from launcher.plan import fleet
+    from launcher.fleet import bring_up as fleet
     from launcher.status.selection import select
     from launcher.status.watch import show_status
 
-    chosen = open_engine(engine, runs)
+    chosen = target.open_engine()
     states = select(chosen.list(), names)
     if not states:
         click.echo("none: nothing to stop")

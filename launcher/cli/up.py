@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from launcher.cli.context import shared
+from launcher.cli.context import Target, shared
 from launcher.options.completion import TrainingWord
 from launcher.options.config_file import ConfiguredCommand
 
@@ -75,7 +75,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @shared
 @click.argument("training_args", nargs=-1, type=TrainingWord(), metavar="-- TRAINING ARGUMENTS…")
-def up(**options: Any) -> None:
+def up(target: Target, **options: Any) -> None:
     """Start one replica a device, all running the same training arguments (those after `--`).
 
     The same `up` again changes nothing; dead replicas are started again and resume. Trackers' variables
@@ -83,4 +83,4 @@ def up(**options: Any) -> None:
     """
     from launcher.cli.up_steps import run_up
 
-    run_up(options)
+    run_up(target, options)

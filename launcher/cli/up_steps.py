@@ -14,17 +14,18 @@ from typing import Any
 
 import click
 
-from launcher.cli.context import open_engine
+from launcher.cli.context import Target
 from launcher.console import say
-from launcher.devices.claims import NOBODY
+from launcher.devices.holders import NOBODY
 from launcher.engines.base import Engine, Image
-from launcher.hosts.find import find_site
-from launcher.hosts.ownership import caller_ids
-from launcher.hosts.site import Site
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
+from launcher.fleet.holders import find_occupancy
+from launcher.hosts.host import Host
+from launcher.hosts.processes import caller_ids
+from launcher.options.env_file import read_env_file
+from launcher.options.training_args import TrainingArgs, check_local_trainer, means, prepare_args
+from launcher.plan.check import check_all, preflight_notes
 from launcher.plan.dry_run import rehearsal_notes, show_plan
-from launcher.plan.env_file import read_env_file
-from launcher.plan.holders import find_occupancy
 from launcher.plan.plan import (
     DEFAULT_IMAGE,
     RUNS_IN_IMAGE,
@@ -36,9 +37,7 @@ from launcher.plan.plan import (
     make_plan,
     passed_variables,
 )
-from launcher.plan.preflight import check_all, preflight_notes
 from launcher.plan.secret_files import with_secret_files
-from launcher.plan.training_args import TrainingArgs, check_local_trainer, means, prepare_args
 from launcher.problems import Problems, exit_code_of
 from launcher.sizes import parse_size
 from starling.core import package
@@ -46,42 +45,43 @@ from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
 
-def run_up(options: dict[str, Any]) -> None:
-    """Do what `launcher up` asks for, from click's options; raises StarlingError with nothing started."""
+def run_up(target: Target, options: dict[str, Any]) -> None:
+    """Do what `launcher up` asks for, from its options; raises StarlingError with nothing started."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
-    if options["build"] and options["engine"] == "local":
+    if options["build"] and target.engine == "local":
         raise UsageError("--build: makes an image, and --engine local needs none; leave it out")
-    if options["build"] and options["engine"] == "podman":
+    if options["build"] and target.engine == "podman":
         raise UsageError(
             f"--build: builds with Docker; in the project's folder: podman build -t {options['image']} .  "
             f"(or bring it over: docker save {options['image']} | podman load)"
         )
-    site = find_site(options["engine"], options["runs"])
-    placement = place(options["engine"], site.runs)
+    host = target.find_host()
+    runs = host.files.expand(host.files.start, str(target.runs))
+    placement = place(target.engine, runs)
     problems = Problems()
-    request = problems.check(read_request, options, site, placement)
-    engine = problems.check(open_engine, options["engine"], site.runs)
+    request = problems.check(read_request, options, host, runs, placement)
+    engine = problems.check(target.open_engine, host)
     if request is None or engine is None:
         if engine is not None and not options["build"]:
             problems.check(engine.resolve_image, options["image"] or DEFAULT_IMAGE)
         problems.refuse()
     if options["tracking"]:
-        request = join_servers(request, placement, engine)
+        request = join_servers(request, placement, engine, target.host)
     if options["dry_run"]:
-        plan, _ = draw_up(request, placement, engine, site, strict=False, to_build=options["build"])
+        plan, _ = draw_up(request, placement, engine, strict=False, to_build=options["build"])
         sys.exit(_show(plan, options))
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
             signal.signal(number, _end_like_interrupt)
     if options["build"]:
-        from launcher.plan.build import build_image
+        from launcher.fleet.build import build_image
 
-        build_image(request.image, Path.cwd())
-    _, image = draw_up(request, placement, engine, site)  # refuses before the runs folder is touched
-    with site.held(request.user, say) as lock:
+        build_image(request.image, Path.cwd(), host.environment)
+    _, image = draw_up(request, placement, engine)  # refuses before the runs folder is touched
+    with host.hold(runs, request.user, say) as release:
         # Again, now that nobody else can be starting anything.
-        plan, _ = draw_up(request, placement, engine, site, checked=image)
+        plan, _ = draw_up(request, placement, engine, checked=image)
         for note in plan.notes:
             say(f"note: {note}")
         outcome = fleet.bring_up(
@@ -90,9 +90,9 @@ def run_up(options: dict[str, Any]) -> None:
             recreate=request.recreate,
             settle_s=options["settle"],
             say=say,
-            started=lock.release,
+            started=release,
         )
-    _tell(plan, outcome, engine, site)
+    _tell(plan, outcome, engine)
 
 
 def place(engine: str, runs: Path) -> Placement:
@@ -116,22 +116,22 @@ def place(engine: str, runs: Path) -> Placement:
     )
 
 
-def read_request(options: dict[str, Any], site: Site, placement: Placement) -> Request:
+def read_request(options: dict[str, Any], host: Host, runs: Path, placement: Placement) -> Request:
     """Return click's options as a request; checks everything that needs no engine, and raises all that is wrong."""
     problems = Problems()
-    problems.check(site.check_runs)
+    problems.check(host.check_runs, runs)
     args = problems.check(
         _read_training,
         options["training_args"],
-        cwd=site.files.start,
-        runs=site.runs,
+        cwd=host.files.start,
+        runs=runs,
         runs_inside=placement.runs_inside,
         isolated=placement.isolated,
-        files=site.files,
+        files=host.files,
     )
     memory = problems.check(parse_size, options["memory"]) if options["memory"] else None
     shm = problems.check(parse_size, options["shm"], "--shm") if options["shm"] else None
-    user = problems.check(site.replica_user, options["user"]) if placement.isolated else ""
+    user = problems.check(host.replica_user, runs, options["user"]) if placement.isolated else ""
     from_files: dict[str, str] = {}
     for path in options["env_files"]:
         from_files.update(problems.check(read_env_file, path, os.environ) or {})
@@ -140,7 +140,7 @@ def read_request(options: dict[str, Any], site: Site, placement: Placement) -> R
     assert args is not None
     return Request(
         args=args,
-        runs=site.runs,
+        runs=runs,
         gpus=options["gpus"],
         cpus=options["cpus"],
         ddp=options["ddp"],
@@ -170,14 +170,14 @@ def _read_training(words: Sequence[str], **where: Any) -> TrainingArgs:
     return prepare_args(words, **where)
 
 
-def join_servers(request: Request, placement: Placement, engine: Engine) -> Request:
+def join_servers(request: Request, placement: Placement, engine: Engine, address: str | None) -> Request:
     """Return the request for replicas that log to the tracking servers; raises EngineError unless those are up."""
     from launcher.engines.docker.docker import DockerEngine
+    from launcher.engines.opening import find_host, open_docker
     from launcher.servers.addresses import check_network_choice, join
 
-    host = engine if isinstance(engine, DockerEngine) else open_engine("docker", request.runs)
-    assert isinstance(host, DockerEngine)
-    tracking = join(host, isolated=placement.isolated)
+    docker = engine if isinstance(engine, DockerEngine) else open_docker(find_host("docker", address))
+    tracking = join(docker, isolated=placement.isolated)
     if placement.isolated:
         check_network_choice(request.network, tracking)
     own = {name: value for name, value in request.passed.items() if not name.startswith("MLFLOW_TRACKING_")}
@@ -196,7 +196,6 @@ def draw_up(
     request: Request,
     placement: Placement,
     engine: Engine,
-    site: Site,
     *,
     strict: bool = True,
     to_build: bool = False,
@@ -207,7 +206,7 @@ def draw_up(
     Not `strict`, for --dry-run: what is wrong is told in the plan then, and an image `to_build` may be missing. With the `checked` image
     of a plan that was drawn up a moment ago, only what may have changed since is looked at again.
     """
-    gpus = site.gpus(engine)
+    gpus = engine.host.gpus()
     if gpus is None and not placement.isolated:
         gpus = ()  # processes use this very machine's GPUs, and it has none
     listed = engine.list()
@@ -218,7 +217,7 @@ def draw_up(
     machine = engine.machine()
     problems = Problems()
     if placement.isolated:
-        request = problems.check(with_secret_files, request, site.files) or request
+        request = problems.check(with_secret_files, request, engine.host.files) or request
     image = checked or (Problems() if to_build else problems).check(engine.resolve_image, request.image)
     image_id = image.id if image else ""
     plan = problems.check(make_plan, request, placement, machine, gpus, image_id, occupancy, problems)
@@ -252,7 +251,7 @@ def _show(plan: Plan, options: Mapping[str, Any]) -> int:
     return exit_code_of(plan.problems)
 
 
-def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> None:
+def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine) -> None:
     """Say what happened, and how to watch it."""
     if outcome.running:
         say(f"already running: {', '.join(outcome.running)}")
@@ -260,10 +259,10 @@ def _tell(plan: Plan, outcome: fleet.Outcome, engine: Engine, site: Site) -> Non
         say(f"already finished: {', '.join(outcome.finished)} (--recreate runs them again)")
     first = plan.replicas[0].name
     where = "" if engine.name == "docker" else f" --engine {engine.name} --runs {plan.replicas[0].runs}"
-    where += f" --host {site.address}" if site.address else ""
+    where += f" --host {engine.host.address}" if engine.host.address else ""
     say(f"fleet {plan.fleet}: {len(outcome.started)} started, {len(outcome.running)} already running")
     say(f"  watch      launcher status --watch{where}")
-    if engine.name == "local" or site.address:
+    if engine.name == "local" or engine.host.address:
         say(f"  output     launcher attach{where} {first}")
     else:
         say(f"  output     {engine.name} attach --sig-proxy=false {first}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import grp
 import os
 import re
-import shutil
 import stat
 import subprocess
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from launcher.devices.inventory import Gpu
 from launcher.doctor.findings import Finding
 from launcher.engines.docker.checks import GPU_REMEDY
+from launcher.hosts.files import disk_space
 from launcher.sizes import GIB, format_size
 
 OLDEST = (20, 10)
@@ -161,12 +161,11 @@ def check_docker_disk(about: Mapping[str, Any], *, remote: bool) -> Finding:
 
 def check_space(check: str, folder: Path, remedy: str) -> Finding:
     """Look at the free space below a folder that is there, or will be."""
-    place = next((place for place in (folder, *folder.parents) if place.exists()), Path("/"))
     try:
-        free = shutil.disk_usage(place).free
+        free = disk_space(folder)
     except OSError as error:
         return Finding(check, "ok", f"{folder}: cannot be looked at ({error.strerror})")
-    return judge_space(check, folder, free, remedy)
+    return judge_space(check, folder, free.bytes, remedy)
 
 
 def judge_space(check: str, folder: Path, free: int, remedy: str) -> Finding:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.devices.inventory import Gpu, read_driver, read_gpus
+from launcher.devices.inventory import Gpu, read_gpus
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
-from launcher.hosts.box import Box
-from launcher.hosts.box_site import BoxSite
-from launcher.hosts.site import Site
+from launcher.hosts.host import Host
+from launcher.hosts.this_machine import ThisMachine
 from launcher.sizes import format_size
 from starling.core import package
 from starling.core.errors import StarlingError
@@ -32,25 +30,23 @@ class ContainerEngine(Engine, Protocol):
 
 
 def examine_docker(
-    open_engine: Callable[[], ContainerEngine], site: Site, image: str, gpu: str | None
+    open_engine: Callable[[], ContainerEngine], host: Host, runs: Path, image: str, gpu: str | None
 ) -> list[Finding]:
     """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
-    box = site.box if isinstance(site, BoxSite) else None
-    path = engine_checks.socket_path() if box is None else None
+    path = None if host.address else engine_checks.socket_path(host.environment)
     socket = [] if path is None else [engine_checks.check_socket(path)]
     try:
-        engine = open_engine()
+        open_engine()
     except StarlingError as error:
-        return [*socket, Finding.of_error("engine", error), *_together(_host(site.runs, box))]
-    remote = engine.remote
-    gpus = site.gpus(engine)
+        return [*socket, Finding.of_error("engine", error), *_together(_host(host, runs))]
+    remote, gpus = host.remote, host.gpus()
     tried = gpu if gpu is not None else host_checks.first_usable(gpus or ())
     checks = [
         lambda: _about(open_engine(), gpus, remote=remote),
         lambda: [host_checks.check_gpus(gpus, remote=remote)],
-        lambda: _in_container(open_engine(), site, image, tried),
+        lambda: _in_container(open_engine(), runs, image, tried),
         lambda: [] if remote else [engine_checks.check_compose()],
-        *_host(site.runs, box),
+        *_host(host, runs),
     ]
     return [*socket, *_together(checks)]
 
@@ -58,7 +54,12 @@ def examine_docker(
 def examine_local(runs: Path) -> list[Finding]:
     """Look at this machine as the local engine uses it."""
     return _together(
-        [_trainer, _machine, lambda: [host_checks.check_gpus(read_gpus(), remote=False)], *_host(runs, None)]
+        [
+            _trainer,
+            _machine,
+            lambda: [host_checks.check_gpus(read_gpus(), remote=False)],
+            *_host(ThisMachine(), runs),
+        ]
     )
 
 
@@ -67,8 +68,8 @@ def _together(checks: list[Check]) -> list[Finding]:
         return [finding for found in pool.map(lambda check: check(), checks) for finding in found]
 
 
-def _host(runs: Path, box: Box | None) -> list[Check]:
-    return [lambda: host_checks.check_runs_folder(runs, box), lambda: [host_checks.check_tracking()]]
+def _host(host: Host, runs: Path) -> list[Check]:
+    return [lambda: host_checks.check_runs_folder(host, runs), lambda: [host_checks.check_tracking()]]
 
 
 def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
@@ -89,31 +90,26 @@ def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: boo
     ]
 
 
-def _in_container(engine: Engine, site: Site, image: str, gpu: str | None) -> list[Finding]:
+def _in_container(engine: Engine, runs: Path, image: str, gpu: str | None) -> list[Finding]:
     try:
         found = engine.resolve_image(image)
-        user = site.replica_user(None)
+        user = engine.host.replica_user(runs, None)
     except StarlingError as error:
         return [Finding.of_error("image", error)]
-    driver = [] if engine.remote else host_checks.check_driver_for(found, read_driver())
+    driver = host_checks.check_driver_for(found, engine.host.driver())
     return driver + one_shot.probe(
-        engine, image, site.runs if _is_ready(engine, site, user) else None, user, gpu
+        engine, image, runs if _is_ready(engine.host, runs, user) else None, user, gpu
     )
 
 
-def _is_ready(engine: Engine, site: Site, user: str) -> bool:
+def _is_ready(host: Host, runs: Path, user: str) -> bool:
     """Return whether the runs folder is there as `up` leaves it: root's own is handed to the replicas' user first."""
-    if isinstance(site, BoxSite):
-        place = shlex.quote(str(site.runs))
-        code, owner = site.box.ask(f"[ -d {place} ] && stat -c %u -- {place}")
-        return code == 0 and (site.box.ids[0] != 0 or owner.strip() == user.split(":")[0])
-    if engine.remote or not site.runs.is_dir():
-        return False
-    return os.getuid() != 0 or site.runs.stat().st_uid == int(user.split(":")[0])
+    owner = None if host.remote and not host.address else host.owner_of(runs)
+    return owner is not None and (host.uid != 0 or owner == int(user.split(":")[0]))
 
 
 def _trainer() -> list[Finding]:
-    from launcher.plan.training_args import check_local_trainer
+    from launcher.options.training_args import check_local_trainer
 
     try:
         check_local_trainer()

@@ -14,9 +14,8 @@ from launcher.devices.inventory import Driver, Gpu
 from launcher.doctor.engine_checks import check_space, judge_space
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Image
-from launcher.hosts.box import Box
-from launcher.hosts.runs_folder import check_runs
-from launcher.plan.preflight import check_driver
+from launcher.hosts.host import Host
+from launcher.plan.check import check_driver
 from launcher.sizes import format_size
 from starling.core.errors import StarlingError
 from starling.core.files.folder import Folder
@@ -108,12 +107,14 @@ def _nvidia_cards(pci: Path) -> int:
     return count
 
 
-def check_runs_folder(runs: Path, box: Box | None) -> list[Finding]:
+def check_runs_folder(host: Host, runs: Path) -> list[Finding]:
     """Look at whether the folder can be written and locked, what it lies on, and how much room there is."""
     try:
-        if box is not None:
-            return _remote_folder(runs, box)
-        check_runs(runs)
+        host.check_runs(runs)
+        if host.address:
+            found = [Finding("runs folder", "ok", f"{runs} on {host.name}: may be written")]
+            free = host.disk_space(runs)
+            return found + ([] if free is None else [judge_space("runs' disk", runs, free.bytes, MORE_SPACE)])
     except StarlingError as error:
         return [Finding.of_error("runs folder", error)]
     writable = (
@@ -166,22 +167,6 @@ def _mounts() -> dict[str, str]:
     import psutil
 
     return {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
-
-
-def _remote_folder(runs: Path, box: Box) -> list[Finding]:
-    import shlex
-
-    from launcher.hosts.remote_runs import check_remote_runs
-
-    check_remote_runs(box, runs)
-    code, text = box.ask(
-        f'p={shlex.quote(str(runs))}; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; df -Pk -- "$p" | tail -n 1'
-    )
-    found = [Finding("runs folder", "ok", f"{runs} on {box.name}: may be written")]
-    words = text.split()
-    if code == 0 and len(words) >= 6 and words[3].isdigit():
-        found.append(judge_space("runs' disk", runs, int(words[3]) * 1024, MORE_SPACE))
-    return found
 
 
 def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from launcher.sizes import format_cores
 
 if TYPE_CHECKING:
-    from launcher.devices.claims import Claim
     from launcher.devices.devices import Device
+    from launcher.devices.holders import Claim
     from launcher.devices.inventory import Machine
+    from launcher.hosts.host import Host
+    from launcher.hosts.usage import Usage
 
 Phase = Literal["created", "running", "paused", "exited"]
 
@@ -158,20 +160,6 @@ class ReplicaState:
         return self.phase == "exited" and self.exit_code == 0 and not self.oom_killed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """What a replica uses of the machine; None for what could not be read."""
-
-    memory_bytes: int | None
-    """Without cached files that the kernel would drop first."""
-    cpu_s: float | None
-    """CPU time since its start, over all cores: two readings make a rate."""
-    at: float
-    """Monotonic seconds of the reading."""
-    clock: float | None = None
-    """Seconds of the reading by the clock of another machine, where that tells: a rate is then free of the way there."""
-
-
 class LogLine(str):
     """A line of a replica's output, and when it was said; a plain string to whoever does not ask."""
 
@@ -194,8 +182,8 @@ class Engine(Protocol):
     name: str
 
     @property
-    def remote(self) -> bool:
-        """Whether replicas run on another machine, whose GPUs cannot be listed from here."""
+    def host(self) -> Host:
+        """The machine that its replicas run on."""
 
     def machine(self) -> Machine:
         """Return the cores and the memory that replicas can have."""

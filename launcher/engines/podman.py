@@ -7,7 +7,7 @@ was asked for out without a word, and has no place for the log's bound and a roo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from docker.errors import APIError
@@ -17,9 +17,10 @@ from launcher.engines.docker.connection import Manner
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.troubles import refusal
 from launcher.engines.hardening import Scratch, log, podman_body, scratch
+from launcher.engines.labels import labels
 from launcher.engines.limits import CDI_GPU
 from launcher.errors import EngineError
-from launcher.hosts.ownership import labels
+from launcher.hosts.host import Host
 
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
 """Podman 4 and 5 answer to both; to tell which it speaks, it starts several programs."""
@@ -35,7 +36,7 @@ GPU_REMEDY = (
 
 
 class PodmanEngine(DockerEngine):
-    """Podman at `address`; without one, at the address that Docker's own clients would take.
+    """The Podman service of a host.
 
     Raises EngineError at once when it does not answer, or when it is not Podman that does.
     """
@@ -49,11 +50,11 @@ class PodmanEngine(DockerEngine):
         patience_s=LOCK_TIMEOUT_S,
     )
 
-    def __init__(self, owner: int, address: str | None = None) -> None:
+    def __init__(self, owner: int, host: Host) -> None:
         self._rootless: bool | None = None
-        super().__init__(owner, address)
+        super().__init__(owner, host)
         if not self.is_podman:
-            raise EngineError(f"{address or 'DOCKER_HOST'}: not Podman answers there; use --engine docker")
+            raise EngineError(f"{host.engine_address}: not Podman answers there; use --engine docker")
 
     def resolve_image(self, image: str) -> Image:
         """Return a present image; never pulls."""
@@ -122,15 +123,6 @@ class PodmanEngine(DockerEngine):
                     "without a limit; use cgroup v2, Podman's root service, or --engine local"
                 )
         return self._rootless
-
-
-def socket_address(environment: Mapping[str, str], uid: int) -> str:
-    """Return where Podman's socket is: CONTAINER_HOST or DOCKER_HOST, else the service's own place for this user."""
-    named = environment.get("CONTAINER_HOST") or environment.get("DOCKER_HOST")
-    if named:
-        return named
-    run = "/run" if uid == 0 else environment.get("XDG_RUNTIME_DIR", f"/run/user/{uid}")
-    return f"unix://{run}/podman/podman.sock"
 
 
 def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePath
 
-from launcher.engines.base import Mount
 from launcher.problems import Problems
 from starling.core.errors import StarlingError, UsageError
 from starling.core.files.kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
@@ -24,13 +23,12 @@ MOST_OF_A_FOLDER = 20
 IMAGES_AND_LABELS = IMAGE_SUFFIXES | {".txt"}
 
 
-def check_data(reads: Mapping[Path, type[StarlingError]], mounts: Sequence[Mount], user: str) -> None:
+def check_data(reads: Mapping[Path, type[StarlingError]], shown: Sequence[Path], user: str) -> None:
     """Raise for what `user` could not read or see inside a replica.
 
-    `reads` are the files and folders that a training opens, each with the error that it is; `mounts` what replicas are shown.
+    `reads` are the files and folders that a training opens, each with the error that it is; `shown` what is mounted.
     """
     uid, gid = map(int, user.split(":"))
-    shown = [Path(mount.source) for mount in mounts]
     problems = Problems()
     for place, kind in reads.items():
         problems.check(_check_place, place, kind, shown, uid, gid)

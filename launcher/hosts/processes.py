@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def find_process(pid: int, proc: Path = PROC) -> Process | None:
         containers=_containers(folder),
         ancestors=_ancestors(pid, proc),
     )
+
+
+def caller_ids(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the uid and gid of the person calling: behind `sudo`, those of the one who typed it."""
+    uid, gid = os.getuid(), os.getgid()
+    sudo_uid, sudo_gid = environment.get("SUDO_UID", ""), environment.get("SUDO_GID", "")
+    if uid == 0 and sudo_uid.isdigit() and sudo_gid.isdigit():
+        return int(sudo_uid), int(sudo_gid)
+    return uid, gid
 
 
 def user_id(folder: Path) -> int | None:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launcher.hosts.host_paths import is_the_systems
-from launcher.hosts.lock_wait import wait_for_lock
-from launcher.hosts.ownership import caller_ids
+from launcher.hosts.files import is_the_systems
+from launcher.hosts.lock import wait_for_lock
+from launcher.hosts.processes import caller_ids
 from starling.core.errors import UsageError
 from starling.core.files.folder import Folder
 from starling.core.handover import (

@@ -43,15 +43,15 @@ def _names_in_time(ctx: click.Context) -> list[str]:
 
 
 def _names(ctx: click.Context) -> list[str]:
-    from launcher.engines.opening import open_engine
-    from launcher.hosts.reach import remote_files
+    from launcher.engines.opening import find_host, open_engine
+    from launcher.hosts.address import is_behind_ssh
     from starling.core.errors import StarlingError
 
-    engine = ctx.params.get("engine") or "docker"
+    engine, given = ctx.params.get("engine") or "docker", ctx.params.get("host")
     try:
-        if engine == "docker" and remote_files():
+        if engine == "docker" and is_behind_ssh(given):
             return []  # a connection by ssh takes too long for a key, and may ask for a password
-        states = open_engine(engine, ctx.params.get("runs") or Path("runs")).list()
+        states = open_engine(engine, find_host(engine, given), ctx.params.get("runs") or Path("runs")).list()
     except StarlingError:
         return []
     return [state.name for state in states] + [state.fleet for state in states]

@@ -132,7 +132,7 @@ def _found(path: Path) -> Path | None:
         owner = path.stat().st_uid
     except OSError:
         return None
-    from launcher.hosts.ownership import caller_ids
+    from launcher.hosts.processes import caller_ids
 
     if owner not in (0, os.getuid(), caller_ids()[0]):
         raise UsageError(
@@ -158,7 +158,7 @@ def read_settings(path: Path, up: click.Command) -> Settings:
 
     Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
     """
-    from launcher.plan.strict_yaml import read_mapping
+    from launcher.options.strict_yaml import read_mapping
 
     keys = keys_of(up)
     values: dict[str, Any] = {}
@@ -262,13 +262,13 @@ def _training_flag(key: str, where: str) -> str:
 
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
-    from launcher.hosts.reach import remote_files
-    from launcher.plan.training_args import place_beside, without_overridden
+    from launcher.hosts.address import is_behind_ssh
+    from launcher.options.training_args import place_beside, without_overridden
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
-    elsewhere = ctx.params.get("engine") == "docker" and remote_files()
+    elsewhere = ctx.params.get("engine") == "docker" and is_behind_ssh(ctx.params.get("host"))
     for param in ctx.command.params:
         here = not (elsewhere and param.name == "runs")
         if isinstance(param.type, click.Path) and from_file(param.name) and here:

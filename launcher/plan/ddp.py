@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.devices.devices import Device
-from launcher.plan.training_args import TrainingArgs
+from launcher.options.training_args import TrainingArgs
 from starling.core.errors import UsageError
 
 

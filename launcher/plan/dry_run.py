@@ -13,9 +13,9 @@ from pathlib import Path
 import starling.core.handover
 from launcher.engines import hardening
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
+from launcher.engines.labels import labels
 from launcher.engines.limits import CDI_GPU
-from launcher.hosts.ownership import labels
-from launcher.plan.env_file import read_env_file
+from launcher.options.env_file import read_env_file
 from launcher.plan.plan import Plan
 from launcher.sizes import format_cores, format_size
 from launcher.status.words import device_words

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from launcher.devices.claims import NOBODY, Occupancy, choose_gpus
 from launcher.devices.devices import Device, join_devices, split_cores
+from launcher.devices.holders import NOBODY, Occupancy, choose_gpus
 from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount, ReplicaSpec
 from launcher.hosts.runs_folder import check_user
+from launcher.options.training_args import TrainingArgs
 from launcher.plan.ddp import check_device_argument, check_together
-from launcher.plan.training_args import TrainingArgs
 from launcher.problems import Problems
 from launcher.sizes import GIB, MIB, format_size
 from starling.core.dataset import START

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.engines.base import Mount
-from launcher.hosts.host_files import LOCAL, HostFiles
+from launcher.hosts.files import LOCAL, HostFiles
 from launcher.plan.plan import Request
 from starling.core.errors import UsageError
 
@@ -34,7 +34,7 @@ def with_secret_files(request: Request, files: HostFiles = LOCAL) -> Request:
     paths = dict.fromkeys(path for _, path in secret_files(placed))
     for variable, path in secret_files(placed):
         if not path.is_absolute() or not files.is_file(path):
-            where = "" if files is LOCAL else " on the remote machine"
+            where = " on the remote machine" if files.remote else ""
             raise UsageError(
                 f"{variable}={path}: must be the absolute path of a file{where}; correct or unset it"
             )

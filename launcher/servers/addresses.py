@@ -27,7 +27,7 @@ DEFAULT_NETWORK = "bridge"
 MOST_SECRET_BYTES = 4096
 
 
-class Host(Protocol):
+class ServersEngine(Protocol):
     """What is asked of the engine that the servers run on."""
 
     def services(self, project: str) -> Sequence[Service]: ...
@@ -46,25 +46,25 @@ class Tracking:
     mounts: tuple[Mount, ...] = ()
 
 
-def find_mlflow(host: Host, project: str | None = None) -> Service | None:
+def find_mlflow(engine: ServersEngine, project: str | None = None) -> Service | None:
     """Return the MLflow server's container; None when there is none."""
-    found = host.services(project or project_name())
+    found = engine.services(project or project_name())
     return next((service for service in found if service.name == "mlflow"), None)
 
 
-def has_login(host: Host, mlflow: Service) -> bool:
+def has_login(engine: ServersEngine, mlflow: Service) -> bool:
     """Return whether the server asks who one is."""
-    return (host.environment(mlflow.id) or {}).get("MLFLOW_LOGIN", "on") != "off"
+    return (engine.environment(mlflow.id) or {}).get("MLFLOW_LOGIN", "on") != "off"
 
 
-def read_password(host: Host, mlflow: Service, user: str) -> str:
+def read_password(engine: ServersEngine, mlflow: Service, user: str) -> str:
     """Return a user's password from the server's secrets; raises EngineError when it holds none."""
-    return read_secret(host, mlflow, PASSWORD_FILES[user])
+    return read_secret(engine, mlflow, PASSWORD_FILES[user])
 
 
-def read_secret(host: Host, service: Service, path: str) -> str:
+def read_secret(engine: ServersEngine, service: Service, path: str) -> str:
     """Return a secret from a file of a service's container; raises EngineError when it is not there."""
-    secret = host.read_file(service.id, path, MOST_SECRET_BYTES).decode().strip()
+    secret = engine.read_file(service.id, path, MOST_SECRET_BYTES).decode().strip()
     if not secret:
         raise EngineError(f"{service.name} holds no {path}; bring it up again: launcher track up")
     return secret
@@ -75,13 +75,13 @@ def loopback_uri(mlflow: Service) -> str:
     return f"http://{mlflow.ports[PORT]}" if PORT in mlflow.ports else ""
 
 
-def join(host: Host, *, isolated: bool) -> Tracking:
+def join(engine: ServersEngine, *, isolated: bool) -> Tracking:
     """Return how replicas log to the servers; raises EngineError, with the remedy, unless they are up.
 
     Containers join the network and mount the volume with the trainer's password, read-only: it is in no variable,
     argument or label. Processes call the loopback port.
     """
-    mlflow = find_mlflow(host)
+    mlflow = find_mlflow(engine)
     if mlflow is None or mlflow.state in ("created", "exited"):
         raise EngineError("--tracking: the tracking servers are not up; start them: launcher track up")
     if not mlflow.up:
@@ -89,11 +89,11 @@ def join(host: Host, *, isolated: bool) -> Tracking:
             f"--tracking: the MLflow server is not healthy ({mlflow.status}); see `launcher track status`, "
             "or wait for it: launcher track up"
         )
-    login = has_login(host, mlflow)
+    login = has_login(engine, mlflow)
     if not isolated:
         if not (uri := loopback_uri(mlflow)):
             raise EngineError("--tracking: the MLflow server has no port on this machine; set MLFLOW_PORT")
-        passed = {PASSWORD: read_password(host, mlflow, TRAINER)} if login else {}
+        passed = {PASSWORD: read_password(engine, mlflow, TRAINER)} if login else {}
         return Tracking(
             network="", environment={URI: uri, **({USER: TRAINER} if login else {})}, passed=passed
         )

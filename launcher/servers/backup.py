@@ -21,7 +21,7 @@ from launcher.engines.docker.services import Service
 from launcher.errors import EngineError, disk_full
 from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member, is_left_over
 from launcher.servers.compose import Compose, last_words
-from launcher.servers.track import open_host
+from launcher.servers.track import connect
 from launcher.sizes import format_size
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
@@ -38,9 +38,9 @@ def back_up(compose: Compose, file: Path) -> None:
         raise UsageError(f"{file}: exists; name a new file")
     if not file.parent.is_dir():
         raise UsageError(f"{file}: there is no folder {file.parent}")
-    host = open_host()
-    postgres, mlflow = _running(host, compose)
-    elsewhere = (host.environment(mlflow.id) or {}).get("MLFLOW_ARTIFACTS", "")
+    compose, engine = connect(compose)
+    postgres, mlflow = _running(engine, compose)
+    elsewhere = (engine.environment(mlflow.id) or {}).get("MLFLOW_ARTIFACTS", "")
     about = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "has_artifacts": not elsewhere}
     with (
         _whole_or_nothing(file) as output,
@@ -48,10 +48,10 @@ def back_up(compose: Compose, file: Path) -> None:
     ):
         writer = ArchiveWriter(archive, about)
         for database in DATABASES:
-            _add_database(writer, postgres, database, file.parent)
+            _add_database(writer, compose, postgres, database, file.parent)
             say(f"database {database}: dumped")
         if not elsewhere:
-            _add_artifacts(writer, mlflow)
+            _add_artifacts(writer, compose, mlflow)
         files = writer.seal()
     if elsewhere:
         say(f"artifacts are in {elsewhere.partition('?')[0]}, not in this backup")
@@ -81,19 +81,25 @@ def _whole_or_nothing(file: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _running(host: DockerEngine, compose: Compose) -> tuple[Service, Service]:
-    services = {service.name: service for service in host.services(compose.config()["name"])}
+def _running(engine: DockerEngine, compose: Compose) -> tuple[Service, Service]:
+    services = {service.name: service for service in engine.services(compose.config()["name"])}
     for name in ("postgres", "mlflow"):
         if name not in services or services[name].state != "running":
             raise EngineError(f"{name} is not up, and a backup asks it; start the servers: launcher track up")
     return services["postgres"], services["mlflow"]
 
 
-def _add_database(writer: ArchiveWriter, postgres: Service, database: str, folder: Path) -> None:
+def _add_database(
+    writer: ArchiveWriter, compose: Compose, postgres: Service, database: str, folder: Path
+) -> None:
     with tempfile.TemporaryFile(dir=folder) as dump:
         words = ["pg_dump", "--username=mlflow", "--format=custom", f"--dbname={database}"]
         done = subprocess.run(
-            ["docker", "exec", postgres.id, *words], stdout=dump, stderr=subprocess.PIPE, check=False
+            ["docker", "exec", postgres.id, *words],
+            env=compose.environment,
+            stdout=dump,
+            stderr=subprocess.PIPE,
+            check=False,
         )
         if done.returncode:
             raise EngineError(f"database {database}: {last_words(done.stderr)}")
@@ -102,12 +108,15 @@ def _add_database(writer: ArchiveWriter, postgres: Service, database: str, folde
         writer.add(database_member(database), size, dump)
 
 
-def _add_artifacts(writer: ArchiveWriter, mlflow: Service) -> None:
+def _add_artifacts(writer: ArchiveWriter, compose: Compose, mlflow: Service) -> None:
     """Copy every file of the artifacts' volume as a stream: it may be larger than what is free here twice."""
     words = ["tar", "--create", "--hard-dereference", "--directory", FOLDER, "--file=-", "."]
     with tempfile.TemporaryFile() as said:
         with subprocess.Popen(
-            ["docker", "exec", mlflow.id, *words], stdout=subprocess.PIPE, stderr=said
+            ["docker", "exec", mlflow.id, *words],
+            env=compose.environment,
+            stdout=subprocess.PIPE,
+            stderr=said,
         ) as sender:
             assert sender.stdout is not None
             try:

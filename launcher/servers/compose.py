@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import EngineError
-from launcher.hosts.ownership import caller_ids
+from launcher.hosts.processes import caller_ids
 from starling.core.errors import UsageError
 from starling.core.files.regular import is_file, open_regular
 from starling.core.paths import at_home
@@ -65,6 +65,8 @@ class Compose:
 
     file: Path
     profiles: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    """The variables under which Docker's client reaches the engine."""
 
     def words(self, *words: str) -> list[str]:
         """Return the whole command line."""
@@ -72,12 +74,16 @@ class Compose:
         return ["docker", "compose", "--file", str(self.file), "--ansi", "never", *profiles, *words]
 
     def read(self, *words: str) -> bytes:
-        """Run a command and return what it prints."""
-        return run(self.words(*words))
+        """Run a command of Compose and return what it prints."""
+        return run(self.words(*words), self.environment)
+
+    def docker(self, *words: str) -> str:
+        """Run another command of Docker's client and return what it prints."""
+        return run(["docker", *words], self.environment).decode()
 
     def show(self, *words: str) -> None:
         """Run a command whose output the user wants to see."""
-        if _call(self.words(*words), stdin=subprocess.DEVNULL).returncode:
+        if _call(self.words(*words), env=self.environment, stdin=subprocess.DEVNULL).returncode:
             raise EngineError(f"docker compose {words[0]} failed; its own words stand above")
 
     def config(self) -> dict[str, Any]:
@@ -86,9 +92,15 @@ class Compose:
         return config
 
 
-def run(words: Sequence[str], stdin: IO[bytes] | None = None) -> bytes:
+def run(words: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | None = None) -> bytes:
     """Run a command and return what it prints; raises EngineError with its last words."""
-    done = _call(words, stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = _call(
+        words,
+        env=environment,
+        stdin=stdin or subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     if done.returncode:
         raise EngineError(f"{' '.join(words[:2])}: {last_words(done.stderr)}")
     return done.stdout

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,7 @@ from launcher.servers.archive import (
 )
 from launcher.servers.backup import FOLDER
 from launcher.servers.compose import Compose, last_words, run
-from launcher.servers.track import bring_up, open_host, provide_images
+from launcher.servers.track import connect, provide_images, start_all
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
 
@@ -51,87 +52,129 @@ def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
     file = absolute(file)
     with held(file) as at:
         contents = verify(file, at)
-        host, config = open_host(), compose.config()
+        compose, engine = connect(compose)
+        config = compose.config()
         say(f"{file}: whole; {contents.files} files of {contents.created or 'an unknown time'}")
         if not yes and not confirmed(
             f"put them in place of all that project {config['name']} keeps?", "restore"
         ):
             raise UsageError("nothing changed")
-        provide_images(compose, config, host, build=False)
-        postgres, mlflow = _database_up(compose, config, host)
+        provide_images(compose, config, engine, build=False)
+        servers = _database_up(compose, config, engine)
         try:
-            _stage(file, at, contents, postgres, mlflow)
+            _stage(file, at, contents, servers)
         except BaseException:
-            _discard_stage(postgres, mlflow)
+            _discard_stage(servers)
             raise
-    _swap_databases(compose, postgres)
+    _swap_databases(servers)
     if contents.has_artifacts:
-        _in_artifacts(mlflow, SWAP_ARTIFACTS, None)
+        servers.in_artifacts(SWAP_ARTIFACTS)
     for database in DATABASES:
-        _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {database}_replaced WITH (FORCE)")
+        servers.psql(f"DROP DATABASE IF EXISTS {database}_replaced WITH (FORCE)")
     say("everything is in place; starting the servers")
-    bring_up(compose, build=False, limit_s=limit_s)
+    start_all(compose, engine, build=False, limit_s=limit_s)
 
 
-def _database_up(compose: Compose, config: dict[str, Any], host: DockerEngine) -> tuple[Service, Service]:
+@dataclass(frozen=True, slots=True)
+class _Servers:
+    """The two servers that keep data. Every method raises EngineError with the last words of what failed."""
+
+    compose: Compose
+    postgres: Service
+    mlflow: Service
+
+    def psql(self, statements: str) -> bytes:
+        """Run SQL as the administrator of PostgreSQL and return what it prints."""
+        words = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
+        words += ["--username=mlflow", "--dbname=postgres"]
+        with tempfile.TemporaryFile() as script:
+            script.write(statements.encode())
+            script.seek(0)
+            command = ["docker", "exec", "--interactive", self.postgres.id, *words]
+            return run(command, self.compose.environment, stdin=script)
+
+    def in_artifacts(self, script: str, send: Callable[[IO[bytes]], None] = lambda sink: None) -> None:
+        """Run a shell script in a container that has the artifacts' volume, and no network; it reads what `send` writes."""
+        words = ["docker", "run", "--rm", "--interactive", "--network=none", "--cap-drop=ALL"]
+        volumes = f"--volumes-from={self.mlflow.id}"
+        self.feed([*words, volumes, "--entrypoint=sh", self.mlflow.image, "-ec", script], send, "artifacts")
+
+    def feed(self, words: list[str], send: Callable[[IO[bytes]], None], what: str) -> None:
+        """Run a command that reads what `send` writes; `what` begins the message where it fails."""
+        with tempfile.TemporaryFile() as said:
+            with subprocess.Popen(
+                words, env=self.compose.environment, stdin=subprocess.PIPE, stdout=said, stderr=said
+            ) as receiver:
+                assert receiver.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+                    send(receiver.stdin)
+                    receiver.stdin.close()
+            said.seek(0)
+            if receiver.returncode:
+                raise EngineError(f"{what}: {last_words(said.read())}")
+
+
+def _database_up(compose: Compose, config: dict[str, Any], engine: DockerEngine) -> _Servers:
     """Create what is missing, start PostgreSQL alone, and wait until its databases are there."""
     compose.read("up", "--no-start", "--no-build", "--pull", "never")
     compose.read("up", "--detach", "--no-build", "--pull", "never", "--wait", "postgres")
-    services = {service.name: service for service in host.services(config["name"])}
+    services = {service.name: service for service in engine.services(config["name"])}
+    servers = _Servers(compose, services["postgres"], services["mlflow"])
     until = time.monotonic() + _FIRST_START_S
     ready = "SELECT count(*) FROM pg_database WHERE datname IN ('mlflow', 'starling')"
-    while _psql(services["postgres"], "postgres", ready).strip() != b"2":
+    while servers.psql(ready).strip() != b"2":
         if time.monotonic() > until:
             raise EngineError("PostgreSQL did not set up its databases; see: docker compose logs postgres")
         time.sleep(0.5)
-    return services["postgres"], services["mlflow"]
+    return servers
 
 
-def _stage(file: Path, at: Path, contents: Contents, postgres: Service, mlflow: Service) -> None:
+def _stage(file: Path, at: Path, contents: Contents, servers: _Servers) -> None:
     """Load the dumps into new databases, and the artifacts into a new folder of their volume."""
     dumps = {database_member(name): (name, role) for name, role in DATABASES.items()}
     with members(file, at) as found:
         for member in found:
             if member.name in dumps:
                 database, role = dumps[member.name]
-                _load_database(postgres, database, role, member.content)
+                _load_database(servers, database, role, member.content)
                 say(f"database {database}: loaded")
     if contents.has_artifacts:
-        _in_artifacts(mlflow, STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, at, sink))
+        servers.in_artifacts(STAGE_ARTIFACTS, lambda sink: _send_artifacts(file, at, sink))
         say("artifacts: copied")
 
 
-def _discard_stage(postgres: Service, mlflow: Service) -> None:
+def _discard_stage(servers: _Servers) -> None:
     """Remove what was loaded so far; the next restore would do it too."""
     with contextlib.suppress(EngineError):
         for database in DATABASES:
-            _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {database}_restored WITH (FORCE)")
-        _in_artifacts(mlflow, f"rm -rf {FOLDER}/{STAGED}", None)
+            servers.psql(f"DROP DATABASE IF EXISTS {database}_restored WITH (FORCE)")
+        servers.in_artifacts(f"rm -rf {FOLDER}/{STAGED}")
 
 
-def _load_database(postgres: Service, database: str, role: str, dump: IO[bytes]) -> None:
+def _load_database(servers: _Servers, database: str, role: str, dump: IO[bytes]) -> None:
     new = f"{database}_restored"
-    _psql(postgres, "postgres", f"DROP DATABASE IF EXISTS {new} WITH (FORCE)")
-    _psql(postgres, "postgres", f"CREATE DATABASE {new} OWNER {role} TEMPLATE template0")
-    _psql(postgres, "postgres", f"REVOKE CONNECT ON DATABASE {new} FROM PUBLIC")
+    servers.psql(f"DROP DATABASE IF EXISTS {new} WITH (FORCE)")
+    servers.psql(f"CREATE DATABASE {new} OWNER {role} TEMPLATE template0")
+    servers.psql(f"REVOKE CONNECT ON DATABASE {new} FROM PUBLIC")
     words = ["pg_restore", "--username=mlflow", f"--dbname={new}", "--exit-on-error", "--single-transaction"]
-    _feed(
-        ["docker", "exec", "--interactive", postgres.id, *words, "--no-owner", "--no-acl", f"--role={role}"],
+    words += ["--no-owner", "--no-acl", f"--role={role}"]
+    servers.feed(
+        ["docker", "exec", "--interactive", servers.postgres.id, *words],
         lambda sink: shutil.copyfileobj(dump, sink),
         f"database {database} of the backup does not load; nothing was changed",
     )
 
 
-def _swap_databases(compose: Compose, postgres: Service) -> None:
+def _swap_databases(servers: _Servers) -> None:
     """Put the restored databases in place of the old; where that fails, the old ones serve on."""
-    compose.read("stop", "--timeout", "30", "mlflow")
+    servers.compose.read("stop", "--timeout", "30", "mlflow")
     try:
-        _psql(postgres, "postgres", _swap_statements())
+        servers.psql(_swap_statements())
     except BaseException:
         for database in DATABASES:
             with contextlib.suppress(EngineError):
-                _psql(postgres, "postgres", f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
-        compose.read("start", "mlflow")
+                servers.psql(f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+        servers.compose.read("start", "mlflow")
         raise
 
 
@@ -148,35 +191,6 @@ def _swap_statements() -> str:
     return "\n".join([*drop, *shut, end, "BEGIN;", *swap, "COMMIT;"])
 
 
-def _psql(postgres: Service, database: str, statements: str) -> bytes:
-    words = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
-    with tempfile.TemporaryFile() as script:
-        script.write(statements.encode())
-        script.seek(0)
-        return run(
-            [
-                "docker",
-                "exec",
-                "--interactive",
-                postgres.id,
-                *words,
-                "--username=mlflow",
-                f"--dbname={database}",
-            ],
-            stdin=script,
-        )
-
-
-def _in_artifacts(mlflow: Service, script: str, send: Callable[[IO[bytes]], None] | None) -> None:
-    """Run a shell script in a container that has the artifacts' volume, and no network."""
-    words = ["docker", "run", "--rm", "--interactive", "--network=none", "--cap-drop=ALL"]
-    _feed(
-        [*words, f"--volumes-from={mlflow.id}", "--entrypoint=sh", mlflow.image, "-ec", script],
-        send or (lambda sink: None),
-        "artifacts",
-    )
-
-
 def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
     """Write the artifacts of a backup to `sink` as a tar of their own."""
     with (
@@ -189,16 +203,3 @@ def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
                 copy = tarfile.TarInfo(name)
                 copy.size, copy.mtime, copy.mode = member.size, member.mtime, 0o644
                 out.addfile(copy, member.content)
-
-
-def _feed(words: list[str], send: Callable[[IO[bytes]], None], what: str) -> None:
-    """Run a command that reads what `send` writes; raises EngineError with its last words."""
-    with tempfile.TemporaryFile() as said:
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=said, stderr=said) as receiver:
-            assert receiver.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
-                send(receiver.stdin)
-                receiver.stdin.close()
-        said.seek(0)
-        if receiver.returncode:
-            raise EngineError(f"{what}: {last_words(said.read())}")

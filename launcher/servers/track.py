@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,7 @@ import click
 from launcher.console import confirmed, say
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.docker.services import Service
-from launcher.engines.opening import open_engine
+from launcher.engines.opening import find_host, open_docker
 from launcher.errors import EngineError
 from launcher.servers.addresses import (
     PASSWORD_FILES,
@@ -26,7 +27,7 @@ from launcher.servers.addresses import (
     read_password,
     read_secret,
 )
-from launcher.servers.compose import Compose, find_compose_file, last_words, project_name, run
+from launcher.servers.compose import Compose, find_compose_file, last_words, project_name
 from starling.core.errors import UsageError
 
 POLL_S = 0.5
@@ -46,37 +47,46 @@ def open_compose(file: Path | None, profiles: Iterable[str] = ()) -> Compose:
     return Compose(file=find_compose_file(file), profiles=tuple(profiles))
 
 
-def open_host() -> DockerEngine:
+def open_servers_engine() -> DockerEngine:
     """Return the engine that the servers run on; raises EngineError when it does not answer."""
-    engine = open_engine("docker", Path("runs"))
-    assert isinstance(engine, DockerEngine)
-    return engine
+    return open_docker(find_host("docker"))
+
+
+def connect(compose: Compose) -> tuple[Compose, DockerEngine]:
+    """Return the engine that the servers run on, and the compose file for it; raises EngineError without an engine."""
+    engine = open_servers_engine()
+    return replace(compose, environment=engine.host.environment), engine
 
 
 def bring_up(compose: Compose, *, build: bool, limit_s: float) -> None:
     """Start every service, wait for all to be well, and print where they are; raises EngineError with the remedy."""
-    host = open_host()
+    start_all(*connect(compose), build=build, limit_s=limit_s)
+
+
+def start_all(compose: Compose, engine: DockerEngine, *, build: bool, limit_s: float) -> None:
+    """Start every service, as `bring_up` does, on an engine that is open already."""
     config = compose.config()
-    _check_map_count(config, host)
-    provide_images(compose, config, host, build=build)
+    _check_map_count(config, engine)
+    provide_images(compose, config, engine, build=build)
     with tempfile.TemporaryFile() as said:
         starter = subprocess.Popen(
             compose.words("up", "--detach", "--no-build", "--pull", "never"),
+            env=compose.environment,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
         )
-        _wait_until_well(compose, config, host, starter, said, limit_s)
-    for line in whereabouts(host, config["name"]):
+        _wait_until_well(compose, config, engine, starter, said, limit_s)
+    for line in whereabouts(engine, config["name"]):
         say(line)
 
 
-def provide_images(compose: Compose, config: Mapping[str, Any], host: DockerEngine, *, build: bool) -> None:
+def provide_images(compose: Compose, config: Mapping[str, Any], engine: DockerEngine, *, build: bool) -> None:
     """Build or fetch images that are missing; raises EngineError naming them unless that was asked for."""
     missing = {
         name: service
         for name, service in config["services"].items()
-        if not _has_image(host, service["image"])
+        if not _has_image(engine, service["image"])
     }
     if not missing:
         return
@@ -95,9 +105,10 @@ def provide_images(compose: Compose, config: Mapping[str, Any], host: DockerEngi
 
 def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
     """Stop and remove the project's containers, and its volumes where asked and confirmed."""
+    compose, engine = connect(compose)
     config = compose.config()
-    kept, host = _volumes(config), open_host()
-    if not kept and not host.services(config["name"]):
+    kept = _volumes(compose, config)
+    if not kept and not engine.services(config["name"]):
         say(f"none: project {config['name']} has nothing here")
         return
     if volumes and not yes:
@@ -106,18 +117,19 @@ def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
             say(f"  {name}")
         if not confirmed("remove them for good?", "--volumes"):
             raise UsageError("nothing removed; a backup first: launcher track backup FILE")
-    guests = _guests(config)
+    guests = _guests(compose, config)
     failure = None
     try:
         compose.read("down", "--timeout", "30", *(["--volumes"] if volumes else []))
     except EngineError as error:
         # Compose fails for a network or a volume that others use, once all else is removed.
         failure = error
-    left = _volumes(config) if volumes else []
-    if failure and (host.services(config["name"]) or not (guests or left)):
+    left = _volumes(compose, config) if volumes else []
+    if failure and (engine.services(config["name"]) or not (guests or left)):
         raise failure
     if left:
-        users = sorted({name for volume in left for name in _names("--all", "--filter", f"volume={volume}")})
+        in_use = (_names(compose, "--all", "--filter", f"volume={volume}") for volume in left)
+        users = sorted({name for names in in_use for name in names})
         raise EngineError(
             f"the servers are removed, but {', '.join(left)} is in use by {', '.join(users)}; end what uses it "
             "(replicas: launcher kill-all), then again: launcher track down --volumes"
@@ -132,45 +144,45 @@ def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
 
 def show_status(*, as_json: bool) -> int:
     """Print the servers and where they are; return 0 when all are well, else 1."""
-    host, project = open_host(), project_name()
-    services = host.services(project)
+    engine, project = open_servers_engine(), project_name()
+    services = engine.services(project)
     well = bool(services) and all(service.well for service in services)
     if as_json:
-        click.echo(json.dumps(_described(host, project, services, well), indent=2))
+        click.echo(json.dumps(_described(engine, project, services, well), indent=2))
     elif not services:
         say(f"none: project {project} is not up; start it: launcher track up")
     else:
         width = max(len(service.name) for service in services)
         for service in services:
-            say(f"{service.name:<{width}}  {words_for(host, service)}")
-        for line in whereabouts(host, project):
+            say(f"{service.name:<{width}}  {words_for(engine, service)}")
+        for line in whereabouts(engine, project):
             say(line)
     return 0 if well else 1
 
 
-def words_for(host: DockerEngine, service: Service) -> str:
+def words_for(engine: DockerEngine, service: Service) -> str:
     """Return a service's state in words."""
     if service.done:
         return "done"
     if service.state == "exited":
         return f"stopped ({service.status})"
     waits = service.name == "clearml-agent" and service.up
-    if waits and not (host.environment(service.id) or {}).get("CLEARML_API_ACCESS_KEY"):
+    if waits and not (engine.environment(service.id) or {}).get("CLEARML_API_ACCESS_KEY"):
         return f"{service.status}, waits for ClearML's credentials in .env"
     return service.status
 
 
-def whereabouts(host: DockerEngine, project: str) -> list[str]:
+def whereabouts(engine: DockerEngine, project: str) -> list[str]:
     """Return where people and trainers reach the servers, a line each; none for servers that are not up."""
-    mlflow = find_mlflow(host, project)
+    mlflow = find_mlflow(engine, project)
     if mlflow is None or not mlflow.up:
         return []
-    login = "log in as admin: launcher track password" if has_login(host, mlflow) else "no login"
+    login = "log in as admin: launcher track password" if has_login(engine, mlflow) else "no login"
     lines = [
         f"MLflow    {loopback_uri(mlflow) or 'no port on this machine'}  ({login})",
         f"trainers  launcher up --tracking …  (network {mlflow.networks[0]}, {URI_INSIDE})",
     ]
-    for service in host.services(project):
+    for service in engine.services(project):
         if service.name == "clearml-webserver" and CLEARML_WEB_PORT in service.ports:
             where = service.ports[CLEARML_WEB_PORT]
             lines.append(f"ClearML   http://{where}  (log in as admin: launcher track password clearml)")
@@ -179,27 +191,27 @@ def whereabouts(host: DockerEngine, project: str) -> list[str]:
 
 def show_password(user: str) -> None:
     """Print a user's password alone, so that it can be piped; raises EngineError when there is none to read."""
-    host = open_host()
+    engine = open_servers_engine()
     if user in PASSWORD_FILES:
-        mlflow = find_mlflow(host)
+        mlflow = find_mlflow(engine)
         if mlflow is None:
             raise EngineError("the MLflow server does not exist; start it: launcher track up")
-        if not has_login(host, mlflow):
+        if not has_login(engine, mlflow):
             raise EngineError("the MLflow server has no login (MLFLOW_LOGIN=off in .env)")
-        say(read_password(host, mlflow, user))
+        say(read_password(engine, mlflow, user))
         return
-    server = next((one for one in host.services(project_name()) if one.name == "clearml-apiserver"), None)
+    server = next((one for one in engine.services(project_name()) if one.name == "clearml-apiserver"), None)
     if server is None:
         raise EngineError(
             "the ClearML server does not exist; start it: launcher track up --profile clearml-server"
         )
-    say(read_secret(host, server, CLEARML_PASSWORD))
+    say(read_secret(engine, server, CLEARML_PASSWORD))
 
 
 def _wait_until_well(
     compose: Compose,
     config: Mapping[str, Any],
-    host: DockerEngine,
+    engine: DockerEngine,
     starter: subprocess.Popen[bytes],
     said: IO[bytes],
     limit_s: float,
@@ -210,7 +222,9 @@ def _wait_until_well(
     crashed_at: dict[str, float] = {}
     while True:
         ended = starter.poll()
-        services = {one.name: one for one in host.services(config["name"]) if one.name in config["services"]}
+        services = {
+            one.name: one for one in engine.services(config["name"]) if one.name in config["services"]
+        }
         for service in services.values():
             state = "done" if service.done else service.health or service.state
             if shown.get(service.name) != state and state != "created":
@@ -235,23 +249,23 @@ def _failure(compose: Compose, services: Sequence[Service], text: str) -> str:
         return f"{text}; another program has the port: end it, or choose another in .env (MLFLOW_PORT, …)"
     for service in services:
         if not service.well and service.state != "created":
-            logs = run(compose.words("logs", "--no-color", "--tail", str(LAST_LINES), service.name))
+            logs = compose.read("logs", "--no-color", "--tail", str(LAST_LINES), service.name)
             last = "\n  ".join(logs.decode(errors="replace").splitlines())
             return f"{service.name}: {service.status}: {text}; it said:\n  {last}"
     return text
 
 
-def _has_image(host: DockerEngine, image: str) -> bool:
+def _has_image(engine: DockerEngine, image: str) -> bool:
     try:
-        host.resolve_image(image)
+        engine.resolve_image(image)
     except EngineError:
         return False
     return True
 
 
-def _check_map_count(config: Mapping[str, Any], host: DockerEngine) -> None:
+def _check_map_count(config: Mapping[str, Any], engine: DockerEngine) -> None:
     """Refuse to start Elasticsearch where it is known to end at once."""
-    if "clearml-elasticsearch" not in config["services"] or host.remote:
+    if "clearml-elasticsearch" not in config["services"] or engine.host.remote:
         return
     try:
         count = int(MAP_COUNT.read_text())
@@ -264,28 +278,28 @@ def _check_map_count(config: Mapping[str, Any], host: DockerEngine) -> None:
         )
 
 
-def _volumes(config: Mapping[str, Any]) -> list[str]:
+def _volumes(compose: Compose, config: Mapping[str, Any]) -> list[str]:
     """Return the names of the project's volumes that exist."""
     own = f"label=com.docker.compose.project={config['name']}"
-    return sorted(run(["docker", "volume", "ls", "--quiet", "--filter", own]).decode().split())
+    return sorted(compose.docker("volume", "ls", "--quiet", "--filter", own).split())
 
 
-def _names(*filters: str) -> list[str]:
-    return run(["docker", "ps", *filters, "--format", "{{.Names}}"]).decode().split()
+def _names(compose: Compose, *filters: str) -> list[str]:
+    return compose.docker("ps", *filters, "--format", "{{.Names}}").split()
 
 
-def _guests(config: Mapping[str, Any]) -> list[str]:
+def _guests(compose: Compose, config: Mapping[str, Any]) -> list[str]:
     """Return the names of containers in the project's network that are not of the project."""
     found = []
     for network in config.get("networks", {}).values():
         own = f"label=com.docker.compose.project={config['name']}"
         filters = ["--filter", f"network={network['name']}"]
-        found += sorted(set(_names(*filters)) - set(_names(*filters, "--filter", own)))
+        found += sorted(set(_names(compose, *filters)) - set(_names(compose, *filters, "--filter", own)))
     return found
 
 
-def _described(host: DockerEngine, project: str, services: Sequence[Service], well: bool) -> dict[str, Any]:
-    mlflow = find_mlflow(host, project)
+def _described(engine: DockerEngine, project: str, services: Sequence[Service], well: bool) -> dict[str, Any]:
+    mlflow = find_mlflow(engine, project)
     return {
         "project": project,
         "well": well,
@@ -295,7 +309,7 @@ def _described(host: DockerEngine, project: str, services: Sequence[Service], we
                 "state": service.state,
                 "health": service.health,
                 "well": service.well,
-                "words": words_for(host, service),
+                "words": words_for(engine, service),
                 "image": service.image,
             }
             for service in services
@@ -303,5 +317,5 @@ def _described(host: DockerEngine, project: str, services: Sequence[Service], we
         "url": loopback_uri(mlflow) if mlflow else "",
         "url_inside": URI_INSIDE,
         "network": mlflow.networks[0] if mlflow and mlflow.networks else "",
-        "login": mlflow is not None and has_login(host, mlflow),
+        "login": mlflow is not None and has_login(engine, mlflow),
     }

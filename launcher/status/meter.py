@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launcher.devices.devices import expand_ids
-from launcher.engines.base import Engine, ReplicaState, Usage
+from launcher.engines.base import Engine, ReplicaState
+from launcher.hosts.usage import Usage
 from launcher.status.report import Figures
 
 WINDOW_S = 0.05
@@ -57,7 +58,7 @@ class Meter:
                 self._sleep(max(0.0, youngest + WINDOW_S - time.monotonic()))
             now = self._engine.usage(live)
         self._before = dict(now)
-        gpus = {} if self._engine.remote else self._gpus.read(live)
+        gpus = {} if self._engine.host.remote else self._gpus.read(live)
         return {
             state.id: Figures(
                 memory_bytes=now[state.id].memory_bytes if state.id in now else None,

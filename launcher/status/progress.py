@@ -5,14 +5,12 @@ Data from inside a replica, so not trusted.
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.hosts.reach import box
+from launcher.hosts.files import read_below, read_plain
 from launcher.parallel import in_parallel
 from starling.core.files.folder import Folder
 from starling.core.plain_json import parse_json
@@ -28,7 +26,6 @@ from starling.core.worker_status import (
 
 if TYPE_CHECKING:
     from launcher.engines.base import Engine, ReplicaState
-    from launcher.hosts.box import Box
 
 MOST_BYTES = 65536
 
@@ -39,12 +36,12 @@ def read_progress(runs: Path, replica: str) -> Progress:
     What an earlier replica of this name said has been put away by the supervisor, so no clock decides. Links and pipes
     are not followed or waited for: replicas can put them there.
     """
-    return progress_in(_read_runs(runs, status_file(replica)))
+    return progress_in(_parse(read_below(runs / FOLDER / status_file(replica), MOST_BYTES)))
 
 
 def read_restarts(runs: Path, replica: str) -> Restarts:
     """Return what the replica's supervisor says; an empty account for a file that is absent or foreign."""
-    return restarts_in(_read_runs(runs, restarts_file(replica)))
+    return restarts_in(_parse(read_below(runs / FOLDER / restarts_file(replica), MOST_BYTES)))
 
 
 Told = tuple[Progress, Restarts]
@@ -54,9 +51,11 @@ Read = Callable[["ReplicaState", str], Mapping[str, Any]]
 
 def told_by(engine: Engine, states: Sequence[ReplicaState]) -> list[Told]:
     """Return what each replica's trainer and its supervisor say: from the runs folder, else by way of the engine."""
-    if not engine.remote:
-        return [_told(state, _read_here) for state in states]
-    if (there := box()) and (heads := _read_there(there, states)) is not None:
+    if not states:
+        return []
+    paths = [state.runs / FOLDER / file for state in states for file in _files_of(state)]
+    heads = engine.host.read_status(paths, MOST_BYTES)
+    if heads is not None:
         return [
             _told(state, lambda state, file: _parse(heads[state.runs / FOLDER / file])) for state in states
         ]
@@ -75,26 +74,6 @@ def _files_of(state: ReplicaState) -> tuple[str, str]:
     return status_file(state.name), restarts_file(state.name)
 
 
-def _read_here(state: ReplicaState, file: str) -> dict[str, Any]:
-    return _read_runs(state.runs, file)
-
-
-def _read_runs(runs: Path, file: str) -> dict[str, Any]:
-    try:
-        with Folder.resolve(runs) as top:
-            return read_json_below(top, FOLDER, file)
-    except OSError:
-        return {}
-
-
-def _read_there(there: Box, states: Sequence[ReplicaState]) -> Mapping[Path, bytes] | None:
-    """Return the files of all replicas on a machine behind ssh; None where its shell cannot read them safely."""
-    from launcher.engines.docker.box_status import read_told
-
-    paths = [state.runs / FOLDER / file for state in states for file in _files_of(state)]
-    return read_told(there, paths, MOST_BYTES)
-
-
 def _ask_engine(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any]:
     mounts: list[dict[str, str]] = state.plan.get("mounts") or []
     inside = [mount["target"] for mount in mounts if mount["source"] == str(state.runs)]
@@ -105,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file that others may have put there; an empty one for anything else."""
     try:
         with Folder.resolve(path.parent) as folder:
-            return _read(folder, path.name)
+            return _parse(read_plain(folder, path.name, MOST_BYTES))
     except (OSError, ValueError):
         return {}
 
@@ -114,17 +93,9 @@ def read_json_below(top: Folder, folder: str, file: str) -> dict[str, Any]:
     """Return the JSON object in `<top>/<folder>/<file>`, following no link; an empty one for anything else."""
     try:
         with top.folder(folder) as below:
-            return _read(below, file)
+            return _parse(read_plain(below, file, MOST_BYTES))
     except (OSError, ValueError):
         return {}
-
-
-def _read(folder: Folder, file: str) -> dict[str, Any]:
-    """Return the JSON object in a file of a folder; raises OSError, and ValueError for what is no file's name."""
-    if not stat.S_ISREG(folder.stat(file).st_mode):
-        return {}  # a device would not be opened without effect
-    with os.fdopen(folder.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-        return _parse(opened.read(MOST_BYTES)) if stat.S_ISREG(os.fstat(opened.fileno()).st_mode) else {}
 
 
 def _parse(text: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local.local import LocalEngine
+from launcher.hosts.this_machine import ThisMachine
 from launcher.sizes import MIB
 from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import missing
@@ -35,7 +36,7 @@ def base_image() -> str:
     problem = ""
     for image in IMAGES:
         try:
-            DockerEngine(0).resolve_image(image)
+            DockerEngine(0, ThisMachine()).resolve_image(image)
         except EngineError as error:
             problem = str(error)
         else:
@@ -90,7 +91,7 @@ def docker_engine(owner: int) -> Engine:
     from launcher.engines.docker.docker import DockerEngine
 
     base_image()
-    return DockerEngine(owner)
+    return DockerEngine(owner, ThisMachine())
 
 
 @pytest.fixture(
@@ -129,7 +130,7 @@ def podman_world(folder: Path, address: str) -> World:
     """Return a world of the Podman service at an address."""
     from launcher.engines.podman import PodmanEngine
 
-    return _world(folder, lambda runs, owner: PodmanEngine(owner, address))
+    return _world(folder, lambda runs, owner: PodmanEngine(owner, ThisMachine({"DOCKER_HOST": address})))
 
 
 WORLDS: dict[str, Callable[[pytest.FixtureRequest, Path], World]] = {

@@ -15,7 +15,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError, NameTaken, ReplicaFailed
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
 from starling.core.errors import StarlingError, UsageError
 from tests.contract.conftest import World
 

@@ -15,7 +15,7 @@ import pytest
 
 from launcher.devices.devices import Device
 from launcher.errors import EngineError
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
 from launcher.plan.dry_run import podman_run
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, podman_world

@@ -25,6 +25,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker.docker import DockerEngine
+from launcher.hosts.this_machine import ThisMachine
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.contract.conftest import base_image
 from tests.contract.test_engines import wait_until
@@ -257,7 +258,7 @@ def test_the_local_engine_sees_containers_too_and_one_that_was_never_started_cou
         name="p-left-gpu3", fleet="p/left", device=Device("gpu", "3", (machine.uuids[3],)), image=IMAGE, image_id="",
         command=("sleep", "60"), environment={}, runs=machine.folder, memory_bytes=64 << 20, network="none",
     )  # fmt: skip
-    DockerEngine(os.getuid()).create(spec)
+    DockerEngine(os.getuid(), ThisMachine()).create(spec)
     up = machine.up("b", "--gpus", "3", "--engine", "local")
     assert up.returncode == 2
     assert "GPU 3 is held by p-left-gpu3 of fleet p/left (created, never started)" in up.stderr

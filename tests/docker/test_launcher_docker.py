@@ -16,9 +16,9 @@ import pytest
 
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker.docker import DockerEngine
+from launcher.engines.labels import labels
 from launcher.errors import EngineError
-from launcher.hosts.ownership import labels
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until

@@ -19,7 +19,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.docker.docker import DockerEngine
 from launcher.errors import EngineError
-from launcher.plan import fleet
+from launcher.fleet import bring_up as fleet
 from launcher.plan.dry_run import docker_run
 from tests.conftest import REPOSITORY
 from tests.contract.conftest import World, base_image, docker_engine
@@ -175,7 +175,7 @@ def test_a_third_start_that_the_engine_refuses_takes_back_the_running_and_the_cr
 
 def _has_gpu_runtime() -> bool:
     try:
-        DockerEngine(0).check_gpu_runtime(DockerEngine(0).resolve_image(base_image()))
+        docker_engine(0).check_gpu_runtime(docker_engine(0).resolve_image(base_image()))
     except EngineError:
         return False
     return True

@@ -72,7 +72,7 @@ def read_any(path):
 """,
     "yaml": """
 from starling.core.errors import StarlingError
-from launcher.plan.dataset_yaml import read_dataset
+from launcher.options.training_files import read_dataset
 from starling.data.dataset.dataset import DatasetDescription
 def read_any(path):
     try:

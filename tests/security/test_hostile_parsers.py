@@ -193,9 +193,9 @@ from starling.model.detector import build_detector
 from starling.search.space_file import parse_space
 from launcher.cli.main import cli
 from launcher.options.config_file import read_settings
-from launcher.plan.dataset_yaml import read_dataset
+from launcher.options.training_files import read_dataset
 from starling.core.errors import StarlingError
-from launcher.plan.space_yaml import space_layouts
+from launcher.options.space_yaml import space_layouts
 def read_any(path):
     kind = path.name.split("-")[0]
     if kind == "data":

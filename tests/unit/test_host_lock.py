@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EngineError
-from launcher.hosts.host_lock import FOLDERS, NAME, host_lock, lock_path
+from launcher.hosts.lock import FOLDERS, NAME, host_lock, lock_path
 from launcher.hosts.processes import user_name
 from tests.conftest import PYTHON_PATH
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from launcher.hosts.host_lock import host_lock
+from launcher.hosts.lock import host_lock
 "".encode("unicode_escape")  # a codec is a module too
 os.umask(0o077)
 if len(sys.argv) > 4: os.setuid(int(sys.argv[4]))  # here, as the interpreter may be root's alone

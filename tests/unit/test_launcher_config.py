@@ -15,8 +15,10 @@ import pytest
 from launcher.cli.init import example
 from launcher.cli.main import cli
 from launcher.cli.up import up
+from launcher.engines.opening import find_host
+from launcher.errors import EngineError
 from launcher.options.config_file import keys_of
-from launcher.plan.training_args import without_overridden
+from launcher.options.training_args import without_overridden
 from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 
@@ -109,7 +111,7 @@ def test_each_key_says_what_its_flag_says() -> None:
         ('recreate: "true"\n', 1, "must be true or false"),
         ("env: [TOKEN=s3cret]\n", 1, "names only"),
         ("env: {TOKEN: s3cret}\n", 1, "one of plain values"),
-        ("host: ssh://box\nhost: ssh://other\n", 2, "stands twice"),
+        ("host: ssh://machine\nhost: ssh://other\n", 2, "stands twice"),
         ("env_file: a\nenv-file: b\n", 2, "keep one of them"),
         ("train: &a {epochs: 1}\n", 1, "anchors"),
         ("memory: *a\n", 1, "aliases"),
@@ -279,21 +281,24 @@ def test_a_strangers_file_is_not_read_unless_it_is_named() -> None:
 
 
 def test_a_host_in_the_file_reaches_the_engine_and_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(*words: str) -> str:
+        return find_host("docker", parsed("status", *words)["host"]).engine_address
+
     monkeypatch.setenv("DOCKER_HOST", "tcp://variable:1")
     write("host: tcp://file:2\n")
-    parsed("status")
-    assert os.environ["DOCKER_HOST"] == "tcp://variable:1"
+    assert address() == "tcp://variable:1"
+    assert address("--host", "tcp://flag:3") == "tcp://flag:3"
     monkeypatch.delenv("DOCKER_HOST")
-    parsed("status")
-    assert os.environ.pop("DOCKER_HOST") == "tcp://file:2"
-    parsed("status", "--host", "tcp://flag:3")
-    assert os.environ.pop("DOCKER_HOST") == "tcp://flag:3"
+    assert address() == "tcp://file:2"
+    monkeypatch.setenv("DOCKER_CONTEXT", "chosen")
+    with pytest.raises(EngineError, match="Docker context chosen"):
+        parsed("status")
 
 
 @pytest.mark.parametrize(
     "url",
-    ["ssh://-oProxyCommand=touch owned", "ssh://a b", "ssh://-l@box", "ssh://me:secret@box", "ssh://box:x",
-     "ssh://box/path", "box", "ftp://box", "ssh://"],
+    ["ssh://-oProxyCommand=touch owned", "ssh://a b", "ssh://-l@machine", "ssh://me:secret@machine", "ssh://machine:x",
+     "ssh://machine/path", "machine", "ftp://machine", "ssh://"],
 )  # fmt: skip
 def test_a_host_that_is_none_or_would_be_an_option_of_ssh_is_refused(url: str) -> None:
     with pytest.raises(UsageError) as caught:

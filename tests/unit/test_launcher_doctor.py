@@ -20,6 +20,7 @@ from launcher.devices.inventory import Driver, Gpu, MigSlice
 from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding, as_lines, exit_code
 from launcher.engines.base import Image
+from launcher.hosts.this_machine import ThisMachine
 from launcher.sizes import GIB
 from tests.conftest import PYTHON_PATH
 
@@ -178,14 +179,14 @@ def test_a_driver_too_old_for_the_image_is_told() -> None:
 
 
 def test_the_runs_folder_is_written_and_locked_for_real(tmp_path: Path) -> None:
-    found = host_checks.check_runs_folder(tmp_path, None)
+    found = host_checks.check_runs_folder(ThisMachine(), tmp_path)
     assert [(finding.check, finding.status) for finding in found][:2] == [
         ("runs folder", "ok"),
         ("file system", "ok"),
     ]
     assert list(tmp_path.iterdir()) == []
     assert host_checks.check_locks(Path("/proc")).status == "failure"
-    assert host_checks.check_runs_folder(Path("/etc"), None)[0].status == "failure"
+    assert host_checks.check_runs_folder(ThisMachine(), Path("/etc"))[0].status == "failure"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.devices.claims import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
 from launcher.devices.devices import Device, Selection, expand_ids, join_devices, parse_gpus
+from launcher.devices.holders import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
 from launcher.devices.inventory import Gpu, MigSlice
 from launcher.sizes import GIB
 from starling.core.errors import UsageError

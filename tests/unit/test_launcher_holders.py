@@ -14,15 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.devices.claims import EVERY, Claim
 from launcher.devices.devices import Device
+from launcher.devices.holders import EVERY, Claim
 from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
 from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.engines.docker.gpu_containers import container_claim, gpu_ids
+from launcher.engines.labels import labels
 from launcher.engines.local.local import LocalEngine
-from launcher.hosts.ownership import labels
+from launcher.fleet.holders import device_ids, find_occupancy, local_replicas
 from launcher.hosts.processes import find_process, user_name
-from launcher.plan.holders import device_ids, find_occupancy, local_replicas
+from launcher.hosts.this_machine import TcpHost, ThisMachine
 from launcher.sizes import GIB
 
 ID = "0123456789abcdef" * 4
@@ -210,7 +211,8 @@ class OneEngine:
     name = "docker"
 
     def __init__(self, *claims: Claim, remote: bool = False) -> None:
-        self._claims, self.remote = claims, remote
+        self._claims = claims
+        self.host = TcpHost() if remote else ThisMachine()
 
     def claims(self) -> Sequence[Claim]:
         return self._claims

@@ -12,11 +12,11 @@ import pytest
 
 from launcher.devices.devices import Device
 from launcher.engines.base import ReplicaSpec
+from launcher.engines.labels import labels
 from launcher.engines.local import supervisor
 from launcher.engines.local.local import FOLDER, LocalEngine
 from launcher.engines.local.log import read_log
 from launcher.errors import EngineError, NameTaken
-from launcher.hosts.ownership import labels
 from starling.core.process import boot_id
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes another user's files")

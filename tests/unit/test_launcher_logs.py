@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher.engines.docker.cgroups import read_usage
 from launcher.engines.docker.logs import _Seen, read_log, split_lines
 from launcher.engines.docker.stats import ask_usage, usage_in
 from launcher.engines.local import log as local_log
 from launcher.engines.local import supervisor
+from launcher.hosts.usage import read_usage
 from launcher.instants import parse_since, parse_stamp
 from launcher.status.terminal import coloured, paint
 from starling.core.errors import UsageError

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from launcher.devices.devices import Device, split_cores
 from launcher.devices.inventory import Gpu, Machine
 from launcher.engines.base import Mount
-from launcher.hosts.ownership import caller_ids, is_ours, labels
+from launcher.engines.labels import is_ours, labels
+from launcher.hosts.processes import caller_ids
 from launcher.hosts.runs_folder import check_runs, replica_user
-from launcher.plan.dataset_yaml import read_dataset
+from launcher.options.training_args import TrainingArgs, prepare_args
+from launcher.options.training_files import read_dataset
+from launcher.plan.check import preflight_notes
 from launcher.plan.dry_run import docker_run, show_plan
 from launcher.plan.plan import (
     RUNS_IN_IMAGE,
@@ -27,9 +30,7 @@ from launcher.plan.plan import (
     passed_variables,
     replica_name,
 )
-from launcher.plan.preflight import preflight_notes
 from launcher.plan.secret_files import with_secret_files
-from launcher.plan.training_args import TrainingArgs, prepare_args
 from launcher.sizes import GIB, format_cores, format_size, parse_size
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.handover import NOBODYS_ID

@@ -17,16 +17,17 @@ from pathlib import Path
 import pytest
 
 from launcher.devices.inventory import Driver, Machine
-from launcher.engines.base import Image, Mount, ReplicaState
+from launcher.engines.base import Image, ReplicaState
 from launcher.errors import EngineError
+from launcher.fleet.build import project_folder
 from launcher.hosts.access import check_data, check_runs_access, check_secret_file, may
 from launcher.hosts.runs_folder import check_runs
+from launcher.hosts.this_machine import ThisMachine
+from launcher.options.training_args import prepare_args
 from launcher.parallel import in_parallel
-from launcher.plan import preflight
-from launcher.plan.build import project_folder
+from launcher.plan import check as preflight
+from launcher.plan.check import check_disk, check_driver, check_study_address, preflight_notes
 from launcher.plan.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
-from launcher.plan.preflight import check_disk, check_driver, check_study_address, preflight_notes
-from launcher.plan.training_args import prepare_args
 from launcher.problems import Problems, SeveralProblems
 from launcher.sizes import GIB
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
@@ -195,7 +196,7 @@ def test_a_socket_without_permission_names_the_group_that_has_it(
         os.chown(path, 0, grp.getgrnam(group).gr_gid)
         os.chmod(path, 0o660)
         monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
-        said = refused_as_nobody(lambda: DockerEngine(65534))
+        said = refused_as_nobody(lambda: DockerEngine(65534, ThisMachine()))
     assert said.startswith(f"EngineError: Docker's socket {path}: permission denied; ")
     if group == "root":
         assert "only root may use it" in said
@@ -370,7 +371,7 @@ def check(dataset: Path, user: str = STRANGER) -> None:
         runs_inside="/runs",
         isolated=True,
     )
-    check_data(args.reads, args.mounts, user)
+    check_data(args.reads, [Path(mount.source) for mount in args.mounts], user)
 
 
 def test_data_that_everybody_may_read_passes_whatever_lies_above_it(dataset: Path) -> None:
@@ -421,7 +422,7 @@ def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> N
     weights = tmp_path / "w.pt"
     weights.touch(0o600)
     with pytest.raises(CheckpointError, match=r"w\.pt: replicas run as"):
-        check_data({weights: CheckpointError}, [Mount(source=str(weights), target=str(weights))], STRANGER)
+        check_data({weights: CheckpointError}, [weights], STRANGER)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +446,7 @@ def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
     with pytest.raises(
         StarlingError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
     ) as caught:
-        check_data(args.reads, args.mounts, STRANGER)
+        check_data(args.reads, [Path(mount.source) for mount in args.mounts], STRANGER)
     assert type(caught.value) is error
 
 
@@ -489,7 +490,7 @@ def test_the_projects_folder_is_the_packages_own_or_above(
 ) -> None:
     assert project_folder(tmp_path) == REPOSITORY
     monkeypatch.setattr(
-        "launcher.plan.build.__file__", str(tmp_path / "site-packages/launcher/plan/build.py")
+        "launcher.fleet.build.__file__", str(tmp_path / "site-packages/launcher/fleet/build.py")
     )
     assert project_folder(REPOSITORY / "docs") == REPOSITORY
     with pytest.raises(UsageError, match="run it in the project's folder"):

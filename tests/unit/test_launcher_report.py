@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.engines.base import ReplicaState, Usage
-from launcher.plan.env_file import read_env_file
+from launcher.engines.base import ReplicaState
+from launcher.hosts.this_machine import ThisMachine
+from launcher.hosts.usage import Usage
+from launcher.options.env_file import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter, devices_of
 from launcher.status.progress import read_progress, read_restarts
@@ -283,7 +285,7 @@ def test_memory_is_told_in_its_limits_unit(used: int | None, limit: int, words: 
 class Machine:
     """A double of an engine that tells two given readings, and of NVML with two GPUs."""
 
-    remote = False
+    host = ThisMachine()
 
     def __init__(self, *readings: dict[str, Usage]) -> None:
         self._readings = list(readings)

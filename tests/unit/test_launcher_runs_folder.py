@@ -15,11 +15,11 @@ from typing import Any, cast
 import pytest
 
 from launcher.errors import EngineError
-from launcher.hosts import remote_runs
-from launcher.hosts.box import Box
-from launcher.hosts.host_lock import NAME
-from launcher.hosts.remote_runs import remote_host_lock, remote_replica_user, remote_runs_folder
+from launcher.hosts import ssh_runs
+from launcher.hosts.lock import NAME
 from launcher.hosts.runs_folder import runs_folder
+from launcher.hosts.ssh_connection import SshConnection
+from launcher.hosts.ssh_runs import remote_host_lock, remote_replica_user, remote_runs_folder
 from starling.core import handover
 from starling.core.errors import UsageError
 from starling.core.handover import STILL
@@ -40,7 +40,7 @@ def mode(path: Path) -> int:
 class Shell:
     """A shell of this machine, as the one that a connection keeps open on another."""
 
-    name = "box"
+    name = "machine"
 
     def __init__(self, ids: tuple[int, int], path: str = os.defpath) -> None:
         self.ids = ids
@@ -79,7 +79,7 @@ def hold(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Any]]
         yield lambda runs, user: runs_folder(runs, user, lambda _: None)
         return
     shell = Shell((os.geteuid(), os.getegid()), os.environ["PATH"])
-    yield lambda runs, user: remote_runs_folder(cast(Box, shell), runs, user, lambda _: None)
+    yield lambda runs, user: remote_runs_folder(cast(SshConnection, shell), runs, user, lambda _: None)
     shell.close()
 
 
@@ -197,17 +197,17 @@ def test_without_python_there_a_folder_of_roots_is_refused_and_another_works(tmp
     runs.mkdir()
     with (
         pytest.raises(EngineError, match="needs `python3` there"),
-        remote_runs_folder(cast(Box, shell), runs, "5:5", lambda _: None),
+        remote_runs_folder(cast(SshConnection, shell), runs, "5:5", lambda _: None),
     ):
         raise AssertionError("not reached")
     os.chown(runs, 5, 5)
-    with remote_runs_folder(cast(Box, shell), runs, "5:5", lambda _: None):
+    with remote_runs_folder(cast(SshConnection, shell), runs, "5:5", lambda _: None):
         pass
     shell.close()
 
 
 def test_replicas_behind_ssh_are_never_root(tmp_path: Path) -> None:
-    shell = cast(Box, Shell((0, 0)))
+    shell = cast(SshConnection, Shell((0, 0)))
     assert remote_replica_user(shell, tmp_path / "new", None) == f"{USER}:{USER}"
     own = tmp_path.stat()
     expected = f"{USER}:{USER}" if own.st_uid == 0 else f"{own.st_uid}:{own.st_gid}"
@@ -265,61 +265,63 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
 ) -> None:
     place = tmp_path / NAME
     tmp_path.chmod(0o1777)
-    monkeypatch.setattr("launcher.hosts.remote_runs.FOLDERS", (tmp_path,))
+    monkeypatch.setattr("launcher.hosts.ssh_runs.FOLDERS", (tmp_path,))
     shell = Shell((os.getuid(), os.getgid()), os.environ["PATH"])
     {"link": lambda: place.symlink_to("nowhere"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[
         kind
     ]()
     with (
-        pytest.raises(EngineError, match=f"{place} on box: not a file"),
-        remote_host_lock(cast(Box, shell), lambda _: None),
+        pytest.raises(EngineError, match=f"{place} on machine: not a file"),
+        remote_host_lock(cast(SshConnection, shell), lambda _: None),
     ):
         raise AssertionError("not reached")
     place.rmdir() if kind == "folder" else place.unlink()
-    with remote_host_lock(cast(Box, shell), lambda _: None):
+    with remote_host_lock(cast(SshConnection, shell), lambda _: None):
         assert place.is_file()
     shell.close()
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+def connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshConnection]:
     """The connection itself; in place of the ssh client a shell of this machine."""
     (tmp_path / "bin").mkdir()
     client = tmp_path / "bin/ssh"
     client.write_text('#!/bin/sh\nfor word; do :; done\n[ "$word" = "exec sh" ] && exec sh\nexit 1\n')
     client.chmod(0o755)
     monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
-    box = Box("ssh://machine")
-    yield box
-    box.close()
+    connection = SshConnection("ssh://machine")
+    yield connection
+    connection.close()
 
 
-def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(box: Box) -> None:
+def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(connection: SshConnection) -> None:
     said: list[tuple[str, float]] = []
     began = time.monotonic()
     script = "for n in 1 2 3 4; do echo line $n; sleep 0.3; done; printf end"
-    code, answer = box.ask(script, limit_s=0.8, heard=lambda line: said.append((line, time.monotonic())))
+    code, answer = connection.ask(
+        script, limit_s=0.8, heard=lambda line: said.append((line, time.monotonic()))
+    )
     assert (code, answer) == (0, "line 1\nline 2\nline 3\nline 4\nend")
     assert [line for line, _ in said] == ["line 1", "line 2", "line 3", "line 4", "end"]
     assert said[0][1] - began < 0.8, "each line as it comes"
     with pytest.raises(EngineError, match="no answer over ssh in time"):
-        box.ask("echo x; sleep 5", limit_s=0.3, heard=lambda line: None)
+        connection.ask("echo x; sleep 5", limit_s=0.3, heard=lambda line: None)
 
 
 @needs_root
 def test_a_long_hand_over_is_told_while_it_goes_on(
-    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connection: SshConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     for name in range(5):
         (runs / str(name)).touch()
     said: list[str] = []
-    program = remote_runs.handover_program()
+    program = ssh_runs.handover_program()
     hasty = program.replace("FIRST_S, EACH_S = 2.0, 10.0", "FIRST_S, EACH_S = 0.0, 0.0")
     assert hasty != program
-    monkeypatch.setattr(remote_runs, "handover_program", lambda: hasty)
-    with remote_runs_folder(box, runs, f"{USER}:{USER}", said.append):
+    monkeypatch.setattr(ssh_runs, "handover_program", lambda: hasty)
+    with remote_runs_folder(connection, runs, f"{USER}:{USER}", said.append):
         pass
     assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]
     said.clear()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts.host_lock import host_lock, lock_path
+from launcher.hosts.lock import host_lock, lock_path
 from starling.core.errors import UsageError
 from starling.core.lock import is_at, lock_own, take, try_flock, wait_for
 from starling.data.fetch.download import only_one

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.plan.dataset_yaml import read_dataset
-from launcher.plan.training_args import prepare_args
+from launcher.options.training_args import prepare_args
+from launcher.options.training_files import read_dataset
 from starling.config.hyp import FOREIGN_KEYS, Hyp
 from starling.config.shipped import find_config
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError

@@ -15,10 +15,10 @@ import pytest
 import launcher.errors
 import starling.core.errors
 import starling.errors
-from launcher.hosts.ownership import labels
-from launcher.plan.dataset_yaml import read_dataset
+from launcher.engines.labels import labels
+from launcher.options.training_args import prepare_args
+from launcher.options.training_files import read_dataset
 from launcher.plan.dry_run import docker_run, podman_run
-from launcher.plan.training_args import prepare_args
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.cgroups import Group, groups_of

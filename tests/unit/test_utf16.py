@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan.dataset_yaml import read_dataset
-from launcher.plan.env_file import read_env_file
-from launcher.plan.strict_yaml import read_mapping
+from launcher.options.env_file import read_env_file
+from launcher.options.strict_yaml import read_mapping
+from launcher.options.training_files import read_dataset
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import DataError, UsageError
 from starling.core.errors import DataError as LauncherDataError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from typing import Any
 
 from docker import APIClient, ContextAPI
@@ -17,15 +17,16 @@ ACTION_TIMEOUT_S = 120.0
 
 
 class Client(APIClient):
-    """The engine at `address`, or where DOCKER_HOST or the Docker context leads, spoken to in one version of its interface.
+    """The engine to which `environment` leads Docker's own client, spoken to in one version of its interface.
 
     A question (GET) is answered within `patience_s` or not at all; whatever acts has its own time. Every refusal raises
     APIError, NotFound where there is no such thing, whatever its body is.
     """
 
-    def __init__(self, address: str | None, version: str, patience_s: float) -> None:
-        access = _access() if address is None else {"base_url": address}
-        super().__init__(**access, version=version, timeout=patience_s, max_pool_size=MOST_AT_ONCE)
+    def __init__(self, environment: Mapping[str, str], version: str, patience_s: float) -> None:
+        super().__init__(
+            **_access(environment), version=version, timeout=patience_s, max_pool_size=MOST_AT_ONCE
+        )
         adapter = self.get_adapter(self.base_url)
         if isinstance(adapter, UnixHTTPAdapter):
             place = f"http+unix://{adapter.socket_path}"
@@ -69,9 +70,9 @@ def _refusal(answer: Any) -> APIError:
     return kind(words, response=answer, explanation=words)
 
 
-def _access() -> dict[str, Any]:
+def _access(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return the address and the certificates that Docker's own client would use."""
-    access: dict[str, Any] = kwargs_from_env()
+    access: dict[str, Any] = kwargs_from_env(environment)
     if "base_url" not in access:
-        access = {**ContextAPI.kwargs_from_context(environment=os.environ), **access}
+        access = {**ContextAPI.kwargs_from_context(environment=environment), **access}
     return access

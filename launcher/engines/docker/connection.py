@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from docker.errors import APIError
 
@@ -19,7 +18,8 @@ from launcher.engines.docker.troubles import (
     refusal,
 )
 from launcher.errors import EngineError
-from launcher.hosts.reach import box, engine_address
+from launcher.hosts.address import socket_path
+from launcher.hosts.host import Host
 
 OLDEST_API, OLDEST_ENGINE = "1.41", "20.10"
 """Cgroup v2, `init` and device requests as they are used here."""
@@ -40,17 +40,17 @@ class Manner(NamedTuple):
 
 
 class Connection:
-    """An engine that answers, at `address` or where DOCKER_HOST or the Docker context leads.
+    """An engine of a host that answers.
 
     Several threads may use it at once. Raises EngineError when nobody answers, or an engine that is too old.
     """
 
-    def __init__(self, manner: Manner, address: str | None = None) -> None:
+    def __init__(self, manner: Manner, host: Host) -> None:
         self._manner = manner
-        self._address = address
-        self._socket = _socket_path(address or engine_address())
+        self._host = host
+        self._socket = socket_path(host.engine_address)
         with self.translated():
-            self.client = Client(address, manner.version or OLDEST_API, manner.patience_s)
+            self.client = Client(host.environment, manner.version or OLDEST_API, manner.patience_s)
             hello = self._greet()
             if manner.version is None:
                 newest = hello.get("Api-Version", "0")
@@ -58,11 +58,6 @@ class Connection:
                 self.client.speak(newest)
         self.is_podman = "Libpod-Api-Version" in hello
         """Whether it is Podman that answers, at Docker's address too."""
-
-    @property
-    def remote(self) -> bool:
-        """Whether the engine is on another machine."""
-        return box() is not None or self._socket is None
 
     def containers(self, **filters: Sequence[str]) -> Sequence[dict[str, Any]]:
         """Return the containers that pass all filters, whatever their state, in the short form of a list."""
@@ -80,9 +75,8 @@ class Connection:
             subject = f"{what}: " if what else ""
             raise EngineError(f"{subject}{self._manner.title} refuses: {refusal(error)}") from error
         except TRANSPORT as error:
-            there = box()
-            if there is not None and there.ended:
-                raise there.lost() from error
+            if (lost := self._host.lost()) is not None:
+                raise lost from error
             raise EngineError(self._silence(reason(error))) from error
 
     def _silence(self, why: str) -> str:
@@ -95,7 +89,7 @@ class Connection:
             why = f"no socket at {self._socket}"
         from starling.core.redaction import masked
 
-        where = "" if self._socket else f" at {masked(self._address or engine_address())}"
+        where = "" if self._socket else f" at {masked(self._host.engine_address)}"
         return f"{self._manner.title}{where} does not answer ({why}); {self._manner.remedy}"
 
     def _greet(self) -> Mapping[str, str]:
@@ -116,9 +110,3 @@ class Connection:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def _socket_path(address: str) -> str | None:
-    """Return the path of an address that is a unix socket; None for any other."""
-    parts = urlsplit(address)
-    return "/" + f"{parts.netloc}{parts.path}".lstrip("/") if parts.scheme == "unix" else None

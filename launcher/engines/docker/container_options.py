@@ -8,7 +8,7 @@ from docker.types import DeviceRequest, HostConfig, LogConfig, Mount
 
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.hardening import docker_arguments, log, scratch
-from launcher.hosts.ownership import labels
+from launcher.engines.labels import labels
 
 
 def container_options(spec: ReplicaSpec, owner: int, version: str) -> dict[str, Any]:

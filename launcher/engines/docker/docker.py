@@ -11,11 +11,10 @@ import requests
 import urllib3.exceptions
 from docker.errors import APIError
 
-from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState, Usage
+from launcher.engines.base import Image, LogLine, Phase, ReplicaSpec, ReplicaState
 from launcher.engines.docker.connection import Connection, Manner
 from launcher.engines.docker.troubles import is_gone, is_idle, refusal
-from launcher.errors import ConnectionLost, EngineError, NameTaken
-from launcher.hosts.ownership import (
+from launcher.engines.labels import (
     DEVICE_LABEL,
     FLEET_LABEL,
     FORMAT,
@@ -26,15 +25,17 @@ from launcher.hosts.ownership import (
     is_ours,
     plan_of,
 )
-from launcher.hosts.reach import box
+from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.instants import parse_stamp
 from launcher.parallel import in_parallel
 from starling.core.words import printable
 
 if TYPE_CHECKING:
-    from launcher.devices.claims import Claim
+    from launcher.devices.holders import Claim
     from launcher.devices.inventory import Machine
     from launcher.engines.docker.services import Service
+    from launcher.hosts.host import Host
+    from launcher.hosts.usage import Usage
 
 RETURN_S = 20.0
 """How long an engine that is started again is waited for by those who follow a log."""
@@ -50,7 +51,7 @@ _PHASES: dict[str, Phase] = {
 
 
 class DockerEngine:
-    """The Docker engine that DOCKER_HOST or the current Docker context names.
+    """The Docker engine of a host.
 
     Raises EngineError at once when it does not answer. What only some commands need is imported where it is used.
     """
@@ -63,20 +64,16 @@ class DockerEngine:
         has_group=True,
     )
 
-    def __init__(self, owner: int, address: str | None = None) -> None:
+    def __init__(self, owner: int, host: Host) -> None:
+        self.host = host
         self._owner = owner
-        self._to = Connection(self.manner, address)
+        self._to = Connection(self.manner, host)
         self._told: dict[str, Any] | None = None
 
     @property
     def is_podman(self) -> bool:
         """Whether it is Podman that answers at Docker's address."""
         return self._to.is_podman
-
-    @property
-    def remote(self) -> bool:
-        """Whether DOCKER_HOST or the context leads to another machine."""
-        return self._to.remote
 
     def machine(self) -> Machine:
         """Return the cores and the memory of the engine's host."""
@@ -116,7 +113,7 @@ class DockerEngine:
         from launcher.engines.docker.checks import require_gpu_runtime
 
         with self._to.translated("GPU runtime"):
-            require_gpu_runtime(self._to.client, self._about(), image, remote=self.remote)
+            require_gpu_runtime(self._to.client, self._about(), image, remote=self.host.remote)
 
     def check_network(self, network: str) -> None:
         """Raise EngineError unless the engine has the network."""
@@ -219,19 +216,8 @@ class DockerEngine:
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
         """Return what running containers use: read from their control groups, else as the engine tells."""
-        from launcher.engines.docker.cgroups import read_usage
-
-        live = {state.id: state for state in states if state.live}
-        found: dict[str, Usage] = {}
-        there = box()
-        if there is not None:
-            from launcher.engines.docker.box_status import read_groups
-
-            found = read_groups(there, live.values())
-        for replica_id, state in () if self.remote else live.items():
-            usage = read_usage(state.pid, replica_id)
-            if usage is not None:
-                found[replica_id] = usage
+        live = {state.id: state.pid for state in states if state.live}
+        found = self.host.usage(live)
         elsewhere = [replica_id for replica_id in live if replica_id not in found]
         if not elsewhere:
             return found
@@ -327,7 +313,7 @@ class DockerEngine:
         with contextlib.suppress(EngineError):
             inspected = self._inspect(name) or {}
         found = (inspected.get("Config") or {}).get("Labels") or {}
-        stranger = in_use_by(found, name, remote=self.remote)
+        stranger = in_use_by(found, name, remote=self.host.remote)
         if stranger and not is_ours(found, name, self._owner):
             return NameTaken(stranger)
         fleet = f"fleet {printable(found[FLEET_LABEL])}, " if FLEET_LABEL in found else ""

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.devices.claims import EVERY, Claim
 from launcher.devices.devices import expand_ids
-from launcher.hosts.ownership import DEVICE_LABEL, FLEET_LABEL, OWNER_LABEL, is_ours
+from launcher.devices.holders import EVERY, Claim
+from launcher.engines.labels import DEVICE_LABEL, FLEET_LABEL, OWNER_LABEL, is_ours
 from launcher.hosts.processes import user_name
 from starling.core.words import printable
 

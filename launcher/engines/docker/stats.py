@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launcher.engines.base import Usage
+from launcher.hosts.usage import Usage
 from launcher.instants import parse_stamp
 
 PATIENCE_S = 2.8

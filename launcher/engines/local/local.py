@@ -21,14 +21,10 @@ from typing import Any
 
 import psutil
 
-from launcher.devices.claims import Claim
+from launcher.devices.holders import Claim
 from launcher.devices.inventory import Machine
-from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState, Usage
-from launcher.engines.local import memory_limit, supervisor
-from launcher.engines.local.log import read_log
-from launcher.engines.local.process_usage import read_sessions
-from launcher.errors import EngineError, NameTaken, disk_full
-from launcher.hosts.ownership import (
+from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState
+from launcher.engines.labels import (
     DEVICE_LABEL,
     FLEET_LABEL,
     REPLICA_LABEL,
@@ -37,6 +33,11 @@ from launcher.hosts.ownership import (
     labels,
     plan_of,
 )
+from launcher.engines.local import memory_limit, supervisor
+from launcher.engines.local.log import read_log
+from launcher.errors import EngineError, NameTaken, disk_full
+from launcher.hosts.this_machine import ThisMachine
+from launcher.hosts.usage import Usage, read_sessions
 from starling.core.errors import UsageError
 from starling.core.files.folder import Folder
 from starling.core.plain_json import parse_json
@@ -63,11 +64,11 @@ class LocalEngine:
     """Processes in sessions of their own, recorded by pid, start time and boot, so that a reused pid is never hit."""
 
     name = "local"
-    remote = False
 
     def __init__(
         self, runs: Path, owner: int, new_id: Callable[[], str] = lambda: secrets.token_hex(8)
     ) -> None:
+        self.host = ThisMachine()
         self._folder = runs / FOLDER
         self._runs = runs
         self._owner = owner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import EngineError
@@ -12,10 +13,10 @@ from starling.core.errors import UsageError
 BUILDER = Path("scripts/image")
 
 
-def build_image(tag: str, start: Path) -> None:
+def build_image(tag: str, start: Path, environment: Mapping[str, str]) -> None:
     """Run the project's own build script for `tag`; its output is the user's to see.
 
-    The script says on what base it builds, and says so before it pulls one. Raises UsageError where there is no project
+    `environment` leads Docker's client to the engine. The script names its base image before it pulls one. Raises UsageError where there is no project
     folder at or above `start`, nor around this package; EngineError when the build fails.
     """
     project = project_folder(start)
@@ -23,7 +24,9 @@ def build_image(tag: str, start: Path) -> None:
         raise UsageError(
             "--build: needs Docker's own client (Debian: apt-get install docker-cli); or build elsewhere"
         )
-    done = subprocess.run([str(project / BUILDER), "trainer", tag], stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        [str(project / BUILDER), "trainer", tag], env=environment, stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode:
         raise EngineError(f"--build: {project / BUILDER} could not build {tag}; its last lines say why")
 

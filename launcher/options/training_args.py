@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from launcher.engines.base import Mount
-from launcher.hosts.host_files import LOCAL, HostFiles
-from launcher.plan.dataset_yaml import read_dataset, start_of_shipped
-from launcher.plan.space_yaml import space_layouts
+from launcher.hosts.files import LOCAL, HostFiles
+from launcher.options.space_yaml import space_layouts
+from launcher.options.training_files import read_dataset, start_of_shipped
 from launcher.problems import Problems
 from starling.core import package
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError, suggest
@@ -233,7 +233,7 @@ def _existing(setting: str, given: str, cwd: Path, isolated: bool, files: HostFi
         return None
     path = files.expand(cwd, given)
     if files.is_file(path):
-        if files is LOCAL and (wrong := _misplaced(setting, path)):
+        if not files.remote and (wrong := _misplaced(setting, path)):
             raise _MISSING[setting](f"--{setting} {given}: {wrong}")
         return path
     if setting == "weights" and files.is_file(path.with_name(f"{path.name}.pt")):
@@ -246,7 +246,7 @@ def _existing(setting: str, given: str, cwd: Path, isolated: bool, files: HostFi
         return None
     if isolated and PurePosixPath(given).is_relative_to(_IMAGE_ROOT):
         return None
-    if files is LOCAL and (wrong := _misplaced(setting, path)):
+    if not files.remote and (wrong := _misplaced(setting, path)):
         raise _MISSING[setting](f"--{setting} {given}: {wrong}")
     hint = suggest(name, known)
     remedy = {
@@ -254,7 +254,7 @@ def _existing(setting: str, given: str, cwd: Path, isolated: bool, files: HostFi
         "weights": "give the path of a checkpoint, or --weights '' to train from scratch",
         "hooks": "give the path of a Python file",
     }.get(setting, f"give a path, or one of: {', '.join(sorted(known))}")
-    where = "" if files is LOCAL else f" on the remote machine ({path})"
+    where = f" on the remote machine ({path})" if files.remote else ""
     raise _MISSING[setting](f"--{setting} {given}: no such file{where}{hint}; {remedy}")
 
 
@@ -266,7 +266,7 @@ def _kept_weights(given: str, files: HostFiles) -> Path:
     """Return published weights as the trainer keeps them on this host; replicas have no folder to keep them in."""
     name = given if given.endswith(".pt") else f"{given}.pt"
     folder = files.home / ".cache" / "starling" / "weights"
-    if files is LOCAL:
+    if not files.remote:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or files.home / ".cache")
         folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
         folder = at_home(folder).absolute()

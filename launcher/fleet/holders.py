@@ -10,20 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.devices.claims import Claim, Occupancy
 from launcher.devices.devices import expand_ids
+from launcher.devices.holders import Claim, Occupancy
 from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
 from launcher.engines.base import Engine, ReplicaState
+from launcher.engines.labels import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
 from launcher.errors import EngineError
-from launcher.hosts.ownership import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
+from launcher.hosts.address import engine_address, socket_path
 from launcher.hosts.processes import PROC, Process, command_words, find_process, user_id, user_name
+from launcher.hosts.this_machine import ThisMachine
 from launcher.sizes import format_size
 from launcher.status.progress import read_json
 from starling.core.words import printable
 
 _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")
 """Its path on a command line, of this version and of those before it."""
-_SOCKET = Path("/var/run/docker.sock")
 
 
 def find_occupancy(
@@ -41,7 +42,7 @@ def find_occupancy(
     its users, Docker's containers beside the local engine, and the processes that compute on `gpus`.
     """
     claims = list(engine.claims())
-    if not engine.remote:
+    if not engine.host.remote:
         supervised = local_replicas(proc)
         claims += supervised.values()
         if engine.name == "local":
@@ -118,13 +119,16 @@ def _labels_and_plan(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[st
 
 def _containers(caller: int) -> Sequence[Claim]:
     """Return what Docker's containers hold, where there is a Docker beside the local engine that answers."""
-    if not (os.environ.get("DOCKER_HOST") or _SOCKET.exists()):
+    try:
+        socket = socket_path(engine_address())
+    except EngineError:
+        return []
+    if socket is None or not Path(socket).exists():
         return []
     from launcher.engines.docker.docker import DockerEngine
 
     try:
-        engine = DockerEngine(caller)
-        return [] if engine.remote else engine.claims()
+        return DockerEngine(caller, ThisMachine()).claims()
     except EngineError:
         return []
 

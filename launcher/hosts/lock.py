@@ -11,17 +11,19 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import EngineError
-from launcher.hosts.lock_wait import LOCK_WAIT_S, Say, wait_for_lock
+from launcher.hosts.host import Say
 from launcher.hosts.processes import PROC, find_process
-from starling.core.lock import take, try_flock
+from starling.core.lock import take, try_flock, wait_for
 
 NAME = "starling-launcher.lock"
 FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
 """Where every user can make a file and only its owner can remove it; the first that is so on this machine."""
+
+LOCK_WAIT_S, POLL_S = 120.0, 0.1
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -123,3 +125,20 @@ def _holder(descriptor: int, proc: Path = PROC) -> tuple[str, int]:
                 if process:
                     return f"{process.user}'s process {pid} ({process.command})", pid
     return "another `launcher up`", 0
+
+
+def wait_for_lock(
+    take: Callable[[], bool],
+    *,
+    wait: Callable[[], str],
+    give_up: Callable[[], str],
+    say: Say,
+    limit_s: float = LOCK_WAIT_S,
+    poll_s: float = POLL_S,
+) -> None:
+    """Return once `take` has the lock; says `wait` the first time that it has not.
+
+    Raises EngineError with the words of `give_up` after `limit_s`.
+    """
+    if not wait_for(take, limit_s=limit_s, tell=lambda: say(wait()), poll_s=poll_s):
+        raise EngineError(give_up())

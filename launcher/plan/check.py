@@ -43,15 +43,16 @@ def check_all(
         problems.check(engine.check_trainer, image, (placement.supervisor or placement.trainer)[-1])
     if image is not None and wants_gpu:
         problems.check(engine.check_gpu_runtime, image)
-        if image.cuda and not engine.remote:
+        if image.cuda and not engine.host.remote:
             problems.check(check_driver, image, read_driver())
-    if not engine.remote:
+    if not engine.host.remote:
         problems.check(check_disk, request.runs)
     if placement.isolated:
         problems.check(check_study_address, request.args.command.config.study, request.network)
-        if not engine.remote and not machine.maps_users:
+        if not engine.host.remote and not machine.maps_users:
             problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
-            problems.check(check_data, request.args.reads, request.args.mounts, request.user)
+            shown = [Path(mount.source) for mount in request.args.mounts]
+            problems.check(check_data, request.args.reads, shown, request.user)
             for variable, secret in secret_files(request):
                 if secret.is_file():  # else it was refused
                     problems.check(check_secret_file, secret, request.user, variable)

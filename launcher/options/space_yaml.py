@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.hosts.host_files import LOCAL, HostFiles
+from launcher.hosts.files import LOCAL, HostFiles
 
 
 def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]:

@@ -1,15 +1,35 @@
-"""What a container uses, read from its control group: in microseconds, where engines take a second."""
+"""What a replica uses, as the kernel tells: of a container by its control group, of a local replica by its session.
+
+The kernel answers in microseconds; an engine takes a second.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.engines.base import Usage
 from starling.core.cgroups import MOUNT, Group, groups_of
+from starling.core.process import all_stats
 
 PROC, ROOT = Path("/proc"), MOUNT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What a replica uses of the machine; None for what could not be read."""
+
+    memory_bytes: int | None
+    """Without cached files that the kernel would drop first."""
+    cpu_s: float | None
+    """CPU time since its start, over all cores: two readings make a rate."""
+    at: float
+    """Monotonic seconds of the reading."""
+    clock: float | None = None
+    """Seconds of the reading by the clock of another machine, where that tells: a rate is then free of the way there."""
+
 
 Read = Callable[[Path], str]
 """Returns a file's text; raises OSError."""
@@ -55,6 +75,26 @@ def files_of(groups: str, name: str, root: Path = ROOT) -> list[Path]:
     for group in _named(groups, name, "cpuacct", root):
         files += _cpu_files_v1(group) if group.version == 1 else [group.folder / "cpu.stat"]
     return files
+
+
+def read_sessions(sessions: Collection[int], proc: Path = PROC) -> dict[int, Usage]:
+    """Return the resident memory and the CPU time of each session's processes, in one walk over all processes.
+
+    Pages that several processes share are counted for each of them.
+    """
+    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    memory = dict.fromkeys(sessions, 0)
+    ticks = dict.fromkeys(sessions, 0)
+    seen = set()
+    for _, stat in all_stats(proc):
+        if stat.session in memory:
+            seen.add(stat.session)
+            memory[stat.session] += stat.resident_pages * page
+            ticks[stat.session] += stat.ticks
+    now = time.monotonic()
+    return {
+        session: Usage(memory_bytes=memory[session], cpu_s=ticks[session] / tick, at=now) for session in seen
+    }
 
 
 def _named(text: str, name: str, controller: str, root: Path) -> Iterator[Group]:

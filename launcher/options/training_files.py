@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.hosts.host_files import LOCAL, HostFiles
-from launcher.hosts.host_paths import is_the_systems
+from launcher.hosts.files import LOCAL, HostFiles, is_the_systems
 from starling.core.dataset import BadDescription, NamedPlaces, find_entry
 from starling.core.errors import DataError
 from starling.core.paths import tails

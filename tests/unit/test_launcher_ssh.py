@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 
 from launcher.engines.base import ReplicaState
-from launcher.engines.docker import box_status
-from launcher.engines.docker.box_status import read_groups, read_told
-from launcher.engines.docker.cgroups import read_usage
+from launcher.hosts import ssh_host
+from launcher.hosts.ssh_host import SshHost, read_files_there, read_usage_there
+from launcher.hosts.this_machine import TcpHost
+from launcher.hosts.usage import read_usage
 from launcher.status.progress import told_by
 
 
 class Shell:
-    """A shell of this machine, asked as `Box` asks one behind ssh."""
+    """A shell of this machine, asked as `SshConnection` asks one behind ssh."""
+
+    url, name, ids, home, docker_socket = "ssh://machine", "machine", (5, 5), Path("/home"), Path("/s")
 
     def __init__(self, path: str = os.environ["PATH"]) -> None:
         self.path, self.questions = path, 0
@@ -42,14 +45,14 @@ def replica(name: str, runs: Path, **values: Any) -> ReplicaState:
 
 
 def test_files_there_are_read_in_one_question_and_links_and_pipes_never(tmp_path: Path) -> None:
-    (tmp_path / "it's here").write_bytes(b"\x00\xff" * 40 + box_status._MARK.encode())
+    (tmp_path / "it's here").write_bytes(b"\x00\xff" * 40 + ssh_host._MARK.encode())
     (tmp_path / "private").write_text("private")
     (tmp_path / "link").symlink_to("private")
     (tmp_path / "long").write_text("x" * 200)
     os.mkfifo(tmp_path / "pipe")
     shell = Shell()
     names = ["it's here", "link", "long", "pipe", "gone"]
-    found = read_told(shell, [tmp_path / name for name in names], 100)
+    found = read_files_there(shell, [tmp_path / name for name in names], 100)
     assert found is not None
     assert [found[tmp_path / name] for name in names] == [
         (tmp_path / "it's here").read_bytes(),
@@ -67,7 +70,7 @@ def test_a_link_in_place_of_their_folder_is_not_followed_there_either(tmp_path: 
     (tmp_path / "runs").symlink_to("big disk")  # people keep their runs on another disk
     (tmp_path / "big disk/.workers").symlink_to("it's outside")
     paths = [tmp_path / "runs" / name / "r.json" for name in (".workers", "it's outside", "gone")]
-    found = read_told(Shell(), paths, 100)
+    found = read_files_there(Shell(), paths, 100)
     assert found is not None
     assert [found[path] for path in paths] == [b"", b"{}", b""]
 
@@ -75,22 +78,22 @@ def test_a_link_in_place_of_their_folder_is_not_followed_there_either(tmp_path: 
 def test_more_files_than_one_answer_may_hold_are_asked_for_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(box_status, "MOST_TOLD", 2)
+    monkeypatch.setattr(ssh_host, "MOST_STATUS_FILES", 2)
     paths = [tmp_path / str(number) for number in range(5)]
     for path in paths:
         path.write_text(path.name)
-    assert read_told(Shell(), paths, 10) == {path: path.name.encode() for path in paths}
+    assert read_files_there(Shell(), paths, 10) == {path: path.name.encode() for path in paths}
 
 
 def test_a_shell_that_cannot_leave_links_alone_reads_nothing(tmp_path: Path) -> None:
     dd = tmp_path / "dd"
     dd.write_text("#!/bin/sh\nexit 1\n")
     dd.chmod(0o755)
-    assert read_told(Shell(f"{tmp_path}:{os.environ['PATH']}"), [dd], 100) is None
+    assert read_files_there(Shell(f"{tmp_path}:{os.environ['PATH']}"), [dd], 100) is None
 
 
 def test_what_replicas_there_say_comes_by_the_shell_and_else_by_the_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / ".workers").mkdir()
     (tmp_path / ".workers/a.json").write_text(json.dumps({"epoch": 3}))
@@ -100,8 +103,8 @@ def test_what_replicas_there_say_comes_by_the_shell_and_else_by_the_engine(
     def refuse(*words: object) -> bytes:
         raise AssertionError("the engine was asked")
 
-    engine: Any = SimpleNamespace(remote=True, read_file=refuse)
-    monkeypatch.setattr("launcher.status.progress.box", Shell)
+    shell: Any = Shell()
+    engine: Any = SimpleNamespace(host=SshHost(shell), read_file=refuse)
     told = told_by(engine, states)
     assert [(progress.epoch, restarts.done) for progress, restarts in told] == [
         (3, 2),
@@ -109,7 +112,7 @@ def test_what_replicas_there_say_comes_by_the_shell_and_else_by_the_engine(
         (None, None),
     ]
 
-    monkeypatch.setattr("launcher.status.progress.box", lambda: None)
+    engine.host = TcpHost()
     mounts = [{"source": str(tmp_path), "target": "/runs"}]
     states = [replica("a", tmp_path)]
     states[0].plan["mounts"] = mounts  # type: ignore[index]
@@ -124,14 +127,8 @@ def test_control_groups_there_give_what_they_give_here(tmp_path: Path) -> None:
     here = read_usage(os.getpid(), name)
     if name == "/" or here is None:
         pytest.skip("this process has no control group with figures")
-    there = read_groups(
-        Shell(),
-        [
-            replica(name, tmp_path, pid=os.getpid()),
-            replica("another", tmp_path, pid=os.getpid()),
-            replica("gone", tmp_path, pid=2**22 + 1),
-            replica("dead", tmp_path, phase="exited", pid=os.getpid()),
-        ],
+    there = read_usage_there(
+        Shell(), {name: os.getpid(), "another": os.getpid(), "gone": 2**22 + 1, "dead": 0}
     )
     assert list(there) == [name]
     usage = there[name]

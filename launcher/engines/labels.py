@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,15 +19,6 @@ REPLICA_LABEL = "starling.replica"
 DEVICE_LABEL = "starling.device"
 SPEC_LABEL = "starling.spec"
 PLAN_LABEL = "starling.plan"
-
-
-def caller_ids(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return the uid and gid of the person calling: behind `sudo`, those of the one who typed it."""
-    uid, gid = os.getuid(), os.getgid()
-    sudo_uid, sudo_gid = environment.get("SUDO_UID", ""), environment.get("SUDO_GID", "")
-    if uid == 0 and sudo_uid.isdigit() and sudo_gid.isdigit():
-        return int(sudo_uid), int(sudo_gid)
-    return uid, gid
 
 
 def labels(spec: ReplicaSpec, owner: int) -> dict[str, str]:

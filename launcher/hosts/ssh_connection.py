@@ -77,7 +77,7 @@ def destination(url: str) -> list[str]:
     return [*words, *(["-l", user] if user else []), "--", name]
 
 
-class Box:
+class SshConnection:
     """One connection to a machine: a shell for questions, and the engine's socket. Ends with this process."""
 
     def __init__(self, url: str) -> None:
@@ -216,7 +216,7 @@ class Box:
         return urlsplit(self.url).username or "$USER"
 
     def _dial_for_each(self) -> None:
-        """Give each connection to the local socket an engine's end on the box."""
+        """Give each connection to the local socket an end at the engine there."""
         ends: list[subprocess.Popen[bytes]] = []
         while True:
             try:
@@ -255,7 +255,7 @@ class Box:
 
 
 def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the launcher, which still has things to undo on the box."""
+    """Leave Ctrl-C to the launcher, which still has things to undo there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
