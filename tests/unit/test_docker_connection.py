@@ -14,6 +14,7 @@ from docker.errors import APIError, NotFound
 from launcher.engines.docker.connection import Connection, Manner
 from launcher.engines.docker.troubles import is_gone, refusal
 from launcher.errors import EngineError
+from launcher.hosts.this_machine import ThisMachine
 from launcher.parallel import in_parallel
 from tests.doubles.docker_engine import EngineDouble, served
 
@@ -51,7 +52,7 @@ def place() -> Iterator[str]:
 
 
 def connect(path: str) -> Connection:
-    return Connection(MANNER, f"unix://{path}")
+    return Connection(MANNER, ThisMachine({"DOCKER_HOST": f"unix://{path}"}))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_hung_engine_ends_a_question_in_time_and_an_action_is_waited_for(place
 def test_the_socket_that_is_not_there_is_named(tmp_path: Path, slashes: str) -> None:
     path = tmp_path / "none.sock"
     with pytest.raises(EngineError) as missing:
-        Connection(MANNER, f"unix:{slashes}{str(path)[1:]}")
+        Connection(MANNER, ThisMachine({"DOCKER_HOST": f"unix:{slashes}{str(path)[1:]}"}))
     assert str(missing.value) == f"Docker does not answer (no socket at {path}); start it"
 
 

@@ -132,7 +132,7 @@ def test_a_mistake_that_only_the_trainer_sees_is_told_by_status(tmp_path: Path) 
     assert up.returncode == 0, up.stderr
     engine = LocalEngine(tmp_path / "runs", os.getuid())
     try:
-        wait_until(lambda: engine.list()[0].phase == "exited")
+        wait_until(lambda: engine.list()[0].phase == "exited", 60)
         status = launcher("status", "--engine", "local", cwd=tmp_path)
         words = "unknown hyperparameter 'momentun' (did you mean 'momentum'?)"
         assert "exited 2: usage or configuration error: " in status.stdout
