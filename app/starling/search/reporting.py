@@ -30,19 +30,21 @@ class SearchReporter:
         self,
         study: SearchStudy,
         config: TrainConfig,
-        data: TrainingData,
         log: EventLog,
         console: Progress,
         hooks: Mapping[str, Sequence[Hook]],
     ) -> None:
-        """Tell the trackers about the search itself, the parent of every candidate's run."""
-        self._study, self._log, self._hooks = study, log, hooks
+        self._study, self._config, self._log, self._hooks = study, config, log, hooks
         self.console = console
         self._status = WorkerStatus(runs_root(), worker_name(), console.say)
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": study.uuid, "name": config.run_name}
         self._told = 0
         """Finished trainings when the trackers were last told."""
+
+    def began(self, data: TrainingData) -> None:
+        """Tell the trackers about the search itself, the parent of every candidate's run."""
+        study, config, log = self._study, self._config, self._log
         study.describe(
             {"command": config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
         )

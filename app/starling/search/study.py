@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ class SearchStudy:
         study: optuna.Study,
         definition: Mapping[str, Any],
         rules: StudyRules,
-        monotonic: Callable[[], float],
         proposer: Proposer | None = None,
     ) -> None:
         self.directory = directory
@@ -104,7 +102,7 @@ class SearchStudy:
         self._seed = int(definition["seed"])
         self._counts = TrialCounts(rules.max_retries, self.plan)
         self._records = TrialRecords(storage.optuna, study)
-        self._watch = storage.watch(rules.lease_s, monotonic)
+        self._watch = storage.watch(rules.lease_s)
         # The first look at a large study takes a while: now, and not while the first ask keeps all others waiting.
         trials = self._trials()
         if proposer is not None:
@@ -119,7 +117,6 @@ class SearchStudy:
         *,
         storage: StudyStorage | None = None,
         rules: StudyRules | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> Self:
         """Join the study in `directory`, or start it; any number of workers may do so at once.
 
@@ -146,11 +143,11 @@ class SearchStudy:
             return study
 
         return opened.persist(
-            lambda: cls(directory, opened, join(), definition, rules or StudyRules(), monotonic, proposer)
+            lambda: cls(directory, opened, join(), definition, rules or StudyRules(), proposer)
         )
 
     @classmethod
-    def read(cls, directory: Path, *, url: str = "", rules: StudyRules | None = None) -> Self:
+    def read(cls, directory: Path, *, url: str = "") -> Self:
         """Open the study of `directory`, or of that name in the database `url`, to look at it; nothing is written.
 
         Raises UsageError if there is none.
@@ -164,15 +161,13 @@ class SearchStudy:
             absent = UsageError(
                 f"{storage.where}: there is no such study; give the search's folder below the runs"
             )
-        study = load_study(storage)
-        if study is None:
-            raise absent
         with understood(storage.where):
-            definition = study.user_attrs.get(_DEFINITION)
-            if definition is None:
+            study = load_study(storage)
+            definition = None if study is None else study.user_attrs.get(_DEFINITION)
+            if study is None or definition is None:
                 raise absent
             check_version(directory, definition)
-            return cls(directory, storage, study, definition, rules or StudyRules(), time.monotonic)
+            return cls(directory, storage, study, definition, StudyRules())
 
     @property
     @persistent

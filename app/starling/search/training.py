@@ -67,7 +67,8 @@ def search(config: TrainConfig) -> None:
             study = SearchStudy.open_or_create(directory, spec, storage=storage, rules=StudyRules())
             # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
             config = replace(config, noval=True, noplots=True, patience=0)
-            reporter = SearchReporter(study, config, data, log, console, hooks)
+            reporter = SearchReporter(study, config, log, console, hooks)
+            reporter.began(data)
             trainer = YoloTrainer(study, config, setups, reporter, bridges, stop)
             worker = Worker(study, trainer, settings=WorkerSettings(), say=console.say, check_stop=check_stop)
             summary = worker.run()
