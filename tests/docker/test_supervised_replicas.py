@@ -39,9 +39,10 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 print("up", os.getpid(), flush=True)
 hog = "x = bytearray()\\nwhile True: x += b'x' * 5_000_000"
-if os.environ["STARLING_REPLICA"].endswith("cpu0") and "--hog" in sys.argv:
+asked = [word for word in sys.argv if word.startswith("memory://hog")]
+if os.environ["STARLING_REPLICA"].endswith("cpu0") and asked:
     while not os.path.exists("/usr/src/app/runs/hog"): time.sleep(0.05)
-    if "--child" not in sys.argv: exec(hog)
+    if asked == ["memory://hog"]: exec(hog)
     subprocess.run([sys.executable, "-c", hog])
     raise SystemExit(0)
 for n in range(1200):
@@ -94,7 +95,7 @@ def test_a_stop_reaches_the_trainer_through_its_supervisor_and_is_no_failure(cli
 def test_a_trainer_out_of_memory_is_told_with_the_limit_not_tried_again_and_spares_its_sibling(
     cli: Cli,
 ) -> None:
-    assert cli.up("--cpu", "2", training=("--hog",)).returncode == 0
+    assert cli.up("--cpu", "2", training=("--bucket", "memory://hog")).returncode == 0
     (cli.folder / "runs" / "hog").touch()
     wait_until(lambda: inspect(cli.replica, "{{.State.Status}}") == "exited")
     assert inspect(cli.replica, "{{.State.OOMKilled}} {{.State.ExitCode}}") == "true 137"
@@ -108,7 +109,7 @@ def test_a_trainer_out_of_memory_is_told_with_the_limit_not_tried_again_and_spar
 
 
 def test_a_killed_child_behind_exit_code_0_is_never_called_success(cli: Cli) -> None:
-    assert cli.up("--cpu", "1", training=("--hog", "--child")).returncode == 0
+    assert cli.up("--cpu", "1", training=("--bucket", "memory://hog/child")).returncode == 0
     (cli.folder / "runs" / "hog").touch()
     wait_until(lambda: inspect(cli.replica, "{{.State.Status}}") == "exited")
     assert inspect(cli.replica, "{{.State.OOMKilled}} {{.State.ExitCode}}") == "true 0"
