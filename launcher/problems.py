@@ -50,9 +50,10 @@ class Problems:
             )
         return None
 
-    def add(self, problem: StarlingError) -> None:
-        """Keep a refusal."""
-        self._keep([problem])
+    def add(self, problem: StarlingError | None) -> None:
+        """Keep a refusal; None is none."""
+        if problem is not None:
+            self._keep([problem])
 
     def _keep(self, problems: Sequence[StarlingError]) -> None:
         """Keep each in the order found; what two checks say in the same words is one problem."""
@@ -61,12 +62,21 @@ class Problems:
 
     def raise_any(self) -> None:
         """Raise what was found: the one problem itself, or all of them together."""
-        if self.found:
-            self.refuse()
+        raise_all(self.found)
 
     def refuse(self) -> NoReturn:
         """Raise what was found, of which there is something."""
-        raise self.found[0] if len(self.found) == 1 else SeveralProblems(self.found)
+        raise _together(self.found)
+
+
+def raise_all(problems: Sequence[StarlingError]) -> None:
+    """Raise the one problem itself, or all of them together; nothing for none."""
+    if problems:
+        raise _together(problems)
+
+
+def _together(problems: Sequence[StarlingError]) -> StarlingError:
+    return problems[0] if len(problems) == 1 else SeveralProblems(problems)
 
 
 def exit_code_of(problems: Sequence[StarlingError]) -> int:

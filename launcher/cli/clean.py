@@ -139,11 +139,11 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
 
 def _remove(engine: Engine, found: _Found) -> None:
     """Remove everything that was found; raises EngineError with all that resisted, after trying the rest."""
-    from launcher.fleet import bring_up as fleet
+    from launcher.fleet.end import discard
     from launcher.status.run_folders import delete, forget_workers, unused
 
     still = [state for state in found.ended if (now := engine.state(state.id)) is not None and not now.live]
-    failures = fleet.discard(engine, still)
+    failures = discard(engine, still)
     for runs, run in found.folders:
         try:
             with unused(runs, run) as folder:  # again: the answer may have taken a while

@@ -19,7 +19,7 @@ _EXAMPLES = {
     "user": '"1000:1000"',
     "env": "[WANDB_MODE]",
     "env-file": "[secrets.env]",
-    "host": "ssh://me@gpu-box",
+    "host": "ssh://me@gpu-machine",
 }
 """Values to show for keys that have no default, where the type alone would say too little."""
 

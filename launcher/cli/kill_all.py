@@ -22,7 +22,7 @@ def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -
     import json
 
     from launcher.errors import EngineError
-    from launcher.fleet import bring_up as fleet
+    from launcher.fleet.end import discard
     from launcher.status.selection import select
     from launcher.status.words import device_words, words_for
 
@@ -38,7 +38,7 @@ def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -
     if not yes and not confirmed(f"kill and remove {count_words(states)}?", "kill-all"):
         click.echo("nothing removed")
         sys.exit(1)
-    failures = fleet.discard(chosen, states)
+    failures = discard(chosen, states)
     if failures:
         raise EngineError("could not remove " + "; ".join(failures))
     if as_json:

@@ -24,7 +24,7 @@ def stop(target: Target, grace: float, names: tuple[str, ...]) -> None:
     Without NAMES: all of yours. They stay listed, and the same `up` resumes them. Exits 1 when one had to be killed,
     or had failed.
     """
-    from launcher.fleet import bring_up as fleet
+    from launcher.fleet.end import stop as stop_replicas
     from launcher.status.selection import select
     from launcher.status.watch import show_status
 
@@ -33,5 +33,5 @@ def stop(target: Target, grace: float, names: tuple[str, ...]) -> None:
     if not states:
         click.echo("none: nothing to stop")
         return
-    fleet.stop(chosen, states, grace_s=grace, say=say)
+    stop_replicas(chosen, states, grace_s=grace, say=say)
     sys.exit(show_status(chosen, [state.name for state in states]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,6 +113,15 @@ def expand_ids(text: str) -> tuple[str, ...]:
         else:
             ids.append(item)
     return tuple(ids)
+
+
+def replica_gpus(label: str, plan: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a replica's GPUs: the UUIDs of its plan, or else the ids of its label; none for a CPU replica."""
+    kind, _, text = label.partition(":")
+    uuids = plan.get("uuids")
+    if kind != "gpu":
+        return ()
+    return tuple(map(str, uuids)) if isinstance(uuids, list) and uuids else expand_ids(text)
 
 
 def _expand(item: str, text: str) -> Sequence[str]:

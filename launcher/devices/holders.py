@@ -1,9 +1,9 @@
-"""Who holds which GPU, and what `--gpus` may take then. Pure: what is claimed comes in as an argument."""
+"""Who holds which GPU, and what `--gpus` may take then. Pure: the holders come in as an argument."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from launcher.devices.devices import (
     Device,
@@ -15,19 +15,18 @@ from launcher.devices.devices import (
     resolve_ids,
 )
 from launcher.devices.inventory import Gpu
-from launcher.problems import Problems
 from starling.core.errors import UsageError
 
 EVERY = "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """What somebody was given of this machine's GPUs, or computes on."""
+class GpuHolder:
+    """A container, a replica or a process that was given GPUs of this machine, or computes on them."""
 
-    holder: str
+    name: str
     """Who, in words that follow "held by"."""
-    ids: tuple[str, ...]
+    gpus: tuple[str, ...]
     """Indices, UUIDs, slices as GPU:SLICE, or `all`; nothing for a container without a GPU."""
     id: str = ""
     """The container's or the replica's; empty for a process of neither."""
@@ -39,29 +38,41 @@ class Claim:
 class Occupancy:
     """What is taken by others, and what the fleet itself has already."""
 
-    claims: tuple[Claim, ...] = ()
+    holders: tuple[GpuHolder, ...] = ()
     own: tuple[str, ...] = ()
-    """The devices of the fleet's existing replicas, as UUIDs or ids."""
+    """The GPUs of the fleet's existing replicas, as UUIDs or ids."""
     settled: tuple[str, ...] = ()
-    """Those of them whose replicas run, or have finished, and will not be started: who else is there does not matter."""
+    """Those of them whose replicas run, or have finished, and will not be started: other holders do not matter."""
 
 
 NOBODY = Occupancy()
 
 
-def choose_gpus(
-    text: str,
-    gpus: Sequence[Gpu] | None,
-    occupancy: Occupancy = NOBODY,
-    *,
-    force: bool = False,
-    problems: Problems | None = None,
-) -> tuple[tuple[Device, ...], tuple[str, ...]]:
-    """Return the devices that `--gpus` means, and a note for each that `force` shares with somebody.
+@dataclass(frozen=True, slots=True)
+class GpuChoice:
+    """The devices that `--gpus` means, and who else holds some of them."""
+
+    devices: tuple[Device, ...]
+    held: Mapping[Device, tuple[GpuHolder, ...]] = field(default_factory=dict)
+
+    def shared_notes(self) -> list[str]:
+        """Return a note for each device that is shared with its holders."""
+        return [f"{_held(device, found)}; shared as --force says" for device, found in self.held.items()]
+
+    def check_free(self, text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy) -> None:
+        """Raise UsageError, with the holders and the remedies, where others hold a device."""
+        if self.held:
+            raise UsageError(_busy(text, gpus, self.held, occupancy))
+
+
+NO_DEVICE = GpuChoice(())
+
+
+def choose_gpus(text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy = NOBODY) -> GpuChoice:
+    """Return the devices that `--gpus` means.
 
     `gpus` is NVML's list, None where it does not answer. A fleet that exists keeps the devices it has, so `free` means
-    the same at the second call as at the first. Raises UsageError for devices that are not there, or are held by others;
-    with `problems` the latter is kept there, and the devices are returned all the same.
+    the same at the second call as at the first. Raises UsageError for devices that are not there, or are not free.
     """
     selection = parse_gpus(text)
     if selection.kind == "all":
@@ -74,21 +85,18 @@ def choose_gpus(
     held = {
         device: found
         for device in devices
-        if not _parts(device.handles, gpus) <= settled and (found := holders(device, gpus, occupancy.claims))
+        if not _parts(device.handles, gpus) <= settled
+        and (found := holders_of(device, gpus, occupancy.holders))
     }
-    if held and not force:
-        busy = UsageError(_busy(text, gpus, held, occupancy))
-        if problems is None:
-            raise busy
-        problems.add(busy)
-        return devices, ()
-    return devices, tuple(f"{_held(device, found)}; shared as --force says" for device, found in held.items())
+    return GpuChoice(devices, held)
 
 
-def holders(device: Device, gpus: Sequence[Gpu] | None, claims: Iterable[Claim]) -> tuple[Claim, ...]:
-    """Return the claims that cover the device, or a part of it."""
+def holders_of(
+    device: Device, gpus: Sequence[Gpu] | None, holders: Iterable[GpuHolder]
+) -> tuple[GpuHolder, ...]:
+    """Return those of the holders that hold the device, or a part of it."""
     wanted = _parts(device.handles, gpus)
-    return tuple(claim for claim in claims if EVERY in claim.ids or wanted & _parts(claim.ids, gpus))
+    return tuple(holder for holder in holders if EVERY in holder.gpus or wanted & _parts(holder.gpus, gpus))
 
 
 def _parts(ids: Iterable[str], gpus: Sequence[Gpu] | None) -> set[str]:
@@ -115,12 +123,14 @@ def _choose_free(
     if own and selection.count is None:
         return tuple(own)
     free = [
-        device for device in everything if device not in own and not holders(device, gpus, occupancy.claims)
+        device
+        for device in everything
+        if device not in own and not holders_of(device, gpus, occupancy.holders)
     ]
     chosen = sorted([*own, *free][: selection.count], key=everything.index)
     if not chosen or len(chosen) < (selection.count or 0):
         taken = [device for device in everything if device not in own and device not in free]
-        lines = [_held(device, holders(device, gpus, occupancy.claims)) for device in taken]
+        lines = [_held(device, holders_of(device, gpus, occupancy.holders)) for device in taken]
         have = f"{len(chosen)} of {len(everything)} are free" if chosen else "none is free"
         remedy = f"wait, or take --gpus free:{len(chosen)}" if chosen else "wait for one"
         raise UsageError("\n  ".join([f"--gpus {text}: {have}", *lines]) + f"\n{remedy}")
@@ -130,13 +140,13 @@ def _choose_free(
 def _busy(
     text: str,
     gpus: Sequence[Gpu] | None,
-    held: dict[Device, tuple[Claim, ...]],
+    held: Mapping[Device, tuple[GpuHolder, ...]],
     occupancy: Occupancy,
 ) -> str:
     """Return the message that names each holder, and what to do about it."""
     lines = [_held(device, found) for device, found in held.items()]
-    free = [device for device in every_device(gpus or ()) if not holders(device, gpus, occupancy.claims)]
-    ends = dict.fromkeys(claim.remedy for found in held.values() for claim in found if claim.remedy)
+    free = [device for device in every_device(gpus or ()) if not holders_of(device, gpus, occupancy.holders)]
+    ends = dict.fromkeys(holder.remedy for found in held.values() for holder in found if holder.remedy)
     remedies = [
         f"choose others (free: {join_devices(free).id})" if free else "choose others, or wait",
         *(f"end what holds it: {end}" for end in ends),
@@ -147,5 +157,5 @@ def _busy(
     return "\n  ".join([f"--gpus {text}: {len(lines)} devices are held", *lines]) + f"\n{', '.join(remedies)}"
 
 
-def _held(device: Device, found: Sequence[Claim]) -> str:
-    return f"GPU {device.id} is held by {' and '.join(dict.fromkeys(claim.holder for claim in found))}"
+def _held(device: Device, found: Sequence[GpuHolder]) -> str:
+    return f"GPU {device.id} is held by {' and '.join(dict.fromkeys(holder.name for holder in found))}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.devices.devices import Device
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine, Mount, ReplicaSpec
-from launcher.plan.plan import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
+from launcher.options.request import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
 from launcher.sizes import MIB, format_size
 from starling.core.errors import StarlingError
 

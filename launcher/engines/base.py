@@ -13,7 +13,7 @@ from launcher.sizes import format_cores
 
 if TYPE_CHECKING:
     from launcher.devices.devices import Device
-    from launcher.devices.holders import Claim
+    from launcher.devices.holders import GpuHolder
     from launcher.devices.inventory import Machine
     from launcher.hosts.host import Host
     from launcher.hosts.usage import Usage
@@ -212,7 +212,7 @@ class Engine(Protocol):
     def list(self) -> list[ReplicaState]:
         """Return our replicas and nobody else's, by name."""
 
-    def claims(self) -> Sequence[Claim]:
+    def gpu_holders(self) -> Sequence[GpuHolder]:
         """Return who was given which GPUs by this engine: everybody, not only us."""
 
     def state(self, replica_id: str) -> ReplicaState | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.devices.devices import expand_ids
-from launcher.devices.holders import Claim, Occupancy
+from launcher.devices.devices import replica_gpus
+from launcher.devices.holders import GpuHolder
 from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
-from launcher.engines.base import Engine, ReplicaState
+from launcher.engines.base import Engine
 from launcher.engines.labels import DEVICE_LABEL, FLEET_LABEL, REPLICA_LABEL, plan_of
 from launcher.errors import EngineError
 from launcher.hosts.address import engine_address, socket_path
@@ -27,65 +27,40 @@ _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")
 """Its path on a command line, of this version and of those before it."""
 
 
-def find_occupancy(
-    engine: Engine,
-    gpus: Sequence[Gpu] | None,
-    own: Sequence[ReplicaState],
-    caller: int,
-    *,
-    recreate: bool = False,
-    proc: Path = PROC,
-) -> Occupancy:
-    """Return what others hold, and what `own`, the replicas of the fleet in question, have.
+def find_holders(
+    engine: Engine, gpus: Sequence[Gpu] | None, own: Collection[str], *, proc: Path = PROC
+) -> tuple[GpuHolder, ...]:
+    """Return who holds GPUs, but for the replicas whose ids are among `own`.
 
     Asked are the engine's containers or replicas; where the engine is this machine's, also the local replicas of all
     its users, Docker's containers beside the local engine, and the processes that compute on `gpus`.
     """
-    claims = list(engine.claims())
+    holders = list(engine.gpu_holders())
     if not engine.host.remote:
         supervised = local_replicas(proc)
-        claims += supervised.values()
+        holders += supervised.values()
         if engine.name == "local":
-            claims += _containers(caller)
-        claims += _process_claims(gpus or (), claims, supervised, proc)
-    ours = {state.id for state in own}
-    settled = [state for state in own if state.live or (state.finished and not recreate)]
-    return Occupancy(
-        claims=tuple(dict.fromkeys(claim for claim in claims if claim.id not in ours)),
-        own=_devices_of(own),
-        settled=_devices_of(settled),
-    )
+            holders += _containers(engine.host.owner)
+        holders += _processes(gpus or (), holders, supervised, proc)
+    return tuple(dict.fromkeys(holder for holder in holders if holder.id not in own))
 
 
-def _devices_of(states: Sequence[ReplicaState]) -> tuple[str, ...]:
-    return tuple(item for state in states for item in device_ids(state.device, state.plan))
-
-
-def device_ids(label: str, plan: Mapping[str, object]) -> tuple[str, ...]:
-    """Return a replica's GPUs: the UUIDs of its plan, or else the ids of its label; none for a CPU replica."""
-    kind, _, text = label.partition(":")
-    uuids = plan.get("uuids")
-    if kind != "gpu":
-        return ()
-    return tuple(map(str, uuids)) if isinstance(uuids, list) and uuids else expand_ids(text)
-
-
-def local_replicas(proc: Path = PROC) -> dict[int, Claim]:
-    """Return what the local engine's replicas hold, by the pid of their supervisor: every user's, in any runs folder."""
-    claims = {}
+def local_replicas(proc: Path = PROC) -> dict[int, GpuHolder]:
+    """Return the local engine's replicas by the pid of their supervisor: every user's, in any runs folder."""
+    found = {}
     for folder in proc.iterdir():
-        if folder.name.isdecimal() and (claim := _supervised(folder)):
-            claims[int(folder.name)] = claim
-    return claims
+        if folder.name.isdecimal() and (holder := _supervised(folder)):
+            found[int(folder.name)] = holder
+    return found
 
 
-def _supervised(folder: Path) -> Claim | None:
-    """Return the claim of a supervisor's replica; what it holds is known where its record can be read."""
+def _supervised(folder: Path) -> GpuHolder | None:
+    """Return the replica of a supervisor, by its folder in `/proc`; its GPUs are known where its record can be read."""
     words = command_words(folder)
-    places = [at for at, word in enumerate(words[:4]) if _SUPERVISOR.search(word)]
-    if not places or len(words) <= places[0] + 1 or "python" not in Path(words[0]).name:
+    found = [at for at, word in enumerate(words[:4]) if _SUPERVISOR.search(word)]
+    if not found or len(words) <= found[0] + 1 or "python" not in Path(words[0]).name:
         return None
-    exit_file = Path(words[places[0] + 1])
+    exit_file = Path(words[found[0] + 1])
     name = printable(exit_file.name.removesuffix(".exit.json"))
     uid = user_id(folder)
     if uid is None:
@@ -94,12 +69,12 @@ def _supervised(folder: Path) -> Claim | None:
     record = read_json(exit_file.with_name(f"{name}.json"))
     labels, plan = _labels_and_plan(record)
     if plan is None or labels.get(REPLICA_LABEL) != name:
-        return Claim(f"local replica {name}{of_whom} (process {folder.name})", (), f"pid {folder.name}")
+        return GpuHolder(f"local replica {name}{of_whom} (process {folder.name})", (), f"pid {folder.name}")
     fleet = printable(labels.get(FLEET_LABEL, ""))
     command = ["launcher", "stop", "--engine", "local", "--runs", str(exit_file.parent.parent), fleet]
-    return Claim(
-        holder=f"{name} of fleet {fleet}{of_whom}",
-        ids=device_ids(labels.get(DEVICE_LABEL, ""), plan),
+    return GpuHolder(
+        name=f"{name} of fleet {fleet}{of_whom}",
+        gpus=replica_gpus(labels.get(DEVICE_LABEL, ""), plan),
         id=str(record.get("id")),
         remedy="" if of_whom else printable(shlex.join(command)),
     )
@@ -117,42 +92,39 @@ def _labels_and_plan(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[st
         return labels, None
 
 
-def _containers(caller: int) -> Sequence[Claim]:
-    """Return what Docker's containers hold, where there is a Docker beside the local engine that answers."""
+def _containers(owner: int) -> Sequence[GpuHolder]:
+    """Return Docker's containers, where there is a Docker beside the local engine that answers."""
     try:
         socket = socket_path(engine_address())
-    except EngineError:
-        return []
-    if socket is None or not Path(socket).exists():
-        return []
-    from launcher.engines.docker.docker import DockerEngine
+        if socket is None or not os.path.exists(socket):
+            return []
+        from launcher.engines.docker.docker import DockerEngine
 
-    try:
-        return DockerEngine(caller, ThisMachine()).claims()
+        return DockerEngine(owner, ThisMachine()).gpu_holders()
     except EngineError:
         return []
 
 
-def _process_claims(
-    gpus: Sequence[Gpu], claims: Sequence[Claim], supervised: Mapping[int, Claim], proc: Path
-) -> Iterator[Claim]:
-    """Yield a claim for each process on a GPU, under the name of the container or replica that it belongs to."""
-    containers = {claim.id: claim for claim in claims if claim.id}
+def _processes(
+    gpus: Sequence[Gpu], holders: Sequence[GpuHolder], supervised: Mapping[int, GpuHolder], proc: Path
+) -> Iterator[GpuHolder]:
+    """Yield a holder for each process on a GPU, under the name of the container or replica that it belongs to."""
+    containers = {holder.id: holder for holder in holders if holder.id}
     for gpu in gpus:
         parts: tuple[Gpu | MigSlice, ...] = (gpu, *gpu.slices)
         for part in parts:
             for running in part.processes:
                 process = find_process(running.pid, proc)
-                known = process and _belongs(process, containers, supervised)
+                known = process and _belongs_to(process, containers, supervised)
                 if known:
-                    yield replace(known, ids=(part.uuid,))
+                    yield replace(known, gpus=(part.uuid,))
                 else:
-                    yield Claim(_describe(running, process), (part.uuid,))
+                    yield GpuHolder(_describe(running, process), (part.uuid,))
 
 
-def _belongs(
-    process: Process, containers: Mapping[str, Claim], supervised: Mapping[int, Claim]
-) -> Claim | None:
+def _belongs_to(
+    process: Process, containers: Mapping[str, GpuHolder], supervised: Mapping[int, GpuHolder]
+) -> GpuHolder | None:
     for container in process.containers:
         if container in containers:
             return containers[container]

@@ -61,7 +61,7 @@ class ThisMachine:
 
     def owner_of(self, path: Path) -> int | None:
         """Return the uid of the owner of a folder; None where there is no folder."""
-        return path.stat().st_uid if path.is_dir() else None
+        return path.stat().st_uid if os.path.isdir(path) else None
 
     def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
         """Return what containers use, read from their control groups."""

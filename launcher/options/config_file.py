@@ -158,8 +158,6 @@ def read_settings(path: Path, up: click.Command) -> Settings:
 
     Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
     """
-    from launcher.options.strict_yaml import read_mapping
-
     keys = keys_of(up)
     values: dict[str, Any] = {}
     train: tuple[str, ...] = ()
@@ -177,6 +175,32 @@ def read_settings(path: Path, up: click.Command) -> Settings:
         elif not value.empty:
             values[option.name] = _flag_value(option, key, value, at)
     return Settings(path=path, values=values, train=train)
+
+
+def read_mapping(path: Path) -> dict[str, Value]:
+    """Return the mapping that a YAML file holds; an empty one for a file of comments only.
+
+    Raises UsageError with file and line for a file that cannot be read or is too large, for anything but one
+    document with a mapping, and for tags, anchors, aliases and keys that stand twice.
+    """
+    from starling.core.budget import BudgetExceeded
+    from starling.core.files.regular import read_regular
+    from starling.core.plain_yaml import MOST_BYTES, NotYaml, OtherYaml, written_mapping
+    from starling.core.words import printable
+
+    try:
+        return written_mapping(read_regular(path, MOST_BYTES), path)
+    except OSError as error:
+        raise UsageError(
+            f"{printable(path)}: cannot be read, or is not a file ({error.strerror}); give a YAML file"
+        ) from None
+    except BudgetExceeded:
+        raise UsageError(
+            f"{path}: over {MOST_BYTES // 1024} KiB, so no file of settings; check the path"
+        ) from None
+    except NotYaml as error:
+        what = "" if isinstance(error, OtherYaml) else "not valid YAML: "
+        raise UsageError(f"{path}{error.place}: {what}{error.problem}") from None
 
 
 def _flag_value(option: click.Option, key: str, value: Value, at: str) -> Any:
@@ -263,7 +287,7 @@ def _training_flag(key: str, where: str) -> str:
 def _complete(ctx: click.Context, settings: Settings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
     from launcher.hosts.address import is_behind_ssh
-    from launcher.options.training_args import place_beside, without_overridden
+    from launcher.options.training_words import relative_to, without_overridden
 
     def from_file(name: str | None) -> bool:
         return name is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
@@ -279,7 +303,7 @@ def _complete(ctx: click.Context, settings: Settings) -> None:
                 ctx.params[other] = None
     if "training_args" in ctx.params:
         click.echo(f"settings: {settings.path}", err=True)
-        words = settings.train if elsewhere else place_beside(settings.train, settings.folder)
+        words = settings.train if elsewhere else relative_to(settings.train, settings.folder)
         typed = ctx.params["training_args"]
         ctx.params["training_args"] = (*without_overridden(words, typed), *typed)
 

@@ -1,41 +1,22 @@
-"""Read a training command line as far as the host must: which paths it names, which run it is."""
+"""Read a training command line as far as the host must: which run it is, and which paths it names."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from launcher.engines.base import Mount
 from launcher.hosts.files import LOCAL, HostFiles
-from launcher.options.space_yaml import space_layouts
-from launcher.options.training_files import read_dataset, start_of_shipped
+from launcher.options.training_files import MISSING, FileFinder, start_of_shipped_dataset
+from launcher.options.training_words import TrainingWords
 from launcher.problems import Problems
-from starling.core import package
-from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError, suggest
-from starling.core.misplaced import misplaced
+from starling.core.errors import CheckpointError, StarlingError, UsageError
 from starling.core.paths import at_home, path_problem
-from starling.core.settings.train import COMMAND, TrainCommand, TrainConfig, parse_args
+from starling.core.settings.train import TrainCommand, TrainConfig, parse_args
 from starling.core.words import shown
-
-_SHIPPED_FOLDER = {"cfg": "layouts", "data": "datasets", "hyp": "hyps", "space": "spaces"}
-_MISSING: dict[str, type[StarlingError]] = {
-    "data": DataError,
-    "weights": CheckpointError,
-    "hyp": UsageError,
-    "cfg": UsageError,
-    "space": UsageError,
-    "hooks": UsageError,
-}
-"""The settings whose values are files, and the error that the lack of each is."""
-_PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
-"""Bare names of weights that the trainer can fetch."""
-_IMAGE_ROOT = PurePosixPath("/usr/src")
-"""Paths below it are the image's own; the host has no say in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +30,9 @@ class TrainingArgs:
     project: str
     name: str
     reads: Mapping[Path, type[StarlingError]] = field(default_factory=dict)
-    """What the training opens, its files and the folders of its pictures, each with the error that the lack of it is."""
+    """The files and the folders of images that the training opens, each with the error that the lack of it is."""
     start: Path | None = None
-    """Where the dataset's root is looked for, if the YAML alone does not tell."""
+    """The folder in which the dataset's root was found, where the YAML alone does not tell."""
 
     @property
     def fleet(self) -> str:
@@ -79,12 +60,12 @@ def prepare_args(
             "no training arguments: give them after `--`, such as "
             "-- --data bccd.yaml --weights '' --cfg yolov5n.yaml --evolve 60"
         )
-    _refuse_password(words)
+    values = TrainingWords(words)
+    _refuse_password(values)
     command = parse_args(words)
     config = command.config
     _refuse_queue(config.remote)
-    values = _Words(words)
-    mounts, reads, start = _take_paths(values, config, cwd, isolated, files)
+    found = _find_files(values, FileFinder(cwd, files, isolated))
     _place_resume(values, config.resume, cwd, runs, runs_inside, files)
     project = _project(values, config, runs)
     for option, given in (("--project", project), ("--name", config.run_name)):
@@ -95,72 +76,44 @@ def prepare_args(
     return TrainingArgs(
         words=values.words,
         command=command,
-        mounts=_outermost(mounts),
+        mounts=_outermost(found.mounts),
         project=project,
         name=config.run_name,
-        reads=reads,
-        start=start,
+        reads=found.reads,
+        start=found.start,
     )
 
 
-def _take_paths(
-    values: _Words, config: TrainConfig, cwd: Path, isolated: bool, files: HostFiles
-) -> tuple[list[Mount], dict[Path, type[StarlingError]], Path | None]:
-    """Make the host's paths absolute; return the mounts that they need, what training opens, and where it starts.
+@dataclass(slots=True)
+class _Found:
+    """What the files of a command line ask for."""
 
-    Raises all refusals together.
-    """
-    mounts: list[Mount] = []
-    reads: dict[Path, type[StarlingError]] = {}
+    mounts: list[Mount] = field(default_factory=list)
+    reads: dict[Path, type[StarlingError]] = field(default_factory=dict)
     start: Path | None = None
-    problems = Problems()
-    for setting in _MISSING:
-        path = problems.check(_take_path, setting, values, cwd, isolated, files)
-        named = path and problems.check(_named_by, setting, path, cwd, files)
-        if path and named:
-            mounts += [Mount(source=str(item), target=str(item)) for item in (path, *named.shown)]
-            reads |= dict.fromkeys((path, *named.opened), _MISSING[setting])
-            start = named.start or start
+
+
+def _find_files(values: TrainingWords, finder: FileFinder) -> _Found:
+    """Find every file that a setting names, and make its path absolute in the words; raises all refusals together."""
+    found, problems = _Found(), Problems()
+    for setting, error in MISSING.items():
+        given = values.get(setting)
+        named = problems.check(finder.find, setting, given) if given else None
+        if named is not None:
+            values.set(setting, str(named.path))
+            found.mounts += [Mount(source=str(item), target=str(item)) for item in (named.path, *named.shown)]
+            found.reads |= dict.fromkeys((named.path, *named.opened), error)
+            found.start = named.start or found.start
     problems.raise_any()
-    shipped = None if isolated else _shipped_dataset(values.get("data"), reads)
-    return mounts, reads, start_of_shipped(shipped, cwd) if shipped else start
+    data = values.get("data")
+    if data and not finder.isolated and Path(data) not in found.reads:
+        found.start = start_of_shipped_dataset(data, finder.cwd) or found.start
+    return found
 
 
-def _take_path(setting: str, values: _Words, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
-    """Return the host's file that a setting names, and make the word absolute; None for anything else."""
-    given = values.get(setting)
-    if not given:
-        return None
-    try:
-        path = _existing(setting, given, cwd, isolated, files)
-    except PermissionError as error:
-        raise _MISSING[setting](
-            f"--{setting} {given}: you may not look at {error.filename}; ask its owner, or give another path"
-        ) from None
-    if path is not None:
-        values.set(setting, str(path))
-    return path
-
-
-class _Named(NamedTuple):
-    """What else a file names: what replicas must see, what of that the training opens, and where it was looked for."""
-
-    shown: tuple[Path, ...] = ()
-    opened: tuple[Path, ...] = ()
-    start: Path | None = None
-
-
-def _named_by(setting: str, path: Path, cwd: Path, files: HostFiles) -> _Named:
-    if setting == "data":
-        dataset = read_dataset(path, files, cwd)
-        return _Named(dataset.folders, dataset.splits, dataset.start)
-    layouts = space_layouts(path, files) if setting == "space" else ()
-    return _Named(layouts, layouts)
-
-
-def _refuse_password(words: Sequence[str]) -> None:
+def _refuse_password(values: TrainingWords) -> None:
     """Refuse a URL with a password before it stands in a container's command, where `docker inspect` shows it."""
-    study = _Words(words).get("study") or ""
+    study = values.get("study") or ""
     if re.search(r"^\w+://[^/?#]*:[^/?#]*@|[?&][^=&]*pass[^=&]*=", study, re.IGNORECASE):
         raise UsageError(
             "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
@@ -186,120 +139,8 @@ def check_local_trainer() -> None:
         )
 
 
-class _Words:
-    """A command line whose settings can be read and replaced; the last of two words for one setting counts."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = list(words)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return tuple(self._words)
-
-    def get(self, setting: str) -> str | None:
-        """Return the value given for a setting; None where there is none."""
-        at = self._find(setting)
-        if at is None:
-            return None
-        if "=" in self._words[at]:
-            return self._words[at].split("=", 1)[1]
-        following = self._words[at + 1] if at + 1 < len(self._words) else None
-        return None if following is None or following.startswith("--") else following
-
-    def set(self, setting: str, value: str) -> None:
-        """Replace the value given for a setting."""
-        at = self._find(setting)
-        assert at is not None
-        if "=" in self._words[at]:
-            self._words[at] = self._words[at].split("=", 1)[0] + "=" + value
-        else:
-            self._words[at + 1] = value
-
-    def _find(self, setting: str) -> int | None:
-        """Return the place of the last word that is a flag of the setting, by whatever spelling or prefix."""
-        places = [at for at, word in enumerate(self._words) if means(word) == setting]
-        return places[-1] if places else None
-
-
-def means(word: str) -> str | None:
-    """Return the setting of training that a word is a flag of; None for a value and for an unknown flag."""
-    declared = COMMAND.setting_of(word.split("=", 1)[0])
-    return None if declared is None else declared.field
-
-
-def _existing(setting: str, given: str, cwd: Path, isolated: bool, files: HostFiles) -> Path | None:
-    """Return the absolute path of a file of the host, or None for one that the trainer brings or fetches."""
-    if "://" in given:
-        return None
-    path = files.expand(cwd, given)
-    if files.is_file(path):
-        if not files.remote and (wrong := _misplaced(setting, path)):
-            raise _MISSING[setting](f"--{setting} {given}: {wrong}")
-        return path
-    if setting == "weights" and files.is_file(path.with_name(f"{path.name}.pt")):
-        return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
-    if setting == "weights" and _PUBLISHED.fullmatch(given):
-        return _kept_weights(given, files)
-    known = _shipped(setting)
-    name = PurePosixPath(given).name
-    if {name, f"{name}.yaml"} & set(known) and not (path.is_absolute() and given.startswith(("~", "/home"))):
-        return None
-    if isolated and PurePosixPath(given).is_relative_to(_IMAGE_ROOT):
-        return None
-    if not files.remote and (wrong := _misplaced(setting, path)):
-        raise _MISSING[setting](f"--{setting} {given}: {wrong}")
-    hint = suggest(name, known)
-    remedy = {
-        "data": "give the path of a dataset YAML",
-        "weights": "give the path of a checkpoint, or --weights '' to train from scratch",
-        "hooks": "give the path of a Python file",
-    }.get(setting, f"give a path, or one of: {', '.join(sorted(known))}")
-    where = f" on the remote machine ({path})" if files.remote else ""
-    raise _MISSING[setting](f"--{setting} {given}: no such file{where}{hint}; {remedy}")
-
-
-def _misplaced(setting: str, path: Path) -> str | None:
-    return None if setting == "hooks" else misplaced(f"--{setting}", path)
-
-
-def _kept_weights(given: str, files: HostFiles) -> Path:
-    """Return published weights as the trainer keeps them on this host; replicas have no folder to keep them in."""
-    name = given if given.endswith(".pt") else f"{given}.pt"
-    folder = files.home / ".cache" / "starling" / "weights"
-    if not files.remote:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or files.home / ".cache")
-        folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
-        folder = at_home(folder).absolute()
-    if files.is_file(folder / name):
-        return folder / name
-    raise CheckpointError(
-        f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
-        f"starling data download {name}"
-    )
-
-
-def _shipped(setting: str) -> list[str]:
-    """Return the names of the YAML files that the trainer carries for this setting."""
-    if setting not in _SHIPPED_FOLDER:
-        return []
-    return [path.name for path in _shipped_folder(setting).glob("*.yaml")]
-
-
-def _shipped_folder(setting: str) -> Path:
-    return package.PARENT / "starling" / "config" / _SHIPPED_FOLDER[setting]
-
-
-def _shipped_dataset(given: str | None, found: Collection[Path]) -> Path | None:
-    """Return the description that the trainer carries, where `--data` names none of the files that were found."""
-    if not given or Path(given) in found or "://" in given:
-        return None
-    name = PurePosixPath(given).name
-    path = _shipped_folder("data") / (name if name in _shipped("data") else f"{name}.yaml")
-    return path if path.is_file() else None
-
-
 def _place_resume(
-    values: _Words, given: str, cwd: Path, runs: Path, runs_inside: str, files: HostFiles
+    values: TrainingWords, given: str, cwd: Path, runs: Path, runs_inside: str, files: HostFiles
 ) -> None:
     """Point `--resume PATH` at the writable runs folder, where the run goes on."""
     if given in ("", "latest"):
@@ -315,7 +156,7 @@ def _place_resume(
     values.set("resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
 
 
-def _project(values: _Words, config: TrainConfig, runs: Path) -> str:
+def _project(values: TrainingWords, config: TrainConfig, runs: Path) -> str:
     """Return the project below the runs folder, and rewrite an absolute one to be relative to it."""
     given = config.run_project
     path = at_home(given)
@@ -349,29 +190,4 @@ def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
     for mount in sorted(set(mounts), key=lambda item: (len(PurePosixPath(item.source).parts), item.source)):
         if not any(PurePosixPath(mount.source).is_relative_to(other.source) for other in kept):
             kept.append(mount)
-    return tuple(kept)
-
-
-def place_beside(words: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Make relative paths among training arguments start at `folder`; names of what the trainer brings stay."""
-    values = _Words(words)
-    for setting in (*_MISSING, "resume"):
-        given = values.get(setting)
-        if given and "://" not in given and not given.startswith(("~", "/")):
-            path = folder / given
-            if "/" in given or path.exists():
-                values.set(setting, str(path))
-    return values.words
-
-
-def without_overridden(words: Sequence[str], winners: Sequence[str]) -> tuple[str, ...]:
-    """Return `words` less the flags, with their values, of settings that `winners` give too."""
-    given = {means(word) for word in winners if word.startswith("--")} - {None}
-    kept: list[str] = []
-    dropping = False
-    for word in words:
-        if word.startswith("--"):
-            dropping = means(word) in given
-        if not dropping:
-            kept.append(word)
     return tuple(kept)

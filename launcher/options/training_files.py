@@ -1,34 +1,168 @@
-"""Which folders of the host a dataset's YAML names, and which of them a replica may see."""
+"""The files and folders of the host that training arguments name, and which of them a replica may see."""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from launcher.hosts.files import LOCAL, HostFiles, is_the_systems
+from starling.core import package
 from starling.core.dataset import BadDescription, NamedPlaces, find_entry
-from starling.core.errors import DataError
-from starling.core.paths import tails
+from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError, suggest
+from starling.core.misplaced import misplaced
+from starling.core.paths import at_home, tails
 from starling.core.words import shown
+
+MISSING: dict[str, type[StarlingError]] = {
+    "data": DataError,
+    "weights": CheckpointError,
+    "hyp": UsageError,
+    "cfg": UsageError,
+    "space": UsageError,
+    "hooks": UsageError,
+}
+"""The settings whose values are files, and the error that the lack of each is."""
+
+_SHIPPED_FOLDER = {"cfg": "layouts", "data": "datasets", "hyp": "hyps", "space": "spaces"}
+_PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
+"""Bare names of weights that the trainer can fetch."""
+_IMAGE_ROOT = PurePosixPath("/usr/src")
+"""Paths below it are the image's own; the host has no say in them."""
+_REMEDIES = {
+    "data": "give the path of a dataset YAML",
+    "weights": "give the path of a checkpoint, or --weights '' to train from scratch",
+    "hooks": "give the path of a Python file",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """Where a dataset's pictures are: its root, and the folder or list of each split."""
+class NamedFile:
+    """A file that a setting names, and what the file names in turn."""
+
+    path: Path
+    shown: tuple[Path, ...] = ()
+    """What replicas must see besides."""
+    opened: tuple[Path, ...] = ()
+    """What of that the training opens."""
+    start: Path | None = None
+    """The folder in which a dataset's root was found, where the YAML alone does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFinder:
+    """Finds the host's files for a training that is asked for in `cwd`; `isolated` replicas see only what is mounted."""
+
+    cwd: Path
+    files: HostFiles
+    isolated: bool
+
+    def find(self, setting: str, given: str) -> NamedFile | None:
+        """Return the host's file that a setting names; None for a file that the trainer brings or fetches.
+
+        Raises the error of the setting for a file that is not there, or may not be looked at.
+        """
+        try:
+            path = self._existing(setting, given)
+        except PermissionError as error:
+            raise MISSING[setting](
+                f"--{setting} {given}: you may not look at {error.filename}; ask its owner, or give another path"
+            ) from None
+        if path is None:
+            return None
+        if setting == "data":
+            dataset = read_dataset(path, self.files, self.cwd)
+            return NamedFile(path, dataset.folders, dataset.splits, dataset.start)
+        layouts = space_layouts(path, self.files) if setting == "space" else ()
+        return NamedFile(path, layouts, layouts)
+
+    def _existing(self, setting: str, given: str) -> Path | None:
+        if "://" in given:
+            return None
+        path = self.files.expand(self.cwd, given)
+        if self.files.is_file(path):
+            self._refuse_misplaced(setting, given, path)
+            return path
+        if setting == "weights" and self.files.is_file(path.with_name(f"{path.name}.pt")):
+            return path.with_name(f"{path.name}.pt")  # `yolov5s` means `yolov5s.pt`
+        if setting == "weights" and _PUBLISHED.fullmatch(given):
+            return self._kept_weights(given)
+        known = _shipped(setting)
+        name = PurePosixPath(given).name
+        own = path.is_absolute() and given.startswith(("~", "/home"))
+        if {name, f"{name}.yaml"} & set(known) and not own:
+            return None
+        if self.isolated and PurePosixPath(given).is_relative_to(_IMAGE_ROOT):
+            return None
+        self._refuse_misplaced(setting, given, path)
+        remedy = _REMEDIES.get(setting, f"give a path, or one of: {', '.join(sorted(known))}")
+        where = f" on the remote machine ({path})" if self.files.remote else ""
+        raise MISSING[setting](f"--{setting} {given}: no such file{where}{suggest(name, known)}; {remedy}")
+
+    def _refuse_misplaced(self, setting: str, given: str, path: Path) -> None:
+        """Raise the error of the setting for something else in place of the file, where that can be looked at."""
+        if setting != "hooks" and not self.files.remote and (wrong := misplaced(f"--{setting}", path)):
+            raise MISSING[setting](f"--{setting} {given}: {wrong}")
+
+    def _kept_weights(self, given: str) -> Path:
+        """Return published weights as the trainer keeps them on the host; replicas have no folder to keep them in."""
+        name = given if given.endswith(".pt") else f"{given}.pt"
+        folder = self.files.home / ".cache" / "starling" / "weights"
+        if not self.files.remote:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or self.files.home / ".cache")
+            folder = Path(os.environ.get("STARLING_WEIGHTS") or cache / "starling" / "weights")
+            folder = at_home(folder).absolute()
+        if self.files.is_file(folder / name):
+            return folder / name
+        raise CheckpointError(
+            f"--weights {given}: neither here nor in {folder}; fetch it once for all replicas: "
+            f"starling data download {name}"
+        )
+
+
+def _shipped(setting: str) -> list[str]:
+    """Return the names of the YAML files that the trainer carries for this setting."""
+    if setting not in _SHIPPED_FOLDER:
+        return []
+    return [path.name for path in _shipped_folder(setting).glob("*.yaml")]
+
+
+def _shipped_folder(setting: str) -> Path:
+    return package.PARENT / "starling" / "config" / _SHIPPED_FOLDER[setting]
+
+
+def start_of_shipped_dataset(given: str, start: Path) -> Path | None:
+    """Return `start` where the dataset that the trainer carries under this name has its images there.
+
+    None where they may be anywhere, and for a name of no such dataset.
+    """
+    name = PurePosixPath(given).name
+    path = _shipped_folder("data") / (name if name in _shipped("data") else f"{name}.yaml")
+    if "://" in given or not path.is_file():
+        return None
+    named = _read(path, LOCAL)
+    root = named.find_root(LOCAL, start)
+    return _start_needed(named, root, LOCAL, start) if root else None
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPaths:
+    """Where a dataset's images are: its root, and the folder or list of each split."""
 
     root: Path
     splits: tuple[Path, ...]
     start: Path | None = None
-    """Where the root was looked for, if it was not found from the YAML: a replica has to be told."""
+    """The folder in which the root was found, where the YAML alone does not tell: a replica has to be told."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders that hold all of it: the root, and splits that lie outside the root."""
-        return (self.root, *(place for place in self.splits if not place.is_relative_to(self.root)))
+        return (self.root, *(path for path in self.splits if not path.is_relative_to(self.root)))
 
 
-def read_dataset(yaml_path: Path, files: HostFiles = LOCAL, start: Path | None = None) -> Dataset:
-    """Return the places that a dataset's YAML names, as the trainer finds them when it is called in `start`.
+def read_dataset(yaml_path: Path, files: HostFiles = LOCAL, start: Path | None = None) -> DatasetPaths:
+    """Return the paths that a dataset's YAML names, as the trainer finds them when it is called in `start`.
 
     Raises DataError for a file that cannot be read or that no trainer takes, a root or a split that is not there, or a
     folder that no replica may see.
@@ -44,17 +178,10 @@ def read_dataset(yaml_path: Path, files: HostFiles = LOCAL, start: Path | None =
     splits: list[Path] = []
     for split, entries in named.entries.items():
         for entry in entries:
-            place = _find_split(root, entry, yaml_path, split, files)
-            if place is not None:
-                splits.append(place if place.is_relative_to(root) else _allowed(place, yaml_path, files))
-    return Dataset(root, tuple(splits), start=_start_needed(named, root, files, start))
-
-
-def start_of_shipped(yaml_path: Path, start: Path) -> Path | None:
-    """Return `start` where a description that the trainer carries has its data there; None where it may be anywhere."""
-    named = _read(yaml_path, LOCAL)
-    root = named.find_root(LOCAL, start)
-    return _start_needed(named, root, LOCAL, start) if root else None
+            path = _find_split(root, entry, yaml_path, split, files)
+            if path is not None:
+                splits.append(path if path.is_relative_to(root) else _allowed(path, yaml_path, files))
+    return DatasetPaths(root, tuple(splits), start=_start_needed(named, root, files, start))
 
 
 def _start_needed(named: NamedPlaces, root: Path, files: HostFiles, start: Path | None) -> Path | None:
@@ -69,8 +196,8 @@ def _find_split(root: Path, entry: str, yaml_path: Path, split: str, files: Host
     below = (files.expand(root, tail) for tail in tails(entry))
     likely = next(filter(files.exists, below), None)
     hint = f" ({likely} is there)" if likely else ""
-    place = files.expand(root, entry)
-    raise DataError(f"{yaml_path}: {split}: {place} does not exist; correct `{split}` or `path`{hint}")
+    path = files.expand(root, entry)
+    raise DataError(f"{yaml_path}: {split}: {path} does not exist; correct `{split}` or `path`{hint}")
 
 
 def _read(path: Path, files: HostFiles) -> NamedPlaces:
@@ -98,3 +225,23 @@ def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:
             "move the dataset to a folder of its own and name that in `path`"
         )
     return folder
+
+
+def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]:
+    """Return the layouts that a search space names below `cfg`, relative paths beside the YAML, as the trainer reads them.
+
+    What is wrong with the space is the trainer's to tell: a file that cannot be read names nothing.
+    """
+    from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
+
+    try:
+        space = load_mapping(files.read(yaml_path, MOST_BYTES + 1))
+    except (OSError, NotYaml):
+        return ()
+    names = space.get("cfg")
+    found = (
+        files.real(files.expand(yaml_path.parent, name))
+        for name in (names if isinstance(names, list) else ())
+        if isinstance(name, str) and name.endswith((".yaml", ".yml"))
+    )
+    return tuple(path for path in found if files.is_file(path))

@@ -1,18 +1,64 @@
-"""What a changed `up` would change: the plan that replicas were started with beside the one that is asked for now."""
+"""What `up` does to a fleet that exists: which replicas it leaves, ends and starts, and how a changed `up` differs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from launcher.engines.base import Engine, ReplicaSpec, ReplicaState
+from launcher.engines.base import ReplicaSpec, ReplicaState
 from launcher.sizes import format_size
 
 
-def differences(engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState]) -> list[str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What `up` does to a fleet, in this order."""
+
+    stop: tuple[ReplicaState, ...] = ()
+    """Replicas of a fleet that is to be started anew: stopped, then removed."""
+    dead: tuple[ReplicaState, ...] = ()
+    """Replicas that have failed or were stopped: removed, and started again."""
+    keep: tuple[ReplicaState, ...] = ()
+    """Replicas that run or have finished: left as they are."""
+    start: tuple[ReplicaSpec, ...] = ()
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The names of the replicas that run already."""
+        return tuple(state.name for state in self.keep if state.live)
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """The names of the replicas that have finished already."""
+        return tuple(state.name for state in self.keep if state.finished)
+
+
+NO_CHANGES = Changes()
+
+
+def plan_changes(
+    specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState], *, recreate: bool
+) -> Changes:
+    """Return what makes the fleet of `specs` out of the replicas that exist."""
+    if recreate:
+        return Changes(stop=tuple(existing), start=tuple(specs))
+    keep = tuple(state for state in existing if state.live or state.finished)
+    kept = {state.name for state in keep}
+    return Changes(
+        dead=tuple(state for state in existing if state.name not in kept),
+        keep=keep,
+        start=tuple(spec for spec in specs if spec.name not in kept),
+    )
+
+
+def differences(
+    specs: Sequence[ReplicaSpec],
+    existing: Sequence[ReplicaState],
+    environments: Mapping[str, Mapping[str, str]],
+) -> list[str]:
     """Return what a changed `up` would change, a line each; empty for the same fleet, or for none.
 
-    Variables passed by the user are compared with what the replica was started with, and named, never shown.
+    `environments` are the variables that living replicas were started with, by id; they are named, never shown.
     """
     if not existing:
         return []
@@ -24,9 +70,9 @@ def differences(engine: Engine, specs: Sequence[ReplicaSpec], existing: Sequence
     for name in sorted(old.keys() & new.keys()):
         for line in _changed_fields(dict(old[name].plan), new[name].public()):
             shared.setdefault(line, []).append(name)
-        had = engine.environment(old[name].id) if old[name].live else None
+        had = environments.get(old[name].id, {})
         for variable, value in new[name].passed.items():
-            if had is not None and variable in had and had[variable] != value:
+            if variable in had and had[variable] != value:
                 shared.setdefault(f"{variable}: has another value (not shown)", []).append(name)
     return lines + [f"{_who(names, new)}: {line}" for line, names in shared.items()]
 

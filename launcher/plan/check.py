@@ -1,21 +1,33 @@
-"""Everything `up` checks before it starts anything, beyond what the plan itself needs; each refusal has its remedy."""
+"""Judge a plan before anything starts: everything that would stop it, each refusal with its remedy."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from launcher.devices.inventory import Driver, Machine, read_driver
-from launcher.engines.base import Engine, Image, ReplicaState
+from launcher.devices.devices import Device
+from launcher.devices.inventory import Driver, Machine
+from launcher.engines.base import Image, ReplicaSpec, ReplicaState
 from launcher.errors import EngineError
-from launcher.hosts.access import check_data, check_runs_access, check_secret_file
-from launcher.plan.plan import Placement, Plan, Request
-from launcher.plan.secret_files import CLEARML_FILE, secret_files
+from launcher.hosts.files import DiskSpace
+from launcher.hosts.runs_folder import check_user
+from launcher.options.request import Request
+from launcher.options.training_args import TrainingArgs
+from launcher.plan.access import check_data, check_runs_access, check_secret_file
+from launcher.plan.changes import differences
+from launcher.plan.facts import Access, Facts
+from launcher.plan.plan import (
+    CLEARML_FILE,
+    SHARE_OF_MEMORY,
+    Plan,
+    device_memory,
+    gpu_words,
+    loopback,
+    occupancy,
+)
 from launcher.problems import Problems
-from launcher.sizes import GIB, format_size
-from starling.core.errors import UsageError
+from launcher.sizes import GIB, MIB, format_size
+from starling.core.errors import StarlingError, UsageError
 
 LEAST_FREE_BYTES = GIB
 """Below this a search does not come far: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""
@@ -25,37 +37,143 @@ DRIVER_FOR_CUDA = {11: "450", 12: "525", 13: "580"}
 """The first driver branch that runs every release of a CUDA major version (NVIDIA's minor-version compatibility)."""
 
 
-def check_all(
-    request: Request,
-    placement: Placement,
-    engine: Engine,
-    machine: Machine,
-    image: Image | None,
-    *,
-    wants_gpu: bool,
-    problems: Problems,
-) -> None:
-    """Run every check that does not depend on the plan; refusals gather in `problems`.
+def check(plan: Plan, facts: Facts) -> tuple[StarlingError, ...]:
+    """Return everything that would stop the plan; empty where nothing would."""
+    problems = Problems()
+    problems.check(_check_secrets, facts)
+    if not plan.request.build:
+        problems.add(facts.refusals.image)
+    problems.add(plan.refusal)
+    if plan.refusal is None:
+        _check_devices(plan, facts, problems)
+    _check_engine(facts, problems)
+    _check_paths(plan, facts, problems)
+    problems.add(facts.refusals.names)
+    # Without an image a fleet that exists cannot be told from the one asked for.
+    if plan.replicas and not (facts.refusals.names or facts.image is None or plan.request.recreate):
+        problems.check(check_fleet, plan.replicas, facts.existing, facts.environments)
+    return tuple(problems.found)
 
-    `image` is None when it is not there, which somebody else has told.
-    """
-    if image is not None:
-        problems.check(engine.check_trainer, image, (placement.supervisor or placement.trainer)[-1])
-    if image is not None and wants_gpu:
-        problems.check(engine.check_gpu_runtime, image)
-        if image.cuda and not engine.host.remote:
-            problems.check(check_driver, image, read_driver())
-    if not engine.host.remote:
-        problems.check(check_disk, request.runs)
-    if placement.isolated:
+
+def _check_devices(plan: Plan, facts: Facts, problems: Problems) -> None:
+    """Check the devices, and what is asked of each."""
+    request, count = plan.request, len(plan.choice.devices)
+    if not request.force:
+        problems.check(plan.choice.check_free, gpu_words(request), facts.gpus, occupancy(request, facts))
+    problems.check(check_memory, request, facts.machine, count)
+    problems.check(check_shm, request.shm_bytes, device_memory(request, facts.machine, count))
+    if request.ddp:
+        problems.check(check_together, request.args, plan.choice.devices)
+    problems.check(check_device_argument, request.args.command.config.device, plan.replicas[0].device)
+    if request.user:
+        problems.check(check_user, request.user)
+
+
+def _check_engine(facts: Facts, problems: Problems) -> None:
+    """Check what the engine has: network, trainer, GPU runtime and driver."""
+    problems.add(facts.refusals.network)
+    problems.add(facts.refusals.trainer)
+    problems.add(facts.refusals.gpu_runtime)
+    if facts.image is not None:
+        problems.check(check_driver, facts.image, facts.driver)
+
+
+def _check_paths(plan: Plan, facts: Facts, problems: Problems) -> None:
+    """Check the disk, the study's address, and who may read and write what."""
+    request = plan.request
+    if facts.disk is not None:
+        problems.check(check_disk, request.runs, facts.disk)
+    if request.entrypoint.isolated:
         problems.check(check_study_address, request.args.command.config.study, request.network)
-        if not engine.host.remote and not machine.maps_users:
-            problems.check(check_runs_access, request.runs, request.args.fleet, request.user, os.getuid())
-            shown = [Path(mount.source) for mount in request.args.mounts]
-            problems.check(check_data, request.args.reads, shown, request.user)
-            for variable, secret in secret_files(request):
-                if secret.is_file():  # else it was refused
-                    problems.check(check_secret_file, secret, request.user, variable)
+    if facts.access is not None:
+        _check_access(request, facts, facts.access, problems)
+
+
+def _check_access(request: Request, facts: Facts, access: Access, problems: Problems) -> None:
+    problems.check(check_runs_access, request.runs, access.runs, request.user, facts.uid)
+    shown = [Path(mount.source) for mount in request.args.mounts]
+    problems.check(check_data, access.reads, shown, request.user)
+    for secret in facts.secrets:
+        if secret.state is not None:
+            problems.check(check_secret_file, secret.state, secret.variable, request.user)
+
+
+def _check_secrets(facts: Facts) -> None:
+    """Raise UsageError for a password's file that is not there; a missing file of ClearML's is a note."""
+    for secret in facts.secrets:
+        if not secret.is_file and secret.variable != CLEARML_FILE:
+            where = " on the remote machine" if facts.behind_ssh else ""
+            raise UsageError(
+                f"{secret.variable}={secret.path}: must be the absolute path of a file{where}; correct or unset it"
+            )
+
+
+def check_fleet(
+    specs: Sequence[ReplicaSpec],
+    existing: Sequence[ReplicaState],
+    environments: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Raise UsageError, with the differences, for a fleet that exists and is not the one of `specs`."""
+    changed = differences(specs, existing, environments)
+    if changed:
+        raise UsageError(
+            f"fleet {specs[0].fleet} exists and differs:\n  " + "\n  ".join(changed) + "\n"
+            "give --recreate to stop it (checkpoints are saved) and start it like this"
+        )
+
+
+def check_memory(request: Request, machine: Machine, devices: int) -> None:
+    """Raise UsageError when the replicas together may take more memory than the machine has."""
+    if request.memory_bytes is None or request.memory_bytes * devices <= machine.memory_bytes:
+        return
+    several = devices != 1
+    what = ("device" if request.ddp else "replica") + "s" * several
+    most = int(machine.memory_bytes * SHARE_OF_MEMORY / devices) // MIB
+    raise UsageError(
+        f"--memory {format_size(request.memory_bytes)}: {devices} {what} need{'s' * (not several)} "
+        f"{format_size(request.memory_bytes * devices)} and this machine has {format_size(machine.memory_bytes)}; "
+        f"use at most --memory {most}m" + f", or fewer {what}" * several
+    )
+
+
+def check_shm(shm: int | None, memory: int) -> None:
+    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
+    if shm is not None and shm > memory:
+        raise UsageError(
+            f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
+            "give less, or more memory"
+        )
+
+
+def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
+    """Raise UsageError for devices, or a training, that cannot be one training on all of them."""
+    config = args.command.config
+    if config.evolve:
+        raise UsageError(
+            "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
+            "leave out --ddp, or --evolve"
+        )
+    sliced = [item for device in devices for item in device.handles if ":" in item or item.startswith("MIG-")]
+    if sliced and len(devices) > 1:
+        raise UsageError(
+            f"--ddp: {', '.join(device.id for device in devices)}: CUDA gives a program one MIG slice and no more; "
+            "name whole GPUs, or leave out --ddp"
+        )
+    # A resumed training has the batch of its checkpoint, which the host does not read.
+    if len(devices) > 1 and ("batch_size" in args.command.given or not config.resume):
+        config.check_split(len(devices))
+
+
+def check_device_argument(asked: str, device: Device) -> None:
+    """Refuse a training `--device` that the replica does not have: inside, GPUs count from 0."""
+    several = len(device.members) > 1
+    allowed = (device.inside,) if several or device.kind == "cpu" else ("0", "cuda:0")
+    if asked and asked not in allowed:
+        raise UsageError(
+            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
+            "--device out and choose devices with `launcher up --gpus` or `--cpu`"
+            + ("" if several or "," not in asked else ", and --ddp for one training on several")
+        )
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:
@@ -71,77 +189,24 @@ def check_driver(image: Image, driver: Driver | None) -> None:
     )
 
 
-def check_disk(runs: Path) -> None:
+def check_disk(runs: Path, space: DiskSpace) -> None:
     """Raise UsageError when the disk of the runs folder is all but full, in bytes or in files."""
-    place = next(parent for parent in (runs, *runs.parents) if parent.exists())
-    disk = os.statvfs(place)
-    free = disk.f_bavail * disk.f_frsize
-    if free < LEAST_FREE_BYTES:
+    if space.bytes < LEAST_FREE_BYTES:
         raise UsageError(
-            f"--runs {runs}: {format_size(free)} free on its disk, and checkpoints need at least "
+            f"--runs {runs}: {format_size(space.bytes)} free on its disk, and checkpoints need at least "
             f"{format_size(LEAST_FREE_BYTES)}; make room, or give a folder on another disk"
         )
-    if disk.f_files and disk.f_favail < LEAST_FREE_FILES:
+    if space.files is not None and space.files < LEAST_FREE_FILES:
         raise UsageError(
-            f"--runs {runs}: its disk takes only {disk.f_favail} more files; remove some, or give a folder on another disk"
+            f"--runs {runs}: its disk takes only {space.files} more files; remove some, or give a folder on another disk"
         )
 
 
 def check_study_address(study: str, network: str) -> None:
     """Raise UsageError for a study's database at an address that means the container itself."""
-    where = _loopback(study)
+    where = loopback(study)
     if where and network != "host":
         raise UsageError(
             f"--study: {where} is the replica itself, not this machine, on network {network}; name the database by an "
             "address that containers reach, join its network with --network, or use --network host"
         )
-
-
-def preflight_notes(
-    request: Request, plan: Plan, machine: Machine, others: Sequence[ReplicaState]
-) -> tuple[str, ...]:
-    """Return what is worth knowing and stops nothing."""
-    notes = _unreachable_trackers(request.passed, request.network) if plan.engine != "local" else []
-    if plan.engine != "local" and CLEARML_FILE in request.passed:
-        notes.append(
-            f"{CLEARML_FILE}={request.passed[CLEARML_FILE]}: no such file; without CLEARML_API_ACCESS_KEY and "
-            "CLEARML_API_SECRET_KEY nothing is sent to ClearML"
-        )
-    taken = sum(other.memory_bytes for other in others if other.live)
-    wanted = sum(spec.memory_bytes for spec in plan.replicas)
-    if taken and taken + wanted > machine.memory_bytes:
-        notes.append(
-            f"memory: fleets that run here may take {format_size(taken)}, this one {format_size(wanted)}, and the machine "
-            f"has {format_size(machine.memory_bytes)}; lower --memory, or end the others, to be safe from the kernel's killer"
-        )
-    return tuple(notes)
-
-
-def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
-    """Return a note for each server that the user's variables name and that cannot be reached inside a container."""
-    if network == "host":
-        return []
-    return [
-        f"{name}: {where} is the replica itself, not this machine, on network {network}: nothing will arrive there. For "
-        "the servers of `launcher track up` say --tracking and leave the variable out; or name an address that containers reach"
-        for name, value in sorted(passed.items())
-        if (where := _loopback(value))
-    ]
-
-
-def _loopback(url: str) -> str:
-    """Return `host:port` of a URL that leads to the machine it is used on, without user and password; else nothing."""
-    if "://" not in url:
-        return ""
-    from ipaddress import ip_address  # not for every `up`
-
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        return ""
-    try:
-        local = ip_address(host).is_loopback or ip_address(host).is_unspecified
-    except ValueError:
-        local = host == "localhost" or host.endswith(".localhost")
-    return (f"{host}:{port}" if port else host) if local and parts.scheme else ""

@@ -4,91 +4,106 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import starling.core.handover
 from launcher.engines import hardening
-from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
+from launcher.engines.base import Mount, ReplicaSpec
 from launcher.engines.labels import labels
 from launcher.engines.limits import CDI_GPU
-from launcher.options.env_file import read_env_file
+from launcher.options.request import EnvFile
+from launcher.plan.facts import Facts
 from launcher.plan.plan import Plan
 from launcher.sizes import format_cores, format_size
 from launcher.status.words import device_words
+from starling.core.errors import StarlingError
 from starling.core.redaction import masked
 
 
-def show_plan(plan: Plan, owner: int, env_files: Sequence[Path] = ()) -> list[str]:
+def document(plan: Plan, problems: Sequence[StarlingError]) -> dict[str, Any]:
+    """Return the plan, and what would stop it, as plain values without a secret."""
+    return {
+        "engine": plan.engine,
+        "fleet": plan.fleet,
+        "replicas": [spec.public() | {"spec": spec.digest} for spec in plan.replicas],
+        "notes": [*plan.notes, *_rehearsal_notes(plan)],
+        "problems": [{"message": str(problem), "exit_code": problem.exit_code} for problem in problems],
+    }
+
+
+def describe(plan: Plan, facts: Facts, problems: Sequence[StarlingError]) -> list[str]:
     """Return the plan as lines: a table of replicas, below it what a person would type for the same, and what to know."""
-    rows = [("replica", "device", "cores", "memory", "passed variables")]
-    for spec in plan.replicas:
-        rows.append(
-            (
-                spec.name,
-                device_words(spec.device.label),
-                format_cores(spec.cores) or "all",
-                format_size(spec.memory_bytes),
-                ", ".join(sorted(spec.passed)) or "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = [
-        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    if plan.engine == "local":
-        commands = [_process(spec) for spec in plan.replicas]
-    else:
-        run = podman_run if plan.engine == "podman" else docker_run
-        commands = [
-            *_make_runs(plan.replicas[0]),
-            *(run(spec, owner, env_files) for spec in plan.replicas),
-        ]
+    commands = _commands(plan, facts)
     if any(masked(word) != word for spec in plan.replicas for word in spec.command):
         commands.insert(
             0, "# *** stands for a password or a token: put it back in the command at the end of each line"
         )
-    notes = [f"note: {note}" for note in plan.notes]
-    wrong = [f"would fail now: {problem}".replace("\n", "\n  ") for problem in plan.problems]
-    return [f"fleet {plan.fleet} on the {plan.engine} engine", *table, "", *commands, *notes, *wrong]
+    notes = [f"note: {note}" for note in (*plan.notes, *_rehearsal_notes(plan))]
+    wrong = [f"would fail now: {problem}".replace("\n", "\n  ") for problem in problems]
+    head = f"fleet {plan.fleet} on the {plan.engine} engine"
+    return [head, *_table(plan.replicas), "", *commands, *notes, *wrong]
 
 
-def rehearsal_notes(existing: Sequence[ReplicaState], *, recreate: bool) -> list[str]:
-    """Return what `up` would do with the replicas that the fleet has already."""
-    if recreate and existing:
-        count = f"{len(existing)} replica{'s' * (len(existing) != 1)}"
-        return [f"--recreate: {count} of this fleet would be stopped and removed first"]
-    kept = {
-        "running": [state.name for state in existing if state.live],
-        "finished": [state.name for state in existing if state.finished],
-    }
+def _table(replicas: Sequence[ReplicaSpec]) -> list[str]:
+    rows = [("replica", "device", "cores", "memory", "passed variables")]
+    rows += [
+        (
+            spec.name,
+            device_words(spec.device.label),
+            format_cores(spec.cores) or "all",
+            format_size(spec.memory_bytes),
+            ", ".join(sorted(spec.passed)) or "-",
+        )
+        for spec in replicas
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        f"already {what}: {', '.join(names)}; `up` leaves {'it as it is' if len(names) == 1 else 'them as they are'}"
-        for what, names in kept.items()
-        if names
+        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
 
 
-def _make_runs(spec: ReplicaSpec) -> list[str]:
+def _commands(plan: Plan, facts: Facts) -> list[str]:
+    if plan.engine == "local":
+        return [_process(spec) for spec in plan.replicas]
+    run = podman_run if plan.engine == "podman" else docker_run
+    lines = [run(spec, facts.owner, plan.request.env_files) for spec in plan.replicas]
+    return [*make_runs(plan.request.runs, plan.request.user, facts), *lines]
+
+
+def _rehearsal_notes(plan: Plan) -> list[str]:
+    """Return what `up` would do first, and with the replicas that the fleet has already."""
+    changes, notes = plan.changes, []
+    if changes.stop:
+        count = f"{len(changes.stop)} replica{'s' * (len(changes.stop) != 1)}"
+        notes.append(f"--recreate: {count} of this fleet would be stopped and removed first")
+    for what, names in (("running", changes.running), ("finished", changes.finished)):
+        if names:
+            leaves = "it as it is" if len(names) == 1 else "them as they are"
+            notes.append(f"already {what}: {', '.join(names)}; `up` leaves {leaves}")
+    if plan.request.build:
+        notes.append(f"{plan.request.image} would be built first")
+    return notes
+
+
+def make_runs(runs: Path, user: str, facts: Facts) -> list[str]:
     """Return the line that makes the runs folder, or gives root's files in it to the replicas' user, where `up` would."""
-    runs, (uid, _, _) = spec.runs, spec.user.partition(":")
-    as_root = os.getuid() == 0 and uid not in ("", "0")
-    if not runs.exists():
-        owner = ["-o", uid, "-g", spec.user.partition(":")[2]] if as_root else []
+    uid, _, gid = user.partition(":")
+    as_root = facts.uid == 0 and uid not in ("", "0")
+    if facts.runs_owner is None:
+        owner = ["-o", uid, "-g", gid] if as_root else []
         return [shlex.join(["install", "-d", "-m", "700", *owner, str(runs)])]
-    if as_root and runs.stat().st_uid == 0:
+    if as_root and facts.runs_owner == 0:
         # `chown -R` looks names up anew, and would hand over hard links to files of the system's.
-        return [
-            shlex.join([sys.executable, "-I", str(starling.core.handover.__file__), str(runs), spec.user])
-        ]
+        return [shlex.join([sys.executable, "-I", str(starling.core.handover.__file__), str(runs), user])]
     return []
 
 
-def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) -> str:
+def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ()) -> str:
     """Return the `docker run` line that makes the same container, with our labels, so that it is a replica of ours.
 
     Variables of the user's appear by name only, or as the file that they came from.
@@ -100,7 +115,7 @@ def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
     return _run("docker", spec, owner, env_files, own)
 
 
-def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) -> str:
+def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ()) -> str:
     """Return the `podman run` line that makes the same container, as `docker_run` does."""
     own = [] if spec.network == "bridge" else ["--network", spec.network]
     own += ["--userns", "keep-id"] if owner else []  # a user's own Podman is rootless
@@ -110,7 +125,7 @@ def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[Path] = ()) ->
 
 
 def _run(
-    kind: hardening.Kind, spec: ReplicaSpec, owner: int, env_files: Sequence[Path], own: Sequence[str]
+    kind: hardening.Kind, spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile], own: Sequence[str]
 ) -> str:
     """Return what both have in common, around each one's own options."""
     words = [kind, "run", "--detach", "--name", spec.name, *own]
@@ -130,12 +145,12 @@ def _process(spec: ReplicaSpec) -> str:
     return shlex.join(["setsid", "env", *settings, *pin, *map(masked, spec.command)])
 
 
-def _environment(spec: ReplicaSpec, env_files: Sequence[Path]) -> list[str]:
+def _environment(spec: ReplicaSpec, env_files: Sequence[EnvFile]) -> list[str]:
     """Return the options that set a container's variables; Docker lets --env win over --env-file, as `up` does."""
-    words = [word for path in env_files for word in ("--env-file", str(path))]
+    words = [word for file in env_files for word in ("--env-file", str(file.path))]
     from_files: dict[str, str] = {}
-    for path in env_files:
-        from_files.update(read_env_file(path, os.environ))
+    for file in env_files:
+        from_files.update(file.variables)
     for name, value in sorted(spec.environment.items()):
         words += ["--env", f"{name}={value}"]
     for name in sorted(spec.passed.keys() - spec.environment.keys()):

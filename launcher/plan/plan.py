@@ -1,36 +1,29 @@
-"""Decide, before anything starts, what `up` will start: request and inventory in, plan out, nothing touched."""
+"""Decide what `up` starts: request and facts in, plan out, nothing touched."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
-from launcher.devices.devices import Device, join_devices, split_cores
-from launcher.devices.holders import NOBODY, Occupancy, choose_gpus
-from launcher.devices.inventory import Gpu, Machine
-from launcher.engines.base import Mount, ReplicaSpec
-from launcher.hosts.runs_folder import check_user
-from launcher.options.training_args import TrainingArgs
-from launcher.plan.ddp import check_device_argument, check_together
-from launcher.problems import Problems
+from launcher.devices.devices import Device, join_devices, replica_gpus, split_cores
+from launcher.devices.holders import NO_DEVICE, GpuChoice, Occupancy, choose_gpus
+from launcher.devices.inventory import Machine
+from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
+from launcher.options.request import Request
+from launcher.plan.changes import NO_CHANGES, Changes, plan_changes
+from launcher.plan.facts import Facts
 from launcher.sizes import GIB, MIB, format_size
 from starling.core.dataset import START
-from starling.core.errors import StarlingError, UsageError
-
-DEFAULT_IMAGE = "starling:latest"
-RUNS_IN_IMAGE = "/usr/src/app/runs"
-TRAINER_IN_IMAGE = ("python", "/usr/src/app/train.py")
-SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
+from starling.core.errors import UsageError
 
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
 
-PASSED_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", "STARLING_STUDY_PASSWORD_FILE")
-PASSED_PREFIXES = ("CLEARML_", "MLFLOW_TRACKING_")
-"""Variables of the caller that trackers and a study's database need; they reach replicas without being asked for."""
+CLEARML_FILE = "CLEARML_CONFIG_FILE"
+"""Names the file with ClearML's keys that `clearml-init` writes."""
 
 _PRIVATE_ENVIRONMENT = {
     "HOME": "/tmp",  # the root file system is read-only and the user has no home in the image
@@ -40,226 +33,146 @@ _PRIVATE_ENVIRONMENT = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """How an engine places the trainer: the command that starts it, and where it finds the runs folder."""
-
-    engine: str
-    trainer: tuple[str, ...]
-    runs_inside: str
-    isolated: bool
-    """Replicas see only what is mounted, and their limits are enforced."""
-    supervisor: tuple[str, ...] = ()
-    """What stands over the trainer and starts it again when it crashes; empty: nothing does."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What the user asked of `up`, parsed but not yet checked against the machine."""
-
-    args: TrainingArgs
-    runs: Path
-    gpus: str | None = None
-    cpus: int | None = None
-    ddp: bool = False
-    """One training on all of the devices."""
-    force: bool = False
-    """Take devices that others hold."""
-    recreate: bool = False
-    """Start a fleet that exists anew."""
-    memory_bytes: int | None = None
-    shm_bytes: int | None = None
-    image: str = DEFAULT_IMAGE
-    network: str = "bridge"
-    user: str = ""
-    max_restarts: int = 3
-    passed: Mapping[str, str] = field(default_factory=dict, repr=False)
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Variables for the trainer that are no secret."""
-    volumes: tuple[Mount, ...] = ()
-    """Beside the paths that the arguments name: the engine's own, and files with secrets."""
-
-    def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
-        """Return whether replicas get GPUs: asked for, or there and nothing else asked for."""
-        return self.gpus is not None or (self.cpus is None and bool(gpus))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What one `up` starts."""
+    """What one `up` starts, and what becomes of the replicas that are there."""
 
+    request: Request
+    """With the variables and mounts of secret files filled in."""
     engine: str
-    fleet: str
-    replicas: tuple[ReplicaSpec, ...]
+    choice: GpuChoice = NO_DEVICE
+    """The devices, before --ddp joins them, and who else holds some of them."""
+    replicas: tuple[ReplicaSpec, ...] = ()
+    changes: Changes = NO_CHANGES
     notes: tuple[str, ...] = ()
-    problems: tuple[StarlingError, ...] = ()
-    """What would stop it now; only a plan that is to be shown has any."""
+    """What is worth knowing and stops nothing."""
+    refusal: UsageError | None = None
+    """Why no device could be chosen; there are no replicas then."""
 
-    def public(self) -> dict[str, Any]:
-        """Return the plan as plain values without a secret."""
-        return {
-            "engine": self.engine,
-            "fleet": self.fleet,
-            "replicas": [spec.public() | {"spec": spec.digest} for spec in self.replicas],
-            "notes": list(self.notes),
-            "problems": [
-                {"message": str(problem), "exit_code": problem.exit_code} for problem in self.problems
-            ],
-        }
+    @property
+    def fleet(self) -> str:
+        """`project/name`."""
+        return self.request.args.fleet
 
 
-def make_plan(
-    request: Request,
-    placement: Placement,
-    machine: Machine,
-    gpus: Sequence[Gpu] | None,
-    image_id: str,
-    occupancy: Occupancy = NOBODY,
-    problems: Problems | None = None,
-) -> Plan:
-    """Return the plan, or raise UsageError for what cannot work on this machine.
-
-    `gpus` is NVML's list, None where it does not answer; `occupancy` says who holds them. With `problems`, what cannot
-    work and can yet be planned is kept there.
-    """
-    found = Problems() if problems is None else problems
-    devices, shares, notes = _choose_devices(request, machine, gpus, occupancy, found)
-    found.check(_check_memory, request, machine, len(devices))
-    memory = request.memory_bytes or _share_of_memory(machine, len(devices))
-    found.check(_check_shm, request.shm_bytes, memory)
-    threads = [max(1, len(own or machine.cores) // (1 if own else len(devices))) for own in shares]
+def make_plan(request: Request, facts: Facts) -> Plan:
+    """Return the plan; what is wrong with it is for `check` to tell."""
+    request = _with_secrets(request, facts)
+    try:
+        choice, shares, notes = _choose_devices(request, facts)
+    except UsageError as refusal:
+        return Plan(request=request, engine=facts.engine, refusal=refusal)
+    devices = choice.devices
+    memory = device_memory(request, facts.machine, len(devices))
+    threads = [max(1, len(own or facts.machine.cores) // (1 if own else len(devices))) for own in shares]
     if request.ddp:
-        found.check(check_together, request.args, devices)
         notes += ["--ddp: there is one device, so this is a training on one device"] * (len(devices) == 1)
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
-    found.check(check_device_argument, request.args.command.config.device, devices[0])
     if not request.args.command.config.evolve and len(devices) > 1:
         notes.append(
             "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
         )
-    if request.user:
-        found.check(check_user, request.user)
-    if problems is None:
-        found.raise_any()
-    template = _template(request, placement, image_id, memory)
+    template = _template(request, facts, memory)
+    replicas = tuple(
+        _replica(template, device, cores, count)
+        for device, cores, count in zip(devices, shares, threads, strict=False)
+    )
     return Plan(
-        engine=placement.engine,
-        fleet=request.args.fleet,
-        replicas=tuple(
-            _replica(template, device, cores, count)
-            for device, cores, count in zip(devices, shares, threads, strict=False)
-        ),
-        notes=tuple(notes),
+        request=request,
+        engine=facts.engine,
+        choice=choice,
+        replicas=replicas,
+        changes=plan_changes(replicas, facts.existing, recreate=request.recreate),
+        notes=(*notes, *_notes(request, replicas, facts)),
     )
 
 
-def passed_variables(
-    environment: Mapping[str, str], names: Sequence[str] = (), from_files: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Return the user's own variables for replicas: trackers' by themselves, others by name or from files.
+def occupancy(request: Request, facts: Facts) -> Occupancy:
+    """Return what others hold, and what the fleet's own replicas have."""
+    settled = [state for state in facts.existing if state.live or (state.finished and not request.recreate)]
+    return Occupancy(facts.holders, own=_gpus_of(facts.existing), settled=_gpus_of(settled))
 
-    Raises UsageError for a name asked for that is not set.
+
+def device_memory(request: Request, machine: Machine, devices: int) -> int:
+    """Return the memory for each device: what was asked for, else an even share of the machine's."""
+    share = int(machine.memory_bytes * SHARE_OF_MEMORY / devices)
+    # A round figure stays the same from one call to the next.
+    return request.memory_bytes or share - share % (64 * MIB)
+
+
+def _gpus_of(states: Sequence[ReplicaState]) -> tuple[str, ...]:
+    return tuple(gpu for state in states for gpu in replica_gpus(state.device, state.plan))
+
+
+def _with_secrets(request: Request, facts: Facts) -> Request:
+    """Return the request with the files that its variables name, for replicas that see only what is mounted.
+
+    A file of ClearML's that is not there stays a mere variable: it means no configuration inside as it does here.
     """
-    passed = {
-        name: value
-        for name, value in environment.items()
-        if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES)
-    }
-    passed.update(from_files or {})
-    for name in names:
-        if "=" in name:
-            raise UsageError(
-                f"--env {name.split('=', 1)[0]}=…: give the name only and set the variable before; "
-                "values on a command line can be read by every user of the machine"
-            )
-        if name not in environment:
-            raise UsageError(f"--env {name}: is not set; export it first")
-        passed[name] = environment[name]
-    return passed
+    there = [secret for secret in facts.secrets if secret.is_file]
+    passed, settings = dict(request.passed), dict(request.settings)
+    for secret in there:
+        if secret.variable == CLEARML_FILE:
+            settings[CLEARML_FILE] = str(secret.path)  # absolute, and no secret itself
+            del passed[CLEARML_FILE]
+    paths = dict.fromkeys(str(secret.path) for secret in there)
+    mounts = tuple(Mount(source=path, target=path) for path in paths)
+    return replace(request, passed=passed, settings=settings, volumes=(*request.volumes, *mounts))
 
 
 def _choose_devices(
-    request: Request,
-    machine: Machine,
-    gpus: Sequence[Gpu] | None,
-    occupancy: Occupancy,
-    problems: Problems,
-) -> tuple[tuple[Device, ...], tuple[tuple[int, ...], ...], list[str]]:
-    """Return the devices, the cores each is pinned to (none for GPU replicas), and notes."""
+    request: Request, facts: Facts
+) -> tuple[GpuChoice, tuple[tuple[int, ...], ...], list[str]]:
+    """Return the devices, the cores that each is pinned to (none for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
-    if request.wants_gpus(gpus):
-        text = request.gpus if request.gpus is not None else "all"
-        devices, shared = choose_gpus(text, gpus, occupancy, force=request.force, problems=problems)
-        return devices, ((),) * len(devices), list(shared)
+    if request.wants_gpus(facts.gpus):
+        choice = choose_gpus(gpu_words(request), facts.gpus, occupancy(request, facts))
+        return choice, ((),) * len(choice.devices), choice.shared_notes() if request.force else []
     notes = [] if request.cpus is not None else ["no GPU found here: one CPU replica; say --gpus or --cpu N"]
-    shares = split_cores(machine.cores, 1 if request.cpus is None else request.cpus)
-    return tuple(Device("cpu", str(number)) for number in range(len(shares))), shares, notes
+    shares = split_cores(facts.machine.cores, 1 if request.cpus is None else request.cpus)
+    return GpuChoice(tuple(Device("cpu", str(number)) for number in range(len(shares)))), shares, notes
 
 
-def _share_of_memory(machine: Machine, replicas: int) -> int:
-    share = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas)
-    return share - share % (64 * MIB)  # a round figure stays the same from one call to the next
+def gpu_words(request: Request) -> str:
+    """Return what `--gpus` says, or would say."""
+    return request.gpus if request.gpus is not None else "all"
 
 
-def _check_memory(request: Request, machine: Machine, replicas: int) -> None:
-    if request.memory_bytes is None:
-        return
-    total = request.memory_bytes * replicas
-    what = ("device" if request.ddp else "replica") + "s" * (replicas != 1)
-    if total > machine.memory_bytes:
-        each = int(machine.memory_bytes * SHARE_OF_MEMORY / replicas) // MIB
-        raise UsageError(
-            f"--memory {format_size(request.memory_bytes)}: {replicas} {what} need{'s' * (replicas == 1)} "
-            f"{format_size(total)} and this machine has {format_size(machine.memory_bytes)}; use at most --memory {each}m"
-            + f", or fewer {what}"
-            * (replicas != 1)
-        )
-
-
-def _check_shm(shm: int | None, memory: int) -> None:
-    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
-    if shm is not None and shm > memory:
-        raise UsageError(
-            f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
-            "give less, or more memory"
-        )
-
-
-def _template(request: Request, placement: Placement, image_id: str, memory: int) -> ReplicaSpec:
+def _template(request: Request, facts: Facts, memory: int) -> ReplicaSpec:
     """Return what all replicas have in common; `memory` and what follows from it are a device's share."""
-    runs = Mount(source=str(request.runs), target=placement.runs_inside, read_only=False)
+    entrypoint = request.entrypoint
+    isolated, image_id = entrypoint.isolated, facts.image.id if facts.image else ""
+    runs = Mount(source=str(request.runs), target=entrypoint.runs_inside, read_only=False)
     return ReplicaSpec(
         name="",
         fleet=request.args.fleet,
         device=Device("cpu", "0"),
-        image=request.image if placement.isolated else "",
+        image=request.image if isolated else "",
         image_id=image_id,
-        command=(*_supervision(request, placement), *placement.trainer, *request.args.words),
+        command=(*_supervision(request), *entrypoint.trainer, *request.args.words),
         environment={
             "PYTHONUNBUFFERED": "1",
             "STARLING_FLEET": request.args.fleet,
-            "STARLING_RUNS": placement.runs_inside,
-            **({**_PRIVATE_ENVIRONMENT, "STARLING_IMAGE": image_id} if placement.isolated else {}),
-            **placement.environment,
+            "STARLING_RUNS": entrypoint.runs_inside,
+            **({**_PRIVATE_ENVIRONMENT, "STARLING_IMAGE": image_id} if isolated else {}),
+            **entrypoint.environment,
             **({START: str(request.args.start)} if request.args.start else {}),
             **request.settings,
         },
         passed=request.passed,
-        mounts=(runs, *request.args.mounts, *request.volumes) if placement.isolated else (),
+        mounts=(runs, *request.args.mounts, *request.volumes) if isolated else (),
         runs=request.runs,
-        user=request.user if placement.isolated else "",
+        user=request.user if isolated else "",
         memory_bytes=memory,
         shm_bytes=request.shm_bytes or min(GIB, memory // 4),
         tmp_bytes=min(GIB, memory // 4),
-        network=request.network if placement.isolated else "",
+        network=request.network if isolated else "",
     )
 
 
-def _supervision(request: Request, placement: Placement) -> tuple[str, ...]:
-    if not placement.supervisor:
-        return ()
-    return (*placement.supervisor, "--max-restarts", str(request.max_restarts), "--")
+def _supervision(request: Request) -> tuple[str, ...]:
+    supervisor = request.entrypoint.supervisor
+    return (*supervisor, "--max-restarts", str(request.max_restarts), "--") if supervisor else ()
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:
@@ -267,29 +180,21 @@ def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], thre
     name = replica_name(template.fleet, device)
     count = len(device.members)
     command = template.command
-    if device.kind == "gpu":
-        pinned = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if not template.image:
-            pinned["CUDA_VISIBLE_DEVICES"] = ",".join(device.handles)
-    else:
-        # An image's own NVIDIA_VISIBLE_DEVICES=all must not give GPUs to a CPU replica.
-        pinned = {"NVIDIA_VISIBLE_DEVICES": "void"} if template.image else {"CUDA_VISIBLE_DEVICES": ""}
     named = any(word.split("=", 1)[0].startswith("--dev") for word in command)
     if not named and (device.kind == "cpu" or count > 1):
         command = (*command, "--device", device.inside)
-    environment = {
-        **template.environment,
-        **pinned,
-        "STARLING_REPLICA": name,
-        "OMP_NUM_THREADS": str(threads),
-    }
     return replace(
         template,
         name=name,
         device=device,
         cores=cores,
         command=command,
-        environment=environment,
+        environment={
+            **template.environment,
+            **_visible_devices(device, isolated=bool(template.image)),
+            "STARLING_REPLICA": name,
+            "OMP_NUM_THREADS": str(threads),
+        },
         memory_bytes=template.memory_bytes * count,
         shm_bytes=template.shm_bytes * count,
         tmp_bytes=template.tmp_bytes * count,
@@ -297,8 +202,68 @@ def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], thre
     )
 
 
+def _visible_devices(device: Device, *, isolated: bool) -> dict[str, str]:
+    """Return the variables that show a replica its own GPUs and no others."""
+    if device.kind == "gpu":
+        own = {} if isolated else {"CUDA_VISIBLE_DEVICES": ",".join(device.handles)}
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **own}
+    # An image's own NVIDIA_VISIBLE_DEVICES=all must not give GPUs to a CPU replica.
+    return {"NVIDIA_VISIBLE_DEVICES": "void"} if isolated else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def replica_name(fleet: str, device: Device) -> str:
     """Return a container's name: the fleet in the letters that names may have, and the device."""
     project, name = PurePosixPath(fleet).parent.as_posix(), PurePosixPath(fleet).name
     words = [re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-._") or "run" for part in (project, name)]
     return "-".join([*words, device.slug])[-120:].lstrip("-._")
+
+
+def _notes(request: Request, replicas: Sequence[ReplicaSpec], facts: Facts) -> list[str]:
+    """Return what is worth knowing of trackers and memory."""
+    notes = []
+    if request.entrypoint.isolated:
+        notes += _unreachable_trackers(request.passed, request.network)
+        if CLEARML_FILE in request.passed:
+            notes.append(
+                f"{CLEARML_FILE}={request.passed[CLEARML_FILE]}: no such file; without CLEARML_API_ACCESS_KEY and "
+                "CLEARML_API_SECRET_KEY nothing is sent to ClearML"
+            )
+    taken = sum(other.memory_bytes for other in facts.others if other.live)
+    wanted = sum(spec.memory_bytes for spec in replicas)
+    has = facts.machine.memory_bytes
+    if taken and taken + wanted > has:
+        notes.append(
+            f"memory: fleets that run here may take {format_size(taken)}, this one {format_size(wanted)}, and the machine "
+            f"has {format_size(has)}; lower --memory, or end the others, to be safe from the kernel's killer"
+        )
+    return notes
+
+
+def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
+    """Return a note for each server that the user's variables name and that cannot be reached inside a container."""
+    if network == "host":
+        return []
+    return [
+        f"{name}: {where} is the replica itself, not this machine, on network {network}: nothing will arrive there. For "
+        "the servers of `launcher track up` say --tracking and leave the variable out; or name an address that containers reach"
+        for name, value in sorted(passed.items())
+        if (where := loopback(value))
+    ]
+
+
+def loopback(url: str) -> str:
+    """Return `host:port` of a URL that leads to the machine it is used on, without user and password; else nothing."""
+    if "://" not in url:
+        return ""
+    from ipaddress import ip_address  # not for every `up`
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    try:
+        local = ip_address(host).is_loopback or ip_address(host).is_unspecified
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    return (f"{host}:{port}" if port else host) if local and parts.scheme else ""

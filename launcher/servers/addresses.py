@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from launcher.engines.base import Mount
 from launcher.engines.docker.services import Service
 from launcher.errors import EngineError
+from launcher.options.request import Request
 from launcher.servers.compose import project_name
 from starling.core.errors import UsageError
 
@@ -23,6 +24,8 @@ PASSWORD_FILES = {ADMIN: f"{SECRETS}/mlflow_admin_password", TRAINER: f"{TRAINER
 
 URI, USER = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME"
 PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
+OWN_PREFIX = "MLFLOW_TRACKING_"
+"""Of the user's variables that the servers' own take the place of."""
 DEFAULT_NETWORK = "bridge"
 MOST_SECRET_BYTES = 4096
 
@@ -103,6 +106,22 @@ def join(engine: ServersEngine, *, isolated: bool) -> Tracking:
         network=mlflow.networks[0],
         environment={URI: URI_INSIDE, USER: TRAINER, PASSWORD_FILE: PASSWORD_FILES[TRAINER]},
         mounts=(Mount(kind="volume", source=mlflow.volumes[TRAINER_SECRETS], target=TRAINER_SECRETS),),
+    )
+
+
+def with_servers(request: Request, engine: ServersEngine) -> Request:
+    """Return the request for replicas that log to the servers; raises EngineError unless they are up."""
+    isolated = request.entrypoint.isolated
+    tracking = join(engine, isolated=isolated)
+    if isolated:
+        check_network_choice(request.network, tracking)
+    own = {name: value for name, value in request.passed.items() if not name.startswith(OWN_PREFIX)}
+    return replace(
+        request,
+        network=tracking.network or request.network,
+        passed={**own, **tracking.passed},
+        settings=tracking.environment,
+        volumes=tracking.mounts,
     )
 
 

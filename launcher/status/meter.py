@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launcher.devices.devices import expand_ids
+from launcher.devices.devices import replica_gpus
 from launcher.engines.base import Engine, ReplicaState
 from launcher.hosts.usage import Usage
 from launcher.status.report import Figures
@@ -91,7 +91,10 @@ class GpuMeter:
         with_gpus = [state for state in states if state.device.startswith("gpu:")]
         if not with_gpus or not self._open():
             return {}
-        busy = {state.id: [self._busy(device) for device in devices_of(state)] for state in with_gpus}
+        busy = {
+            state.id: [self._busy(device) for device in replica_gpus(state.device, state.plan)]
+            for state in with_gpus
+        }
         return {
             replica_id: sum(known) / len(known)
             for replica_id, values in busy.items()
@@ -118,11 +121,3 @@ class GpuMeter:
             handle = find(device if by_name else int(device))
             return float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         return None
-
-
-def devices_of(state: ReplicaState) -> list[str]:
-    """Return NVML's names of a replica's GPUs where its plan has them, else their numbers."""
-    uuids = state.plan.get("uuids")
-    if isinstance(uuids, list) and uuids:
-        return [str(uuid) for uuid in uuids]
-    return list(expand_ids(state.device.split(":", 1)[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,10 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.engines.local.local import LocalEngine
+from launcher.fleet import bring_up as fleet
 from launcher.hosts.this_machine import ThisMachine
+from launcher.plan.changes import Changes, plan_changes
+from launcher.plan.check import check_fleet
 from launcher.sizes import MIB
 from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import missing
@@ -84,6 +87,25 @@ class World:
             "cores": (0,),
         }
         return ReplicaSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def bring_up(
+    engine: Engine,
+    specs: Sequence[ReplicaSpec],
+    *,
+    recreate: bool = False,
+    settle_s: float = 0.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Changes:
+    """Bring the fleet of `specs` up as `launcher up` does once it has a plan: look, decide, check, act."""
+    existing = [state for state in engine.list() if state.fleet == specs[0].fleet]
+    engine.check_names([spec.name for spec in specs])
+    if not recreate:
+        started_with = {state.id: engine.environment(state.id) or {} for state in existing if state.live}
+        check_fleet(specs, existing, started_with)
+    changes = plan_changes(specs, existing, recreate=recreate)
+    fleet.bring_up(engine, changes, settle_s=settle_s, say=say)
+    return changes
 
 
 def docker_engine(owner: int) -> Engine:

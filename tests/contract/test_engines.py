@@ -15,9 +15,10 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import Engine, ReplicaState
 from launcher.errors import EngineError, NameTaken, ReplicaFailed
-from launcher.fleet import bring_up as fleet
+from launcher.fleet.end import stop
+from launcher.status.words import words_for
 from starling.core.errors import StarlingError, UsageError
-from tests.contract.conftest import World
+from tests.contract.conftest import World, bring_up
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 HOG = "x = bytearray()\nwhile True: x += b'x' * 5_000_000"
@@ -111,7 +112,7 @@ def test_a_replica_that_exceeds_its_memory_is_ended_and_spares_its_sibling(world
     assert not state.finished
     assert state.oom_killed == world.tells_oom
     if world.tells_oom:
-        assert fleet.words_for(state) == "OOM-KILLED at 128 MB"
+        assert words_for(state) == "OOM-KILLED at 128 MB"
     survivor = world.engine.state(sibling)
     assert survivor is not None
     assert survivor.phase == "running"
@@ -129,7 +130,7 @@ def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: Wo
     run_to_words(world, STUBBORN, "a")
     run_to_words(world, SAVES, "b")
     lines: list[str] = []
-    states = fleet.stop(world.engine, world.engine.list(), grace_s=1.5, say=lines.append)
+    states = stop(world.engine, world.engine.list(), grace_s=1.5, say=lines.append)
     assert {state.exit_code for state in states} == {137, 143}
     assert any("still running after 1.5 s" in line for line in lines)
 
@@ -222,41 +223,41 @@ def test_a_replica_runs_on_its_own_cores(world: World) -> None:
 
 def test_up_twice_changes_nothing(world: World) -> None:
     specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b", device=Device("cpu", "1"))]
-    assert len(fleet.bring_up(world.engine, specs, settle_s=0).started) == 2
+    assert len(bring_up(world.engine, specs).start) == 2
     before = world.engine.list()
-    again = fleet.bring_up(world.reopen(), specs, settle_s=0)
-    assert again.started == ()
+    again = bring_up(world.reopen(), specs, settle_s=0)
+    assert again.start == ()
     assert len(again.running) == 2
     assert world.engine.list() == before
 
 
 def test_a_changed_up_shows_the_difference_and_changes_nothing_unless_told(world: World) -> None:
-    fleet.bring_up(world.engine, [world.spec(SAVES)], settle_s=0.5)
+    bring_up(world.engine, [world.spec(SAVES)], settle_s=0.5)
     before = world.engine.list()
     changed = [world.spec(SLEEP, memory_bytes=256 * 1024**2)]
     with pytest.raises(UsageError, match=r"memory: 128 MB -> 256 MB(.|\n)*--recreate"):
-        fleet.bring_up(world.engine, changed, settle_s=0)
+        bring_up(world.engine, changed, settle_s=0)
     assert world.engine.list() == before
-    assert fleet.bring_up(world.engine, changed, recreate=True, settle_s=0).started == (changed[0].name,)
+    assert bring_up(world.engine, changed, recreate=True, settle_s=0).start == (changed[0],)
     [state] = world.engine.list()
     assert state.plan == changed[0].public()
 
 
 def test_up_resumes_the_dead_and_leaves_the_living(world: World) -> None:
     specs = [world.spec(SLEEP, "a"), world.spec(SLEEP, "b", device=Device("cpu", "1"))]
-    fleet.bring_up(world.engine, specs, settle_s=0)
+    bring_up(world.engine, specs, settle_s=0)
     living, dead = world.engine.list()
     world.engine.kill(dead.id)
     ended(world.engine, dead.id)
-    outcome = fleet.bring_up(world.engine, specs, settle_s=0)
-    assert (outcome.running, outcome.started) == ((living.name,), (dead.name,))
+    changes = bring_up(world.engine, specs, settle_s=0)
+    assert (changes.running, [spec.name for spec in changes.start]) == ((living.name,), [dead.name])
     assert {state.phase for state in world.engine.list()} == {"running"}
 
 
 def test_a_replica_that_fails_at_the_start_takes_the_whole_fleet_back(world: World) -> None:
     specs = [world.spec(SLEEP, "a"), world.spec("print('no such dataset'); raise SystemExit(3)", "b")]
     with pytest.raises(ReplicaFailed, match=r"data error(.|\n)*no such dataset") as caught:
-        fleet.bring_up(world.engine, specs, settle_s=10)
+        bring_up(world.engine, specs, settle_s=10)
     assert caught.value.exit_code == 3
     assert world.engine.list() == []
 
@@ -275,7 +276,7 @@ def test_a_third_start_that_fails_takes_back_the_created_too(
     monkeypatch.setattr(world.engine, "start", fail_third)
     specs = [world.spec(SLEEP, name) for name in "abcd"]
     with pytest.raises(EngineError, match="no device"):
-        fleet.bring_up(world.engine, specs, settle_s=0)
+        bring_up(world.engine, specs, settle_s=0)
     assert world.reopen().list() == []
 
 
@@ -288,7 +289,7 @@ def test_an_interrupt_inside_a_creation_leaves_nothing(world: World, monkeypatch
 
     monkeypatch.setattr(world.engine, "create", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fleet.bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
+        bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
     assert world.reopen().list() == []
 
 
@@ -323,10 +324,10 @@ def test_a_fleet_of_another_user_is_named_with_its_user_before_anything_is_creat
     stranger = world.reopen()
     stranger._owner = 65534  # type: ignore[attr-defined]
     try:
-        fleet.bring_up(stranger, specs[1:], settle_s=0)
+        bring_up(stranger, specs[1:], settle_s=0)
         theirs = stranger.list()
         with pytest.raises(NameTaken) as caught:
-            fleet.bring_up(world.engine, specs, settle_s=0)
+            bring_up(world.engine, specs, settle_s=0)
         assert str(caught.value) == (
             f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays as it is: "
             "give the training another --name"
@@ -351,7 +352,7 @@ def test_a_replica_removed_by_somebody_else_before_its_start_takes_the_fleet_bac
 
     monkeypatch.setattr(world.engine, "start", removed_first)
     with pytest.raises(StarlingError) as caught:
-        fleet.bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
+        bring_up(world.engine, [world.spec(SLEEP, "a"), world.spec(SLEEP, "b")], settle_s=0)
     assert caught.value.exit_code == 5
     assert world.reopen().list() == []
 
@@ -366,7 +367,7 @@ def test_a_replica_removed_by_somebody_else_is_no_error_to_who_looks_or_stops(wo
         looking.append([state.name for state in world.engine.list()])
     lines: list[str] = []
     began = time.monotonic()
-    assert fleet.stop(world.engine, states, grace_s=30, say=lines.append) == []
+    assert stop(world.engine, states, grace_s=30, say=lines.append) == []
     assert time.monotonic() - began < 20
     assert looking
     assert all(set(names) <= {state.name for state in states} for names in looking)
@@ -384,7 +385,7 @@ def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World
     with pytest.raises(
         StarlingError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
     ):
-        fleet.bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
+        bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
     remover.join()
     assert world.engine.list() == []
 

@@ -15,10 +15,9 @@ import pytest
 
 from launcher.devices.devices import Device
 from launcher.errors import EngineError
-from launcher.fleet import bring_up as fleet
 from launcher.plan.dry_run import podman_run
 from tests.conftest import PYTHON_PATH
-from tests.contract.conftest import World, base_image, podman_world
+from tests.contract.conftest import World, base_image, bring_up, podman_world
 from tests.contract.test_engines import ended, run
 from tests.podman import PodmanService
 
@@ -36,7 +35,7 @@ def world(podman: PodmanService, tmp_path: Path) -> World:
 def test_a_gpu_reaches_its_replica_by_cdi(world: World, gpu: str) -> None:
     replica_id = world.engine.create(world.spec(TELL_GPU, device=Device("gpu", gpu)))
     try:
-        assert [(claim.id, claim.ids) for claim in world.engine.claims()] == [(replica_id, (gpu,))]
+        assert [(holder.id, holder.gpus) for holder in world.engine.gpu_holders()] == [(replica_id, (gpu,))]
         world.engine.start(replica_id)
         ended(world.engine, replica_id)
         assert list(world.engine.logs(replica_id)) == [gpu]
@@ -46,7 +45,7 @@ def test_a_gpu_reaches_its_replica_by_cdi(world: World, gpu: str) -> None:
 
 def test_a_gpu_that_podman_does_not_know_is_told_with_the_remedy_and_leaves_nothing(world: World) -> None:
     with pytest.raises(EngineError, match="nvidia-ctk cdi generate") as caught:
-        fleet.bring_up(world.engine, [world.spec(TELL_GPU, device=Device("gpu", "9"))], settle_s=0)
+        bring_up(world.engine, [world.spec(TELL_GPU, device=Device("gpu", "9"))], settle_s=0)
     assert caught.value.exit_code == 5
     assert world.engine.list() == []
 

@@ -18,9 +18,10 @@ from launcher.engines.base import ReplicaSpec
 from launcher.engines.docker.docker import DockerEngine
 from launcher.engines.labels import labels
 from launcher.errors import EngineError
-from launcher.fleet import bring_up as fleet
+from launcher.fleet.end import discard, stop
+from launcher.status.words import words_for
 from tests.conftest import PYTHON_PATH
-from tests.contract.conftest import World, base_image, docker_engine
+from tests.contract.conftest import World, base_image, bring_up, docker_engine
 from tests.contract.test_engines import SLEEP, ended, wait_until
 from tests.trainer_double import build_double
 
@@ -246,7 +247,7 @@ def test_an_out_of_memory_kill_is_told_with_its_limit_and_spares_siblings(world:
     for replica_id in ids:
         world.engine.start(replica_id)
     state = ended(world.engine, ids[0])
-    assert fleet.words_for(state) == "OOM-KILLED at 128 MB"
+    assert words_for(state) == "OOM-KILLED at 128 MB"
     sibling = world.engine.state(ids[1])
     assert sibling is not None
     assert sibling.phase == "running"
@@ -268,7 +269,7 @@ def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: Wor
         with pytest.raises(
             EngineError, match=f"{specs[1].name}.*held by container {stranger[:12]}"
         ) as caught:
-            fleet.bring_up(world.engine, specs, settle_s=0)
+            bring_up(world.engine, specs, settle_s=0)
         assert caught.value.exit_code == 5
         assert world.engine.list() == []
         assert docker("inspect", "-f", "{{.Id}}", specs[1].name) == stranger
@@ -278,7 +279,7 @@ def test_a_name_held_by_a_strangers_container_is_named_and_left_alone(world: Wor
 
 def test_kill_all_spares_every_decoy(world: World) -> None:
     spec, lost = world.spec(SLEEP), world.spec(SLEEP, "lost")
-    fleet.bring_up(world.engine, [spec, lost], settle_s=0)
+    bring_up(world.engine, [spec, lost], settle_s=0)
     assert isinstance(world.engine, DockerEngine)
     exact = labels(spec, world.engine._owner)
     # Whoever renames a replica takes it out of our hands: nothing else tells it from a copy.
@@ -294,7 +295,7 @@ def test_kill_all_spares_every_decoy(world: World) -> None:
     ]
     try:
         assert [state.name for state in world.engine.list()] == [spec.name]
-        assert fleet.discard(world.engine, world.engine.list()) == []
+        assert discard(world.engine, world.engine.list()) == []
         assert world.engine.list() == []
         for act in (world.engine.kill, world.engine.terminate):
             act("0" * 64)
@@ -351,11 +352,11 @@ def test_ctrl_c_in_attach_leaves_the_replica_running(cli: Cli, how: str) -> None
 
 
 def test_an_id_that_vanished_meanwhile_is_fine(world: World) -> None:
-    fleet.bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
+    bring_up(world.engine, [world.spec(SLEEP)], settle_s=0)
     states = world.engine.list()
     docker("rm", "-f", states[0].id)
-    assert fleet.discard(world.engine, states) == []
-    assert fleet.stop(world.engine, states, grace_s=1) == []
+    assert discard(world.engine, states) == []
+    assert stop(world.engine, states, grace_s=1) == []
 
 
 def test_a_log_flood_reaches_the_reader_in_whole_lines(world: World) -> None:

@@ -19,10 +19,9 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.docker.docker import DockerEngine
 from launcher.errors import EngineError
-from launcher.fleet import bring_up as fleet
 from launcher.plan.dry_run import docker_run
 from tests.conftest import REPOSITORY
-from tests.contract.conftest import World, base_image, docker_engine
+from tests.contract.conftest import World, base_image, bring_up, docker_engine
 from tests.contract.test_engines import SLEEP
 from tests.docker.test_launcher_docker import Cli, cli, docker, world
 from tests.trainer_double import write_double
@@ -166,7 +165,7 @@ def test_a_third_start_that_the_engine_refuses_takes_back_the_running_and_the_cr
         pytest.skip("this machine's engine has a GPU runtime")
     said: list[str] = []
     with pytest.raises(EngineError) as caught:
-        fleet.bring_up(world.engine, specs, say=said.append)
+        bring_up(world.engine, specs, say=said.append)
     alike = f"{specs[2].name} (GPU 0), {specs[3].name} (GPU 1): Docker has no GPU runtime; install the NVIDIA"
     assert str(caught.value).startswith(alike), "replicas that fail alike are told in one line"
     assert said == ["rolled back: 4 replicas removed, nothing is left behind"]

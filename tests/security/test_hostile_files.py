@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.engines.docker.archives import read_archived_file
-from launcher.options.env_file import read_env_file
+from launcher.options.request import read_env_file
 from launcher.servers import compose
 from launcher.servers.archive import ArchiveWriter, is_left_over, verify
 from launcher.servers.restore import _send_artifacts

@@ -195,7 +195,7 @@ from launcher.cli.main import cli
 from launcher.options.config_file import read_settings
 from launcher.options.training_files import read_dataset
 from starling.core.errors import StarlingError
-from launcher.options.space_yaml import space_layouts
+from launcher.options.training_files import space_layouts
 def read_any(path):
     kind = path.name.split("-")[0]
     if kind == "data":

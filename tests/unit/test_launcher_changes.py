@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +27,11 @@ SPEC = ReplicaSpec(
 )
 
 
-class Started:
-    """As much of an engine as the comparison asks: what a replica was started with."""
-
-    def environment(self, replica_id: str) -> Mapping[str, str]:
-        return {**SPEC.environment, **SPEC.passed}
-
-
 def told(spec: ReplicaSpec, *more: ReplicaSpec) -> list[str]:
     state = ReplicaState(
         id="1", name=SPEC.name, fleet=SPEC.fleet, device="gpu:1", phase="running", plan=SPEC.public()
     )
-    return differences(Started(), [spec, *more], [state])  # type: ignore[arg-type]
+    return differences([spec, *more], [state], {"1": {**SPEC.environment, **SPEC.passed}})
 
 
 def test_the_same_again_differs_in_nothing() -> None:

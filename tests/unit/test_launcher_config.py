@@ -18,7 +18,7 @@ from launcher.cli.up import up
 from launcher.engines.opening import find_host
 from launcher.errors import EngineError
 from launcher.options.config_file import keys_of
-from launcher.options.training_args import without_overridden
+from launcher.options.training_words import without_overridden
 from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
 

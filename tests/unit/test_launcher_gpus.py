@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.devices import holders as module
 from launcher.devices.devices import Device, Selection, expand_ids, join_devices, parse_gpus
-from launcher.devices.holders import EVERY, NOBODY, Claim, Occupancy, choose_gpus, holders
+from launcher.devices.holders import EVERY, NOBODY, GpuHolder, Occupancy, holders_of
 from launcher.devices.inventory import Gpu, MigSlice
 from launcher.sizes import GIB
 from starling.core.errors import UsageError
@@ -20,13 +22,24 @@ MIXED = (*GPUS[:2], replace(GPUS[2], mig=True, slices=SLICES))
 """Two whole GPUs, and one in two slices."""
 
 
+def choose_gpus(
+    text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy = NOBODY, *, force: bool = False
+) -> tuple[tuple[Device, ...], list[str]]:
+    """Choose as `up` does: what others hold is refused, unless --force shares it, which is noted."""
+    choice = module.choose_gpus(text, gpus, occupancy)
+    if force:
+        return choice.devices, choice.shared_notes()
+    choice.check_free(text, gpus, occupancy)
+    return choice.devices, []
+
+
 def ids(text: str, gpus: tuple[Gpu, ...] | None = GPUS, occupancy: Occupancy = NOBODY) -> list[str]:
     devices, _ = choose_gpus(text, gpus, occupancy)
     return [device.id for device in devices]
 
 
-def held(*claims: tuple[str, ...], own: tuple[str, ...] = ()) -> Occupancy:
-    return Occupancy(tuple(Claim(f"holder {n}", claim) for n, claim in enumerate(claims)), own)
+def held(*held: tuple[str, ...], own: tuple[str, ...] = ()) -> Occupancy:
+    return Occupancy(tuple(GpuHolder(f"holder {n}", gpus) for n, gpus in enumerate(held)), own)
 
 
 # --- grammar -------------------------------------------------------------------------------------------------
@@ -157,7 +170,7 @@ def test_a_broken_gpu_is_refused_by_name_and_passed_over_by_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "claim", "covers"),
+    ("text", "gpus", "covers"),
     [
         ("3", ("3",), True),
         ("3", ("GPU-0000-3",), True),
@@ -166,29 +179,29 @@ def test_a_broken_gpu_is_refused_by_name_and_passed_over_by_free() -> None:
         ("3", (), False),
     ],
 )
-def test_a_claim_covers_a_gpu_by_number_by_uuid_or_as_all(
-    text: str, claim: tuple[str, ...], covers: bool
+def test_a_holder_has_a_gpu_by_number_by_uuid_or_as_all(
+    text: str, gpus: tuple[str, ...], covers: bool
 ) -> None:
     [device], _ = choose_gpus(text, GPUS)
-    assert bool(holders(device, GPUS, [Claim("x", claim)])) == covers
-    assert bool(holders(Device("gpu", text), None, [Claim("x", claim)])) == (
-        covers and claim[0] != "GPU-0000-3"
+    assert bool(holders_of(device, GPUS, [GpuHolder("x", gpus)])) == covers
+    assert bool(holders_of(Device("gpu", text), None, [GpuHolder("x", gpus)])) == (
+        covers and gpus[0] != "GPU-0000-3"
     )
 
 
 @pytest.mark.parametrize(
-    ("claim", "covers"),
+    ("gpus", "covers"),
     [(("2",), True), (("GPU-0000-2",), True), (("2:0",), True), (("MIG-0000-0",), True), (("2:2",), False)],
 )
-def test_a_slice_is_held_with_its_gpu_and_not_with_its_sibling(claim: tuple[str, ...], covers: bool) -> None:
+def test_a_slice_is_held_with_its_gpu_and_not_with_its_sibling(gpus: tuple[str, ...], covers: bool) -> None:
     [device], _ = choose_gpus("2:0", MIXED)
-    assert bool(holders(device, MIXED, [Claim("x", claim)])) == covers
+    assert bool(holders_of(device, MIXED, [GpuHolder("x", gpus)])) == covers
 
 
 def test_a_busy_gpu_is_refused_naming_its_holder_the_remedy_and_what_is_free() -> None:
-    claim = Claim("x-y-gpu2 of fleet x/y", ("GPU-0000-2",), "1", "launcher stop x/y")
+    holder = GpuHolder("x-y-gpu2 of fleet x/y", ("GPU-0000-2",), "1", "launcher stop x/y")
     with pytest.raises(UsageError) as caught:
-        choose_gpus("1-3", GPUS, Occupancy((claim,)))
+        choose_gpus("1-3", GPUS, Occupancy((holder,)))
     assert str(caught.value) == (
         "--gpus 1-3: GPU 2 is held by x-y-gpu2 of fleet x/y; choose others (free: 0-1,3-5), "
         "end what holds it: launcher stop x/y, or share with --force"
@@ -209,13 +222,13 @@ def test_several_busy_gpus_are_a_line_each() -> None:
 def test_force_shares_and_says_with_whom() -> None:
     devices, notes = choose_gpus("1-2", GPUS, held(("2",)), force=True)
     assert [device.id for device in devices] == ["1", "2"]
-    assert notes == ("GPU 2 is held by holder 0; shared as --force says",)
+    assert notes == ["GPU 2 is held by holder 0; shared as --force says"]
 
 
 def test_a_container_and_the_process_in_it_are_one_holder() -> None:
-    claims = (Claim("container a", ("2",), "a"), Claim("container a", ("GPU-0000-2",), "a"))
+    both = (GpuHolder("container a", ("2",), "a"), GpuHolder("container a", ("GPU-0000-2",), "a"))
     with pytest.raises(UsageError, match="GPU 2 is held by container a;"):
-        choose_gpus("2", GPUS, Occupancy(claims))
+        choose_gpus("2", GPUS, Occupancy(both))
 
 
 # --- free ----------------------------------------------------------------------------------------------------
@@ -233,14 +246,14 @@ def test_free_takes_what_nobody_holds_in_order() -> None:
     st.none() | st.integers(1, 4),
 )
 def test_free_never_takes_what_is_held_and_misses_nothing(held_ids: list[str], count: int | None) -> None:
-    claims = [Claim("x", (item,)) for item in held_ids]
-    free = [device for device in choose_gpus("all", MIXED)[0] if not holders(device, MIXED, claims)]
+    found = [GpuHolder("x", (item,)) for item in held_ids]
+    free = [device for device in choose_gpus("all", MIXED)[0] if not holders_of(device, MIXED, found)]
     text = "free" if count is None else f"free:{count}"
     if len(free) < (count or 1):
         with pytest.raises(UsageError, match="free"):
-            choose_gpus(text, MIXED, Occupancy(tuple(claims)))
+            choose_gpus(text, MIXED, Occupancy(tuple(found)))
     else:
-        assert list(choose_gpus(text, MIXED, Occupancy(tuple(claims)))[0]) == free[:count]
+        assert list(choose_gpus(text, MIXED, Occupancy(tuple(found)))[0]) == free[:count]
 
 
 def test_fewer_free_than_asked_names_the_holders() -> None:
@@ -272,7 +285,7 @@ def test_a_fleets_own_gpu_that_somebody_took_meanwhile_is_refused_not_replaced()
 
 
 def test_a_gpu_on_which_the_fleet_runs_already_is_not_refused_for_a_guest() -> None:
-    guest = Claim("guest", ("1",))
+    guest = GpuHolder("guest", ("1",))
     assert ids("1-2", GPUS, Occupancy((guest,), own=("1", "2"), settled=("GPU-0000-1", "2"))) == ["1", "2"]
     with pytest.raises(UsageError, match="GPU 1 is held by guest"):
         choose_gpus("1-2", GPUS, Occupancy((guest,), own=("1", "2"), settled=("2",)))

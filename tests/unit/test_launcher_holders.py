@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.devices.devices import Device
-from launcher.devices.holders import EVERY, Claim
+from launcher.devices.devices import Device, replica_gpus
+from launcher.devices.holders import EVERY, GpuHolder
 from launcher.devices.inventory import Gpu, GpuProcess, MigSlice
 from launcher.engines.base import ReplicaSpec, ReplicaState
-from launcher.engines.docker.gpu_containers import container_claim, gpu_ids
+from launcher.engines.docker.gpu_containers import container_holder, gpu_ids
 from launcher.engines.labels import labels
 from launcher.engines.local.local import LocalEngine
-from launcher.fleet.holders import device_ids, find_occupancy, local_replicas
+from launcher.fleet.holders import find_holders, local_replicas
 from launcher.hosts.processes import find_process, user_name
 from launcher.hosts.this_machine import TcpHost, ThisMachine
 from launcher.sizes import GIB
@@ -123,28 +123,30 @@ def test_a_replica_is_named_with_its_fleet_and_its_user(
 ) -> None:
     found = inspected(name="x-y-gpu2", status=status, DeviceRequests=[request(DeviceIDs=["GPU-2"])])
     found["Config"]["Labels"] = labels(spec(tmp_path), owner)
-    assert container_claim(found, 7) == Claim(holder, ("GPU-2",), ID, remedy)
+    assert container_holder(found, 7) == GpuHolder(holder, ("GPU-2",), ID, remedy)
 
 
 def test_another_container_is_named_with_its_image_while_it_has_its_devices(tmp_path: Path) -> None:
     asked = [request(Count=-1)]
     who = "container job (0123456789ab, image pytorch)"
     for status in ("running", "paused", "restarting"):
-        assert container_claim(inspected(status=status, DeviceRequests=asked), 7) == Claim(who, (EVERY,), ID)
+        assert container_holder(inspected(status=status, DeviceRequests=asked), 7) == GpuHolder(
+            who, (EVERY,), ID
+        )
     for status in ("created", "exited", "dead"):
-        assert container_claim(inspected(status=status, DeviceRequests=asked), 7) is None
+        assert container_holder(inspected(status=status, DeviceRequests=asked), 7) is None
     forged = inspected(DeviceRequests=asked)
     forged["Config"]["Labels"] = labels(spec(tmp_path), 7)  # on a container of another name
-    assert container_claim(forged, 7) == Claim(who, (EVERY,), ID)
+    assert container_holder(forged, 7) == GpuHolder(who, (EVERY,), ID)
 
 
 def test_a_strangers_words_steer_no_terminal_and_no_shell(tmp_path: Path) -> None:
     found = inspected(name="x-y-gpu2", DeviceRequests=[request(DeviceIDs=["2"])])
     found["Config"]["Labels"] = labels(spec(tmp_path, fleet="x/\x1b[2Jy; rm -rf ~"), 7)
-    claim = container_claim(found, 7)
-    assert claim is not None
-    assert claim.holder == "x-y-gpu2 of fleet x/\\x1b[2Jy; rm -rf ~"
-    assert claim.remedy == "launcher stop 'x/\\x1b[2Jy; rm -rf ~'"
+    holder = container_holder(found, 7)
+    assert holder is not None
+    assert holder.name == "x-y-gpu2 of fleet x/\\x1b[2Jy; rm -rf ~"
+    assert holder.remedy == "launcher stop 'x/\\x1b[2Jy; rm -rf ~'"
 
 
 # --- processes -----------------------------------------------------------------------------------------------
@@ -206,23 +208,23 @@ def test_a_process_is_described_for_people_without_secrets_or_escapes(tmp_path: 
 
 
 class OneEngine:
-    """An engine that has nothing but claims."""
+    """An engine that has nothing but containers with GPUs."""
 
     name = "docker"
 
-    def __init__(self, *claims: Claim, remote: bool = False) -> None:
-        self._claims = claims
+    def __init__(self, *holders: GpuHolder, remote: bool = False) -> None:
+        self._holders = holders
         self.host = TcpHost() if remote else ThisMachine()
 
-    def claims(self) -> Sequence[Claim]:
-        return self._claims
+    def gpu_holders(self) -> Sequence[GpuHolder]:
+        return self._holders
 
 
 def occupants(
     engine: OneEngine, proc: Path, *gpus: Gpu, own: Sequence[ReplicaState] = ()
 ) -> list[tuple[str, tuple[str, ...]]]:
-    found = find_occupancy(engine, gpus, own, ME, proc=proc)  # type: ignore[arg-type]
-    return [(claim.holder, claim.ids) for claim in found.claims]
+    found = find_holders(engine, gpus, {state.id for state in own}, proc=proc)  # type: ignore[arg-type]
+    return [(holder.name, holder.gpus) for holder in found]
 
 
 def busy(*pids: int, memory: int | None = GIB) -> Gpu:
@@ -243,7 +245,7 @@ def test_a_foreign_process_is_named_with_its_user_command_and_memory(tmp_path: P
 
 def test_a_process_in_a_container_is_the_containers_even_on_a_gpu_it_was_not_given(tmp_path: Path) -> None:
     write_process(tmp_path, 42, cgroup=f"0::/system.slice/docker-{ID}.scope\n")
-    privileged = Claim("container job", (), ID)
+    privileged = GpuHolder("container job", (), ID)
     assert ("container job", ("GPU-1",)) in occupants(OneEngine(privileged), tmp_path, busy(42))
 
 
@@ -259,41 +261,25 @@ def test_the_fleets_own_containers_and_their_processes_are_not_in_its_way(tmp_pa
     own = ReplicaState(
         id=ID, name="x-y-gpu1", fleet="x/y", device="gpu:1", phase="running", plan={"uuids": ["GPU-1"]}
     )
-    engine = OneEngine(Claim("x-y-gpu1 of fleet x/y", ("GPU-1",), ID))
+    engine = OneEngine(GpuHolder("x-y-gpu1 of fleet x/y", ("GPU-1",), ID))
     assert occupants(engine, tmp_path, busy(42)) != []
     assert occupants(engine, tmp_path, busy(42), own=[own]) == []
-    assert find_occupancy(engine, (), [own], ME, proc=tmp_path).own == ("GPU-1",)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("state", "recreate", "settled"),
-    [
-        ({"phase": "running"}, True, True),
-        ({"phase": "exited", "exit_code": 0}, False, True),
-        ({"phase": "exited", "exit_code": 0}, True, False),
-        ({"phase": "exited", "exit_code": 143}, False, False),
-        ({"phase": "created"}, False, False),
-    ],
-)
-def test_only_replicas_that_will_not_be_started_are_settled(
-    tmp_path: Path, state: dict[str, Any], recreate: bool, settled: bool
-) -> None:
-    own = ReplicaState(id=ID, name="x-y-gpu1", fleet="x/y", device="gpu:1", **state)
-    found = find_occupancy(OneEngine(), (), [own], ME, recreate=recreate, proc=tmp_path)  # type: ignore[arg-type]
-    assert (found.own, found.settled) == (("1",), ("1",) if settled else ())
 
 
 def test_a_remote_engines_gpus_are_not_looked_for_on_this_machine(tmp_path: Path) -> None:
     write_process(tmp_path, 42)
-    far = Claim("container far", ("1",), ID)
+    far = GpuHolder("container far", ("1",), ID)
     assert occupants(OneEngine(far, remote=True), tmp_path, busy(42)) == [("container far", ("1",))]
 
 
 def test_a_replicas_gpus_are_its_plans_uuids_or_its_labels_numbers() -> None:
-    assert device_ids("gpu:0-1", {"uuids": ["GPU-0", "GPU-1"]}) == ("GPU-0", "GPU-1")
-    assert device_ids("gpu:0,2-3", {}) == ("0", "2", "3")
-    assert device_ids("gpu:2:1", {"uuids": "forged"}) == ("2:1",)
-    assert device_ids("cpu:0-1", {"uuids": []}) == ()
+    assert replica_gpus("gpu:0-1", {"uuids": ["GPU-0", "GPU-1"]}) == ("GPU-0", "GPU-1")
+    assert replica_gpus("gpu:0", {"uuids": ["GPU-x"]}) == ("GPU-x",)
+    assert replica_gpus("gpu:3", {}) == ("3",)
+    assert replica_gpus("gpu:0,2-4", {}) == ("0", "2", "3", "4")
+    assert replica_gpus("gpu:GPU-8f-1-2", {}) == ("GPU-8f-1-2",)
+    assert replica_gpus("gpu:2:1", {"uuids": "forged"}) == ("2:1",)
+    assert replica_gpus("cpu:0-1", {"uuids": []}) == ()
 
 
 # --- local replicas, which are real here ------------------------------------------------------------------------
@@ -319,7 +305,7 @@ def local(tmp_path: Path) -> Any:
 
 def test_a_local_replica_of_another_runs_folder_is_found_by_its_supervisor(local: Any) -> None:
     place = f"--engine local --runs {local.runs}"
-    mine = Claim("x-y-gpu2 of fleet x/y", ("GPU-2",), local.id, f"launcher stop {place} x/y")
+    mine = GpuHolder("x-y-gpu2 of fleet x/y", ("GPU-2",), local.id, f"launcher stop {place} x/y")
     assert mine in local_replicas().values()
     record = local.runs / ".launcher" / "x-y-gpu2.json"
     kept = json.loads(record.read_text())
@@ -331,9 +317,9 @@ def test_a_local_replica_of_another_runs_folder_is_found_by_its_supervisor(local
         "[",
     ):
         record.write_text(forged)
-        [claim] = [claim for claim in local_replicas().values() if "x-y-gpu2" in claim.holder]
-        assert claim.holder.startswith("local replica x-y-gpu2 (process ")
-        assert claim.ids == ()
+        [holder] = [holder for holder in local_replicas().values() if "x-y-gpu2" in holder.name]
+        assert holder.name.startswith("local replica x-y-gpu2 (process ")
+        assert holder.gpus == ()
     record.write_text(json.dumps(kept))
 
 
@@ -350,10 +336,10 @@ def test_another_users_local_replica_is_theirs_and_nothing_to_end_for_the_caller
     write_process(
         proc, 41, command=["vi", supervisor, str(exit_file)]
     )  # which is no supervisor of a replica here
-    assert local_replicas(proc)[40] == Claim("x-y-gpu2 of fleet x/y of uid 987654", ("GPU-2",), "r")
+    assert local_replicas(proc)[40] == GpuHolder("x-y-gpu2 of fleet x/y of uid 987654", ("GPU-2",), "r")
     (exit_file.parent / "x-y-gpu2.json").unlink()
     unknown = "local replica x-y-gpu2 of uid 987654 (process 40)"
-    assert local_replicas(proc)[40] == Claim(unknown, (), "pid 40")
+    assert local_replicas(proc)[40] == GpuHolder(unknown, (), "pid 40")
     write_process(proc, 50, parent=40, uid=987654)
     assert occupants(OneEngine(), proc, busy(50))[-1] == (unknown, ("GPU-1",))
 

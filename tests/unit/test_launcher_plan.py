@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,32 +13,34 @@ from hypothesis import strategies as st
 
 from launcher.devices.devices import Device, split_cores
 from launcher.devices.inventory import Gpu, Machine
-from launcher.engines.base import Mount
+from launcher.engines.base import Image, Mount
 from launcher.engines.labels import is_ours, labels
+from launcher.fleet.inspect import look_at_secrets
+from launcher.hosts.files import LOCAL
 from launcher.hosts.processes import caller_ids
 from launcher.hosts.runs_folder import check_runs, replica_user
-from launcher.options.training_args import TrainingArgs, prepare_args
-from launcher.options.training_files import read_dataset
-from launcher.plan.check import preflight_notes
-from launcher.plan.dry_run import docker_run, show_plan
-from launcher.plan.plan import (
+from launcher.options.request import (
     RUNS_IN_IMAGE,
     TRAINER_IN_IMAGE,
-    Placement,
-    Plan,
+    Entrypoint,
     Request,
-    make_plan,
     passed_variables,
-    replica_name,
 )
-from launcher.plan.secret_files import with_secret_files
+from launcher.options.training_args import TrainingArgs, prepare_args
+from launcher.options.training_files import read_dataset
+from launcher.plan.check import check
+from launcher.plan.dry_run import describe, docker_run, document
+from launcher.plan.facts import Facts
+from launcher.plan.plan import Plan, make_plan, replica_name
+from launcher.problems import raise_all
 from launcher.sizes import GIB, format_cores, format_size, parse_size
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.handover import NOBODYS_ID
 
-DOCKER = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
+DOCKER = Entrypoint(trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 MACHINE = Machine(cores=tuple(range(16)), memory_bytes=128 * GIB)
 GPUS = tuple(Gpu(n, f"GPU-0000-{n}", "H200", 140 * GIB) for n in range(6))
+FACTS = Facts(machine=MACHINE, gpus=GPUS, image=Image(name="starling:latest", id="sha256:abc"))
 
 
 @pytest.fixture
@@ -57,13 +60,21 @@ def prepare(words: list[str], tmp_path: Path, isolated: bool = True) -> Training
 
 def request_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Request:
     args = prepare(words or ["--project", "blood", "--name", "search", "--evolve", "60"], tmp_path)
-    values = {"gpus": "1"} if "cpus" not in asked else {}
-    return Request(args=args, runs=tmp_path / "runs", **({"user": "1000:1000"} | values | asked))  # type: ignore[arg-type]
+    values: dict[str, object] = {"gpus": "1"} if "cpus" not in asked else {}
+    values |= {"runs": tmp_path / "runs", "user": "1000:1000", "entrypoint": DOCKER}
+    return Request(args=args, **(values | asked))  # type: ignore[arg-type]
 
 
-def plan_for(tmp_path: Path, words: list[str] | None = None, **asked: object) -> Plan:
-    request = request_for(tmp_path, words, **({"gpus": None} | asked))
-    return make_plan(request, DOCKER, MACHINE, GPUS, "sha256:abc")
+def plan_for(tmp_path: Path, words: list[str] | None = None, facts: Facts = FACTS, **asked: object) -> Plan:
+    """Return the plan, or raise what `up` would refuse."""
+    plan = make_plan(request_for(tmp_path, words, **({"gpus": None} | asked)), facts)
+    raise_all(check(plan, facts))
+    return plan
+
+
+def shown(plan: Plan) -> str:
+    """Return all that a dry run shows."""
+    return "\n".join([*describe(plan, FACTS, ()), json.dumps(document(plan, ()))])
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
@@ -382,9 +393,8 @@ def test_a_resumed_training_is_split_as_its_checkpoint_says_unless_a_batch_is_gi
 
 def test_slices_are_not_joined(tmp_path: Path) -> None:
     for text in ("2:0,2:1", "MIG-8f6a2b3c,MIG-8f6a2b3d"):
-        request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus=text, ddp=True)
         with pytest.raises(UsageError, match="one MIG slice and no more"):
-            make_plan(request, DOCKER, MACHINE, None, "")
+            plan_for(tmp_path, TRAINING, replace(FACTS, gpus=None), gpus=text, ddp=True)
 
 
 def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> None:
@@ -400,9 +410,8 @@ def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> N
 
 
 def test_a_process_of_the_local_engine_is_pinned_by_uuid(tmp_path: Path) -> None:
-    local = Placement(engine="local", trainer=("python", "t.py"), runs_inside=str(tmp_path), isolated=False)
-    request = Request(args=prepare(TRAINING, tmp_path), runs=tmp_path, gpus="1-2", ddp=True)
-    [spec] = make_plan(request, local, MACHINE, GPUS, "").replicas
+    local = Entrypoint(trainer=("python", "t.py"), runs_inside=str(tmp_path), isolated=False)
+    [spec] = plan_for(tmp_path, TRAINING, gpus="1-2", ddp=True, entrypoint=local).replicas
     assert spec.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-2"
 
 
@@ -410,14 +419,9 @@ def test_secrets_show_by_name_only(tmp_path: Path) -> None:
     words = ["--data", "https://u:hunter2@db/data.yaml"]
     plan = plan_for(tmp_path, words, gpus="1", passed={"CLEARML_API_SECRET_KEY": "s3cret"})
     [spec] = plan.replicas
-    shown = "\n".join(
-        [*show_plan(plan, 0), json.dumps(plan.public()), repr(plan), json.dumps(labels(spec, 0))]
-    )
-    assert "s3cret" not in shown
-    assert "--env CLEARML_API_SECRET_KEY" in shown
-    assert "hunter2" not in "\n".join(
-        [*show_plan(plan, 0), json.dumps(plan.public()), json.dumps(labels(spec, 0))]
-    )
+    assert "s3cret" not in shown(plan) + repr(plan) + json.dumps(labels(spec, 0))
+    assert "--env CLEARML_API_SECRET_KEY" in shown(plan)
+    assert "hunter2" not in shown(plan) + json.dumps(labels(spec, 0))
     assert words[1] in spec.command
 
 
@@ -457,16 +461,23 @@ def test_a_training_for_a_queue_is_not_queued_once_a_replica(words: list[str], t
     assert prepare([*TRAINING, "--remote", ""], tmp_path).words[-1] == "", "as the trainer takes it: here"
 
 
+def plan_with_secrets(tmp_path: Path, passed: Mapping[str, str]) -> Plan:
+    """Return the plan for variables that name files, which are looked for as `up` looks for them."""
+    request = request_for(tmp_path, passed=passed)
+    facts = replace(FACTS, secrets=tuple(look_at_secrets(request, LOCAL, judged=False)))
+    return plan_for(tmp_path, facts=facts, gpus="1", passed=passed)
+
+
 @pytest.mark.parametrize("variable", ["STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE"])
 def test_the_file_of_a_servers_password_is_mounted_and_never_read(variable: str, tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("hunter2")
-    placed = with_secret_files(request_for(tmp_path, passed=passed_variables({variable: str(secret)})))
-    assert placed.volumes == (Mount(source=str(secret), target=str(secret), read_only=True),)
-    assert placed.passed[variable] == str(secret)
+    [spec] = plan_with_secrets(tmp_path, passed_variables({variable: str(secret)})).replicas
+    assert spec.mounts[1:] == (Mount(source=str(secret), target=str(secret), read_only=True),)
+    assert spec.passed[variable] == str(secret)
     for wrong in ("password", str(tmp_path / "none")):
         with pytest.raises(UsageError, match=f"{variable}=.*absolute path of a file"):
-            with_secret_files(request_for(tmp_path, passed={variable: wrong}))
+            plan_with_secrets(tmp_path, {variable: wrong})
 
 
 @pytest.mark.parametrize("given", ["{home}/clearml.conf", "~/clearml.conf", "clearml.conf"])
@@ -478,23 +489,21 @@ def test_clearmls_file_is_mounted_and_its_variable_leads_there(
     secret = tmp_path / "clearml.conf"
     secret.write_text("api.credentials.secret_key = hunter2")
     passed = passed_variables({"CLEARML_CONFIG_FILE": given.format(home=tmp_path)})
-    placed = with_secret_files(request_for(tmp_path, passed=passed))
-    plan = make_plan(placed, DOCKER, MACHINE, GPUS, "sha256:abc")
+    plan = plan_with_secrets(tmp_path, passed)
     [spec] = plan.replicas
     assert Mount(source=str(secret), target=str(secret), read_only=True) in spec.mounts
     assert spec.environment["CLEARML_CONFIG_FILE"] == str(secret)
     assert "CLEARML_CONFIG_FILE" not in spec.passed
-    assert "hunter2" not in "\n".join(
-        [*show_plan(plan, 0), json.dumps(plan.public()), *labels(spec, 0).values()]
-    )
+    assert "hunter2" not in "\n".join([shown(plan), *labels(spec, 0).values()])
 
 
 def test_clearmls_file_that_is_not_there_is_noted_and_stops_nothing(tmp_path: Path) -> None:
     for wrong in (tmp_path, tmp_path / "gone"):
-        asked = request_for(tmp_path, passed={"CLEARML_CONFIG_FILE": str(wrong)})
-        placed = with_secret_files(asked)
-        assert (placed.volumes, placed.passed) == ((), asked.passed)
-        [note] = preflight_notes(placed, make_plan(placed, DOCKER, MACHINE, GPUS, "x"), MACHINE, [])
+        passed = {"CLEARML_CONFIG_FILE": str(wrong)}
+        plan = plan_with_secrets(tmp_path, passed)
+        [spec] = plan.replicas
+        assert (len(spec.mounts), spec.passed) == (1, passed)
+        [note] = plan.notes
         assert note.startswith(f"CLEARML_CONFIG_FILE={wrong}: no such file")
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,18 @@ from launcher.devices.inventory import Driver, Machine
 from launcher.engines.base import Image, ReplicaState
 from launcher.errors import EngineError
 from launcher.fleet.build import project_folder
-from launcher.hosts.access import check_data, check_runs_access, check_secret_file, may
+from launcher.hosts.access import PathState, look_at_reads, look_at_runs, state_of
+from launcher.hosts.files import DiskSpace, disk_space
 from launcher.hosts.runs_folder import check_runs
 from launcher.hosts.this_machine import ThisMachine
-from launcher.options.training_args import prepare_args
+from launcher.options.request import TRAINER_IN_IMAGE, Entrypoint, Request
+from launcher.options.training_args import TrainingArgs, prepare_args
 from launcher.parallel import in_parallel
-from launcher.plan import check as preflight
-from launcher.plan.check import check_disk, check_driver, check_study_address, preflight_notes
-from launcher.plan.plan import TRAINER_IN_IMAGE, Placement, Request, make_plan
-from launcher.problems import Problems, SeveralProblems
+from launcher.plan.access import check_data, check_runs_access, check_secret_file, may
+from launcher.plan.check import check, check_disk, check_driver, check_study_address
+from launcher.plan.facts import Facts
+from launcher.plan.plan import Plan, make_plan
+from launcher.problems import Problems, SeveralProblems, raise_all
 from launcher.sizes import GIB
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from tests.conftest import PYTHON_PATH, REPOSITORY
@@ -270,13 +274,14 @@ def test_the_remedy_for_cuda_13_is_the_driver_branch_that_brought_it() -> None:
 # --- disk, addresses, memory
 
 
-def test_a_disk_that_is_all_but_full_is_told_with_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_disk(tmp_path / "runs")
-    monkeypatch.setattr(preflight, "LEAST_FREE_BYTES", 1 << 60)
-    with pytest.raises(UsageError, match=r"--runs .*/runs: [\d.]+ GB free on its disk, .*make room"):
-        check_disk(tmp_path / "runs")
+def test_a_disk_that_is_all_but_full_is_told_with_what_it_has(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    check_disk(runs, disk_space(runs))
+    with pytest.raises(UsageError, match=r"--runs .*/runs: 512 MB free on its disk, .*make room"):
+        check_disk(runs, DiskSpace(GIB // 2))
+    with pytest.raises(UsageError, match="its disk takes only 7 more files; remove some"):
+        check_disk(runs, DiskSpace(GIB, files=7))
+    check_disk(runs, DiskSpace(GIB, files=None))
 
 
 def test_shared_memory_beyond_the_memory_that_it_counts_against_is_refused(tmp_path: Path) -> None:
@@ -316,12 +321,15 @@ def request(tmp_path: Path, **asked: object) -> Request:
         ["--name", "x"], cwd=tmp_path, runs=tmp_path / "runs", runs_inside="/runs", isolated=True
     )
     values: dict[str, object] = {"args": args, "runs": tmp_path / "runs", "cpus": 1, "user": "1000:1000"}
-    return Request(**{**values, **asked})  # type: ignore[arg-type]
+    entrypoint = Entrypoint(trainer=TRAINER_IN_IMAGE, runs_inside="/runs", isolated=True)
+    return Request(**{**values, "entrypoint": entrypoint, **asked})  # type: ignore[arg-type]
 
 
-def plan(tmp_path: Path, **asked: object):  # type: ignore[no-untyped-def]
-    placement = Placement(engine="docker", trainer=TRAINER_IN_IMAGE, runs_inside="/runs", isolated=True)
-    return make_plan(request(tmp_path, **asked), placement, MACHINE, None, "sha256:abc")
+def plan(tmp_path: Path, *others: ReplicaState, **asked: object) -> Plan:
+    facts = Facts(machine=MACHINE, image=Image(id="sha256:abc"), others=others)
+    made = make_plan(request(tmp_path, **asked), facts)
+    raise_all(check(made, facts))
+    return made
 
 
 def test_a_tracker_on_loopback_is_noted_without_its_password(tmp_path: Path) -> None:
@@ -330,20 +338,18 @@ def test_a_tracker_on_loopback_is_noted_without_its_password(tmp_path: Path) -> 
         "CLEARML_API_HOST": "https://clearml.lab:8008",
         "MLFLOW_RUN": "localhost",
     }
-    asked = request(tmp_path, passed=passed)
-    [note] = preflight_notes(asked, plan(tmp_path, passed=passed), MACHINE, [])
+    [note] = plan(tmp_path, passed=passed).notes
     assert note.startswith("MLFLOW_TRACKING_URI: 127.0.0.1:5000 is the replica itself")
     assert "say --tracking" in note
     assert "hunter2" not in note
-    asked = request(tmp_path, passed=passed, network="host")
-    assert preflight_notes(asked, plan(tmp_path, passed=passed, network="host"), MACHINE, []) == ()
+    assert plan(tmp_path, passed=passed, network="host").notes == ()
 
 
 def test_memory_that_other_fleets_may_take_is_noted(tmp_path: Path) -> None:
     other = ReplicaState(id="1", name="o", fleet="o/p", device="cpu:0", phase="running", memory_bytes=6 * GIB)
-    [note] = preflight_notes(request(tmp_path), plan(tmp_path, memory_bytes=4 * GIB), MACHINE, [other])
+    [note] = plan(tmp_path, other, memory_bytes=4 * GIB).notes
     assert "may take 6 GB, this one 4 GB, and the machine has 8 GB" in note
-    assert preflight_notes(request(tmp_path), plan(tmp_path, memory_bytes=2 * GIB), MACHINE, [other]) == ()
+    assert plan(tmp_path, other, memory_bytes=2 * GIB).notes == ()
 
 
 # --- data and runs folder
@@ -363,7 +369,13 @@ def dataset(tmp_path: Path) -> Path:
     return root / "blood.yaml"
 
 
-def check(dataset: Path, user: str = STRANGER) -> None:
+def check_args(args: TrainingArgs, user: str = STRANGER) -> None:
+    """Look at what a training opens, and judge it."""
+    shown = [Path(mount.source) for mount in args.mounts]
+    check_data(look_at_reads(args.reads, shown), shown, user)
+
+
+def check_dataset(dataset: Path, user: str = STRANGER) -> None:
     args = prepare_args(
         ["--data", str(dataset)],
         cwd=dataset.parent,
@@ -371,12 +383,12 @@ def check(dataset: Path, user: str = STRANGER) -> None:
         runs_inside="/runs",
         isolated=True,
     )
-    check_data(args.reads, [Path(mount.source) for mount in args.mounts], user)
+    check_args(args, user)
 
 
 def test_data_that_everybody_may_read_passes_whatever_lies_above_it(dataset: Path) -> None:
     dataset.parent.parent.chmod(0o700)  # Docker follows the path itself; inside, only what is mounted counts
-    check(dataset)
+    check_dataset(dataset)
 
 
 @pytest.mark.parametrize("shut", ["", "images", "images/train", "images/train/1.jpg", "labels/train", "labels/train/1.txt", "blood.yaml"])  # fmt: skip
@@ -385,21 +397,21 @@ def test_data_that_the_containers_user_cannot_read_is_named_with_the_remedy(data
     path.chmod(0o700 if path.is_dir() else 0o600)
     words = f"{path}: replicas run as {STRANGER} and may not read it .*chmod -R o\\+rX {path}"
     with pytest.raises(DataError, match=words):
-        check(dataset)
-    check(dataset, f"{os.getuid()}:12345")
+        check_dataset(dataset)
+    check_dataset(dataset, f"{os.getuid()}:12345")
 
 
 def test_a_file_that_training_does_not_open_is_nobodys_business(dataset: Path) -> None:
     for name in ("private", "images/train/.git"):
         (dataset.parent / name).touch(0o600)
-    check(dataset)
+    check_dataset(dataset)
 
 
 def test_a_group_that_may_read_is_offered(dataset: Path) -> None:
     images = dataset.parent / "images"
     images.chmod(0o750)
     with pytest.raises(DataError, match=f"give --user 12345:{images.stat().st_gid}, whose group may"):
-        check(dataset)
+        check_dataset(dataset)
 
 
 def test_a_folder_that_is_a_link_out_of_the_dataset_is_refused_since_replicas_cannot_follow_it(
@@ -411,18 +423,18 @@ def test_a_folder_that_is_a_link_out_of_the_dataset_is_refused_since_replicas_ca
     with pytest.raises(
         DataError, match=f"{labels}: leads to {tmp_path}/elsewhere, which replicas do not see"
     ):
-        check(dataset)
+        check_dataset(dataset)
     labels.unlink()
     (tmp_path / "elsewhere").rename(dataset.parent / "real")
     labels.symlink_to("real")
-    check(dataset)
+    check_dataset(dataset)
 
 
 def test_weights_that_cannot_be_read_are_a_checkpoint_error(tmp_path: Path) -> None:
     weights = tmp_path / "w.pt"
     weights.touch(0o600)
     with pytest.raises(CheckpointError, match=r"w\.pt: replicas run as"):
-        check_data({weights: CheckpointError}, [weights], STRANGER)
+        check_data(look_at_reads({weights: CheckpointError}, [weights]), [weights], STRANGER)
 
 
 @pytest.mark.parametrize(
@@ -446,40 +458,45 @@ def test_an_unreadable_file_is_the_error_that_the_trainer_would_make_of_it(
     with pytest.raises(
         StarlingError, match=rf"{path}: replicas run as {STRANGER} and may not read it"
     ) as caught:
-        check_data(args.reads, [Path(mount.source) for mount in args.mounts], STRANGER)
+        check_args(args)
     assert type(caught.value) is error
 
 
 def test_a_password_file_that_replicas_cannot_read_is_told_with_two_ways_out(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.touch(0o600)
-    check_secret_file(path, f"{os.getuid()}:5", "STARLING_STUDY_PASSWORD_FILE")
+    state = state_of(path)
+    assert state is not None
+    check_secret_file(state, "STARLING_STUDY_PASSWORD_FILE", f"{os.getuid()}:5")
     with pytest.raises(UsageError, match=rf"setfacl -m u:12345:r {path}, or give --user {os.getuid()}:"):
-        check_secret_file(path, STRANGER, "STARLING_STUDY_PASSWORD_FILE")
+        check_secret_file(state, "STARLING_STUDY_PASSWORD_FILE", STRANGER)
 
 
-def test_root_in_a_container_has_no_right_beyond_its_mode(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.touch(0o600)
-    state = os.stat_result((0o100600, 0, 0, 1, 1000, 1000, 0, 0, 0, 0))
-    assert not may(path, state, 0, 0, 4)
-    assert may(path, state, 1000, 5, 6)
+def test_root_in_a_container_has_no_right_beyond_its_mode() -> None:
+    state = PathState(Path("/x"), uid=1000, gid=1000, mode=0o100600)
+    assert not may(state, 0, 0, 4)
+    assert may(state, 1000, 5, 6)
+    assert may(replace(state, has_list=True), 0, 0, 4), "an access control list may allow it"
 
 
 def test_a_runs_folder_that_the_containers_user_cannot_write_is_named_with_the_remedy(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     mine = f"{os.getuid()}:{os.getgid()}"
+
+    def check_access(user: str, caller: int) -> None:
+        check_runs_access(runs, look_at_runs(runs, "a/b"), user, caller)
+
     with pytest.raises(UsageError, match="would be made by you"):
-        check_runs_access(runs, "a/b", STRANGER, caller=999)
-    check_runs_access(runs, "a/b", STRANGER, caller=0)  # root gives away what it makes
+        check_access(STRANGER, caller=999)
+    check_access(STRANGER, caller=0)  # root gives away what it makes
     (runs / "a" / "b").mkdir(parents=True)
-    check_runs_access(runs, "a/b", mine, caller=os.getuid())
+    check_access(mine, caller=os.getuid())
     for path, more in ((runs, 0o755), (runs / "a", 0o755), (runs / "a" / "b", 0o755)):
         path.chmod(more)
         with pytest.raises(UsageError, match=rf"may not write in {path} .*chown -R {STRANGER} {path}"):
-            check_runs_access(runs, "a/b", STRANGER, caller=999)
+            check_access(STRANGER, caller=999)
         path.chmod(0o777)
-    check_runs_access(runs, "a/b", STRANGER, caller=999)
+    check_access(STRANGER, caller=999)
 
 
 # --- the image's build

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from launcher.engines.base import ReplicaState
 from launcher.hosts.this_machine import ThisMachine
 from launcher.hosts.usage import Usage
-from launcher.options.env_file import read_env_file
+from launcher.options.request import read_env_file
 from launcher.sizes import GIB, format_share
-from launcher.status.meter import GpuMeter, Meter, devices_of
-from launcher.status.progress import read_progress, read_restarts
+from launcher.status.meter import GpuMeter, Meter
+from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
 from launcher.status.report import COLUMNS, Figures, Row, exit_code, format_duration, searches_of
 from launcher.status.selection import select
 from launcher.status.table import lay_out
 from launcher.status.words import words_for
 from starling.core.errors import UsageError
-from starling.core.worker_status import Progress, Restarts, _number, _text
 
 STATE = ReplicaState(
     id="abc",
@@ -345,13 +344,6 @@ def test_a_rate_of_another_machine_is_by_its_own_clock_however_long_the_answers_
 
 def test_a_machine_without_nvml_has_no_gpu_figure() -> None:
     assert GpuMeter(object()).read([replace(STATE, device="gpu:0", phase="running")]) == {}
-
-
-def test_a_replicas_gpus_are_known_by_number_range_or_uuid() -> None:
-    assert devices_of(replace(STATE, device="gpu:3")) == ["3"]
-    assert devices_of(replace(STATE, device="gpu:0,2-4")) == ["0", "2", "3", "4"]
-    assert devices_of(replace(STATE, device="gpu:GPU-8f-1-2")) == ["GPU-8f-1-2"]
-    assert devices_of(replace(STATE, device="gpu:0", plan={"uuids": ["GPU-x"]})) == ["GPU-x"]
 
 
 @pytest.mark.parametrize(

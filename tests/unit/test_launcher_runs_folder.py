@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from launcher.devices.inventory import Machine
 from launcher.errors import EngineError
 from launcher.hosts import ssh_runs
 from launcher.hosts.lock import NAME
 from launcher.hosts.runs_folder import runs_folder
 from launcher.hosts.ssh_connection import SshConnection
 from launcher.hosts.ssh_runs import remote_host_lock, remote_replica_user, remote_runs_folder
+from launcher.plan.dry_run import make_runs
+from launcher.plan.facts import Facts
 from starling.core import handover
 from starling.core.errors import UsageError
 from starling.core.handover import STILL
@@ -242,19 +246,18 @@ def test_the_command_refuses_root_with_exit_code_2_by_flag_and_by_file(way: str,
 
 @needs_root
 def test_the_line_that_a_dry_run_prints_hands_over_as_up_does(tmp_path: Path) -> None:
-    from launcher.plan.dry_run import _make_runs
-    from tests.unit.test_launcher_plan import plan_for
-
+    facts = Facts(machine=Machine(cores=(0,), memory_bytes=1), runs_owner=0)
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "file").touch()
     os.link(runs / "file", tmp_path / "linked")
-    [line] = _make_runs(plan_for(tmp_path, gpus="1").replicas[0])
+    [line] = make_runs(runs, "1000:1000", facts)
     done = subprocess.run(shlex.split(line), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1000 1000\n"), done.stderr
     assert owners(runs, tmp_path / "linked") == [1000, 0]
     runs.rename(tmp_path / "aside")
-    [line] = _make_runs(plan_for(tmp_path, gpus="1").replicas[0])
+    assert make_runs(runs, "1000:1000", replace(facts, runs_owner=1000)) == []
+    [line] = make_runs(runs, "1000:1000", replace(facts, runs_owner=None))
     subprocess.run(shlex.split(line), check=True)
     assert (owners(runs), mode(runs)) == ([1000], 0o700)
 

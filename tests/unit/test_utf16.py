@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.options.env_file import read_env_file
-from launcher.options.strict_yaml import read_mapping
+from launcher.options.config_file import read_mapping
+from launcher.options.request import read_env_file
 from launcher.options.training_files import read_dataset
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import DataError, UsageError

@@ -31,7 +31,7 @@ from launcher.parallel import in_parallel
 from starling.core.words import printable
 
 if TYPE_CHECKING:
-    from launcher.devices.holders import Claim
+    from launcher.devices.holders import GpuHolder
     from launcher.devices.inventory import Machine
     from launcher.engines.docker.services import Service
     from launcher.hosts.host import Host
@@ -172,15 +172,15 @@ class DockerEngine:
         states = [done.value for done in in_parallel(self.state, [item["Id"] for item in found])]
         return sorted((state for state in states if state is not None), key=_natural)
 
-    def claims(self) -> Sequence[Claim]:
+    def gpu_holders(self) -> Sequence[GpuHolder]:
         """Return which GPUs each container of this engine was given, whoever started it."""
-        from launcher.engines.docker.gpu_containers import HOLDING, container_claim
+        from launcher.engines.docker.gpu_containers import HOLDING, container_holder
 
         with self._to.translated():
             found = self._to.containers()
         ids = [item["Id"] for item in found if item["State"] in (*HOLDING, "created")]
         inspected = filter(None, map(self._inspect, ids))
-        return [claim for item in inspected if (claim := container_claim(item, self._owner)) is not None]
+        return [holder for item in inspected if (holder := container_holder(item, self._owner)) is not None]
 
     def state(self, replica_id: str) -> ReplicaState | None:
         """Return a container of ours as the engine's inspect describes it now."""

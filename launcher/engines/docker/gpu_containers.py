@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.devices.devices import expand_ids
-from launcher.devices.holders import EVERY, Claim
+from launcher.devices.devices import replica_gpus
+from launcher.devices.holders import EVERY, GpuHolder
 from launcher.engines.labels import DEVICE_LABEL, FLEET_LABEL, OWNER_LABEL, is_ours
 from launcher.hosts.processes import user_name
 from starling.core.words import printable
@@ -21,10 +21,10 @@ _CDI_NAME = re.compile(r"(?:[a-z.]*\.)?nvidia\.com/[\w.-]+=")
 _DEVICE_FILE = re.compile(r"/dev/nvidia(\d+)", re.ASCII)
 
 
-def container_claim(inspected: Mapping[str, Any], caller: int) -> Claim | None:
-    """Return what a container holds and who it is; None for one that holds nothing, being no replica and not running.
+def container_holder(inspected: Mapping[str, Any], caller: int) -> GpuHolder | None:
+    """Return who a container is and what it holds; None for one that holds nothing, being no replica and not running.
 
-    A container without a GPU has a claim of no ids, so that a process in it can be named.
+    A container without a GPU holds none, and is returned all the same, so that a process in it can be named.
     """
     config = inspected["Config"]
     name, status = inspected["Name"].lstrip("/"), inspected["State"]["Status"]
@@ -37,18 +37,12 @@ def container_claim(inspected: Mapping[str, Any], caller: int) -> Claim | None:
         holder += " (created, never started)" if status == "created" else ""
         end = "kill-all" if status == "created" else "stop"
         remedy = f"launcher {end} {shlex.quote(fleet)}" if int(owner) == caller else ""
-        ids = ids or _labelled(found[DEVICE_LABEL])
+        ids = ids or replica_gpus(found[DEVICE_LABEL], {})  # Podman tells of no GPU that was given by CDI
     elif status in HOLDING:
         holder, remedy = f"container {name} ({inspected['Id'][:12]}, image {printable(config['Image'])})", ""
     else:
         return None
-    return Claim(holder, ids, inspected["Id"], remedy)
-
-
-def _labelled(device: str) -> tuple[str, ...]:
-    """Return the GPUs that a replica's label names: Podman's inspect keeps silent about those given by CDI."""
-    kind, _, named = device.partition(":")
-    return expand_ids(named) if kind == "gpu" else ()
+    return GpuHolder(holder, ids, inspected["Id"], remedy)
 
 
 def gpu_ids(inspected: Mapping[str, Any]) -> tuple[str, ...]:

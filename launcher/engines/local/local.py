@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from launcher.devices.holders import Claim
+from launcher.devices.holders import GpuHolder
 from launcher.devices.inventory import Machine
 from launcher.engines.base import Image, LogLine, ReplicaSpec, ReplicaState
 from launcher.engines.labels import (
@@ -178,7 +178,7 @@ class LocalEngine:
         states = [self._describe(record) for record in self._records()]
         return sorted(states, key=lambda state: (state.fleet, len(state.device), state.device, state.name))
 
-    def claims(self) -> Sequence[Claim]:
+    def gpu_holders(self) -> Sequence[GpuHolder]:
         """Return nothing: who runs shows in the machine's processes, whatever runs folder they are recorded in.
 
         A replica that was recorded and never started holds nothing, as only its creator can start it.
