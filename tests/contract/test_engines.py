@@ -7,7 +7,6 @@ import pty
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from launcher.fleet.end import stop
 from launcher.status.words import words_for
 from starling.core.errors import StarlingError, UsageError
 from tests.contract.conftest import World, bring_up
+from tests.waiting import wait_until
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 HOG = "x = bytearray()\nwhile True: x += b'x' * 5_000_000"
@@ -28,13 +28,6 @@ SAVES = (
     "print('up', flush=True)\ntime.sleep(60)"
 )
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 15.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 def run(world: World, code: str, replica: str = "a") -> str:

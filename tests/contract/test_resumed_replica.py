@@ -17,6 +17,7 @@ import pytest
 
 from starling import settings
 from tests.conftest import PYTHON_PATH
+from tests.waiting import wait_until
 
 REPLICA = "train-one-cpu0"
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,10 +82,3 @@ def told(runs: Path) -> dict[str, Any]:
 def resumed_at(launcher: Launcher) -> list[int]:
     lines = launcher("logs").stdout
     return [int(epoch) for epoch in re.findall(r"^resuming .* at epoch (\d+)/", lines, re.MULTILINE)]
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 90) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)

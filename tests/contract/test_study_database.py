@@ -196,7 +196,7 @@ def test_step_that_lost_its_connection_half_way_is_done_anew_and_once(
     postgres: PostgresServer, database: str, tmp_path: Path
 ) -> None:
     study = open_study(database, tmp_path)
-    record, broken = study._record, list[int]()
+    record, broken = study._records.end, list[int]()
 
     def record_and_break(*args: object) -> None:
         if not broken:
@@ -204,7 +204,7 @@ def test_step_that_lost_its_connection_half_way_is_done_anew_and_once(
         record(*args)  # type: ignore[arg-type]
 
     mine = claim(study)
-    study._record = record_and_break  # type: ignore[method-assign]
+    study._records.end = record_and_break  # type: ignore[method-assign]
     study.finish(mine, OUTCOME)
     assert broken
     assert [a.state for a in study.attempts()] == [State.FINISHED]
@@ -214,7 +214,7 @@ def test_result_recorded_by_a_call_that_failed_is_not_taken_for_lost(
     postgres: PostgresServer, database: str, tmp_path: Path
 ) -> None:
     study = open_study(database, tmp_path)
-    record, calls = study._record, list[int]()
+    record, calls = study._records.end, list[int]()
 
     def record_and_hear_nothing(*args: object) -> None:
         calls.append(1)
@@ -222,7 +222,7 @@ def test_result_recorded_by_a_call_that_failed_is_not_taken_for_lost(
         raise ConnectionResetError(104, "Connection reset by peer")
 
     mine = claim(study)
-    study._record = record_and_hear_nothing  # type: ignore[method-assign]
+    study._records.end = record_and_hear_nothing  # type: ignore[method-assign]
     study.finish(mine, OUTCOME)
     assert calls == [1]
     assert [a.state for a in study.attempts()] == [State.FINISHED]

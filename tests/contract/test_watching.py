@@ -13,7 +13,8 @@ from launcher.status import output
 from launcher.status.meter import Meter
 from launcher.status.watch import show_status
 from tests.contract.conftest import World
-from tests.contract.test_engines import SLEEP, ended, run, run_to_words, wait_until
+from tests.contract.test_engines import SLEEP, ended, run, run_to_words
+from tests.waiting import wait_until
 
 BUSY = "held = bytearray(b'x') * 40_000_000\nprint('up', flush=True)\nwhile True: pass"
 COUNTS = "import time\nfor n in range(6): print('%s', n, flush=True); time.sleep(.1)"

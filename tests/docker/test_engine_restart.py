@@ -15,9 +15,9 @@ import pytest
 
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import base_image
-from tests.contract.test_engines import wait_until
 from tests.docker.private_engine import PrivateEngine, private_engine
 from tests.trainer_double import build_double
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.docker
 

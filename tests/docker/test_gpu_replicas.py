@@ -28,9 +28,9 @@ from launcher.engines.docker.docker import DockerEngine
 from launcher.hosts.this_machine import ThisMachine
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.contract.conftest import base_image
-from tests.contract.test_engines import wait_until
 from tests.docker.conftest import missing
 from tests.trainer_double import build_double
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.docker
 

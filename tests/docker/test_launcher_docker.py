@@ -22,8 +22,9 @@ from launcher.fleet.end import discard, stop
 from launcher.status.words import words_for
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, bring_up, docker_engine
-from tests.contract.test_engines import SLEEP, ended, wait_until
+from tests.contract.test_engines import SLEEP, ended
 from tests.trainer_double import build_double
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.docker
 

@@ -22,12 +22,13 @@ import pytest
 from launcher.engines import hardening
 from tests.conftest import PYTHON_PATH
 from tests.contract.conftest import World, base_image, docker_engine
-from tests.contract.test_engines import ended, run, wait_until
+from tests.contract.test_engines import ended, run
 from tests.docker.conftest import docker
 from tests.docker.test_launcher_docker import Cli
 from tests.docker.test_launcher_docker import cli as cli
 from tests.docker.test_launcher_docker import world as world
 from tests.trainer_double import build_double
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.docker
 

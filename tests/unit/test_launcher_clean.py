@@ -24,7 +24,7 @@ from launcher.status.progress import read_progress
 from launcher.status.run_folders import RunFolder, delete, forget_workers, run_folders, unused
 from starling.core.errors import UsageError
 from tests.conftest import PYTHON_PATH
-from tests.contract.test_engines import wait_until
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = "import time; time.sleep(60)"

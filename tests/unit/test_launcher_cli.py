@@ -17,7 +17,7 @@ from launcher.engines.local import supervisor
 from launcher.engines.local.local import LocalEngine
 from starling.core.process import stat_of
 from tests.conftest import PYTHON_PATH
-from tests.unit.test_supervise import wait_until
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,12 +18,13 @@ from launcher.hosts.usage import Usage
 from launcher.options.request import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter
-from launcher.status.progress import Progress, Restarts, _number, _text, read_progress, read_restarts
+from launcher.status.progress import Progress, Restarts, read_progress, read_restarts
 from launcher.status.report import COLUMNS, Figures, Row, exit_code, format_duration, searches_of
 from launcher.status.selection import select
 from launcher.status.table import lay_out
 from launcher.status.words import words_for
 from starling.core.errors import UsageError
+from starling.core.worker_status import _number, _text
 
 STATE = ReplicaState(
     id="abc",

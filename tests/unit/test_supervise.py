@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from starling.core.cgroups import own_oom_kills
 from starling.core.worker_status import RestartRecord, unfinished_run
 from starling.supervise import KILLS_FILE, End, RestartPolicy, oom_kills
 from tests.conftest import REPOSITORY
+from tests.waiting import wait_until
 
 REPLICA = "a-b-cpu0"
 
@@ -48,13 +47,6 @@ def attempts(folder: Path) -> int:
 def record(folder: Path) -> dict[str, object]:
     values: dict[str, object] = json.loads((folder / f".workers/{REPLICA}.restarts.json").read_text())
     return values
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
 
 
 def test_a_crash_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
