@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find objects in pictures, videos and streams: `python detect.py --help`."""
+"""Find objects in images, videos and streams: `python detect.py --help`."""
 
 import sys
 

@@ -41,7 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="YAML of the whole BCCD set (364 pictures)")
+    parser.add_argument("--data", type=Path, required=True, help="YAML of the whole BCCD set (364 images)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--runs", type=Path, help="keep the runs here [a temporary folder]")

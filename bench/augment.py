@@ -3,7 +3,7 @@
 
     python bench/augment.py [--img 320] [--batch 16] [--json]
 
-Pictures are made up and in memory, mosaics of the default hyps. Each painter's figure is its best of several rounds,
+Images are made up and in memory, mosaics of the default hyps. Each painter's figure is its best of several rounds,
 which take turns, so that what else the machine does meets all of them. On a GPU a round waits for its last image.
 """
 
@@ -32,28 +32,26 @@ from starling.data.augment.device_tables import load_tables
 from starling.data.augment.paint import paint_item
 from starling.data.augment.plan import ItemPlan, plan_item
 
-PICTURES = 64
+IMAGES = 64
 
 
-class Pictures(list[np.ndarray[Any, Any]]):
-    """Pictures in memory, as a store gives them."""
+class Sources(list[np.ndarray[Any, Any]]):
+    """Dataset images in memory, as a store gives them."""
 
     @property
     def shapes_hw(self) -> np.ndarray[Any, Any]:
         """[N,2] height and width."""
-        return np.array([picture.shape[:2] for picture in self])
+        return np.array([image.shape[:2] for image in self])
 
 
-def make_pictures(side: int) -> tuple[Any, Pictures]:
+def make_sources(side: int) -> tuple[Any, Sources]:
     """Return noise in three aspects, and ten boxes each."""
     rng = np.random.default_rng(0)
-    shapes = [((side, side), (side * 3 // 4, side), (side, side * 2 // 3))[i % 3] for i in range(PICTURES)]
-    pictures = Pictures(rng.integers(0, 256, (*hw, 3), np.uint8) for hw in shapes)
-    boxes = rng.uniform((0, 0.2, 0.2, 0.05, 0.05), (9, 0.8, 0.8, 0.3, 0.3), (PICTURES, 10, 5))
+    shapes = [((side, side), (side * 3 // 4, side), (side, side * 2 // 3))[i % 3] for i in range(IMAGES)]
+    store = Sources(rng.integers(0, 256, (*hw, 3), np.uint8) for hw in shapes)
+    boxes = rng.uniform((0, 0.2, 0.2, 0.05, 0.05), (9, 0.8, 0.8, 0.3, 0.3), (IMAGES, 10, 5))
     labels = list(boxes.astype(np.float32))
-    return SimpleNamespace(
-        images=[Path(str(i)) for i in range(PICTURES)], labels=labels, polygons=[]
-    ), pictures
+    return SimpleNamespace(images=[Path(str(i)) for i in range(IMAGES)], labels=labels, polygons=[]), store
 
 
 def seconds_of(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -68,20 +66,20 @@ def seconds_of(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
     return best
 
 
-def painters(plans: list[ItemPlan], pictures: Pictures, repeats: int) -> dict[str, Callable[[], Any]]:
+def painters(plans: list[ItemPlan], store: Sources, repeats: int) -> dict[str, Callable[[], Any]]:
     """Return what paints the plans once, or `repeats` times on a GPU, by name."""
     images = np.empty((len(plans), *plans[0].hw, 3), np.uint8)
 
     def with_opencv() -> None:
         for plan, image in zip(plans, images, strict=True):
-            paint_item(plan, pictures, image)
+            paint_item(plan, store, image)
 
-    on_cpu = DevicePainter.from_store(pictures, torch.device("cpu"), kernel="torch")
+    on_cpu = DevicePainter.from_store(store, torch.device("cpu"), kernel="torch")
     work: dict[str, Callable[[], Any]] = {"opencv": with_opencv, "torch, cpu": lambda: on_cpu.paint(plans)}
     if torch.cuda.is_available():
         for kernel in ("torch", "triton"):
             painter = DevicePainter.from_store(
-                pictures,
+                store,
                 torch.device("cuda"),
                 kernel="torch" if kernel == "torch" else "auto",
                 dtype=torch.bfloat16,
@@ -112,18 +110,17 @@ def main() -> int:
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    dataset, pictures = make_pictures(args.img)
-    shapes, hyp, hw = pictures.shapes_hw, Hyp(), (args.img, args.img)
+    dataset, store = make_sources(args.img)
+    shapes, hyp, hw = store.shapes_hw, Hyp(), (args.img, args.img)
     offsets = np.concatenate(([0], np.cumsum(shapes.prod(1) * 3)))
 
     def make_plans() -> list[ItemPlan]:
         return [
-            plan_item(dataset, shapes, hyp, hw, seed=0, epoch=0, index=i % PICTURES)
-            for i in range(args.batch)
+            plan_item(dataset, shapes, hyp, hw, seed=0, epoch=0, index=i % IMAGES) for i in range(args.batch)
         ]
 
     plans = make_plans()
-    work = painters(plans, pictures, args.repeats)
+    work = painters(plans, store, args.repeats)
     work["planning"] = make_plans
     work["tables"] = lambda: load_tables(plans, offsets, shapes, torch.device("cpu"))
     best = seconds_of(work, args.rounds)

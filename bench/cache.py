@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The picture cache: what decoding once is worth, how fast it is built, and what four replicas on one file take.
+"""The image cache: what decoding once is worth, how fast it is built, and what four replicas on one file take.
 
     python bench/cache.py --data ~/bccd/bccd.yaml --img 640
 
 prints training images/s of the loader (mosaics included) from the shared file and from decoding each time, and their
-ratio; pictures/s of building the file on one core and on all; and the memory that four processes on one file take
+ratio; images/s of building the file on one core and on all; and the memory that four processes on one file take
 together against the file's size. Speeds are the best of several rounds that take turns.
 """
 
@@ -95,7 +95,7 @@ def loading(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[flo
 
 
 def building(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[float, float]:
-    """Return pictures/s of building the file on one core and on all of them, its sync to the disk included."""
+    """Return images/s of building the file on one core and on all of them, its sync to the disk included."""
 
     def build() -> int:
         remove_idle(folder)
@@ -168,14 +168,14 @@ def main() -> int:
         (file,) = kept_files(folder)
         decoding, cached = loading(dataset, args.img, folder, args.rounds)
     report = {
-        "pictures": len(dataset),
+        "images": len(dataset),
         "image_size": args.img,
         "cores": container_cpu_count(),
         "load_decoding_images_per_s": round(decoding, 1),
         "load_cached_images_per_s": round(cached, 1),
         "load_ratio": round(cached / decoding, 2),
-        "build_one_core_pictures_per_s": round(one, 1),
-        "build_all_cores_pictures_per_s": round(every, 1),
+        "build_one_core_images_per_s": round(one, 1),
+        "build_all_cores_images_per_s": round(every, 1),
         "build_ratio": round(every / one, 2),
         "file_bytes": file.nbytes,
         "replicas": REPLICAS,
@@ -186,11 +186,11 @@ def main() -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    print(f"{len(dataset)} pictures at {args.img} px, {report['cores']} cores")
+    print(f"{len(dataset)} images at {args.img} px, {report['cores']} cores")
     print(
         f"loader, images/s: {decoding:.0f} decoding each time, {cached:.0f} cached, {cached / decoding:.1f} ×"
     )
-    print(f"building, pictures/s: {one:.0f} on one core, {every:.0f} on all, {every / one:.1f} ×")
+    print(f"building, images/s: {one:.0f} on one core, {every:.0f} on all, {every / one:.1f} ×")
     print(
         f"memory of {REPLICAS} replicas: {together / 2**20:.1f} MiB together for a file of {file.nbytes / 2**20:.1f} MiB "
         f"({together / file.nbytes:.3f}); private copies would be {resident / 2**20:.1f} MiB"

@@ -2,9 +2,9 @@
 """Training on a GPU: checks that its numbers are right, then a table of rates, within eight minutes.
 
     python bench/gpu.py                                  # yolov5s and yolov5n at 640 px, batch 16, 64 and 128
-    python bench/gpu.py --device cpu --img 64 --pictures 32 --batches 4 --layouts yolov5n.yaml      # a dry run
+    python bench/gpu.py --device cpu --img 64 --images 32 --batches 4 --layouts yolov5n.yaml      # a dry run
 
-Pictures are made up, written as JPEG files and read like a user's. "model" is forward, loss, backward, optimizer and
+Images are made up, written as JPEG files and read like a user's. "model" is forward, loss, backward, optimizer and
 moving average on one batch that lies on the device; "loop" is the product's own training with mosaics and all default
 augmentation; "augmentation" is its loader alone. Exits 1 where a check fails.
 """
@@ -47,15 +47,15 @@ class Check(NamedTuple):
     seen: str
 
 
-def make_pictures(folder: Path, count: int, side: int) -> Path:
-    """Write pictures with boxes on a textured ground, three to eight each, and return the dataset's YAML."""
+def make_images(folder: Path, count: int, side: int) -> Path:
+    """Write images with boxes on a textured ground, three to eight each, and return the dataset's YAML."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("val", max(count // 16, 4))):
         (folder / "images" / split).mkdir(parents=True)
         (folder / "labels" / split).mkdir(parents=True)
         for index in range(number):
             small = rng.integers(0, 255, (side // 16, side // 16, 3), np.uint8)
-            picture = cv2.resize(small, (side, side * 3 // 4))
+            image = cv2.resize(small, (side, side * 3 // 4))
             rows = []
             for _ in range(rng.integers(3, 9)):
                 kind, (x, y), (w, h) = rng.integers(3), rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.3, 2)
@@ -63,9 +63,9 @@ def make_pictures(folder: Path, count: int, side: int) -> Path:
                 opposite = (int((x + w / 2) * side), int((y + h / 2) * side * 0.75))
                 colour = [0, 0, 0]
                 colour[kind] = 255
-                cv2.rectangle(picture, corner, opposite, colour, -1)
+                cv2.rectangle(image, corner, opposite, colour, -1)
                 rows.append(f"{kind} {x:.4f} {y:.4f} {w:.4f} {h:.4f}")
-            cv2.imwrite(str(folder / "images" / split / f"{index:05}.jpg"), picture)
+            cv2.imwrite(str(folder / "images" / split / f"{index:05}.jpg"), image)
             (folder / "labels" / split / f"{index:05}.txt").write_text("\n".join(rows))
     path = folder / "data.yaml"
     path.write_text("train: images/train\nval: images/val\nnames: [red, green, blue]\n")
@@ -99,7 +99,7 @@ def checks(loop: Loop) -> Iterator[Check]:
         return
     painter = data.train_painter
     yield Check(
-        "pictures on the GPU",
+        "images on the GPU",
         painter is not None,
         "none" if painter is None else f"{painter.kernel}: {painter.reason}",
     )
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--img", type=int, default=640)
     parser.add_argument("--layouts", nargs="+", default=["yolov5s.yaml", "yolov5n.yaml"])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 16, 128])
-    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--images", type=int, default=2048)
     parser.add_argument(
         "--epochs", type=int, default=5, help="of a training; the first and the last do not count"
     )
@@ -186,7 +186,7 @@ def main() -> int:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = make_pictures(folder / "data", args.pictures, args.img)
+        data = make_images(folder / "data", args.images, args.img)
         for layout in args.layouts:
             for batch in args.batches:
                 if time.monotonic() - began > BUDGET_S * 0.8:

@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--cfg", default="yolov5n.yaml", help="layout of the early detector")
     parser.add_argument("--img", type=int, default=320)
     parser.add_argument(
-        "--batch", type=int, default=32, help="pictures of a batch; training takes twice its own"
+        "--batch", type=int, default=32, help="images of a batch; training takes twice its own"
     )
     parser.add_argument("--device", default="")
     parser.add_argument("--amp", choices=("auto", "off"), default="auto")
@@ -218,7 +218,7 @@ def main() -> int:
     data = Dataset.load(DatasetDescription.from_yaml(find_config("datasets", args.data)), args.split)
     store = ImageStore(data, args.img, "ram")
     print(machine(compute))
-    print(f"{args.split}: {len(data)} pictures at {args.img} px in batches of {args.batch}", flush=True)
+    print(f"{args.split}: {len(data)} images at {args.img} px in batches of {args.batch}", flush=True)
     cases = []
     for name, detector in (("early", early(data.nc, args.cfg)), ("trained", trained(args.weights))):
         batches = ValLoader(

@@ -110,12 +110,12 @@ def podman() -> Iterator[PodmanService]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the YAML of eight real pictures to train on and four to validate on."""
+    """Return the YAML of eight real images to train on and four to validate on."""
     root = tmp_path_factory.mktemp("tiny")
     for split, count in (("train", 8), ("val", 4)):
-        for picture in sorted((MINI_SET / "images" / split).glob("*.jpg"))[:count]:
+        for image in sorted((MINI_SET / "images" / split).glob("*.jpg"))[:count]:
             for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
-                target = root / kind / split / f"{picture.stem}{suffix}"
+                target = root / kind / split / f"{image.stem}{suffix}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(MINI_SET / kind / split / target.name, target)
     shutil.copyfile(MINI_SET / "bccd.yaml", root / "bccd.yaml")

@@ -62,6 +62,6 @@ def run_search(
 ) -> SearchSummary:
     """Work on a search as one worker; quickly, and without drawing, unless the settings say otherwise."""
     study = SearchStudy.open_or_create(directory, spec, storage=storage, rules=rules)
-    settings = settings or WorkerSettings(name="w", poll_s=0.02, picture=False)
+    settings = settings or WorkerSettings(name="w", poll_s=0.02, plot=False)
     trainer = FunctionTrainer(train) if callable(train) else train
     return Worker(study, trainer, settings=settings, say=say, **given).run()

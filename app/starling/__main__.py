@@ -19,7 +19,7 @@ COMMANDS = {
     "hpo": "search over clones of a ClearML task (hpo.py)",
     "search": "show a search, write its report, import older results, repair its journal",
     "data": "download, convert and version datasets; list the cache",
-    "plots": "draw the progress of several runs in one picture",
+    "plots": "draw the progress of several runs in one plot",
     "track": "MLflow's page, and what a tracking server missed",
     "settings": "settings that outlive a command",
     "completion": "the script that completes `starling` in bash, zsh or fish",
@@ -30,7 +30,7 @@ EXAMPLES = """\
   starling train --data my.yaml --weights yolov5s.pt --epochs 100
   starling train --data my.yaml --weights yolov5s.pt --epochs 10 --evolve 60
   starling val --weights runs/train/exp/weights/best.pt --data my.yaml
-  starling detect --weights runs/train/exp/weights/best.pt --source pictures/
+  starling detect --weights runs/train/exp/weights/best.pt --source images/
   starling search show runs/evolve/exp
   starling data download coco128.yaml"""
 

@@ -42,8 +42,8 @@ class Compute:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def picture_bytes(self, share: float) -> int | None:
-        """Return the bytes that decoded pictures may take of what is free on the GPU; None on the CPU."""
+    def image_bytes(self, share: float) -> int | None:
+        """Return the bytes that decoded images may take of what is free on the GPU; None on the CPU."""
         if self.on_cpu:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)

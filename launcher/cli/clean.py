@@ -42,7 +42,7 @@ def clean(
     """Remove the containers and records of replicas that have ended, after showing the list and asking.
 
     NAMES narrow it to replicas, or fleets as project/name. Replicas that run stay. With --runs-too the fleets'
-    results are removed as well: weights, studies, pictures; not those of a fleet that runs, nor a folder whose lock is
+    results are removed as well: weights, studies, plots; not those of a fleet that runs, nor a folder whose lock is
     held.
     """
     if as_json and not (yes or dry_run):

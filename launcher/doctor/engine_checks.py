@@ -113,7 +113,7 @@ def check_machine(about: Mapping[str, Any]) -> Finding:
     cores, memory = int(about.get("NCPU") or 0), int(about.get("MemTotal") or 0)
     text = f"{cores} cores, {format_size(memory)} of memory"
     if memory < 2 * GIB:
-        return Finding("machine", "warning", text, "a trainer wants 2 GB and more; use small pictures")
+        return Finding("machine", "warning", text, "a trainer wants 2 GB and more; use small images")
     return Finding("machine", "ok", text)
 
 

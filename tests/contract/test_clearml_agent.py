@@ -129,9 +129,9 @@ def test_the_real_agent_trains_what_was_queued_with_what_the_page_changed_and_hp
     assert clearml_server.records.console(identity).count("epoch 3/3") == 1
     assert len(clearml_server.records.tasks) == 1
     assert {model["name"] for model in task["models"]["output"]} == {"epoch1", "best"}
-    pictures = clearml_server.records.of_type(identity, "training_debug_image")
-    assert [picture["iter"] for picture in pictures if picture["variant"] == "val_batch0_pred"] == [0, 1, 2]
-    assert len({picture["url"] for picture in pictures}) == len(pictures)
+    images = clearml_server.records.of_type(identity, "training_debug_image")
+    assert [image["iter"] for image in images if image["variant"] == "val_batch0_pred"] == [0, 1, 2]
+    assert len({image["url"] for image in images}) == len(images)
     assert {"confusion matrix", "results", "PR_curve"} <= {
         plot["metric"] for plot in clearml_server.records.of_type(identity, "plot")
     }

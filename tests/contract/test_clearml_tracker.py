@@ -59,9 +59,9 @@ def tell_a_whole_run(tracker: ClearmlTracker, folder: Path) -> str:
     for step in range(3):
         values = {"train/box_loss": 0.5 / (step + 1), "metrics/mAP_0.5": step / 10}
         tracker.log_metrics(task, values, step=step, time=1e9 + step)
-        picture = folder / f"p{step}.png"
-        _draw(picture, step)
-        tracker.log_picture(task, picture, "val_batch0_pred", step=step, time=1e9 + step)
+        image = folder / f"p{step}.png"
+        _draw(image, step)
+        tracker.log_image(task, image, "val_batch0_pred", step=step, time=1e9 + step)
     tracker.log_console(task, "epoch 1/3", lambda: "", time=1e9)
     tracker.log_system(task, {"system/cpu_utilization_percentage": 50.0}, step=10, time=1e9)
     (folder / "opt.yaml").write_text("epochs: 3\n")
@@ -196,13 +196,13 @@ def test_after_the_real_clearml_init_a_run_is_tracked_with_nothing_else_set(
     assert server.records.tasks[tracker.start_run(a_run())]["name"] == "name-u1"
 
 
-def test_pictures_of_each_epoch_stand_at_their_epoch_in_files_of_their_own(
+def test_images_of_each_epoch_stand_at_their_epoch_in_files_of_their_own(
     server: ClearmlServerDouble, tmp_path: Path
 ) -> None:
     task = tell_a_whole_run(tracker_of(server, tmp_path), tmp_path)
-    pictures = server.records.of_type(task, "training_debug_image")
-    assert [picture["iter"] for picture in pictures] == [0, 1, 2]
-    stored = [server.upload(picture["url"]).read_bytes() for picture in pictures]
+    images = server.records.of_type(task, "training_debug_image")
+    assert [image["iter"] for image in images] == [0, 1, 2]
+    stored = [server.upload(image["url"]).read_bytes() for image in images]
     assert stored == [(tmp_path / f"p{step}.png").read_bytes() for step in range(3)]
 
 
@@ -394,7 +394,7 @@ def test_a_slow_server_is_waited_for_no_longer_than_the_limit(
     assert time.monotonic() - began < 1.5
 
 
-def test_a_picture_the_file_server_refuses_is_left_out_and_the_run_goes_on(
+def test_an_image_the_file_server_refuses_is_left_out_and_the_run_goes_on(
     server: ClearmlServerDouble, tmp_path: Path
 ) -> None:
     tracker = tracker_of(server, tmp_path)
@@ -402,5 +402,5 @@ def test_a_picture_the_file_server_refuses_is_left_out_and_the_run_goes_on(
     server.faults.answer, server.faults.only = Answer(413), "files"
     _draw(tmp_path / "p.png", 1)
     with pytest.raises(TrackerRejectedError, match="413"):
-        tracker.log_picture(task, tmp_path / "p.png", "labels", step=0, time=1e9)
+        tracker.log_image(task, tmp_path / "p.png", "labels", step=0, time=1e9)
     assert server.records.of_type(task, "training_debug_image") == []

@@ -1,7 +1,7 @@
 """A runs folder of an earlier version goes on: its training resumes, its search is joined, reported and synced.
 
 `tests/old_runs/before-0.2` was written by the version whose package was called `app`: a training stopped in the middle, one
-that ended, and a search of three candidates. Pictures, locks and previous checkpoints are left out.
+that ended, and a search of three candidates. Images, locks and previous checkpoints are left out.
 """
 
 from __future__ import annotations

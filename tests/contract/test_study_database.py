@@ -341,7 +341,7 @@ def work(url: str, directory: Path, password: str, budget: int) -> None:
         directory,
         objective,
         spec(SEED, budget),
-        settings=WorkerSettings(poll_s=0.1, picture=False),
+        settings=WorkerSettings(poll_s=0.1, plot=False),
         rules=StudyRules(lease_s=60),
         storage=open_storage(url, directory),
         say=lambda line: print(line, file=said),

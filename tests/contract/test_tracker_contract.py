@@ -160,19 +160,19 @@ def test_a_run_is_stored_whole(place: Place, tmp_path: Path) -> None:
     assert artifact.read_bytes() == b"weights"
 
 
-def test_datasets_pictures_console_and_samples_are_stored_once_however_often_told(
+def test_datasets_images_console_and_samples_are_stored_once_however_often_told(
     place: Place, tmp_path: Path
 ) -> None:
     from PIL import Image
 
-    picture = tmp_path / "val_batch0_pred_epoch3.jpg"
-    Image.new("RGB", (400, 300), "red").save(picture)
+    image = tmp_path / "val_batch0_pred_epoch3.jpg"
+    Image.new("RGB", (400, 300), "red").save(image)
     data = DatasetInput(role="train", name="bccd", digest="d" * 64, source="/data/bccd.yaml",
                         figures={"images": 8}, classes=("RBC", "WBC"))  # fmt: skip
     for tracker in (place.tracker(), place.tracker()):
         run_id = tracker.start_run(a_run("u1", "inputs"))
         tracker.log_dataset(run_id, data)
-        tracker.log_picture(run_id, picture, "val_batch0_pred", step=3, time=1e9)
+        tracker.log_image(run_id, image, "val_batch0_pred", step=3, time=1e9)
         tracker.log_console(run_id, "two", lambda: "one\ntwo\n", time=1e9)
         tracker.log_system(run_id, {"system/cpu_utilization_percentage": 50.0}, step=10, time=1e9)
         tracker.flush(last=True)
@@ -343,7 +343,7 @@ def served(model: str, tracking_uri: str, log: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers_for_a_picture(
+def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers_for_an_image(
     server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = behind(server)
@@ -381,8 +381,8 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
     assert "known: metrics/mAP_0.5:0.95" in capsys.readouterr().err
     assert place.client.get_model_version_by_alias("blood-cells", "production").version == version.version
 
-    picture = min((MINI_SET / "images" / "val").glob("*.jpg"))
-    text = base64.b64encode(picture.read_bytes()).decode()
+    image = min((MINI_SET / "images" / "val").glob("*.jpg"))
+    text = base64.b64encode(image.read_bytes()).decode()
     with served("models:/blood-cells@production", place.uri, tmp_path / "serve.log") as url:
         body = {
             "dataframe_split": {"columns": ["image"], "data": [[text], [f"data:image/jpeg;base64,{text}"]]}
@@ -391,7 +391,7 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
         assert status == 200, answer
         first, second = (row["detections"] for row in answer["predictions"])
         assert first == second
-        assert_cells_are_found(first, picture)
+        assert_cells_are_found(first, image)
         _, none = request(
             f"{url}/invocations", {"inputs": {"image": [text]}, "params": {"confidence": 0.999}}
         )
@@ -400,16 +400,16 @@ def test_the_best_weights_are_a_model_that_is_promoted_by_its_metric_and_answers
         assert (status, "row 0" in answer["message"]) == (400, True)
 
 
-def assert_cells_are_found(detections: list[dict[str, Any]], picture: Path) -> None:
-    """Hold a served model's answer against the picture's labels, in its own pixels."""
+def assert_cells_are_found(detections: list[dict[str, Any]], image: Path) -> None:
+    """Hold a served model's answer against the image's labels, in its own pixels."""
     import numpy as np
     import torch
 
     from starling.boxes.geometry import iou_matrix, xywhn_to_xyxy
     from starling.data.dataset.images import decode_image
 
-    height, width = decode_image(picture).shape[:2]
-    labels = np.loadtxt(picture.parents[2] / "labels/val" / f"{picture.stem}.txt", ndmin=2)
+    height, width = decode_image(image).shape[:2]
+    labels = np.loadtxt(image.parents[2] / "labels/val" / f"{image.stem}.txt", ndmin=2)
     there = xywhn_to_xyxy(torch.from_numpy(labels[:, 1:]).float(), (height, width))
     found = torch.tensor([detection["box"] for detection in detections])
     assert len(found) >= len(labels) // 2

@@ -261,7 +261,7 @@ def noted_epochs(folder: str, lease_s: str = "120") -> None:
         whole(self)
 
     Trainer._fit_epoch = fit_epoch  # type: ignore[method-assign]
-    training.WorkerSettings = lambda: WorkerSettings(poll_s=0.05, picture=False)  # type: ignore[assignment,misc]
+    training.WorkerSettings = lambda: WorkerSettings(poll_s=0.05, plot=False)  # type: ignore[assignment,misc]
     training.StudyRules = lambda: StudyRules(lease_s=float(lease_s))  # type: ignore[assignment,misc]
 
 

@@ -54,7 +54,7 @@ def work(scene: Scene, name: str, fault: Fault = ()) -> None:
             scene.search,
             _Training(scene, fault[1] if fault[:1] == ("freeze",) else ""),
             spec(SEED_HYP, BUDGET),
-            settings=WorkerSettings(name=name, poll_s=0.02, picture=False),
+            settings=WorkerSettings(name=name, poll_s=0.02, plot=False),
             rules=StudyRules(lease_s=LEASE_S),
             say=lambda line: append_line(scene.notes / "said", f"{name}: {line}"),
         )

@@ -1,4 +1,4 @@
-"""The shared file of decoded pictures among several real processes: killed, waiting, sharing, out of space."""
+"""The shared file of decoded images among several real processes: killed, waiting, sharing, out of space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from starling.data.cache.store import ImageStore
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from tests.conftest import REPOSITORY
 
-PICTURES = 24
+IMAGES = 24
 SIZE = 256
 
 CHILD = """
@@ -70,7 +70,7 @@ input()
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     (tmp_path / "images").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = np.random.default_rng(number).integers(0, 255, (200, 256, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02}.bmp")
     (tmp_path / "data.yaml").write_text("train: images\nnames: [x]\n")
@@ -134,7 +134,7 @@ def _checksum(dataset: Dataset) -> int:
 def test_a_builder_that_is_killed_is_taken_over_by_a_waiter_which_had_said_whom_it_waits_for(
     dataset: Dataset, tmp_path: Path, start: Start
 ) -> None:
-    builder, waiter = start(stop_at=PICTURES // 2), start()
+    builder, waiter = start(stop_at=IMAGES // 2), start()
     builder.go_on()
     assert builder.hear() == "building"
     waiter.go_on()
@@ -145,11 +145,11 @@ def test_a_builder_that_is_killed_is_taken_over_by_a_waiter_which_had_said_whom_
     assert remove_idle(tmp_path / "cache") == []
     assert len(list((tmp_path / "cache").glob(".*.part"))) == 1
     builder.kill()
-    assert waiter.hear().startswith(f"ready disk {PICTURES} {_checksum(dataset)} ")
+    assert waiter.hear().startswith(f"ready disk {IMAGES} {_checksum(dataset)} ")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".pixels"]
 
 
-def test_four_processes_at_once_decode_each_picture_once_and_keep_one_copy_in_memory(
+def test_four_processes_at_once_decode_each_image_once_and_keep_one_copy_in_memory(
     dataset: Dataset, tmp_path: Path, start: Start
 ) -> None:
     children = [start() for _ in range(4)]
@@ -161,12 +161,12 @@ def test_four_processes_at_once_decode_each_picture_once_and_keep_one_copy_in_me
             assert line.startswith(("waiting for process ", "waiting for another process"))  # not named yet
         heard.append(line.split()[1:4])
     assert {(mode, checksum) for mode, _, checksum in heard} == {("disk", str(_checksum(dataset)))}
-    assert sum(int(decoded) for _, decoded, _ in heard) == PICTURES
+    assert sum(int(decoded) for _, decoded, _ in heard) == IMAGES
     (kept,) = kept_files(tmp_path / "cache")
     for child in children:
         child.go_on()
     resident, proportional = zip(*(map(int, child.hear().split()) for child in children), strict=True)
-    pixels = PICTURES * 200 * 256 * 3
+    pixels = IMAGES * 200 * 256 * 3
     assert min(resident) >= pixels  # each has the whole set before it
     assert pixels <= sum(proportional) <= kept.nbytes  # and together they have it once
 
@@ -235,9 +235,9 @@ def test_training_by_default_keeps_both_splits_in_shared_files_and_device_withou
 ) -> None:
     assert _train(tiny_args, tiny_set) == 0
     said = capsys.readouterr().out
-    assert said.count("2 pictures decoded in ") == 2
+    assert said.count("2 images decoded in ") == 2
     assert _train(tiny_args, tiny_set, "--cache", "device") == 0
     said = capsys.readouterr().out
-    assert "pictures decoded in" not in said
+    assert "images decoded in" not in said
     assert said.count("not on a GPU: there is none; ") == 2
     assert [kept.pictures for kept in kept_files(runs / ".cache")] == [2, 2]

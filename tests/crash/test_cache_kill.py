@@ -16,7 +16,7 @@ from starling.data.cache.store import ImageStore
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from tests.conftest import REPOSITORY
 
-PICTURES = 6
+IMAGES = 6
 SIZE = 32
 
 BUILD_AND_DIE = """
@@ -49,14 +49,14 @@ ImageStore(dataset, 32, "disk", cache_folder=folder / "cache", progress=progress
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     (tmp_path / "images").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = np.random.default_rng(number).integers(0, 255, (40, 20 + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
     (tmp_path / "data.yaml").write_text("train: images\nnames: [x]\n")
     return Dataset.load(DatasetDescription.from_yaml(tmp_path / "data.yaml"), "train")
 
 
-@pytest.mark.parametrize("moment", ["1", str(PICTURES // 2), str(PICTURES), "fsync", "rename", "renamed"])
+@pytest.mark.parametrize("moment", ["1", str(IMAGES // 2), str(IMAGES), "fsync", "rename", "renamed"])
 def test_a_kill_while_the_pixel_cache_is_written_leaves_one_that_is_rebuilt(
     dataset: Dataset, tmp_path: Path, moment: str
 ) -> None:
@@ -66,5 +66,5 @@ def test_a_kill_while_the_pixel_cache_is_written_leaves_one_that_is_rebuilt(
     cache = tmp_path / "cache"
     assert bool(list(cache.glob("*.pixels"))) == (moment == "renamed")
     store, truth = ImageStore(dataset, SIZE, "disk", cache_folder=cache), ImageStore(dataset, SIZE, "off")
-    assert all(np.array_equal(store[index], truth[index]) for index in range(PICTURES))
+    assert all(np.array_equal(store[index], truth[index]) for index in range(IMAGES))
     assert not list(cache.glob(f".*{TEMPORARY_SUFFIX}"))

@@ -103,7 +103,7 @@ def test_a_training_killed_at_any_step_of_its_end_is_finished_by_a_resume(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_picture_of_the_end_that_is_missing_is_drawn_by_a_resume(
+def test_an_image_of_the_end_that_is_missing_is_drawn_by_a_resume(
     tiny_args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_args) == 0

@@ -57,7 +57,7 @@ def full_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def quick(tiny_args: list[str]) -> list[str]:
-    """Return the flags of a training of one epoch in `train/exp`, without pictures."""
+    """Return the flags of a training of one epoch in `train/exp`, without images."""
     return [*tiny_args, "--noplots", "--noval", "--epochs", "1"]
 
 

@@ -35,19 +35,19 @@ def no_tracking(runs: Path) -> None:
     settings.update({"mlflow": False, "tensorboard": False})
 
 
-def _picture() -> Image.Image:
+def _image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
 
 
 def _encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
     buffer = io.BytesIO()
-    _picture().convert(mode).save(buffer, kind, **options)
+    _image().convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A dataset of four whole pictures to train on and one to validate on."""
+    """A dataset of four whole images to train on and one to validate on."""
     root = tmp_path / "set"
     for split, count in (("train", 4), ("val", 1)):
         (root / "images" / split).mkdir(parents=True)
@@ -84,13 +84,13 @@ def _snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_unusable_pictures_are_skipped_named_and_left_as_they_are(
+def test_unusable_images_are_skipped_named_and_left_as_they_are(
     tiny_args: list[str], data: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     whole = _encoded("JPEG", exif=exif)
-    frames = {"save_all": True, "append_images": [_picture().rotate(90)]}
+    frames = {"save_all": True, "append_images": [_image().rotate(90)]}
     _add(data, "turned.jpg", whole)
     _add(data, "inks.jpg", _encoded("JPEG", "CMYK"))
     _add(data, "deep.tif", _encoded("TIFF", "I;16"))
@@ -101,8 +101,8 @@ def test_unusable_pictures_are_skipped_named_and_left_as_they_are(
     before = _snapshot(data)
     assert _train(tiny_args, data) == 0
     output = capsys.readouterr().out
-    assert "train: 7 pictures" in output  # four plain, turned, inks, deep
-    assert "4 pictures left out" in output
+    assert "train: 7 images" in output  # four plain, turned, inks, deep
+    assert "4 images left out" in output
     assert str(runs / "train" / "exp" / REPORT) in output
     report = _report(runs)
     assert set(report) == {"cut.jpg", "empty.jpg", "text.jpg", "moving.gif"}
@@ -206,7 +206,7 @@ def test_paths_that_lead_out_of_a_dataset_are_only_read_and_nothing_is_written_t
     assert (_snapshot(data), _snapshot(outside)) == before
     assert sorted(path.name for path in data.parent.iterdir()) == ["outside", "runs", "set"]
     report = _report(runs)
-    assert report["link.png"]["problem"] == "not a picture of a known format"
+    assert report["link.png"]["problem"] == "not an image of a known format"
     assert "hunter2" not in capsys.readouterr().out + (runs / "train" / "exp" / REPORT).read_text()
 
 
@@ -273,7 +273,7 @@ LABEL = st.binary(max_size=80) | st.text(alphabet="0123456789.eE-+ \n\rnaif\ufef
 
 @hypothesis_settings(max_examples=120, deadline=None)
 @given(_damaged() | st.binary(max_size=100), LABEL, st.sampled_from([".jpg", ".png", ".tif", ".gif"]))
-def test_whatever_pictures_and_labels_hold_only_our_own_errors_escape(
+def test_whatever_images_and_labels_hold_only_our_own_errors_escape(
     content: bytes, label: bytes, suffix: str
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ SIDE = 9000
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A dataset of two pictures to train on, one of them enormous and fine, and one to validate on."""
+    """A dataset of two images to train on, one of them enormous and fine, and one to validate on."""
     for name, size in (("train/big", (SIDE, SIDE)), ("train/small", (64, 48)), ("val/small", (64, 48))):
         for kind, suffix in (("images", ".png"), ("labels", ".txt")):
             path = tmp_path / "set" / kind / f"{name}{suffix}"
@@ -36,8 +36,8 @@ def data(tmp_path: Path) -> Path:
 def test_a_data_thread_without_memory_ends_the_training_with_a_hint_and_the_status_says_so(
     start: Start, tiny_args: list[str], runs: Path, data: Path
 ) -> None:
-    picture = data.parent / "images" / "train" / "big.png"
-    before = picture.read_bytes()
+    image = data.parent / "images" / "train" / "big.png"
+    before = image.read_bytes()
     args = [
         *tiny_args,
         "--data",
@@ -52,25 +52,23 @@ def test_a_data_thread_without_memory_ends_the_training_with_a_hint_and_the_stat
     trainer = start([*args, "--epochs", "1"], ("scarce_memory", "150"))
     assert trainer.wait() == 1, trainer.output
     message = trainer.output.splitlines()[-1]
-    assert message.startswith(
-        f"error: out of memory ({picture}: no room to decode its {SIDE} x {SIDE} pixels)"
-    )
+    assert message.startswith(f"error: out of memory ({image}: no room to decode its {SIDE} x {SIDE} pixels)")
     assert "fewer --workers" in message
     assert "Traceback" not in trainer.output
     (status,) = (runs / FOLDER).glob("*.json")
     told = json.loads(status.read_text())
     assert told["phase"] == "failed"
     assert told["lasting"] is True
-    assert told["message"].startswith(f"MemoryError: {picture}")
-    assert picture.read_bytes() == before
+    assert told["message"].startswith(f"MemoryError: {image}")
+    assert image.read_bytes() == before
     enough = start([*args, "--epochs", "1", "--exist-ok"], ("scarce_memory", "2000"))
     assert enough.wait() == 0, enough.output
 
 
-def test_a_picture_there_is_no_memory_for_is_never_called_damaged(
+def test_an_image_there_is_no_memory_for_is_never_called_damaged(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = data.parent / "images" / "train" / "small.png"
+    image = data.parent / "images" / "train" / "small.png"
 
     def refuse(*given: object) -> None:
         raise MemoryError
@@ -79,7 +77,7 @@ def test_a_picture_there_is_no_memory_for_is_never_called_damaged(
         with monkeypatch.context() as patch:
             patch.setattr(images, name, refuse)
             with pytest.raises(MemoryError):
-                decode_image(picture)
+                decode_image(image)
     monkeypatch.setattr(images, "_check_end", refuse)
     with pytest.raises(MemoryError):
-        read_header(picture)
+        read_header(image)

@@ -39,7 +39,7 @@ class Records:
         self.projects: dict[str, Record] = {}
         self.workers: dict[str, Record] = {}
         self.events: dict[str, dict[Any, Record]] = {}
-        """By task; scalars, plots and pictures by (type, metric, variant, iteration), so a repeated one replaces."""
+        """By task; scalars, plots and images by (type, metric, variant, iteration), so a repeated one replaces."""
         self._selection = Selection()
 
     def answer(self, endpoint: str, body: Body) -> Record:
@@ -359,7 +359,7 @@ class Records:
     # --- events ---------------------------------------------------------------------------------------------------
 
     def add_events(self, events: Iterable[Body]) -> Record:
-        """Take events; a scalar, plot or picture of the same metric, variant and iteration replaces the one before."""
+        """Take events; a scalar, plot or image of the same metric, variant and iteration replaces the one before."""
         count = 0
         for event in events:
             task = self.tasks.get(event.get("task", ""))

@@ -20,7 +20,7 @@ import pytest
 
 from starling.core.budget import SECONDS
 from starling.core.errors import StarlingError
-from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.image_lists import find_images
 from starling.data.dataset.images import decode_image, read_header
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch.archive import unpack
@@ -145,7 +145,7 @@ def _image(path: Path) -> None:
 
 
 def _list(path: Path) -> None:
-    find_pictures([path], path.parent, "train")
+    find_images([path], path.parent, "train")
     find_sources(str(path))
 
 

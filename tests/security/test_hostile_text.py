@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from starling.core.errors import DataError, StarlingError, UsageError
-from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.image_lists import find_images
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch.annotation_files import members
 from starling.data.fetch.converters import CONVERTERS
@@ -71,7 +71,7 @@ def test_no_reader_hangs_on_a_device_or_stumbles_over_a_name(tmp_path: Path) -> 
     for path in odd_paths(tmp_path, ".txt"):
         assert read_labels(path, 1).problems
         with pytest.raises(DataError):
-            find_pictures([path], tmp_path, "data.yaml: train")
+            find_images([path], tmp_path, "data.yaml: train")
         with pytest.raises(DataError):
             find_sources(str(path))
         with pytest.raises(DataError):
@@ -83,7 +83,7 @@ def test_no_reader_hangs_on_a_device_or_stumbles_over_a_name(tmp_path: Path) -> 
 def test_a_list_whose_entries_no_file_system_takes_is_named_by_its_first_line(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{LONG}.jpg\n../{LONG}/{LONG}.png\na.jpg\n")
     with pytest.raises(DataError, match=r"list\.txt:1: 3 of 3 entries are not there"):
-        find_pictures([tmp_path / "list.txt"], tmp_path, "train")
+        find_images([tmp_path / "list.txt"], tmp_path, "train")
     with pytest.raises(DataError, match=r"list\.txt:1"):
         find_sources(str(tmp_path / "list.txt"))
 
@@ -91,7 +91,7 @@ def test_a_list_whose_entries_no_file_system_takes_is_named_by_its_first_line(tm
 def test_a_list_of_one_endless_line_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"a" * 100_000)
     with pytest.raises(DataError, match="more than 16,384 characters"):
-        find_pictures([tmp_path / "list.txt"], tmp_path, "train")
+        find_images([tmp_path / "list.txt"], tmp_path, "train")
 
 
 def coco(**changes: object) -> str:

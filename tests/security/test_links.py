@@ -100,7 +100,7 @@ def plant(place: Path, outside: Path, how: Plant) -> None:
 
 @pytest.fixture
 def quick(tiny_args: list[str], runs: Path) -> list[str]:
-    """Return the flags of a training of one epoch in `train/exp`, without trackers and pictures."""
+    """Return the flags of a training of one epoch in `train/exp`, without trackers and images."""
     settings.update({"mlflow": False, "tensorboard": False})
     return [*tiny_args, "--noplots", "--noval", "--epochs", "1", "--exist-ok"]
 

@@ -93,7 +93,7 @@ def test_a_searchs_best_weights_that_would_act_are_replaced_or_exit_4_and_do_not
     assert train.main(search_args) == 0
     assert load_checkpoint(best)["kind"] == "weights"
     attack_as_ours(best)
-    assert train.main(search_args) == 4  # the winner's pictures cannot be drawn from it
+    assert train.main(search_args) == 4  # the winner's images cannot be drawn from it
     assert not sentinel.exists()
 
 

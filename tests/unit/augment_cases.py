@@ -1,4 +1,4 @@
-"""Pictures with texture, labels with polygons, and one case of each kind of augmentation, for several tests, and one item from plan to pixels."""
+"""Images with texture, labels with polygons, and one case of each kind of augmentation, for several tests, and one item from plan to pixels."""
 
 from __future__ import annotations
 
@@ -39,38 +39,36 @@ CASES: dict[str, tuple[Hyp, tuple[int, int]]] = {
 """Hyperparameters and output size [h,w] by what they are to show."""
 
 
-class Pictures(list[Array]):
-    """Pictures in memory, as a store gives them."""
+class Sources(list[Array]):
+    """Dataset images in memory, as a store gives them."""
 
     @property
     def shapes_hw(self) -> Array:
         """[N,2] height and width."""
-        return np.array([picture.shape[:2] for picture in self])
+        return np.array([image.shape[:2] for image in self])
 
 
-def textured(scale: int = 1) -> tuple[Any, Pictures]:
-    """Return pictures of waves, blocks and noise, two labels each, the first with a polygon; as good as photographs.
+def textured(scale: int = 1) -> tuple[Any, Sources]:
+    """Return images of waves, blocks and noise, two labels each, the first with a polygon; as good as photographs.
 
     Made of whole numbers and one table of sines, so that no decoder's version matters.
     """
     rng = np.random.default_rng(0)
-    pictures, labels, polygons = Pictures(), [], []
+    store, labels, polygons = Sources(), [], []
     for number, (height, width) in enumerate(SHAPES):
         height, width = height * scale, width * scale
         y, x = np.mgrid[:height, :width] / scale
         waves = [np.sin((x * (2 + c) + y * (number + 1)) / (9 + 4 * c)) for c in range(3)]
         blocks = rng.integers(-40, 40, (height // 12 + 1, width // 12 + 1, 3)).repeat(12, 0).repeat(12, 1)
-        picture = (
-            120 + 60 * np.stack(waves, 2) + blocks[:height, :width] + rng.normal(0, 4, (height, width, 3))
-        )
-        pictures.append(np.clip(picture, 0, 255).astype(np.uint8))
+        image = 120 + 60 * np.stack(waves, 2) + blocks[:height, :width] + rng.normal(0, 4, (height, width, 3))
+        store.append(np.clip(image, 0, 255).astype(np.uint8))
         corners = _CORNERS * (1 + 0.08 * number)
         low, high = corners.min(0), corners.max(0)
         rows = [[number, *((low + high) / 2), *(high - low)], [7, 0.75, 0.6, 0.3, 0.4]]
         labels.append(np.array(rows, np.float32))
         polygons.append((corners, None))
     images = [Path(str(number)) for number in range(len(SHAPES))]
-    return SimpleNamespace(images=images, labels=labels, polygons=polygons), pictures
+    return SimpleNamespace(images=images, labels=labels, polygons=polygons), store
 
 
 def training_item(
@@ -85,7 +83,7 @@ def training_item(
     repeat: int = 0,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Return one augmented picture [h,w,3] uint8 RGB, in `out` if given, and its labels [n,5] class, xywhn."""
+    """Return one augmented image [h,w,3] uint8 RGB, in `out` if given, and its labels [n,5] class, xywhn."""
     hw = (image_size, image_size) if isinstance(image_size, int) else image_size
     out = np.empty((*hw, 3), np.uint8) if out is None else out
     plan = plan_item(dataset, store.shapes_hw, hyp, hw, seed=seed, epoch=epoch, index=index, repeat=repeat)

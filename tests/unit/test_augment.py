@@ -18,7 +18,7 @@ from starling.data.augment.letterbox import apply_letterbox, letterbox_geometry
 from starling.data.augment.outlines import choose_pastes, cut
 from starling.data.augment.plan import QuadPlan, plan_item, plan_letterbox
 from starling.data.augment.streams import epoch_order, random_stream
-from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured, training_item
+from tests.unit.augment_cases import CASES, SHAPES, SIDE, Sources, textured, training_item
 
 GOLDEN = Path(__file__).with_name("augment_golden.npz")
 """Every fourth pixel each way, and the labels, of two items a case; made before plans and painting were parted."""
@@ -27,24 +27,24 @@ ROTATED = replace(PLAIN, degrees=25.0, shear=8.0)
 TILTED = replace(ROTATED, perspective=0.001)
 
 
-def _squares() -> tuple[Any, Pictures]:
-    """Return pictures with one white square each on black, and labels that frame it exactly."""
-    pictures, labels = Pictures(), []
+def _squares() -> tuple[Any, Sources]:
+    """Return images with one white square each on black, and labels that frame it exactly."""
+    store, labels = Sources(), []
     for number, (height, width) in enumerate(SHAPES):
-        picture = np.zeros((height, width, 3), np.uint8)
+        image = np.zeros((height, width, 3), np.uint8)
         top, left, side = 12 + 3 * number, 9 + 5 * number, 20
-        picture[top : top + side, left : left + side] = 255
-        pictures.append(picture)
+        image[top : top + side, left : left + side] = 255
+        store.append(image)
         box = ((left + side / 2) / width, (top + side / 2) / height, side / width, side / height)
         labels.append(np.array([[number, *box]], np.float32))
     return SimpleNamespace(
         images=[Path(str(i)) for i in range(len(SHAPES))], labels=labels, polygons=[]
-    ), pictures
+    ), store
 
 
 def _item(hyp: Hyp, index: int = 0, epoch: int = 0, seed: int = 5, side: int = SIDE) -> tuple[Any, Any]:
-    dataset, pictures = _squares()
-    return training_item(dataset, pictures, hyp, side, seed=seed, epoch=epoch, index=index)
+    dataset, store = _squares()
+    return training_item(dataset, store, hyp, side, seed=seed, epoch=epoch, index=index)
 
 
 @pytest.mark.parametrize("flips", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
@@ -72,25 +72,25 @@ def test_each_label_frames_its_white_square(base: Hyp, mosaic: float, flips: tup
     assert framed >= 8
 
 
-def test_an_unpainted_canvas_gives_the_picture_that_a_painted_one_does() -> None:
+def test_an_unpainted_canvas_gives_the_image_that_a_painted_one_does() -> None:
     rng = np.random.default_rng(0)
-    pictures = Pictures()
+    store = Sources()
     for height, width in SHAPES:
         coarse = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
-        pictures.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
+        store.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
     dataset, _ = _squares()
     for hyp in (PLAIN, ROTATED, TILTED):
-        out, _ = training_item(dataset, pictures, hyp, SIDE, seed=3, epoch=1, index=2)
+        out, _ = training_item(dataset, store, hyp, SIDE, seed=3, epoch=1, index=2)
         draws = random_stream(3, 1, 2).random(plan._DRAWS).tolist()
-        view = plan._mosaic(pictures.shapes_hw, hyp, SIDE, draws, 2)
+        view = plan._mosaic(store.shapes_hw, hyp, SIDE, draws, 2)
         canvas = np.full((2 * SIDE, 2 * SIDE, 3), 114, np.uint8)
         for tile in view.tiles:
-            picture = pictures[tile.picture]
-            for y in range(picture.shape[0]):
-                for x in range(picture.shape[1]):
+            image = store[tile.image]
+            for y in range(image.shape[0]):
+                for x in range(image.shape[1]):
                     cx, cy = tile.x + x, tile.y + y
                     if 0 <= cx < 2 * SIDE and 0 <= cy < 2 * SIDE:
-                        canvas[cy, cx] = picture[y, x]
+                        canvas[cy, cx] = image[y, x]
         matrix = paint._HALF_BACK @ view.matrix @ paint._HALF
         painted = cv2.warpPerspective(canvas, matrix, (SIDE, SIDE), borderValue=(114, 114, 114))
         difference = np.abs(out.astype(int) - painted).max(2)
@@ -110,13 +110,13 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_others(hyp: Hyp) -> N
 
 
 def test_labels_lie_within_the_frame_and_keep_large_class_numbers() -> None:
-    dataset, pictures = _squares()
+    dataset, store = _squares()
     wide = np.array([[900, 0.5, 0.5, 1.0, 1.0], [900, 0.1, 0.1, 0.3, 0.3]], np.float32)
     dataset.labels = [wide] * len(SHAPES)
     hyp = Hyp(degrees=15.0, scale=0.9, translate=0.4, mixup=0.5)
     for epoch in range(40):
         for candidate in (hyp, replace(hyp, degrees=0.0)):
-            _, labels = training_item(dataset, pictures, candidate, SIDE, seed=1, epoch=epoch, index=0)
+            _, labels = training_item(dataset, store, candidate, SIDE, seed=1, epoch=epoch, index=0)
             half = labels[:, 3:5] / 2
             assert (labels[:, 1:3] - half >= -1e-6).all()
             assert (labels[:, 1:3] + half <= 1 + 1e-6).all()
@@ -132,7 +132,7 @@ def test_a_box_hardly_in_view_is_dropped() -> None:
     assert np.allclose(labels[0, 1:] * SIDE, [25, 30, 50, 40])
 
 
-def test_without_mosaic_and_motion_the_picture_is_centred_on_grey() -> None:
+def test_without_mosaic_and_motion_the_image_is_centred_on_grey() -> None:
     still = replace(PLAIN, mosaic=0.0, translate=0.0, scale=0.0)
     image, labels = _item(still, 3)
     assert np.array_equal(image[24:72], _squares()[1][3])
@@ -146,10 +146,10 @@ def test_colour_jitter_changes_colours_and_not_their_places() -> None:
     grey = np.full((8, 8, 3), 120, np.uint8)
     dataset = SimpleNamespace(images=[Path("a")], labels=[np.zeros((0, 5), np.float32)], polygons=[])
     still = Hyp(mosaic=0.0, translate=0.0, scale=0.0, fliplr=0.0)
-    coloured, _ = training_item(dataset, Pictures([flat]), still, 8, seed=1, epoch=0, index=0)
+    coloured, _ = training_item(dataset, Sources([flat]), still, 8, seed=1, epoch=0, index=0)
     assert len(np.unique(coloured.reshape(-1, 3), axis=0)) == 1
     assert not np.array_equal(coloured, flat)
-    shaded, _ = training_item(dataset, Pictures([grey]), still, 8, seed=1, epoch=0, index=0)
+    shaded, _ = training_item(dataset, Sources([grey]), still, 8, seed=1, epoch=0, index=0)
     assert len(np.unique(shaded)) == 1  # grey stays grey, lighter or darker
 
 
@@ -159,9 +159,9 @@ def test_mixup_adds_the_labels_of_a_second_mosaic() -> None:
 
 
 def test_a_dataset_of_background_only_gives_no_labels() -> None:
-    dataset, pictures = _squares()
+    dataset, store = _squares()
     dataset.labels = [np.zeros((0, 5), np.float32)] * len(SHAPES)
-    _, labels = training_item(dataset, pictures, Hyp(mixup=1.0), SIDE, seed=1, epoch=0, index=0)
+    _, labels = training_item(dataset, store, Hyp(mixup=1.0), SIDE, seed=1, epoch=0, index=0)
     assert labels.shape == (0, 5)
 
 
@@ -198,47 +198,47 @@ def test_the_canvas_centre_lands_within_the_translation_whatever_else_moves() ->
 
 
 @pytest.mark.parametrize("name", ["mosaic", "mixup", "copy-paste"])
-def test_an_item_fetches_each_picture_that_it_shows_once_and_no_other(name: str) -> None:
-    dataset, pictures = textured()
+def test_an_item_fetches_each_image_that_it_shows_once_and_no_other(name: str) -> None:
+    dataset, store = textured()
     hyp, hw = CASES[name]
 
     class Counting:
-        shapes_hw = pictures.shapes_hw
+        shapes_hw = store.shapes_hw
 
         def __getitem__(self, index: int) -> np.ndarray:
             fetched.append(index)
-            return pictures[index]
+            return store[index]
 
     for index in range(len(SHAPES)):
         fetched: list[int] = []
         training_item(dataset, Counting(), hyp, hw, seed=1, epoch=0, index=index)
-        item = plan_item(dataset, pictures.shapes_hw, hyp, hw, seed=1, epoch=0, index=index)
-        assert sorted(fetched) == sorted({sample.picture for layer in item.layers for sample in layer})
+        item = plan_item(dataset, store.shapes_hw, hyp, hw, seed=1, epoch=0, index=index)
+        assert sorted(fetched) == sorted({sample.image for layer in item.layers for sample in layer})
         assert fetched
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_items_stay_as_they_were(name: str) -> None:
-    dataset, pictures = textured()
+    dataset, store = textured()
     hyp, hw = CASES[name]
     with np.load(GOLDEN) as golden:
         for index in (0, 3):
-            image, labels = training_item(dataset, pictures, hyp, hw, seed=11, epoch=index + 1, index=index)
+            image, labels = training_item(dataset, store, hyp, hw, seed=11, epoch=index + 1, index=index)
             assert np.allclose(labels, golden[f"{name}, {index}, labels"], rtol=0, atol=1e-6)
             # Other processors may round other pixels by a step; a tile moved by a tenth of a pixel is seen.
             before = golden[f"{name}, {index}, picture"].astype(int)
             assert np.abs(image[::4, ::4] - before).mean() < 0.05
 
 
-def test_a_letterbox_plan_shows_what_a_resized_and_padded_picture_does() -> None:
-    dataset, pictures = textured()
+def test_a_letterbox_plan_shows_what_a_resized_and_padded_image_does() -> None:
+    dataset, store = textured()
     for index, (height, width) in enumerate(SHAPES):
         geometry = letterbox_geometry((height, width), (64, 80), minimal=False)
         labels = dataset.labels[index]
         item = plan_letterbox(index, (height, width), geometry, labels)
         image = np.empty((64, 80, 3), np.uint8)
-        paint.paint_item(item, pictures, image)
-        difference = np.abs(image.astype(int) - apply_letterbox(pictures[index], geometry))
+        paint.paint_item(item, store, image)
+        difference = np.abs(image.astype(int) - apply_letterbox(store[index], geometry))
         assert difference.mean() < 0.5
         centre, size = labels[:, 1:3] * (width, height), labels[:, 3:5] * (width, height)
         assert np.allclose(
@@ -248,10 +248,10 @@ def test_a_letterbox_plan_shows_what_a_resized_and_padded_picture_does() -> None
 
 
 def test_four_items_side_by_side_keep_their_labels_in_their_quarters() -> None:
-    dataset, pictures = textured()
+    dataset, store = textured()
     hyp, hw = CASES["mosaic"]
     items = tuple(
-        plan_item(dataset, pictures.shapes_hw, hyp, hw, seed=1, epoch=0, index=index) for index in range(3)
+        plan_item(dataset, store.shapes_hw, hyp, hw, seed=1, epoch=0, index=index) for index in range(3)
     )
     labels = QuadPlan(items=items, enlarged=False).labels
     corners = np.repeat([(0, 0), (0.5, 0), (0, 0.5)], [len(item.labels) for item in items], 0)
@@ -262,17 +262,17 @@ def test_four_items_side_by_side_keep_their_labels_in_their_quarters() -> None:
     assert np.array_equal(QuadPlan(items=items, enlarged=True).labels, items[0].labels)
 
 
-def _triangles(labelled: bool = True) -> tuple[Any, Pictures]:
-    """Return a black picture with one white triangle in its left half, and labels that outline it."""
+def _triangles(labelled: bool = True) -> tuple[Any, Sources]:
+    """Return a black image with one white triangle in its left half, and labels that outline it."""
     corners = np.array([[0.1, 0.2], [0.4, 0.5], [0.15, 0.8]], np.float32)
-    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
-    cv2.fillPoly(picture, [np.rint(corners * SIDE).astype(np.int32)], (255, 255, 255))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    cv2.fillPoly(image, [np.rint(corners * SIDE).astype(np.int32)], (255, 255, 255))
     low, high = corners.min(0), corners.max(0)
     rows = np.array([[3, *((low + high) / 2), *(high - low)]], np.float32)
     dataset = SimpleNamespace(
         images=[Path("a")] * 4, labels=[rows] * 4, polygons=[(corners,)] * 4 if labelled else []
     )
-    return dataset, Pictures([picture] * 4)
+    return dataset, Sources([image] * 4)
 
 
 def _blobs(image: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -282,10 +282,10 @@ def _blobs(image: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("base", [PLAIN, ROTATED, TILTED], ids=["aligned", "affine", "perspective"])
 def test_a_label_with_a_polygon_frames_what_is_seen_of_it_after_any_turn(base: Hyp) -> None:
-    dataset, pictures = _triangles()
+    dataset, store = _triangles()
     for epoch in range(20):
         image, labels = training_item(
-            dataset, pictures, replace(base, mosaic=0.0), SIDE, seed=1, epoch=epoch, index=0
+            dataset, store, replace(base, mosaic=0.0), SIDE, seed=1, epoch=epoch, index=0
         )
         centre, half = labels[:, 1:3] * SIDE, labels[:, 3:5] * SIDE / 2
         (box,) = np.concatenate((centre - half, centre + half), 1)
@@ -295,13 +295,13 @@ def test_a_label_with_a_polygon_frames_what_is_seen_of_it_after_any_turn(base: H
 
 @pytest.mark.parametrize("base", [PLAIN, ROTATED, TILTED], ids=["aligned", "affine", "perspective"])
 def test_copy_paste_paints_mirrored_objects_and_labels_each_where_it_is(base: Hyp) -> None:
-    dataset, pictures = _triangles()
+    dataset, store = _triangles()
     plain = pasted = 0
     for epoch in range(20):
         image, labels = training_item(
-            dataset, pictures, replace(base, copy_paste=1.0), SIDE, seed=1, epoch=epoch, index=0
+            dataset, store, replace(base, copy_paste=1.0), SIDE, seed=1, epoch=epoch, index=0
         )
-        _, before = training_item(dataset, pictures, base, SIDE, seed=1, epoch=epoch, index=0)
+        _, before = training_item(dataset, store, base, SIDE, seed=1, epoch=epoch, index=0)
         plain, pasted = plain + len(before), pasted + len(labels)
         assert (labels[:, 0] == 3).all()
         centre, half = labels[:, 1:3] * SIDE, labels[:, 3:5] * SIDE / 2
@@ -317,11 +317,11 @@ def test_copy_paste_paints_mirrored_objects_and_labels_each_where_it_is(base: Hy
 
 
 def test_copy_paste_without_polygons_changes_nothing() -> None:
-    dataset, pictures = _triangles(labelled=False)
+    dataset, store = _triangles(labelled=False)
     for hyp in (PLAIN, ROTATED):
-        image, labels = training_item(dataset, pictures, hyp, SIDE, seed=1, epoch=0, index=0)
+        image, labels = training_item(dataset, store, hyp, SIDE, seed=1, epoch=0, index=0)
         again, labels_again = training_item(
-            dataset, pictures, replace(hyp, copy_paste=1.0), SIDE, seed=1, epoch=0, index=0
+            dataset, store, replace(hyp, copy_paste=1.0), SIDE, seed=1, epoch=0, index=0
         )
         assert np.array_equal(image, again)
         assert np.array_equal(labels, labels_again)
@@ -353,10 +353,10 @@ def test_a_polygon_is_cut_at_the_frame_exactly() -> None:
     assert np.array_equal(cut(triangle + 20, (60, 60)), triangle + 20)
 
 
-def test_a_picture_shown_again_in_an_epoch_looks_different() -> None:
-    dataset, pictures = _squares()
+def test_an_image_shown_again_in_an_epoch_looks_different() -> None:
+    dataset, store = _squares()
     first, again = (
-        training_item(dataset, pictures, Hyp(), SIDE, seed=1, epoch=0, index=0, repeat=repeat)[0]
+        training_item(dataset, store, Hyp(), SIDE, seed=1, epoch=0, index=0, repeat=repeat)[0]
         for repeat in (0, 1)
     )
     assert not np.array_equal(first, again)
@@ -364,11 +364,11 @@ def test_a_picture_shown_again_in_an_epoch_looks_different() -> None:
 
 def test_a_rectangle_is_filled_without_a_mosaic() -> None:
     still = replace(PLAIN, mosaic=0.0, translate=0.0, scale=0.0)
-    dataset, pictures = _squares()
-    image, labels = training_item(dataset, pictures, still, (48, 96), seed=1, epoch=0, index=3)
-    assert np.array_equal(image, pictures[3])
+    dataset, store = _squares()
+    image, labels = training_item(dataset, store, still, (48, 96), seed=1, epoch=0, index=3)
+    assert np.array_equal(image, store[3])
     assert np.allclose(labels, dataset.labels[3], atol=1e-6)
     mirrored, _ = training_item(
-        dataset, pictures, replace(still, fliplr=1.0, flipud=1.0), (48, 96), seed=1, epoch=0, index=3
+        dataset, store, replace(still, fliplr=1.0, flipud=1.0), (48, 96), seed=1, epoch=0, index=3
     )
     assert np.array_equal(mirrored, image[::-1, ::-1])

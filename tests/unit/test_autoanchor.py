@@ -119,7 +119,7 @@ def test_evolution_never_loses_fitness_and_keeps_sides_of_two_pixels() -> None:
     assert found.min() >= 2
 
 
-def test_label_sizes_are_those_of_the_letterboxed_picture(tiny_data: Path) -> None:
+def test_label_sizes_are_those_of_the_letterboxed_image(tiny_data: Path) -> None:
     split = Dataset.load(DatasetDescription.from_yaml(tiny_data), "train")
     height, width = split.shapes_hw[0]
     expected = split.labels[0][:, 3:5] * [width, height] * 64 / max(width, height)
@@ -234,7 +234,7 @@ def test_a_search_fits_anchors_once_for_all_candidates(
         return decisions[-1]
 
     monkeypatch.setattr(engine_anchors, "fit_anchors", counted)
-    monkeypatch.setattr(winner.pictures, "draw_labels", lambda *args: None)
+    monkeypatch.setattr(winner.plots, "draw_labels", lambda *args: None)
     monkeypatch.setattr(winner, "draw_weights", lambda *args: None)
     assert train.main([*misfit_args, "--evolve", "2", "--project", "blood", "--name", "search"]) == 0
     assert [decision.changed for decision in decisions] == [True]

@@ -21,7 +21,7 @@ from starling.core.errors import ConfigError
 from starling.core.settings.train import TrainConfig
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.dataset import Dataset, DatasetDescription
-from starling.data.loader.batching import Batching, BatchPlan, picture_weights, plan_epoch
+from starling.data.loader.batching import Batching, BatchPlan, image_weights, plan_epoch
 from starling.data.loader.loader import Batch, TrainLoader
 from starling.device import Compute
 from starling.model.checkpoint import load_checkpoint
@@ -57,7 +57,7 @@ def _plan(
 
 
 def _shown(plans: list[BatchPlan]) -> list[int]:
-    return [visit.picture for plan in plans for slot in plan.slots for visit in slot.visits]
+    return [visit.image for plan in plans for slot in plan.slots for visit in slot.visits]
 
 
 def _loader(dataset: Dataset, batching: Batching, hyp: Hyp = STILL, workers: int = 0) -> TrainLoader:
@@ -106,7 +106,7 @@ def test_an_epoch_started_late_equals_the_tail_of_the_whole_for_any_workers(
 
 
 @pytest.mark.parametrize("batching", [b for b in EVERY if not b.image_weights], ids=str)
-def test_every_picture_is_visited_once(dataset: Dataset, batching: Batching) -> None:
+def test_every_image_is_visited_once(dataset: Dataset, batching: Batching) -> None:
     assert sorted(_shown(_plan(dataset, batching))) == list(range(16))
 
 
@@ -115,7 +115,7 @@ def test_rect_batches_have_the_smallest_shape_of_like_aspects_in_another_order_e
 ) -> None:
     plans = _plan(dataset, Batching(rect=True))
     for plan in plans:
-        shapes = [tuple(dataset.shapes_hw[visit.picture]) for slot in plan.slots for visit in slot.visits]
+        shapes = [tuple(dataset.shapes_hw[visit.image]) for slot in plan.slots for visit in slot.visits]
         assert plan.hw == tuple(np.max(shapes, 0))
     assert {plan.hw for plan in plans} == {(32, 64), (64, 64), (64, 32)}
     assert {tuple(plan.hw for plan in _plan(dataset, Batching(rect=True), epoch)) for epoch in range(5)} != {
@@ -123,7 +123,7 @@ def test_rect_batches_have_the_smallest_shape_of_like_aspects_in_another_order_e
     }
 
 
-def test_rect_shows_whole_pictures_without_mosaics(dataset: Dataset) -> None:
+def test_rect_shows_whole_images_without_mosaics(dataset: Dataset) -> None:
     for batch in _loader(dataset, Batching(rect=True), Hyp(**{**STILL.as_dict(), "mosaic": 1.0})).epoch(0):
         for position, index in enumerate(batch.indices):
             height, width = dataset.shapes_hw[index]
@@ -132,7 +132,7 @@ def test_rect_shows_whole_pictures_without_mosaics(dataset: Dataset) -> None:
             assert ((reds == 16 * index) | (reds == 114)).all()
 
 
-def test_quad_makes_one_image_of_four_pictures_or_enlarges_one(dataset: Dataset) -> None:
+def test_quad_makes_one_image_of_four_images_or_enlarges_one(dataset: Dataset) -> None:
     enlarged = tiled = 0
     for epoch in range(8):
         loader = _loader(dataset, Batching(quad=True))
@@ -141,30 +141,30 @@ def test_quad_makes_one_image_of_four_pictures_or_enlarges_one(dataset: Dataset)
             assert batch.images.shape == (1, 3, 2 * SIZE, 2 * SIZE)
             assert batch.loss_scale == 4
             (slot,) = plan.slots
-            pictures = [visit.picture for visit in slot.visits]
+            images = [visit.image for visit in slot.visits]
             shown = set(batch.images[0, 0].unique().tolist()) - {114}
             if slot.enlarged:
                 enlarged += 1
-                assert 16 * pictures[0] in shown
-                height, width = dataset.shapes_hw[pictures[0]]
-                assert (batch.images[0, 0] == 16 * pictures[0]).sum() >= 4 * (height - 1) * (width - 1)
-                expected = dataset.labels[pictures[0]][:, 3:5] * (width, height) / SIZE
+                assert 16 * images[0] in shown
+                height, width = dataset.shapes_hw[images[0]]
+                assert (batch.images[0, 0] == 16 * images[0]).sum() >= 4 * (height - 1) * (width - 1)
+                expected = dataset.labels[images[0]][:, 3:5] * (width, height) / SIZE
                 assert np.allclose(batch.targets[:, 4:].numpy(), expected, atol=1e-5)
             else:
                 tiled += 1
-                assert shown == {16 * picture for picture in pictures}
-                assert len(batch.targets) == sum(len(dataset.labels[picture]) for picture in pictures)
-                for row in batch.targets.numpy():  # each label lies on the picture that it is of
+                assert shown == {16 * image for image in images}
+                assert len(batch.targets) == sum(len(dataset.labels[image]) for image in images)
+                for row in batch.targets.numpy():  # each label lies on the image that it is of
                     x, y = (row[2:4] * 2 * SIZE).astype(int)
-                    picture = pictures[2 * (y // SIZE) + x // SIZE]
-                    assert batch.images[0, 0, y, x].item() == 16 * picture
-                    assert row[1] == dataset.labels[picture][0, 0]
+                    image = images[2 * (y // SIZE) + x // SIZE]
+                    assert batch.images[0, 0, y, x].item() == 16 * image
+                    assert row[1] == dataset.labels[image][0, 0]
                     assert row[4] <= 0.26
     assert enlarged > 8
     assert tiled > 8
 
 
-def test_quad_keeps_the_pictures_that_do_not_fill_an_image(dataset: Dataset) -> None:
+def test_quad_keeps_the_images_that_do_not_fill_an_image(dataset: Dataset) -> None:
     short = plan_epoch(
         Batching(quad=True), dataset, None, image_size=SIZE, batch_size=12, seed=1, epoch=0
     )  # fmt: skip
@@ -174,20 +174,20 @@ def test_quad_keeps_the_pictures_that_do_not_fill_an_image(dataset: Dataset) -> 
 
 
 def test_image_weights_go_by_the_rarity_and_the_map_of_the_classes(dataset: Dataset) -> None:
-    weights = picture_weights(dataset.labels, 2, None)
+    weights = image_weights(dataset.labels, 2, None)
     assert weights.sum() == pytest.approx(1)
-    assert weights[3] == pytest.approx(0.5)  # the only picture of class 1; the other 14 share the other half
+    assert weights[3] == pytest.approx(0.5)  # the only image of class 1; the other 14 share the other half
     assert weights[4] == 0
-    assert picture_weights(dataset.labels, 2, [0.0, 0.5])[3] == pytest.approx(0.25 / 1.25)
-    assert picture_weights(dataset.labels, 2, [0.2, 1.0])[3] == 0
+    assert image_weights(dataset.labels, 2, [0.0, 0.5])[3] == pytest.approx(0.25 / 1.25)
+    assert image_weights(dataset.labels, 2, [0.2, 1.0])[3] == 0
     nothing = [np.zeros((0, 5), np.float32)] * 3
-    assert picture_weights(nothing, 2, None).tolist() == pytest.approx([1 / 3] * 3)
-    assert picture_weights(dataset.labels, 2, [1.0, 1.0]).tolist() == pytest.approx([1 / 16] * 16)
+    assert image_weights(nothing, 2, None).tolist() == pytest.approx([1 / 3] * 3)
+    assert image_weights(dataset.labels, 2, [1.0, 1.0]).tolist() == pytest.approx([1 / 16] * 16)
 
 
-def test_drawn_pictures_follow_the_weights_and_none_looks_the_same_twice(dataset: Dataset) -> None:
+def test_drawn_images_follow_the_weights_and_none_looks_the_same_twice(dataset: Dataset) -> None:
     plans = [_plan(dataset, Batching(image_weights=True), epoch) for epoch in range(100)]
-    counts = Counter(picture for plan in plans for picture in _shown(plan))
+    counts = Counter(image for plan in plans for image in _shown(plan))
     assert counts[3] == pytest.approx(800, abs=100)
     assert 4 not in counts
     visits = [visit for plan in plans[0] for slot in plan.slots for visit in slot.visits]
@@ -232,7 +232,7 @@ def test_what_is_set_and_does_nothing_is_named(
     assert (said in lines[0]) if said else not lines
 
 
-def test_cache_val_keeps_the_pictures_of_validation_only(tiny_data: Path, tmp_path: Path) -> None:
+def test_cache_val_keeps_the_images_of_validation_only(tiny_data: Path, tmp_path: Path) -> None:
     data = load_data(TrainConfig(data=str(tiny_data), cache="val"), 64, tmp_path, lambda line: None)
     assert (data.train_images.mode, data.val_images.mode) == ("off", "ram")
 

@@ -17,7 +17,7 @@ from starling.model import initial_weights as start
 from starling.model.initial_weights import InitialWeights, check_freeze, frozen_layers
 from tests.conftest import MINI_SET, REPOSITORY, TINY_LAYOUT
 
-PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_validation_detection_and_export_look_here_before_they_fetch(
 ) -> None:
     weights = ["--weights", "yolov5s.pt", "--device", "cpu"]
     assert val.main([*weights, "--data", "nowhere.yaml"]) == 3
-    assert detect.main([*weights, "--source", str(PICTURE), "--data", "nowhere.yaml"]) == 3
+    assert detect.main([*weights, "--source", str(IMAGE), "--data", "nowhere.yaml"]) == 3
     assert detect.main([*weights, "--source", "nowhere.jpg"]) == 3
     assert export.main([*weights, "--half"]) == 2
     assert val.main(["--weights", "nowhere.pt", "--data", "clearml://0123456789abcdef0123456789abcdef"]) == 4

@@ -18,7 +18,7 @@ from starling.plots.style import figure_names
 from tests.conftest import CELL_DETECTOR, MINI_SET
 
 WEIGHTS = str(CELL_DETECTOR)
-PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 
 
 def test_only_names_that_are_not_unique_get_their_numbers() -> None:
@@ -76,7 +76,7 @@ def test_counts_of_classes_of_equal_names_add_up_to_the_detections(
         "0.2",
         "--nosave",
     ]
-    assert detect_main([*flags, "--source", str(PICTURE), "--data", str(data)]) == 0
+    assert detect_main([*flags, "--source", str(IMAGE), "--data", str(data)]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"cell 0", "cell 1"} <= told["classes"].keys() <= {"cell 0", "cell 1", "platelet"}
     assert sum(told["classes"].values()) == told["detections"]
@@ -88,7 +88,7 @@ def test_validation_tells_its_batch_and_every_class_by_number(
     monkeypatch.setattr("starling.evaluation.evaluation.draw_worst", lambda *args: None)
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
-    shutil.copyfile(PICTURE, tmp_path / "images" / "a.jpg")
+    shutil.copyfile(IMAGE, tmp_path / "images" / "a.jpg")
     (tmp_path / "labels" / "a.txt").write_text("1 .5 .5 .2 .2\n")
     data = tmp_path / "data.yaml"
     data.write_text("path: .\ntrain: images\nval: images\nnames: [RBC, WBC, Platelets]\n")

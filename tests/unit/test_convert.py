@@ -28,7 +28,7 @@ from starling.data.fetch.convert import (
 WIDTH, HEIGHT = 200, 100
 
 
-def picture(path: Path) -> Path:
+def image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.full((HEIGHT, WIDTH, 3), 127, np.uint8))
     return path
@@ -49,9 +49,9 @@ def voc_object(name: str, box: tuple[float, ...], difficult: int = 0) -> str:
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """A Pascal VOC folder of one picture: a cat over its left half, a difficult dog, a dog partly outside."""
+    """A Pascal VOC folder of one image: a cat over its left half, a difficult dog, a dog partly outside."""
     folder = tmp_path / "VOCdevkit" / "VOC2007"
-    picture(folder / "JPEGImages" / "000001.jpg")
+    image(folder / "JPEGImages" / "000001.jpg")
     (folder / "ImageSets" / "Main").mkdir(parents=True)
     (folder / "ImageSets" / "Main" / "train.txt").write_text("000001\n")
     (folder / "Annotations").mkdir()
@@ -109,7 +109,7 @@ def test_list_of_a_dataset_cannot_name_files_outside(voc: Path) -> None:
 
 @pytest.fixture
 def visdrone(tmp_path: Path) -> Path:
-    picture(tmp_path / "set/images/a.jpg")
+    image(tmp_path / "set/images/a.jpg")
     (tmp_path / "set/annotations").mkdir()
     lines = [
         "0,0,100,50,1,4,0,0",
@@ -144,7 +144,7 @@ def test_both_layouts_of_the_wheat_csv_give_the_same_rows(tmp_path: Path) -> Non
     ):
         folder = tmp_path / root
         for name in ("a.png", "b.png", "a.jpg"):
-            picture(folder / "images" / name)
+            image(folder / "images" / name)
         (folder / "train.csv").write_text(content)
         convert_wheat(folder, ["wheat_head"], source="train.csv", images="images")
         assert rows(folder / "labels/a.txt") == [[0, 0.25, 0.25, 0.5, 0.5], [0, 0.75, 0.75, 0.5, 0.5]]
@@ -213,9 +213,9 @@ def box_row(image: str, label: str, edges: str, group: int = 0) -> str:
 
 @pytest.fixture
 def open_images(tmp_path: Path) -> Path:
-    """Two pictures, a class file and a CSV: rows of `a` in two places, a group, and a picture that is not there."""
+    """Two images, a class file and a CSV: rows of `a` in two places, a group, and an image that is not there."""
     for name in ("a", "b"):
-        picture(tmp_path / "images/train" / f"{name}.jpg")
+        image(tmp_path / "images/train" / f"{name}.jpg")
     (tmp_path / "classes.csv").write_text('/m/01,Cat\n/m/02,"Dog, big"\n')
     lines = [
         BOXES,
@@ -236,8 +236,8 @@ def convert_open(root: Path, images: str = "images/train") -> Converted:
     return convert_open_images(root, names, source="boxes.csv", images=images, classes="classes.csv")
 
 
-def test_open_images_rows_of_one_picture_are_gathered_wherever_they_stand(open_images: Path) -> None:
-    assert convert_open(open_images) == Converted(2, "2 rows of pictures that are not in images/train")
+def test_open_images_rows_of_one_image_are_gathered_wherever_they_stand(open_images: Path) -> None:
+    assert convert_open(open_images) == Converted(2, "2 rows of images that are not in images/train")
     assert rows(open_images / "labels/train/a.txt") == [
         [1, 0.25, 0.125, 0.5, 0.25],
         [0, 0.75, 0.75, 0.5, 0.5],
@@ -246,26 +246,26 @@ def test_open_images_rows_of_one_picture_are_gathered_wherever_they_stand(open_i
     assert sorted(path.name for path in (open_images / "labels").rglob("*")) == ["a.txt", "b.txt", "train"]
 
 
-def test_open_images_rows_that_alternate_between_two_pictures_take_time_with_their_number_alone(
+def test_open_images_rows_that_alternate_between_two_images_take_time_with_their_number_alone(
     open_images: Path,
 ) -> None:
     pairs = 6_000
     lines = (box_row("ab"[n % 2], "/m/01", f"0,{(n + 1) / pairs / 2:.6f},0,1") for n in range(2 * pairs))
     (open_images / "boxes.csv").write_text("\n".join((BOXES, *lines, "")))
     began = time.process_time()
-    assert convert_open(open_images).pictures == 2
+    assert convert_open(open_images).images == 2
     assert time.process_time() - began < 8
     assert len(rows(open_images / "labels/train/a.txt")) == pairs
 
 
-def test_open_images_split_without_its_folder_is_passed_over_and_one_without_its_pictures_is_refused(
+def test_open_images_split_without_its_folder_is_passed_over_and_one_without_its_images_is_refused(
     open_images: Path,
 ) -> None:
     assert convert_open(open_images, "images/test") == Converted(
         0, "images/test is not there, so boxes.csv is not read"
     )
-    picture(open_images / "images/test/other.jpg")
-    with pytest.raises(DataError, match=r"no picture of boxes\.csv is there"):
+    image(open_images / "images/test/other.jpg")
+    with pytest.raises(DataError, match=r"no image of boxes\.csv is there"):
         convert_open(open_images, "images/test")
     assert not (open_images / "labels").exists() or not list((open_images / "labels").iterdir())
 
@@ -334,7 +334,7 @@ def test_open_images_are_read_one_by_one_in_memory_that_does_not_grow(open_image
             file.writelines(f"{box_row(f'{n // 4:x}0', '/m/01', '0,1,0,1')}\n" for n in range(count))
         tracemalloc.start()
         assert convert_open(open_images) == Converted(
-            1, f"{count} rows of pictures that are not in images/train"
+            1, f"{count} rows of images that are not in images/train"
         )
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -342,7 +342,7 @@ def test_open_images_are_read_one_by_one_in_memory_that_does_not_grow(open_image
         return highest
 
     peak(100)  # imports
-    assert peak(20_000) < peak(1000) + 200_000  # the names of 5000 pictures alone are twice that
+    assert peak(20_000) < peak(1000) + 200_000  # the names of 5000 images alone are twice that
 
 
 def test_convert_command_writes_the_names_of_the_class_file_beside_the_data(open_images: Path) -> None:

@@ -17,7 +17,7 @@ from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.dataset.findings import write_report
 
 
-def _picture(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0 .5 .5 .2 .2\n") -> None:
+def _image(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0 .5 .5 .2 .2\n") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", hw[::-1], (10, 20, 30)).save(path)
     if labels is not None:
@@ -29,10 +29,10 @@ def _picture(path: Path, hw: tuple[int, int] = (20, 30), labels: str | None = "0
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A dataset of three training pictures and one for validation."""
+    """A dataset of three training images and one for validation."""
     for name in "cab":
-        _picture(tmp_path / "images" / "train" / f"{name}.png", labels=f"{'abc'.index(name)} .5 .5 .2 .2\n")
-    _picture(tmp_path / "images" / "val" / "v.png", labels=None)
+        _image(tmp_path / "images" / "train" / f"{name}.png", labels=f"{'abc'.index(name)} .5 .5 .2 .2\n")
+    _image(tmp_path / "images" / "val" / "v.png", labels=None)
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnc: 3\nnames: [x, y, z]\n")
     return tmp_path
 
@@ -50,7 +50,7 @@ def test_pairs_come_sorted_with_labels_and_shapes(folder: Path) -> None:
     assert (dataset.names, dataset.nc, len(dataset)) == (("x", "y", "z"), 3, 3)
 
 
-def test_a_picture_without_labels_is_background(folder: Path) -> None:
+def test_an_image_without_labels_is_background(folder: Path) -> None:
     dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "val")
     assert dataset.labels[0].shape == (0, 5)
 
@@ -106,7 +106,7 @@ def test_a_relative_path_is_looked_for_in_the_three_places(
 
 
 def test_an_exporters_parent_paths_are_understood(folder: Path) -> None:
-    _picture(folder / "train" / "images" / "a.png")
+    _image(folder / "train" / "images" / "a.png")
     description = _describe(folder, "train: ../train/images\nnames: [x]\nroboflow: {version: 3}\n")
     assert len(Dataset.load(description, "train")) == 1
 
@@ -119,7 +119,7 @@ def test_an_exporters_parent_paths_are_understood(folder: Path) -> None:
         ("train: images/train\nnames: {0: x, 2: y}\n", "without gaps"),
         ("train: images/train\nnames: x\n", "list of names"),
         ("train: images/train\n", "class names"),
-        ("nc: 1\nnames: [x]\n", "names no pictures"),
+        ("nc: 1\nnames: [x]\n", "names no images"),
         ("trian: images/train\nnames: [x]\n", "did you mean 'train'"),
         ("train: 3\nnames: [x]\n", "must be a folder"),
         ("train: images/train\npath: 7\nnames: [x]\n", "must be a folder"),
@@ -175,7 +175,7 @@ def test_a_split_of_nothing_usable_is_an_error(folder: Path) -> None:
 
 def test_links_to_folders_are_followed_and_a_loop_of_them_ends(folder: Path) -> None:
     outside = folder / "outside" / "images"
-    _picture(outside / "far.png", labels=None)
+    _image(outside / "far.png", labels=None)
     (folder / "images" / "train" / "far").symlink_to(outside)
     (folder / "images" / "train" / "loop").symlink_to(folder / "images" / "train")
     dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
@@ -195,8 +195,8 @@ def test_digest_follows_the_content_and_not_the_place(folder: Path, tmp_path: Pa
 
 
 def test_every_finding_has_its_row_in_the_report(folder: Path) -> None:
-    pictures, labels = folder / "images" / "train", folder / "labels" / "train"
-    (pictures / "broken.jpg").write_bytes(b"")
+    images, labels = folder / "images" / "train", folder / "labels" / "train"
+    (images / "broken.jpg").write_bytes(b"")
     (labels / "broken.txt").touch()
     (labels / "a.txt").write_text("0 .5 .5 .1 .1\n0 .5 .5 .1 .1\n")
     (labels / "b.txt").write_text("9 .5 .5 .1 .1\n0 7 .5 .1 .1\n")
@@ -213,12 +213,12 @@ def test_every_finding_has_its_row_in_the_report(folder: Path) -> None:
         ("a.txt", "2", "the same as line 1, left out"),
         ("b.txt", "1", "class 9 but the dataset has 3 (0 to 2)"),
         ("b.txt", "2", "x=7 outside [0,1]"),
-        ("nobody.txt", "", "a label file without a picture, not used"),
+        ("nobody.txt", "", "a label file without an image, not used"),
     ]
     assert all(row["remedy"] for row in rows)
 
 
-def test_labels_of_pictures_that_a_list_leaves_out_are_no_orphans(folder: Path) -> None:
+def test_labels_of_images_that_a_list_leaves_out_are_no_orphans(folder: Path) -> None:
     (folder / "some.txt").write_text("images/train/a.png\n")
     description = _describe(folder, "train: some.txt\nnames: [x, y, z]\n")
     assert not Dataset.load(description, "train").findings
@@ -273,7 +273,7 @@ def test_hidden_copies_are_neither_data_nor_faults(folder: Path) -> None:
     for name in ("._a.png", "Thumbs.db", ".DS_Store", ".hidden.avif"):
         (images / name).write_bytes(b"x")
     for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"):
-        _picture(images / name / "copy.png", labels=None)
+        _image(images / name / "copy.png", labels=None)
     (labels / "._a.txt").write_bytes(b"\0")
     (folder / "some.txt").write_text("images/train/a.png\nimages/train/._a.png\n__MACOSX/images/a.png\n")
     for split in ("images/train", "some.txt"):
@@ -324,7 +324,7 @@ def test_a_list_that_was_written_on_another_machine_is_found(folder: Path, lines
 def test_images_labels_and_lists_meet_in_either_encoding_of_accents(folder: Path, written: str) -> None:
     other = "NFD" if written == "NFC" else "NFC"
     name, elsewhere = (unicodedata.normalize(form, "\u00e9") for form in (written, other))
-    _picture(folder / "images" / "more" / f"{name}.png")
+    _image(folder / "images" / "more" / f"{name}.png")
     (folder / "labels" / "more" / f"{name}.txt").rename(folder / "labels" / "more" / f"{elsewhere}.txt")
     (folder / "some.txt").write_text(f"images/more/{elsewhere}.png\n", encoding="utf-8")
     dataset = Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
@@ -344,7 +344,7 @@ def test_list_entries_that_are_not_there_are_one_message_with_their_likely_path(
 def test_the_likely_path_of_a_list_entry_is_told_by_its_folders_where_two_files_have_its_name(
     folder: Path,
 ) -> None:
-    _picture(folder / "images" / "more" / "a.png")
+    _image(folder / "images" / "more" / "a.png")
     (folder / "some.txt").write_text("mine/Images/Train/a.png\n")
     with pytest.raises(DataError, match=f"; {folder}/images/train/a.png may be meant"):
         Dataset.load(_describe(folder, "train: some.txt\nnames: [x, y, z]\n"), "train")
@@ -397,8 +397,8 @@ def test_an_entry_that_is_there_and_holds_no_images_says_what_it_is(folder: Path
             Dataset.load(_describe(folder, f"train: {entry}\nnames: [x]\n"), "train")
 
 
-def test_text_files_among_the_pictures_are_not_taken_for_labels(folder: Path) -> None:
-    _picture(folder / "flat" / "a.png", labels=None)
+def test_text_files_among_the_images_are_not_taken_for_labels(folder: Path) -> None:
+    _image(folder / "flat" / "a.png", labels=None)
     (folder / "flat" / "a.txt").write_text("0 .5 .5 .1 .1\n")
     (folder / "flat" / "README.txt").write_text("hello\n")
     assert not Dataset.load(_describe(folder, "train: flat\nnames: [x]\n"), "train").findings

@@ -1,4 +1,4 @@
-"""Detecting on real pictures, a small video, URLs and lists, by the command itself."""
+"""Detecting on real images, a small video, URLs and lists, by the command itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from starling.prediction.inference import Augmented
 from tests.conftest import CELL_DETECTOR, MINI_SET, REPOSITORY
 
 WEIGHTS = str(CELL_DETECTOR)
-PICTURES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
 FLAGS = ["--weights", WEIGHTS, "--device", "cpu", "--json", "--imgsz", "96", "--conf-thres", "0.05"]
 
 
@@ -52,23 +52,23 @@ def fail(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder of two real pictures, one of them as .PNG, and a file that is none."""
-    target = tmp_path / "pictures"
+    """Return a folder of two real images, one of them as .PNG, and a file that is none."""
+    target = tmp_path / "images"
     target.mkdir()
-    shutil.copyfile(PICTURES[0], target / "a.jpg")
-    cv2.imwrite(str(target / "b.PNG"), cv2.imread(str(PICTURES[1])))
-    (target / "notes.md").write_text("not a picture")
+    shutil.copyfile(IMAGES[0], target / "a.jpg")
+    cv2.imwrite(str(target / "b.PNG"), cv2.imread(str(IMAGES[1])))
+    (target / "notes.md").write_text("not an image")
     return target
 
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Return seven frames of a real picture, 128 x 96, 12 frames a second."""
+    """Return seven frames of a real image, 128 x 96, 12 frames a second."""
     path = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 12, (128, 96))
-    picture = cv2.resize(cv2.imread(str(PICTURES[0])), (128, 96))
+    image = cv2.resize(cv2.imread(str(IMAGES[0])), (128, 96))
     for shift in range(7):
-        writer.write(np.roll(picture, shift * 4, axis=1))
+        writer.write(np.roll(image, shift * 4, axis=1))
     writer.release()
     return path
 
@@ -88,7 +88,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_folder_gives_pictures_labels_csv_and_crops_that_agree(
+def test_a_folder_gives_images_labels_csv_and_crops_that_agree(
     folder: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = digests(folder)
@@ -120,12 +120,10 @@ def test_the_surest_white_cell_lies_on_the_labelled_one(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     label = next(
-        line.split()
-        for line in (MINI_SET / "labels/val" / f"{PICTURES[0].stem}.txt").open()
-        if line[0] == "1"
+        line.split() for line in (MINI_SET / "labels/val" / f"{IMAGES[0].stem}.txt").open() if line[0] == "1"
     )
-    detect(capsys, "--source", str(PICTURES[0]), "--imgsz", "320", "--classes", "1", "--save-txt", "--nosave")
-    found = (runs / "detect/exp/labels" / f"{PICTURES[0].stem}.txt").read_text().splitlines()[0].split()
+    detect(capsys, "--source", str(IMAGES[0]), "--imgsz", "320", "--classes", "1", "--save-txt", "--nosave")
+    found = (runs / "detect/exp/labels" / f"{IMAGES[0].stem}.txt").read_text().splitlines()[0].split()
     assert found[0] == "1"
     (x, y, w, h), (tx, ty, tw, th) = (map(float, row[1:5]) for row in (found, label))
     shared = [
@@ -168,7 +166,7 @@ def test_equal_names_from_two_folders_do_not_replace_each_other(
     folder: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "deeper").mkdir()
-    shutil.copyfile(PICTURES[2], folder / "deeper" / "a.jpg")
+    shutil.copyfile(IMAGES[2], folder / "deeper" / "a.jpg")
     told = detect(capsys, "--source", str(folder / "**" / "*.jpg"))
     names = [Path(path).name for path in told["annotated"]]
     assert names[0] == "a.jpg"
@@ -176,7 +174,7 @@ def test_equal_names_from_two_folders_do_not_replace_each_other(
     assert told["renamed"] == [{"source": str(folder / "deeper" / "a.jpg"), "name": Path(names[1]).stem}]
 
 
-def test_the_guide_s_line_without_a_source_looks_at_the_pictures_carried(
+def test_the_guide_s_line_without_a_source_looks_at_the_images_carried(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -187,9 +185,9 @@ def test_the_guide_s_line_without_a_source_looks_at_the_pictures_carried(
     assert [Path(source).resolve() for source in seen] == [MINI_SET / "images" / "val"]
 
 
-def test_a_list_names_pictures_relative_to_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_names_images_relative_to_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = folder / "list.txt"
-    listed.write_text(f"# two\na.jpg\n\n{PICTURES[3]}\n")
+    listed.write_text(f"# two\na.jpg\n\n{IMAGES[3]}\n")
     assert detect(capsys, "--source", str(listed))["frames"] == 2
     listed.write_text("a.jpg\nmissing.jpg\n")
     code, message = fail(capsys, "--source", str(listed))
@@ -206,8 +204,8 @@ def test_a_missing_source_is_a_data_error_and_leaves_no_run(
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", PICTURES[0].read_bytes()[:5000]])
-def test_an_unusable_picture_is_named_and_left_out_unless_it_is_all_there_is(
+@pytest.mark.parametrize("content", [b"", b"no image", IMAGES[0].read_bytes()[:5000]])
+def test_an_unusable_image_is_named_and_left_out_unless_it_is_all_there_is(
     folder: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = folder / "broken.jpg"
@@ -228,10 +226,10 @@ def test_a_broken_video_is_a_data_error(tmp_path: Path, capsys: pytest.CaptureFi
     assert "convert it to mp4" in message
 
 
-def test_outputs_never_replace_the_pictures_looked_at(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_never_replace_the_images_looked_at(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs / "detect" / "exp"
     run.mkdir(parents=True)
-    shutil.copyfile(PICTURES[0], run / "a.jpg")
+    shutil.copyfile(IMAGES[0], run / "a.jpg")
     before = digests(run)
     code, message = fail(capsys, "--source", str(run), "--exist-ok")
     assert code == 2
@@ -257,7 +255,7 @@ def test_classes_of_equal_names_have_crop_folders_by_number(tmp_path: Path) -> N
 
 
 def test_thresholds_and_classes_choose_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    source = ("--source", str(PICTURES[0]), "--nosave")
+    source = ("--source", str(IMAGES[0]), "--nosave")
     everything = detect(capsys, *source)["detections"]
     assert detect(capsys, *source, "--conf-thres", "0.3")["detections"] < everything
     assert detect(capsys, *source, "--max-det", "2")["detections"] == 2
@@ -271,14 +269,14 @@ def test_names_may_come_from_a_dataset_that_is_not_here(
 ) -> None:
     data = tmp_path / "cells.yaml"
     data.write_text("path: /nowhere\ntrain: x\nnames: [red, white, plate]\n")
-    told = detect(capsys, "--source", str(PICTURES[0]), "--data", str(data), "--nosave")
+    told = detect(capsys, "--source", str(IMAGES[0]), "--data", str(data), "--nosave")
     assert set(told["classes"]) <= {"red", "white", "plate"}
     data.write_text("train: x\nnames: [red]\n")
-    assert fail(capsys, "--source", str(PICTURES[0]), "--data", str(data))[0] == 2
+    assert fail(capsys, "--source", str(IMAGES[0]), "--data", str(data))[0] == 2
 
 
 def test_the_same_weights_twice_find_what_they_find_once(capsys: pytest.CaptureFixture[str]) -> None:
-    source = ("--source", str(PICTURES[0]), "--nosave")
+    source = ("--source", str(IMAGES[0]), "--nosave")
     alone = detect(capsys, *source)["classes"]
     assert detect(capsys, *source, "--weights", WEIGHTS, WEIGHTS)["classes"] == alone
 
@@ -296,7 +294,7 @@ class BrightSpot(torch.nn.Module):
         return row[:, None], None
 
 
-def test_every_look_of_the_augmentation_lands_in_the_picture_s_own_frame() -> None:
+def test_every_look_of_the_augmentation_lands_in_the_image_s_own_frame() -> None:
     images = torch.zeros(1, 3, 128, 192)
     images[..., 20:32, 150:162] = 0.5
     images[..., 26, 156] = 1.0  # 36 pixels from the right border: a mirrored look left as it is would show
@@ -312,11 +310,11 @@ def test_hiding_texts_draws_less_and_a_window_needs_a_display(
 ) -> None:
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    original = cv2.imread(str(PICTURES[0])).astype(int)
+    original = cv2.imread(str(IMAGES[0])).astype(int)
     changed = []
     for name, flags in (("full", ["--view-img"]), ("bare", ["--hide-labels", "--line-thickness", "1"])):
-        assert main([*FLAGS, "--source", str(PICTURES[0]), "--name", name, *flags]) == 0
-        drawn = cv2.imread(str(runs / "detect" / name / PICTURES[0].name))
+        assert main([*FLAGS, "--source", str(IMAGES[0]), "--name", name, *flags]) == 0
+        drawn = cv2.imread(str(runs / "detect" / name / IMAGES[0].name))
         changed.append((np.abs(drawn - original).max(2) > 60).sum())
     assert changed[0] > 2 * changed[1] > 0
     assert "no display" in capsys.readouterr().out
@@ -345,7 +343,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve the pictures and the video on this machine."""
+    """Serve the images and the video on this machine."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -369,7 +367,7 @@ def test_a_url_is_fetched_into_the_run_folder_and_its_password_never_told(
     told = json.loads(said.out.splitlines()[-1])
     assert told["frames"] == 8
     run = runs / "detect" / "exp"
-    assert (run / "downloads" / "a.jpg").read_bytes() == PICTURES[0].read_bytes()
+    assert (run / "downloads" / "a.jpg").read_bytes() == IMAGES[0].read_bytes()
     assert (run / "a.jpg").is_file()
     assert frames_of(run / "clip.mp4")[0] == 7
     everything = said.out + said.err + (run / "predictions.csv").read_text()

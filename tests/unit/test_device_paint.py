@@ -1,4 +1,4 @@
-"""The device's painting gives the pictures that OpenCV's gives, from the same plans, in each of its two kernels."""
+"""The device's painting gives the images that OpenCV's gives, from the same plans, in each of its two kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starling.data.augment.letterbox import letterbox_geometry
 from starling.data.augment.paint import outline_mask, paint_item
 from starling.data.augment.plan import ItemPlan, QuadPlan, Region, Sample, plan_item, plan_letterbox
 from tests.conftest import PYTHON_PATH, REPOSITORY
-from tests.unit.augment_cases import CASES, SHAPES, SIDE, Pictures, textured
+from tests.unit.augment_cases import CASES, SHAPES, SIDE, Sources, textured
 
 CPU = torch.device("cpu")
 LEVELS = 0.5
@@ -30,19 +30,19 @@ LEVELS = 0.5
 OpenCV's way back from HSV floors most pixels but rounds the last ones of a row, how many is the processor's affair."""
 
 
-def plans_of(name: str, count: int = 6) -> tuple[list[ItemPlan], Pictures]:
-    dataset, pictures = textured()
+def plans_of(name: str, count: int = 6) -> tuple[list[ItemPlan], Sources]:
+    dataset, store = textured()
     hyp, hw = CASES[name]
     return [
-        plan_item(dataset, pictures.shapes_hw, hyp, hw, seed=4, epoch=number, index=number % len(SHAPES))
+        plan_item(dataset, store.shapes_hw, hyp, hw, seed=4, epoch=number, index=number % len(SHAPES))
         for number in range(count)
-    ], pictures
+    ], store
 
 
-def painted_by_opencv(plans: list[ItemPlan], pictures: Pictures) -> np.ndarray[Any, Any]:
+def painted_by_opencv(plans: list[ItemPlan], store: Sources) -> np.ndarray[Any, Any]:
     out = np.empty((len(plans), *plans[0].hw, 3), np.uint8)
     for plan, image in zip(plans, out, strict=True):
-        paint_item(plan, pictures, image)
+        paint_item(plan, store, image)
     return out
 
 
@@ -59,24 +59,24 @@ def assert_alike(images: torch.Tensor, expected: np.ndarray[Any, Any], levels: f
 
 @pytest.mark.parametrize("name", CASES)
 def test_torch_paints_what_opencv_paints(name: str) -> None:
-    plans, pictures = plans_of(name)
-    images = DevicePainter.from_store(pictures, CPU).paint(plans)
+    plans, store = plans_of(name)
+    images = DevicePainter.from_store(store, CPU).paint(plans)
     assert images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert_alike(images, painted_by_opencv(plans, pictures))
+    assert_alike(images, painted_by_opencv(plans, store))
 
 
 @pytest.mark.parametrize("name", ["mosaic", "flips", "copy-paste"])
-def test_aligned_pictures_agree_to_a_hundredth_of_a_level(name: str) -> None:
-    plans, pictures = plans_of(name)
-    images = DevicePainter.from_store(pictures, CPU).paint(plans)
-    assert_alike(images, painted_by_opencv(plans, pictures), 0.01)
+def test_aligned_images_agree_to_a_hundredth_of_a_level(name: str) -> None:
+    plans, store = plans_of(name)
+    images = DevicePainter.from_store(store, CPU).paint(plans)
+    assert_alike(images, painted_by_opencv(plans, store), 0.01)
 
 
 def test_every_colour_of_a_coarse_cube_is_jittered_as_opencv_does_it() -> None:
     steps = np.arange(0, 256, 5, dtype=np.uint8)
     cube = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 64, 3)
-    pictures = Pictures([cube])
+    store = Sources([cube])
     whole = Region(0, 0, *cube.shape[1::-1])
     sample = Sample(0, whole, np.eye(3), whole, None, False)
     plans = [
@@ -89,25 +89,25 @@ def test_every_colour_of_a_coarse_cube_is_jittered_as_opencv_does_it() -> None:
         )
         for gains in ((1, 1, 1), (1.9, 1.4, 1.3), (0.3, 0.2, 0.6), (1.0, 0.0, 2.0))
     ]
-    images = DevicePainter.from_store(pictures, CPU).paint(plans)
-    assert_alike(images, painted_by_opencv(plans, pictures))
+    images = DevicePainter.from_store(store, CPU).paint(plans)
+    assert_alike(images, painted_by_opencv(plans, store))
 
 
 def test_letterboxes_are_painted_as_opencv_paints_them() -> None:
-    dataset, pictures = textured()
+    dataset, store = textured()
     plans = [
         plan_letterbox(
             index, hw, letterbox_geometry(hw, (64, 80), minimal=False, upscale=False), dataset.labels[index]
         )
         for index, hw in enumerate(SHAPES)
     ]
-    images = DevicePainter.from_store(pictures, CPU).paint(plans)
-    assert_alike(images, painted_by_opencv(plans, pictures), 0.05)
+    images = DevicePainter.from_store(store, CPU).paint(plans)
+    assert_alike(images, painted_by_opencv(plans, store), 0.05)
 
 
 def test_quads_are_enlarged_or_lie_side_by_side_on_grey() -> None:
-    plans, pictures = plans_of("colour", 4)
-    small = painted_by_opencv(plans, pictures)
+    plans, store = plans_of("colour", 4)
+    small = painted_by_opencv(plans, store)
     quads = [
         QuadPlan(items=tuple(plans[:2]), enlarged=True),
         QuadPlan(items=tuple(plans[1:]), enlarged=False),
@@ -116,31 +116,31 @@ def test_quads_are_enlarged_or_lie_side_by_side_on_grey() -> None:
     for image, (top, left) in zip(small[1:], ((0, 0), (0, SIDE), (SIDE, 0)), strict=True):
         joined[top : top + SIDE, left : left + SIDE] = image
     large = cv2.resize(small[0], (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_LINEAR)
-    painter = DevicePainter.from_store(pictures, CPU)
+    painter = DevicePainter.from_store(store, CPU)
     images = painter.paint_quads(quads)
     assert_alike(images, np.stack((large, joined)), 0.4)
-    normalised = DevicePainter.from_store(pictures, CPU, dtype=torch.float32).paint_quads(quads)
+    normalised = DevicePainter.from_store(store, CPU, dtype=torch.float32).paint_quads(quads)
     assert torch.allclose(normalised * 255, images.float(), atol=1e-3)
 
 
 def test_a_batch_of_unlike_items_is_what_each_item_is_alone() -> None:
-    dataset, pictures = textured()
+    dataset, store = textured()
     hyp = Hyp(mosaic=0.6, mixup=0.5, copy_paste=0.5, degrees=10.0)
     plain = replace(hyp, degrees=0.0, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0)
     plans = [
-        plan_item(dataset, pictures.shapes_hw, each, (SIDE, SIDE), seed=2, epoch=epoch, index=epoch % 5)
+        plan_item(dataset, store.shapes_hw, each, (SIDE, SIDE), seed=2, epoch=epoch, index=epoch % 5)
         for epoch in range(6)
         for each in (hyp, plain)
     ]
     kinds = {(len(plan.layers), len(plan.layers[0]), plan.gains is None) for plan in plans}
     assert len(kinds) >= 4
-    painter = DevicePainter.from_store(pictures, CPU)
+    painter = DevicePainter.from_store(store, CPU)
     assert torch.equal(painter.paint(plans), torch.cat([painter.paint([plan]) for plan in plans]))
 
 
 def test_painting_many_items_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans, pictures = plans_of("copy-paste, turned, in mixup")
-    painter = DevicePainter.from_store(pictures, CPU)
+    plans, store = plans_of("copy-paste, turned, in mixup")
+    painter = DevicePainter.from_store(store, CPU)
     one_by_one = painter.paint(plans)
     monkeypatch.setattr("starling.data.augment.device_paint._PIXELS_AT_ONCE", {"cpu": 4 * SIDE * SIDE})
     assert torch.equal(painter.paint(plans), one_by_one)
@@ -148,8 +148,8 @@ def test_painting_many_items_at_once_changes_nothing(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float_images_are_the_bytes_over_255(dtype: torch.dtype) -> None:
-    plans, pictures = plans_of("colour", 2)
-    painter = DevicePainter.from_store(pictures, CPU)
+    plans, store = plans_of("colour", 2)
+    painter = DevicePainter.from_store(store, CPU)
     expected = (painter.paint(plans).float() / 255).to(dtype)
     painter.dtype = dtype
     images = painter.paint(plans)
@@ -158,17 +158,17 @@ def test_float_images_are_the_bytes_over_255(dtype: torch.dtype) -> None:
     assert torch.equal(images, expected)
 
 
-def test_pictures_come_to_the_device_whole_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, pictures = textured()
-    flat = np.concatenate([picture.reshape(-1) for picture in pictures])
+def test_images_come_to_the_device_whole_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, store = textured()
+    flat = np.concatenate([image.reshape(-1) for image in store])
     for size in (1, 25_000, 40_000, 1 << 30):
         monkeypatch.setattr("starling.data.augment.device_paint._COPY_BYTES", size)
-        assert np.array_equal(DevicePainter.from_store(pictures, CPU).pixels.numpy(), flat)
+        assert np.array_equal(DevicePainter.from_store(store, CPU).pixels.numpy(), flat)
 
 
 def test_a_turned_tile_covers_the_pixels_that_opencv_fills() -> None:
     rng = np.random.default_rng(3)
-    black = Pictures([np.zeros((2, 2, 3), np.uint8)])
+    black = Sources([np.zeros((2, 2, 3), np.uint8)])
     painter = DevicePainter.from_store(black, CPU)
     frame = Region(0, 0, 96, 96)
     other = around = 0.0
@@ -191,9 +191,9 @@ def test_an_item_of_which_nothing_is_in_view_is_grey() -> None:
 
 
 def test_tables_hold_every_sample_and_empty_frames_for_the_rest() -> None:
-    plans, pictures = plans_of("copy-paste, turned, in mixup")
-    offsets = np.concatenate(([0], np.cumsum(pictures.shapes_hw.prod(1) * 3)))
-    tables = load_tables(plans, offsets, pictures.shapes_hw, CPU)
+    plans, store = plans_of("copy-paste, turned, in mixup")
+    offsets = np.concatenate(([0], np.cumsum(store.shapes_hw.prod(1) * 3)))
+    tables = load_tables(plans, offsets, store.shapes_hw, CPU)
     frames = tables.ints[..., :4].numpy()
     for item, plan in enumerate(plans):
         for layer in range(frames.shape[1]):
@@ -205,8 +205,8 @@ def test_tables_hold_every_sample_and_empty_frames_for_the_rest() -> None:
 
 
 def test_plans_of_two_sizes_and_pixels_that_are_missing_are_refused() -> None:
-    plans, pictures = plans_of("mosaic", 1)
-    painter = DevicePainter.from_store(pictures, CPU)
+    plans, store = plans_of("mosaic", 1)
+    painter = DevicePainter.from_store(store, CPU)
     with pytest.raises(ValueError, match="must be one"):
         painter.paint([*plans, *plans_of("rectangle", 1)[0]])
     with pytest.raises(ValueError, match="more pixels than there are"):
@@ -223,8 +223,8 @@ def test_without_a_gpu_torch_paints_and_the_painter_says_why() -> None:
 def test_a_triton_that_fails_or_paints_otherwise_leaves_the_painting_to_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plans, pictures = plans_of("colour", 1)
-    painter = DevicePainter.from_store(pictures, CPU)
+    plans, store = plans_of("colour", 1)
+    painter = DevicePainter.from_store(store, CPU)
     expected = painter.paint(plans)
 
     def fail(tables: Tables, pixels: torch.Tensor, out: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ def test_a_triton_that_fails_or_paints_otherwise_leaves_the_painting_to_torch(
         assert reason.endswith(why)
         assert torch.equal(painter.paint(plans), expected)
         with pytest.raises((OSError, RuntimeError), match=why.split(": ")[-1]):
-            DevicePainter.from_store(pictures, CPU, kernel="triton")
+            DevicePainter.from_store(store, CPU, kernel="triton")
 
 
 @pytest.mark.parametrize(("layers", "turned", "dtype"), [(1, False, "bf16"), (2, True, "u8")])
@@ -284,9 +284,9 @@ from tests.unit.test_device_paint import plans_of
 triton_paint.BLOCK_HEIGHT = 64  # fewer programs, as the interpreter's time is by the program
 torch.set_num_threads(1)
 for name, dtype in zip(sys.argv[1:], (torch.uint8, torch.float32), strict=True):
-    plans, pictures = plans_of(name, 1)
+    plans, store = plans_of(name, 1)
     images = [
-        DevicePainter.from_store(pictures, torch.device("cpu"), kernel=kernel, dtype=dtype).paint(plans).float()
+        DevicePainter.from_store(store, torch.device("cpu"), kernel=kernel, dtype=dtype).paint(plans).float()
         for kernel in ("torch", "triton")
     ]
     levels = 1 if dtype == torch.uint8 else 255
@@ -320,12 +320,12 @@ def test_the_triton_kernel_paints_what_torch_does_in_tritons_interpreter() -> No
 def test_a_gpu_paints_what_opencv_paints_and_nothing_waits_for_it(name: str, kernel: Any) -> None:
     if kernel == "triton":
         pytest.importorskip("triton")
-    plans, pictures = plans_of(name)
-    painter = DevicePainter.from_store(pictures, torch.device("cuda"), kernel=kernel)
+    plans, store = plans_of(name)
+    painter = DevicePainter.from_store(store, torch.device("cuda"), kernel=kernel)
     painter.paint(plans)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         images = painter.paint(plans)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_alike(images, painted_by_opencv(plans, pictures))
+    assert_alike(images, painted_by_opencv(plans, store))

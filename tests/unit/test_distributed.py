@@ -158,7 +158,7 @@ def assert_same_course(one: Path, two: Path, epochs: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_course_of_one(tiny_args: list[str], runs: Path, still: str) -> None:
-    # Eight pictures in batches of 6 and 2, parts of 3 and 1. Labels fall unevenly on them: a mean of means would show.
+    # Eight images in batches of 6 and 2, parts of 3 and 1. Labels fall unevenly on them: a mean of means would show.
     common = [*tiny_args, "--epochs", "3", "--amp", "off", "--noplots", "--batch", "6"]
     alone = run([sys.executable, still, *common, "--name", "one"])
     assert alone.returncode == 0, alone.stderr
@@ -170,15 +170,15 @@ def test_two_processes_take_the_course_of_one(tiny_args: list[str], runs: Path, 
 
 
 @pytest.mark.slow
-def test_a_rank_without_a_picture_in_the_last_batch_keeps_in_step(
+def test_a_rank_without_an_image_in_the_last_batch_keeps_in_step(
     tiny_args: list[str], runs: Path, still: str, tiny_data: Path
 ) -> None:
-    # Five pictures in batches of 4: the last one has a single picture for two ranks, as has the validation.
+    # Five images in batches of 4: the last one has a single image for two ranks, as has the validation.
     root = runs.parent / "five"
     shutil.copytree(tiny_data.parent, root)
     for split, left in (("train", 5), ("val", 1)):
-        for picture in sorted((root / "images" / split).iterdir())[left:]:
-            picture.unlink()
+        for image in sorted((root / "images" / split).iterdir())[left:]:
+            image.unlink()
     common = [*tiny_args, "--data", str(root / "bccd.yaml"), "--amp", "off", "--noplots"]
     assert run([sys.executable, still, *common, "--name", "one"]).returncode == 0
     together = run(torchrun(still, *common, "--name", "two"))
@@ -494,9 +494,9 @@ def test_a_heart_that_stands_still_is_named_and_one_that_ended_well_is_not() -> 
 
 def test_a_rank_that_ended_in_a_failure_hands_on_its_reason_and_exit_code() -> None:
     hearts, _ = three_hearts()
-    hearts[2].end(3, "no such picture")
+    hearts[2].end(3, "no such image")
     hearts[0]._beat()
-    assert hearts[0].find_lost(LOST_S) == LostRank(2, "rank 2 (process 2) ended: no such picture", 3)
+    assert hearts[0].find_lost(LOST_S) == LostRank(2, "rank 2 (process 2) ended: no such image", 3)
     assert hearts[0].speaks(LostRank(2, "", 1))
     assert not hearts[1].speaks(LostRank(2, "", 1))
     assert hearts[1].speaks(LostRank(0, "", 1))

@@ -441,12 +441,12 @@ def test_leading_folder_is_left_off_where_it_stands(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_zip(tmp_path: Path) -> bytes:
-    """A zip of four real pictures with labels, under a leading folder."""
+    """A zip of four real images with labels, under a leading folder."""
     entries = {}
     for split in ("train", "val"):
-        for picture in sorted((MINI_SET / "images" / split).glob("*.jpg"))[:2]:
-            entries[f"tiny/images/{split}/{picture.name}"] = picture.read_bytes()
-            label = MINI_SET / "labels" / split / f"{picture.stem}.txt"
+        for image in sorted((MINI_SET / "images" / split).glob("*.jpg"))[:2]:
+            entries[f"tiny/images/{split}/{image.name}"] = image.read_bytes()
+            label = MINI_SET / "labels" / split / f"{image.stem}.txt"
             entries[f"tiny/labels/{split}/{label.name}"] = label.read_bytes()
     return zip_of(tmp_path / "made.zip", entries).read_bytes()
 
@@ -570,8 +570,8 @@ CLASS_FILE = "class-descriptions-boxable.csv"
 BOXES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf\n"
 
 
-def pictures_tar(folder: str, stem: str) -> bytes:
-    """A tar.gz as the bucket has it: one real picture under a leading folder."""
+def images_tar(folder: str, stem: str) -> bytes:
+    """A tar.gz as the bucket has it: one real image under a leading folder."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as file:
         file.add(next((MINI_SET / "images" / "val").glob("*.jpg")), f"{folder}/{stem}.jpg")
@@ -586,8 +586,8 @@ def open_images(mirror: Server) -> Server:
     for name, stem in (("validation", "00a1"), ("oidv6-train", "00b2")):
         rows = f"{stem},x,/m/0k4j,1,0,0.5,0,1,0,0,0\nffff,x,/m/001,1,0,0.5,0,1,0,0,0\n"
         mirror.files[f"{name}-annotations-bbox.csv"] = (BOXES + rows).encode()
-    mirror.files["validation.tar.gz"] = pictures_tar("validation", "00a1")
-    mirror.files["train_0.tar.gz"] = pictures_tar("train_0", "00b2")
+    mirror.files["validation.tar.gz"] = images_tar("validation", "00a1")
+    mirror.files["train_0.tar.gz"] = images_tar("train_0", "00b2")
     return mirror
 
 
@@ -596,7 +596,7 @@ def test_shipped_steps_of_open_images_make_a_dataset_with_the_names_of_its_class
 ) -> None:
     assert data_command.main(["download", "open-images-v6.yaml"]) == 0
     said = capsys.readouterr().out
-    assert "1 rows of pictures that are not in images/train" in said
+    assert "1 rows of images that are not in images/train" in said
     assert "images/test is not there" in said
     root = Path("../datasets/open-images-v6").resolve()
     for path in (root / "open-images-v6.yaml", SHIPPED / "datasets" / "open-images-v6.yaml"):
@@ -612,7 +612,7 @@ def test_shipped_steps_of_open_images_make_a_dataset_with_the_names_of_its_class
     assert not (root.parent / ".downloads").exists()
 
 
-def test_class_file_of_another_number_of_classes_is_refused_before_pictures_are_fetched(
+def test_class_file_of_another_number_of_classes_is_refused_before_images_are_fetched(
     open_images: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_images.files[CLASS_FILE] = b"/m/0k4j,Car\n"

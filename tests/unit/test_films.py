@@ -23,7 +23,7 @@ from starling.data.sources.sources import Source, find_sources, frames
 from tests.conftest import CELL_DETECTOR, MINI_SET
 
 WEIGHTS = str(CELL_DETECTOR)
-PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 NOISE = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8), (5, 5), 0)
 CODECS = [("mp4", "mp4v"), ("avi", "MJPG"), ("avi", "XVID"), ("mkv", "mp4v"), ("webm", "VP80"), ("mov", "mp4v"),
           ("mpg", "mpg1"), ("mpg", "mpg2"), ("ts", "mpg2"), ("wmv", "WMV2"), ("asf", "WMV1")]  # fmt: skip
@@ -156,7 +156,7 @@ def test_an_image_of_one_frame_stays_an_image(tmp_path: Path, suffix: str) -> No
     path = tmp_path / f"still.{suffix}"
     Image.fromarray(NOISE).save(path)
     assert not is_animated(path)
-    assert find_sources(str(path), LeftOut()) == [Source(kind="picture", address=str(path))]
+    assert find_sources(str(path), LeftOut()) == [Source(kind="image", address=str(path))]
 
 
 def test_an_animation_whose_frames_take_over_a_gibibyte_to_decode_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_what_is_passed_over_in_a_folder_is_counted_by_suffix(tmp_path: Path) ->
         "notes.md",
         "g.jp2",
     ):
-        shutil.copyfile(PICTURE, tmp_path / name)
+        shutil.copyfile(IMAGE, tmp_path / name)
     left_out = LeftOut()
     found = find_sources(str(tmp_path), left_out)
     assert [Path(str(one.address)).name for one in found] == ["a.jpg", "b.jfif", "c.jpe"]
@@ -213,7 +213,7 @@ def test_a_pattern_leaves_hidden_folders_out_unless_they_are_written_down(tmp_pa
         "sub/d.ppm",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(PICTURE, tmp_path / name)
+        shutil.copyfile(IMAGE, tmp_path / name)
     left_out = LeftOut()
     found = find_sources(f"{tmp_path}/**/*", left_out)
     assert [Path(str(one.address)).name for one in found] == ["a.jpg", "b.jpg"]
@@ -224,7 +224,7 @@ def test_a_pattern_leaves_hidden_folders_out_unless_they_are_written_down(tmp_pa
 
 def test_a_list_counts_what_is_not_read_and_a_folder_of_nothing_else_names_it(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.heic", "._a.jpg"):
-        shutil.copyfile(PICTURE, tmp_path / name)
+        shutil.copyfile(IMAGE, tmp_path / name)
     listed = tmp_path / "list.txt"
     listed.write_text("a.jpg\nb.heic\n._a.jpg\n")
     left_out = LeftOut()

@@ -34,7 +34,7 @@ from starling.training.trainer import Trainer, TrainResult
 from tests.conftest import CELL_DETECTOR, MINI_SET, TINY_LAYOUT
 
 WEIGHTS = str(CELL_DETECTOR)
-PICTURE = min((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGE = min((MINI_SET / "images" / "val").glob("*.jpg"))
 MAINS = {"train": train.main, "val": val.main, "detect": detect.main, "export": export.main}
 
 pytestmark = pytest.mark.usefixtures("no_tracking")
@@ -54,7 +54,7 @@ def quick_args(tiny_args: list[str]) -> list[str]:
 
 @pytest.fixture
 def val_args(tiny_data: Path) -> list[str]:
-    """Return the flags of a validation of real weights on four pictures."""
+    """Return the flags of a validation of real weights on four images."""
     return ["--weights", WEIGHTS, "--data", str(tiny_data), "--img", "96", "--device", "cpu", "--json"]
 
 
@@ -62,7 +62,7 @@ DETECT_ARGS = [
     "--weights",
     WEIGHTS,
     "--source",
-    str(PICTURE),
+    str(IMAGE),
     "--img",
     "96",
     "--conf-thres",
@@ -122,7 +122,7 @@ def test_a_training_is_of_the_layout_data_and_hyperparameters_named(
     assert content["layout"]["width_multiple"] == 0.1
     assert content["names"] == ["RBC", "WBC", "Platelets"]
     assert read_yaml(runs / "train" / "exp" / "hyp.yaml")["lr0"] == 0.003
-    assert "train: 8 pictures" in capsys.readouterr().out
+    assert "train: 8 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "frozen"), [(["2"], {0, 1}), (["0", "3"], {0, 3})])
@@ -226,7 +226,7 @@ def test_amp_follows_the_hardware_unless_it_is_turned_off(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "mode"), [(["ram"], "ram"), ([], "ram"), (["disk"], "disk"), (["off"], "off")]
 )
-def test_cache_chooses_where_decoded_pictures_are_kept(
+def test_cache_chooses_where_decoded_images_are_kept(
     tiny_args: list[str], tmp_path: Path, words: list[str], mode: str
 ) -> None:
     config = train_settings.parse_args([*tiny_args, "--cache", *words]).config
@@ -298,7 +298,7 @@ def loaders(monkeypatch: pytest.MonkeyPatch) -> list[ValLoader]:
             made.append(self)
 
     monkeypatch.setattr(evaluation, "ValLoader", Noted)
-    monkeypatch.setattr(evaluation.pictures, "draw_validation", lambda *given: None)
+    monkeypatch.setattr(evaluation.plots, "draw_validation", lambda *given: None)
     monkeypatch.setattr(evaluation, "draw_worst", lambda *given: None)
     return made
 
@@ -332,8 +332,8 @@ def test_a_task_names_the_split(
     images: int,
 ) -> None:
     tested = tmp_path / "tested.txt"
-    pictures = sorted((tiny_data.parent / "images" / "train").iterdir())[:3]
-    tested.write_text("".join(f"{path}\n" for path in pictures))
+    listed = sorted((tiny_data.parent / "images" / "train").iterdir())[:3]
+    tested.write_text("".join(f"{path}\n" for path in listed))
     data = tmp_path / "with-test.yaml"
     text = tiny_data.read_text().replace("path: .", f"path: {tiny_data.parent}")
     kept = [line for line in text.splitlines() if not line.startswith("test:")]
@@ -407,12 +407,12 @@ def test_augment_looks_more_than_once(capsys: pytest.CaptureFixture[str]) -> Non
     for words in ([], ["--augment"]):
         assert detect.main([*DETECT_ARGS, "--nosave", "--save-txt", *words]) == 0
         folder = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("results in "))
-        found.append((folder / "labels" / f"{PICTURE.stem}.txt").read_text())
+        found.append((folder / "labels" / f"{IMAGE.stem}.txt").read_text())
     assert found[0] != found[1]
 
 
 def test_thinner_lines_and_hidden_texts_change_fewer_pixels(runs: Path) -> None:
-    original = cv2.imread(str(PICTURE)).astype(int)
+    original = cv2.imread(str(IMAGE)).astype(int)
     changed = {}
     for name, words in {
         "full": [],
@@ -421,20 +421,20 @@ def test_thinner_lines_and_hidden_texts_change_fewer_pixels(runs: Path) -> None:
         "no-text": ["--hide-labels"],
     }.items():
         assert detect.main([*DETECT_ARGS, "--name", name, *words]) == 0
-        drawn = cv2.imread(str(runs / "detect" / name / PICTURE.name))
+        drawn = cv2.imread(str(runs / "detect" / name / IMAGE.name))
         changed[name] = int((np.abs(drawn - original).max(2) > 60).sum())
     assert changed["full"] > changed["thin"]
     assert changed["full"] > changed["no-confidence"] > changed["no-text"] > 0
 
 
-def test_view_img_shows_each_picture_with_its_boxes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_view_img_shows_each_image_with_its_boxes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[np.ndarray] = []
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "imshow", lambda title, image: shown.append(image.copy()))
     monkeypatch.setattr(cv2, "waitKey", lambda milliseconds: -1)
     assert detect.main([*DETECT_ARGS, "--view-img", "--nosave"]) == 0
     assert len(shown) == 1
-    original = cv2.imread(str(PICTURE))
+    original = cv2.imread(str(IMAGE))
     assert shown[0].shape == original.shape
     assert np.abs(shown[0].astype(int) - original).max() > 100  # a box's line
 
@@ -512,7 +512,7 @@ def test_a_device_that_is_not_there_is_refused(
     words = {
         "train": ["--weights", "", "--cfg", str(TINY_LAYOUT), "--data", str(tiny_data)],
         "val": ["--weights", WEIGHTS, "--data", str(tiny_data)],
-        "detect": ["--weights", WEIGHTS, "--source", str(PICTURE)],
+        "detect": ["--weights", WEIGHTS, "--source", str(IMAGE)],
         "export": ["--weights", WEIGHTS],
     }[command]
     assert MAINS[command]([*words, "--device", name]) == 2
@@ -556,7 +556,7 @@ def test_debug_shows_the_traceback_that_is_left_out_without_it(
 
 def _missing(command: str, words: list[str]) -> list[str]:
     """Return a line of a command that fails for want of its weights."""
-    more = {"val": ["--data", "bccd.yaml"], "detect": ["--source", str(PICTURE)]}.get(command, [])
+    more = {"val": ["--data", "bccd.yaml"], "detect": ["--source", str(IMAGE)]}.get(command, [])
     return ["--weights", "missing.pt", "--device", "cpu", *more, *words]
 
 

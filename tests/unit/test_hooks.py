@@ -118,12 +118,12 @@ def test_a_hook_of_an_unknown_name_is_refused() -> None:
     assert find_hooks("", {}) == {}
 
 
-def test_pictures_by_epoch_are_drawn_as_often_as_asked(tiny_args: list[str], runs: Path) -> None:
+def test_images_by_epoch_are_drawn_as_often_as_asked(tiny_args: list[str], runs: Path) -> None:
     assert train.main([*tiny_args, "--epochs", "3", "--bbox_interval", "2"]) == 0
     run = runs / "train" / "exp"
     assert [path.name for path in (run / "epochs").iterdir()] == ["val_batch0_pred_epoch1.jpg"]
-    [picture] = events_of(run, "picture")
-    assert (picture.fields["name"], picture.fields["step"]) == ("val_batch0_pred", 1)
+    [event] = events_of(run, "picture")
+    assert (event.fields["name"], event.fields["step"]) == ("val_batch0_pred", 1)
 
 
 def test_a_run_tells_its_data_its_code_its_console_and_its_model(

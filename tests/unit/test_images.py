@@ -1,4 +1,4 @@
-"""Pictures: what is refused and why, EXIF rotation, and that users' files stay as they are."""
+"""Images: what is refused and why, EXIF rotation, and that users' files stay as they are."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_exif_rotation_is_applied_to_header_and_pixels_alike(
     assert abs(image - upright).mean() < 12  # lossy formats
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    return np.array(picture.convert("RGB"), int)
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.array(image.convert("RGB"), int)
 
 
 def _check(path: Path, expected: np.ndarray, tolerance: int = 0) -> None:
@@ -108,7 +108,7 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path, kind: str, channels: 
     _check(path, expected[..., :1].repeat(3, 2) if channels == "grey" else expected)
 
 
-def test_a_turned_deep_picture_stands_upright(tmp_path: Path) -> None:
+def test_a_turned_deep_image_stands_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     grey = np.array(_gradient().convert("L"))
@@ -119,9 +119,9 @@ def test_a_turned_deep_picture_stands_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["png", "tif", "bmp", "gif"])
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_grey_black_and_white_and_palettes_become_rgb(tmp_path: Path, kind: str, mode: str) -> None:
-    picture = _gradient().quantize(64) if mode == "P" else _gradient().convert(mode)
-    picture.save(tmp_path / f"a.{kind}")
-    _check(tmp_path / f"a.{kind}", _pixels(picture))
+    image = _gradient().quantize(64) if mode == "P" else _gradient().convert(mode)
+    image.save(tmp_path / f"a.{kind}")
+    _check(tmp_path / f"a.{kind}", _pixels(image))
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "webp"])
@@ -129,8 +129,8 @@ def test_grey_black_and_white_and_palettes_become_rgb(tmp_path: Path, kind: str,
 def test_transparency_is_dropped_and_colours_stay(tmp_path: Path, kind: str, mode: str) -> None:
     pixels = np.array(_gradient().convert(mode))
     pixels[..., -1] = np.arange(pixels.shape[1])
-    picture = Image.fromarray(pixels, mode)
-    picture.save(tmp_path / f"a.{kind}", **({"lossless": True, "exact": True} if kind == "webp" else {}))
+    image = Image.fromarray(pixels, mode)
+    image.save(tmp_path / f"a.{kind}", **({"lossless": True, "exact": True} if kind == "webp" else {}))
     _check(tmp_path / f"a.{kind}", _pixels(_gradient().convert(mode)))
 
 
@@ -143,7 +143,7 @@ def _write_unusable(folder: Path) -> dict[str, str]:
     content = (folder / "whole.png").read_bytes()
     (folder / "truncated.png").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     _gradient().convert("I").save(folder / "integers.tif")
     _gradient().convert("F").save(folder / "floats.tif")
     frames = [_gradient(), _gradient().rotate(90)]
@@ -158,7 +158,7 @@ def _write_unusable(folder: Path) -> dict[str, str]:
         "truncated.jpg": "truncated",
         "truncated.png": "truncated",
         "empty.jpg": "empty",
-        "text.jpg": "not a picture",
+        "text.jpg": "not an image",
         "integers.tif": "mode I; convert it to 8-bit RGB",
         "floats.tif": "mode F; convert it to 8-bit RGB",
         "animated.gif": "animated",
@@ -172,7 +172,7 @@ def _write_unusable(folder: Path) -> dict[str, str]:
     }
 
 
-def test_each_unusable_picture_is_refused_with_its_reason_and_left_untouched(tmp_path: Path) -> None:
+def test_each_unusable_image_is_refused_with_its_reason_and_left_untouched(tmp_path: Path) -> None:
     expected = _write_unusable(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for name, reason in expected.items():
@@ -181,7 +181,7 @@ def test_each_unusable_picture_is_refused_with_its_reason_and_left_untouched(tmp
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-def test_a_truncated_picture_is_never_decoded_to_grey(tmp_path: Path) -> None:
+def test_a_truncated_image_is_never_decoded_to_grey(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     _gradient(100, 100).save(path)
     path.write_bytes(path.read_bytes()[:-200])

@@ -212,7 +212,7 @@ def test_a_flood_of_faults_is_counted_not_listed() -> None:
 
 def test_only_the_last_images_folder_is_replaced() -> None:
     assert label_path(Path("/images/set/images/train/a.b.jpg")) == Path("/images/set/labels/train/a.b.txt")
-    assert label_path(Path("/set/pictures/a.jpg")) == Path("/set/pictures/a.txt")
+    assert label_path(Path("/set/photos/a.jpg")) == Path("/set/photos/a.txt")
     assert label_path(Path("/set/images.jpg")) == Path("/set/images.txt")
 
 

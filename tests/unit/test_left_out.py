@@ -77,7 +77,7 @@ def test_train_and_val_give_one_account_on_the_console_in_the_report_and_in_json
     assert [(row["count"], row["kinds"]) for row in accounts["train"]] == [(1, {".avif": 1})]
     assert {row["count"] for row in accounts["val"]} == {1, 2}
     assert [text.strip()[: len(line)] for text in lines].count(line) == 1
-    assert "1 pictures left out" in "\n".join(lines)
+    assert "1 images left out" in "\n".join(lines)
     assert "(.heic 2), this one first" in (runs / "train" / "exp" / "labels_report.csv").read_text()
     weights = str(runs / "train" / "exp" / "weights" / "best.pt")
     assert val.main(["--weights", weights, "--data", data, "--img", "64", "--device", "cpu", "--json"]) == 0

@@ -27,7 +27,7 @@ def test_geometry_agrees_exactly_with_every_golden_case() -> None:
         assert abs(back - case["box_back"]).max() < 5.1e-4, case  # the vectors hold three decimals
 
 
-def test_picture_lies_where_the_geometry_says_and_the_rest_is_grey() -> None:
+def test_image_lies_where_the_geometry_says_and_the_rest_is_grey() -> None:
     image = np.full((40, 80, 3), 200, np.uint8)
     geometry = letterbox_geometry((40, 80), 64, minimal=False)
     boxed = apply_letterbox(image, geometry)

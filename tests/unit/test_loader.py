@@ -70,7 +70,7 @@ def _same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
-def test_an_epoch_visits_every_picture_once_and_keeps_the_partial_batch(dataset: Dataset) -> None:
+def test_an_epoch_visits_every_image_once_and_keeps_the_partial_batch(dataset: Dataset) -> None:
     loader = _train(dataset)
     batches = list(loader.epoch(0))
     assert len(loader) == len(batches) == 3
@@ -164,13 +164,13 @@ def test_settings_that_cannot_work_are_refused(dataset: Dataset) -> None:
         _train(dataset, batch_size=0)
     with pytest.raises(ConfigError, match="workers"):
         _train(dataset, workers=-1)
-    with pytest.raises(ConfigError, match="store holds pictures of 32"):
+    with pytest.raises(ConfigError, match="store holds images of 32"):
         TrainLoader(
             dataset, ImageStore(dataset, 32), hyp=Hyp(), image_size=64, batch_size=1, seed=0, workers=0
         )
 
 
-@pytest.mark.parametrize("quad", [False, True], ids=["pictures", "quad"])
+@pytest.mark.parametrize("quad", [False, True], ids=["images", "quad"])
 def test_batches_painted_on_the_device_are_those_painted_in_threads(dataset: Dataset, quad: bool) -> None:
     store = ImageStore(dataset, SIZE)
 

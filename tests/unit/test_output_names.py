@@ -21,7 +21,7 @@ from starling.outputs.register import Register
 from tests.conftest import CELL_DETECTOR, MINI_SET
 
 WEIGHTS = str(CELL_DETECTOR)
-PICTURES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
+IMAGES = sorted((MINI_SET / "images" / "val").glob("*.jpg"))
 FRAMES, CROPS = range(4), range(1, 5)
 
 
@@ -194,11 +194,11 @@ def sources(tmp_path: Path) -> Path:
     folder = tmp_path / "sources"
     folder.mkdir()
     for number, name in enumerate(("scan.jpg", "scan-2.jpg", "clip_0.jpg")):
-        shutil.copyfile(PICTURES[number], folder / name)
-    cv2.imwrite(str(folder / "scan.png"), cv2.imread(str(PICTURES[3])))
+        shutil.copyfile(IMAGES[number], folder / name)
+    cv2.imwrite(str(folder / "scan.png"), cv2.imread(str(IMAGES[3])))
     writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 12, (128, 96))
     for number in range(2):
-        writer.write(cv2.resize(cv2.imread(str(PICTURES[number])), (128, 96)))
+        writer.write(cv2.resize(cv2.imread(str(IMAGES[number])), (128, 96)))
     writer.release()
     return folder
 
@@ -228,7 +228,7 @@ def test_a_second_run_into_a_folder_replaces_what_is_of_its_own_sources_and_noth
     assert 0 < again["detections"] < first["detections"]  # type: ignore[operator]
     assert rows_and_crops(run) == (again["detections"], again["detections"])
     (tmp_path / "other").mkdir()
-    shutil.copyfile(PICTURES[5], tmp_path / "other" / "scan.jpg")
+    shutil.copyfile(IMAGES[5], tmp_path / "other" / "scan.jpg")
     other = detect(capsys, tmp_path / "other", *flags)
     both = again["detections"] + other["detections"]  # type: ignore[operator]
     assert rows_and_crops(run) == (both, both)
@@ -248,7 +248,7 @@ def test_file_names_that_are_no_text_or_too_long_are_no_trouble(
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in names:
-        shutil.copyfile(PICTURES[0], os.fsencode(folder) + b"/" + name)
+        shutil.copyfile(IMAGES[0], os.fsencode(folder) + b"/" + name)
     told = detect(capfd, folder, "--save-txt", "--save-crop", "--save-csv", "--exist-ok")
     run = runs / "detect" / "exp"
     assert rows_and_crops(run) == (told["detections"], told["detections"])
@@ -261,11 +261,11 @@ def test_file_names_that_are_no_text_or_too_long_are_no_trouble(
 def test_validation_writes_a_label_file_for_each_of_two_images_of_one_name(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starling.training.reporting.pictures.draw_validation", lambda *args: None)
+    monkeypatch.setattr("starling.training.reporting.plots.draw_validation", lambda *args: None)
     for folder in ("one", "two"):
         (tmp_path / folder / "images").mkdir(parents=True)
         (tmp_path / folder / "labels").mkdir()
-        shutil.copyfile(PICTURES[0], tmp_path / folder / "images" / "7.jpg")
+        shutil.copyfile(IMAGES[0], tmp_path / folder / "images" / "7.jpg")
         (tmp_path / folder / "labels" / "7.txt").write_text("0 .5 .5 .1 .1\n")
     data = tmp_path / "data.yaml"
     data.write_text(

@@ -282,9 +282,9 @@ def assert_results(pasted: Pasted, folder: Path) -> None:
     elif pasted.tool == "val":
         assert (folder / "runs/val/exp/confusion_matrix.png").is_file()
     else:
-        pictures = {path.name for path in (REPOSITORY / "datasets/bccd-mini/images/val").iterdir()}
+        images = {path.name for path in (REPOSITORY / "datasets/bccd-mini/images/val").iterdir()}
         outputs = {path.name for path in (folder / "runs/detect/exp").iterdir()}
-        assert outputs == {*pictures, "outputs.json"}
+        assert outputs == {*images, "outputs.json"}
 
 
 # --- what runs --------------------------------------------------------------------------------------------

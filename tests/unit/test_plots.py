@@ -1,4 +1,4 @@
-"""The pictures of a run: written whole, of the right size, and able to take any dataset."""
+"""The plots of a run: written whole, of the right size, and able to take any dataset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _warnings_are_errors():
 
 
 def read(path: Path) -> np.ndarray:
-    """Return the RGB picture of `path`, which must be decodable and not of one colour."""
+    """Return the RGB plot of `path`, which must be decodable and not of one colour."""
     image = cv2.imread(str(path))
     assert image is not None, f"{path} cannot be decoded"
     assert image.std() > 1, f"{path} is of one colour"
@@ -63,7 +63,7 @@ def near(image: np.ndarray, colour: tuple[int, int, int], tolerance: int = 40) -
 
 
 @pytest.mark.parametrize(("number", "classes"), [(0, 3), (1, 1), (300, 9), (4000, 80)])
-def test_label_pictures_are_drawn_for_any_number_of_labels_and_classes(
+def test_label_plots_are_drawn_for_any_number_of_labels_and_classes(
     tmp_path: Path, number: int, classes: int
 ) -> None:
     names = HARD_NAMES if classes == 9 else [f"class {i}" for i in range(classes)]
@@ -100,7 +100,7 @@ def test_boxes_are_drawn_in_class_colours_where_they_belong(tmp_path: Path) -> N
     assert ys.max() == pytest.approx(gap + 400 * scale, abs=4)
 
 
-def test_channels_first_and_channels_last_give_the_same_picture(tmp_path: Path) -> None:
+def test_channels_first_and_channels_last_give_the_same_plot(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), dtype=np.uint8)
     for name, batch in (("last", images), ("first", images.transpose(0, 3, 1, 2))):
         empty = [np.zeros((0, 4))] * 3
@@ -298,11 +298,11 @@ def test_long_names_keep_both_ends() -> None:
     assert style.class_name([], 7) == "class 7"
 
 
-def test_a_picture_of_unknown_format_is_refused_and_the_old_one_kept(tmp_path: Path) -> None:
-    path = tmp_path / "picture.gif"
+def test_a_plot_of_unknown_format_is_refused_and_the_old_one_kept(tmp_path: Path) -> None:
+    path = tmp_path / "plot.gif"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=r"\.png or \.jpg"):
-        style.save_picture(np.zeros((4, 4, 3), np.uint8), path)
+        style.save_image(np.zeros((4, 4, 3), np.uint8), path)
     assert path.read_bytes() == b"old"
 
 
@@ -345,12 +345,12 @@ def test_several_runs_are_laid_over_each_other_in_colours_of_their_own(
     out = tmp_path / "both.png"
     assert plots_main([*map(str, folders), "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
-    picture = read(out)
-    assert all(near(picture, style.class_colour(index)) > 500 for index in (0, 1))
+    plot = read(out)
+    assert all(near(plot, style.class_colour(index)) > 500 for index in (0, 1))
     assert overlay.run_labels(folders) == ["a/exp", "b/exp"]
 
 
-def test_a_run_without_results_is_named_in_place_of_an_empty_picture(
+def test_a_run_without_results_is_named_in_place_of_an_empty_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = write_run(tmp_path / "empty", 0)

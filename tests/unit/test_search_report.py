@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.core.settings.train import parse_args
-from starling.search.exports import draw_picture, write_files
+from starling.search.exports import draw_plot, write_files
 from starling.search.outcome import SearchProgress, State
 from starling.search.report import REPORT, write_report
 from starling.search.report.facts import (
@@ -290,7 +290,7 @@ def test_the_report_is_one_of_the_views_and_says_what_the_study_says(tmp_path: P
     assert isinstance(failing, LeasedCandidate)
     study.fail(failing, State.FAILED, "it was <b>too large</b>")
     write_files(study)
-    draw_picture(study)
+    draw_plot(study)
     page = (tmp_path / "s" / REPORT).read_text()
     words = Elements(page).words
     assert "0.75" in words

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from starling.cli.search import main
-from starling.search.exports import CSV, PICTURE
+from starling.search.exports import CSV, PLOT
 from starling.search.outcome import Candidate, Outcome, Report, State
 from starling.search.report import REPORT
 from starling.search.space import Gene, Setting, Space
@@ -60,7 +60,7 @@ class Victim(Parabola):
 def work(directory: Path, trainer: CandidateTrainer, name: str) -> None:
     """Be a worker of the search."""
     study = SearchStudy.open_or_create(directory, SPEC)
-    settings = WorkerSettings(name=name, poll_s=0.02, picture=False)
+    settings = WorkerSettings(name=name, poll_s=0.02, plot=False)
     summary = Worker(study, trainer, settings=settings).run()
     assert summary.best.fitness >= (summary.seed_fitness or 0.0)
     assert not {"torch", "starling.training", "starling.model", "starling.data"} & sys.modules.keys()
@@ -105,5 +105,5 @@ def test_what_such_a_trainer_measures_is_in_the_exports_and_what_it_does_not_is_
     for row, candidate in zip(rows, study.finished(), strict=True):
         assert (float(row["x"]), row["bend"]) == (candidate.hyp["x"], str(candidate.settings["bend"]))
         assert (row["metrics/mAP_0.5"], row["metrics/precision"]) == (f"{candidate.fitness:.6g}", "nan")
-    assert (tmp_path / PICTURE).is_file()
+    assert (tmp_path / PLOT).is_file()
     assert "Search" in (tmp_path / REPORT).read_text()

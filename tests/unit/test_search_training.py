@@ -70,7 +70,7 @@ def test_two_workers_share_one_budget_and_never_train_the_same_candidate(
     assert all("search finished: 4 trainings" in output for output in outputs)
 
 
-def test_a_search_leaves_its_views_and_the_winners_weights_and_pictures(
+def test_a_search_leaves_its_views_and_the_winners_weights_and_images(
     search_args: list[str], runs: Path
 ) -> None:
     assert train.main([*search_args, "--evolve", "2"]) == 0
@@ -237,7 +237,7 @@ def test_a_training_out_of_memory_fails_its_candidate_with_the_reason_and_the_wo
     assert not list(search.glob("candidates/*/weights")), "not even of the one that failed"
 
 
-def test_the_winners_pictures_are_drawn_anew_for_a_better_winner_whatever_the_clock_says(
+def test_the_winners_images_are_drawn_anew_for_a_better_winner_whatever_the_clock_says(
     search_args: list[str], runs: Path
 ) -> None:
     assert train.main([*search_args, "--evolve", "1"]) == 0

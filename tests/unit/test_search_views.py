@@ -15,7 +15,7 @@ from starling.config.hyp import Hyp
 from starling.config.yaml_reader import read_yaml
 from starling.plots.search import plot_evolve
 from starling.plots.style import lower_end
-from starling.search.exports import CSV, PICTURE, draw_picture, write_files
+from starling.search.exports import CSV, PLOT, draw_plot, write_files
 from starling.search.outcome import BEST_HYP, Candidate, Outcome, Report
 from starling.search.study import SearchStudy
 from starling.search.worker import WorkerSettings
@@ -71,11 +71,11 @@ def test_views_that_were_deleted_or_damaged_are_derived_anew(searched: Path) -> 
 def test_nothing_is_written_before_a_candidate_has_finished(tmp_path: Path) -> None:
     study = SearchStudy.open_or_create(tmp_path, spec(SEED, 1))
     write_files(study)
-    draw_picture(study)
+    draw_plot(study)
     assert not (tmp_path / CSV).exists()
 
 
-def test_picture_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> None:
+def test_plot_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> None:
     seed = {
         "lr0": 0.01,
         "momentum": 0.9,
@@ -83,15 +83,15 @@ def test_picture_has_a_ring_around_the_best_in_every_panel(tmp_path: Path) -> No
         "fliplr": 0.5,
     }  # fliplr stays; few, as panels take time
     run_search(tmp_path, score, spec(seed, 3), settings=WorkerSettings())
-    picture = cv2.imread(str(tmp_path / PICTURE))[..., ::-1].astype(int)
-    ring = (np.abs(picture - (0xD5, 0x5E, 0x00)).max(axis=-1) < 40).astype(np.uint8)
+    plot = cv2.imread(str(tmp_path / PLOT))[..., ::-1].astype(int)
+    ring = (np.abs(plot - (0xD5, 0x5E, 0x00)).max(axis=-1) < 40).astype(np.uint8)
     blobs, _, boxes, _ = cv2.connectedComponentsWithStats(ring)
     wide = [box for box in boxes[1:blobs] if box[cv2.CC_STAT_WIDTH] > 15 and box[cv2.CC_STAT_HEIGHT] > 15]
     assert len(wide) == 3 + 1  # and one in the key
 
 
 @pytest.mark.parametrize("fitness", [[0.3], [0.3, 0.3], [float("nan")], []])
-def test_picture_of_few_or_no_results_is_drawn(tmp_path: Path, fitness: list[float]) -> None:
+def test_plot_of_few_or_no_results_is_drawn(tmp_path: Path, fitness: list[float]) -> None:
     plot_evolve({"lr0": [0.1] * len(fitness)}, fitness, tmp_path / "e.png")
     assert cv2.imread(str(tmp_path / "e.png")) is not None
 
@@ -116,7 +116,7 @@ def test_show_of_a_folder_without_a_search_is_exit_2(
     assert "holds no search" in capsys.readouterr().err
 
 
-def test_collapsed_trainings_do_not_flatten_the_picture_and_an_ordinary_spread_is_shown_whole() -> None:
+def test_collapsed_trainings_do_not_flatten_the_plot_and_an_ordinary_spread_is_shown_whole() -> None:
     ordinary = [0.30, 0.32, 0.33, 0.34, 0.36]
     assert lower_end(ordinary) == 0.30
     assert lower_end([*ordinary * 4, 0.001]) == pytest.approx(0.30 - 1.5 * 0.03)

@@ -17,7 +17,7 @@ from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, ConfigError, UsageError
 from starling.errors import Stopped
 from starling.search import exports
-from starling.search.exports import CSV, PICTURE, PICTURE_LOCK, draw_picture, write_files
+from starling.search.exports import CSV, PLOT, PLOT_LOCK, draw_plot, write_files
 from starling.search.outcome import (
     Candidate,
     CandidateFailed,
@@ -46,8 +46,8 @@ def score(candidate: Candidate, report: Report) -> Outcome:
 
 
 def settings(**changes: Any) -> WorkerSettings:
-    """Return settings for a test: no picture, short waits."""
-    return WorkerSettings(**{"name": "w", "poll_s": 0.02, "picture": False, **changes})
+    """Return settings for a test: no plot, short waits."""
+    return WorkerSettings(**{"name": "w", "poll_s": 0.02, "plot": False, **changes})
 
 
 def search(directory: Path, train: Train = score, budget: int = 3, **changes: Any) -> SearchSummary:
@@ -472,19 +472,19 @@ def views(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         written.append(f"files of {study.progress().finished}")
         time.sleep(0.01)
 
-    def draw_picture(study: SearchStudy, *, wait: bool) -> None:
-        written.append(f"picture of {study.progress().finished}")
+    def draw_plot(study: SearchStudy, *, wait: bool) -> None:
+        written.append(f"plot of {study.progress().finished}")
 
     monkeypatch.setattr(exports, "write_files", write_files)
-    monkeypatch.setattr(exports, "draw_picture", draw_picture)
+    monkeypatch.setattr(exports, "draw_plot", draw_plot)
     return written
 
 
 def test_views_are_written_at_last_and_not_between_trainings_that_take_no_time(
     tmp_path: Path, views: list[str]
 ) -> None:
-    search(tmp_path, budget=5, settings=settings(picture=True))
-    assert views == ["files of 1", "files of 5", "picture of 5"]
+    search(tmp_path, budget=5, settings=settings(plot=True))
+    assert views == ["files of 1", "files of 5", "plot of 5"]
 
 
 def test_a_worker_that_leaves_early_leaves_no_file_behind_the_study(tmp_path: Path, views: list[str]) -> None:
@@ -516,7 +516,7 @@ def test_a_worker_that_waits_for_others_leaves_no_file_behind_the_study(
     assert views == ["files of 1", "files of 2", "files of 3"]
 
 
-def test_views_are_written_after_each_long_training_but_for_a_picture_that_another_worker_has_just_drawn(
+def test_views_are_written_after_each_long_training_but_for_a_plot_that_another_worker_has_just_drawn(
     tmp_path: Path, views: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
@@ -525,20 +525,20 @@ def test_views_are_written_after_each_long_training_but_for_a_picture_that_anoth
     def train(candidate: Candidate, report: Report) -> Outcome:
         now[0] += 80
         if candidate.number == 1:
-            (tmp_path / PICTURE).touch()
+            (tmp_path / PLOT).touch()
         return score(candidate, report)
 
-    search(tmp_path, train, budget=4, settings=settings(picture=True))
-    assert views == ["files of 1", "picture of 1", "files of 2", "files of 3", "picture of 3", "files of 4",
-                     "picture of 4", "files of 4", "picture of 4"]  # fmt: skip
+    search(tmp_path, train, budget=4, settings=settings(plot=True))
+    assert views == ["files of 1", "plot of 1", "files of 2", "files of 3", "plot of 3", "files of 4",
+                     "plot of 4", "files of 4", "plot of 4"]  # fmt: skip
 
 
-def test_nobody_waits_for_the_worker_that_draws_unless_it_is_the_last_picture(tmp_path: Path) -> None:
+def test_nobody_waits_for_the_worker_that_draws_unless_it_is_the_last_plot(tmp_path: Path) -> None:
     search(tmp_path, budget=1)
     study = study_of(tmp_path)
-    with locked(tmp_path / PICTURE_LOCK):
-        draw_picture(study, wait=False)
-        assert not (tmp_path / PICTURE).exists()
+    with locked(tmp_path / PLOT_LOCK):
+        draw_plot(study, wait=False)
+        assert not (tmp_path / PLOT).exists()
         write_files(study)  # nor do the files
-    draw_picture(study, wait=False)
-    assert (tmp_path / PICTURE).exists()
+    draw_plot(study, wait=False)
+    assert (tmp_path / PLOT).exists()

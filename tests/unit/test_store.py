@@ -1,4 +1,4 @@
-"""Pictures at training size, in memory or in a shared file, and the limits that choose between them."""
+"""Images at training size, in memory or in a shared file, and the limits that choose between them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _file(tmp_path: Path) -> Path:
 
 
 def _rewrite(path: Path, pixels: np.ndarray) -> None:
-    """Save other pixels over a picture, later on the file system's clock, which may tick slowly."""
+    """Save other pixels over an image, later on the file system's clock, which may tick slowly."""
     before = path.stat().st_ctime_ns
     while path.stat().st_ctime_ns == before:
         Image.fromarray(pixels).save(path)
@@ -90,13 +90,13 @@ def test_longest_side_is_the_training_size_in_every_mode_and_pixels_agree(
     stores = [_on_disk(dataset, tmp_path, mode) for mode in ("ram", "disk", "off")]
     assert [store.mode for store in stores] == ["ram", "disk", "off"]
     for index, shape in enumerate([(16, 32), (32, 16), (32, 32), (32, 16)]):
-        pictures = [store[index] for store in stores]
-        assert all(picture.shape == (*shape, 3) for picture in pictures)
-        assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
-        assert not any(picture.flags.writeable for picture in pictures)
+        images = [store[index] for store in stores]
+        assert all(image.shape == (*shape, 3) for image in images)
+        assert all(np.array_equal(image, images[0]) for image in images)
+        assert not any(image.flags.writeable for image in images)
 
 
-def test_ram_decodes_each_picture_once_however_many_threads_ask(
+def test_ram_decodes_each_image_once_however_many_threads_ask(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = _count_decodes(monkeypatch)
@@ -136,14 +136,14 @@ def test_the_disk_file_is_built_once_and_shared(
     assert not decoded
 
 
-def test_progress_is_told_of_each_picture_decoded_into_the_file(dataset: Dataset, tmp_path: Path) -> None:
+def test_progress_is_told_of_each_image_decoded_into_the_file(dataset: Dataset, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     for _ in range(2):
         _on_disk(dataset, tmp_path, progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_by_default_pictures_go_to_the_shared_file_where_one_can_be_kept(
+def test_by_default_images_go_to_the_shared_file_where_one_can_be_kept(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     store = _on_disk(dataset, tmp_path, "auto")
@@ -165,7 +165,7 @@ def test_by_default_a_set_that_memory_could_not_hold_is_not_kept_but_disk_keeps_
 
 
 @pytest.mark.parametrize("asked", ["auto", "disk"])
-def test_where_the_folder_cannot_be_written_pictures_are_kept_in_memory_and_one_line_says_why(
+def test_where_the_folder_cannot_be_written_images_are_kept_in_memory_and_one_line_says_why(
     dataset: Dataset, tmp_path: Path, asked: StoreMode
 ) -> None:
     (tmp_path / "cache").write_text("a file of the user's")
@@ -288,7 +288,7 @@ def test_a_flipped_byte_is_found_before_it_is_used_and_the_next_start_builds_ane
     store = _on_disk(dataset, tmp_path, say=said.append)
     for _ in range(2):
         assert _agrees(store, dataset)
-    assert said == [f"{path}: damaged, so removed; its damaged pictures are decoded anew"]
+    assert said == [f"{path}: damaged, so removed; its damaged images are decoded anew"]
     assert not path.exists()
     assert _agrees(_on_disk(dataset, tmp_path), dataset)
     assert path.read_bytes() == whole
@@ -308,7 +308,7 @@ def test_a_file_that_was_built_anew_is_not_removed_for_the_damage_of_the_old_one
     assert path.read_bytes() == whole
 
 
-def test_an_edited_picture_of_the_same_bytes_and_date_gets_a_new_cache(
+def test_an_edited_image_of_the_same_bytes_and_date_gets_a_new_cache(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     old = _on_disk(dataset, tmp_path)[2].copy()
@@ -346,7 +346,7 @@ def test_another_size_gets_another_file(dataset: Dataset, tmp_path: Path) -> Non
     assert sizes == {32, 48}
 
 
-def test_a_picture_that_changes_while_the_file_is_built_leaves_no_file_and_the_run_goes_on(
+def test_an_image_that_changes_while_the_file_is_built_leaves_no_file_and_the_run_goes_on(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     _rewrite(dataset.images[2], np.full((16, 16, 3), 9, np.uint8))
@@ -361,7 +361,7 @@ def test_a_picture_that_changes_while_the_file_is_built_leaves_no_file_and_the_r
 
 
 @pytest.mark.parametrize("mode", ["ram", "off"])
-def test_a_picture_that_changes_during_the_run_is_named_once(dataset: Dataset, mode: StoreMode) -> None:
+def test_an_image_that_changes_during_the_run_is_named_once(dataset: Dataset, mode: StoreMode) -> None:
     said: list[str] = []
     store = ImageStore(dataset, 32, mode, say=said.append)
     _ = store[0], store[2]
@@ -371,7 +371,7 @@ def test_a_picture_that_changes_during_the_run_is_named_once(dataset: Dataset, m
     assert [line.split(":")[0] for line in said] == [str(dataset.images[3])]
 
 
-def test_a_picture_that_changes_during_the_run_leaves_the_shared_file_as_it_was(
+def test_an_image_that_changes_during_the_run_leaves_the_shared_file_as_it_was(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     store = _on_disk(dataset, tmp_path)
@@ -506,7 +506,7 @@ def test_without_a_folder_the_data_command_lists_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_a_picture_replaced_by_another_shape_is_an_error_not_a_wrong_label(dataset: Dataset) -> None:
+def test_an_image_replaced_by_another_shape_is_an_error_not_a_wrong_label(dataset: Dataset) -> None:
     store = ImageStore(dataset, 32, "ram")
     Image.new("RGB", (50, 12)).save(dataset.images[0])
     with pytest.raises(DataError, match="changed since the start"):

@@ -49,7 +49,7 @@ def test_the_time_left_is_told_from_the_second_epoch_on_and_without_the_first(tm
         reporter.epoch_ended(row(epoch), 10, 32, True)
         told.append(json.loads(status.path.read_text())["eta_s"])
 
-    train(0, 300, 30)  # kernels are chosen and pictures decoded in the first
+    train(0, 300, 30)  # kernels are chosen and images decoded in the first
     assert told == [None] * 5
     assert "left" not in out.getvalue()
     assert read_progress(tmp_path, "w").eta_s is None

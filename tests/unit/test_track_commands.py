@@ -40,7 +40,7 @@ def scalars(run: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, round(point.value, 4)) for point in read.Scalars(name)]
 
 
-def test_tensorboard_reads_scalars_pictures_and_parameters(log: EventLog) -> None:
+def test_tensorboard_reads_scalars_images_and_parameters(log: EventLog) -> None:
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,9 +53,9 @@ def test_tensorboard_reads_scalars_pictures_and_parameters(log: EventLog) -> Non
     assert scalars(run, "metrics/mAP_0.5") == [(0, 0.0), (1, 0.1), (2, 0.2)]
     read = EventAccumulator(str(run))
     read.Reload()
-    [picture] = read.Images("val_batch0_pred")
-    assert (picture.step, picture.width, picture.height) == (1, 30, 20)
-    assert picture.encoded_image_string == (run / "epoch1.jpg").read_bytes()
+    [image] = read.Images("val_batch0_pred")
+    assert (image.step, image.width, image.height) == (1, 30, 20)
+    assert image.encoded_image_string == (run / "epoch1.jpg").read_bytes()
     [params] = read.Tensors("params")
     assert b"| lr0 | 0.01 |" in params.tensor_proto.string_val[0]
 

@@ -108,7 +108,7 @@ def test_a_resumed_trainer_that_repeats_its_last_epoch_doubles_nothing(
     assert [call.get("step") for call in recorded(tracker.calls)] == [None, 0, 1, 2, 2]
 
 
-def test_datasets_pictures_models_and_the_console_reach_the_tracker(
+def test_datasets_images_models_and_the_console_reach_the_tracker(
     log: EventLog, tracker: RecordingTrackerDouble
 ) -> None:
     (log.path.parent / "epoch2.jpg").touch()
@@ -123,9 +123,9 @@ def test_datasets_pictures_models_and_the_console_reach_the_tracker(
     bridge = Bridge(log.path, tracker)
     bridge.deliver()
     assert bridge.cursor.rejected == 0
-    _, hello, dataset, picture, model, bye = recorded(tracker.calls)
+    _, hello, dataset, image, model, bye = recorded(tracker.calls)
     assert (dataset["role"], dataset["digest"], dataset["figures"]) == ("train", "d1", {"images": 8.0})
-    assert (picture["file"], picture["name"], picture["step"]) == ("epoch2.jpg", "val_batch0", 2)
+    assert (image["file"], image["name"], image["step"]) == ("epoch2.jpg", "val_batch0", 2)
     assert (model["name"], model["step"], model["values"]) == ("best", 2, {"mAP_0.5": 0.5})
     assert (hello["line"], hello["so_far"]) == ("hello", "hello\n")
     assert (bye["line"], bye["so_far"]) == ("bye", "hello\nbye\n")

@@ -21,7 +21,7 @@ from starling.device import Compute
 from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import PYTHON_PATH, REPOSITORY, TINY_LAYOUT
 
-PICTURES = [
+IMAGES = [
     "labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg",
     "results.png", "confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png",
     "worst.jpg",
@@ -44,7 +44,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 def test_training_writes_the_classic_files(tiny_args: list[str], runs: Path) -> None:
     assert train.main(tiny_args) == 0
     run = runs / "train" / "exp"
-    missing = [name for name in [*PICTURES, "hyp.yaml", "opt.yaml", "weights/last.pt", "weights/best.pt"]
+    missing = [name for name in [*IMAGES, "hyp.yaml", "opt.yaml", "weights/last.pt", "weights/best.pt"]
                if not (run / name).is_file()]  # fmt: skip
     assert not missing
     assert [row["epoch"] for row in rows(run)] == ["0", "1"]
@@ -150,7 +150,7 @@ def test_a_resume_with_other_classes_than_the_checkpoints_is_exit_4(
     assert "the classes RBC, WBC, Platelets, the dataset has RBC, Platelets, WBC" in error
 
 
-def test_a_resume_draws_pictures_by_the_class_maps_of_the_last_validation(
+def test_a_resume_draws_images_by_the_class_maps_of_the_last_validation(
     tiny_args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train.main([*tiny_args, "--noplots", "--image-weights", "--epochs", "1"]) == 0
@@ -273,16 +273,16 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize("cache", ["auto", "device"])
-def test_a_training_whose_pictures_lie_on_the_device_is_augmented_there(
+def test_a_training_whose_images_lie_on_the_device_is_augmented_there(
     tiny_args: list[str],
     runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     cache: str,
 ) -> None:
-    # A GPU's memory is made up; the painter, its pictures and the training are real, on the CPU.
+    # A GPU's memory is made up; the painter, its images and the training are real, on the CPU.
     assert train.main([*tiny_args, "--noplots", "--name", "plain"]) == 0
-    monkeypatch.setattr(Compute, "picture_bytes", lambda self, share: int(share * 2**30))
+    monkeypatch.setattr(Compute, "image_bytes", lambda self, share: int(share * 2**30))
     assert train.main([*tiny_args, "--name", "device", "--cache", cache]) == 0
     assert "augmentation on the GPU, painted by torch" in capsys.readouterr().out
     assert (runs / "train" / "device" / "train_batch0.jpg").is_file()

@@ -133,7 +133,7 @@ def test_label_files_named_after_the_whole_name_of_their_image_are_named(tmp_pat
         ("JPEGImages", "Annotations/p0.xml", VOC),
         ("images", "annotations/instances_train.json", json.dumps(COCO)),
         ("images", "images/p0.json", json.dumps(LABELME)),
-        ("pictures", "p0.json", json.dumps(LABELME, indent=2)),
+        ("images", "p0.json", json.dumps(LABELME, indent=2)),
         ("images", "boxes.csv", 'image_id,width,height,bbox,source\np0,30,20,"[3, 2, 9, 8]",x\n'),
     ],
 )

@@ -18,7 +18,7 @@ from starling.core.errors import UsageError as LauncherUsageError
 from starling.core.plain_json import NotJson, parse_json
 from starling.core.settings.study_url import parse_study_url
 from starling.core.utf8 import NotUtf8, check_utf8, text_of
-from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.image_lists import find_images
 from starling.data.dataset.labels import read_labels
 from starling.data.fetch import convert
 from starling.data.fetch.convert import read_bounded, read_open_images_classes, read_voc
@@ -41,7 +41,7 @@ READERS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "starling.yaml": (read_mapping, "memory: 1g\nworkers: 8\n"),
     "dataset.yaml": (read_dataset, "train: images\nval: images\n"),
     "labels.txt": (labels, "0 0.5 0.5 0.1 0.1\n"),
-    "train.txt": (lambda path: find_pictures([path], path.parent, "train"), "./images/1.jpg\n"),
+    "train.txt": (lambda path: find_images([path], path.parent, "train"), "./images/1.jpg\n"),
     "sources.txt": (lambda path: find_sources(str(path)), "images/1.jpg\n"),
     "evolve.csv": (read_evolve_csv, "metrics/precision,lr0\n1,2\n"),
     "results.csv": (read_results, "epoch,loss\n1,2\n"),

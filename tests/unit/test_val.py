@@ -29,20 +29,20 @@ from starling.prediction.inference import Augmented, Ensemble, SingleClass
 from starling.training.setup import data as engine_data
 from tests.conftest import CELL_DETECTOR, MINI_SET, REPOSITORY, TINY_LAYOUT
 
-PICTURES = ["confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png", "worst.jpg",
+IMAGES = ["confusion_matrix.png", "PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png", "worst.jpg",
             "val_batch0_labels.jpg", "val_batch0_pred.jpg"]  # fmt: skip
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out where it is not what is tested: it takes longer than the validation."""
-    monkeypatch.setattr(evaluation.pictures, "draw_validation", lambda *given: None)
+    monkeypatch.setattr(evaluation.plots, "draw_validation", lambda *given: None)
     monkeypatch.setattr(evaluation, "draw_worst", lambda *given: None)
 
 
 @pytest.fixture
 def real_args(tiny_data: Path) -> list[str]:
-    """Return the flags of a validation of real weights on four pictures."""
+    """Return the flags of a validation of real weights on four images."""
     return [
         "--weights",
         str(CELL_DETECTOR),
@@ -91,7 +91,7 @@ def test_validation_of_real_weights_agrees_with_pycocotools_and_writes_every_fil
     assert report["mAP50"] > 0.6
     assert report["coco"]["mAP50"] == pytest.approx(report["mAP50"], abs=0.01)
     assert report["coco"]["mAP50_95"] == pytest.approx(report["mAP50_95"], abs=0.01)
-    assert not [name for name in PICTURES if not (folder / name).is_file()]
+    assert not [name for name in IMAGES if not (folder / name).is_file()]
     stems = {path.stem for path in (MINI_SET / "images" / "val").iterdir()}
     assert {path.stem for path in (folder / "labels").iterdir()} == stems
     rows = np.concatenate([np.loadtxt(path, ndmin=2) for path in (folder / "labels").iterdir()])
@@ -104,7 +104,7 @@ def test_validation_of_real_weights_agrees_with_pycocotools_and_writes_every_fil
 
 
 def test_what_train_wrote_is_what_val_reads(
-    tiny_args: list[str], tiny_data: Path, runs: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    tiny_args: list[str], tiny_data: Path, runs: Path, no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*tiny_args, "--epochs", "1", "--noplots"]) == 0
     best = runs / "train" / "exp" / "weights" / "best.pt"
@@ -119,7 +119,7 @@ def test_hybrid_labels_hold_every_label_and_leave_the_metrics_alone(
     real_args: list[str],
     tiny_data: Path,
     runs: Path,
-    no_pictures: None,
+    no_images: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plain = report_of(real_args, capsys)
@@ -133,7 +133,7 @@ def test_hybrid_labels_hold_every_label_and_leave_the_metrics_alone(
 
 
 def test_max_det_and_conf_thres_bound_what_is_found_and_the_figures_say_so(
-    real_args: list[str], runs: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], runs: Path, no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert val.main([*real_args, "--max-det", "1", "--conf-thres", "0.5", "--save-txt", "--save-conf"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -166,7 +166,7 @@ def test_a_training_says_that_its_own_validation_scores_a_cut_list(
 
 
 def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(
-    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = report_of(real_args, capsys)
     twice = report_of([*real_args, "--weights", str(CELL_DETECTOR), str(CELL_DETECTOR)], capsys)
@@ -174,7 +174,7 @@ def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(
 
 
 def test_augmented_validation_scores_near_the_plain_one_yet_not_the_same(
-    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, augmented = report_of(real_args, capsys), report_of([*real_args, "--augment"], capsys)
     assert augmented["mAP50"] == pytest.approx(plain["mAP50"], abs=0.1)
@@ -182,7 +182,7 @@ def test_augmented_validation_scores_near_the_plain_one_yet_not_the_same(
 
 
 def test_single_cls_scores_a_model_of_several_classes_as_one_of_one(
-    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = report_of([*real_args, "--single-cls", "--save-json"], capsys)
     assert report["mAP50"] > 0.6
@@ -190,7 +190,7 @@ def test_single_cls_scores_a_model_of_several_classes_as_one_of_one(
 
 
 def test_speed_tells_milliseconds_an_image_of_each_stage(
-    real_args: list[str], no_pictures: None, capsys: pytest.CaptureFixture[str]
+    real_args: list[str], no_images: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert val.main([*real_args, "--task", "speed"]) == 0
     out = capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_speed_tells_milliseconds_an_image_of_each_stage(
     assert all(value > 0 for value in times.values())
 
 
-def test_a_study_writes_a_table_for_each_of_the_weights_and_one_picture(
+def test_a_study_writes_a_table_for_each_of_the_weights_and_one_image(
     tmp_path: Path,
     tiny_data: Path,
     runs: Path,
@@ -280,7 +280,7 @@ def test_a_flag_that_cannot_work_is_refused_before_torch_is_needed(
 
 def test_half_on_hardware_without_bfloat16_is_said(
     real_args: list[str],
-    no_pictures: None,
+    no_images: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -397,11 +397,11 @@ def test_the_worst_images_of_several_processes_are_the_worst_of_all() -> None:
     assert [image.index for image in WorstImages.merged(parts).images] == [1, 2, 0]
 
 
-def test_a_picture_is_named_in_coco_by_its_number_if_it_has_one() -> None:
+def test_an_image_is_named_in_coco_by_its_number_if_it_has_one() -> None:
     assert image_ids(["000000397133", "frame_7"]) == [397133, "frame_7"]
 
 
-def test_two_pictures_of_one_number_have_two_names_in_coco() -> None:
+def test_two_images_of_one_number_have_two_names_in_coco() -> None:
     assert image_ids(["0001", "1", "01", "2"]) == ["0001", 1, "01", 2]
 
 

@@ -1,4 +1,4 @@
-"""Pictures validated in batches score as each does alone, and whoever listens hears of each in its turn."""
+"""Images validated in batches score as each does alone, and whoever listens hears of each in its turn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = Compute(device=torch.device("cpu"), bfloat16=False, cores=1)
 
 
 class Clairvoyant:
-    """A model that finds boxes near the labels of the picture whose number is its first pixel, and many elsewhere."""
+    """A model that finds boxes near the labels of the image whose number is its first pixel, and many elsewhere."""
 
     names = ("a", "b")
     image_multiple = 32
@@ -48,7 +48,7 @@ class Clairvoyant:
 
 
 def targets(number: int) -> Tensor:
-    """Return [n,5] class, xywhn of a picture; the third has none."""
+    """Return [n,5] class, xywhn of an image; the third has none."""
     generator = torch.Generator().manual_seed(number)
     count = 0 if number == 2 else number + 3
     kind = torch.randint(2, (count, 1), generator=generator)
@@ -56,7 +56,7 @@ def targets(number: int) -> Tensor:
 
 
 def predicted(number: int) -> Tensor:
-    """Return decoded predictions [80,7] of a picture."""
+    """Return decoded predictions [80,7] of an image."""
     generator = torch.Generator().manual_seed(100 + number)
     rows = torch.rand(80, 7, generator=generator) * torch.tensor([SIDE, SIDE, 40, 40, 1, 1, 1])
     own = targets(number)
@@ -81,7 +81,7 @@ def batch(numbers: list[int], *, padding: bool = False) -> Batch:
 
 
 def one_by_one() -> tuple[list[ScoredImage], list[list[int]], float]:
-    """Return what each picture should show, the confusion and mAP50-95, by the plain functions for one picture."""
+    """Return what each image should show, the confusion and mAP50-95, by the plain functions for one image."""
     seen, confusion, correct = [], ConfusionMatrix(2), []
     for number, original_hw in enumerate(SIZES):
         geometry = letterbox_geometry(original_hw, SIDE, minimal=False)
@@ -99,7 +99,7 @@ def one_by_one() -> tuple[list[ScoredImage], list[list[int]], float]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_pictures_in_batches_score_as_each_alone(size: int) -> None:
+def test_images_in_batches_score_as_each_alone(size: int) -> None:
     heard: list[ScoredImage] = []
     batches = [batch(list(range(first, min(first + size, 5)))) for first in range(0, 5, size)]
     validation = validate(Clairvoyant(), batches, None, CPU, on_image=heard.append)
@@ -114,7 +114,7 @@ def test_pictures_in_batches_score_as_each_alone(size: int) -> None:
         assert torch.equal(ours.labels, theirs.labels)
 
 
-def test_labels_in_any_order_reach_their_pictures() -> None:
+def test_labels_in_any_order_reach_their_images() -> None:
     ordered = batch([0, 1, 2])
     mixed = replace(ordered, targets=ordered.targets[torch.randperm(len(ordered.targets))])
     assert scores(validate(Clairvoyant(), [mixed], None, CPU)) == scores(

@@ -40,7 +40,7 @@ class RecordingTrackerDouble:
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
         self._record("dataset", run=run_id, role=dataset.role, digest=dataset.digest, figures=dataset.figures)
 
-    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+    def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
         self._record("picture", run=run_id, file=path.name, name=name, step=step)
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:

@@ -6,7 +6,7 @@ starling data download yolov5s.pt            weights, into ~/.cache/starling/wei
 starling data version DIR --name cells       a new version of a ClearML dataset, of what DIR holds
 starling data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
 starling data convert my.yaml DIR coco source=boxes.json images=images/train    the same, with a converter you name
-starling data cache                          list the files of decoded pictures, below the runs folder
+starling data cache                          list the files of decoded images, below the runs folder
 starling data cache --remove                 remove those that no training uses
 """
 
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="a converter and its arguments, `coco source=boxes.json images=images/train` [the description's steps]",
     )
-    cache = commands.add_parser("cache", help="list or remove files of decoded pictures")
+    cache = commands.add_parser("cache", help="list or remove files of decoded images")
     cache.add_argument(
         "folder", nargs="?", type=Path, metavar="DIR", help="folder of the files [.cache in the runs folder]"
     )

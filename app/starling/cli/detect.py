@@ -1,4 +1,4 @@
-"""Find objects in pictures, videos and streams: `python detect.py --help`."""
+"""Find objects in images, videos and streams: `python detect.py --help`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`starling plots runs/train/exp runs/train/exp2`: several runs' progress in one picture."""
+"""`starling plots runs/train/exp runs/train/exp2`: several runs' progress in one plot."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ DEFAULT_OUT = Path("results_overlay.png")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `starling plots`."""
-    parser = PathParser(
-        prog="starling plots", description="Draw the progress of several runs in one picture."
-    )
+    parser = PathParser(prog="starling plots", description="Draw the progress of several runs in one plot.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a results.csv")
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, metavar="PNG", help="picture to write [%(default)s, here]"
+        "--out", type=Path, default=DEFAULT_OUT, metavar="PNG", help="image file to write [%(default)s, here]"
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the picture, print its path, and return the exit code."""
+    """Draw the plot, print its path, and return the exit code."""
     given = build_parser().parse_args(arguments)
     try:
         if given.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            raise UsageError(f"--out {given.out}: a picture is written as .png or .jpg")
+            raise UsageError(f"--out {given.out}: a plot is written as .png or .jpg")
         from starling.plots.overlay import plot_results_overlay
 
         plot_results_overlay(given.runs, given.out)

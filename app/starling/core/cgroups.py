@@ -120,7 +120,7 @@ def _quota(path: Path) -> float | None:
 
 
 def _reclaimable(stat: Path) -> int:
-    """Return the bytes of files, mapped ones too: a shared picture cache is charged to whoever touched it first."""
+    """Return the bytes of files, mapped ones too: a shared image cache is charged to whoever touched it first."""
     values: dict[str, int] = {}
     for line in _read_text(stat).splitlines():
         name, _, number = line.partition(" ")

@@ -75,7 +75,7 @@ class NamedPlaces:
         """Return what a description says; raises BadDescription."""
         entries = {split: _entries(split, description[split]) for split in SPLITS if description.get(split)}
         if not entries:
-            raise BadDescription(None, None, "names no pictures; give `train:` and `val:`")
+            raise BadDescription(None, None, "names no images; give `train:` and `val:`")
         root = description.get("path")
         if root is not None and (not isinstance(root, str) or "\0" in root):
             raise BadDescription("path", root, "must be a folder")

@@ -175,7 +175,7 @@ class ProcessGroup(Group):
 
     def wrap(self, model: nn.Module, compute: Compute) -> Callable[..., Any]:
         """Return the model under DistributedDataParallel; it begins with rank 0's weights."""
-        # Buffers are averaged with each step instead: BatchNorm's figures are then of all pictures, not of rank 0's.
+        # Buffers are averaged with each step instead: BatchNorm's figures are then of all images, not of rank 0's.
         return nn.parallel.DistributedDataParallel(
             model, device_ids=None if compute.on_cpu else [compute.device.index], broadcast_buffers=False
         )

@@ -45,7 +45,7 @@ class CocoPredictions:
         self._ids = image_ids(stems or [path.stem for path in data.images])
         self._rows: list[dict[str, Any]] = []
         self._positions: list[int] = []
-        """Of each row, its picture's position in the dataset."""
+        """Of each row, its image's position in the dataset."""
 
     def add(self, image: ScoredImage) -> None:
         """Take one image's detections; boxes become [left, top, width, height] in pixels."""
@@ -80,7 +80,7 @@ class CocoPredictions:
             ) from None
         if not self._rows:
             return 0.0, 0.0
-        # Positions stand for the pictures here: two folders may hold pictures of one name.
+        # Positions stand for the images here: two folders may hold images of one name.
         found = [{**row, "image_id": at} for row, at in zip(self._rows, self._positions, strict=True)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and its own table
             truth = COCO()
@@ -97,7 +97,7 @@ class CocoPredictions:
 
 
 def _annotations(data: Dataset) -> dict[str, Any]:
-    """Return the dataset's labels as the content of a COCO annotation file, pictures numbered by position."""
+    """Return the dataset's labels as the content of a COCO annotation file, images numbered by position."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for position, (labels, (height, width)) in enumerate(

@@ -24,7 +24,7 @@ from starling.data.dataset.unlabelled import check_boxes
 from starling.data.fetch.find import find_dataset
 from starling.data.loader.loader import ValLoader
 from starling.device import Compute, select_compute
-from starling.evaluation import pictures
+from starling.evaluation import plots
 from starling.evaluation.coco import CocoPredictions
 from starling.evaluation.mistakes import WorstImages, draw_worst
 from starling.evaluation.validator import (
@@ -77,7 +77,7 @@ class Stopwatch:
 
 
 class LabelFiles:
-    """Write detections as label files, one a picture, empty where nothing was found; `add` is a sink."""
+    """Write detections as label files, one an image, empty where nothing was found; `add` is a sink."""
 
     def __init__(
         self, folder: Path, stems: Sequence[str], *, confidence: bool, hybrid_iou: float | None
@@ -90,7 +90,7 @@ class LabelFiles:
         self._confidence, self._hybrid_iou = confidence, hybrid_iou
 
     def add(self, image: ScoredImage) -> None:
-        """Write one picture's file: class, x, y, width, height divided by the picture's size, confidence."""
+        """Write one image's file: class, x, y, width, height divided by the image's size, confidence."""
         found = image.detections
         if self._hybrid_iou is not None:
             found = _with_labels(image, self._hybrid_iou)
@@ -161,7 +161,7 @@ class _Bench:
         validation = validate(
             model, batches, None, self.compute, previews=previews, on_image=tell, lap=watch,
             confidence=self.config.conf_thres, iou=self.config.iou_thres, max_detections=self.config.max_det,
-            after_batch=lambda done: self.progress.show(lambda: f"{size} px: {done}/{total} pictures"),
+            after_batch=lambda done: self.progress.show(lambda: f"{size} px: {done}/{total} images"),
         )  # fmt: skip
         return validation, watch.milliseconds(validation.images)
 
@@ -187,7 +187,7 @@ def _open_bench(config: ValConfig) -> _Bench:
     path = find_dataset(config.data, progress.say, progress.show)
     description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     data = Dataset.load(description, config.split)
-    progress.say(f"{config.split}: {len(data)} pictures, {data.boxes} boxes")
+    progress.say(f"{config.split}: {len(data)} images, {data.boxes} boxes")
     for line in left_out(data):
         progress.say(line)
     check_boxes(description, config.split, data, "score")
@@ -209,7 +209,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         sinks.append(LabelFiles(folder / "labels", stems, confidence=config.save_conf, hybrid_iou=hybrid).add)
     if config.save_json:
         sinks.append(coco.add)
-    validation, milliseconds = bench.validate(model, size, previews=pictures.PREVIEWS, sinks=sinks)
+    validation, milliseconds = bench.validate(model, size, previews=plots.PREVIEWS, sinks=sinks)
     for line in class_table(
         validation.metrics, data.distinct_names, classes=config.verbose or data.nc < LISTED_CLASSES
     ):
@@ -221,7 +221,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         + ", ".join(f"{stage} {value:.1f}" for stage, value in milliseconds.items())
         + f"; batches of {min(config.batch_size, len(data))} at {size} px, {bench.compute.describe()}"
     )
-    pictures.draw_validation(validation, data, folder)
+    plots.draw_validation(validation, data, folder)
     draw_worst(worst, data, ImageStore(data, size, "off"), folder / "worst.jpg")
     classes = class_figures(validation.metrics, data.distinct_names)
     report = {
@@ -275,7 +275,7 @@ def _score_as_coco(
 
 
 def study(config: ValConfig) -> dict[str, Any]:
-    """Validate each of the weights at every size, write tables and a picture, and return the figures."""
+    """Validate each of the weights at every size, write tables and a plot, and return the figures."""
     from starling.plots.curves import StudyLine, plot_study
 
     bench = _open_bench(config)

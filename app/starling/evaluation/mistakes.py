@@ -1,4 +1,4 @@
-"""The validation images that a model gets most wrong, and a picture of them."""
+"""The validation images that a model gets most wrong, and a plot of them."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
     found = worst.images
     if not found:
         return
-    pictures = [_fitted(store[mistakes.index]) for mistakes in found]
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    tiles = [_fitted(store[mistakes.index]) for mistakes in found]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     images = np.full((len(found), height, width, 3), FILL, np.uint8)
     boxes, kinds, texts = [], [], []
     names = data.distinct_names
-    for image, picture, mistakes in zip(images, pictures, found, strict=True):
-        image[: picture.shape[0], : picture.shape[1]] = picture
-        scale = picture.shape[1] / int(data.shapes_hw[mistakes.index, 1])
+    for image, tile, mistakes in zip(images, tiles, found, strict=True):
+        image[: tile.shape[0], : tile.shape[1]] = tile
+        scale = tile.shape[1] / int(data.shapes_hw[mistakes.index, 1])
         boxes.append(torch.cat((mistakes.missed[:, 1:], mistakes.false[:, :4])).numpy() * scale)
         kinds.append(np.repeat([0, 1], [len(mistakes.missed), len(mistakes.false)]))
         missed = [names[int(kind)] for kind in mistakes.missed[:, 0]]
@@ -102,9 +102,9 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
     plot_batch(images, boxes, kinds, None, KINDS, titles, path, texts=texts)
 
 
-def _fitted(picture: np.ndarray) -> np.ndarray:
-    """Return a picture whose longest side is TILE, so that every tile is as large as can be."""
-    height, width = picture.shape[:2]
+def _fitted(image: np.ndarray) -> np.ndarray:
+    """Return an image whose longest side is TILE, so that every tile is as large as can be."""
+    height, width = image.shape[:2]
     scale = TILE / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)

@@ -66,7 +66,7 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class ScoredImage:
-    """What was found in one picture and what is there, in the picture's own pixels."""
+    """What was found in one image and what is there, in the image's own pixels."""
 
     index: int
     """Position in the dataset."""
@@ -79,7 +79,7 @@ class ScoredImage:
 
 @dataclass(frozen=True, slots=True)
 class _Matched:
-    """One picture's detections and labels, matched."""
+    """One image's detections and labels, matched."""
 
     position: tuple[int, int]
     """Number of the batch, place in it: the order of one process, whichever rank did it."""
@@ -107,11 +107,11 @@ def validate(
     lap: Callable[[str], None] = lambda stage: None,
     group: Group = SINGLE,
 ) -> Validation:
-    """Return metrics of `model` (in eval mode) over `batches`, matched in each picture's own pixels.
+    """Return metrics of `model` (in eval mode) over `batches`, matched in each image's own pixels.
 
     `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far, `on_image` each
-    picture's boxes, `lap` the name of each stage as it ends. The ranks of a `group` each do their part of every
-    batch; all get the figures of the whole, while `on_image` and the previews are of the rank's own pictures.
+    image's boxes, `lap` the name of each stage as it ends. The ranks of a `group` each do their part of every
+    batch; all get the figures of the whole, while `on_image` and the previews are of the rank's own images.
     """
     started = time.monotonic()
     scores = _Scores(ConfusionMatrix(model.nc), previews, on_image)
@@ -159,7 +159,7 @@ def validate(
     if group.is_main:
         for _, counts in parts[1:]:
             scores.confusion.counts += counts
-        metrics = _score([picture for part, _ in parts for picture in part])
+        metrics = _score([image for part, _ in parts for image in part])
         seconds = time.monotonic() - started
         whole = Validation(metrics, (mean[0], mean[1], mean[2]), scores.confusion, done, seconds)
     whole = group.from_main(whole)
@@ -169,21 +169,21 @@ def validate(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was found in one batch, all pictures in one table, on the host."""
+    """What was found in one batch, all images in one table, on the host."""
 
     batch: Batch
     positions: list[tuple[int, int]]
-    """Of each picture, see `_Matched`."""
+    """Of each image, see `_Matched`."""
     boxed: list[Tensor]
-    """[m,6] in letterboxed pixels, one a picture, on the device."""
+    """[m,6] in letterboxed pixels, one an image, on the device."""
     detections: Tensor
-    """[m,6] in pixels of the pictures as they are on disk."""
+    """[m,6] in pixels of the images as they are on disk."""
     image: Tensor
     """[m] whose they are."""
     correct: Tensor
     """[m,10] bool."""
     labels: Tensor
-    """[B,n,5] class, xyxy in the same pixels; class -1 where a picture has fewer."""
+    """[B,n,5] class, xyxy in the same pixels; class -1 where an image has fewer."""
 
     @classmethod
     def of(cls, batch: Batch, boxed: list[Tensor], positions: list[tuple[int, int]]) -> _Found:
@@ -203,7 +203,7 @@ class _Found:
 
 @dataclass(slots=True)
 class _Scores:
-    """What the pictures of one process say, added up."""
+    """What the images of one process say, added up."""
 
     confusion: ConfusionMatrix
     previews: int
@@ -233,12 +233,12 @@ class _Scores:
             self.drawn.append(_preview(found.batch, found.boxed))
 
 
-def _score(pictures: list[_Matched]) -> Metrics:
-    """Return the metrics of all pictures; in one process's order, so that equal confidences rank alike."""
-    pictures = sorted(pictures, key=lambda picture: picture.position)
-    confidence, predicted = np.concatenate([picture.scored for picture in pictures]).T
-    correct = np.concatenate([picture.correct for picture in pictures])
-    actual = np.concatenate([picture.actual for picture in pictures])
+def _score(images: list[_Matched]) -> Metrics:
+    """Return the metrics of all images; in one process's order, so that equal confidences rank alike."""
+    images = sorted(images, key=lambda image: image.position)
+    confidence, predicted = np.concatenate([image.scored for image in images]).T
+    correct = np.concatenate([image.correct for image in images])
+    actual = np.concatenate([image.actual for image in images])
     return average_precision(correct, confidence, predicted, actual)
 
 
@@ -306,7 +306,7 @@ class _Inputs:
 
 
 def _frames(batch: Batch) -> Tensor:
-    """Return [B,5] of each picture: padding x and y, ratio, and the width and height that it has on disk."""
+    """Return [B,5] of each image: padding x and y, ratio, and the width and height that it has on disk."""
     assert batch.geometry is not None, "validation batches carry their letterbox"
     return torch.tensor([
         (*geometry.pad_wh, geometry.ratio, width, height)
@@ -315,7 +315,7 @@ def _frames(batch: Batch) -> Tensor:
 
 
 def _to_original(boxes_xyxy: Tensor, frames: Tensor) -> Tensor:
-    """Return boxes [n, 4 or more], each mapped from its letterbox to its picture of [n,5]; see `boxes_to_original`."""
+    """Return boxes [n, 4 or more], each mapped from its letterbox to its image of [n,5]; see `boxes_to_original`."""
     pad, ratio, size_wh = frames[:, None, :2], frames[:, 2, None, None], frames[:, None, 3:]
     corners = (boxes_xyxy[:, :4].unflatten(1, (2, 2)) - pad) / ratio
     corners = torch.minimum(corners.clamp_(min=0), size_wh)
@@ -323,7 +323,7 @@ def _to_original(boxes_xyxy: Tensor, frames: Tensor) -> Tensor:
 
 
 def _labels(batch: Batch) -> Tensor:
-    """Return [B,n,5] class, xyxy in pixels of the pictures as they are on disk; class -1 where one has fewer."""
+    """Return [B,n,5] class, xyxy in pixels of the images as they are on disk; class -1 where one has fewer."""
     height, width = batch.images.shape[2:]
     targets = batch.targets[batch.targets[:, 0].argsort(stable=True)]
     image = targets[:, 0].long()

@@ -70,7 +70,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """A detector ready to be written, and a picture to try it on."""
+    """A detector ready to be written, and an image to try it on."""
 
     config: ExportConfig
     module: _Decoded

@@ -89,7 +89,7 @@ class Share:
     """The part of a batch that one of several processes has; their losses add up to the whole batch's."""
 
     images: int
-    """Pictures of the whole batch."""
+    """Images of the whole batch."""
     part: float
     """How much of them is here, 0 to 1."""
     pool: Callable[[Tensor], Tensor]

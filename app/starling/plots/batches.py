@@ -1,4 +1,4 @@
-"""Pictures of a batch: images in a grid with their labels or detections drawn on them."""
+"""Plots of a batch: images in a grid with their labels or detections drawn on them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def plot_batch(
                 canvas, title, x + 2, y - grid.header + (grid.header - pen.height) // 2, (235, 235, 235)
             )
     _legend(canvas, sorted(seen), names, pen, grid)
-    style.save_picture(canvas, path)
+    style.save_image(canvas, path)
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:

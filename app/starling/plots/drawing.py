@@ -1,4 +1,4 @@
-"""Boxes and their texts on a picture, the same in the grids of a training and on a picture of its own."""
+"""Boxes and their texts on an image, the same in a grid of images and on a single image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHT = 600
 
 
 class Pen:
-    """Text of one size; a font face is not shared between threads, so each picture has its own."""
+    """Text of one size; a font face is not shared between threads, so each image has its own."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -126,7 +126,7 @@ def draw_detections(
     with_scores: bool = True,
 ) -> None:
     """Draw [n,6] xyxy, confidence, class on `image` (uint8 [H,W,3] RGB) in place, at its own size."""
-    # Text grows with the picture, so that it reads the same once the whole picture fits a screen.
+    # Text grows with the image, so that it reads the same once the whole image fits a screen.
     pen = Pen(int(np.clip(round(min(image.shape[:2]) / 32), 11, 72)))
     draw_boxes(
         image,

@@ -1,4 +1,4 @@
-"""Pictures of a dataset's labels: how many of each class, where the boxes lie, how large they are."""
+"""Plots of a dataset's labels: how many of each class, where the boxes lie, how large they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several runs' progress in one picture, from their results.csv."""
+"""Several runs' progress in one plot, from their results.csv."""
 
 from __future__ import annotations
 

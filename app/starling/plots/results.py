@@ -1,4 +1,4 @@
-"""The picture of a run's progress, from its results.csv."""
+"""The plot of a run's progress, from its results.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a search: fitness against every hyperparameter."""
+"""The plot of a search: fitness against every hyperparameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One look for every picture: palette, text sizes, resolution, and the way to disk.
+"""One look for every plot: palette, text sizes, resolution, and the way to disk.
 
 Figures are built with matplotlib's objects (`Figure`, the Agg canvas) and never with pyplot, so there is no global
 state and any thread may draw. matplotlib is imported by the functions that draw, not by this module: it costs 0.4 s.
@@ -62,7 +62,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def class_colour(index: int) -> Rgb:
-    """Return the colour of a class, the same in every picture; 20 colours, then from the start again."""
+    """Return the colour of a class, the same in every plot; 20 colours, then from the start again."""
     return PALETTE[index % len(PALETTE)]
 
 
@@ -193,10 +193,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    save_picture(np.asarray(canvas.buffer_rgba())[..., :3], path)
+    save_image(np.asarray(canvas.buffer_rgba())[..., :3], path)
 
 
-def save_picture(image: np.ndarray, path: Path) -> None:
+def save_image(image: np.ndarray, path: Path) -> None:
     """Encode `image` (uint8 [H,W,3] RGB) in memory by the suffix of `path` and replace `path` atomically.
 
     Raises ValueError for a suffix that OpenCV cannot write; OSError where the disk refuses.
@@ -208,10 +208,10 @@ def save_picture(image: np.ndarray, path: Path) -> None:
         ".jpeg": [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY],
     }
     if suffix not in options:
-        raise ValueError(f"{path}: a picture is written as .png or .jpg")
+        raise ValueError(f"{path}: a plot is written as .png or .jpg")
     encoded, payload = cv2.imencode(
         suffix, cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR), options[suffix]
     )
     if not encoded:
-        raise ValueError(f"{path}: OpenCV could not encode a picture of shape {image.shape}")
+        raise ValueError(f"{path}: OpenCV could not encode an image of shape {image.shape}")
     write_atomic(path, payload.tobytes())

@@ -30,7 +30,7 @@ from starling.outputs.names import distinct
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles
 from starling.prediction.inference import Predictor, load_predictor
-from starling.prediction.predictor import PictureDetector, Thresholds, fit_size
+from starling.prediction.predictor import ImageDetector, Thresholds, fit_size
 from starling.progress import Progress, duration
 from starling.stop_signal import StopSignal
 
@@ -68,7 +68,7 @@ def detect(config: DetectConfig) -> None:
     """Look at every source and write what was asked for. Raises Stopped after a signal, results so far kept."""
     progress = Progress()
     check_project(config.project, runs_root())
-    source = config.source or _sample_pictures(progress)
+    source = config.source or _sample_images(progress)
     left_out = LeftOut()
     sources = find_sources(source, left_out)
     given = _given_names(config)  # before weights are fetched
@@ -78,7 +78,7 @@ def detect(config: DetectConfig) -> None:
     model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
     names = distinct(_names(config, model, given))
     _check_classes(config, names)
-    detector = PictureDetector(
+    detector = ImageDetector(
         model,
         compute,
         fit_size(config.size_hw, model.image_multiple, progress.say),
@@ -113,7 +113,7 @@ class _Run:
         config: DetectConfig,
         files: DetectionFiles,
         names: tuple[str, ...],
-        detector: PictureDetector,
+        detector: ImageDetector,
         progress: Progress,
         tally: Tally,
     ) -> None:
@@ -154,7 +154,7 @@ class _Run:
             for place, frame in enumerate(stream, 1):
                 detections = self._detector(frame.image)
                 drawn = None
-                if self._files.keeps_pictures or self._window:
+                if self._files.keeps_images or self._window:
                     drawn = self._files.draw(frame.image, detections)
                 outputs.add(frame, detections, drawn)
                 if self._window and drawn is not None:
@@ -180,7 +180,7 @@ class _Run:
         seconds = max(time.monotonic() - self._began, 1e-9)
 
         def line() -> str:
-            inside = f" frame {place}/{frame.total or '?'}" if source.kind != "picture" else ""
+            inside = f" frame {place}/{frame.total or '?'}" if source.kind != "image" else ""
             text = f"{tally.done + 1}/{tally.sources} {source.shown}{inside}  {tally.describe(found, self._names)}"
             text += f"  {tally.frames / seconds:.1f} img/s"
             if frame.total:
@@ -195,7 +195,7 @@ class _Run:
         tally = self._tally
         seconds = max(time.monotonic() - self._began, 1e-9)
         self._progress.say(
-            f"{tally.frames} {'picture' if tally.frames == 1 else 'pictures'} in {duration(seconds)}, "
+            f"{tally.frames} {'image' if tally.frames == 1 else 'images'} in {duration(seconds)}, "
             f"{sum(tally.found.values())} detections: {tally.describe(tally.found, self._names)}"
         )
         self._progress.say(self._detector.seconds.describe(tally.frames))
@@ -231,7 +231,7 @@ class _Run:
 
 
 class _Window:
-    """A window that shows pictures, or one line that says why there is none."""
+    """A window that shows images, or one line that says why there is none."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -240,7 +240,7 @@ class _Window:
             progress.say("--view-img: no display here (DISPLAY is not set); look at the run folder's files")
 
     def show(self, image: np.ndarray[Any, Any], title: str) -> None:
-        """Show an RGB picture until the next one."""
+        """Show an RGB image until the next one."""
         if not self._open:
             return
         try:
@@ -251,16 +251,16 @@ class _Window:
             self._progress.say("--view-img: OpenCV is built without windows; look at the run folder's files")
 
 
-def _sample_pictures(progress: Progress) -> str:
-    """Return the folder of the pictures that the project carries; raises UsageError where it lies elsewhere."""
+def _sample_images(progress: Progress) -> str:
+    """Return the folder of the images that the project carries; raises UsageError where it lies elsewhere."""
     try:
         description = DatasetDescription.from_yaml(find_config("datasets", "bccd.yaml"))
     except DataError:
         raise UsageError(
-            "--source is missing: give a picture, video, folder, glob, URL, .txt list, webcam number or stream"
+            "--source is missing: give an image, video, folder, glob, URL, .txt list, webcam number or stream"
         ) from None
     folder = description.splits["val"][0]
-    progress.say(f"no --source: looking at the pictures this project carries, {folder}")
+    progress.say(f"no --source: looking at the images this project carries, {folder}")
     return str(folder)
 
 

@@ -1,4 +1,4 @@
-"""The files of a detection run: annotated pictures and videos, label rows, a CSV, crops."""
+"""The files of a detection run: annotated images and videos, label rows, a CSV, crops."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from starling.data.sources.sources import Source
 from starling.outputs.names import Named, cut, distinct, folded, numbered
 from starling.outputs.register import Kind, Register
 from starling.plots.drawing import draw_detections
-from starling.plots.style import save_picture
+from starling.plots.style import save_image
 
 CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2", "file")
 _MOST_CSV_BYTES = 256 << 20
 KEPT_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
-"""Kinds that an annotated picture keeps; any other becomes a .jpg."""
+"""Kinds that an annotated image keeps; any other becomes a .jpg."""
 ROOM_FOR_NUMBER = 25
 """Bytes that a class's folder name leaves for the numbers of classes of equal names."""
 
@@ -58,7 +58,7 @@ class DetectionFiles:
         self.csv: Path | None = folder / "predictions.csv" if config.save_csv else None
         self.crops: Path | None = folder / "crops" if config.save_crop else None
         self._class_folders = class_folders(names, folder) if self.crops else ()
-        if self.keeps_pictures or self.labels or self.csv or self.crops:
+        if self.keeps_images or self.labels or self.csv or self.crops:
             self.register.write()
         if self.csv:
             of_sources = {source.shown for source in sources}
@@ -70,12 +70,12 @@ class DetectionFiles:
         wanted: list[tuple[Kind, bool]] = [
             ("labels", self.labels is not None),
             ("crops", self.crops is not None),
-            ("annotated", self.keeps_pictures),
+            ("annotated", self.keeps_images),
         ]
         self.register.remove_earlier(named, [kind for kind, asked in wanted if asked])
         suffix = Path(source.file_name).suffix
         suffix = suffix if suffix.lower() in KEPT_SUFFIXES else ".jpg"
-        path = self.folder / f"{named.base}{suffix if source.kind == 'picture' else '.mp4'}"
+        path = self.folder / f"{named.base}{suffix if source.kind == 'image' else '.mp4'}"
         return SourceFiles(self, source, named, path)
 
     def download(self, source: Source) -> Path:
@@ -120,10 +120,10 @@ class DetectionFiles:
                 written[int(kind)] += 1
                 name = named.crop(frame.number, written[int(kind)])
                 folder = self.crops / self._class_folders[int(kind)]
-                save_picture(frame.image[top:bottom, left:right], folder / f"{name}.jpg")
+                save_image(frame.image[top:bottom, left:right], folder / f"{name}.jpg")
 
     def draw(self, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return a copy of the picture with its detections drawn."""
+        """Return a copy of the image with its detections drawn."""
         drawn = np.ascontiguousarray(image).copy()
         draw_detections(
             drawn,
@@ -136,8 +136,8 @@ class DetectionFiles:
         return drawn
 
     @property
-    def keeps_pictures(self) -> bool:
-        """Whether annotated pictures and videos are written."""
+    def keeps_images(self) -> bool:
+        """Whether annotated images and videos are written."""
         return not self._config.nosave
 
 
@@ -163,15 +163,15 @@ class SourceFiles:
             self._stack.close()  # finished even on an error: half a film is better than none
 
     def add(self, frame: Frame, detections: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> None:
-        """Write everything that was asked for of one picture or frame."""
+        """Write everything that was asked for of one image or frame."""
         stem = self._named.stem(frame.number)
         self._files.write_labels(stem, frame.image, detections)
         self._files.write_csv(self._source, stem, frame, detections)
         self._files.write_crops(self._named, frame, detections)
-        if drawn is None or not self._files.keeps_pictures:
+        if drawn is None or not self._files.keeps_images:
             return
-        if self._source.kind == "picture":
-            save_picture(drawn, self._path)
+        if self._source.kind == "image":
+            save_image(drawn, self._path)
             self._files.annotated.append(self._path)
             return
         if self._video is None:

@@ -31,27 +31,29 @@ class Thresholds:
 
 @dataclass(slots=True)
 class Seconds:
-    """Time spent in each stage, over all pictures."""
+    """Time spent in each stage, over all images."""
 
     prepare: float = 0.0
     network: float = 0.0
     suppression: float = 0.0
 
-    def describe(self, pictures: int) -> str:
-        """Return the mean of each stage in milliseconds a picture."""
+    def describe(self, images: int) -> str:
+        """Return the mean of each stage in milliseconds an image."""
         prepare, network, suppression = (
-            1e3 * seconds / max(pictures, 1) for seconds in (self.prepare, self.network, self.suppression)
+            1e3 * seconds / max(images, 1) for seconds in (self.prepare, self.network, self.suppression)
         )
-        return f"{prepare:.1f} ms preparing, {network:.1f} ms network, {suppression:.1f} ms suppression a picture"
+        return (
+            f"{prepare:.1f} ms preparing, {network:.1f} ms network, {suppression:.1f} ms suppression an image"
+        )
 
 
-class PictureDetector:
-    """Run a model on pictures of any size, one at a time."""
+class ImageDetector:
+    """Run a model on images of any size, one at a time."""
 
     def __init__(
         self, model: Predictor, compute: Compute, size_hw: tuple[int, int], thresholds: Thresholds
     ) -> None:
-        """Keep a model that is on its device; `size_hw` is what pictures are letterboxed into, in pixels."""
+        """Keep a model that is on its device; `size_hw` is what images are letterboxed into, in pixels."""
         self._model = model
         self._stride = model.image_multiple
         self._compute = compute
@@ -61,7 +63,7 @@ class PictureDetector:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return [n,6] xyxy, confidence, class for an RGB picture, uint8 [H,W,3]; the surest first."""
+        """Return [n,6] xyxy, confidence, class for an RGB image, uint8 [H,W,3]; the surest first."""
         began = time.perf_counter()
         original_hw = (image.shape[0], image.shape[1])
         geometry = letterbox_geometry(original_hw, self._size_hw, stride=self._stride)

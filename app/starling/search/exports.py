@@ -17,8 +17,8 @@ from starling.search.space import settings_flags
 from starling.search.storage.journal import locked, locked_if_free
 from starling.search.study import SearchStudy
 
-CSV, PICTURE = "evolve.csv", "evolve.png"
-LOCK, PICTURE_LOCK = "views.lock", "picture.lock"
+CSV, PLOT = "evolve.csv", "evolve.png"
+LOCK, PLOT_LOCK = "views.lock", "picture.lock"
 METRIC_COLUMNS = {
     "precision": "metrics/precision",
     "recall": "metrics/recall",
@@ -49,12 +49,12 @@ def write_files(study: SearchStudy) -> None:
             _write_best(study, finished)
 
 
-def draw_picture(study: SearchStudy, *, wait: bool = True) -> None:
+def draw_plot(study: SearchStudy, *, wait: bool = True) -> None:
     """Replace evolve.png and report.html; unless `wait`, leave it to the worker that is at it, if one is.
 
     Under a lock of its own: drawing takes seconds, for which nobody's evolve.csv is to wait.
     """
-    lock = study.directory / PICTURE_LOCK
+    lock = study.directory / PLOT_LOCK
     with ExitStack() as stack:
         if wait:
             stack.enter_context(locked(lock))
@@ -68,7 +68,7 @@ def draw_picture(study: SearchStudy, *, wait: bool = True) -> None:
 
             hyps = {name: [candidate.hyp[name] for candidate in finished] for name in finished[0].hyp}
             fitness = [candidate.fitness for candidate in finished]
-            plot_evolve(hyps, fitness, study.directory / PICTURE)
+            plot_evolve(hyps, fitness, study.directory / PLOT)
             write_report(study)
 
 
@@ -120,8 +120,8 @@ class Exports:
         self._study, self._say, self._draws = study, say, draws
         self._files_are_behind = False
         self._files_due = self._drawing_due = 0.0
-        """When the files and the picture may be written again, by the monotonic clock."""
-        self._picture: int | None = None
+        """When the files and the plot may be written again, by the monotonic clock."""
+        self._plot: int | None = None
         """Modification time of evolve.png when this worker last looked; only ever compared with itself."""
         self._drawing_s = DRAWING_S
         """The longest drawing so far."""
@@ -134,11 +134,11 @@ class Exports:
         self._files_are_behind = True
         if last or time.monotonic() >= self._files_due:
             self.catch_up()
-        if self._draws and (last or self._picture_is_due()):
-            took = self._timed(lambda: draw_picture(self._study, wait=last))
+        if self._draws and (last or self._plot_is_due()):
+            took = self._timed(lambda: draw_plot(self._study, wait=last))
             self._drawing_s = max(self._drawing_s, took)
             self._was_drawn()
-            self._picture = self._picture_mark()
+            self._plot = self._plot_mark()
 
     def catch_up(self) -> None:
         """Write the files that `refresh` has put off."""
@@ -147,20 +147,20 @@ class Exports:
             took = self._timed(lambda: write_files(self._study))
             self._files_due = time.monotonic() + took / FILES_SHARE
 
-    def _picture_is_due(self) -> bool:
+    def _plot_is_due(self) -> bool:
         """Return whether it is time to draw; a drawing by another worker counts as this one's."""
-        mark = self._picture_mark()
-        if mark != self._picture:
-            self._picture = mark
+        mark = self._plot_mark()
+        if mark != self._plot:
+            self._plot = mark
             self._was_drawn()
         return time.monotonic() >= self._drawing_due
 
     def _was_drawn(self) -> None:
         self._drawing_due = time.monotonic() + self._drawing_s / DRAWING_SHARE
 
-    def _picture_mark(self) -> int | None:
+    def _plot_mark(self) -> int | None:
         try:
-            return (self._study.directory / PICTURE).stat().st_mtime_ns
+            return (self._study.directory / PLOT).stat().st_mtime_ns
         except OSError:
             return None
 

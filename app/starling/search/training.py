@@ -119,7 +119,7 @@ def _set_up(config: TrainConfig, console: Progress) -> tuple[TrainingSetups, Stu
 def _show_winner(
     study: SearchStudy, summary: SearchSummary, setups: TrainingSetups, reporter: SearchReporter
 ) -> None:
-    """Draw the winner's pictures, and tell the trackers that the whole search is done.
+    """Draw the winner's plots, and tell the trackers that the whole search is done.
 
     Every worker comes by at the end; the first one draws.
     """
@@ -155,5 +155,5 @@ def _say_summary(summary: SearchSummary, directory: Path, console: Progress) -> 
     if best.settings:
         console.say(f"trained with {settings_flags(best.settings)}")
     console.say(
-        f"results in {directory}: report.html, hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its pictures"
+        f"results in {directory}: report.html, hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its plots"
     )

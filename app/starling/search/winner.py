@@ -1,4 +1,4 @@
-"""The winner's weights and pictures, which the workers of a search keep together in its folder."""
+"""The winner's weights and plots, which the workers of a search keep together in its folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starling.outputs.run_dir import RunDir
 from starling.search.outcome import best_of
 from starling.search.storage.journal import folder_locked
 from starling.search.study import SearchStudy
-from starling.training.reporting import pictures
+from starling.training.reporting import plots
 from starling.training.reporting.results import EpochRow
 from starling.training.training import TrainingSetup, draw_weights
 
 DRAWN = ".drawn"
-"""Names the weights whose pictures are all drawn."""
-PICTURE = "confusion_matrix.png"
-"""One of the pictures of what `weights/best.pt` finds: where it is not, they have to be drawn."""
+"""Names the weights whose plots are all drawn."""
+PLOT = "confusion_matrix.png"
+"""One of the plots of what `weights/best.pt` finds: where it is not, they have to be drawn."""
 
 
 def weights_locked(directory: Path) -> AbstractContextManager[None]:
@@ -39,7 +39,7 @@ def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
         if not is_file(best) or fitness > _fitness_of(best):
             rename(run.best, best)
             # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
-            remove(directory / PICTURE)
+            remove(directory / PLOT)
 
 
 def keep_winners_weights(study: SearchStudy) -> None:
@@ -58,7 +58,7 @@ def keep_winners_weights(study: SearchStudy) -> None:
         for number, run in runs.items():
             if number != taken.number:
                 remove_tree(run.weights)
-        remove(study.directory / PICTURE)
+        remove(study.directory / PLOT)
         rename(runs[taken.number].best, RunDir(study.directory).best)
     for run in runs.values():
         remove_tree(run.weights)
@@ -67,9 +67,9 @@ def keep_winners_weights(study: SearchStudy) -> None:
 def draw_winner(setup: TrainingSetup, directory: Path) -> None:
     """Draw what the winner's weights find, unless another worker has; the weights are locked."""
     best, mark = RunDir(directory).best, directory / DRAWN
-    if not is_file(best) or ((directory / PICTURE).exists() and _holds(mark, _stamp(best))):
+    if not is_file(best) or ((directory / PLOT).exists() and _holds(mark, _stamp(best))):
         return
-    pictures.draw_labels(setup.data.train, directory)
+    plots.draw_labels(setup.data.train, directory)
     draw_weights(setup, best, directory)
     # Last: a worker that is killed before it leaves all to be drawn again.
     write_atomic(mark, _stamp(best))

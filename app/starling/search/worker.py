@@ -43,7 +43,7 @@ class WorkerSettings:
     """Seconds between two lines about waiting."""
     failures_in_a_row: int = 5
     """Candidates that fail here one after the other before the worker gives up."""
-    picture: bool = True
+    plot: bool = True
     """Whether evolve.png is drawn and report.html is written."""
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Worker:
         self._study, self._trainer = study, trainer
         self._settings = settings or WorkerSettings()
         self._say, self._check_stop, self._sleep = say, check_stop, sleep
-        self._exports = Exports(study, say, draws=self._settings.picture)
+        self._exports = Exports(study, say, draws=self._settings.plot)
         self._remind_at = time.monotonic()
         self._failures_in_a_row = 0
         self._trained = 0

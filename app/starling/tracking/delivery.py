@@ -46,7 +46,7 @@ class Bridge:
             "run_start": self._start_run,
             "metrics": self._log_metrics,
             "dataset": self._log_dataset,
-            "picture": self._log_picture,
+            "picture": self._log_image,
             "artifact": self._log_artifact,
             "model": self._log_model,
             "message": self._log_console,
@@ -218,10 +218,10 @@ class Bridge:
         self._tracker.log_dataset(self._run_of(event).run_id, dataset)
         return True
 
-    def _log_picture(self, event: Event) -> bool:
+    def _log_image(self, event: Event) -> bool:
         run, fields = self._run_of(event), event.fields
         path, _ = self._file_of(event, run)
-        self._tracker.log_picture(
+        self._tracker.log_image(
             run.run_id, path, str(fields["name"]), step=int(fields["step"]), time=event.time
         )
         return True

@@ -68,9 +68,9 @@ class TensorBoardTracker:
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
         """Write nothing: TensorBoard knows no datasets."""
 
-    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Write the picture's file as it is."""
-        content, height, width = _picture(path)
+    def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Write the image's file as it is."""
+        content, height, width = _image(path)
         image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": content}
         self._add(run_id, name, step, time, {"image": image})
         self._flush()
@@ -82,7 +82,7 @@ class TensorBoardTracker:
         """Write nothing: the weights lie beside the event file."""
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
-        """Write nothing: TensorBoard shows figures and pictures."""
+        """Write nothing: TensorBoard shows figures and images."""
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
         """Write scalars by second."""
@@ -197,13 +197,13 @@ def _text(markdown: str) -> dict[str, Any]:
     return {"tensor": tensor, "metadata": create_summary_metadata(_PARAMS, "")}
 
 
-def _picture(path: Path) -> tuple[bytes, int, int]:
-    """Return the bytes of a picture's file, its height and its width."""
+def _image(path: Path) -> tuple[bytes, int, int]:
+    """Return the bytes of an image's file, its height and its width."""
     from PIL import Image
 
     try:
         content = read_file(path)
-        with Image.open(io.BytesIO(content)) as picture:
-            return content, picture.height, picture.width
+        with Image.open(io.BytesIO(content)) as image:
+            return content, image.height, image.width
     except (OSError, struct.error, Image.DecompressionBombError) as error:
-        raise TrackerRejectedError(f"{path}: no picture ({error})") from None
+        raise TrackerRejectedError(f"{path}: no image ({error})") from None

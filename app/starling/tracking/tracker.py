@@ -44,7 +44,7 @@ class DatasetInput:
     """train or val."""
     name: str
     digest: str
-    """Of its pictures and labels."""
+    """Of its images and labels."""
     source: str
     """Where it was read from: a path or a URL."""
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -90,8 +90,8 @@ class Tracker(Protocol):
         """Record a dataset that the run reads."""
         ...
 
-    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show the picture `path` as the series `name` at a step: those of other steps stay."""
+    def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Show the image `path` as the series `name` at a step: those of other steps stay."""
         ...
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:

@@ -20,7 +20,7 @@ from starling.data.loader.loader import Batch
 from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
 from starling.errors import Stopped
-from starling.evaluation.pictures import PREVIEWS
+from starling.evaluation.plots import PREVIEWS
 from starling.evaluation.validator import Validation, class_table, validate
 from starling.model.checkpoint import load_checkpoint, require
 from starling.model.detector import Detector
@@ -39,7 +39,7 @@ from starling.training.optimizer import (
     Schedule,
     build_optimizer,
 )
-from starling.training.reporting import pictures
+from starling.training.reporting import plots
 from starling.training.reporting.reporter import Reporter
 from starling.training.reporting.results import EpochRow, fitness, write_results
 from starling.training.resume.ending import is_over
@@ -50,7 +50,7 @@ GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
 """What a rollback multiplies the learning rate by."""
 NOT_VALIDATED = (math.nan,) * 4
-FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *pictures.LABELS)
+FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *plots.LABELS)
 """What a run directory holds before the first iteration, for the trackers."""
 RESUMED = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
@@ -187,7 +187,7 @@ class Trainer:
         write_yaml(self.run.path / "hyp.yaml", self.hyp.as_dict())
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
-            pictures.draw_labels(self.data.train, self.run.path)
+            plots.draw_labels(self.data.train, self.run.path)
         if self.rows:  # a kill may have come before the row was written, or this folder is another worker's
             write_results(self.run.results_csv, self.rows)
             self._reporter.goes_on_after(self.rows[-1])
@@ -203,7 +203,7 @@ class Trainer:
         for batch in self._batches():
             if self.epoch == 0 and self.iteration < PREVIEWS and self._draws:
                 path = self.run.path / f"train_batch{self.iteration}.jpg"
-                pictures.draw_train_batch(batch, self.data.train, path)
+                plots.draw_train_batch(batch, self.data.train, path)
                 self._reporter.appeared(path)
             self._reporter.hook("on_train_batch_start")
             self._iterate(batch, epoch_start + self.iteration)
@@ -340,7 +340,7 @@ class Trainer:
 
     def _validate(self) -> Validation:
         self._reporter.hook("on_val_start")
-        shown = self._draws and pictures.is_shown(self.epoch, self.config)
+        shown = self._draws and plots.is_shown(self.epoch, self.config)
         validation = validate(
             self.average.model,
             self.val_loader,
@@ -351,8 +351,8 @@ class Trainer:
             group=self._group,
         )
         if shown:
-            path = pictures.draw_epoch(validation, self.data.val, self.run.path, self.epoch)
-            self._reporter.picture(path, pictures.BY_EPOCH, self.epoch)
+            path = plots.draw_epoch(validation, self.data.val, self.run.path, self.epoch)
+            self._reporter.image(path, plots.BY_EPOCH, self.epoch)
         self._reporter.hook("on_val_end")
         return validation
 
@@ -455,8 +455,8 @@ class Trainer:
         self._saver.finish()
         if not self.config.noplots:
             if self._draws:
-                pictures.draw_results(self.run.results_csv, self.run.path / "results.png", self.best.epoch)
-            validation = pictures.draw_final(
+                plots.draw_results(self.run.results_csv, self.run.path / "results.png", self.best.epoch)
+            validation = plots.draw_final(
                 self._best_model(), self.val_loader, self.data, self.compute, self.run.path, self._group
             )
             self._say_classes(validation)

@@ -33,7 +33,7 @@ from starling.progress import Progress, Silence
 from starling.stop_signal import StopSignal
 from starling.tracking.events import EventLog
 from starling.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
-from starling.training.reporting import pictures
+from starling.training.reporting import plots
 from starling.training.reporting.delivery import deliver
 from starling.training.reporting.hooks import Hook, Training, find_hooks
 from starling.training.reporting.provenance import dataset_fields, keep_changes, origin_tags, place_tags
@@ -116,7 +116,7 @@ def open_setup(
         runs_root() / CACHE_FOLDER,
         say,
         group.local_world_size,
-        device_free_bytes=compute.picture_bytes(DEVICE_SHARE.get(config.cache, 0.0)),
+        device_free_bytes=compute.image_bytes(DEVICE_SHARE.get(config.cache, 0.0)),
     )
     data = bring_to_device(data, compute, say)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
@@ -144,7 +144,7 @@ def read_hyp(config: TrainConfig) -> Hyp:
 def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
     """Name what is set and does nothing."""
     if config.rect and hyp.mosaic:
-        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole pictures in their own shapes")
+        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole images in their own shapes")
     if hyp.copy_paste and not data.train.polygons:
         say("copy_paste has no effect: no training label is a polygon")
     elif hyp.copy_paste and (config.rect or not hyp.mosaic):
@@ -295,7 +295,7 @@ def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[st
 
 
 def _end_again(job: _Job, progress: Progress) -> None:
-    """Do what is left of a run whose figures and pictures are made and told: send, copy, and say how it ended."""
+    """Do what is left of a run whose figures and plots are made and told: send, copy, and say how it ended."""
     assert job.folder is not None, "there is a run to resume"
     assert job.state is not None, "there is a checkpoint to resume"
     run, rows = RunDir(job.folder), [EpochRow.from_list(values) for values in job.state["rows"]]
@@ -311,7 +311,7 @@ def _end_again(job: _Job, progress: Progress) -> None:
 
 def _sweep(run: RunDir) -> None:
     """Remove what killed writers left in the folders of a run."""
-    for name in (".", run.weights.name, pictures.BY_EPOCH_FOLDER):
+    for name in (".", run.weights.name, plots.BY_EPOCH_FOLDER):
         sweep(folder_below(run.path, name))
 
 
@@ -445,7 +445,7 @@ def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
     )
     model = detector.to(setup.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = validation_loader(setup.data, detector, setup.config, setup.image_size, setup.compute)
-    pictures.draw_final(model, batches, setup.data, setup.compute, folder)
+    plots.draw_final(model, batches, setup.data, setup.compute, folder)
 
 
 def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:

@@ -222,7 +222,7 @@ class TrainConfig(Config):
         False, "write last.pt only at the end or on a stop; best.pt as ever", resumable=True
     )
     noval: bool = setting(False, "validate after the final epoch only")
-    noplots: bool = setting(False, "draw no pictures", resumable=True)
+    noplots: bool = setting(False, "draw no plots", resumable=True)
     bbox_interval: int = setting(
         AUTO_INTERVAL,
         "draw what the validation finds every N epochs, into epochs/; 0: never",

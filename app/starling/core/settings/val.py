@@ -111,7 +111,7 @@ class ValConfig(Config):
 
 COMMAND = Command(
     name="val",
-    description="Validate a detector: precision, recall, mAP, pictures; optionally its detections as files.",
+    description="Validate a detector: precision, recall, mAP, plots; optionally its detections as files.",
     config=ValConfig,
     examples="""\
   a trained detector on the validation split it was trained with

@@ -1,6 +1,6 @@
-"""Painting a batch of plans on the training device: each output pixel looks up where in which picture it is from.
+"""Painting a batch of plans on the training device: each output pixel looks up where in which image it is from.
 
-The pictures lie in one flat tensor of bytes on the device. Nothing here waits for the device: what depends on the
+The images lie in one flat tensor of bytes on the device. Nothing here waits for the device: what depends on the
 plans is known on the CPU, and what depends on pixels is never asked for.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from starling.data.augment.device_tables import Tables, load_tables
 from starling.data.augment.letterbox import FILL
-from starling.data.augment.paint import PictureSource
+from starling.data.augment.paint import ImageSource
 from starling.data.augment.plan import ItemPlan, QuadPlan, Region, Sample
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 Kernel = Literal["auto", "torch", "triton"]
 
 _COPY_BYTES = 64 << 20
-"""Pictures are brought to the device in parts of about this size."""
+"""Images are brought to the device in parts of about this size."""
 _LEVELS = 0.5
 """Mean difference, of 255, at which two kernels paint the same."""
 _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1}
@@ -34,7 +34,7 @@ _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1}
 
 
 class DevicePainter:
-    """Paints plans from pictures that lie on one device."""
+    """Paints plans from images that lie on one device."""
 
     kernel: Literal["torch", "triton"]
     """What paints: torch's own operations, or one fused Triton kernel."""
@@ -50,10 +50,10 @@ class DevicePainter:
         dtype: torch.dtype = torch.uint8,
         kernel: Kernel = "auto",
     ) -> None:
-        """Take the pictures: RGB of i in rows from byte `offsets[i]` of `pixels` [n] uint8, `shapes_hw[i]` pixels.
+        """Take the images: RGB of i in rows from byte `offsets[i]` of `pixels` [n] uint8, `shapes_hw[i]` pixels.
 
         Images come as `dtype`: 0 to 255 in uint8, 0 to 1 in a float one. `auto` takes Triton on a CUDA device where
-        it works (it needs a C compiler at run time) and paints the first picture as torch does, else torch.
+        it works (it needs a C compiler at run time) and paints the first image as torch does, else torch.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 1:
             raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, must be [n] uint8")
@@ -69,13 +69,13 @@ class DevicePainter:
     @classmethod
     def from_store(
         cls,
-        store: PictureSource,
+        store: ImageSource,
         device: torch.device,
         *,
         dtype: torch.dtype = torch.uint8,
         kernel: Kernel = "auto",
     ) -> Self:
-        """Bring all pictures of a store to the device, which takes as many bytes as they have."""
+        """Bring all images of a store to the device, which takes as many bytes as they have."""
         shapes_hw = np.asarray(store.shapes_hw)
         offsets = np.concatenate(([0], np.cumsum(shapes_hw.prod(1) * 3)))
         pixels = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=device)

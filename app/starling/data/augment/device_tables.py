@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 INTS = 11
 """Columns of the whole numbers of a sample: its frame in output pixels (left, top, right, bottom), first byte of its
-part in the pixels, bytes of a row of the picture, last column and row of the part, first byte of its mask, if the
+part in the pixels, bytes of a row of the image, last column and row of the part, first byte of its mask, if the
 mask began at the output's corner, bytes of a row of it, 0 for no mask, and whether edges clip it."""
 FLOATS = 21
 """Columns of the real numbers of a sample: nine of the matrix from output pixel to part pixel, row by row, then
@@ -58,7 +58,7 @@ class Tables:
 def load_tables(plans: Sequence[ItemPlan], offsets: Array, shapes_hw: Array, device: torch.device) -> Tables:
     """Return the tables of a batch on `device`, copied without waiting for it.
 
-    Picture i begins at byte `offsets[i]` of the pixels and has `shapes_hw[i]` of them, three bytes each.
+    Image i begins at byte `offsets[i]` of the pixels and has `shapes_hw[i]` of them, three bytes each.
     """
     layers = max(len(plan.layers) for plan in plans)
     slots = max(1, *(len(layer) for plan in plans for layer in plan.layers))
@@ -112,12 +112,12 @@ def _copied(parts: Sequence[Array], device: torch.device) -> list[Tensor]:
 
 def _whole_numbers(samples: Sequence[Sample], offsets: Array, shapes_hw: Array, masks: list[Array]) -> Array:
     """Return [n,INTS], and append the masks that the samples need to `masks`."""
-    pictures = np.array([sample.picture for sample in samples])
+    images = np.array([sample.image for sample in samples])
     part = np.array([sample.part for sample in samples])
     rows = np.zeros((len(samples), INTS), np.int64)
     rows[:, :4] = [sample.frame for sample in samples]
-    rows[:, 5] = shapes_hw[pictures, 1] * 3
-    rows[:, 4] = offsets[pictures] + part[:, 1] * rows[:, 5] + part[:, 0] * 3
+    rows[:, 5] = shapes_hw[images, 1] * 3
+    rows[:, 4] = offsets[images] + part[:, 1] * rows[:, 5] + part[:, 0] * 3
     rows[:, 6:8] = part[:, 2:] - part[:, :2] - 1
     used = 0
     for row, sample in zip(rows, samples, strict=True):

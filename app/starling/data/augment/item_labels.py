@@ -1,4 +1,4 @@
-"""Labels of a training item: from each picture to the canvas, and through a matrix to the output."""
+"""Labels of a training item: from each image to the canvas, and through a matrix to the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Letterboxing: fit a picture into a shape without distorting it, and map boxes back."""
+"""Letterboxing: fit an image into a shape without distorting it, and map boxes back."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letterbox:
-    """Where a picture lies inside its letterboxed version."""
+    """Where an image lies inside its letterboxed version."""
 
     resized_hw: Size
-    """The picture after resizing, before padding."""
+    """The image after resizing, before padding."""
     out_hw: Size
     """The whole output."""
     ratio: float
@@ -36,17 +36,17 @@ class Letterbox:
 
     @property
     def offset_xy(self) -> tuple[int, int]:
-        """Output pixel where the picture's first pixel lies."""
+        """Output pixel where the image's first pixel lies."""
         return int(self.pad_wh[0]), int(self.pad_wh[1])
 
 
 def letterbox_geometry(
     hw: Size, new: int | Size, minimal: bool = True, upscale: bool = True, stride: int = 32
 ) -> Letterbox:
-    """Return the geometry that fits a picture of `hw` pixels centred into `new`.
+    """Return the geometry that fits an image of `hw` pixels centred into `new`.
 
     `new` is a side in pixels (a square) or (height, width). With `minimal` each side is padded only up to the
-    next multiple of `stride` instead of up to `new`; without `upscale` a picture is never enlarged.
+    next multiple of `stride` instead of up to `new`; without `upscale` an image is never enlarged.
     """
     height, width = (new, new) if isinstance(new, int) else new
     ratio = min(height / hw[0], width / hw[1])
@@ -83,7 +83,7 @@ def apply_letterbox(
 
 
 def boxes_to_original(boxes_xyxy: Boxes, geometry: Letterbox, original_hw: Size) -> Boxes:
-    """Map boxes [..., 4 or more] from letterboxed pixels to the original's, clipped to the picture.
+    """Map boxes [..., 4 or more] from letterboxed pixels to the original's, clipped to the image.
 
     Takes a NumPy array or a tensor and returns a new one; columns after the fourth are kept.
     """

@@ -17,23 +17,23 @@ _HALF_BACK = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
 _STEPS = np.arange(256, dtype=np.float32)
 
 
-class PictureSource(Protocol):
-    """What pictures come from: an ImageStore, or a list in tests."""
+class ImageSource(Protocol):
+    """What images come from: an ImageStore, or a list in tests."""
 
     @property
     def shapes_hw(self) -> Array:
-        """[N,2] height and width of each picture."""
+        """[N,2] height and width of each image."""
 
     def __getitem__(self, index: int, /) -> Array: ...
 
 
-def paint_item(plan: ItemPlan, store: PictureSource, out: Array) -> None:
+def paint_item(plan: ItemPlan, store: ImageSource, out: Array) -> None:
     """Paint `plan` into `out` [h,w,3] uint8 RGB of the plan's size."""
     fetched: dict[int, Array] = {}  # once each: a store that keeps nothing decodes at each request
     for layer in plan.layers:
         for sample in layer:
-            if sample.picture not in fetched:
-                fetched[sample.picture] = store[sample.picture]
+            if sample.image not in fetched:
+                fetched[sample.image] = store[sample.image]
     _paint_layer(plan.layers[0], fetched, out)
     for layer in plan.layers[1:]:
         other = np.empty_like(out)
@@ -43,7 +43,7 @@ def paint_item(plan: ItemPlan, store: PictureSource, out: Array) -> None:
         _jitter_colour(out, plan.gains)
 
 
-def paint_quad(plan: QuadPlan, store: PictureSource, out: Array) -> None:
+def paint_quad(plan: QuadPlan, store: ImageSource, out: Array) -> None:
     """Paint `plan` into `out` [2h,2w,3], twice the size of its items."""
     height, width = plan.items[0].hw
     if plan.enlarged:
@@ -71,11 +71,11 @@ def outline_mask(outline: Array, frame: Region, pasted: bool) -> Array:
     return mask
 
 
-def _paint_layer(samples: tuple[Sample, ...], pictures: dict[int, Array], out: Array) -> None:
+def _paint_layer(samples: tuple[Sample, ...], images: dict[int, Array], out: Array) -> None:
     out[:] = FILL
     for sample in samples:
         left, top, right, bottom = sample.part
-        part = pictures[sample.picture][top:bottom, left:right]
+        part = images[sample.image][top:bottom, left:right]
         left, top, right, bottom = sample.frame
         place = out[top:bottom, left:right]
         if sample.outline is None:

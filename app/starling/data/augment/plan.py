@@ -1,8 +1,8 @@
 """What a training item is to show, decided without a pixel: a pure function of (seed, epoch, index).
 
-The classic recipe pastes four pictures on a canvas of twice the side, warps that canvas and cuts out the
-middle. Here the canvas is never painted. For each picture the whole chain (place on the canvas, centre,
-perspective, rotate and scale, shear, translate, flip) is one 3x3 matrix, and each picture is sampled once,
+The classic recipe pastes four images on a canvas of twice the side, warps that canvas and cuts out the
+middle. Here the canvas is never painted. For each image the whole chain (place on the canvas, centre,
+perspective, rotate and scale, shear, translate, flip) is one 3x3 matrix, and each image is sampled once,
 straight into the part of the output that it covers. Copy-paste is one more such sample, mirrored.
 
 A plan holds all of that, and the labels; starling.data.augment.paint paints it on the CPU, starling.data.augment.device_paint on a GPU.
@@ -21,7 +21,7 @@ from starling.config.hyp import Hyp
 from starling.data.augment.item_labels import labels_in_view, labels_on_canvas
 from starling.data.augment.letterbox import Letterbox, Size
 from starling.data.augment.outlines import Outlines, choose_pastes, through
-from starling.data.augment.streams import picture_stream
+from starling.data.augment.streams import image_stream
 from starling.data.dataset.dataset import Dataset
 from starling.data.dataset.labels import Polygon
 
@@ -43,12 +43,12 @@ class Region(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A part of one picture, and where in the output it is sampled."""
+    """A part of one image, and where in the output it is sampled."""
 
-    picture: int
+    image: int
     """Its index in the dataset."""
     part: Region
-    """Pixels of the stored picture; beyond them its edge is repeated."""
+    """Pixels of the stored image; beyond them its edge is repeated."""
     matrix: Array
     """[3,3] from the part to the output, continuous coordinates."""
     frame: Region
@@ -99,14 +99,14 @@ class QuadPlan:
 
 
 class Tile(NamedTuple):
-    """One picture's place on the canvas."""
+    """One image's place on the canvas."""
 
-    picture: int
+    image: int
     """Its index in the dataset."""
     hw: Size
     """Its stored pixels."""
     x: int
-    """Canvas coordinates of the picture's corner; may be negative."""
+    """Canvas coordinates of the image's corner; may be negative."""
     y: int
 
 
@@ -136,11 +136,11 @@ def plan_item(
 ) -> ItemPlan:
     """Return the plan of one item of `hw` pixels, which is a square for a mosaic.
 
-    `shapes_hw` [N,2] are the pictures' stored pixels. `repeat` counts how often the epoch has shown the picture
+    `shapes_hw` [N,2] are the images' stored pixels. `repeat` counts how often the epoch has shown the image
     before, so that no two look alike. The same (seed, epoch, index, repeat) gives the same plan whatever else
     was drawn. Copy-paste is applied to mosaics, and to labels with polygons.
     """
-    stream = picture_stream(seed, epoch, index + repeat * len(dataset.images))
+    stream = image_stream(seed, epoch, index + repeat * len(dataset.images))
     draws = stream.random((2, _DRAWS))
     first, second = draws.tolist()
     flips = _flip_matrix(hyp, first, hw)
@@ -162,16 +162,16 @@ def plan_item(
     return ItemPlan(hw=hw, layers=tuple(layers), share=share, gains=_colour_gains(hyp, first), labels=labels)
 
 
-def plan_letterbox(picture: int, stored_hw: Size, geometry: Letterbox, labels: Array) -> ItemPlan:
-    """Return the plan of picture number `picture` in its letterbox, as validation shows it.
+def plan_letterbox(image: int, stored_hw: Size, geometry: Letterbox, labels: Array) -> ItemPlan:
+    """Return the plan of image number `image` in its letterbox, as validation shows it.
 
-    `stored_hw` is the picture's stored size, from which the geometry starts; `labels` [n,5] class, xywhn are of
-    the picture, and those of the plan of the letterbox.
+    `stored_hw` is the image's stored size, from which the geometry starts; `labels` [n,5] class, xywhn are of
+    the image, and those of the plan of the letterbox.
     """
     (height, width), (x, y) = geometry.resized_hw, geometry.offset_xy
     matrix = np.array([[width / stored_hw[1], 0, x], [0, height / stored_hw[0], y], [0, 0, 1]])
     whole = Region(0, 0, stored_hw[1], stored_hw[0])
-    sample = Sample(picture, whole, matrix, Region(x, y, x + width, y + height), None, False)
+    sample = Sample(image, whole, matrix, Region(x, y, x + width, y + height), None, False)
     out_wh = np.array(geometry.out_hw[::-1], np.float32)
     resized_wh = np.array((width, height), np.float32)
     moved = labels.copy()
@@ -181,7 +181,7 @@ def plan_letterbox(picture: int, stored_hw: Size, geometry: Letterbox, labels: A
 
 
 def _mosaic(shapes_hw: Array, hyp: Hyp, side: int, draws: list[float], index: int) -> View:
-    """Lay four pictures around a random centre of a canvas of twice the side."""
+    """Lay four images around a random centre of a canvas of twice the side."""
     count = len(shapes_hw)
     indices = [int(u * count) for u in draws[_U_PARTNER : _U_PARTNER + 3]]
     indices.insert(int(draws[_U_CORNER] * 4), index)
@@ -197,7 +197,7 @@ def _mosaic(shapes_hw: Array, hyp: Hyp, side: int, draws: list[float], index: in
 
 
 def _single(shapes_hw: Array, hyp: Hyp, hw: Size, draws: list[float], index: int) -> View:
-    """Centre one picture, which fits the output, on a canvas of the output's size."""
+    """Centre one image, which fits the output, on a canvas of the output's size."""
     height, width = shapes_hw[index].tolist()
     tile = Tile(index, (height, width), (hw[1] - width) // 2, (hw[0] - height) // 2)
     matrix, scale = _canvas_matrix(hyp, draws, hw, hw)
@@ -268,7 +268,7 @@ def _plan_view(
     samples: list[Sample | None] = []
     for tile in view.tiles:
         height, width = tile.hw
-        # The part of the picture that lies on the canvas, in its own pixels.
+        # The part of the image that lies on the canvas, in its own pixels.
         left, top = max(-tile.x, 0), max(-tile.y, 0)
         right, bottom = min(width, view.canvas_hw[1] - tile.x), min(height, view.canvas_hw[0] - tile.y)
         if right <= left or bottom <= top:
@@ -276,10 +276,10 @@ def _plan_view(
         part = Region(left, top, right, bottom)
         x, y = tile.x + left, tile.y + top
         if aligned:
-            samples.append(_aligned_sample(tile.picture, part, a, a * x + c, e, e * y + f, hw))
+            samples.append(_aligned_sample(tile.image, part, a, a * x + c, e, e * y + f, hw))
         else:
             place = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
-            samples.append(_turned_sample(tile.picture, part, matrix @ place, hw))
+            samples.append(_turned_sample(tile.image, part, matrix @ place, hw))
     labels, outlines = _labels_of(view, dataset)
     if pasting is not None and outlines.points:
         pasted, labels = _paste(labels, outlines, view, matrix, hw, *pasting)
@@ -291,14 +291,14 @@ def _plan_view(
 
 def _labels_of(view: View, dataset: Dataset) -> tuple[Array, Outlines]:
     """Return the labels of all tiles [n,5] class, xyxy in canvas pixels, and their polygons."""
-    rows = [dataset.labels[tile.picture] for tile in view.tiles]
+    rows = [dataset.labels[tile.image] for tile in view.tiles]
     places = [(tile.x, tile.y, *tile.hw[::-1]) for tile in view.tiles]
     boxes, outlines = labels_on_canvas(rows, places, view.canvas_hw), Outlines()
     if dataset.polygons:
         first = 0
         for number, (tile, some) in enumerate(zip(view.tiles, rows, strict=True)):
             own = boxes[first : first + len(some)]  # a view: the polygons make these boxes tighter
-            polygons = dataset.polygons[tile.picture]
+            polygons = dataset.polygons[tile.image]
             outlines.add(polygons, own, tile.hw[::-1], (tile.x, tile.y), view.canvas_hw, number)
             first += len(some)
     return boxes, outlines
@@ -329,14 +329,14 @@ def _paste(
         if (high > low).all():
             part = Region(*low.tolist(), *high.tolist())
             seen = through(mirrored, matrix)
-            samples.append(_turned_sample(tile.picture, part, matrix @ mirror @ place, hw, seen))
+            samples.append(_turned_sample(tile.image, part, matrix @ mirror @ place, hw, seen))
         added.append(np.array([(labels[index, 0], *box)], labels.dtype))
         outlines.points.append(mirrored)
     return samples, np.concatenate((labels, *added))
 
 
 def _aligned_sample(
-    picture: int, part: Region, a: float, c: float, e: float, f: float, hw: Size
+    image: int, part: Region, a: float, c: float, e: float, f: float, hw: Size
 ) -> Sample | None:
     """Return a part seen where x -> a·x + c, y -> e·y + f puts it, a and e negative in a flip; None if nowhere.
 
@@ -350,11 +350,11 @@ def _aligned_sample(
     if right <= left or bottom <= top:
         return None
     matrix = np.array([[a, 0, c], [0, e, f], [0, 0, 1]])
-    return Sample(picture, part, matrix, Region(left, top, right, bottom), None, False)
+    return Sample(image, part, matrix, Region(left, top, right, bottom), None, False)
 
 
 def _turned_sample(
-    picture: int, part: Region, matrix: Array, hw: Size, outline: Polygon | None = None
+    image: int, part: Region, matrix: Array, hw: Size, outline: Polygon | None = None
 ) -> Sample | None:
     """Return a part seen where a general `matrix` puts it, inside the quadrangle that it covers; None if nowhere.
 
@@ -370,4 +370,4 @@ def _turned_sample(
     right, bottom = np.minimum(np.ceil(shape.max(0)), hw[::-1]).astype(int).tolist()
     if right <= left or bottom <= top:
         return None
-    return Sample(picture, part, matrix, Region(left, top, right, bottom), shape, outline is not None)
+    return Sample(image, part, matrix, Region(left, top, right, bottom), shape, outline is not None)

@@ -1,4 +1,4 @@
-"""Random numbers: one stream a picture and one a decision of an epoch, each a function of (seed, epoch, index)."""
+"""Random numbers: one stream an image and one a decision of an epoch, each a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 _LAST = 0xFFFF_FFFF
 _DECISIONS = {
     "order": _LAST,
-    "pictures": _LAST - 1,
+    "images": _LAST - 1,
     "batches": _LAST - 2,
     "quad": _LAST - 3,
     "scale": _LAST - 4,
 }
-"""Index of the stream of each decision; no dataset has so many pictures."""
+"""Index of the stream of each decision; no dataset has so many images."""
 
 
 def random_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -23,15 +23,15 @@ def random_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def picture_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
+def image_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Return the random numbers of one item of an epoch."""
     return random_stream(seed, epoch, index % (_LAST - len(_DECISIONS)))
 
 
 def decision_stream(
-    seed: int, epoch: int, decision: Literal["order", "pictures", "batches", "quad", "scale"]
+    seed: int, epoch: int, decision: Literal["order", "images", "batches", "quad", "scale"]
 ) -> np.random.Generator:
-    """Return the random numbers of what an epoch decides once for all its pictures."""
+    """Return the random numbers of what an epoch decides once for all its images."""
     return random_stream(seed, epoch, _DECISIONS[decision])
 
 

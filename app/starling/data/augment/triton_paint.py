@@ -1,4 +1,4 @@
-"""Painting a batch of plans in one fused Triton kernel: pictures are read and images written once, nothing between.
+"""Painting a batch of plans in one fused Triton kernel: images are read and images written once, nothing between.
 
 Importing this needs the triton package. The arithmetic is that of starling.data.augment.device_paint, which explains it.
 """

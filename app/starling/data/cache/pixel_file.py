@@ -1,8 +1,8 @@
-"""One file of decoded pictures, mapped by all that use it: its format, how it is written, and how damage is found.
+"""One file of decoded images, mapped by all that use it: its format, how it is written, and how damage is found.
 
-The head, a page, is a line of JSON that names the content. Then comes a CRC-32 a picture, and from the next page on
-the pixels, picture after picture. Opening looks at the length, the head and the digest of the CRCs, which costs
-nothing; a picture's own bytes are checked when it is first used, at some 7 GB/s a thread, which is a thirtieth of
+The head, a page, is a line of JSON that names the content. Then comes a CRC-32 an image, and from the next page on
+the pixels, image after image. Opening looks at the length, the head and the digest of the CRCs, which costs
+nothing; an image's own bytes are checked when it is first used, at some 7 GB/s a thread, which is a thirtieth of
 decoding it. So a flipped byte is found before it is trained on, and nobody waits for a whole file to be read.
 """
 
@@ -31,11 +31,11 @@ from starling.core.plain_json import parse_json
 from starling.data.dataset.dataset import Progress
 
 FORMAT = "starling-pixels-3"
-"""Changes whenever the stored bytes of the same pictures would."""
+"""Changes whenever the stored bytes of the same images would."""
 SUFFIX = ".pixels"
 _PAGE = 4096
 
-Picture = np.ndarray[Any, Any]
+Image = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ class PixelLayout:
     """Hex SHA-256, the file's name."""
     image_size: int
     offsets: np.ndarray[Any, Any]
-    """[N+1] int64: where each picture begins among the pixels, and where the last one ends."""
+    """[N+1] int64: where each image begins among the pixels, and where the last one ends."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -129,8 +129,8 @@ class PixelFile:
         there = state_of(path)
         return there is not None and os.path.samestat(self._status, there)
 
-    def picture(self, index: int) -> Picture | None:
-        """Return the bytes of a picture [n]; None if they are not those that were written."""
+    def image(self, index: int) -> Image | None:
+        """Return the bytes of an image [n]; None if they are not those that were written."""
         pixels = self.pixels[self._layout.offsets[index] : self._layout.offsets[index + 1]]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != self._checksums[index]:
@@ -142,11 +142,11 @@ class PixelFile:
 def write_pixels(
     path: Path,
     layout: PixelLayout,
-    decode: Callable[[int], Picture],
+    decode: Callable[[int], Image],
     costs: Sequence[int],
     progress: Progress | None,
 ) -> None:
-    """Decode all pictures in threads into a file that appears at `path` whole or not at all.
+    """Decode all images in threads into a file that appears at `path` whole or not at all.
 
     `costs` are the bytes of memory that each decoding takes. Raises OSError, or what `decode` raises.
     """
@@ -191,7 +191,7 @@ def in_threads(work: Callable[[int], None], costs: Sequence[int]) -> Iterator[No
         pool.shutdown(cancel_futures=True)
 
 
-def _write_at(descriptor: int, content: Picture, position: int) -> None:
+def _write_at(descriptor: int, content: Image, position: int) -> None:
     rest = content.data
     while rest:
         written = os.pwrite(descriptor, rest, position)

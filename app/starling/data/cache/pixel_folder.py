@@ -125,7 +125,7 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             if not told:
                 told.append(holder)
-                say(f"waiting for {holder or 'another process'}, which builds the picture cache {path}")
+                say(f"waiting for {holder or 'another process'}, which builds the image cache {path}")
 
         return wait_for(lambda: try_flock(descriptor), tell=tell, poll_s=POLL_S)
 
@@ -187,7 +187,7 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
                 return
             remove(path)
             short -= size
-            say(f"{path}: removed for space, the least recently used picture cache ({_gib(size)})")
+            say(f"{path}: removed for space, the least recently used image cache ({_gib(size)})")
 
 
 def _own_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pictures decoded from their files and resized to the training size, and whether they are still the same files."""
+"""Images decoded from their files and resized to the training size, and whether they are still the same files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from starling.data.dataset.dataset import Dataset
 from starling.data.dataset.images import decode_image, file_stamp
 
 _SHOWN = 3
-"""Changed pictures that are named; the rest would flood the log."""
+"""Changed images that are named; the rest would flood the log."""
 
 
-class PictureChangedError(Exception):
-    """A picture is no longer the one that the dataset's scan saw."""
+class ImageChangedError(Exception):
+    """An image is no longer the one that the dataset's scan saw."""
 
 
-class ResizedPictures:
-    """`pictures[i]` decodes picture i: uint8 RGB [H,W,3], read-only, its longest side at `image_size`."""
+class ResizedImages:
+    """`images[i]` decodes image i: uint8 RGB [H,W,3], read-only, its longest side at `image_size`."""
 
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64."""
 
     def __init__(self, dataset: Dataset, image_size: int, say: Say) -> None:
-        """Decode nothing yet; `say` is told of pictures that change after the dataset's scan."""
+        """Decode nothing yet; `say` is told of images that change after the dataset's scan."""
         self.dataset, self.image_size = dataset, image_size
         self.shapes_hw = _resized_shapes(dataset.shapes_hw, image_size)
         self._say = say
@@ -46,15 +46,15 @@ class ResizedPictures:
         return image
 
     def unchanged(self, index: int) -> np.ndarray[Any, Any]:
-        """Return a picture; raises PictureChangedError where its file is another one than the scan saw."""
+        """Return an image; raises ImageChangedError where its file is another one than the scan saw."""
         image, changed = self._read(index)
         if changed:
-            raise PictureChangedError(str(self.dataset.images[index]))
+            raise ImageChangedError(str(self.dataset.images[index]))
         return image
 
     @cached_property
     def key(self) -> str:
-        """The hex SHA-256 that names the pixels: each picture's name, shape and stamp, the size, the format.
+        """The hex SHA-256 that names the pixels: each image's name, shape and stamp, the size, the format.
 
         Labels do not matter, nor where the dataset lies: relabelled or moved, it keeps its file.
         """
@@ -68,12 +68,12 @@ class ResizedPictures:
         return digest.hexdigest()
 
     def costs(self) -> list[int]:
-        """Return the most bytes that decoding each picture takes: twice the original, once the result."""
+        """Return the most bytes that decoding each image takes: twice the original, once the result."""
         result: list[int] = (6 * self.dataset.shapes_hw.prod(1) + 3 * self.shapes_hw.prod(1)).tolist()
         return result
 
     def _read(self, index: int) -> tuple[np.ndarray[Any, Any], bool]:
-        """Return a picture, and whether its file is another one than the scan saw."""
+        """Return an image, and whether its file is another one than the scan saw."""
         path = self.dataset.images[index]
         image = decode_image(path)
         if image.shape[:2] != tuple(self.dataset.shapes_hw[index]):
@@ -101,7 +101,7 @@ class ResizedPictures:
             if len(self._changed) <= _SHOWN:
                 self._say(f"{self.dataset.images[index]}: changed since the start; {remedy}")
             elif len(self._changed) == _SHOWN + 1:
-                self._say("more pictures changed since the start")
+                self._say("more images changed since the start")
 
 
 def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

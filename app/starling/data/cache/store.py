@@ -1,4 +1,4 @@
-"""Pictures at training size: decoded once, kept as uint8 RGB in one file shared by a host, or in memory."""
+"""Images at training size: decoded once, kept as uint8 RGB in one file shared by a host, or in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from starling.data.cache.pixel_folder import (
     remove_idle,
     shared_pixels,
 )
-from starling.data.cache.resized import PictureChangedError, ResizedPictures, read_only
+from starling.data.cache.resized import ImageChangedError, ResizedImages, read_only
 from starling.data.dataset.dataset import Dataset, Progress
 from starling.outputs.run_dir import runs_root
 
@@ -39,14 +39,14 @@ _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
     "ram": ("ram", "disk"),
     "off": (),
 }
-"""Ways of keeping pictures by the mode asked for, tried in order; after them nothing is kept."""
+"""Ways of keeping images by the mode asked for, tried in order; after them nothing is kept."""
 
 
 class ImageStore:
-    """`store[i]` is picture i of the dataset, uint8 RGB [H,W,3] with its longest side at `image_size`.
+    """`store[i]` is image i of the dataset, uint8 RGB [H,W,3] with its longest side at `image_size`.
 
     Arrays are read-only and may be used from any number of threads. Modes: `disk` maps one file that all processes
-    and containers of the host share, so that its pages are in memory once; `ram` keeps decoded pictures in this
+    and containers of the host share, so that its pages are in memory once; `ram` keeps decoded images in this
     process, filled as they are asked for; `off` decodes each time; `device` is `disk` for a trainer that copies
     all of them to its GPU; `auto` is `disk` where the file can be kept and memory could hold it, else `ram`, and on
     the GPU too where they fit.
@@ -54,9 +54,9 @@ class ImageStore:
     """
 
     mode: StoreMode
-    """How pictures are kept: `disk`, `ram` or `off`."""
+    """How images are kept: `disk`, `ram` or `off`."""
     on_device: bool
-    """Whether the trainer is to copy the pictures to its GPU: `device` or `auto` was asked for, and they fit."""
+    """Whether the trainer is to copy the images to its GPU: `device` or `auto` was asked for, and they fit."""
     reason: str
     """Why, for the log: one line with the remedy."""
 
@@ -72,10 +72,10 @@ class ImageStore:
         progress: Progress | None = None,
         say: Say = lambda line: None,
     ) -> None:
-        """Prepare the store; only `disk` reads pictures now, unless its file is there already.
+        """Prepare the store; only `disk` reads images now, unless its file is there already.
 
         `memory_limit_bytes` bounds `ram`, by default half of what the container has left; `device_free_bytes` is
-        what pictures may take of the GPU's memory, None without a GPU. `progress` is told of pictures decoded into
+        what images may take of the GPU's memory, None without a GPU. `progress` is told of images decoded into
         the file, `say` of what happens on the way.
         """
         if mode not in get_args(StoreMode):
@@ -88,7 +88,7 @@ class ImageStore:
             memory_limit_bytes = max(container_memory_limit() - container_memory_used(), 0) // 2
         self.dataset = dataset
         self.image_size = image_size
-        self._originals = ResizedPictures(dataset, image_size, say)
+        self._originals = ResizedImages(dataset, image_size, say)
         self.shapes_hw = self._originals.shapes_hw
         self._offsets = np.concatenate(([0], np.cumsum(self.shapes_hw.prod(1) * 3)))
         self.nbytes = int(self._offsets[-1])
@@ -110,13 +110,13 @@ class ImageStore:
     def __getitem__(self, index: int) -> np.ndarray[Any, Any]:
         file = self._file
         if file is not None:
-            pixels = file.picture(index)
+            pixels = file.image(index)
             return self._shaped(index, pixels) if pixels is not None else self._instead(index, file)
         if self._memory is None:
             return self._originals[index]
         pixels = self._memory[self._offsets[index] : self._offsets[index + 1]]
         if not self._present[index]:
-            with self._locks[index % len(self._locks)]:  # two threads never decode the same picture
+            with self._locks[index % len(self._locks)]:  # two threads never decode the same image
                 if not self._present[index]:
                     pixels[:] = self._originals[index].reshape(-1)
                     self._present[index] = 1
@@ -127,7 +127,7 @@ class ImageStore:
         return self._originals.key
 
     def _settle(self) -> None:
-        """Keep pictures in the first way that works, and note why others do not."""
+        """Keep images in the first way that works, and note why others do not."""
         self._file = self._memory = None
         self.mode, refused = "off", []
         for way in _WAYS[self._asked]:
@@ -156,7 +156,7 @@ class ImageStore:
         layout = PixelLayout(self.key(), self.image_size, self._offsets)
 
         def build(path: Path) -> None:
-            cv2.setNumThreads(1)  # as in the loader: the parallelism is over pictures
+            cv2.setNumThreads(1)  # as in the loader: the parallelism is over images
             write_pixels(path, layout, self._originals.unchanged, self._originals.costs(), self._progress)
 
         try:
@@ -166,15 +166,17 @@ class ImageStore:
             if isinstance(error, LinkRefused):
                 return f"no shared file: {refusal(error)}"
             return f"no shared file: {where}: {why}; make room there or make it writable"
-        except PictureChangedError as error:
-            return f"no shared file: {error} changed while it was decoded; start again when the pictures are ready"
+        except ImageChangedError as error:
+            return (
+                f"no shared file: {error} changed while it was decoded; start again when the images are ready"
+            )
         return None
 
     def _reserve(self) -> str | None:
-        """Reserve memory for all pictures, which is taken as they are filled in; return what is in the way."""
+        """Reserve memory for all images, which is taken as they are filled in; return what is in the way."""
         if self.nbytes > self._budget:
             remedy = "--cache disk keeps them in a file" if self._asked == "ram" else "raise the memory limit"
-            return f"{_gib(self.nbytes)} of pictures do not fit the {_gib(self._budget)} to spend; {remedy}"
+            return f"{_gib(self.nbytes)} of images do not fit the {_gib(self._budget)} to spend; {remedy}"
         try:
             self._memory = np.empty(self.nbytes, np.uint8)
         except MemoryError:
@@ -202,7 +204,7 @@ class ImageStore:
         self.reason = f"not on a GPU: {problem}; {self.reason}"
 
     def _instead(self, index: int, file: PixelFile) -> np.ndarray[Any, Any]:
-        """Return a picture that is damaged in the file, decoded anew."""
+        """Return an image that is damaged in the file, decoded anew."""
         self._forget(file)
         return self._originals[index]
 
@@ -215,7 +217,7 @@ class ImageStore:
             assert self._folder is not None
             path = self._folder / f"{self.key()}{SUFFIX}"
             discard(path, file)
-            self._say(f"{path}: damaged, so removed; its damaged pictures are decoded anew")
+            self._say(f"{path}: damaged, so removed; its damaged images are decoded anew")
 
     def _shaped(self, index: int, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return read_only(pixels.reshape(*self.shapes_hw[index], 3))
@@ -251,5 +253,5 @@ def _plain(files: list[KeptFile]) -> list[dict[str, Any]]:
 
 def _line(file: KeptFile) -> str:
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used_at))
-    content = f"{file.pictures} pictures at {file.image_size} px" if file.pictures else "damaged or outdated"
+    content = f"{file.pictures} images at {file.image_size} px" if file.pictures else "damaged or outdated"
     return f"{file.path.name[:12]}…  {file.nbytes / 2**30:8.2f} GiB  used {used}  {content}"

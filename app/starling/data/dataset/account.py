@@ -10,7 +10,7 @@ def left_out(split: Dataset, shown: int = 5) -> list[str]:
     """Name what was left out, and why; users must not find out from a bad mAP."""
     lines = []
     if split.problems:
-        lines.append(f"  {split.skipped} pictures left out (--strict stops at the first):")
+        lines.append(f"  {split.skipped} images left out (--strict stops at the first):")
     for finding in (*split.problems[:shown], *split.notes[:shown]):
         lines.append(f"    {finding}")
     more = max(len(split.problems) - shown, 0) + max(len(split.notes) - shown, 0)

@@ -1,4 +1,4 @@
-"""From a dataset's YAML description to checked pairs of picture and labels."""
+"""From a dataset's YAML description to checked pairs of image and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from starling.core.errors import ConfigError, DataError, suggest
 from starling.core.files.refusals import readable
 from starling.data.dataset.findings import REPORT, Finding
 from starling.data.dataset.image_cost import ImageHeader
-from starling.data.dataset.image_lists import FoundImages, find_pictures, locate
+from starling.data.dataset.image_lists import FoundImages, find_images, locate
 from starling.data.dataset.images import UnusableImageError, read_header
 from starling.data.dataset.labels import Keypoints, LabelFile, Polygon, doubtful_polygons, read_keypoints
 from starling.data.dataset.left_out import LeftOut
@@ -51,7 +51,7 @@ BACKGROUND = "background"
 _MAX_CLASSES = 100_000
 
 Progress = Callable[[int, int], None]
-"""Called with (pictures checked, pictures in all)."""
+"""Called with (images checked, images in all)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class DatasetDescription:
     root: Path
     """Folder that the splits are relative to."""
     splits: Mapping[str, tuple[Path, ...]]
-    """Split name -> folders of pictures, `.txt` lists of pictures, or single pictures."""
+    """Split name -> folders of images, `.txt` lists of images, or single images."""
     names: tuple[str, ...]
     """Class names by class number; one name under single_cls."""
     nc_in_labels: int
@@ -109,40 +109,40 @@ class DatasetDescription:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Dataset:
-    """The usable pictures of one split with their labels, in a fixed order.
+    """The usable images of one split with their labels, in a fixed order.
 
-    Headers and labels are read anew each time: with threads that costs about 0.1 ms a picture, less than
+    Headers and labels are read anew each time: with threads that costs about 0.1 ms an image, less than
     proving a label cache fresh is worth, and an edited label can never be trained on in its old form.
     """
 
     images: list[Path]
     labels: list[np.ndarray[Any, Any]]
-    """[n,5] float32 a picture: class, x and y of the centre, width, height, 0 to 1."""
+    """[n,5] float32 an image: class, x and y of the centre, width, height, 0 to 1."""
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64: upright height and width in pixels."""
     names: tuple[str, ...]
     polygons: list[tuple[Polygon | None, ...]] = field(default_factory=list)
-    """A picture's polygons, parallel to its label rows (None: the row is a box), or an empty tuple where it has
-    none; the list is empty where no picture of the split has one."""
+    """An image's polygons, parallel to its label rows (None: the row is a box), or an empty tuple where it has
+    none; the list is empty where no image of the split has one."""
     problems: list[Finding]
-    """Pictures left out, and why; the number of them is `skipped`."""
+    """Images left out, and why; the number of them is `skipped`."""
     notes: list[Finding]
     """Label rows left out without harm."""
     unread: list[Finding] = field(default_factory=list)
     """Images of kinds that are not read, one finding for all of them."""
     unlabelled: list[Finding] = field(default_factory=list)
-    """Pictures without a label file, which are background."""
+    """Images without a label file, which are background."""
     unpaired: list[Finding] = field(default_factory=list)
-    """Label files that are not read, as those without a picture."""
+    """Label files that are not read, as those without an image."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """All that is passed over, counted by reason."""
     clipped: int = 0
     """Label rows with a value a little outside [0, 1]."""
     skipped: int
     digest: str
-    """Hex SHA-256 of names, labels, and the pictures' relative paths, sizes in pixels and in bytes."""
+    """Hex SHA-256 of names, labels, and the images' relative paths, sizes in pixels and in bytes."""
     stamps: np.ndarray[Any, Any]
-    """[N,2] int64: bytes and time of change of each picture file; keys what is derived from pixels."""
+    """[N,2] int64: bytes and time of change of each image file; keys what is derived from pixels."""
 
     @property
     def nc(self) -> int:
@@ -178,11 +178,11 @@ class Dataset:
         strict: bool = False,
         progress: Progress | bool | None = None,
     ) -> Self:
-        """Find the pictures of `split`, check each header and label file, keep the usable pairs.
+        """Find the images of `split`, check each header and label file, keep the usable pairs.
 
-        Unusable pictures are left out and listed in `problems`; with `strict` they are a DataError instead.
+        Unusable images are left out and listed in `problems`; with `strict` they are a DataError instead.
         `progress` may be a callable; a bool is taken for the caller's intent to print and ignored here.
-        Raises DataError also for a split that is not there or has no usable picture.
+        Raises DataError also for a split that is not there or has no usable image.
         """
         if split not in description.splits:
             given = ", ".join(description.splits)
@@ -190,16 +190,16 @@ class Dataset:
                 f"{description.path_yaml}: has no `{split}:`; add it, or use a split it has ({given})"
             )
         source = f"{description.path_yaml}: {split}"
-        found = find_pictures(description.splits[split], description.root, source)
+        found = find_images(description.splits[split], description.root, source)
         report = progress if callable(progress) else None
         scanned = list(_scan(found.images, description, report))
         problems = [*found.absent, *(problem for item in scanned for problem in item.problems)]
         if problems and strict:
-            raise DataError(_many(f"{split}: unusable pictures under --strict", problems))
+            raise DataError(_many(f"{split}: unusable images under --strict", problems))
         usable = [item for item in scanned if item.header is not None and not item.problems]
         if not usable:
             where = ", ".join(str(entry) for entry in description.splits[split])
-            reason = _many("none is usable", problems) if problems else "no pictures there; check the path"
+            reason = _many("none is usable", problems) if problems else "no images there; check the path"
             raise DataError("\n  ".join([f"{source}: {where}: {reason}", *found.left_out.lines()]))
         return cls._assemble(description, usable, problems, scanned, found)
 
@@ -263,7 +263,7 @@ def _named_places(path: Path, mapping: Mapping[str, Any]) -> NamedPlaces:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Return the class names of a dataset's YAML, whether or not its pictures are there."""
+    """Return the class names of a dataset's YAML, whether or not its images are there."""
     return _class_names(path, read_yaml(path))
 
 

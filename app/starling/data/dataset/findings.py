@@ -1,4 +1,4 @@
-"""What is wrong with a dataset: one finding a picture, label file or row, and the report of all of them."""
+"""What is wrong with a dataset: one finding an image, label file or row, and the report of all of them."""
 
 from __future__ import annotations
 

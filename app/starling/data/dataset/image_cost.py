@@ -167,7 +167,7 @@ DECODING = Room(MEMORY_BYTES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageHeader:
-    """What a picture's file says before it is decoded."""
+    """What an image's file says before it is decoded."""
 
     hw: Size
     """Height and width in pixels after the EXIF rotation."""

@@ -50,7 +50,7 @@ class FoundImages:
     """Lists whose entries were found another way than they are written."""
 
 
-def find_pictures(entries: Iterable[Path], root: Path, source: str) -> FoundImages:
+def find_images(entries: Iterable[Path], root: Path, source: str) -> FoundImages:
     """Return the images of a split's entries; lists may name theirs from `root`.
 
     Raises DataError for what is not there or cannot be listed, beginning with `source`; PermissionError for an entry

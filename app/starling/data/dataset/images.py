@@ -1,4 +1,4 @@
-"""Pictures on disk: look at the header first, refuse what cannot be used, decode to upright RGB.
+"""Images on disk: look at the header first, refuse what cannot be used, decode to upright RGB.
 
 The header is read with Pillow, which allocates nothing for the pixels, so that a tiny file that claims
 50,000 x 50,000 pixels is refused before anything is decoded. Users' files are only ever read.
@@ -32,9 +32,9 @@ from starling.data.dataset.image_cost import (
 from starling.errors import is_out_of_memory
 
 MIN_SIDE = 10
-"""Pictures with a shorter side hold nothing to learn from."""
+"""Images with a shorter side hold nothing to learn from."""
 MAX_PIXELS = 178_956_970
-"""Half a gigabyte as RGB; larger pictures are taken for attacks or mistakes. What takes more memory to decode than
+"""Half a gigabyte as RGB; larger images are taken for attacks or mistakes. What takes more memory to decode than
 others (16 bits a channel, JPEGs in several scans, …) has a lower limit: see starling.data.dataset.image_cost."""
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
@@ -56,7 +56,7 @@ _TURNS = {
     7: (cv2.ROTATE_90_CLOCKWISE, 0),
     8: (cv2.ROTATE_90_COUNTERCLOCKWISE, None),
 }
-"""EXIF orientation -> the rotation, then the flip (as cv2.flip counts axes), that make a picture upright.
+"""EXIF orientation -> the rotation, then the flip (as cv2.flip counts axes), that make an image upright.
 5 is a transposition: a quarter turn clockwise and a mirror. 7 is the other diagonal. Source: EXIF 2.3, 4.6.4."""
 
 # The limit above is the one that counts; Pillow's own warning at half of it would only be noise.
@@ -69,11 +69,11 @@ _DEEP_ROWS = 64
 _ROUNDED = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
 """16 bits -> 8."""
 _CONVERT = "convert it to 8-bit RGB"
-_REPLACE = "replace the picture or remove it"
+_REPLACE = "replace the image or remove it"
 
 
 class UnusableImageError(DataError):
-    """A picture that cannot be trained on; problem and remedy, without the path."""
+    """An image that cannot be trained on; problem and remedy, without the path."""
 
     def __init__(self, problem: str, remedy: str = _REPLACE) -> None:
         super().__init__(f"{problem}; {remedy}")
@@ -81,9 +81,9 @@ class UnusableImageError(DataError):
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Return the checked header of the picture at `path`.
+    """Return the checked header of the image at `path`.
 
-    Raises UnusableImageError with the reason: not a picture, truncated, animated, pixels of 32 bits, too small
+    Raises UnusableImageError with the reason: not an image, truncated, animated, pixels of 32 bits, too small
     or too large. Truncation is seen by the end mark of JPEG and PNG; other formats are decoded once to know.
     """
     try:
@@ -107,10 +107,10 @@ def file_stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def decode_image(path: Path) -> np.ndarray[Any, Any]:
-    """Return the picture as upright RGB, uint8 [H,W,3]; transparency is dropped, 16 bits are rounded to 8.
+    """Return the image as upright RGB, uint8 [H,W,3]; transparency is dropped, 16 bits are rounded to 8.
 
-    Raises DataError naming the path when it cannot be decoded whole; never returns a part of a picture. Where there
-    is no memory for it, which is no fault of the picture's, raises MemoryError naming the path.
+    Raises DataError naming the path when it cannot be decoded whole; never returns a part of an image. Where there
+    is no memory for it, which is no fault of the image's, raises MemoryError naming the path.
     """
     try:
         content = read_regular(path, MEMORY_BYTES)
@@ -133,7 +133,7 @@ def decode_image(path: Path) -> np.ndarray[Any, Any]:
             raise
         raise MemoryError(f"{path}: no room to decode its {width} x {height} pixels") from None
     if image.shape[:2] != header.hw:
-        raise DataError(f"{path}: header says {header.hw}, pixels are {image.shape[:2]}; replace the picture")
+        raise DataError(f"{path}: header says {header.hw}, pixels are {image.shape[:2]}; replace the image")
     return image
 
 
@@ -203,7 +203,7 @@ def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
     except Image.DecompressionBombError:
         raise UnusableImageError(f"claims more than {MAX_PIXELS:,} pixels", "scale it down") from None
     except UnidentifiedImageError:
-        raise UnusableImageError("not a picture of a known format") from None
+        raise UnusableImageError("not an image of a known format") from None
     except Exception as error:
         # Pillow's plug-ins raise many kinds on hostile bytes (SyntaxError, struct.error, OverflowError, ...).
         raise UnusableImageError(f"corrupt: {str(error)[:200]}") from None
@@ -284,7 +284,7 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def _check_end(image: Image.Image, file: IO[bytes], file_size: int, needed: int) -> None:
-    """Refuse a truncated picture, decoding it only where the last bytes do not settle the question."""
+    """Refuse a truncated image, decoding it only where the last bytes do not settle the question."""
     position = file.tell()
     file.seek(max(file_size - 32, 0))
     tail = file.read(32)

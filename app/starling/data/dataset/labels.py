@@ -21,7 +21,7 @@ from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.findings import Finding
 
 MAX_BYTES = 16 << 20
-"""A larger file is not one picture's labels."""
+"""A larger file is not one image's labels."""
 MAX_LINES = 1_000_000
 """Nor is one of more lines, blank, repeated and faulty ones included."""
 MAX_LINE_BYTES = 1 << 20
@@ -38,7 +38,7 @@ _LEAST_INSIDE = 0.1
 """Part of a box's side that lies, at least, between its centre and each edge of the image, where boxes share a line."""
 
 Polygon = np.ndarray[Any, Any]
-"""[k,2] float32: the corners, x and y, each 0 to 1 of a picture, or pixels where the name says so."""
+"""[k,2] float32: the corners, x and y, each 0 to 1 of an image, or pixels where the name says so."""
 
 
 class Keypoints(NamedTuple):
@@ -63,7 +63,7 @@ class LabelFile:
     polygons: tuple[Polygon | None, ...] = ()
     """One a row, None where the row is a box; empty where no row is a polygon."""
     problems: tuple[Finding, ...] = ()
-    """Rows that cannot be true. The picture is not to be used."""
+    """Rows that cannot be true. The image is not to be used."""
     notes: tuple[Finding, ...] = ()
     """Rows left out or clipped without harm: repetitions, boxes of no size, coordinates a little outside."""
     clipped: int = 0
@@ -77,7 +77,7 @@ class LabelFile:
 def label_path(image: Path) -> Path:
     """Return where the labels of `image` are: the last `images` folder replaced by `labels`, suffix `.txt`.
 
-    A picture under no `images` folder has its labels beside it.
+    An image under no `images` folder has its labels beside it.
     """
     parts = list(image.parts)
     for position in range(len(parts) - 2, -1, -1):

@@ -32,7 +32,7 @@ def read_pair(image: Path, nc: int, keypoints: Keypoints | None) -> LabelFile:
 def unlabelled(images: Iterable[Path]) -> Iterator[Finding]:
     """Yield what to say of images that have no label file."""
     for image in images:
-        remedy = f"write {label_path(image)}, empty if nothing is in the picture"
+        remedy = f"write {label_path(image)}, empty if nothing is in the image"
         yield Finding(str(image), None, "no label file, so taken for background", remedy)
 
 
@@ -73,7 +73,7 @@ def _stem(name: str) -> str:
 
 def _not_read(labels: Path, name: str, image: str | None) -> Finding:
     if image is None:
-        problem, remedy = "a label file without a picture, not used", "add the picture or remove the file"
+        problem, remedy = "a label file without an image, not used", "add the image or remove the file"
     elif _is_unread(image):
         problem, remedy = (
             f"not used: {image} is of a kind that is not read",

@@ -168,8 +168,8 @@ def run_steps(
         if isinstance(step, Convert):
             say(f"converting: {step.name} {' '.join(step.arguments.values())}")
             done = CONVERTERS[step.name](root, names, **step.arguments)
-            pictures, remark = done if isinstance(done, Converted) else (done, "")
-            say(f"converted: {pictures} pictures{f'; left out: {remark}' if remark else ''}")
+            images, remark = done if isinstance(done, Converted) else (done, "")
+            say(f"converted: {images} images{f'; left out: {remark}' if remark else ''}")
             continue
         url = mirrored(step.url)
         archive = archives / PurePosixPath(url).name

@@ -1,6 +1,6 @@
-"""Label formats of public datasets, converted to one text file a picture: `class x y width height`, 0 to 1.
+"""Label formats of public datasets, converted to one text file an image: `class x y width height`, 0 to 1.
 
-Each converter works inside one dataset's folder and adds files only: pictures and annotations stay as they came.
+Each converter works inside one dataset's folder and adds files only: images and annotations stay as they came.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from starling.core.words import printable
 from starling.data.fetch.annotation_files import members
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels, counted from the picture's corner."""
+"""Left, top, right, bottom in pixels, counted from the image's corner."""
 Row = tuple[int, Box]
 """Class number and box."""
 
 _MAX_XML_BYTES = 4 << 20
 _MAX_CLASS_FILE_BYTES = 4 << 20
 _MAX_LINES_BYTES = 16 << 20
-"""Of a list of names, or one picture's annotations in lines."""
+"""Of a list of names, or one image's annotations in lines."""
 _MAX_CSV_LINE = 1 << 20
 _MAX_BOXES = 20_000_000
 """Of one file of annotations: the largest public set has 15 million."""
 _MAX_SIDE = 1 << 20
-"""Pixels of an annotated picture's side; the reader of pictures takes far less."""
+"""Pixels of an annotated image's side; the reader of images takes far less."""
 _OPEN_IMAGES_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _NO_HARD_LINKS = frozenset(
     {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
 )
 _BEYOND_EDGE = 0.01
-"""Parts of a picture that a corner may lie outside by rounding; further out it is in other units."""
+"""Parts of an image that a corner may lie outside by rounding; further out it is in other units."""
 
 
 class Converted(NamedTuple):
     """What a converter that may leave something out has to say."""
 
-    pictures: int
+    images: int
     remark: str
     """What was left out, and why; empty for nothing."""
 
 
 def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, into: str) -> int:
-    """Convert the pictures that one split of a Pascal VOC folder lists, and return how many.
+    """Convert the images that one split of a Pascal VOC folder lists, and return how many.
 
-    `source` holds JPEGImages, Annotations and ImageSets/Main; the pictures appear in `images/<into>` as hard links
+    `source` holds JPEGImages, Annotations and ImageSets/Main; the images appear in `images/<into>` as hard links
     where the file system has them, their labels in `labels/<into>`. Objects marked as difficult are left out, as in
     the challenge's own scores. Corners count from 1 and are inclusive (VOC2012 development kit, 2.3).
     """
@@ -82,7 +82,7 @@ def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, in
 
 
 def read_voc(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
-    """Return the rows of a VOC annotation, and the picture's width and height."""
+    """Return the rows of a VOC annotation, and the image's width and height."""
     content = read_bounded(path, _MAX_XML_BYTES)
     try:
         text = content.decode("utf-8-sig")
@@ -108,7 +108,7 @@ def read_voc(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
 
 
 def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
-    """Write `<source>/labels` for a VisDrone-DET folder of images and annotations; return the pictures converted.
+    """Write `<source>/labels` for a VisDrone-DET folder of images and annotations; return the images converted.
 
     An annotation row is left, top, width, height, score, category, truncation, occlusion. Rows of score 0 and
     category 0 (regions to ignore) and category 11 (others) are left out; categories 1 to 10 become 0 to 9.
@@ -131,7 +131,7 @@ def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
 
 
 def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
-    """Convert a Global Wheat CSV for the pictures in `images`, and return how many it lists.
+    """Convert a Global Wheat CSV for the images in `images`, and return how many it lists.
 
     Two layouts: `image_name,BoxesString,domain`, corners of boxes separated by `;` (GWHD 2021), and a row a box with
     `image_id,width,height,bbox,source`, bbox as `[left, top, width, height]` (GWHD 2020).
@@ -173,23 +173,23 @@ def _wheat_boxes(row: Mapping[str, str]) -> tuple[str, list[Box]]:
 
 
 def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
-    """Convert a COCO-style JSON (`instances_*.json`) for the pictures in `images`; return how many it lists.
+    """Convert a COCO-style JSON (`instances_*.json`) for the images in `images`; return how many it lists.
 
     Categories become classes in the order of their ids, which must name the description's classes. Crowd regions
     are left out. Source: cocodataset.org, data format, object detection.
     """
     path = below(root, source)
     try:
-        categories, pictures, boxes = _read_coco(path)
+        categories, entries, boxes = _read_coco(path)
         categories.sort()
         _check_names(path, [name for _, name in categories], names)
         classes = {identity: number for number, (identity, _) in enumerate(categories)}
-        for identity, name, width, height in pictures:
+        for identity, name, width, height in entries:
             rows = (
                 (classes[int(values[0])], four_numbers(values[1:])) for values in _fives(boxes.get(identity))
             )
             write_labels(below(root, f"{images}/{name}"), rows, width, height)
-        return len(pictures)
+        return len(entries)
     except NotUtf8 as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, BudgetExceeded) as error:
@@ -210,7 +210,7 @@ def _read_coco(
     """
     budget = Budget(seconds=math.inf, boxes=_MAX_BOXES, images=_MAX_BOXES // 10, categories=100_000)
     categories: list[tuple[int, str]] = []
-    pictures: list[tuple[Any, str, int, int]] = []
+    entries: list[tuple[Any, str, int, int]] = []
     boxes: dict[Any, array[float]] = defaultdict(lambda: array("d"))
     there = set()
     for key, item in members(path):
@@ -220,7 +220,7 @@ def _read_coco(
             categories.append((int(item["id"]), str(item["name"])))
         elif key == "images":
             budget.spend(images=1)
-            pictures.append((item["id"], str(item["file_name"]), int(item["width"]), int(item["height"])))
+            entries.append((item["id"], str(item["file_name"]), int(item["width"]), int(item["height"])))
         elif key == "annotations" and not item.get("iscrowd"):
             budget.spend(boxes=1)
             left, top, width, height = four_numbers(item["bbox"])
@@ -229,7 +229,7 @@ def _read_coco(
     for key in ("categories", "images", "annotations"):
         if key not in there:
             raise KeyError(key)
-    return categories, pictures, boxes
+    return categories, entries, boxes
 
 
 def _fives(values: array[float] | None) -> Iterator[array[float]]:
@@ -241,10 +241,10 @@ def _fives(values: array[float] | None) -> Iterator[array[float]]:
 def convert_open_images(
     root: Path, names: Sequence[str], *, source: str, images: str, classes: str
 ) -> Converted:
-    """Convert an Open Images CSV of boxes for those of its pictures that are in `images` as `ImageID.jpg`.
+    """Convert an Open Images CSV of boxes for those of its images that are in `images` as `ImageID.jpg`.
 
     `classes` is the CSV of class descriptions, in the order of `names`. Boxes around a group of objects are left
-    out, as crowds are. Rows are read one by one, and those of one picture may stand apart; the folder of labels
+    out, as crowds are. Rows are read one by one, and those of one image may stand apart; the folder of labels
     appears whole or not at all. Where `images` is not there at all, nothing is read. Source: the data formats page
     of Open Images V6. Raises DataError, with file and line, for a row that cannot be true.
     """
@@ -254,7 +254,7 @@ def convert_open_images(
     described = read_open_images_classes(below(root, classes))
     _check_names(root / classes, list(described.values()), names)
     numbers = {label: number for number, label in enumerate(described)}
-    pictures = elsewhere = 0
+    converted = elsewhere = 0
     apart: set[Path] = set()
     with _new_labels(folder) as labels:
         rows = _open_images_rows(below(root, source), numbers)
@@ -267,15 +267,15 @@ def convert_open_images(
             if path.exists():
                 apart.add(path)
             else:
-                pictures += 1
+                converted += 1
             _write_lines(path, lines, "a")
         for path in apart:
             with open(path, encoding="utf-8") as file:
                 lines = _once(path, map(str.rstrip, file))
             _write_lines(path, lines, "w")
-        if not pictures:
-            raise DataError(f"{folder}: no picture of {source} is there; they belong there as ImageID.jpg")
-    return Converted(pictures, f"{elsewhere} rows of pictures that are not in {images}" if elsewhere else "")
+        if not converted:
+            raise DataError(f"{folder}: no image of {source} is there; they belong there as ImageID.jpg")
+    return Converted(converted, f"{elsewhere} rows of images that are not in {images}" if elsewhere else "")
 
 
 def read_open_images_classes(path: Path) -> dict[str, str]:
@@ -298,7 +298,7 @@ def read_open_images_classes(path: Path) -> dict[str, str]:
 
 
 def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, Row | None]]:
-    """Yield picture and row for each line of a CSV of boxes; no row for a box around a group."""
+    """Yield image and row for each line of a CSV of boxes; no row for a box around a group."""
     try:
         reader = csv.reader(_csv_lines(path))
         header = next(reader, [])
@@ -321,7 +321,7 @@ def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[
 
 
 def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple[str, Row | None]:
-    """Return picture and row of the columns' values, in their order. Raises ValueError saying what is wrong."""
+    """Return image and row of the columns' values, in their order. Raises ValueError saying what is wrong."""
     image, label, *corners, group = values
     if not re.fullmatch(r"[\w-]+", image, re.ASCII):
         raise ValueError(f"{image[:40]!r} is no ImageID")
@@ -340,10 +340,10 @@ def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple
 
 @contextmanager
 def _new_labels(images: Path) -> Iterator[Path]:
-    """Give a folder to write the labels of the pictures in `images` to; it gets its name when all are written."""
+    """Give a folder to write the labels of the images in `images` to; it gets its name when all are written."""
     from starling.data.dataset.labels import label_path
 
-    target = label_path(images / "picture.jpg").parent
+    target = label_path(images / "image.jpg").parent
     if target == images:
         raise DataError(f"{images}: must be below a folder named images; rename it")
     if target.exists():
@@ -368,14 +368,14 @@ def _write_lines(path: Path, lines: Iterable[str], mode: str) -> None:
 
 
 def _once(path: Path, lines: Iterable[str]) -> list[str]:
-    """Return each line once; raises DataError for more than one picture can have."""
+    """Return each line once; raises DataError for more than one image can have."""
     from starling.data.dataset.labels import MAX_ROWS
 
     once: dict[str, None] = {}
     for line in lines:
         once[line] = None
         if len(once) > MAX_ROWS:
-            raise DataError(f"{path.stem}: over {MAX_ROWS} boxes in one picture; fetch the annotations again")
+            raise DataError(f"{path.stem}: over {MAX_ROWS} boxes in one image; fetch the annotations again")
     return list(once)
 
 
@@ -398,7 +398,7 @@ def class_of(path: Path, name: str, names: Sequence[str]) -> int:
 
 
 def write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
-    """Write the label file of a picture: boxes cut to the picture, those that lie outside or have no area left out."""
+    """Write the label file of an image: boxes cut to the image, those that lie outside or have no area left out."""
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise DataError(
             f"{image}: annotated as {str(width)[:12]} × {str(height)[:12]} pixels; fetch the dataset again"
@@ -428,7 +428,7 @@ def _unwritable(path: Path, error: OSError) -> Exception:
 
 
 def _label_lines(rows: Iterable[Row], width: int, height: int) -> Iterator[str]:
-    """Yield the lines of a label file, for the boxes that have an area inside the picture."""
+    """Yield the lines of a label file, for the boxes that have an area inside the image."""
     for number, (left, top, right, bottom) in rows:
         left, right = (min(max(x, 0.0), width) / width for x in (left, right))
         top, bottom = (min(max(y, 0.0), height) / height for y in (top, bottom))
@@ -449,7 +449,7 @@ def size_of(image: Path) -> tuple[int, int]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a picture a second name; a copy where the file system has no hard links."""
+    """Give an image a second name; a copy where the file system has no hard links."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, target)

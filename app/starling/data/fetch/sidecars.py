@@ -51,13 +51,13 @@ def convert_labelme(root: Path, names: Sequence[str], *, source: str, images: st
 def _convert_each(
     root: Path, names: Sequence[str], source: str, images: str, suffix: str, read: _Read
 ) -> Converted:
-    folder, pictures = below(root, source), _by_stem(below(root, images))
+    folder, by_stem = below(root, source), _by_stem(below(root, images))
     files = [name for name in _listed(folder) if suffix_of(name) == suffix]
     if not files:
         raise DataError(f"{folder}: no {suffix} files there; name the folder of annotations as `source`")
     done = 0
     for name in files:
-        image = pictures.get(os.path.splitext(name)[0])
+        image = by_stem.get(os.path.splitext(name)[0])
         if image is None:
             continue
         rows, width, height = read(folder / name, names)

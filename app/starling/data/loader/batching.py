@@ -1,4 +1,4 @@
-"""Which pictures an epoch shows, in which batches and shapes: functions of (seed, epoch) and the classes' mAP."""
+"""Which images an epoch shows, in which batches and shapes: functions of (seed, epoch) and the classes' mAP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 SCALES = (0.5, 1.5)
 """Smallest and largest size that multi-scale trains at, as parts of the image size."""
 GROUP = 4
-"""Pictures that quad makes one image of."""
+"""Dataset images that quad joins in one training image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +28,11 @@ class Batching:
     """How `--rect`, `--quad`, `--image-weights` and `--multi-scale` shape the batches of an epoch."""
 
     rect: bool = False
-    """Batches of like aspect, each in the smallest shape that holds its pictures; no mosaics."""
+    """Batches of like aspect, each in the smallest shape that holds its images; no mosaics."""
     quad: bool = False
-    """A quarter of the images at twice the side: each one picture enlarged, or four side by side."""
+    """A quarter of the images at twice the side: each one dataset image enlarged, or four side by side."""
     image_weights: bool = False
-    """Draw pictures by their classes: rare and badly found ones more often."""
+    """Draw images by their classes: rare and badly found ones more often."""
     multi_scale: bool = False
     """Another image size each iteration."""
     stride: int = 32
@@ -58,9 +58,9 @@ class Batching:
 
 
 class Visit(NamedTuple):
-    """One showing of a picture."""
+    """One showing of an image."""
 
-    picture: int
+    image: int
     """Its position in the dataset."""
     repeat: int
     """How often the epoch has shown it before."""
@@ -79,10 +79,10 @@ class BatchPlan:
     """What one batch is to hold."""
 
     slots: tuple[Slot, ...]
-    picture_hw: Size
-    """Each picture's height and width in pixels."""
+    source_hw: Size
+    """Each image's height and width in pixels."""
     hw: Size
-    """Each image's; twice the picture's with quad."""
+    """Of each training image; twice that of the dataset image with quad."""
     scaled_hw: Size | None
     """What the images are to be resized to on the device, if at all."""
 
@@ -103,8 +103,8 @@ def plan_epoch(
     """
     count = len(dataset)
     if batching.image_weights:
-        weights = picture_weights(dataset.labels, dataset.nc, class_maps)
-        order = decision_stream(seed, epoch, "pictures").choice(count, count, p=weights)
+        weights = image_weights(dataset.labels, dataset.nc, class_maps)
+        order = decision_stream(seed, epoch, "images").choice(count, count, p=weights)
     else:
         order = epoch_order(seed, epoch, count)
     aspects = dataset.shapes_hw[:, 0] / dataset.shapes_hw[:, 1]
@@ -122,7 +122,7 @@ def plan_epoch(
     for iteration, batch in enumerate(batches):
         hw = (image_size, image_size)
         if batching.rect:
-            indices = [visit.picture for visit in batch]
+            indices = [visit.image for visit in batch]
             hw = rectangle(aspects[indices], image_size, batching.stride, pad=0)
         scale = _scale(scales[iteration], image_size, batching.stride) if batching.multi_scale else 1.0
         plans.append(_plan_batch(batching, batch, hw, enlarge[iteration].tolist(), scale))
@@ -141,7 +141,7 @@ def _plan_batch(
     scaled_hw = tuple(math.ceil(side * scale / batching.stride - 1e-9) * batching.stride for side in out_hw)
     return BatchPlan(
         slots=slots,
-        picture_hw=hw,
+        source_hw=hw,
         hw=out_hw,
         scaled_hw=(scaled_hw[0], scaled_hw[1]) if scaled_hw != out_hw else None,
     )
@@ -164,7 +164,7 @@ def _scale(uniform: float, image_size: int, stride: int) -> float:
 
 
 def rectangle(aspects: Array, image_size: int, stride: int, pad: float) -> Size:
-    """Return the shape, plus `pad` strides, that holds pictures of these height/width ratios."""
+    """Return the shape, plus `pad` strides, that holds images of these height/width ratios."""
     flattest, tallest = float(aspects.min()), float(aspects.max())
     height, width = 1.0, 1.0
     if tallest < 1:
@@ -175,10 +175,10 @@ def rectangle(aspects: Array, image_size: int, stride: int, pad: float) -> Size:
     return math.ceil(height * strides + pad) * stride, math.ceil(width * strides + pad) * stride
 
 
-def picture_weights(labels: Sequence[Array], nc: int, class_maps: Sequence[float] | None) -> Array:
-    """Return the probability [N] of drawing each picture: over its labels, the sum of class weight·(1 - mAP)².
+def image_weights(labels: Sequence[Array], nc: int, class_maps: Sequence[float] | None) -> Array:
+    """Return the probability [N] of drawing each image: over its labels, the sum of class weight·(1 - mAP)².
 
-    A class's weight is one over its number of labels. Pictures without labels are not drawn, unless no picture
+    A class's weight is one over its number of labels. Images without labels are not drawn, unless no image
     has a label.
     """
     counts = np.array([len(rows) for rows in labels])

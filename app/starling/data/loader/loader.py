@@ -1,8 +1,8 @@
-"""Batches for training and validation: which pictures, how they lie, and what belongs to them.
+"""Batches for training and validation: which images, how they lie, and what belongs to them.
 
 Threads prepare them, which suffices because decoding, warping and colour conversion run in OpenCV, which
 releases the interpreter's lock; so there are no worker processes, nothing goes through /dev/shm, and one copy
-of the decoded pictures serves all of them.
+of the decoded images serves all of them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """Pictures and their labels."""
+    """Images and their labels."""
 
     images: Tensor
     """[B,3,H,W] RGB, channels last in memory: uint8, or 0 to 1 where a painter has put them on the device."""
     targets: Tensor
-    """[n,6] float32: position of the picture in the batch, class, x and y of the centre, width, height, 0 to 1."""
+    """[n,6] float32: position of the image in the batch, class, x and y of the centre, width, height, 0 to 1."""
     indices: tuple[int, ...]
-    """Positions of the pictures in the dataset, one an image: the first, where quad joins four."""
+    """Position in the dataset of each training image: of the first, where quad joins four."""
     geometry: tuple[Letterbox, ...] | None
-    """How each picture lies in its letterbox, from the original; None where augmentation moved it."""
+    """How each image lies in its letterbox, from the original; None where augmentation moved it."""
     original_hw: tuple[Size, ...]
     whole: int
     """Images of the batch over all processes that share it."""
@@ -50,7 +50,7 @@ class Batch:
     scaled_hw: Size | None = None
     """What the images are to be resized to on the device, as multi-scale asks; targets stay as they are."""
     loss_scale: float = 1.0
-    """What the loss is to be multiplied by: pictures an image, as quad joins them."""
+    """Factor of the loss: dataset images in a training image, as quad joins them."""
 
     def pixels(self) -> Array:
         """Return the images [B,3,H,W] as uint8 on the CPU, for drawing."""
@@ -66,10 +66,10 @@ class Batch:
 
 
 class TrainLoader:
-    """Augmented batches; each epoch visits every picture once, in an order of its own.
+    """Augmented batches; each epoch visits every image once, in an order of its own.
 
     Order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor an
-    interruption changes a byte. With image weights pictures are drawn instead, by `class_maps` too.
+    interruption changes a byte. With image weights, dataset images are drawn instead, by `class_maps` too.
     """
 
     class_maps: list[float] | None
@@ -147,7 +147,7 @@ class TrainLoader:
     def _work(self, plan: BatchPlan, epoch: int) -> Work:
         slots, padding = part(plan.slots, self.rank, self.world_size)
         return Work(
-            indices=tuple(slot.visits[0].picture for slot in slots),
+            indices=tuple(slot.visits[0].image for slot in slots),
             hw=plan.hw,
             fill=partial(self._fill, slots, plan, epoch),
             whole=len(plan.slots),
@@ -157,22 +157,22 @@ class TrainLoader:
     def _fill(
         self, slots: tuple[Slot, ...], plan: BatchPlan, epoch: int, position: int, out: Array | None
     ) -> Planned:
-        """Plan one image, and paint it into `out` if there is one: a picture, one enlarged, or four side by side."""
+        """Plan one image, and paint it into `out` if there is one: one dataset image, one enlarged, or four side by side."""
         slot = slots[position]
         items = tuple(
             plan_item(
                 self.dataset,
                 self.store.shapes_hw,
                 self.hyp,
-                plan.picture_hw,
+                plan.source_hw,
                 seed=self.seed,
                 epoch=epoch,
-                index=visit.picture,
+                index=visit.image,
                 repeat=visit.repeat,
             )
             for visit in (slot.visits[:1] if slot.enlarged else slot.visits)
         )
-        if plan.hw == plan.picture_hw:
+        if plan.hw == plan.source_hw:
             if out is not None:
                 paint_item(items[0], self.store, out)
             return items[0]
@@ -183,10 +183,10 @@ class TrainLoader:
 
 
 class ValLoader:
-    """Letterboxed batches for validation, every picture once.
+    """Letterboxed batches for validation, every image once.
 
-    With `rect`, pictures are sorted by aspect and each batch has the smallest shape, in multiples of the
-    stride, that fits its pictures plus `pad` strides; without, batches are squares in the dataset's order.
+    With `rect`, images are sorted by aspect and each batch has the smallest shape, in multiples of the
+    stride, that fits its images plus `pad` strides; without, batches are squares in the dataset's order.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class ValLoader:
         return letterbox_geometry((height, width), hw, minimal=False, upscale=False)
 
     def _geometry(self, index: int, hw: Size) -> Letterbox:
-        """Return the letterbox as seen from the original picture, with both resizings as one ratio."""
+        """Return the letterbox as seen from the original image, with both resizings as one ratio."""
         height, width = self.dataset.shapes_hw[index].tolist()
         geometry = self._letterbox(index, hw)
         return replace(geometry, ratio=geometry.ratio * stored_ratio((height, width), self.image_size))
@@ -277,4 +277,4 @@ def _check(batch_size: int, workers: int, image_size: int, store: ImageStore) ->
     if workers < 0:
         raise ConfigError("workers", workers, "must be 0 or more")
     if store.image_size != image_size:
-        raise ConfigError("image_size", image_size, f"but the store holds pictures of {store.image_size}")
+        raise ConfigError("image_size", image_size, f"but the store holds images of {store.image_size}")

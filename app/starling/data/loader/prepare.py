@@ -46,7 +46,7 @@ class Work:
     """One batch to make ready."""
 
     indices: tuple[int, ...]
-    """Positions of the pictures in the dataset, one an image."""
+    """Position in the dataset of each training image."""
     hw: Size
     fill: Fill
     whole: int
@@ -76,7 +76,7 @@ def prepared(
     uint8 in memory (`pin_memory`: page-locked), or what a `painter` paints from the plans, on its device. A
     thread's error is raised here; closing the iterator, or dropping it, ends the threads.
     """
-    cv2.setNumThreads(1)  # the parallelism is over pictures; OpenCV's own pool would fight it for the cores
+    cv2.setNumThreads(1)  # the parallelism is over images; OpenCV's own pool would fight it for the cores
     if workers == 0:
         return _one_by_one(works, pin_memory, painter)
     batches = _threaded(works, workers, pin_memory, painter)

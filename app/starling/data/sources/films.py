@@ -58,16 +58,16 @@ Ended = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Frame:
-    """One picture, or one frame of a video."""
+    """One image, or one frame of a video."""
 
     image: np.ndarray[Any, Any]
     """Upright RGB, uint8 [H,W,3]."""
     number: int
-    """Place in its video, from 0; 0 for a picture."""
+    """Place in its video, from 0; 0 for an image."""
     total: int
-    """Frames that its video will give; 1 for a picture, 0 where nobody knows."""
+    """Frames that its video will give; 1 for an image, 0 where nobody knows."""
     fps: float
-    """Frames a second of what is written from this video; 0 for a picture."""
+    """Frames a second of what is written from this video; 0 for an image."""
 
 
 def is_animated(path: Path) -> bool:

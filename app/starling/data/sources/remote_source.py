@@ -1,4 +1,4 @@
-"""Fetch one picture or video by HTTP, within limits and from nowhere else."""
+"""Fetch one image or video by HTTP, within limits and from nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detector looks at: pictures, videos, URLs, lists, webcams and streams, one frame after the other."""
+"""What a detector looks at: images, videos, URLs, lists, webcams and streams, one frame after the other."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MAX_LIST_BYTES = 16 << 20
 HIDDEN = "hidden files, which may be copies"
 KNOWN_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES | {".apng"}
 
-Kind = Literal["picture", "video", "stream"]
+Kind = Literal["image", "video", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Source:
                 url = urllib.parse.urlsplit(self.address)
                 query = hashlib.sha256(f"{url.query}#{url.fragment}".encode()).hexdigest()
                 identity = self.shown + (f"?sha256={query}" if url.query or url.fragment else "")
-        return Subject(identity=identity, file_name=self.file_name, film=self.kind != "picture")
+        return Subject(identity=identity, file_name=self.file_name, film=self.kind != "image")
 
     @property
     def file_name(self) -> str:
@@ -116,7 +116,7 @@ def frames(
     if source.remote:
         assert isinstance(address, str)
         address = str(download(address, fetched, source.shown))
-    if source.kind == "picture":
+    if source.kind == "image":
         yield Frame(image=decode_image(Path(str(address))), number=0, total=1, fps=0.0)
         return
     path = Path(str(address))
@@ -201,12 +201,12 @@ def _local(path: Path) -> Source:
         raise DataError(f"{path}: {path.suffix} images are not read; convert it to JPEG or PNG")
     if kind is None:
         raise DataError(f"{path}: neither an image nor a film by its name; convert it, or rename it")
-    return Source(kind="video" if kind == "picture" and is_animated(path) else kind, address=str(path))
+    return Source(kind="video" if kind == "image" and is_animated(path) else kind, address=str(path))
 
 
 def _kind(suffix: str) -> Kind | None:
     if suffix.lower() in IMAGE_SUFFIXES:
-        return "picture"
+        return "image"
     return "video" if suffix.lower() in VIDEO_SUFFIXES | {".apng"} else None
 
 
@@ -220,7 +220,7 @@ def _remote(address: str, scheme: str) -> Source:
         )
     kind = _kind(Path(urllib.parse.urlsplit(address).path).suffix)
     if kind is None:
-        return Source(kind="stream", address=address)  # a camera's page of moving pictures, or a playlist
+        return Source(kind="stream", address=address)  # a camera's page of moving images, or a playlist
     return Source(kind=kind, address=address, remote=True)
 
 

@@ -11,7 +11,7 @@ from starling.progress import duration
 from starling.search.outcome import Attempt, Finished, State
 from starling.search.report.facts import Facts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, join, number, text, void
-from starling.search.report.svg import Scale, grid, label, line, path, picture, shade, ticks, titled
+from starling.search.report.svg import Scale, grid, label, line, path, plot, shade, ticks, titled
 
 WIDE = 600.0
 """Pixels; a narrower chart is made for phones and drawn at its own size."""
@@ -51,7 +51,7 @@ def progress_chart(facts: Facts, width: float = 900.0, *, name: str = "progress"
     )
     marks = [_mark(attempt, x(total), y) for (attempt, _, _), total in zip(rows, totals, strict=True)]
     note = "By all workers together, in the order in which candidates ended"
-    return picture(
+    return plot(
         width,
         height,
         "Best fitness so far",
@@ -152,7 +152,7 @@ def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
         )
         for index, (x, name, scale) in enumerate(zip(xs, names, scales, strict=True))
     ]  # fmt: skip
-    return picture(
+    return plot(
         width,
         height,
         "Genes and fitness of every finished candidate",
@@ -185,7 +185,7 @@ def timeline(facts: Facts, workers: Sequence[WorkerTime]) -> Markup:
         parts += [
             _bar(attempt, begin, end_of(attempt, facts.now), x, y) for attempt in worker.attempts[-most:]
         ]
-    return picture(
+    return plot(
         width,
         bottom + 26,
         "What each worker did when",

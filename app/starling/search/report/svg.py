@@ -1,4 +1,4 @@
-"""What the charts are drawn with: scales, ticks, and a picture that names itself to those who cannot see it."""
+"""What the charts are drawn with: scales, ticks, and a plot that names itself to those who cannot see it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shade(rank: int, count: int) -> str:
     return f"f{rank * COLOURS // count}"
 
 
-def picture(
+def plot(
     width: float,
     height: float,
     title: str,

@@ -10,8 +10,8 @@ from starling.core.plain_json import parse_json
 _WIDTH = 640
 
 
-def picture_plot(url: str, path: Path) -> dict[str, Any]:
-    """Return a figure that shows the picture at `url`; its proportions are read from `path`."""
+def image_plot(url: str, path: Path) -> dict[str, Any]:
+    """Return a figure that shows the image at `url`; its proportions are read from `path`."""
     from PIL import Image
 
     try:

@@ -33,7 +33,7 @@ from starling.tracking.clearml.client.tasks import (
     uuid_tag,
 )
 from starling.tracking.clearml.origin import code_of, machine_of
-from starling.tracking.clearml.plots import confusion_plot, picture_plot
+from starling.tracking.clearml.plots import confusion_plot, image_plot
 from starling.tracking.lock import exclusive
 from starling.tracking.tracker import (
     DatasetInput,
@@ -146,8 +146,8 @@ class ClearmlTracker:
                 labels = {name: number for number, name in enumerate(dataset.classes)}
                 self._api.call("tasks.edit", task=run_id, force=True, execution={"model_labels": labels})
 
-    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show a picture among the debug samples at its epoch; a file of its own for each, so none is overwritten."""
+    def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Show an image among the debug samples at its epoch; a file of its own for each, so none is overwritten."""
         with _translated():
             key = f"{self._place(run_id).folder}/metrics/{name}/{name}_{step:05d}{path.suffix}"
             url = self._api.upload(path, key)
@@ -157,7 +157,7 @@ class ClearmlTracker:
             self._api.send_events([event])
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
-        """Store a file by its kind: pictures as plots, configurations as editable text too, the rest as artifacts."""
+        """Store a file by its kind: images as plots, configurations as editable text too, the rest as artifacts."""
         if kind == "weights":
             return  # a model of the task, see log_model
         counts = path.with_suffix(".json")
@@ -172,7 +172,7 @@ class ClearmlTracker:
             if heat_map is not None:
                 self._plot(run_id, "confusion matrix", "counts", heat_map)
             if kind == "plot":
-                self._plot(run_id, path.stem, "picture", picture_plot(url, path))
+                self._plot(run_id, path.stem, "picture", image_plot(url, path))
                 return
             if kind == "config":
                 self._configure(run_id, path)
@@ -326,7 +326,7 @@ class ClearmlTracker:
         self._api.call("tasks.edit_configuration", task=task, force=True, configuration=[item])
 
     def _plot(self, task: str, title: str, series: str, plot: Mapping[str, Any]) -> None:
-        # Pictures of the whole run: they have no epoch of their own, and a resumed run replaces them.
+        # Plots of the whole run: they have no epoch of their own, and a resumed run replaces them.
         self._api.send_events([self._event(task, "plot", None, title, series, 0, plot_str=json.dumps(plot))])
 
     def _say(self, task: str, text: str, time: float) -> None:

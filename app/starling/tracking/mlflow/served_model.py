@@ -1,4 +1,4 @@
-"""The model behind `mlflow models serve`: pictures in, boxes out. MLflow copies this one file beside the ONNX file.
+"""The model behind `mlflow models serve`: images in, boxes out. MLflow copies this one file beside the ONNX file.
 
 So it imports nothing of this project, and nothing that a server without torch would lack.
 """
@@ -25,13 +25,13 @@ import onnxruntime
 from mlflow.exceptions import MlflowException
 
 MAX_BYTES = 32 << 20
-"""Longest base64 text of a picture."""
+"""Longest base64 text of an image."""
 _FILL = 114
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,")
 
 
 class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Answer pictures (a column `image` of base64 text) with their detections.
+    """Answer images (a column `image` of base64 text) with their detections.
 
     Parameters of a request: `confidence`, `iou`, `max_detections`; their defaults stand in the model's signature.
     """
@@ -49,9 +49,9 @@ class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     # MLflow would take a type of `model_input` for the schema, which the signature gives.
     def predict(self, context: Any, model_input, params: Mapping[str, Any] | None = None) -> Any:  # type: ignore[no-untyped-def]
-        """Return one row a picture: {"detections": [{"name", "class", "confidence", "box": [x1, y1, x2, y2]}]}.
+        """Return one row an image: {"detections": [{"name", "class", "confidence", "box": [x1, y1, x2, y2]}]}.
 
-        Boxes are in pixels of the picture as it was sent. Raises MlflowException (a 400) naming the row that is no picture.
+        Boxes are in pixels of the image as it was sent. Raises MlflowException (a 400) naming the row that is no image.
         """
         asked = params or {}
         confidence, iou, most = asked["confidence"], asked["iou"], asked["max_detections"]
@@ -61,8 +61,8 @@ class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             for row, text in enumerate(column)
         ]
 
-    def _detect(self, picture: np.ndarray, confidence: float, iou: float, most: int) -> list[dict[str, Any]]:
-        tensor, ratio, left, top = _letterbox(picture, self.size_hw)
+    def _detect(self, image: np.ndarray, confidence: float, iou: float, most: int) -> list[dict[str, Any]]:
+        tensor, ratio, left, top = _letterbox(image, self.size_hw)
         (found,) = self.session.run(None, {self.session.get_inputs()[0].name: tensor})[0]
         scores = found[:, 4:5] * found[:, 5:]
         classes = scores.argmax(1)
@@ -75,7 +75,7 @@ class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return []
         stays = cv2.dnn.NMSBoxesBatched(xywh.tolist(), best.tolist(), classes.tolist(), confidence, iou)
         kept = np.asarray(stays, dtype=int).reshape(-1)[:most]
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         xyxy = np.concatenate((xywh[kept, :2], xywh[kept, :2] + xywh[kept, 2:]), axis=1)
         xyxy = (xyxy - np.array([left, top, left, top])) / ratio
         xyxy = xyxy.clip(0, np.array([width, height, width, height]))
@@ -91,21 +91,21 @@ class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 
 def _decode(text: Any, row: int) -> np.ndarray:
-    """Return a picture [H,W,3] BGR of its base64 text (or its bytes), upright."""
+    """Return an image [H,W,3] BGR of its base64 text (or its bytes), upright."""
     try:
         if isinstance(text, str):
             if len(text) > MAX_BYTES:
                 raise ValueError(f"longer than {MAX_BYTES} letters")
             text = base64.b64decode(_DATA_URL.sub("", text), validate=True)
         _check_chunks(text)
-        picture = cv2.imdecode(np.frombuffer(text, np.uint8), cv2.IMREAD_COLOR)
-        if picture is None:
+        image = cv2.imdecode(np.frombuffer(text, np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
             raise ValueError("no format that is known")
     except (ValueError, TypeError, binascii.Error, cv2.error) as error:
         raise MlflowException.invalid_parameter_value(
-            f"row {row}: `image` is not a picture in base64 ({str(error)[:200]}); send a JPEG's or PNG's bytes as base64"
+            f"row {row}: `image` is not an image in base64 ({str(error)[:200]}); send a JPEG's or PNG's bytes as base64"
         ) from None
-    return picture
+    return image
 
 
 def _check_chunks(content: bytes) -> None:
@@ -117,14 +117,14 @@ def _check_chunks(content: bytes) -> None:
             raise ValueError("a PNG whose chunk claims more bytes than there are")
 
 
-def _letterbox(picture: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, float, int, int]:
-    """Return the picture fitted into the model's input [1,3,H,W] 0..1 RGB, its scale, and where it begins."""
+def _letterbox(image: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, float, int, int]:
+    """Return the image fitted into the model's input [1,3,H,W] 0..1 RGB, its scale, and where it begins."""
     height, width = size_hw
-    ratio = min(height / picture.shape[0], width / picture.shape[1])
-    new_h, new_w = max(round(picture.shape[0] * ratio), 1), max(round(picture.shape[1] * ratio), 1)
+    ratio = min(height / image.shape[0], width / image.shape[1])
+    new_h, new_w = max(round(image.shape[0] * ratio), 1), max(round(image.shape[1] * ratio), 1)
     left, top = (width - new_w) // 2, (height - new_h) // 2
     out = np.full((height, width, 3), _FILL, np.uint8)
-    out[top : top + new_h, left : left + new_w] = cv2.resize(picture, (new_w, new_h))
+    out[top : top + new_h, left : left + new_w] = cv2.resize(image, (new_w, new_h))
     return np.ascontiguousarray(out[..., ::-1].transpose(2, 0, 1)[None], np.float32) / 255, ratio, left, top
 
 

@@ -35,6 +35,7 @@ from starling.tracking.mlflow.database import (
     upgrade_schema,
     uri_of,
 )
+from starling.tracking.mlflow.images import as_shown
 from starling.tracking.mlflow.names import (
     KEY_LENGTH,
     TAG_LENGTH,
@@ -43,7 +44,6 @@ from starling.tracking.mlflow.names import (
     metric_key,
     outdated_tags,
 )
-from starling.tracking.mlflow.pictures import as_shown
 from starling.tracking.tracker import (
     DatasetInput,
     ModelFile,
@@ -162,13 +162,13 @@ class MlflowTracker:
         with translated():
             self._client().log_inputs(run_id, [Input(shown, [context])])
 
-    def log_picture(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show a picture in the page's image chart; its name there follows from what is in it, so it is stored once."""
+    def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
+        """Show an image in the page's image chart; its name there follows from what is in it, so it is stored once."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 files = as_shown(path, metric_key(name), step, time, Path(folder))
             except OSError as error:
-                raise TrackerRejectedError(f"{path}: no picture ({error})") from None
+                raise TrackerRejectedError(f"{path}: no image ({error})") from None
             for file in files:
                 self.log_artifact(run_id, file, "images")
         with translated():

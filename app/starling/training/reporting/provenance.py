@@ -79,7 +79,7 @@ def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def dataset_fields(config: TrainConfig, train: Dataset, val: Dataset) -> list[dict[str, Any]]:
-    """Return the fields of the events that tell which pictures and labels are used to train and to validate."""
+    """Return the fields of the events that tell which images and labels are used to train and to validate."""
     return [
         {
             "role": role,

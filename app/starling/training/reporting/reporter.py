@@ -110,8 +110,8 @@ class Reporter:
             if kind is not None and self._events is not None and path.is_file():
                 self._events.announce_file(self._run_path, path, kind, run=self.label.uuid)
 
-    def picture(self, path: Path, name: str, epoch: int) -> None:
-        """Show a picture as one of a series by epoch."""
+    def image(self, path: Path, name: str, epoch: int) -> None:
+        """Show an image as one of a series by epoch."""
         self._event("picture", path=path.relative_to(self._run_path).as_posix(), name=name, step=epoch)
 
     def saved(self, row: EpochRow, kept: Path | None, best: Path | None) -> None:

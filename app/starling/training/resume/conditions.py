@@ -36,7 +36,7 @@ _CHUNK = 64
 SAVE_WAIT_S = 2.0
 """Longest wait of a save for the digests: a container that is stopped has a short grace."""
 NOT_EQUAL = "this resume is not bit-equal: "
-OTHER_DATA = "the figures and pictures of the end are of other data than the training was: "
+OTHER_DATA = "the figures and plots of the end are of other data than the training was: "
 _SPLITS = {"train": "training", "val": "validation"}
 
 

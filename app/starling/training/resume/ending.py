@@ -33,7 +33,7 @@ class End(enum.Enum):
     TRAINING = "training"
     """Epochs are left."""
     FINISHING = "finishing"
-    """All epochs are done; figures, pictures or the last event are not there."""
+    """All epochs are done; figures, plots or the last event are not there."""
     DELIVERING = "delivering"
     """Everything is made and told; it may not have been copied to `--bucket`."""
     WHOLE = "whole"

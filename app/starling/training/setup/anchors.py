@@ -38,7 +38,7 @@ class AnchorFitter:
 
 
 def label_sizes(split: Dataset, image_size: int) -> np.ndarray[Any, Any]:
-    """Return [n,2] float32: every label's width and height in pixels, its picture's long side being `image_size`."""
+    """Return [n,2] float32: every label's width and height in pixels, its image's long side being `image_size`."""
     shapes_wh = split.shapes_hw[:, ::-1].astype(np.float32)
     scaled_wh = shapes_wh * (image_size / shapes_wh.max(axis=1, keepdims=True))
     sizes = [rows[:, 3:5] * wh for rows, wh in zip(split.labels, scaled_wh, strict=True)]

@@ -32,7 +32,7 @@ from starling.model.detector import Detector
 from starling.progress import Progress, duration
 
 DEVICE_SHARE = {"auto": 0.25, "device": 0.6}
-"""Share of the GPU's free memory that decoded pictures may take, by `--cache`."""
+"""Share of the GPU's free memory that decoded images may take, by `--cache`."""
 CACHE_SHARE = 0.5
 """Share of the container's memory that decoded images may take; the rest is for training."""
 
@@ -47,7 +47,7 @@ class TrainingData:
     val_images: ImageStore
     names: tuple[str, ...]
     train_painter: DevicePainter | None = None
-    """Paints training images on the GPU, where the pictures lie there."""
+    """Paints training images on the GPU, where the images lie there."""
     val_painter: DevicePainter | None = None
 
     @property
@@ -73,7 +73,7 @@ def load_data(
 ) -> TrainingData:
     """Read the splits that `--data` describes; raises DataError or UsageError saying what and where.
 
-    `processes` of this host divide its memory among themselves. `device_free_bytes` is what pictures may take of
+    `processes` of this host divide its memory among themselves. `device_free_bytes` is what images may take of
     the GPU's memory; None without a GPU.
     """
     description = _describe(config, say)
@@ -102,7 +102,7 @@ def load_data(
         if device_free_bytes is not None and store.on_device:
             device_free_bytes -= store.nbytes
         stores.append(store)
-        say(f"{name}: {len(split)} pictures, {split.boxes} boxes; decoded pictures: {store.reason}")
+        say(f"{name}: {len(split)} images, {split.boxes} boxes; decoded images: {store.reason}")
         for line in left_out(split):
             say(line)
     data = TrainingData(train, val, stores[0], stores[1], description.names)
@@ -112,7 +112,7 @@ def load_data(
 
 
 def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], None]) -> TrainingData:
-    """Return the data with its pictures on the GPU too, as far as their stores say that they fit."""
+    """Return the data with its images on the GPU too, as far as their stores say that they fit."""
     dtype = torch.bfloat16 if compute.bfloat16 else torch.float32
     painters: list[DevicePainter | None] = [None, None]
     for number, store in enumerate((data.train_images, data.val_images)):
@@ -121,7 +121,7 @@ def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], N
         try:
             painters[number] = painter = DevicePainter.from_store(store, compute.device, dtype=dtype)
         except torch.OutOfMemoryError:
-            say("decoded pictures do not fit into the GPU's memory after all; augmenting on the CPU")
+            say("decoded images do not fit into the GPU's memory after all; augmenting on the CPU")
             break
         if number == 0:
             say(f"augmentation on the GPU, painted by {painter.kernel}: {painter.reason}")
@@ -135,10 +135,10 @@ def _show_decoding(name: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         taken = time.monotonic() - began
         if done == total:
-            progress.say(f"{name}: {total} pictures decoded in {duration(taken)}")
+            progress.say(f"{name}: {total} images decoded in {duration(taken)}")
             return
         left = duration(taken / done * (total - done))
-        progress.show(lambda: f"{name}: {done}/{total} pictures decoded, {left} left")
+        progress.show(lambda: f"{name}: {done}/{total} images decoded, {left} left")
 
     return show
 
@@ -191,7 +191,7 @@ def validation_loader(
 ) -> ValLoader:
     """Return this rank's part of the validation split in letterboxed batches.
 
-    They hold twice the pictures of training's, as nothing is kept to go back.
+    They hold twice the images of training's, as nothing is kept to go back.
     """
     return ValLoader(
         data.val,
@@ -208,8 +208,8 @@ def validation_loader(
 
 
 def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
-    """Write all that is wrong with pictures and labels to labels_report.csv in `folder`, and say so."""
-    # A picture may be in both splits.
+    """Write all that is wrong with images and labels to labels_report.csv in `folder`, and say so."""
+    # An image may be in both splits.
     count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
     if count:
-        say(f"pictures and labels: {count} things to look at, all in {folder / REPORT}")
+        say(f"images and labels: {count} things to look at, all in {folder / REPORT}")

@@ -7,7 +7,7 @@ from starling.config.yaml_reader import read_yaml
 from starling.core.errors import DataError
 from starling.core.settings.train import TrainConfig
 from starling.data.dataset.dataset import DatasetDescription
-from starling.data.dataset.image_lists import find_pictures
+from starling.data.dataset.image_lists import find_images
 from starling.data.fetch.find import find_dataset
 from starling.device import check_device
 from starling.model.initial_weights import InitialWeights, check_freeze, local_weights
@@ -50,7 +50,7 @@ def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False)
         for split in ("train", "val"):
             source = f"{path}: {split}"
             entries = description.splits.get(split, ())
-            if not find_pictures(entries, description.root, source).images:
+            if not find_images(entries, description.root, source).images:
                 raise DataError(f"{source}: no images there; check the path")
     except DataError:
         if not fetched:

@@ -73,7 +73,7 @@ class ClearmlApi:
         return self._patiently(lambda: self._call(endpoint, json.dumps(body).encode(), "application/json"))
 
     def send_events(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Send scalars, plots, pictures and console lines; raises as `call` does."""
+        """Send scalars, plots, images and console lines; raises as `call` does."""
         lines = "\n".join(json.dumps(event, allow_nan=False) for event in events)
         if lines:
             self._patiently(lambda: self._call("events.add_batch", lines.encode(), "application/json-lines"))

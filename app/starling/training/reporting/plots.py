@@ -1,4 +1,4 @@
-"""The pictures of a run: which ones, under which names, from which figures. Drawing is starling.plots' work."""
+"""The plots of a run: which ones, under which names, from which figures. Drawing is starling.plots' work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starling.data.loader.loader import Batch, ValLoader
 from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
 from starling.evaluation.mistakes import WorstImages, draw_worst
-from starling.evaluation.pictures import PREVIEWS, draw_detections, draw_targets, draw_validation
+from starling.evaluation.plots import PREVIEWS, draw_detections, draw_targets, draw_validation
 from starling.evaluation.validator import Validation, validate
 from starling.model.detector import Detector
 from starling.training.setup.data import TrainingData

@@ -1,4 +1,4 @@
-"""Pictures by step, in the files that MLflow's page looks for in its image chart."""
+"""Images by step, in the files that MLflow's page looks for in its image chart."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _THUMBNAIL_SIDE = 256
 
 
 def as_shown(path: Path, key: str, step: int, time: float, folder: Path) -> list[Path]:
-    """Write a picture and its thumbnail into `folder`, named by key, step, time and what is in it; return both.
+    """Write an image and its thumbnail into `folder`, named by key, step, time and what is in it; return both.
 
-    Raises OSError for what is no picture.
+    Raises OSError for what is no image.
     """
     from PIL import Image
 
@@ -23,10 +23,10 @@ def as_shown(path: Path, key: str, step: int, time: float, folder: Path) -> list
     stem = f"{key.replace('/', '~')}+step+{step}+timestamp+{int(time * 1000)}+{digest}"
     whole, small = folder / f"{stem}.png", folder / f"{stem}+compressed.webp"
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.convert("RGB").save(whole)
-            picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-            picture.convert("RGB").save(small)
+        with Image.open(io.BytesIO(content)) as image:
+            image.convert("RGB").save(whole)
+            image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+            image.convert("RGB").save(small)
     except Image.DecompressionBombError as error:
         raise OSError(f"{path}: {error}") from None
     return [whole, small]

@@ -1,4 +1,4 @@
-"""Pictures of a validation: its first batches, the confusion matrix, and the curves."""
+"""Plots of a validation: its first batches, the confusion matrix, and the curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None
         draw_detections(preview, data, folder / f"val_batch{number}_pred.jpg")
     counts, distinct = validation.confusion.counts, data.distinct_names
     matrix = {"names": [*distinct, BACKGROUND], "counts": counts.tolist()}
-    # Before the picture: trackers are told of that one, and look for the counts beside it.
+    # Before the plot: trackers are told of that one, and look for the counts beside it.
     write_atomic(folder / "confusion_matrix.json", json.dumps(matrix))
     plot_confusion_matrix(counts, distinct, folder / "confusion_matrix.png")
     metrics = validation.metrics
