@@ -18,7 +18,7 @@ import pytest
 from starling.search.outcome import State
 from starling.search.study import LeasedCandidate, SearchStudy
 from tests.searches import outcome, spec
-from tests.unit.test_search_worker import SEED
+from tests.unit.search.test_worker import SEED
 
 START = "from optuna_dashboard._cli import main; main()"
 

@@ -35,7 +35,7 @@ from starling.tracking.run_files import pending
 from tests.searches import spec
 from tests.security.bounded import read_all
 from tests.security.hostile_pickles import FILES, FORMS, HEAD, PICKLES
-from tests.unit.tracking_doubles import RecordingTrackerDouble, recorded
+from tests.unit.tracking.tracking_doubles import RecordingTrackerDouble, recorded
 
 IMPORTS = """
 from starling.core.errors import StarlingError
