@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from starling.core.cgroups import MOUNT, Group, groups_of
+from starling.core.cgroups import MOUNT, CGroup, groups_of
 from starling.core.process import all_stats
 
 PROC, ROOT = Path("/proc"), MOUNT
@@ -97,7 +97,7 @@ def read_sessions(sessions: Collection[int], proc: Path = PROC) -> dict[int, Usa
     }
 
 
-def _named(text: str, name: str, controller: str, root: Path) -> Iterator[Group]:
+def _named(text: str, name: str, controller: str, root: Path) -> Iterator[CGroup]:
     """Yield the groups for a controller that have `name` in their path."""
     return (group for group in groups_of(text, controller, root) if name in str(group.folder))
 
@@ -112,7 +112,7 @@ def _without_cache(folder: Path, total: str, cache: str, read: Read) -> int | No
     return max(used - cached, 0)
 
 
-def _cpu_v1(group: Group, read: Read) -> float | None:
+def _cpu_v1(group: CGroup, read: Read) -> float | None:
     for file in _cpu_files_v1(group):
         try:
             return int(read(file)) / 1e9
@@ -121,7 +121,7 @@ def _cpu_v1(group: Group, read: Read) -> float | None:
     return None
 
 
-def _cpu_files_v1(group: Group) -> list[Path]:
+def _cpu_files_v1(group: CGroup) -> list[Path]:
     """Return where the file may be: some machines mount the hierarchy under all its controllers' names."""
     below = group.folder.relative_to(group.base)
     return [base / below / "cpuacct.usage" for base in (group.base, group.base.parent / group.controllers)]

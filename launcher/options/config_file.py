@@ -37,7 +37,7 @@ _EXCLUSIVE = (("gpus", "cpus"),)
 _GIVEN, _SETTINGS = f"{__name__}.given", f"{__name__}.settings"
 
 
-class Settings(NamedTuple):
+class FileSettings(NamedTuple):
     """What a file says, checked: values by click's parameter names, and the training arguments as words."""
 
     path: Path
@@ -153,7 +153,7 @@ def keys_of(command: click.Command) -> dict[str, click.Option]:
     return keys
 
 
-def read_settings(path: Path, up: click.Command) -> Settings:
+def read_settings(path: Path, up: click.Command) -> FileSettings:
     """Return what the file says, checked against the flags of `up`; relative paths in it start at its folder.
 
     Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
@@ -174,7 +174,7 @@ def read_settings(path: Path, up: click.Command) -> Settings:
             raise UsageError(f"{at}: {key} says what another key has said; keep one of them")
         elif not value.empty:
             values[option.name] = _flag_value(option, key, value, at)
-    return Settings(path=path, values=values, train=train)
+    return FileSettings(path=path, values=values, train=train)
 
 
 def read_mapping(path: Path) -> dict[str, Value]:
@@ -284,7 +284,7 @@ def _training_flag(key: str, where: str) -> str:
     )
 
 
-def _complete(ctx: click.Context, settings: Settings) -> None:
+def _complete(ctx: click.Context, settings: FileSettings) -> None:
     """Make the file's relative paths absolute, and put its training arguments before those typed."""
     from launcher.hosts.address import is_behind_ssh
     from launcher.options.training_words import relative_to, without_overridden

@@ -16,8 +16,8 @@ from starling.core.files.folder import Folder
 from starling.core.plain_json import parse_json
 from starling.core.worker_status import (
     FOLDER,
-    Progress,
     Restarts,
+    TrainerStatus,
     progress_in,
     restarts_file,
     restarts_in,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 65536
 
 
-def read_progress(runs: Path, replica: str) -> Progress:
+def read_progress(runs: Path, replica: str) -> TrainerStatus:
     """Return the replica's progress; an empty one for a file that is absent or foreign.
 
     What an earlier replica of this name said has been put away by the supervisor, so no clock decides. Links and pipes
@@ -44,7 +44,7 @@ def read_restarts(runs: Path, replica: str) -> Restarts:
     return restarts_in(_parse(read_below(runs / FOLDER / restarts_file(replica), MOST_BYTES)))
 
 
-Told = tuple[Progress, Restarts]
+Told = tuple[TrainerStatus, Restarts]
 Read = Callable[["ReplicaState", str], Mapping[str, Any]]
 """Returns what a replica's file of a name in `<runs>/.workers` holds; nothing for one that is absent or foreign."""
 
@@ -65,7 +65,7 @@ def told_by(engine: Engine, states: Sequence[ReplicaState]) -> list[Told]:
 
 def _told(state: ReplicaState, read: Read) -> Told:
     if state.phase == "created":
-        return Progress(), Restarts()  # what lies there is an earlier replica's
+        return TrainerStatus(), Restarts()  # what lies there is an earlier replica's
     trainer, supervisor = (read(state, file) for file in _files_of(state))
     return progress_in(trainer), restarts_in(supervisor)
 

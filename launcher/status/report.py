@@ -12,7 +12,7 @@ from typing import Any
 from launcher.engines.base import ReplicaState
 from launcher.sizes import format_share
 from launcher.status.words import device_words, words_for
-from starling.core.worker_status import Progress, Restarts
+from starling.core.worker_status import Restarts, TrainerStatus
 
 COLUMNS = (
     *("replica", "device", "state", "candidate", "epoch", "img/s", "best", "time left"),
@@ -42,7 +42,7 @@ class Row:
     """One replica: what the engine says of it, what it says of itself, and what it uses."""
 
     state: ReplicaState
-    progress: Progress
+    progress: TrainerStatus
     restarts: Restarts = NOTHING_SAID
     figures: Figures = NOTHING_READ
 

@@ -20,7 +20,7 @@ from launcher.status.table import Line, lay_out
 from launcher.status.terminal import coloured, paint, width
 
 
-class View:
+class WatchView:
     """Look at the replicas that `names` mean, as often as asked."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class View:
 
 def show_status(engine: Engine, names: Sequence[str], *, as_json: bool = False) -> int:
     """Print one report and return `status`'s exit code."""
-    rows = View(engine, names).rows()
+    rows = WatchView(engine, names).rows()
     if as_json:
         document = {
             "replicas": [row.as_dict() for row in rows],
@@ -72,7 +72,7 @@ def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> Non
 
     An engine that stops answering is waited for: it may be about to be started again.
     """
-    view = View(engine, names)
+    view = WatchView(engine, names)
     try:
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             _watch_live(view, interval_s)
@@ -85,7 +85,7 @@ def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> Non
         return
 
 
-def _watch_live(view: View, interval_s: float) -> None:
+def _watch_live(view: WatchView, interval_s: float) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -101,7 +101,7 @@ def _watch_live(view: View, interval_s: float) -> None:
             time.sleep(interval_s)
 
 
-def _look(view: View, columns: int | None) -> list[Line]:
+def _look(view: WatchView, columns: int | None) -> list[Line]:
     try:
         return describe(view.rows(), columns)
     except EngineError as error:

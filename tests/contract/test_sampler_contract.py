@@ -22,14 +22,15 @@ from starling.search.outcome import State
 from starling.search.samplers import proposer as proposers
 from starling.search.samplers.base import History
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.space import Gene, Setting, Space, Values
+from starling.search.space import Gene, SettingGene, Space, Values
 from starling.search.study import LeasedCandidate, SearchStudy, Turn
 from starling.search.trials import IMPORTED
 from tests.searches import CLASSIC, outcome, spec
 
 HYP = Hyp(degrees=2.0, mixup=0.1).as_dict()
 SPACE = Space(
-    CLASSIC.genes, settings=(Setting("batch_size", (4, 8, 16)), Setting("optimizer", ("SGD", "AdamW")))
+    CLASSIC.genes,
+    settings=(SettingGene("batch_size", (4, 8, 16)), SettingGene("optimizer", ("SGD", "AdamW"))),
 ).starting_from(HYP)
 SEED: dict[str, Any] = {**HYP, "batch_size": 8, "optimizer": "SGD"}
 START = {name: SEED[name] for name in SPACE.names}
@@ -142,7 +143,7 @@ def test_a_proposal_lies_inside_any_space(name: Sampler, data: st.DataObject) ->
         low, width = data.draw(st.floats(0, 50)), data.draw(st.floats(1e-3, 50))
         genes.append(Gene(gene, 1, low, low + width, data.draw(st.booleans()) and low > 0))
     choices = data.draw(st.lists(st.integers(1, 99), unique=True, min_size=0 if genes else 40, max_size=40))
-    setting = (Setting("batch_size", tuple(sorted(choices))),) if len(choices) > 1 or not genes else ()
+    setting = (SettingGene("batch_size", tuple(sorted(choices))),) if len(choices) > 1 or not genes else ()
     space = Space(tuple(genes), setting)
     # A classic step multiplies: it never gets from a place far outside, or from 0, to anywhere.
     inside = st.floats(0.1, 0.9)

@@ -534,8 +534,8 @@ def test_an_engine_behind_tcp_shares_our_paths_and_tells_progress_itself(
 LOOK = """
 import sys, time
 from launcher.engines.opening import find_host, open_docker
-from launcher.status.watch import View
-view = View(open_docker(find_host("docker")), sys.argv[1:])
+from launcher.status.watch import WatchView
+view = WatchView(open_docker(find_host("docker")), sys.argv[1:])
 view.rows()
 for _ in range(3):
     begun = time.perf_counter()

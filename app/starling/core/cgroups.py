@@ -15,7 +15,7 @@ _UNLIMITED = 1 << 60
 """Cgroup v1 writes a number near 2**63 where there is no limit."""
 
 
-class Group(NamedTuple):
+class CGroup(NamedTuple):
     """A group that a process is in, below the mount of its hierarchy."""
 
     version: int
@@ -27,7 +27,7 @@ class Group(NamedTuple):
     """As they are written, with commas; empty in version 2."""
 
 
-def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[Group]:
+def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[CGroup]:
     """Yield the groups for a controller that a process's `cgroup` file lists: of version 1, and the one of version 2.
 
     A path that leads out of the mount, as one from another namespace does, is left out.
@@ -38,10 +38,10 @@ def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[Group
         if not path.startswith("/") or ".." in path.split("/"):
             continue
         if not controllers:
-            yield Group(2, mount, mount / path.lstrip("/"), controllers)
+            yield CGroup(2, mount, mount / path.lstrip("/"), controllers)
         elif controller in controllers.split(","):
             base = mount / controller
-            yield Group(1, base, base / path.lstrip("/"), controllers)
+            yield CGroup(1, base, base / path.lstrip("/"), controllers)
 
 
 def count_oom_kills(folder: Path) -> int | None:

@@ -164,7 +164,7 @@ def unfinished_run(status: Path) -> str | None:
     return run if isinstance(run, str) and run and told.get("phase") != "done" else None
 
 
-class Progress(NamedTuple):
+class TrainerStatus(NamedTuple):
     """A trainer's own account of where it is; None for what it has not said."""
 
     phase: str | None = None
@@ -201,9 +201,9 @@ class Restarts(NamedTuple):
         return min(max(self.restart_at - now, 0.0), self.delay_s or 0.0)
 
 
-def progress_in(values: Mapping[str, Any]) -> Progress:
+def progress_in(values: Mapping[str, Any]) -> TrainerStatus:
     """Return the progress in a trainer's file."""
-    return Progress(
+    return TrainerStatus(
         phase=_text(values.get("phase")),
         candidate=_text(values.get("candidate")),
         epoch=_whole(values.get("epoch")),

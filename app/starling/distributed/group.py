@@ -48,7 +48,7 @@ class RankLost(StarlingError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Rank:
     """Where this process stands among those that torchrun, or another starter, has started."""
 
     rank: int
@@ -61,7 +61,7 @@ class Place:
     """Whether this process hosts the meeting point; under torchrun its agent does."""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank | None:
         """Return the place that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; None for a process alone."""
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not all(environment.get(name) for name in names) or environment["WORLD_SIZE"] == "1":
@@ -164,7 +164,7 @@ SINGLE = Group()
 class ProcessGroup(Group):
     """This process among those that train one model together."""
 
-    def __init__(self, place: Place, heartbeat: Heartbeat, control: dist.ProcessGroup) -> None:
+    def __init__(self, place: Rank, heartbeat: Heartbeat, control: dist.ProcessGroup) -> None:
         self.rank, self.world_size = place.rank, place.world_size
         self.local_world_size = place.local_world_size
         self._place, self._heartbeat, self._control = place, heartbeat, control
@@ -246,7 +246,7 @@ class ProcessGroup(Group):
 
 
 @contextlib.contextmanager
-def joined(config: TrainConfig, place: Place | None) -> Iterator[Group]:
+def joined(config: TrainConfig, place: Rank | None) -> Iterator[Group]:
     """Enter the group of `place`, or stay alone.
 
     Raises UsageError where the group cannot form, and RankLost where one of its processes ends early. How this one
@@ -271,7 +271,7 @@ def joined(config: TrainConfig, place: Place | None) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Place) -> None:
+def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Rank) -> None:
     """Leave for the others to read how this process ends; say it where rank 0, which would, is gone."""
     known = refusal(error) if isinstance(error, OSError) else error
     if isinstance(known, StarlingError):
@@ -285,7 +285,7 @@ def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Place) -> Non
         heartbeat.linger()  # what the others are to read ends with this process
 
 
-def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
+def _meet(place: Rank, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
     """Return the heartbeat, and the group for what the processes agree on; the default group carries tensors."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"starling/{attempt}"
@@ -311,7 +311,7 @@ def _meet(place: Place, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
     return heartbeat, control
 
 
-def _connect(place: Place, *, serves: bool, timeout: int = JOIN_S) -> TCPStore:
+def _connect(place: Rank, *, serves: bool, timeout: int = JOIN_S) -> TCPStore:
     return TCPStore(
         place.address,
         place.port,
@@ -321,7 +321,7 @@ def _connect(place: Place, *, serves: bool, timeout: int = JOIN_S) -> TCPStore:
     )
 
 
-def _cannot_meet(place: Place, error: Exception) -> str:
+def _cannot_meet(place: Rank, error: Exception) -> str:
     where = f"{place.address}:{place.port}"
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
         return (

@@ -64,7 +64,7 @@ class Gene:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class SettingGene:
     """One setting of the training that is searched: a choice of a few values, near ones beside each other."""
 
     name: str
@@ -79,7 +79,7 @@ class Setting:
         return (self.choices.index(value) + 0.5) / len(self.choices)  # type: ignore[arg-type]
 
 
-Axis = Gene | Setting
+Axis = Gene | SettingGene
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Space:
     """Genes and settings that a search changes; whatever is not named keeps the value it starts from."""
 
     genes: tuple[Gene, ...]
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[SettingGene, ...] = ()
 
     @property
     def axes(self) -> tuple[Axis, ...]:

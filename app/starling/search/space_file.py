@@ -15,7 +15,7 @@ from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.files.refusals import readable
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import OPTIMIZERS, TrainConfig
-from starling.search.space import GENE_KEYS, Gene, Setting, Space, settings_flags
+from starling.search.space import GENE_KEYS, Gene, SettingGene, Space, settings_flags
 
 SETTINGS: dict[str, type[Any]] = {"batch_size": int, "imgsz": int, "optimizer": str, "cfg": str}
 """What may be searched besides hyperparameters: fields of TrainConfig, and what their values are."""
@@ -118,7 +118,7 @@ def _number(value: Any, where: str, remedy: str) -> float:
     return float(value)
 
 
-def _setting(name: str, item: Any, where: str, config: TrainConfig) -> Setting:
+def _setting(name: str, item: Any, where: str, config: TrainConfig) -> SettingGene:
     choices: Any = _powers_of_two(item, where) if name == "batch_size" and isinstance(item, dict) else item
     kind = SETTINGS[name]
     example = f"give a list such as {name}: {_EXAMPLES[name]}"
@@ -137,7 +137,7 @@ def _setting(name: str, item: Any, where: str, config: TrainConfig) -> Setting:
         raise UsageError(f"{where}: one choice is nothing to search; say {flag} and leave it out here")
     if len(choices) > _MOST_CHOICES:
         raise UsageError(f"{where}: {len(choices)} choices; a search can tell apart {_MOST_CHOICES} at most")
-    return Setting(name, tuple(sorted(choices) if kind is int else choices))
+    return SettingGene(name, tuple(sorted(choices) if kind is int else choices))
 
 
 def _powers_of_two(item: Mapping[str, Any], where: str) -> list[int]:
@@ -172,7 +172,7 @@ def _try(name: str, choice: int | str, where: str, config: TrainConfig) -> None:
         raise UsageError(f"{where}: {error}") from None
 
 
-def _start(setting: Setting, config: TrainConfig, source: str) -> int | str:
+def _start(setting: SettingGene, config: TrainConfig, source: str) -> int | str:
     """Return the choice that the command line's own value of a setting is."""
     given = getattr(config, setting.name)
     for choice in setting.choices:

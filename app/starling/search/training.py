@@ -10,7 +10,7 @@ from typing import Any
 from starling.core.errors import UsageError
 from starling.core.settings.train import AUTO_FINALISTS, TrainConfig
 from starling.core.worker_status import worker_name
-from starling.distributed.group import Place
+from starling.distributed.group import Rank
 from starling.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
 from starling.progress import Progress
 from starling.search.exports import metrics_of
@@ -44,7 +44,7 @@ COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze
 
 def search(config: TrainConfig) -> None:
     """Work on the search that `--project` and `--name` name until its budget is met."""
-    if Place.from_environment() is not None:
+    if Rank.from_environment() is not None:
         raise UsageError(
             "--evolve under torchrun: the workers of a search train candidates of their own and meet in the study; "
             "start one worker a device without torchrun, or all at once with `launcher up --gpus`"

@@ -31,7 +31,7 @@ from starling.stop_signal import StopSignal
 from starling.tracking.process import Bridges
 from starling.training.reporting.results import EpochRow
 from starling.training.trainer import Diverged, Glances, TrainResult
-from starling.training.training import RESUMED, TrainingSetup, open_setup, train_in
+from starling.training.training import SETUP_STATE, TrainingSetup, open_setup, train_in
 
 
 class YoloTrainer(CandidateTrainer):
@@ -128,7 +128,7 @@ def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[s
     for folder in candidate.resumes_from:
         try:
             state, _ = load_newest(RunDir(folder).last, say)
-            require(RunDir(folder).last, state, RESUMED)
+            require(RunDir(folder).last, state, SETUP_STATE)
             return state
         except CheckpointError as error:
             if RunDir(folder).last.exists():

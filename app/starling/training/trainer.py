@@ -52,7 +52,7 @@ ROLLBACK_RATE = 0.1
 NOT_VALIDATED = (math.nan,) * 4
 FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *plots.LABELS)
 """What a run directory holds before the first iteration, for the trackers."""
-RESUMED = (
+TRAINER_STATE = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
     *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
 )
@@ -421,7 +421,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
-        require(self.run.last, state, RESUMED)
+        require(self.run.last, state, TRAINER_STATE)
         if tuple(state["names"]) != self.data.names:
             raise CheckpointError(
                 f"the checkpoint was trained on the classes {', '.join(state['names'])}, "

@@ -20,7 +20,7 @@ from starling.core.settings.train import AUTO_BATCH, TrainCommand, TrainConfig
 from starling.core.worker_status import WorkerStatus, worker_name
 from starling.data.cache.pixel_folder import CACHE_FOLDER
 from starling.device import Compute, select_compute
-from starling.distributed.group import SINGLE, Group, Place, joined
+from starling.distributed.group import SINGLE, Group, Rank, joined
 from starling.distributed.relaunch import relaunch
 from starling.errors import Pruned, Stopped, is_out_of_memory
 from starling.model.checkpoint import find_last, load_newest, require
@@ -46,7 +46,7 @@ from starling.training.resume.conditions import (
     differences_of_moved,
     notes_of_resume,
 )
-from starling.training.resume.ending import End, is_over, what_is_left, write_summary
+from starling.training.resume.ending import Ending, is_over, what_is_left, write_summary
 from starling.training.resume.own_run import go_on
 from starling.training.setup.anchors import AnchorFitter
 from starling.training.setup.autobatch import choose_batch
@@ -61,7 +61,7 @@ from starling.training.setup.data import (
 from starling.training.setup.preflight import check_before_fetching
 from starling.training.trainer import Diverged, Glances, Trainer, TrainResult
 
-RESUMED = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
+SETUP_STATE = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
 
 
@@ -165,14 +165,14 @@ class _Job:
     folder: Path | None
     """The run to go on in; None for a new one."""
     state: dict[str, Any] | None
-    left: End = End.TRAINING
+    left: Ending = Ending.TRAINING
     moved: bool = False
     """Whether `--data` names another place for the data of the run to resume."""
 
 
 def train(command: TrainCommand) -> None:
     """Train once, or go on with an interrupted training: alone, or as one of several processes."""
-    place = Place.from_environment()
+    place = Rank.from_environment()
     if place is None and (processes := _processes_asked(command)) > 1:
         code = relaunch(command.arguments, processes)
         if code:
@@ -189,7 +189,7 @@ def train(command: TrainCommand) -> None:
     hooks = find_hooks(job.config.hooks) if hooks is None else hooks
     with joined(job.config, place) as group:
         _check_same_state(job, group)
-        if group.from_main(job.left) in (End.DELIVERING, End.WHOLE):
+        if group.from_main(job.left) in (Ending.DELIVERING, Ending.WHOLE):
             if group.is_main:
                 _end_again(job, progress)
             return
@@ -303,9 +303,9 @@ def _end_again(job: _Job, progress: Progress) -> None:
     with run_lock(run.path), StopSignal() as stop:
         _sweep(run)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
-        if job.left is End.DELIVERING:
+        if job.left is Ending.DELIVERING:
             finish_bridges(start_bridges(log, warn=progress.say), stop)
-        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is End.WHOLE)
+        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is Ending.WHOLE)
         status.update(phase="done", run_dir=str(run.path))
 
 
@@ -330,7 +330,7 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
             f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
             f"start a new run from it with --weights {last}"
         )
-    require(taken, state, RESUMED)
+    require(taken, state, SETUP_STATE)
     config = command.resumed(TrainConfig.from_mapping(state["config"]))
     check_driver(config.bucket)
     folder, done = last.parent.parent, state["epoch"]
@@ -339,14 +339,14 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
     moved = config.data != state["config"].get("data")
     left = what_is_left(RunDir(folder), state, config)
     early = done < config.epochs
-    if left is End.WHOLE and not command.goes_on:
+    if left is Ending.WHOLE and not command.goes_on:
         raise UsageError(
             f"{last}: stopped early after {done} epochs (--patience {config.patience}); go on with a larger --patience, "
             "or 0 for none"
             if early
             else f"{last}: all {done} epochs are done; go on with a larger --epochs"
         )
-    if left is End.TRAINING:
+    if left is Ending.TRAINING:
         say(f"resuming {folder} at epoch {done + 1}/{config.epochs}, from {taken.name}")
     else:
         over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"

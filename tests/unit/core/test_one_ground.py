@@ -21,7 +21,7 @@ from launcher.options.training_files import read_dataset
 from launcher.plan.dry_run import docker_run, podman_run
 from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
-from starling.core.cgroups import Group, groups_of
+from starling.core.cgroups import CGroup, groups_of
 from starling.core.errors import Exit, StarlingError
 from starling.core.plain_yaml import MOST_BYTES
 from starling.core.process import all_stats, stat_of
@@ -209,15 +209,15 @@ def test_a_process_is_read_whatever_its_name_and_none_where_it_has_gone(tmp_path
 def test_groups_of_either_version_and_of_both_at_once_are_found_below_their_mounts(tmp_path: Path) -> None:
     text = "4:memory,hugetlb:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/x\n0::/a.slice\n"
     found = {name: list(groups_of(text, name, tmp_path)) for name in ("memory", "cpuacct", "pids")}
-    second = Group(2, tmp_path, tmp_path / "a.slice", "")
+    second = CGroup(2, tmp_path, tmp_path / "a.slice", "")
     assert found["memory"] == [
-        Group(1, tmp_path / "memory", tmp_path / "memory/docker/abc", "memory,hugetlb"),
+        CGroup(1, tmp_path / "memory", tmp_path / "memory/docker/abc", "memory,hugetlb"),
         second,
     ]
     assert found["cpuacct"] == [
-        Group(1, tmp_path / "cpuacct", tmp_path / "cpuacct/docker/abc", "cpu,cpuacct"),
+        CGroup(1, tmp_path / "cpuacct", tmp_path / "cpuacct/docker/abc", "cpu,cpuacct"),
         second,
     ]
     assert found["pids"] == [second]
     assert list(groups_of("0::/../../etc\n0::/..\nx\n\n0::relative\n", "memory", tmp_path)) == []
-    assert list(groups_of("0::/", "memory", tmp_path)) == [Group(2, tmp_path, tmp_path, "")]
+    assert list(groups_of("0::/", "memory", tmp_path)) == [CGroup(2, tmp_path, tmp_path, "")]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from starling.search.outcome import Attempt, Finished, SearchProgress, State, best_of
-from starling.search.report.facts import Facts, costs_of
+from starling.search.report.facts import ReportFacts, costs_of
 from starling.search.trial_counts import seconds_between, seconds_left
 
 BEGAN = datetime(2026, 8, 1, 9, 0)
@@ -61,7 +61,7 @@ def search(count: int, seed: int = 0) -> list[Attempt]:
     return attempts
 
 
-def facts_of(attempts: Sequence[Attempt], **changes: Any) -> Facts:
+def facts_of(attempts: Sequence[Attempt], **changes: Any) -> ReportFacts:
     """Return the facts of a search with these attempts."""
     finished = [
         Finished(
@@ -91,7 +91,7 @@ def facts_of(attempts: Sequence[Attempt], **changes: Any) -> Facts:
         "imported": 0,
         "costs": costs_of(attempts, full_epochs=10, train_images=100, val_images=30),
     }
-    return Facts(**{**values, **changes})
+    return ReportFacts(**{**values, **changes})
 
 
 def time_left(attempts: Sequence[Attempt], progress: SearchProgress, now: datetime) -> float | None:

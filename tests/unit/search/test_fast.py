@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from starling.config.hyp import Hyp
 from starling.core.errors import ConfigError
 from starling.search.outcome import State
-from starling.search.samplers.base import Finding, History
+from starling.search.samplers.base import History, Observation
 from starling.search.samplers.fast import (
     FastSampler,
     FastSettings,
@@ -21,7 +21,7 @@ from starling.search.samplers.fast import (
     ranking,
 )
 from starling.search.samplers.proposer import Proposer, make_sampler
-from starling.search.space import Setting, Space
+from starling.search.space import SettingGene, Space
 from tests.searches import CLASSIC
 
 HYP = Hyp(degrees=2.0).as_dict()
@@ -72,7 +72,7 @@ def test_ranking_is_finished_by_fitness_then_pruned_by_epochs_then_failed() -> N
     ]  # fmt: skip
     assert [finding.number for finding in ranking(known(trials))] == [2, 5, 0, 1, 4, 3]
     found = History(SPACE)
-    found._pruned = {1: Finding(1, {}, 0.9, 3), 2: Finding(2, {}, 0.1, 9)}
+    found._pruned = {1: Observation(1, {}, 0.9, 3), 2: Observation(2, {}, 0.1, 9)}
     assert [finding.number for finding in ranking(found)] == [2, 1]
 
 
@@ -142,7 +142,7 @@ def test_a_proposal_keeps_away_from_what_another_is_training(judge: str) -> None
 
 
 def test_search_over_choices_only_tries_them_all() -> None:
-    space = Space((), (Setting("optimizer", ("SGD", "Adam", "AdamW")),))
+    space = Space((), (SettingGene("optimizer", ("SGD", "Adam", "AdamW")),))
     found = History(space)
     found.taken.add(("SGD",))
     sampler = make_sampler("fast", space, {"optimizer": "SGD"}, 0)

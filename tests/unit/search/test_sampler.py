@@ -11,7 +11,7 @@ import pytest
 from starling.config.hyp import Hyp
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.classic import propose
-from starling.search.space import Gene, Setting, Space
+from starling.search.space import Gene, SettingGene, Space
 from tests.searches import CLASSIC
 
 SEED = Hyp(degrees=2.0, mixup=0.1).as_dict()
@@ -108,8 +108,8 @@ def test_hyp_that_leaves_nothing_to_change_is_refused() -> None:
         mutant(genes=fixed, parents=[(0.0, {"a": 1.0})], taken={(1.0,)})
 
 
-TWO = Setting("optimizer", ("SGD", "Adam"))
-FIVE = Setting("batch_size", (2, 4, 8, 16, 32))
+TWO = SettingGene("optimizer", ("SGD", "Adam"))
+FIVE = SettingGene("batch_size", (2, 4, 8, 16, 32))
 
 
 def test_choices_move_to_a_neighbour_in_a_quarter_of_the_mutants() -> None:

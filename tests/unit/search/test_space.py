@@ -18,7 +18,7 @@ from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
-from starling.search.space import Gene, Setting, Space, settings_flags, split_values
+from starling.search.space import Gene, SettingGene, Space, settings_flags, split_values
 from starling.search.space_file import SETTINGS, parse_space, read_space
 from tests.conftest import REPOSITORY
 
@@ -84,7 +84,7 @@ def test_order_in_the_file_does_not_matter() -> None:
 
 def test_choices_of_sizes_are_sorted_and_a_range_of_batches_is_its_powers_of_2() -> None:
     space = parse({"batch_size": {"lower": 6, "upper": 64}, "imgsz": [640, 320]})
-    assert space.settings == (Setting("batch_size", (8, 16, 32, 64)), Setting("imgsz", (320, 640)))
+    assert space.settings == (SettingGene("batch_size", (8, 16, 32, 64)), SettingGene("imgsz", (320, 640)))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_layout_of_ones_own_is_named_from_the_folder_of_the_space(tmp_path: Pa
     layout.write_text("backbone: []\n")
     path = write(tmp_path, "cfg: [yolov5n.yaml, layouts/mine.yaml]\n")
     space, start = read_space(TrainConfig(evolve=1, space=path, cfg=str(layout)))
-    assert space.settings == (Setting("cfg", ("yolov5n.yaml", str(layout.resolve()))),)
+    assert space.settings == (SettingGene("cfg", ("yolov5n.yaml", str(layout.resolve()))),)
     assert start == {"cfg": str(layout.resolve())}
 
 
@@ -256,7 +256,7 @@ def test_every_place_of_a_gene_is_a_value_inside_and_back(gene: Gene, place: flo
 
 @given(count=st.integers(2, 64), place=st.floats(-0.5, 1.5))
 def test_every_place_of_a_setting_is_one_of_its_choices(count: int, place: float) -> None:
-    setting = Setting("batch_size", tuple(range(count)))
+    setting = SettingGene("batch_size", tuple(range(count)))
     assert setting.at(place) in setting.choices
     assert [setting.at(setting.position(choice)) for choice in setting.choices] == list(setting.choices)
 

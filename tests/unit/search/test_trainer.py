@@ -16,7 +16,7 @@ from starling.cli.search import main
 from starling.search.exports import CSV, PLOT
 from starling.search.outcome import Candidate, Outcome, Report, State
 from starling.search.report import REPORT
-from starling.search.space import Gene, Setting, Space
+from starling.search.space import Gene, SettingGene, Space
 from starling.search.spec import StudyPlan, StudySpec
 from starling.search.study import SearchStudy
 from starling.search.worker import CandidateTrainer, Worker, WorkerSettings
@@ -24,7 +24,7 @@ from starling.search.worker import CandidateTrainer, Worker, WorkerSettings
 EPOCHS, BUDGET = 6, 30
 SPEC = StudySpec(
     hyp={"x": 0.0, "y": 0.0},
-    space=Space((Gene("x", 1, -5, 5), Gene("y", 1, -5, 5)), (Setting("bend", (1, 2)),)),
+    space=Space((Gene("x", 1, -5, 5), Gene("y", 1, -5, 5)), (SettingGene("bend", (1, 2)),)),
     settings={"bend": 1},
     budget=BUDGET,
     plan=StudyPlan(epochs=EPOCHS, finalists=2),

@@ -20,7 +20,7 @@ import torch
 from starling.cli import train
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
-from starling.distributed.group import Place
+from starling.distributed.group import Rank
 from starling.distributed.heartbeat import LOST_S, SUSPECT_S, Heartbeat, LostRank
 from starling.distributed.relaunch import relaunch
 from starling.model.checkpoint import load_checkpoint
@@ -446,13 +446,13 @@ def test_local_rank_is_accepted_and_ignored(tiny_args: list[str], runs: Path) ->
 def test_a_place_that_makes_no_sense_is_refused(changes: dict[str, str], words: str) -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1", **changes}
     with pytest.raises(UsageError, match=words):
-        Place.from_environment(given)
+        Rank.from_environment(given)
 
 
 def test_a_process_alone_has_no_place() -> None:
-    assert Place.from_environment({}) is None
+    assert Rank.from_environment({}) is None
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    assert Place.from_environment(alone) is None
+    assert Rank.from_environment(alone) is None
 
 
 class Board(dict[str, str]):

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from starling.plots.style import lower_end, shorten
 from starling.progress import duration
 from starling.search.outcome import Attempt, Finished, State
-from starling.search.report.facts import Facts, WorkerTime, end_of
+from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, join, number, text, void
 from starling.search.report.svg import Scale, grid, label, line, path, plot, shade, ticks, titled
 
@@ -23,7 +23,7 @@ MOST_MARKS = 4000
 """Dots or bars in one chart; the newest are kept."""
 
 
-def fitness_scale(facts: Facts, start: float, stop: float) -> Scale:
+def fitness_scale(facts: ReportFacts, start: float, stop: float) -> Scale:
     """Return the scale of fitness that all charts share; nothing may have finished yet."""
     values = [candidate.fitness for candidate in facts.finished] or [0.0, 1.0]
     low, high = lower_end(values), max(values)
@@ -32,7 +32,7 @@ def fitness_scale(facts: Facts, start: float, stop: float) -> Scale:
     return Scale(low, high + 0.04 * (high - low), start, stop)
 
 
-def progress_chart(facts: Facts, width: float = 900.0, *, name: str = "progress") -> Markup:
+def progress_chart(facts: ReportFacts, width: float = 900.0, *, name: str = "progress") -> Markup:
     """Draw the best fitness so far, and each candidate, against what was trained until then; `width` in pixels."""
     height, left, right, top, bottom = 340.0, 54.0, width - 14, 14.0, 290.0
     rows = _bill(facts)
@@ -67,7 +67,7 @@ def progress_chart(facts: Facts, width: float = 900.0, *, name: str = "progress"
     )
 
 
-def _bill(facts: Facts) -> list[tuple[Attempt, float | None, int]]:
+def _bill(facts: ReportFacts) -> list[tuple[Attempt, float | None, int]]:
     """Return the ended attempts in the order of their ends, with the images and epochs that all had taken by then."""
     ended = [attempt for attempt in facts.attempts if attempt.state is not State.RUNNING]
     rows: list[tuple[Attempt, float | None, int]] = []
@@ -98,7 +98,7 @@ def _mark(attempt: Attempt, x: float, y: Scale) -> Markup:
 
 
 def _best_line(
-    facts: Facts,
+    facts: ReportFacts,
     rows: Sequence[tuple[Attempt, float | None, int]],
     totals: Sequence[float],
     x: Scale,
@@ -126,7 +126,7 @@ def _best_line(
     return join(void("path", d=path(points), class_="best"), ring)
 
 
-def parallel_chart(facts: Facts, genes: Sequence[str]) -> Markup:
+def parallel_chart(facts: ReportFacts, genes: Sequence[str]) -> Markup:
     """Draw a line a finished candidate over the axes of `genes` and its fitness; the winner bold, on top."""
     width, height, top, bottom = 900.0, 374.0, 54.0, 330.0
     own = sorted(facts.finished, key=lambda candidate: (candidate.fitness, -candidate.number))[-MOST_LINES:]
@@ -168,7 +168,7 @@ def gene_scale(values: Sequence[float], start: float, stop: float) -> Scale:
     return Scale(low, high, start, stop, log=low > 0 and high / low > 20)
 
 
-def timeline(facts: Facts, workers: Sequence[WorkerTime]) -> Markup:
+def timeline(facts: ReportFacts, workers: Sequence[WorkerTime]) -> Markup:
     """Draw a row a worker: each training as a bar of its state's colour, idle time as what is left blank."""
     width, bottom = 900.0, 10 + ROW * len(workers)
     attempts = [attempt for worker in workers for attempt in worker.attempts]
@@ -220,7 +220,7 @@ def _clock(at: float, span: float) -> str:
     return f"{hours}:{rest // 60:02d} h" if span >= 2 * 3600 else f"{hours * 60 + rest // 60}:{rest % 60:02d}"
 
 
-def chosen_genes(facts: Facts, importance: dict[str, float], most: int = 8) -> list[str]:
+def chosen_genes(facts: ReportFacts, importance: dict[str, float], most: int = 8) -> list[str]:
     """Return the genes to draw: those that matter most, else those that the winner changed most of the seed's."""
     if importance:
         return list(importance)[:most]
@@ -230,7 +230,7 @@ def chosen_genes(facts: Facts, importance: dict[str, float], most: int = 8) -> l
     return sorted(facts.genes, key=lambda name: -_change(facts, best, name))[:most]
 
 
-def _change(facts: Facts, best: Finished, name: str) -> float:
+def _change(facts: ReportFacts, best: Finished, name: str) -> float:
     """Return how far the winner's gene lies from the seed's, as a share of what the search covered."""
     values = [candidate.hyp[name] for candidate in facts.finished]
     span = max(values) - min(values)

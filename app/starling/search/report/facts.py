@@ -54,7 +54,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
+class ReportFacts:
     """A search at one moment."""
 
     name: str
@@ -86,10 +86,10 @@ class Facts:
         return sum(attempt.state is state for attempt in self.attempts)
 
 
-def read_facts(study: SearchStudy, now: datetime) -> Facts:
+def read_facts(study: SearchStudy, now: datetime) -> ReportFacts:
     """Return what the study says; `now` is the time that running candidates are shown until."""
     finished, attempts, training = study.finished(), study.attempts(), study.training
-    return Facts(
+    return ReportFacts(
         name=f"{study.directory.parent.name}/{study.directory.name}",
         directory=study.directory,
         now=now,

@@ -14,7 +14,7 @@ from starling.search.report.charts import chosen_genes, parallel_chart, progress
 from starling.search.report.facts import (
     FEWEST_FOR_IMPORTANCE,
     IMPORTANCE_METHOD,
-    Facts,
+    ReportFacts,
     gene_importance,
     winner_command,
     worker_times,
@@ -34,7 +34,7 @@ FEW_FOR_IMPORTANCE = 200
 _STATES = (State.FINISHED, State.PRUNED, State.FAILED, State.LOST, State.STOPPED, State.RUNNING)
 
 
-def build_page(facts: Facts) -> str:
+def build_page(facts: ReportFacts) -> str:
     """Return the whole HTML document: one file that fetches nothing, whatever names and reasons say."""
     importance = gene_importance(facts.finished, list(facts.seed_hyp))
     sections = (
@@ -81,7 +81,7 @@ def _tile(what: str, figure: str, class_: str | None = None) -> Markup:
     return element("div", element("dt", what), element("dd", figure), class_=class_)
 
 
-def _headline(facts: Facts) -> Markup:
+def _headline(facts: ReportFacts) -> Markup:
     progress, counts = facts.progress, {state: facts.count(state) for state in _STATES}
     tiles = [_tile("finished of the budget", f"{progress.finished}/{progress.budget}")]
     if progress.part_trained:
@@ -114,7 +114,7 @@ def _headline(facts: Facts) -> Markup:
     )  # fmt: skip
 
 
-def _winner(facts: Facts) -> Markup:
+def _winner(facts: ReportFacts) -> Markup:
     best = facts.best
     if best is None:
         return _section("The winner", element("p", "No candidate has finished yet."))
@@ -149,14 +149,14 @@ def _winner(facts: Facts) -> Markup:
     return _section("The winner", *lines)
 
 
-def _against_seed(facts: Facts) -> str:
+def _against_seed(facts: ReportFacts) -> str:
     seed, best = facts.seed_fitness, facts.best
     if best is None or seed is None or best.is_seed:
         return "; it is the hyp that the search started from" if best is not None and best.is_seed else ""
     return f"; {percent(best.fitness / seed - 1)} above the seed's fitness" if seed > 0 else ""
 
 
-def _progress(facts: Facts) -> Markup:
+def _progress(facts: ReportFacts) -> Markup:
     if not facts.finished:
         return Markup("")
     pruned = facts.count(State.PRUNED)
@@ -185,7 +185,7 @@ def _key(entries: list[tuple[str, Markup]]) -> Markup:
     return element("ul", *(element("li", mark, words) for words, mark in entries), class_="key")
 
 
-def _parallel(facts: Facts, importance: dict[str, float]) -> Markup:
+def _parallel(facts: ReportFacts, importance: dict[str, float]) -> Markup:
     genes = chosen_genes(facts, importance)
     if len(facts.finished) < 2 or not genes:
         return Markup("")
@@ -202,7 +202,7 @@ def _parallel(facts: Facts, importance: dict[str, float]) -> Markup:
     )  # fmt: skip
 
 
-def _importance(facts: Facts, importance: dict[str, float]) -> Markup:
+def _importance(facts: ReportFacts, importance: dict[str, float]) -> Markup:
     if importance:
         n = len(facts.finished)
         caution = (
@@ -222,7 +222,7 @@ def _importance(facts: Facts, importance: dict[str, float]) -> Markup:
     return _section("Which genes matter", _soft(reason))
 
 
-def _workers(facts: Facts) -> Markup:
+def _workers(facts: ReportFacts) -> Markup:
     workers = worker_times(facts.attempts, facts.now)
     if not workers:
         return Markup("")
@@ -240,7 +240,7 @@ def _workers(facts: Facts) -> Markup:
     )
 
 
-def _ended_early(facts: Facts) -> Markup:
+def _ended_early(facts: ReportFacts) -> Markup:
     states = (State.PRUNED, State.FAILED, State.LOST, State.STOPPED)
     attempts = [attempt for attempt in facts.attempts if attempt.state in states]
     if not attempts:
@@ -251,13 +251,13 @@ def _ended_early(facts: Facts) -> Markup:
     return _section("Ended early", element("p", f"{counts}."), ended_early_table(facts, attempts))
 
 
-def _candidates(facts: Facts) -> Markup:
+def _candidates(facts: ReportFacts) -> Markup:
     if not facts.attempts:
         return Markup("")
     return _section("Candidates", candidate_table(facts))
 
 
-def _hyp(facts: Facts) -> Markup:
+def _hyp(facts: ReportFacts) -> Markup:
     if facts.best is None:
         return Markup("")
     notes = _soft("The same values are in ", element("code", text("hyp_evolve.yaml")), ".")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starling.progress import duration
 from starling.search.outcome import Attempt, State
-from starling.search.report.facts import Facts, WorkerTime, end_of
+from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void
 
 SHOWN = 20
@@ -96,7 +96,7 @@ def state_cell(state: State) -> Cell:
     return Cell(join(element("span", class_=f"dotmark b-{state}"), text(state)), str(state))
 
 
-def candidate_table(facts: Facts) -> Markup:
+def candidate_table(facts: ReportFacts) -> Markup:
     """Return every attempt, the best first."""
     best = None if facts.best is None else facts.best.number
     order = sorted(facts.attempts, key=lambda a: (a.fitness is None, -(a.fitness or 0.0), a.number))
@@ -109,7 +109,7 @@ def candidate_table(facts: Facts) -> Markup:
     return table("candidates", caption, heads, rows, words=(1, 10, 11))
 
 
-def _candidate(facts: Facts, attempt: Attempt) -> list[Cell]:
+def _candidate(facts: ReportFacts, attempt: Attempt) -> list[Cell]:
     cost = facts.costs[attempt.number]
     took = (end_of(attempt, facts.now) - (attempt.began or facts.now)).total_seconds()
     metrics = [_figure(attempt.metrics.get(name)) for name in ("map50", "map5095", "precision", "recall")]
@@ -166,7 +166,7 @@ def _seconds(seconds: float) -> Cell:
     return Cell(duration(seconds) if seconds >= 1 or not seconds else f"{seconds:.1f}s", f"{seconds:.2f}")
 
 
-def ended_early_table(facts: Facts, attempts: Sequence[Attempt]) -> Markup:
+def ended_early_table(facts: ReportFacts, attempts: Sequence[Attempt]) -> Markup:
     """Return attempts that brought no result, with their reasons."""
     rows = [
         Row(

@@ -49,7 +49,7 @@ def first_new(number: int, known: History, draw: Callable[[int], Values]) -> dic
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Observation:
     """What became of one candidate, however many attempts it took."""
 
     number: int
@@ -75,9 +75,9 @@ class History:
         self.begun = False
         """Whether the study has a candidate of its own, which then is the seed: imported ones are not."""
         self._read, self._ranking = OpenTrials(), Ranking()
-        self._finished: dict[int, Finding] = {}
-        self._pruned: dict[int, Finding] = {}
-        self._failed: dict[int, Finding] = {}
+        self._finished: dict[int, Observation] = {}
+        self._pruned: dict[int, Observation] = {}
+        self._failed: dict[int, Observation] = {}
         self._open: dict[int, Values] = {}
 
     @property
@@ -86,17 +86,17 @@ class History:
         return [(float(trial.value), trial.params) for trial in self._ranking.trials()]
 
     @property
-    def finished(self) -> list[Finding]:
+    def finished(self) -> list[Observation]:
         """Finished candidates, imported ones too, by number."""
         return _by_number(self._finished)
 
     @property
-    def pruned(self) -> list[Finding]:
+    def pruned(self) -> list[Observation]:
         """Candidates that were ended early, by number."""
         return _by_number(self._pruned)
 
     @property
-    def failed(self) -> list[Finding]:
+    def failed(self) -> list[Observation]:
         """Candidates that failed by a fault of their own, such as a diverging loss, by number."""
         return _by_number(self._failed)
 
@@ -120,16 +120,16 @@ class History:
         self._open.pop(number, None)
         match trial.state:
             case TrialState.COMPLETE:
-                self._finished[number] = Finding(number, values, float(trial.value))
+                self._finished[number] = Observation(number, values, float(trial.value))
                 self._ranking.add(trial)
             case TrialState.PRUNED:
                 epochs, fitness = max(trial.intermediate_values.items(), default=(0, None))
-                self._pruned[number] = Finding(number, values, fitness, int(epochs))
+                self._pruned[number] = Observation(number, values, fitness, int(epochs))
             case TrialState.FAIL if trial.user_attrs.get("ending") == State.FAILED:
-                self._failed[number] = Finding(number, values)
+                self._failed[number] = Observation(number, values)
             case _:
                 self._open[number] = values
 
 
-def _by_number(findings: dict[int, Finding]) -> list[Finding]:
-    return [findings[number] for number in sorted(findings)]
+def _by_number(observations: dict[int, Observation]) -> list[Observation]:
+    return [observations[number] for number in sorted(observations)]

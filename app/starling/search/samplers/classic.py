@@ -8,7 +8,7 @@ import numpy as np
 
 from starling.search.outcome import SearchFailed
 from starling.search.samplers.base import REDRAWS, History, stream
-from starling.search.space import Gene, Setting, Space, Value, Values
+from starling.search.space import Gene, SettingGene, Space, Value, Values
 
 MUTATION_RATE, MUTATION_SCALE = 0.8, 0.2
 FACTOR_LIMITS = (0.3, 3.0)
@@ -39,7 +39,7 @@ def propose(
     genes: Sequence[Gene],
     parents: Sequence[tuple[float, Values]],
     taken: Container[tuple[Value, ...]],
-    settings: Sequence[Setting] = (),
+    settings: Sequence[SettingGene] = (),
 ) -> dict[str, Value]:
     """Return a mutant of one of `parents` (fitness, values) whose values, in the order of the axes, are not in `taken`.
 
@@ -84,7 +84,7 @@ def _draw_factors(rng: np.random.Generator, genes: Sequence[Gene]) -> np.ndarray
     return factors
 
 
-def _neighbour(rng: np.random.Generator, setting: Setting, value: Value, reach: float) -> int | str:
+def _neighbour(rng: np.random.Generator, setting: SettingGene, value: Value, reach: float) -> int | str:
     """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) steps along the list.
 
     The classic step's own formula, in steps in place of fifths of the value: three mutants in four keep the choice,

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from starling.core.errors import ConfigError
-from starling.search.samplers.base import Finding, History, first_new, stream
+from starling.search.samplers.base import History, Observation, first_new, stream
 from starling.search.space import Gene, Space, Value, Values
 
 Array = np.ndarray
@@ -100,7 +100,7 @@ class FastSampler:
         if len(ranked) < self._settings.startup:
             return first_new(number, known, lambda redraw: self._around_seed(number, redraw))
         selected = _best_and_latest(ranked, self._settings.most_findings)
-        positions = self._positions([finding.values for finding in selected])
+        positions = self._positions([observation.values for observation in selected])
         others = self._positions(known.open)
         return first_new(number, known, lambda redraw: self._mutant(number, redraw, positions, others))
 
@@ -175,21 +175,24 @@ class FastSampler:
         return settings.startup_spread * math.sqrt(max(changed, 1.0))
 
 
-def ranking(known: History) -> list[Finding]:
+def ranking(known: History) -> list[Observation]:
     """Return all candidates that have ended, best first: finished, pruned by epochs and then fitness, failed."""
 
-    def by_fitness(finding: Finding) -> tuple[float, float, int]:
-        fitness = -math.inf if finding.fitness is None else finding.fitness
-        return -float(finding.epochs or 0), -fitness, finding.number
+    def by_fitness(observation: Observation) -> tuple[float, float, int]:
+        fitness = -math.inf if observation.fitness is None else observation.fitness
+        return -float(observation.epochs or 0), -fitness, observation.number
 
     return [*sorted(known.finished, key=by_fitness), *sorted(known.pruned, key=by_fitness), *known.failed]
 
 
-def _best_and_latest(ranked: Sequence[Finding], most: int) -> list[Finding]:
-    """Return at most `most` of the findings, still best first: the best half, and of the others the latest."""
+def _best_and_latest(ranked: Sequence[Observation], most: int) -> list[Observation]:
+    """Return at most `most` of the observations, still best first: the best half, and of the others the latest."""
     best, others = ranked[: most - most // 2], ranked[most - most // 2 :]
-    latest = {finding.number for finding in sorted(others, key=lambda finding: -finding.number)[: most // 2]}
-    return [*best, *(finding for finding in others if finding.number in latest)]
+    latest = {
+        observation.number
+        for observation in sorted(others, key=lambda observation: -observation.number)[: most // 2]
+    }
+    return [*best, *(observation for observation in others if observation.number in latest)]
 
 
 def density_ratio(points: Array, good: Array, weights: Array, bad: Array, bandwidth: float) -> Array:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from starling.search.samplers.base import Finding, History, first_new, stream
+from starling.search.samplers.base import History, Observation, first_new, stream
 from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.space import Space, Value, Values
 
@@ -34,8 +34,8 @@ class GaussianSampler:
         finished = known.finished
         if len(finished) < LEAST_FINISHED:
             return self._around_seed.propose(number, known)
-        rows = [self._trial(finding) for finding in _most_telling(finished)]
-        others = [self._trial(Finding(-1, values)) for values in known.open]
+        rows = [self._trial(observation) for observation in _most_telling(finished)]
+        others = [self._trial(Observation(-1, values)) for values in known.open]
         return first_new(number, known, lambda redraw: self._draw(number, redraw, rows, others))
 
     def _draw(
@@ -51,18 +51,18 @@ class GaussianSampler:
             return self._space.at(positions.tolist())
         return self._space.at(self._space.positions(proposed))
 
-    def _trial(self, finding: Finding) -> FrozenTrial:
-        state = TrialState.RUNNING if finding.fitness is None else TrialState.COMPLETE
+    def _trial(self, observation: Observation) -> FrozenTrial:
+        state = TrialState.RUNNING if observation.fitness is None else TrialState.COMPLETE
         # The seed, or what was imported, may lie outside the limits.
-        inside = self._space.at(self._space.positions(finding.values))
-        return create_trial(state=state, value=finding.fitness, params=inside, distributions=self._limits)
+        inside = self._space.at(self._space.positions(observation.values))
+        return create_trial(state=state, value=observation.fitness, params=inside, distributions=self._limits)
 
 
-def _most_telling(finished: Sequence[Finding]) -> list[Finding]:
-    """Return at most MOST_FINISHED findings by number: the best half of them, and of the rest the latest."""
+def _most_telling(finished: Sequence[Observation]) -> list[Observation]:
+    """Return at most MOST_FINISHED observations by number: the best half of them, and of the rest the latest."""
     if len(finished) <= MOST_FINISHED:
         return list(finished)
-    ranked = sorted(finished, key=lambda finding: (-(finding.fitness or 0.0), finding.number))
+    ranked = sorted(finished, key=lambda observation: (-(observation.fitness or 0.0), observation.number))
     best = ranked[: MOST_FINISHED // 2]
-    latest = sorted(ranked[MOST_FINISHED // 2 :], key=lambda finding: finding.number)
-    return sorted([*best, *latest[-MOST_FINISHED // 2 :]], key=lambda finding: finding.number)
+    latest = sorted(ranked[MOST_FINISHED // 2 :], key=lambda observation: observation.number)
+    return sorted([*best, *latest[-MOST_FINISHED // 2 :]], key=lambda observation: observation.number)

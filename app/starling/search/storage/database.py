@@ -59,7 +59,7 @@ shutdown and start."""
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 
-class ConnectionLost(ServerError):
+class DatabaseLost(ServerError):
     """The connection broke while the study was locked: the lock is gone, and the step has to begin anew."""
 
 
@@ -206,7 +206,7 @@ def is_transient(error: Exception) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Return in a few words why the database did not do as asked."""
-    if isinstance(error, ConnectionLost):
+    if isinstance(error, DatabaseLost):
         return "the connection was lost"
     said = _fields(error).get("M")
     if said:

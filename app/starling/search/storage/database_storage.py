@@ -30,8 +30,8 @@ from starling.search.storage.database import (
     ANSWER_S,
     IDLE_S,
     LOCK_NOT_AVAILABLE,
-    ConnectionLost,
     Database,
+    DatabaseLost,
     DriverError,
     close_quietly,
     is_transient,
@@ -178,7 +178,7 @@ class DatabaseStudyStorage:
 
     def _connection(self) -> Any:
         if self._holding:
-            raise ConnectionLost(f"{self._database.url}: the connection was lost")
+            raise DatabaseLost(f"{self._database.url}: the connection was lost")
         return self._database.connection()
 
     def _execute(self, statement: str) -> None:

@@ -56,7 +56,7 @@ _TEXT = {".csv", ".yaml", ".json", ".txt", ".diff"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _TaskPlace:
     """Where a task is: its name, its project's id, and the folder of its files."""
 
     name: str
@@ -80,7 +80,7 @@ class ClearmlTracker:
         self._agents_task = environment.get(OWN_TASK_VARIABLE, "")
         self._host = credentials.api_host
         self._api = ClearmlApi(credentials)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _TaskPlace] = {}
         self._epochs: dict[str, int] = {}
 
     def destination(self, log_dir: Path) -> str:
@@ -348,7 +348,7 @@ class ClearmlTracker:
             **more,
         }
 
-    def _place(self, run_id: str) -> _Place:
+    def _place(self, run_id: str) -> _TaskPlace:
         """Return a task's name and where its files go: `project/name.id`, as ClearML's SDK lays them out."""
         if run_id not in self._places:
             task = self._api.call("tasks.get_by_id", task=run_id)["task"]
@@ -357,7 +357,7 @@ class ClearmlTracker:
                 self._api.call("projects.get_by_id", project=project)["project"]["name"] if project else MARK
             )
             folder = f"{full}/{re.sub(r'[^A-Za-z0-9_. -]', '_', name)}.{run_id}"
-            self._places[run_id] = _Place(name, project, folder)
+            self._places[run_id] = _TaskPlace(name, project, folder)
         return self._places[run_id]
 
     @contextmanager

@@ -30,7 +30,7 @@ _FILL = 114
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,")
 
 
-class Detector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Answer images (a column `image` of base64 text) with their detections.
 
     Parameters of a request: `confidence`, `iou`, `max_detections`; their defaults stand in the model's signature.
@@ -135,4 +135,4 @@ def _names(text: str) -> list[str]:
     return [str(name) for _, name in sorted(ast.literal_eval(text).items())]
 
 
-mlflow.models.set_model(Detector())
+mlflow.models.set_model(ServedDetector())

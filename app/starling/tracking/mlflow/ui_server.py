@@ -27,7 +27,7 @@ START_S = 90.0
 STOP_S = 10.0
 
 
-class ServerError(StarlingError):
+class UiServerError(StarlingError):
     """The MLflow server did not come up or does not stop."""
 
     exit_code = 5
@@ -57,7 +57,7 @@ class UiServer:
 def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None) -> tuple[UiServer, bool]:
     """Start the server and wait until it answers; returns it, and whether it was running already.
 
-    Raises UsageError if the port is taken, ServerError if the server ends or is not up in time.
+    Raises UsageError if the port is taken, UiServerError if the server ends or is not up in time.
     """
     if (running := find(runs)) is not None:
         return running, True
@@ -75,7 +75,7 @@ def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None)
     while not _is_healthy(url):
         if process.poll() is not None or time.monotonic() > deadline:
             stop(runs)
-            raise ServerError(f"the MLflow server did not come up at {url}; see {_log(runs)}")
+            raise UiServerError(f"the MLflow server did not come up at {url}; see {_log(runs)}")
         time.sleep(0.3)
     return server, False
 
@@ -83,13 +83,13 @@ def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None)
 def stop(runs: Path) -> UiServer | None:
     """End the server that `start` began, and no other; returns it, or None if there is none.
 
-    Raises ServerError if it was started on another machine.
+    Raises UiServerError if it was started on another machine.
     """
     server = _read(runs)
     if server is None:
         return None
     if not server.is_here:
-        raise ServerError(
+        raise UiServerError(
             f"the server at {server.url} was started on {server.host}; run `starling track stop` there"
         )
     was_alive = server.process.is_alive()

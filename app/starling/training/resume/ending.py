@@ -27,7 +27,7 @@ _MADE = ("results.csv", "results.png", "confusion_matrix.*", "*_curve.png", "val
 """Files that the end of a training can make again."""
 
 
-class End(enum.Enum):
+class Ending(enum.Enum):
     """What is left of a training."""
 
     TRAINING = "training"
@@ -45,21 +45,21 @@ def is_over(rows: Sequence[EpochRow], epochs_done: int, config: TrainConfig) -> 
     return epochs_done >= config.epochs or out_of_patience(rows, config.patience)
 
 
-def what_is_left(run: RunDir, state: Mapping[str, Any], config: TrainConfig) -> End:
+def what_is_left(run: RunDir, state: Mapping[str, Any], config: TrainConfig) -> Ending:
     """Return what is left of the run whose newest checkpoint is `state`, under the configuration of the resume."""
     rows = [EpochRow.from_list(values) for values in state["rows"]]
     if not rows or not is_over(rows, state["epoch"], config):
-        return End.TRAINING
+        return Ending.TRAINING
     told = {"run_uuid": state["run_uuid"], "epochs_done": len(rows)}
     summary = read_summary(run)
     made = summary.get("files")
     there = isinstance(made, list) and all(_is_there(run.path, name) for name in made)
     whole = there and told.items() <= summary.items() and saved_row(run.best) is not None
     if not whole or last_status(run.events, state["run_uuid"]) not in ("finished", None):
-        return End.FINISHING
+        return Ending.FINISHING
     if told.items() <= _read(run.path / MARK).items():
-        return End.WHOLE
-    return End.DELIVERING if last_status(run.events, state["run_uuid"]) else End.FINISHING
+        return Ending.WHOLE
+    return Ending.DELIVERING if last_status(run.events, state["run_uuid"]) else Ending.FINISHING
 
 
 def figures_of(rows: Sequence[EpochRow], run: RunDir) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from launcher.hosts.usage import Usage
 from launcher.options.request import read_env_file
 from launcher.sizes import GIB, format_share
 from launcher.status.meter import GpuMeter, Meter
-from launcher.status.progress import Progress, Restarts, read_progress, read_restarts
+from launcher.status.progress import Restarts, TrainerStatus, read_progress, read_restarts
 from launcher.status.report import COLUMNS, Figures, Row, exit_code, format_duration, searches_of
 from launcher.status.selection import select
 from launcher.status.table import lay_out
@@ -110,18 +110,18 @@ def restarting(tmp_path: Path, **values: object) -> Restarts:
 
 def test_a_crashed_trainer_is_told_with_the_time_until_its_next_try(tmp_path: Path) -> None:
     told = restarting(tmp_path, restart_at=1008.0, delay_s=8.0)
-    row = Row(replace(STATE, phase="running"), Progress(phase="training"), told)
+    row = Row(replace(STATE, phase="running"), TrainerStatus(phase="training"), told)
     assert row.cells(now=1000.0)[2] == "restarting in 8 s (2 of 3)"
     assert row.cells(now=1000.0)[-1] == "2/3"
     for now, left in ((1006.0, "2 s"), (99_999.0, "0 s"), (-99_999.0, "8 s")):  # the clock a day off
         assert row.cells(now=now)[2] == f"restarting in {left} (2 of 3)"
     assert exit_code([row.state]) == 0
-    assert Row(replace(STATE, exit_code=143), Progress(), told).cells(1.0)[2] == "stopped 143: resumable"
+    assert Row(replace(STATE, exit_code=143), TrainerStatus(), told).cells(1.0)[2] == "stopped 143: resumable"
 
 
 def test_a_trainer_given_up_is_told_with_its_restarts_and_its_reason(tmp_path: Path) -> None:
     told = restarting(tmp_path)
-    failed = Progress(phase="failed", message="no room")
+    failed = TrainerStatus(phase="failed", message="no room")
     row = Row(replace(STATE, exit_code=1), failed, told)
     assert row.cells()[2] == "exited 1: error after 2 restarts"
     assert "exited 1: error after 2 restarts: no room" in lay_out([row], 0.0)[1].text
@@ -130,10 +130,10 @@ def test_a_trainer_given_up_is_told_with_its_restarts_and_its_reason(tmp_path: P
 
 def test_the_supervisors_word_on_memory_counts_where_the_engine_has_none(tmp_path: Path) -> None:
     told = restarting(tmp_path, oom_killed=True)
-    row = Row(replace(STATE, exit_code=137), Progress(), told)
+    row = Row(replace(STATE, exit_code=137), TrainerStatus(), told)
     assert row.cells()[2].startswith("OOM-KILLED at 20 GB")
     assert row.as_dict()["state"] == "OOM-KILLED at 20 GB"
-    assert not Row(replace(STATE, exit_code=137), Progress()).cells()[2].startswith("OOM")
+    assert not Row(replace(STATE, exit_code=137), TrainerStatus()).cells()[2].startswith("OOM")
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,15 @@ def test_a_garbled_restart_record_says_nothing(content: str, tmp_path: Path) -> 
 
 def test_a_search_is_told_once_by_the_replica_that_has_seen_most_of_it() -> None:
     running = replace(STATE, phase="running")
-    behind = Progress(finished=11, budget=60, best_fitness=0.5, search_ends_at=9e9, updated=20)
-    ahead = Progress(finished=12, budget=60, best_fitness=0.5123, search_ends_at=8500, updated=10)
-    training = Row(replace(running, fleet="x/y"), Progress(epoch=1, epochs=2))
+    behind = TrainerStatus(finished=11, budget=60, best_fitness=0.5, search_ends_at=9e9, updated=20)
+    ahead = TrainerStatus(finished=12, budget=60, best_fitness=0.5123, search_ends_at=8500, updated=10)
+    training = Row(replace(running, fleet="x/y"), TrainerStatus(epoch=1, epochs=2))
     (search,) = searches_of([Row(running, behind), Row(running, ahead), training])
     assert search.words(1000) == "b/s: 12/60 finished, best fitness 0.5123, about 2 h 05 min left"
     assert search.words(9000).endswith("about 0 s left")
     (still,) = searches_of([Row(replace(STATE, exit_code=143), ahead)])
     assert still.words(1000) == "b/s: 12/60 finished, best fitness 0.5123", "nobody trains, so it never ends"
-    (new,) = searches_of([Row(running, Progress(finished=0, budget=60))])
+    (new,) = searches_of([Row(running, TrainerStatus(finished=0, budget=60))])
     assert new.words(1000) == "b/s: 0/60 finished"
     assert searches_of([training]) == []
 
@@ -175,8 +175,8 @@ def test_a_trainer_that_failed_says_why_beside_its_exit_code(tmp_path: Path) -> 
     assert (row.cells()[2], row.reason) == ("exited 1: error", reason)
     assert f"exited 1: error: {reason}" in lay_out([row], 0.0)[1].text
     killed = replace(STATE, exit_code=137, oom_killed=True)
-    assert Row(killed, Progress(phase="training")).cells()[2] == "OOM-KILLED at 20 GB"
-    assert Row(replace(STATE, exit_code=0), Progress(phase="failed", message="old")).reason == ""
+    assert Row(killed, TrainerStatus(phase="training")).cells()[2] == "OOM-KILLED at 20 GB"
+    assert Row(replace(STATE, exit_code=0), TrainerStatus(phase="failed", message="old")).reason == ""
     write(tmp_path, {"phase": "failed", "message": "word " * 1000, "updated": 10})
     assert len(Row(failed, read_progress(tmp_path, "r")).reason) <= 240
 
@@ -187,7 +187,7 @@ def test_a_trainer_that_failed_says_why_beside_its_exit_code(tmp_path: Path) -> 
 def test_a_garbled_progress_file_says_nothing(content: str, tmp_path: Path) -> None:
     write(tmp_path, {})
     (tmp_path / ".workers/r.json").write_text(content)
-    assert read_progress(tmp_path, "r") == Progress()
+    assert read_progress(tmp_path, "r") == TrainerStatus()
 
 
 def test_links_and_pipes_in_place_of_progress_are_left_alone(tmp_path: Path) -> None:
@@ -196,10 +196,10 @@ def test_links_and_pipes_in_place_of_progress_are_left_alone(tmp_path: Path) -> 
     (tmp_path / "secret.json").write_text('{"candidate": "secret"}')
     path.unlink()
     path.symlink_to(tmp_path / "secret.json")
-    assert read_progress(tmp_path, "r") == Progress()
+    assert read_progress(tmp_path, "r") == TrainerStatus()
     path.unlink()
     os.mkfifo(path)
-    assert read_progress(tmp_path, "r") == Progress()
+    assert read_progress(tmp_path, "r") == TrainerStatus()
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists))
@@ -212,14 +212,14 @@ def test_no_value_from_inside_breaks_the_report(value: object) -> None:
 
 def busy(name: str) -> Row:
     state = replace(STATE, id=name, name=name, phase="running")
-    progress = Progress(phase="training", candidate="12", epoch=10, epochs=100, images_per_s=812, best_fitness=0.5,
+    progress = TrainerStatus(phase="training", candidate="12", epoch=10, epochs=100, images_per_s=812, best_fitness=0.5,
                         eta_s=7500)  # fmt: skip
     figures = Figures(memory_bytes=12 * GIB, cpu_percent=780.4, gpu_percent=98)
     return Row(state, progress, Restarts(done=0, most=3), figures)
 
 
 def test_a_pipe_gets_every_column_in_whole_lines() -> None:
-    failed = Row(replace(STATE, exit_code=3), Progress(phase="failed", message="word " * 30))
+    failed = Row(replace(STATE, exit_code=3), TrainerStatus(phase="failed", message="word " * 30))
     heading, line = (line.text for line in lay_out([failed], 0.0))
     assert heading.split("  ")[0] == COLUMNS[0]
     assert all(name in heading for name in COLUMNS)
@@ -240,7 +240,7 @@ def test_eight_replicas_at_work_fit_120_columns_with_every_figure() -> None:
 
 @pytest.mark.parametrize("width", [100, 80, 60, 40])
 def test_a_narrow_terminal_gets_fewer_columns_and_never_a_broken_line(width: int) -> None:
-    failed = Row(replace(STATE, exit_code=3), Progress(phase="failed", message="word " * 20))
+    failed = Row(replace(STATE, exit_code=3), TrainerStatus(phase="failed", message="word " * 20))
     lines = [line.text for line in lay_out([busy("blood-search-gpu0"), failed], 0.0, width)]
     assert max(map(len, lines)) <= width
     assert lines[0].startswith("replica")
@@ -251,20 +251,22 @@ def test_a_narrow_terminal_gets_fewer_columns_and_never_a_broken_line(width: int
 
 def test_a_column_that_nobody_fills_is_left_out_on_a_terminal_only() -> None:
     state = replace(STATE, device="cpu:0", phase="running")
-    row = Row(state, Progress(phase="training", epoch=1, epochs=2), Restarts(done=0, most=3))
+    row = Row(state, TrainerStatus(phase="training", epoch=1, epochs=2), Restarts(done=0, most=3))
     assert "GPU" not in lay_out([row], 0.0, 200)[0].text
     assert "GPU" in lay_out([row], 0.0)[0].text
 
 
 def test_failures_are_red_and_waits_yellow() -> None:
     waits = Row(
-        replace(STATE, phase="running"), Progress(), Restarts(done=1, most=3, restart_at=9.0, delay_s=9.0)
+        replace(STATE, phase="running"),
+        TrainerStatus(),
+        Restarts(done=1, most=3, restart_at=9.0, delay_s=9.0),
     )
     rows = [
         busy("a"),
         waits,
-        Row(replace(STATE, exit_code=143), Progress()),
-        Row(replace(STATE, exit_code=1), Progress()),
+        Row(replace(STATE, exit_code=143), TrainerStatus()),
+        Row(replace(STATE, exit_code=1), TrainerStatus()),
     ]
     assert [line.colour for line in lay_out(rows, 0.0)[1:]] == [None, "yellow", None, "red"]
 
@@ -373,7 +375,9 @@ def test_an_env_file_gives_values_and_bare_names(tmp_path: Path) -> None:
 
 
 def test_on_a_narrow_terminal_the_columns_give_way_in_their_order() -> None:
-    progress = Progress(candidate="7", epoch=3, epochs=10, images_per_s=811.6, best_fitness=0.5, eta_s=3900)
+    progress = TrainerStatus(
+        candidate="7", epoch=3, epochs=10, images_per_s=811.6, best_fitness=0.5, eta_s=3900
+    )
     running = Row(
         replace(STATE, phase="running"),
         progress,
