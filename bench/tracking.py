@@ -38,8 +38,9 @@ import torch
 from common import REPOSITORY, Step, machine, made_up_targets
 from tracking_conditions import Condition, opened_conditions
 
+from starling.core.instants import format_duration
 from starling.device import select_compute
-from starling.progress import Progress, duration
+from starling.progress import Progress
 
 BARS = {"healthy": 1.01, "slow": 1.05, "dead": 1.05}
 """The ratios to reach."""
@@ -81,7 +82,7 @@ def train(
                 seconds[number, index] += _clocks() - began
         a_slice = (time.monotonic() - started) / ((lap + 1) * len(conditions))
         left = a_slice * ((options.rounds * laps - lap - 1) * len(conditions) + alone)
-        progress.show(lambda: f"round {number + 1} of {options.rounds}, {duration(left)} left")  # noqa: B023
+        progress.show(lambda: f"round {number + 1} of {options.rounds}, {format_duration(left)} left")  # noqa: B023
     return seconds
 
 

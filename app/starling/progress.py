@@ -19,16 +19,6 @@ LOG_EVERY_S = 10.0
 TERMINAL_EVERY_S = 0.2
 
 
-def duration(seconds: float) -> str:
-    """Return `41s`, `4m10s` or `2h05m`."""
-    whole = round(max(seconds, 0))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 class Progress:
     """Say lines; show passing ones. Everything goes through one object so that lines never mix."""
 

@@ -78,8 +78,8 @@ class _Found:
     """Each with the runs folder that it lies in."""
 
     def lines(self) -> list[str]:
-        from launcher.sizes import format_size
         from launcher.status.words import words_for
+        from starling.core.sizes import format_size
 
         lines = [f"{state.name}  {words_for(state)}  {state.id[:12]}" for state in self.ended]
         lines += [f"{run.path}  {run.files} files, {format_size(run.bytes)}" for _, run in self.folders]

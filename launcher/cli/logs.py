@@ -18,8 +18,8 @@ def logs(target: Target, follow: bool, tail: int | None, since: str | None, name
     """Print the output of replicas: of several in the order of time, each line marked with its replica."""
     import time
 
-    from launcher.instants import parse_since
     from launcher.status.output import print_logs
+    from starling.core.instants import parse_since
 
     moment = None if since is None else parse_since(since, time.time())
     print_logs(target.open_engine(), names, follow=follow, tail=tail, since=moment)

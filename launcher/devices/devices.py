@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.devices.inventory import Gpu
-from launcher.sizes import format_cores
 from starling.core.errors import UsageError
+from starling.core.sizes import format_cores
 
 MOST_DEVICES = 256
 """More than any machine has; a typing error such as `1-50000` stops here."""

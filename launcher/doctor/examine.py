@@ -15,9 +15,9 @@ from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine
 from launcher.hosts.host import Host
 from launcher.hosts.this_machine import ThisMachine
-from launcher.sizes import format_size
 from starling.core import package
 from starling.core.errors import StarlingError
+from starling.core.sizes import format_size
 
 Check = Callable[[], list[Finding]]
 

@@ -16,12 +16,12 @@ from launcher.doctor.findings import Finding
 from launcher.engines.base import Image
 from launcher.hosts.host import Host
 from launcher.plan.check import check_driver
-from launcher.sizes import format_size
 from starling.core.errors import StarlingError
 from starling.core.files.folder import Folder
 from starling.core.lock import lock_own
 from starling.core.paths import real_path
 from starling.core.redaction import masked
+from starling.core.sizes import format_size
 
 NO_GPU = "no GPU here; CPU replicas work"
 ANSWER_S = 2.0

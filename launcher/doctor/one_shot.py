@@ -12,8 +12,8 @@ from launcher.devices.devices import Device
 from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.options.request import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
-from launcher.sizes import MIB, format_size
 from starling.core.errors import StarlingError
+from starling.core.sizes import MIB, format_size
 
 MEMORY, SHM = 256 * MIB, 64 * MIB
 END_S = 30.0

@@ -19,8 +19,8 @@ from launcher.errors import EngineError
 from launcher.hosts.address import engine_address, socket_path
 from launcher.hosts.processes import PROC, Process, command_words, find_process, user_id, user_name
 from launcher.hosts.this_machine import ThisMachine
-from launcher.sizes import format_size
 from launcher.status.progress import read_json
+from starling.core.sizes import format_size
 from starling.core.words import printable
 
 _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")

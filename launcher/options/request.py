@@ -14,12 +14,12 @@ from launcher.engines.base import Mount
 from launcher.options.training_args import TrainingArgs, check_local_trainer, prepare_args
 from launcher.options.training_words import setting_of
 from launcher.problems import Problems
-from launcher.sizes import parse_size
 from starling.core import package
 from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError
 from starling.core.files.regular import read_regular
 from starling.core.paths import absolute
+from starling.core.sizes import parse_size
 from starling.core.utf8 import NotUtf8, text_of
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from launcher.plan.plan import (
     occupancy,
 )
 from launcher.problems import Problems
-from launcher.sizes import GIB, MIB, format_size
 from starling.core.errors import StarlingError, UsageError
+from starling.core.sizes import GIB, MIB, format_size
 
 LEAST_FREE_BYTES = GIB
 """Below this a search does not come far: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""

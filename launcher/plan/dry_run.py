@@ -18,10 +18,10 @@ from launcher.engines.limits import CDI_GPU
 from launcher.options.request import EnvFile
 from launcher.plan.facts import Facts
 from launcher.plan.plan import Plan
-from launcher.sizes import format_cores, format_size
 from launcher.status.words import device_words
 from starling.core.errors import StarlingError
 from starling.core.redaction import masked
+from starling.core.sizes import format_cores, format_size
 
 
 def document(plan: Plan, problems: Sequence[StarlingError]) -> dict[str, Any]:

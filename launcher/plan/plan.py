@@ -15,9 +15,9 @@ from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
 from launcher.options.request import Request
 from launcher.plan.changes import NO_CHANGES, Changes, plan_changes
 from launcher.plan.facts import Facts
-from launcher.sizes import GIB, MIB, format_size
 from starling.core.dataset import START
 from starling.core.errors import UsageError
+from starling.core.sizes import GIB, MIB, format_size
 
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""

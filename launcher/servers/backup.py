@@ -22,9 +22,9 @@ from launcher.errors import EngineError, disk_full
 from launcher.servers.archive import ARTIFACTS, DATABASES, ArchiveWriter, database_member, is_left_over
 from launcher.servers.compose import Compose, last_words
 from launcher.servers.track import connect
-from launcher.sizes import format_size
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
+from starling.core.sizes import format_size
 
 FOLDER = "/mlflow/artifacts"
 _TAR_CHANGED = 1

@@ -10,8 +10,9 @@ from textwrap import shorten
 from typing import Any
 
 from launcher.engines.base import ReplicaState
-from launcher.sizes import format_share
 from launcher.status.words import device_words, words_for
+from starling.core.instants import format_duration
+from starling.core.sizes import format_share
 from starling.core.worker_status import Restarts, TrainerStatus
 
 COLUMNS = (
@@ -63,7 +64,7 @@ class Row:
             epoch,
             _rounded(progress.images_per_s if training else None),
             "-" if progress.best_fitness is None else f"{progress.best_fitness:.4f}",
-            format_duration(progress.eta_s) if live else "-",
+            _left(progress.eta_s) if live else "-",
             _rounded(figures.gpu_percent, " %"),
             "-" if figures.memory_bytes is None else used,
             _rounded(figures.cpu_percent, " %"),
@@ -141,7 +142,7 @@ class Search:
     """Unix seconds, expected; None where nobody trains, or too little is known."""
 
     def words(self, now: float) -> str:
-        """Return `blood/search: 12/60 finished, best fitness 0.5123, about 2 h 05 min left`."""
+        """Return `blood/search: 12/60 finished, best fitness 0.5123, about 2h05m left`."""
         words = f"{self.fleet}: {self.finished}/{self.budget} finished"
         if self.best_fitness is not None:
             words += f", best fitness {self.best_fitness:.4f}"
@@ -202,15 +203,8 @@ def exit_code(states: Sequence[ReplicaState]) -> int:
     return 0 if states and all(state.well for state in states) else 1
 
 
-def format_duration(seconds: float | None) -> str:
-    """Return `2 h 05 min`, `7 min`, `40 s`; a dash for None."""
-    if seconds is None or seconds < 0:
-        return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = whole // 60
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _left(seconds: float | None) -> str:
+    return "-" if seconds is None or seconds < 0 else format_duration(seconds)
 
 
 def _rounded(value: float | None, unit: str = "") -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launcher.engines.base import ReplicaState
-from launcher.sizes import format_size
 from starling.core.errors import Exit
+from starling.core.sizes import format_size
 
 _EXITS = {
     Exit.ERROR: "error",

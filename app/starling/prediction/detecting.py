@@ -17,6 +17,7 @@ import numpy as np
 
 from starling.config.shipped import find_config
 from starling.core.errors import DataError, UsageError
+from starling.core.instants import format_duration
 from starling.core.paths import real_path
 from starling.core.settings.detect import DetectConfig
 from starling.data.dataset.dataset import DatasetDescription, read_class_names
@@ -31,7 +32,7 @@ from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles
 from starling.prediction.inference import Predictor, load_predictor
 from starling.prediction.predictor import ImageDetector, Thresholds, fit_size
-from starling.progress import Progress, duration
+from starling.progress import Progress
 from starling.stop_signal import StopSignal
 
 LEFT_OUT = "left_out.csv"
@@ -185,7 +186,7 @@ class _Run:
             text += f"  {tally.frames / seconds:.1f} img/s"
             if frame.total:
                 part = tally.done + min(place / frame.total, 1.0)
-                text += f"  left {duration(seconds * (tally.sources - part) / part)}"
+                text += f"  left {format_duration(seconds * (tally.sources - part) / part)}"
             return text
 
         self._progress.show(line)
@@ -195,7 +196,7 @@ class _Run:
         tally = self._tally
         seconds = max(time.monotonic() - self._began, 1e-9)
         self._progress.say(
-            f"{tally.frames} {'image' if tally.frames == 1 else 'images'} in {duration(seconds)}, "
+            f"{tally.frames} {'image' if tally.frames == 1 else 'images'} in {format_duration(seconds)}, "
             f"{sum(tally.found.values())} detections: {tally.describe(tally.found, self._names)}"
         )
         self._progress.say(self._detector.seconds.describe(tally.frames))

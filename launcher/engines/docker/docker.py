@@ -26,8 +26,8 @@ from launcher.engines.labels import (
     plan_of,
 )
 from launcher.errors import ConnectionLost, EngineError, NameTaken
-from launcher.instants import parse_stamp
 from launcher.parallel import in_parallel
+from starling.core.instants import parse_stamp
 from starling.core.words import printable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from launcher.engines.base import LogLine
-from launcher.instants import parse_stamp
+from starling.core.instants import parse_stamp
 
 OVERLAP_S = 0.001
 """A stream is taken up again a little before its last line: floats round, and what comes twice is recognised."""

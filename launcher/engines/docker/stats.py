@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launcher.hosts.usage import Usage
-from launcher.instants import parse_stamp
+from starling.core.instants import parse_stamp
 
 PATIENCE_S = 2.8
 """An engine that looks once a second has told by then; of others the figures are left out."""

@@ -13,8 +13,8 @@ from typing import IO
 
 from launcher.engines.base import LogLine
 from launcher.engines.local.supervisor import LOG_FILES
-from launcher.instants import parse_stamp
 from starling.core.files.folder import Folder
+from starling.core.instants import parse_stamp
 
 POLL_S = 0.2
 MOST_OF_A_FILE = 32 << 20

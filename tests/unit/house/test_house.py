@@ -48,7 +48,7 @@ STOREYS = {
         ["launcher.hosts"],
         ["launcher.devices"],
         ["launcher.problems"],
-        ["launcher.instants", "launcher.parallel", "launcher.sizes"],
+        ["starling.core.instants", "launcher.parallel", "starling.core.sizes"],
         ["launcher.errors"],
     ],
 }

@@ -13,9 +13,10 @@ from torch import nn
 
 from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, DiskFull, UsageError
+from starling.core.instants import format_duration
 from starling.device import select_compute
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
-from starling.progress import Progress, duration
+from starling.progress import Progress
 from starling.training.optimizer import (
     BIASES,
     DECAYED,
@@ -198,7 +199,7 @@ def test_a_terminal_gets_one_line_that_rewrites_itself() -> None:
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0s"), (59, "59s"), (61, "1m01s"), (7500, "2h05m")])
 def test_durations_read_well(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

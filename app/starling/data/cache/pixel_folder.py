@@ -21,6 +21,7 @@ from starling.core.files.atomic import TEMPORARY_SUFFIX
 from starling.core.files.refusals import disk_write
 from starling.core.files.safe_open import make_folder, names_in, open_file, remove, state_of
 from starling.core.lock import is_at, take, try_flock, wait_for
+from starling.core.sizes import format_gib
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 
 CACHE_FOLDER = ".cache"
@@ -179,7 +180,7 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
         if sum(size for _, _, size in idle) < short:
             raise OSError(
                 errno.ENOSPC,
-                f"{_gib(layout.nbytes + MARGIN)} are needed with some to spare, {_gib(free)} are free",
+                f"{format_gib(layout.nbytes + MARGIN)} are needed with some to spare, {format_gib(free)} are free",
                 str(folder),
             )
         for _, path, size in sorted(idle):
@@ -187,7 +188,7 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
                 return
             remove(path)
             short -= size
-            say(f"{path}: removed for space, the least recently used image cache ({_gib(size)})")
+            say(f"{path}: removed for space, the least recently used image cache ({format_gib(size)})")
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -197,7 +198,3 @@ def _own_files(folder: Path) -> list[Path]:
 def _open_lock(path: Path) -> int:
     """Return a descriptor of the lock's file; never through a link or of another's file, as it is written to."""
     return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

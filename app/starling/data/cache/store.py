@@ -16,6 +16,7 @@ from starling.core.cgroups import container_memory_limit, container_memory_used
 from starling.core.errors import ConfigError
 from starling.core.files.folder import LinkRefused
 from starling.core.files.refusals import refusal
+from starling.core.sizes import format_gib
 from starling.data.augment.letterbox import Size
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from starling.data.cache.pixel_folder import (
@@ -137,8 +138,8 @@ class ImageStore:
                 break
             refused.append(problem)
         kept = {
-            "disk": f"{_gib(self.nbytes)} in one file for all processes of this host, in {self._folder}",
-            "ram": f"{_gib(self.nbytes)} in this process's memory",
+            "disk": f"{format_gib(self.nbytes)} in one file for all processes of this host, in {self._folder}",
+            "ram": f"{format_gib(self.nbytes)} in this process's memory",
             "off": "decoded each time",
         }[self.mode]
         self.reason = "; ".join((kept, *filter(None, refused)))
@@ -150,7 +151,7 @@ class ImageStore:
         memory = container_memory_limit()
         if self._asked in ("auto", "ram") and self.nbytes > memory:
             return (
-                f"a shared file of {_gib(self.nbytes)} would not stay in {_gib(memory)} of memory; "
+                f"a shared file of {format_gib(self.nbytes)} would not stay in {format_gib(memory)} of memory; "
                 "--cache disk keeps one all the same, for a fast disk"
             )
         layout = PixelLayout(self.key(), self.image_size, self._offsets)
@@ -176,11 +177,11 @@ class ImageStore:
         """Reserve memory for all images, which is taken as they are filled in; return what is in the way."""
         if self.nbytes > self._budget:
             remedy = "--cache disk keeps them in a file" if self._asked == "ram" else "raise the memory limit"
-            return f"{_gib(self.nbytes)} of images do not fit the {_gib(self._budget)} to spend; {remedy}"
+            return f"{format_gib(self.nbytes)} of images do not fit the {format_gib(self._budget)} to spend; {remedy}"
         try:
             self._memory = np.empty(self.nbytes, np.uint8)
         except MemoryError:
-            return f"{_gib(self.nbytes)} of memory are refused; raise the memory limit"
+            return f"{format_gib(self.nbytes)} of memory are refused; raise the memory limit"
         self._present = bytearray(len(self))
         return None
 
@@ -194,9 +195,7 @@ class ImageStore:
         if free is None:
             problem = "there is none"
         elif self.nbytes > free:
-            problem = (
-                f"{_gib(self.nbytes)} do not fit the {_gib(free)} to spend there; lower --batch or --imgsz"
-            )
+            problem = f"{format_gib(self.nbytes)} do not fit the {format_gib(free)} to spend there; lower --batch or --imgsz"
         else:
             self.on_device = True
             self.reason = f"on the GPU, from {self.reason}"
@@ -228,10 +227,6 @@ def stored_ratio(original_hw: Size, image_size: int) -> float:
     return image_size / max(original_hw)
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
-
-
 def show_cache(folder: Path | None, *, remove: bool, as_json: bool) -> None:
     """Print what `folder` holds, by default that of the runs folder; first remove what no process uses, if asked."""
     folder = folder.absolute() if folder else runs_root() / CACHE_FOLDER
@@ -244,7 +239,7 @@ def show_cache(folder: Path | None, *, remove: bool, as_json: bool) -> None:
         print(f"removed  {_line(file)}")
     for file in kept:
         print(f"{'in use' if file.in_use else 'idle':<7}  {_line(file)}")
-    print(f"{folder}: {len(kept)} files, {sum(file.nbytes for file in kept) / 2**30:.2f} GiB")
+    print(f"{folder}: {len(kept)} files, {format_gib(sum(file.nbytes for file in kept))}")
 
 
 def _plain(files: list[KeptFile]) -> list[dict[str, Any]]:
@@ -254,4 +249,4 @@ def _plain(files: list[KeptFile]) -> list[dict[str, Any]]:
 def _line(file: KeptFile) -> str:
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used_at))
     content = f"{file.pictures} images at {file.image_size} px" if file.pictures else "damaged or outdated"
-    return f"{file.path.name[:12]}…  {file.nbytes / 2**30:8.2f} GiB  used {used}  {content}"
+    return f"{file.path.name[:12]}…  {format_gib(file.nbytes):>12}  used {used}  {content}"

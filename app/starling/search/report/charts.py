@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+from starling.core.instants import format_duration
 from starling.plots.style import lower_end, shorten
-from starling.progress import duration
 from starling.search.outcome import Attempt, Finished, State
 from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, join, number, text, void
@@ -189,7 +189,7 @@ def timeline(facts: ReportFacts, workers: Sequence[WorkerTime]) -> Markup:
         width,
         bottom + 26,
         "What each worker did when",
-        f"{len(workers)} workers over {duration(seconds)}, a bar a training; the table below holds the figures.",
+        f"{len(workers)} workers over {format_duration(seconds)}, a bar a training; the table below holds the figures.",
         parts,
         name="timeline",
     )
@@ -200,7 +200,7 @@ def _bar(attempt: Attempt, begin: datetime, end: datetime, x: Scale, y: float) -
     assert attempt.began is not None, "it has begun"
     start, stop = (x((at - begin).total_seconds()) for at in (attempt.began, end))
     took = (end - attempt.began).total_seconds()
-    words = f"candidate {attempt.number}: {attempt.state}, {duration(took)}"
+    words = f"candidate {attempt.number}: {attempt.state}, {format_duration(took)}"
     return titled("rect", words, x=f"{start:g}", y=f"{y:g}", width=f"{max(stop - start - 0.6, 0.8):g}",
                   height=f"{ROW - 8:g}", class_=f"s-{attempt.state}")  # fmt: skip
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from starling.progress import duration
+from starling.core.instants import format_duration
 from starling.search.outcome import State
 from starling.search.report.charts import chosen_genes, parallel_chart, progress_chart, timeline
 from starling.search.report.facts import (
@@ -229,7 +229,7 @@ def _workers(facts: ReportFacts) -> Markup:
     states = [state for state in _STATES if facts.count(state)]
     idle, busy = sum(worker.idle for worker in workers), sum(worker.busy for worker in workers)
     whole = percent(idle / (idle + busy)) if idle + busy else "0 %"
-    summary = f"{len(workers)} worker{'s' if len(workers) > 1 else ''}, {duration(busy)} of training in all, {whole} idle."
+    summary = f"{len(workers)} worker{'s' if len(workers) > 1 else ''}, {format_duration(busy)} of training in all, {whole} idle."
     return _section(
         "Workers",
         element("p", summary),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starling.progress import duration
+from starling.core.instants import format_duration
 from starling.search.outcome import Attempt, State
 from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void
@@ -120,7 +120,7 @@ def _candidate(facts: ReportFacts, attempt: Attempt) -> list[Cell]:
         *metrics,
         Cell(cost.epochs or "", cost.epochs),
         Cell("" if not cost.images else compact(cost.images), cost.images or ""),
-        Cell(duration(took), f"{took:.0f}"),
+        Cell(format_duration(took), f"{took:.0f}"),
         Cell(attempt.worker),
         Cell(_note(attempt)),
     ]
@@ -163,7 +163,9 @@ def worker_table(workers: Sequence[WorkerTime]) -> Markup:
 
 
 def _seconds(seconds: float) -> Cell:
-    return Cell(duration(seconds) if seconds >= 1 or not seconds else f"{seconds:.1f}s", f"{seconds:.2f}")
+    return Cell(
+        format_duration(seconds) if seconds >= 1 or not seconds else f"{seconds:.1f}s", f"{seconds:.2f}"
+    )
 
 
 def ended_early_table(facts: ReportFacts, attempts: Sequence[Attempt]) -> Markup:

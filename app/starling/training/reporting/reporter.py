@@ -9,10 +9,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from starling.core.instants import format_duration
 from starling.core.paths import real_path
 from starling.core.worker_status import WorkerStatus
 from starling.outputs.run_dir import RunDir
-from starling.progress import Progress, duration
+from starling.progress import Progress
 from starling.tracking.events import RUN_ARTIFACTS, EventLog, tells_metrics
 from starling.training.reporting.hooks import Hook, Hooks, Training
 from starling.training.reporting.results import EpochRow
@@ -165,7 +166,9 @@ class Reporter:
             line += f"  P {precision:.3f}  R {recall:.3f}  mAP50 {map50:.3f}  mAP50-95 {map5095:.3f}"
             line += " *" if best else ""
         line += f"  {images / seconds:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB"
-        self.say(line + (_words_for(left) if row.epoch + 1 < epochs else f"  took {duration(seconds)}"))
+        self.say(
+            line + (_words_for(left) if row.epoch + 1 < epochs else f"  took {format_duration(seconds)}")
+        )
         metrics = row.values()
         self.hook("on_fit_epoch_end", epoch=row.epoch, metrics=metrics)
         self._event("metrics", step=row.epoch, values=self._numbers(metrics))
@@ -242,7 +245,7 @@ class Reporter:
 
 
 def _words_for(left: float | None) -> str:
-    return "" if left is None else f"  left {duration(left)}"
+    return "" if left is None else f"  left {format_duration(left)}"
 
 
 def _rounded(left: float | None) -> int | None:

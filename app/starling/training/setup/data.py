@@ -13,6 +13,7 @@ import torch
 from starling.config.hyp import Hyp
 from starling.core.cgroups import container_memory_limit
 from starling.core.errors import DataError
+from starling.core.instants import format_duration
 from starling.core.settings.train import TrainConfig
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.cache.store import ImageStore
@@ -29,7 +30,7 @@ from starling.distributed.group import SINGLE, Group
 from starling.evaluation.evaluation import cut_list
 from starling.evaluation.validator import CONFIDENCE, MAX_DETECTIONS
 from starling.model.detector import Detector
-from starling.progress import Progress, duration
+from starling.progress import Progress
 
 DEVICE_SHARE = {"auto": 0.25, "device": 0.6}
 """Share of the GPU's free memory that decoded images may take, by `--cache`."""
@@ -135,9 +136,9 @@ def _show_decoding(name: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         taken = time.monotonic() - began
         if done == total:
-            progress.say(f"{name}: {total} images decoded in {duration(taken)}")
+            progress.say(f"{name}: {total} images decoded in {format_duration(taken)}")
             return
-        left = duration(taken / done * (total - done))
+        left = format_duration(taken / done * (total - done))
         progress.show(lambda: f"{name}: {done}/{total} images decoded, {left} left")
 
     return show

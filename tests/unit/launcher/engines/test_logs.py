@@ -15,9 +15,9 @@ from launcher.engines.docker.stats import ask_usage, usage_in
 from launcher.engines.local import log as local_log
 from launcher.engines.local import supervisor
 from launcher.hosts.usage import read_usage
-from launcher.instants import parse_since, parse_stamp
 from launcher.status.terminal import coloured, paint
 from starling.core.errors import UsageError
+from starling.core.instants import parse_since, parse_stamp
 
 
 def stamp(second: float) -> str:

@@ -33,8 +33,8 @@ from launcher.plan.check import check, check_disk, check_driver, check_study_add
 from launcher.plan.facts import Facts
 from launcher.plan.plan import Plan, make_plan
 from launcher.problems import Problems, SeveralProblems, raise_all
-from launcher.sizes import GIB
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
+from starling.core.sizes import GIB
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.doubles.docker_engine import EngineDouble, served
 

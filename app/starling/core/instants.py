@@ -1,4 +1,4 @@
-"""Points in time as people and engines write them."""
+"""Points and spans of time, as people and engines write them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def parse_since(text: str, now: float, option: str = "--since") -> float:
         raise UsageError(
             f"{option} {text}: must be a time span such as 10m or 1h30m, or a time such as 2026-03-01T14:00"
         ) from None
+
+
+def format_duration(seconds: float) -> str:
+    """Return `41s`, `4m10s` or `2h05m`."""
+    whole = round(max(seconds, 0))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def parse_stamp(text: str) -> float | None:

@@ -35,6 +35,11 @@ def format_size(amount: int) -> str:
     return f"{amount} B"
 
 
+def format_gib(amount: int) -> str:
+    """Return bytes as `1.50 GiB`, for amounts that are compared with each other."""
+    return f"{amount / GIB:.2f} GiB"
+
+
 def format_share(used: int | None, limit: int) -> str:
     """Return `1.2/20 GB`: what is used of a limit, in the limit's unit; `1.2 GB` where there is none."""
     if used is None:
