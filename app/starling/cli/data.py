@@ -18,26 +18,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starling.cli.command import run_command
-from starling.config.shipped import find_config
-from starling.config.yaml_reader import read_yaml
+from starling.config.shipped import DATASETS_FOLDER, find_config
 from starling.core.errors import DataError, UsageError
 from starling.core.paths import real_path
 from starling.core.settings.parser import PathParser
-from starling.data.fetch.acquire import (
-    DATASETS_FOLDER,
-    Convert,
-    Names,
-    acquire,
-    class_names,
-    convert_step,
-    read_steps,
-    run_steps,
-    write_description,
-)
-from starling.model.official import another_family, official_name, official_weights
 from starling.progress import Progress
+
+if TYPE_CHECKING:
+    from starling.data.fetch.acquire import Convert
+
+# What fetches and converts is imported by the command that does: `--help` has no use for it.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _download(given: argparse.Namespace) -> None:
+    from starling.data.fetch.acquire import acquire
+    from starling.model.official import another_family, official_name, official_weights
+
     progress = Progress()
     for name in given.names:
         weights = official_name(name)
@@ -112,6 +108,16 @@ def _download(given: argparse.Namespace) -> None:
 
 
 def _convert(given: argparse.Namespace) -> None:
+    from starling.config.yaml_reader import read_yaml
+    from starling.data.fetch.acquire import (
+        Convert,
+        Names,
+        class_names,
+        read_steps,
+        run_steps,
+        write_description,
+    )
+
     path = find_config("datasets", given.name)
     steps: list[Convert | Names]
     if given.step:
@@ -135,12 +141,14 @@ def _convert(given: argparse.Namespace) -> None:
 
 def _step_of_words(words: Sequence[str]) -> Convert:
     """Return the step that `NAME key=value ...` stands for."""
+    from starling.data.fetch.acquire import convert_step
+
     pairs = [word.partition("=") for word in words[1:]]
     return convert_step("convert", {"convert": words[0], **{key: value for key, _, value in pairs}})
 
 
 def _version(given: argparse.Namespace) -> None:
-    from starling.data.fetch.find import check_folder  # with numpy, which fetching does without
+    from starling.data.fetch.find import check_folder
     from starling.tracking.clearml.dataset import DatasetServer
 
     say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
@@ -165,6 +173,6 @@ def _version(given: argparse.Namespace) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    from starling.data.cache.store import show_cache  # with numpy, which fetching does without
+    from starling.data.cache.store import show_cache
 
     show_cache(given.folder, remove=given.remove, as_json=given.json)

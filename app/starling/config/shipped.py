@@ -22,6 +22,9 @@ CLASSIC_FOLDERS: dict[Kind, tuple[str, ...]] = {
 }
 """Where guides for the classic trainer say these files are, relative to its root."""
 
+DATASETS_FOLDER = Path("../datasets")
+"""Where datasets go: next to the current folder, as the classic trainer keeps them."""
+
 CLASSIC_ROOT = "/usr/src/app"
 """The classic image's root; `/usr/src/app/data/hyps/hyp.finetune.yaml` is a path that users paste."""
 

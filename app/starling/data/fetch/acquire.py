@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from starling.config.class_names import names_by_number
+from starling.config.shipped import DATASETS_FOLDER
 from starling.config.yaml_reader import read_yaml, write_yaml
 from starling.core.errors import ConfigError, DataError, suggest
 from starling.core.files.refusals import refusal
@@ -25,9 +26,6 @@ from starling.data.fetch.archive import unpack
 from starling.data.fetch.convert import Converted, read_open_images_classes
 from starling.data.fetch.converters import CONVERTERS
 from starling.data.fetch.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
-
-DATASETS_FOLDER = Path("../datasets")
-"""Where datasets go: next to the current folder, as the classic trainer keeps them."""
 
 MAX_BYTES = 64 << 30
 """The largest archive of the shipped descriptions has about 50 GB."""
