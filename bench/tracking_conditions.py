@@ -64,7 +64,7 @@ class Condition:
         # A runs folder of its own: bridges take locks in it, which a frozen one would hold from the others.
         with mock.patch.dict(os.environ, variables, STARLING_RUNS=str(self.run.path)):
             began = time.perf_counter()
-            self._bridges = start_bridges(log, warn=lambda line: None) if log else None
+            self._bridges = start_bridges(log) if log else None
             self.starting_s = time.perf_counter() - began
         handles = self._bridges.handles if self._bridges else ()
         self._processes = {handle.tracker: psutil.Process(handle.process.pid) for handle in handles}
