@@ -127,3 +127,20 @@ def test_a_program_that_trains_by_an_import_sees_lines_only_if_it_configures_log
         [f"starling.training.training | run: {runs}/train/exp"] if configured else []
     )
     assert configured or not lines
+
+
+@pytest.mark.parametrize("words", [["--help"], ["up", "--help"]])
+def test_help_of_the_launcher_is_not_kept_waiting_by_logging(words: list[str]) -> None:
+    code = (
+        "import sys; from launcher.cli.main import main\n"
+        f"try: main({words})\n"
+        "except SystemExit: print('logging' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": PYTHON_PATH},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == "False\n"
