@@ -134,7 +134,7 @@ class Loop:
         self.hyp = read_hyp(config)
         with runs_below(folder):
             self.setup: TrainingSetup = open_setup(
-                config, find_initial_weights(config.weights, config.cfg), self.hyp, lambda line: None
+                config, find_initial_weights(config.weights, config.cfg), self.hyp
             )
 
     def rates(self, *, compiled: bool = False) -> list[float]:

@@ -126,7 +126,7 @@ def _never_waits(loop: Loop) -> Check:
     """Run iterations, batches painted on the device included, with every wait for it made an error."""
     config, setup = loop.config, loop.setup
     run = Step(config.cfg, setup.image_size, config.batch_size, setup.compute).prepare()
-    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    detector = setup.start.build(setup.data.names, None)
     loader = training_loader(setup.data, detector, config, loop.hyp, setup.image_size, setup.compute)
     batches = loader.epoch(0)
     name = "an iteration never waits for the GPU"
@@ -149,7 +149,7 @@ def _never_waits(loop: Loop) -> Check:
 def augmentation_rate(loop: Loop) -> float:
     """Return images a second of the loader alone, over its second epoch."""
     setup = loop.setup
-    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    detector = setup.start.build(setup.data.names, None)
     loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
     seconds = 0.0
     for epoch in range(2):

@@ -112,7 +112,7 @@ def sleeping_worker(folder: Path, budget: int, place: int, barrier: Barrier, sec
     barrier.wait()
     began = time.monotonic()
     study = SearchStudy.open_or_create(folder / "search", search_spec(budget))
-    Worker(study, Sleeper(), say=lambda line: None).run()
+    Worker(study, Sleeper()).run()
     tell(folder, began, spans, recorded[0])
 
 

@@ -51,7 +51,7 @@ EPOCHS_ALONE = 3
 
 def made_step(options: argparse.Namespace) -> Callable[[], None]:
     """Return what runs one iteration, warmed up."""
-    compute = select_compute("cpu", "off", lambda line: None)
+    compute = select_compute("cpu", "off")
     torch.set_num_threads(options.threads)
     step = Step(str(REPOSITORY / "tests" / "tiny.yaml"), options.img, 8, compute).prepare()
     images, targets = torch.rand(8, 3, options.img, options.img), made_up_targets(8)

@@ -18,7 +18,7 @@ import psutil
 from common import REPOSITORY
 
 from starling.outputs.run_dir import RunDir
-from starling.progress import Silence
+from starling.progress import Silence, on_console
 from starling.tracking.cursor import cursor_path
 from starling.tracking.events import EventLog
 from starling.tracking.process import start_bridges
@@ -64,7 +64,7 @@ class Condition:
         # A runs folder of its own: bridges take locks in it, which a frozen one would hold from the others.
         with mock.patch.dict(os.environ, variables, STARLING_RUNS=str(self.run.path)):
             began = time.perf_counter()
-            self._bridges = start_bridges(log, warn=lambda line: None) if log else None
+            self._bridges = start_bridges(log) if log else None
             self.starting_s = time.perf_counter() - began
         handles = self._bridges.handles if self._bridges else ()
         self._processes = {handle.tracker: psutil.Process(handle.process.pid) for handle in handles}
@@ -82,7 +82,8 @@ class Condition:
             EpochRow(n, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3), (0.1, 0.01, 0.01))
         )
         write_results(self.run.results_csv, self.rows)
-        self._reporter.epoch_ended(self.rows[-1], 100, 8, best=False)
+        with on_console(self._reporter.progress):  # the line goes into the log, as in a command
+            self._reporter.epoch_ended(self.rows[-1], 100, 8, best=False)
         if self._bridges is not None:
             self._bridges.check()
 

@@ -27,7 +27,7 @@ from starling.training.setup.data import training_loader
 def loader_seconds(loop: Loop) -> float:
     """Return the processor seconds that preparing one image takes, images decoded before."""
     setup = loop.setup
-    detector = setup.start.build(setup.data.names, None, lambda line: None)
+    detector = setup.start.build(setup.data.names, None)
     loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
     loader.workers = 0
     for _ in loader.epoch(0):

@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="end with all figures as one line of JSON")
     args = parser.parse_args()
-    compute = select_compute(args.device, args.amp, print)
+    compute = select_compute(args.device, args.amp)
     if args.threads:
         torch.set_num_threads(args.threads)
     data = Dataset.load(DatasetDescription.from_yaml(find_config("datasets", args.data)), args.split)

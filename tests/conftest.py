@@ -21,6 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 
+from starling.core.log_lines import lines_to
 from tests.podman import PodmanService, require_podman
 from tests.postgres import PostgresServer, find_programs, missing
 
@@ -76,6 +77,14 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.delenv(name)
     monkeypatch.setenv("CLEARML_CONFIG_FILE", str(tmp_path / "no-clearml.conf"))
     return folder
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Return the lines that both packages log for people meanwhile; a command has them on its console."""
+    lines: list[str] = []
+    with lines_to(lines.append):
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -57,11 +57,10 @@ def run_search(
     settings: WorkerSettings | None = None,
     rules: StudyRules | None = None,
     storage: StudyStorage | None = None,
-    say: Callable[[str], None] = lambda line: None,
     **given: Any,
 ) -> SearchSummary:
     """Work on a search as one worker; quickly, and without drawing, unless the settings say otherwise."""
     study = SearchStudy.open_or_create(directory, spec, storage=storage, rules=rules)
     settings = settings or WorkerSettings(name="w", poll_s=0.02, plot=False)
     trainer = FunctionTrainer(train) if callable(train) else train
-    return Worker(study, trainer, settings=settings, say=say, **given).run()
+    return Worker(study, trainer, settings=settings, **given).run()

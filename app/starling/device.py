@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from starling.core.cgroups import container_cpu_count
 from starling.core.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 MOST_THREADS = 4096
 OWN_LAUNCH = "STARLING_LAUNCHED"
@@ -67,9 +70,7 @@ class Compute:
         return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}), {number_format}"
 
 
-def select_compute(
-    device: str, amp: str, say: Callable[[str], None], processes: int = 1, *, deterministic: bool = False
-) -> Compute:
+def select_compute(device: str, amp: str, processes: int = 1, *, deterministic: bool = False) -> Compute:
     """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
 
     `processes` that train together on this host divide the cores among themselves; `OMP_NUM_THREADS` says how many threads
@@ -80,7 +81,7 @@ def select_compute(
     """
     chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
     cores = max(container_cpu_count() // processes, 1)
-    asked = asked_threads(say)
+    asked = asked_threads()
     cv2.setNumThreads(asked or cores)
     if chosen.type == "cpu" or asked:
         torch.set_num_threads(asked or cores)
@@ -93,11 +94,11 @@ def select_compute(
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
     if amp == "on" and not has_bfloat16:
-        say("--amp on: this hardware has no bfloat16, going on in float32")
+        logger.warning("--amp on: this hardware has no bfloat16, going on in float32")
     return Compute(chosen, amp != "off" and has_bfloat16, cores)
 
 
-def asked_threads(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> int | None:
+def asked_threads(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the threads of one process that `OMP_NUM_THREADS` asks for; None where nobody has set it.
 
     `torchrun` sets it to 1 for several processes of a host, which then is nobody's wish; our own launch does not.
@@ -108,7 +109,7 @@ def asked_threads(say: Callable[[str], None], environment: Mapping[str, str] = o
     if not given:
         return None
     if not (given.isdecimal() and given.isascii() and 0 < int(given[:9]) <= MOST_THREADS):
-        say(f"OMP_NUM_THREADS={given[:40]}: not a number from 1 to {MOST_THREADS}, and not obeyed")
+        logger.warning(f"OMP_NUM_THREADS={given[:40]}: not a number from 1 to {MOST_THREADS}, and not obeyed")
         return None
     by_torchrun = "TORCHELASTIC_RUN_ID" in environment and OWN_LAUNCH not in environment
     if by_torchrun and given == "1" and int(environment.get("LOCAL_WORLD_SIZE") or 1) > 1:

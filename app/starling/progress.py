@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
 from starling.core.files.refusals import disk_write
+from starling.core.log_lines import lines_to
 
 _CONSOLE = Path("the console")
 """What a message calls standard output, which may be a file on a full disk."""
@@ -33,6 +35,11 @@ class Progress:
         self._width = 0
         self._listener: Callable[[str], None] | None = None
         self._kept: deque[str] = deque(maxlen=LINES_KEPT)
+
+    @property
+    def aloud(self) -> Progress:
+        """What tells of work that one process does for all of its host, whichever it is."""
+        return self
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
@@ -70,8 +77,63 @@ class Progress:
 class Silence(Progress):
     """Say and show nothing: of several processes that train together, one speaks."""
 
+    def __init__(self, aloud: Progress | None = None) -> None:
+        super().__init__()
+        self._aloud = aloud or self
+
+    @property
+    def aloud(self) -> Progress:
+        """What tells of work that this process does for all of its host."""
+        return self._aloud
+
     def _write(self, line: str, end: str) -> None:
         pass
 
     def show(self, line: Callable[[], str]) -> None:
         """Leave the line unmade."""
+
+
+_consoles: list[Progress] = []
+"""Of the running command, the innermost last. `logging` has its handlers for the whole process, too."""
+
+
+def console() -> Progress:
+    """Return what shows the passing lines of the running command; in a program that runs none, Silence."""
+    return _consoles[-1] if _consoles else Silence()
+
+
+@contextmanager
+def on_console(progress: Progress) -> Iterator[Progress]:
+    """Run a command: meanwhile `progress` says what modules log, and is the `console`."""
+    with _innermost(progress):
+        if len(_consoles) > 1:  # the outer one's handler is there
+            yield progress
+            return
+        with lines_to(lambda line: console().say(line)):
+            yield progress
+
+
+@contextmanager
+def aloud() -> Iterator[Progress]:
+    """Let each rank tell meanwhile what it does for all of its host; yield what shows its passing lines."""
+    if not _consoles:
+        yield console()
+        return
+    with _innermost(console().aloud) as progress:
+        yield progress
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let a command say nothing meanwhile: what is looked at will be looked at again, and told then."""
+    with _innermost(Silence()) if _consoles else nullcontext():
+        yield
+
+
+@contextmanager
+def _innermost(progress: Progress) -> Iterator[Progress]:
+    _consoles.append(progress)
+    try:
+        yield progress
+    finally:
+        _consoles.pop()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from launcher.console import say
 from starling.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, engine: str, host: str | None, runs: Path, **options: Any) -> Any:
         source = click.get_current_context().get_parameter_source("host")
         target = Target(engine, host, runs, host_is_typed=source is ParameterSource.COMMANDLINE)
-        return command(target, *arguments, **options)
+        from starling.core.log_lines import lines_to  # `--help` does without logging
+
+        with lines_to(say):
+            return command(target, *arguments, **options)
 
     return engine_option(host_option(runs_option(call)))
 

@@ -7,7 +7,6 @@ import sys
 import click
 
 from launcher.cli.context import Target, shared
-from launcher.console import say
 from launcher.engines.limits import STOP_GRACE_S
 from launcher.options.config_file import ConfiguredCommand
 
@@ -33,5 +32,5 @@ def stop(target: Target, grace: float, names: tuple[str, ...]) -> None:
     if not states:
         click.echo("none: nothing to stop")
         return
-    stop_replicas(chosen, states, grace_s=grace, say=say)
+    stop_replicas(chosen, states, grace_s=grace)
     sys.exit(show_status(chosen, [state.name for state in states]))

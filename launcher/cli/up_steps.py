@@ -43,13 +43,13 @@ def run_up(target: Target, options: Mapping[str, Any]) -> None:
         request = _build(request, host)
     facts = inspect(request, engine)
     raise_all(check(make_plan(request, facts), facts))  # before the runs folder is touched
-    with host.hold(request.runs, request.user, say) as release:
+    with host.hold(request.runs, request.user) as release:
         facts = inspect_again(facts, request, engine)  # now that no other `up` can start anything
         plan = make_plan(request, facts)
         raise_all(check(plan, facts))
         for note in plan.notes:
             say(f"note: {note}")
-        bring_up(engine, plan.changes, settle_s=options["settle"], say=say, started=release)
+        bring_up(engine, plan.changes, settle_s=options["settle"], started=release)
     _tell(plan, engine)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 from launcher.engines.base import Engine, ReplicaSpec
 from launcher.errors import EngineError, ReplicaFailed
 from launcher.fleet.end import POLL_S, discard, stop
-from launcher.hosts.host import Say
 from launcher.parallel import Done, in_parallel
 from launcher.plan.changes import Changes
 from launcher.problems import raise_all
 from launcher.status.words import device_words, words_for
 from starling.core.errors import StarlingError
+
+logger = logging.getLogger(__name__)
 
 LAST_WORDS = 15
 """Lines of a failed replica's output that are shown."""
@@ -25,7 +27,6 @@ def bring_up(
     changes: Changes,
     *,
     settle_s: float = 0.0,
-    say: Say = lambda line: None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
     """Change the fleet: end what is to be ended, then create all, start all and verify all, or undo all of it.
@@ -34,16 +35,16 @@ def bring_up(
     `started` is called when all have started, before the watch over them for `settle_s` seconds.
     """
     if changes.stop:
-        stop(engine, changes.stop, say=say)
+        stop(engine, changes.stop)
         discard(engine, changes.stop)
     for state in changes.dead:
-        say(f"{state.name}: {words_for(state)}; starting it again")
+        logger.info(f"{state.name}: {words_for(state)}; starting it again")
         engine.remove(state.id)
-    _start_all(engine, changes.start, settle_s, say, started)
+    _start_all(engine, changes.start, settle_s, started)
 
 
 def _start_all(
-    engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, say: Say, started: Callable[[], None]
+    engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, started: Callable[[], None]
 ) -> None:
     """Create all at once, then start all at once, then verify all."""
     if not specs:
@@ -63,11 +64,11 @@ def _start_all(
         _raise_failures(in_parallel(start, specs), named=True)
         wrote = True
         for spec in specs:
-            say(f"started {spec.name} on {device_words(spec.device.label)}")
+            logger.info(f"started {spec.name} on {device_words(spec.device.label)}")
         started()
         _verify(engine, [created[spec.name] for spec in specs], settle_s)
     except BaseException:
-        _roll_back(engine, specs, list(created.values()), before, say, wrote=wrote)
+        _roll_back(engine, specs, list(created.values()), before, wrote=wrote)
         raise
 
 
@@ -117,7 +118,6 @@ def _roll_back(
     specs: Sequence[ReplicaSpec],
     created: Iterable[str],
     before: set[str],
-    say: Say,
     *,
     wrote: bool,
 ) -> None:
@@ -135,7 +135,7 @@ def _roll_back(
     for done in in_parallel(engine.remove, ids):
         if done.error is not None:
             left += 1
-            say(f"could not remove {done.item[:12]}: {done.error}; `launcher kill-all` will")
+            logger.warning(f"could not remove {done.item[:12]}: {done.error}; `launcher kill-all` will")
     if ids and not left:
         rest = "what they wrote stays in the runs folder" if wrote else "nothing is left behind"
-        say(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, {rest}")
+        logger.info(f"rolled back: {len(ids)} replica{'s' * (len(ids) != 1)} removed, {rest}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launcher.engines.base import Engine, ReplicaState
 from launcher.engines.limits import STOP_GRACE_S
-from launcher.hosts.host import Say
 from launcher.parallel import Done, in_parallel
 from launcher.status.words import words_for
 from starling.core.errors import StarlingError
+
+logger = logging.getLogger(__name__)
 
 POLL_S, KILL_POLL_S = 0.25, 0.1
 KILL_S = 10.0
@@ -23,7 +25,6 @@ def stop(
     states: Sequence[ReplicaState],
     *,
     grace_s: float = STOP_GRACE_S,
-    say: Say = lambda line: None,
 ) -> list[ReplicaState]:
     """Send SIGTERM to all, wait for all, SIGKILL those that outlast the grace; return how they ended."""
     live = [state for state in states if state.live]
@@ -36,9 +37,9 @@ def stop(
             now = engine.state(replica_id)
             if now is None or not now.live:
                 name = waiting.pop(replica_id)
-                say(f"{name}: {words_for(now) if now else 'gone'}")
+                logger.info(f"{name}: {words_for(now) if now else 'gone'}")
     for name in waiting.values():
-        say(f"{name}: still running after {grace_s:g} s; killing it (its last checkpoint stands)")
+        logger.warning(f"{name}: still running after {grace_s:g} s; killing it (its last checkpoint stands)")
     kill(engine, [state for state in live if state.id in waiting])
     return _now(engine, states)
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from launcher.hosts.files import DiskSpace, HostFiles
     from launcher.hosts.usage import Usage
 
-Say = Callable[[str], None]
-
 
 class Host(Protocol):
     """A machine that replicas run on: its files, its lock, its devices, and the way to its engine.
@@ -81,7 +79,7 @@ class Host(Protocol):
     def replica_user(self, runs: Path, asked: str | None) -> str:
         """Return the `uid:gid` that replicas run as: what was asked, else what suits the runs folder."""
 
-    def hold(self, runs: Path, user: str, say: Say) -> AbstractContextManager[Callable[[], None]]:
+    def hold(self, runs: Path, user: str) -> AbstractContextManager[Callable[[], None]]:
         """Make the runs folder, and hold it and the machine against every other `up`.
 
         Gives the function that releases the machine before the block ends; the runs folder stays held.

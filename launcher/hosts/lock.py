@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import time
@@ -15,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import EngineError
-from launcher.hosts.host import Say
 from launcher.hosts.processes import PROC, find_process
 from starling.core.lock import take, try_flock, wait_for
+
+logger = logging.getLogger(__name__)
 
 NAME = "starling-launcher.lock"
 FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
@@ -42,12 +44,10 @@ class HostLock:
 
 
 @contextlib.contextmanager
-def host_lock(
-    say: Say, *, folders: Sequence[Path] = FOLDERS, wait_s: float = LOCK_WAIT_S
-) -> Iterator[HostLock]:
+def host_lock(*, folders: Sequence[Path] = FOLDERS, wait_s: float = LOCK_WAIT_S) -> Iterator[HostLock]:
     """Hold this machine against every other `up`; raises EngineError naming the holder after too long a wait."""
     path = lock_path(folders)
-    descriptor, _ = take(path, lambda: _open(path), lambda opened: _acquire(opened, path, say, wait_s))
+    descriptor, _ = take(path, lambda: _open(path), lambda opened: _acquire(opened, path, wait_s))
     lock = HostLock(descriptor)
     try:
         yield lock
@@ -99,7 +99,7 @@ def _in_the_way(path: Path, what: str) -> EngineError:
     )
 
 
-def _acquire(descriptor: int, path: Path, say: Say, wait_s: float) -> bool:
+def _acquire(descriptor: int, path: Path, wait_s: float) -> bool:
     def wait() -> str:
         return f"waiting for {_holder(descriptor)[0]}: one `launcher up` at a time on this machine"
 
@@ -108,7 +108,7 @@ def _acquire(descriptor: int, path: Path, say: Say, wait_s: float) -> bool:
         end = f"end it: kill {pid}" if pid else f"see who has it: sudo fuser -v {path}"
         return f"{holder} has held {path} for over {wait_s:g} s; wait for it, or {end}"
 
-    wait_for_lock(lambda: try_flock(descriptor), wait=wait, give_up=give_up, say=say, limit_s=wait_s)
+    wait_for_lock(lambda: try_flock(descriptor), wait=wait, give_up=give_up, limit_s=wait_s)
     return True
 
 
@@ -132,13 +132,12 @@ def wait_for_lock(
     *,
     wait: Callable[[], str],
     give_up: Callable[[], str],
-    say: Say,
     limit_s: float = LOCK_WAIT_S,
     poll_s: float = POLL_S,
 ) -> None:
-    """Return once `take` has the lock; says `wait` the first time that it has not.
+    """Return once `take` has the lock; logs the words of `wait` the first time that it has not.
 
     Raises EngineError with the words of `give_up` after `limit_s`.
     """
-    if not wait_for(take, limit_s=limit_s, tell=lambda: say(wait()), poll_s=poll_s):
+    if not wait_for(take, limit_s=limit_s, tell=lambda: logger.info(wait()), poll_s=poll_s):
         raise EngineError(give_up())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.hosts.files import is_the_systems
@@ -22,6 +23,8 @@ from starling.core.handover import (
     user_for,
 )
 from starling.core.lock import try_flock
+
+logger = logging.getLogger(__name__)
 
 STRIP_S = 2.0
 """How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
@@ -85,7 +88,7 @@ def check_runs(runs: Path) -> None:
 
 
 @contextlib.contextmanager
-def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
+def runs_folder(runs: Path, user: str) -> Iterator[None]:
     """Make the folder, hold it against every other `up` on this host, and give it to `user` when root calls.
 
     Set-id bits below it are taken away. A folder made here is removed again when the block fails and left nothing in
@@ -98,9 +101,9 @@ def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[N
         try:
             with _refused(runs):
                 top = held.enter_context(_open(runs))
-            with _locked(top, say):
+            with _locked(top):
                 with _refused(runs):
-                    _secure(top, user, made=bool(made), say=say)
+                    _secure(top, user, made=bool(made))
                 yield
         except BaseException:
             for holder, name in made:
@@ -138,10 +141,10 @@ def _open(runs: Path) -> Folder:
     return top
 
 
-def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -> None:
+def _secure(top: Folder, user: str, *, made: bool) -> None:
     """Hand the folder over when root calls, and take set-id bits away; say what was left alone."""
     if os.getuid() != 0 or not user:
-        account = strip_set_ids(top, STRIP_S if os.getuid() else None, say)
+        account = strip_set_ids(top, STRIP_S if os.getuid() else None)
     else:
         if made and os.fstat(top.descriptor).st_uid != 0:
             raise Refused(
@@ -149,9 +152,9 @@ def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -
                 "not know this machine's root (NFS with root_squash); make it as an ordinary user, and give --user UID:GID"
             )
         uid, gid = map(int, user.split(":"))
-        account = hand_over(top, uid, gid, say)
+        account = hand_over(top, uid, gid)
     for line in account.lines():
-        say(f"note: {line}")
+        logger.info(f"note: {line}")
 
 
 @contextlib.contextmanager
@@ -167,7 +170,7 @@ def _refused(runs: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(top: Folder) -> Iterator[None]:
     """Hold a lock on the folder itself: no lock file to leave behind, and a dead holder's is released."""
 
     def take() -> bool:
@@ -180,6 +183,5 @@ def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
         take,
         wait=lambda: "waiting for another `launcher up` on this runs folder",
         give_up=lambda: f"{top.path}: another `launcher up` holds it; wait for that one, or end it",
-        say=say,
     )
     yield

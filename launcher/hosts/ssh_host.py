@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from launcher.devices.inventory import Gpu
 from launcher.hosts.files import DiskSpace
-from launcher.hosts.host import Say
 from launcher.hosts.usage import PROC, Usage, files_of, usage_in
 
 if TYPE_CHECKING:
@@ -99,13 +98,13 @@ class SshHost:
         return remote_replica_user(self._connection, runs, asked)
 
     @contextlib.contextmanager
-    def hold(self, runs: Path, user: str, say: Say) -> Iterator[Callable[[], None]]:
+    def hold(self, runs: Path, user: str) -> Iterator[Callable[[], None]]:
         """Make the runs folder there, and hold it and that machine against every other `up`."""
         from launcher.hosts.ssh_runs import remote_host_lock, remote_runs_folder
 
         with (
-            remote_runs_folder(self._connection, runs, user, say),
-            remote_host_lock(self._connection, say) as release,
+            remote_runs_folder(self._connection, runs, user),
+            remote_host_lock(self._connection) as release,
         ):
             yield release
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import starling.core.files.folder
 import starling.core.handover
+import starling.core.log_lines
 from launcher.errors import EngineError
 from launcher.hosts.files import is_the_systems
 from launcher.hosts.lock import FOLDERS, LOCK_WAIT_S, NAME, POLL_S, wait_for_lock
@@ -18,7 +20,10 @@ from launcher.hosts.ssh_connection import SshConnection
 from starling.core.errors import UsageError
 from starling.core.handover import NOBODYS_ID, STILL
 
+logger = logging.getLogger(__name__)
+
 _SENT = {
+    "starling.core.log_lines": starling.core.log_lines,
     "starling.core.files.folder": starling.core.files.folder,
     "starling.core.handover": starling.core.handover,
 }
@@ -54,9 +59,7 @@ def remote_replica_user(connection: SshConnection, runs: Path, asked: str | None
 
 
 @contextlib.contextmanager
-def remote_runs_folder(
-    connection: SshConnection, runs: Path, user: str, say: Callable[[str], None]
-) -> Iterator[None]:
+def remote_runs_folder(connection: SshConnection, runs: Path, user: str) -> Iterator[None]:
     """Make the folder there, give it to `user` when root calls, and hold it against every other `up` there.
 
     A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when it cannot
@@ -70,8 +73,8 @@ def remote_runs_folder(
         )
     try:
         if connection.ids[0] == 0 and user:
-            _hand_over(connection, runs, user, say)
-        _hold(connection, 9, f"command exec 9<{quoted}", " on this runs folder", say)
+            _hand_over(connection, runs, user)
+        _hold(connection, 9, f"command exec 9<{quoted}", " on this runs folder")
         yield
     except BaseException:
         if new:
@@ -81,7 +84,7 @@ def remote_runs_folder(
         _let_go(connection, 9)
 
 
-def _hand_over(connection: SshConnection, runs: Path, user: str, say: Callable[[str], None]) -> None:
+def _hand_over(connection: SshConnection, runs: Path, user: str) -> None:
     """Give root's files below the folder to the replicas' user, as `hand_over` does it here, by a Python there.
 
     No tool of a shell's does it: each names files by their paths, which replicas can swap meanwhile.
@@ -93,7 +96,7 @@ def _hand_over(connection: SshConnection, runs: Path, user: str, say: Callable[[
     def hear(line: str) -> None:
         told = line.removeprefix("starling: ")
         if told.startswith(STILL):
-            say(told)
+            logger.info(told)
         elif told != line:
             lines.append(told)
 
@@ -104,7 +107,7 @@ def _hand_over(connection: SshConnection, runs: Path, user: str, say: Callable[[
     )
     if code == 0 or (not lines and not _is_roots(connection, runs)):
         for line in lines:
-            say(f"note: {line}")
+            logger.info(f"note: {line}")
         return
     why = lines[-1] if lines else f"{runs} is root's, and to hand it over needs `python3` there, 3.8 or newer"
     raise EngineError(
@@ -130,7 +133,7 @@ def handover_program() -> str:
 
 
 @contextlib.contextmanager
-def remote_host_lock(connection: SshConnection, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def remote_host_lock(connection: SshConnection) -> Iterator[Callable[[], None]]:
     """Hold that machine against every other `up`, from here or there; gives the function that releases it before the end."""
     places = " ".join(map(str, FOLDERS))
     chosen = (
@@ -149,15 +152,13 @@ def remote_host_lock(connection: SshConnection, say: Callable[[str], None]) -> I
             f"{wrong} on {connection.name}: not a file, and the lock of `launcher up` is to be there; remove it: sudo rm {wrong}"
         )
     try:
-        _hold(connection, 8, found, ": one at a time on that machine", say)
+        _hold(connection, 8, found, ": one at a time on that machine")
         yield lambda: _let_go(connection, 8)
     finally:
         _let_go(connection, 8)
 
 
-def _hold(
-    connection: SshConnection, descriptor: int, opening: str, what: str, say: Callable[[str], None]
-) -> None:
+def _hold(connection: SshConnection, descriptor: int, opening: str, what: str) -> None:
     """Lock what `opening` opens in the shell there: the lock ends with the connection."""
     if connection.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
         return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
@@ -165,7 +166,6 @@ def _hold(
         lambda: connection.ask(f"flock -n {descriptor}")[0] != 1,
         wait=lambda: f"waiting for another `launcher up`{what}",
         give_up=lambda: f"{connection.name}: another `launcher up` holds it; wait for that one, or end it",
-        say=say,
         poll_s=2 * POLL_S,
     )
 

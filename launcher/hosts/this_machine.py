@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from launcher.hosts.address import engine_address
 from launcher.hosts.files import LOCAL, DiskSpace, HostFiles, disk_space, read_below
-from launcher.hosts.host import Say
 from launcher.hosts.processes import caller_ids
 
 if TYPE_CHECKING:
@@ -87,12 +86,12 @@ class ThisMachine:
         return replica_user(runs, caller_ids(), asked)
 
     @contextlib.contextmanager
-    def hold(self, runs: Path, user: str, say: Say) -> Iterator[Callable[[], None]]:
+    def hold(self, runs: Path, user: str) -> Iterator[Callable[[], None]]:
         """Make the runs folder, and hold it and the machine against every other `up`."""
         from launcher.hosts.lock import host_lock
         from launcher.hosts.runs_folder import runs_folder
 
-        with runs_folder(runs, user, say), host_lock(say) as lock:
+        with runs_folder(runs, user), host_lock() as lock:
             yield lock.release
 
     def lost(self) -> None:

@@ -95,7 +95,6 @@ def bring_up(
     *,
     recreate: bool = False,
     settle_s: float = 0.0,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Changes:
     """Bring the fleet of `specs` up as `launcher up` does once it has a plan: look, decide, check, act."""
     existing = [state for state in engine.list() if state.fleet == specs[0].fleet]
@@ -104,7 +103,7 @@ def bring_up(
         started_with = {state.id: engine.environment(state.id) or {} for state in existing if state.live}
         check_fleet(specs, existing, started_with)
     changes = plan_changes(specs, existing, recreate=recreate)
-    fleet.bring_up(engine, changes, settle_s=settle_s, say=say)
+    fleet.bring_up(engine, changes, settle_s=settle_s)
     return changes
 
 

@@ -48,7 +48,7 @@ def test_a_set_made_with_clearml_data_is_fetched_once_and_its_description_means_
 ) -> None:
     clearml_data(cells, "sync", "--project", "YOLOv5", "--name", "coco128", "--folder", ".")
     [identity] = clearml_server.records.tasks
-    path = find_dataset(f"clearml://{identity}", print)
+    path = find_dataset(f"clearml://{identity}")
     description = DatasetDescription.from_yaml(path)
     assert description.root == runs / CLEARML_FOLDER / identity
     assert len(list((description.root / "images" / "train").iterdir())) == 8
@@ -56,7 +56,7 @@ def test_a_set_made_with_clearml_data_is_fetched_once_and_its_description_means_
         identity
     ]
     clearml_server.stop()
-    assert find_dataset(f"clearml://{identity}", print) == path
+    assert find_dataset(f"clearml://{identity}") == path
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_create_add_and_close_and_our_version_on_top_upload_what_is_new(
     made = json.loads(capsys.readouterr().out)
     assert (made["added"], made["modified"], made["removed"]) == (0, 1, 0)
     assert clearml_server.records.tasks[made["id"]]["status"] == "completed"
-    path = find_dataset(made["data"], print)
+    path = find_dataset(made["data"])
     assert "path: ." in path.read_text()
     assert len(list((path.parent / "labels" / "train").iterdir())) == 8
 
@@ -99,12 +99,12 @@ def test_what_is_wrong_with_a_set_is_said_and_leaves_nothing(
         "../../etc": "not a dataset's id",
     }.items():
         with pytest.raises(DataError, match=said):
-            find_dataset(f"clearml://{identity}", print)
+            find_dataset(f"clearml://{identity}")
     with pytest.raises(DataError, match=r"CLEARML_API_ACCESS_KEY.*or run clearml-init"):
-        find_dataset(f"clearml://{training}", print, environment={"HOME": str(runs)})
+        find_dataset(f"clearml://{training}", environment={"HOME": str(runs)})
     wrong = {**os.environ, "CLEARML_API_SECRET_KEY": "wrong"}
     with pytest.raises(DataError, match="refuses the credentials"):
-        find_dataset(f"clearml://{training}", print, environment=wrong)
+        find_dataset(f"clearml://{training}", environment=wrong)
     assert [path for path in runs.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
@@ -124,7 +124,7 @@ def test_a_folder_without_a_sound_description_makes_no_version(
     description.write_text(text)
     (cells / "other.yaml").write_text(text)
     with pytest.raises(DataError, match="several dataset YAMLs"):
-        check_folder(cells, print)
+        check_folder(cells)
     assert clearml_server.requests == []
 
 

@@ -119,13 +119,12 @@ def test_a_child_that_is_out_of_memory_is_told_beside_the_exit_code(world: World
     assert state.oom_killed == world.tells_oom
 
 
-def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: World) -> None:
+def test_stop_kills_what_outlasts_the_grace_and_spares_nobody_the_wait(world: World, said: list[str]) -> None:
     run_to_words(world, STUBBORN, "a")
     run_to_words(world, SAVES, "b")
-    lines: list[str] = []
-    states = stop(world.engine, world.engine.list(), grace_s=1.5, say=lines.append)
+    states = stop(world.engine, world.engine.list(), grace_s=1.5)
     assert {state.exit_code for state in states} == {137, 143}
-    assert any("still running after 1.5 s" in line for line in lines)
+    assert any("still running after 1.5 s" in line for line in said)
 
 
 def test_the_end_of_what_does_not_run_is_no_error(world: World) -> None:
@@ -358,9 +357,8 @@ def test_a_replica_removed_by_somebody_else_is_no_error_to_who_looks_or_stops(wo
     remover.start()
     while remover.is_alive():
         looking.append([state.name for state in world.engine.list()])
-    lines: list[str] = []
     began = time.monotonic()
-    assert stop(world.engine, states, grace_s=30, say=lines.append) == []
+    assert stop(world.engine, states, grace_s=30) == []
     assert time.monotonic() - began < 20
     assert looking
     assert all(set(names) <= {state.name for state in states} for names in looking)

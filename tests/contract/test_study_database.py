@@ -19,6 +19,7 @@ import pytest
 
 from starling.cli import search as search_command
 from starling.core.errors import CheckpointError, UsageError
+from starling.core.log_lines import lines_to
 from starling.core.settings.study_url import parse_study_url
 from starling.errors import ServerError, Stopped
 from starling.search.outcome import Candidate, LeaseLost, Outcome, Report, State
@@ -178,7 +179,7 @@ def test_frozen_holder_of_the_studys_lock_loses_it_and_cannot_write(
 ) -> None:
     monkeypatch.setattr(database_storage, "LOCK_IDLE_S", 0.5)
     monkeypatch.setattr(database_storage, "COMPLAIN_S", 0.0)
-    study, said = open_study(database, tmp_path), list[str]()
+    study = open_study(database, tmp_path)
     frozen = storage_of(study)
     until = time.monotonic() + 30
 
@@ -186,7 +187,7 @@ def test_frozen_holder_of_the_studys_lock_loses_it_and_cannot_write(
         assert time.monotonic() < until, "the frozen worker keeps the lock"
 
     with frozen.lock():
-        with open_storage(database, tmp_path, said.append, check_stop=check_stop).lock():
+        with open_storage(database, tmp_path, check_stop=check_stop).lock():
             pass
         assert is_cut_off(lambda: study._study.set_user_attr("late", 1))
     assert "late" not in open_study(database, tmp_path)._study.user_attrs
@@ -253,12 +254,10 @@ def test_claim_recorded_by_a_call_that_failed_is_taken_up_again_at_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
 def test_result_waits_for_a_server_that_is_away_and_is_recorded_once(
-    server: PostgresServer, tmp_path: Path, how: signal.Signals
+    server: PostgresServer, tmp_path: Path, how: signal.Signals, said: list[str]
 ) -> None:
-    url, said = server.create_database("studies"), list[str]()
-    study = SearchStudy.open_or_create(
-        tmp_path, spec(SEED, 3), storage=open_storage(url, tmp_path, said.append)
-    )
+    url = server.create_database("studies")
+    study = SearchStudy.open_or_create(tmp_path, spec(SEED, 3), storage=open_storage(url, tmp_path))
     mine = claim(study)
     server.stop(how)
     recording = threading.Thread(target=study.finish, args=(mine, OUTCOME))
@@ -337,15 +336,15 @@ def work(url: str, directory: Path, password: str, budget: int) -> None:
         return OUTCOME
 
     said = open(directory / f"said-{os.getpid()}", "w", buffering=1)  # noqa: SIM115 - as long as the process
-    run_search(
-        directory,
-        objective,
-        spec(SEED, budget),
-        settings=WorkerSettings(poll_s=0.1, plot=False),
-        rules=StudyRules(lease_s=60),
-        storage=open_storage(url, directory),
-        say=lambda line: print(line, file=said),
-    )
+    with lines_to(lambda line: print(line, file=said)):
+        run_search(
+            directory,
+            objective,
+            spec(SEED, budget),
+            settings=WorkerSettings(poll_s=0.1, plot=False),
+            rules=StudyRules(lease_s=60),
+            storage=open_storage(url, directory),
+        )
 
 
 @pytest.mark.slow

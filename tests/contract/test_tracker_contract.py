@@ -29,7 +29,7 @@ import pytest
 from starling.cli import track
 from starling.core.redaction import without_credentials
 from starling.outputs.run_dir import RunDir
-from starling.progress import Silence
+from starling.progress import Silence, on_console
 from starling.tracking import process as bridge_process
 from starling.tracking.bridge import follow
 from starling.tracking.cursor import Cursor, cursor_path
@@ -420,7 +420,11 @@ def assert_cells_are_found(detections: list[dict[str, Any]], image: Path) -> Non
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_it_is_back(
-    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    said: list[str],
 ) -> None:
     running = ui_server.find(server)
     assert running is not None
@@ -429,10 +433,10 @@ def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_i
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
     monkeypatch.setattr(bridge_process, "wanted_trackers", lambda: [TRACKERS["mlflow"]])
     run = RunDir(tmp_path / "killed" / "exp")
-    warnings: list[str] = []
     log = EventLog(run.events, "u1")
-    bridges = start_bridges(log, warn=warnings.append)
-    reporter = Reporter(RunLabel("u1", "killed", "exp"), run.path, progress=Silence(), events=log)
+    bridges = start_bridges(log)
+    progress = Silence()
+    reporter = Reporter(RunLabel("u1", "killed", "exp"), run.path, progress=progress, events=log)
     reporter.started({}, {})
     rows = [EpochRow(n, (0.1 * n, 0.2, 0.3), (0.4, 0.5, 0.06 * n, 0.07 * n), (1.0, 2.0, 3.0), (0.1, 0.01, 0.001))
             for n in range(12)]  # fmt: skip
@@ -440,7 +444,8 @@ def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_i
     def train(epochs: slice) -> None:
         for row in rows[epochs]:
             write_results(run.results_csv, rows[: row.epoch + 1])
-            reporter.epoch_ended(row, len(rows), 8, best=False)
+            with on_console(progress):
+                reporter.epoch_ended(row, len(rows), 8, best=False)
             bridges.check()
 
     train(slice(0, 4))
@@ -452,8 +457,8 @@ def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_i
     train(slice(8, 12))
     reporter.ended("finished")
     assert bridges.finish(timeout_s=30) is False
-    assert len(warnings) == 1
-    assert f"starling track sync {run.path}" in warnings[0]
+    (warning,) = [line for line in said if line.startswith("tracking: ")]
+    assert f"starling track sync {run.path}" in warning
     capsys.readouterr()
     assert track.main(["status", str(run.path)]) == 1
     assert re.search(r"mlflow: \d+ sent, \d+ pending \(MLflow: ", capsys.readouterr().out)
@@ -636,17 +641,16 @@ def test_a_server_cannot_send_artifacts_to_a_folder_or_to_a_third_party(
 
 
 def test_the_trainers_side_runs_a_real_bridge_to_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setenv("STARLING_RUNS", str(tmp_path))
-    warnings: list[str] = []
     log = EventLog(tmp_path / "train" / "exp" / "events.jsonl", "u1")
-    bridges = start_bridges(log, warn=warnings.append)
+    bridges = start_bridges(log)
     log.append("run_start", name="exp", project="train", dir=log.path.parent)
     log.append("metrics", step=0, values={"loss": 1.0})
     log.append("run_end", status="finished")
     assert bridges.finish(timeout_s=60), (log.path.parent / "bridge.log").read_text()
-    assert warnings == []
+    assert said == []
     assert embedded(tmp_path).stored("train")["u1"].info.status == "FINISHED"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from starling.config.hyp import Hyp
 from starling.core.errors import StarlingError
 from starling.core.files.atomic import append_line, write_atomic
+from starling.core.log_lines import lines_to
 from starling.search.outcome import Candidate, Outcome, Report
 from starling.search.spec import StudyRules
 from starling.search.storage.journal import writing
@@ -50,14 +51,14 @@ def work(scene: Scene, name: str, fault: Fault = ()) -> None:
         _die_in_append(int(fault[1]))
     _note_what_is_recorded(scene)
     try:
-        run_search(
-            scene.search,
-            _Training(scene, fault[1] if fault[:1] == ("freeze",) else ""),
-            spec(SEED_HYP, BUDGET),
-            settings=WorkerSettings(name=name, poll_s=0.02, plot=False),
-            rules=StudyRules(lease_s=LEASE_S),
-            say=lambda line: append_line(scene.notes / "said", f"{name}: {line}"),
-        )
+        with lines_to(lambda line: append_line(scene.notes / "said", f"{name}: {line}")):
+            run_search(
+                scene.search,
+                _Training(scene, fault[1] if fault[:1] == ("freeze",) else ""),
+                spec(SEED_HYP, BUDGET),
+                settings=WorkerSettings(name=name, poll_s=0.02, plot=False),
+                rules=StudyRules(lease_s=LEASE_S),
+            )
     except StarlingError as error:
         append_line(scene.notes / "said", f"{name}: error: {error}")
         sys.exit(error.exit_code)

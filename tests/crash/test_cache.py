@@ -27,6 +27,7 @@ SIZE = 256
 CHILD = """
 import sys, time
 from pathlib import Path
+from starling.core.log_lines import lines_to
 from starling.data.cache import resized
 from starling.data.dataset.dataset import Dataset, DatasetDescription
 from starling.data.cache.store import ImageStore
@@ -47,8 +48,8 @@ resized.decode_image = counting
 dataset = Dataset.load(DatasetDescription.from_yaml(folder / "data.yaml"), "train")
 print("start", flush=True)
 input()
-store = ImageStore(dataset, 256, "disk", cache_folder=folder / "cache", progress=progress,
-                   say=lambda line: print(line, flush=True))
+with lines_to(lambda line: print(line, flush=True)):
+    store = ImageStore(dataset, 256, "disk", cache_folder=folder / "cache", progress=progress)
 checksum = sum(int(store[index].sum()) for index in range(len(dataset)))
 print("ready", store.mode, len(decoded), checksum, store.reason, flush=True)
 input()

@@ -49,7 +49,7 @@ def killed(start: Start, args: list[str], runs: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_killed_training_goes_on_by_itself_and_ends_like_one_left_alone(
-    killed: Path, args: list[str], runs: Path, capsys: pytest.CaptureFixture[str]
+    killed: Path, args: list[str], runs: Path, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
     assert train.main(args) == 0
     assert "resuming" in capsys.readouterr().out
@@ -57,25 +57,21 @@ def test_a_killed_training_goes_on_by_itself_and_ends_like_one_left_alone(
     assert train.main([*args, "--name", "whole"]) == 0
     ours, theirs = (load_checkpoint(runs / "train" / name / "weights/last.pt") for name in ("one", "whole"))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
-    said: list[str] = []
-    assert go_on(parse_args([*args, "--name", "whole"]), read_hyp, said.append).config.resume == "", (
-        "it is done"
-    )
+    assert go_on(parse_args([*args, "--name", "whole"]), read_hyp).config.resume == "", "it is done"
 
 
 def test_only_the_same_command_by_the_same_replica_goes_on(
-    killed: Path, args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+    killed: Path, args: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    said: list[str] = []
 
     def resumed(*more: str) -> str:
-        return go_on(parse_args([*args, *more]), read_hyp, said.append).config.resume
+        return go_on(parse_args([*args, *more]), read_hyp).config.resume
 
     assert resumed() == str(killed / "weights/last.pt")
     assert resumed("--epochs", "5", "--workers", "1") == resumed(), "a resume may change these"
     others = (("--seed", "1"), ("--optimizer", "Adam"), ("--name", "two"), ("--project", "other"))
     assert [resumed(*other) for other in others] == [""] * len(others)
-    edited = go_on(parse_args(args), lambda config: replace(read_hyp(config), lr0=0.5), said.append)
+    edited = go_on(parse_args(args), lambda config: replace(read_hyp(config), lr0=0.5))
     assert edited.config.resume == "", "the same --hyp file, with another learning rate in it by now"
     status = runs / ".workers" / f"{REPLICA}.json"
     told = status.read_text()
@@ -89,12 +85,11 @@ def test_only_the_same_command_by_the_same_replica_goes_on(
     assert said == []
 
 
-def test_a_damaged_run_is_left_as_it_is_and_said(killed: Path, args: list[str]) -> None:
+def test_a_damaged_run_is_left_as_it_is_and_said(killed: Path, args: list[str], said: list[str]) -> None:
     damaged = {path: path.read_bytes()[:1000] for path in killed.glob("weights/last*.pt")}
     for path, content in damaged.items():
         path.write_bytes(content)
-    said: list[str] = []
-    assert go_on(parse_args(args), read_hyp, said.append).config.resume == ""
+    assert go_on(parse_args(args), read_hyp).config.resume == ""
     assert len(said) == 1
     assert said[0].endswith("starting anew")
     assert {path: path.read_bytes() for path in damaged} == damaged
@@ -114,10 +109,10 @@ def empty(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(
     empty: Path, args: list[str]
 ) -> None:
-    config = go_on(parse_args(args), read_hyp, print).config
+    config = go_on(parse_args(args), read_hyp).config
     assert (config.name, config.exist_ok, config.resume) == ("one2", True, "")
     (empty / "weights" / "best.pt").write_bytes(b"something to lose")
-    assert go_on(parse_args(args), read_hyp, print).config.name == "one"
+    assert go_on(parse_args(args), read_hyp).config.name == "one"
 
 
 def test_a_forged_status_leads_nowhere(empty: Path, args: list[str], runs: Path, tmp_path: Path) -> None:
@@ -128,4 +123,4 @@ def test_a_forged_status_leads_nowhere(empty: Path, args: list[str], runs: Path,
     command = parse_args(args)
     for forged in (str(elsewhere), str(link), "/etc", "one", f"{empty}/../../../elsewhere/one"):
         (runs / ".workers" / f"{REPLICA}.json").write_text(json.dumps({"run_dir": forged}))
-        assert go_on(command, read_hyp, print) is command, forged
+        assert go_on(command, read_hyp) is command, forged

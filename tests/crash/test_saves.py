@@ -115,7 +115,9 @@ def test_training_on_a_disk_that_refuses_ends_with_exit_6_and_one_message(
     assert not list((runs / "train" / "exp" / "weights").iterdir())
 
 
-def test_checkpoint_damaged_in_any_kib_is_refused_and_the_one_before_taken(tmp_path: Path) -> None:
+def test_checkpoint_damaged_in_any_kib_is_refused_and_the_one_before_taken(
+    tmp_path: Path, said: list[str]
+) -> None:
     last = tmp_path / "weights" / "last.pt"
     for value in (OLD, NEW):
         save_checkpoint(last, {"value": value, "tensor": torch.randn(4000)}, previous=previous_of(last))
@@ -125,8 +127,8 @@ def test_checkpoint_damaged_in_any_kib_is_refused_and_the_one_before_taken(tmp_p
         flipped[min(position + generator.randrange(1024), len(whole) - 1)] ^= 1 << generator.randrange(8)
         for damaged in (whole[:position], bytes(flipped)):
             last.write_bytes(damaged)
-            said: list[str] = []
-            state, taken = load_newest(last, said.append)
+            said.clear()
+            state, taken = load_newest(last)
             assert (state["value"], taken) in {(OLD, previous_of(last)), (NEW, last)}
             assert bool(said) == (taken != last)
             assert len(damaged) == len(whole) or taken != last, "a truncated file was taken for whole"

@@ -157,15 +157,16 @@ def test_the_lack_of_a_gpu_runtime_is_found_before_anything_is_made(cli: Cli) ->
 # --- whole, or not at all
 
 
-def test_a_third_start_that_the_engine_refuses_takes_back_the_running_and_the_created(world: World) -> None:
+def test_a_third_start_that_the_engine_refuses_takes_back_the_running_and_the_created(
+    world: World, said: list[str]
+) -> None:
     """The third and the fourth ask for a GPU, which this machine's engine cannot give them."""
     gpus = {"c": Device("gpu", "0"), "d": Device("gpu", "1")}
     specs = [world.spec(SLEEP, name, device=gpus.get(name, Device("cpu", "0"))) for name in "abcd"]
     if _has_gpu_runtime():
         pytest.skip("this machine's engine has a GPU runtime")
-    said: list[str] = []
     with pytest.raises(EngineError) as caught:
-        bring_up(world.engine, specs, say=said.append)
+        bring_up(world.engine, specs)
     alike = f"{specs[2].name} (GPU 0), {specs[3].name} (GPU 1): Docker has no GPU runtime; install the NVIDIA"
     assert str(caught.value).startswith(alike), "replicas that fail alike are told in one line"
     assert said == ["rolled back: 4 replicas removed, nothing is left behind"]

@@ -115,7 +115,7 @@ def test_a_dataset_whose_archive_is_damaged_leaves_nothing_half_unpacked(tmp_pat
         "train: images\nval: images\nnames: [a]\ndownload:\n  - {url: 'https://there.example/a.zip'}\n"
     )
     with pytest.raises(DataError, match="Bad CRC-32"):
-        acquire(tmp_path / "set.yaml", into=root.parent, say=lambda line: None)
+        acquire(tmp_path / "set.yaml", into=root.parent)
     assert not root.exists()
     assert not root.with_name(".set.building").exists()
     assert archive.exists()

@@ -25,7 +25,7 @@ from starling.config.shipped import DATASETS_FOLDER, find_config
 from starling.core.errors import DataError, UsageError
 from starling.core.paths import real_path
 from starling.core.settings.parser import PathParser
-from starling.progress import Progress
+from starling.progress import Progress, on_console
 
 if TYPE_CHECKING:
     from starling.data.fetch.acquire import Convert
@@ -96,15 +96,15 @@ def _download(given: argparse.Namespace) -> None:
     from starling.data.fetch.acquire import acquire
     from starling.model.official import another_family, official_name, official_weights
 
-    progress = Progress()
-    for name in given.names:
-        weights = official_name(name)
-        if weights is not None:
-            progress.say(str(official_weights(weights, progress)))
-        elif name.endswith(".pt") and (other := another_family(name)):
-            raise UsageError(f"{name}: {other}")
-        else:
-            acquire(find_config("datasets", name), into=given.into, say=progress.say, show=progress.show)
+    with on_console(Progress()) as progress:
+        for name in given.names:
+            weights = official_name(name)
+            if weights is not None:
+                progress.say(str(official_weights(weights, progress.show)))
+            elif name.endswith(".pt") and (other := another_family(name)):
+                raise UsageError(f"{name}: {other}")
+            else:
+                acquire(find_config("datasets", name), into=given.into, show=progress.show)
 
 
 def _convert(given: argparse.Namespace) -> None:
@@ -130,13 +130,16 @@ def _convert(given: argparse.Namespace) -> None:
         )
     if not given.folder.is_dir():
         raise DataError(f"{given.folder}: no such folder; give the one that holds the dataset")
-    mapping, say = read_yaml(path), Progress().say
+    mapping = read_yaml(path)
     known = class_names(path, mapping, steps)
-    names = run_steps(steps, given.folder.absolute(), known, archives=given.folder, say=say)
-    own = given.folder / path.name
-    if not known and not own.exists():  # the names came with the data; a file of the user's stays as it is
-        write_description(given.folder, path, mapping, names)
-        say(f"{own}: the description with its class names; give it to --data")
+    with on_console(Progress()) as progress:
+        names = run_steps(steps, given.folder.absolute(), known, archives=given.folder)
+        own = given.folder / path.name
+        if (
+            not known and not own.exists()
+        ):  # the names came with the data; a file of the user's stays as it is
+            write_description(given.folder, path, mapping, names)
+            progress.say(f"{own}: the description with its class names; give it to --data")
 
 
 def _step_of_words(words: Sequence[str]) -> Convert:
@@ -151,25 +154,25 @@ def _version(given: argparse.Namespace) -> None:
     from starling.data.fetch.find import check_folder
     from starling.tracking.clearml.dataset import DatasetServer
 
-    say = Progress().say if not given.json else lambda line: print(line, file=sys.stderr)
     folder = given.folder.absolute()
-    description = check_folder(folder, say)
-    say(f"{description.path_yaml.name} is sound")
-    made = DatasetServer(f"{folder}: no version was made").upload(
-        folder,
-        project=given.project,
-        name=given.name or real_path(given.folder).name,
-        version=given.version,
-        parent=given.parent,
-        say=say,
-    )
-    if given.json:
-        print(json.dumps({**asdict(made), "data": made.url}))
-        return
-    say(
-        f"{made.project}/{made.name} {made.version}: {made.added} added, {made.modified} changed, {made.removed} removed"
-    )
-    say(f"train on it: python train.py --data {made.url}")
+    with on_console(Progress(sys.stderr if given.json else sys.stdout)) as progress:
+        description = check_folder(folder)
+        progress.say(f"{description.path_yaml.name} is sound")
+        made = DatasetServer(f"{folder}: no version was made").upload(
+            folder,
+            project=given.project,
+            name=given.name or real_path(given.folder).name,
+            version=given.version,
+            parent=given.parent,
+        )
+        if given.json:
+            print(json.dumps({**asdict(made), "data": made.url}))
+            return
+        progress.say(
+            f"{made.project}/{made.name} {made.version}: {made.added} added, {made.modified} changed, "
+            f"{made.removed} removed"
+        )
+        progress.say(f"train on it: python train.py --data {made.url}")
 
 
 def _cache(given: argparse.Namespace) -> None:

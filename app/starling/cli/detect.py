@@ -14,5 +14,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: DetectConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
     from starling.prediction.detecting import detect
+    from starling.progress import Progress, on_console
 
-    detect(config)
+    with on_console(Progress()):
+        detect(config)

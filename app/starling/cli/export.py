@@ -14,5 +14,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: ExportConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
     from starling.export.exporter import export
+    from starling.progress import Progress, on_console
 
-    export(config)
+    with on_console(Progress()):
+        export(config)

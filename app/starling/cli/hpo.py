@@ -13,6 +13,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: HpoConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without Optuna.
+    from starling.progress import Progress, Silence, on_console
     from starling.tracking.clearml.search import search_tasks
 
-    search_tasks(config)
+    with on_console(Silence() if config.json else Progress()):
+        search_tasks(config)

@@ -40,6 +40,13 @@ def _run(command: TrainCommand) -> None:
         # Where a process is gone, torch prints the stack of each try to reach it; one line of ours says it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here so that --help and a wrong flag answer at once, without torch.
+    from starling.progress import Progress, Silence, on_console
+
+    with on_console(Progress() if speaks() else Silence(Progress())):
+        _train(command)
+
+
+def _train(command: TrainCommand) -> None:
     if command.config.remote:
         from starling.tracking.clearml.client.remote import enqueue_training
 

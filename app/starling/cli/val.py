@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: ValConfig) -> None:
     # Imported here so that --help and a wrong flag answer at once, without torch.
     from starling.evaluation.evaluation import evaluate, study
+    from starling.progress import Progress, on_console
 
-    report = study(config) if config.task == "study" else evaluate(config)
+    with on_console(Progress()):
+        report = study(config) if config.task == "study" else evaluate(config)
     if config.json:
         print(json.dumps(report, allow_nan=False), flush=True)

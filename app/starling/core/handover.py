@@ -11,6 +11,7 @@ path, and `launcher up` sends it to a machine behind ssh: standard library only,
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 import sys
@@ -22,6 +23,9 @@ if __package__ in (None, ""):  # run by its path: what is importable is the pack
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from starling.core.files.folder import Folder, link_to_nothing, mount_of
+from starling.core.log_lines import lines_to
+
+logger = logging.getLogger("starling.core.handover")  # its name also where the file is run by its path
 
 NOBODYS_ID = 10001
 """The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""
@@ -125,7 +129,6 @@ def hand_over(
     top: Folder,
     uid: int,
     gid: int,
-    say: Callable[[str], None] = lambda line: None,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Account:
     """Give root's files and folders below `top`, and then `top`, to a user; those of anybody else stay theirs.
@@ -133,7 +136,7 @@ def hand_over(
     `top` must belong to root or to that user; in any other folder only set-id bits are taken away. Of root's files that
     somebody else may have put there, by a hard link or a rename, only those that everybody may read anyway, and that
     have no other name, are handed over. Links, devices, sockets and pipes stay as they are, and so does what is mounted
-    below. `say` gets a line now and then while a long walk lasts. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
+    below. A long walk is logged now and then. Raises Refused for a folder of everybody's, such as /scratch, and where the file system does not let root
     change owners.
     """
     assert allowed_user(uid, gid)
@@ -145,7 +148,7 @@ def hand_over(
         )
     giving = state.st_uid in (0, uid)
     account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
-    for folder, name, state in _told(top.tree(folders_last=True), top.path, say, monotonic):
+    for folder, name, state in _told(top.tree(folders_last=True), top.path, monotonic):
         keeper.look(folder, name, state, account)
     if giving:
         with _explained(top.path, uid, gid):
@@ -171,14 +174,13 @@ def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
 def _told(
     entries: Iterator[tuple[Folder, str, os.stat_result]],
     path: Path,
-    say: Callable[[str], None],
     monotonic: Callable[[], float],
 ) -> Iterator[tuple[Folder, str, os.stat_result]]:
-    """Pass on the entries of a walk, and say now and then how many they are: a folder of millions is an honest one."""
+    """Pass on the entries of a walk, and log now and then how many they are: a folder of millions is an honest one."""
     say_at = monotonic() + FIRST_S
     for count, entry in enumerate(entries, 1):
         if (now := monotonic()) >= say_at:
-            say(f"{STILL} {_shown(path)}: {count:,} files so far")
+            logger.info(f"{STILL} {_shown(path)}: {count:,} files so far")
             say_at = now + EACH_S
         yield entry
 
@@ -186,7 +188,6 @@ def _told(
 def strip_set_ids(
     top: Folder,
     limit_s: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Account:
     """Take the set-user-id and set-group-id bits off the files below `top` that this process may change.
@@ -195,7 +196,7 @@ def strip_set_ids(
     """
     account, keeper = Account(), _Keeper(top, os.geteuid(), -1)
     until = None if limit_s is None else time.monotonic() + limit_s
-    for folder, name, state in _told(top.tree(), top.path, say, monotonic):
+    for folder, name, state in _told(top.tree(), top.path, monotonic):
         if until is not None and time.monotonic() > until:
             break
         with contextlib.suppress(Refused):
@@ -323,9 +324,7 @@ def _person_behind_root() -> int:
     return 0
 
 
-def take(
-    path: Path, user: tuple[int, int] | None, say: Callable[[str], None] = lambda line: None
-) -> tuple[tuple[int, int], Account]:
+def take(path: Path, user: tuple[int, int] | None) -> tuple[tuple[int, int], Account]:
     """Make the folder where it is missing, hand it over, and return the uid and gid that replicas run as.
 
     Without `user` it is the folder's owner, and a folder that is not root's is left as it is. Raises Refused and
@@ -345,7 +344,7 @@ def take(
             )
         if user is None and state.st_uid != 0:
             return who, Account()
-        return who, hand_over(top, *who, say=say)
+        return who, hand_over(top, *who)
 
 
 def _say(line: str) -> None:
@@ -360,7 +359,8 @@ def main(argv: Sequence[str]) -> int:
         user = tuple(map(int, argv[1].split(":"))) if len(argv) > 1 else None
         if user is not None and (len(user) != 2 or not allowed_user(*user)):
             raise Refused(f"{argv[1]}: replicas run as UID:GID, and never as root; give another user")
-        (uid, gid), account = take(path, user, _say)  # type: ignore[arg-type]
+        with lines_to(_say):
+            (uid, gid), account = take(path, user)  # type: ignore[arg-type]
     except (Refused, OSError) as error:
         _say(str(error))
         return 2

@@ -5,6 +5,7 @@ Figures of a list of detections that was cut short say so: recall that the list 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ from starling.outputs.register import Register
 from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.inference import Predictor, fit_classes, load_predictor
 from starling.prediction.predictor import fit_stride, to_input
-from starling.progress import Progress
+from starling.progress import Progress, console
+
+logger = logging.getLogger(__name__)
 
 TIMED = (PRE_PROCESS, INFERENCE, SUPPRESSION)
 """Stages whose time is told."""
@@ -122,8 +125,7 @@ class _Bench:
 
     def model(self, weights: Sequence[str]) -> Predictor:
         """Return the model of these weights, for the dataset's classes."""
-        say = self.progress.say
-        model = load_predictor(weights, self.compute, say, augment=self.config.augment)
+        model = load_predictor(weights, self.compute, augment=self.config.augment)
         return fit_classes(
             model, self.data.names, single_cls=self.config.single_cls, source=" ".join(weights)
         )
@@ -176,20 +178,20 @@ class _Bench:
 
 def _open_bench(config: ValConfig) -> _Bench:
     """Choose the device and read the split; what can be wrong with either is found here."""
-    progress = Progress()
+    progress = console()
     check_project(config.project, runs_root())
-    compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
+    compute = select_compute(config.device, "auto" if config.half else "off")
     if config.half and not compute.bfloat16:
-        progress.say("--half: this hardware has no bfloat16, going on in float32")
-    progress.say(compute.describe())
+        logger.warning("--half: this hardware has no bfloat16, going on in float32")
+    logger.info(compute.describe())
     for weights in config.weights:
         local_weights(weights)  # a wrong name is found before a dataset is fetched or read
-    path = find_dataset(config.data, progress.say, progress.show)
+    path = find_dataset(config.data, progress.show)
     description = DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     data = Dataset.load(description, config.split)
-    progress.say(f"{config.split}: {len(data)} images, {data.boxes} boxes")
+    logger.info(f"{config.split}: {len(data)} images, {data.boxes} boxes")
     for line in left_out(data):
-        progress.say(line)
+        logger.warning(line)
     check_boxes(description, config.split, data, "score")
     return _Bench(config, compute, data, progress)
 
@@ -197,9 +199,9 @@ def _open_bench(config: ValConfig) -> _Bench:
 def evaluate(config: ValConfig) -> dict[str, Any]:
     """Validate once, write what was asked for, and return the figures for `--json`."""
     bench = _open_bench(config)
-    data, say = bench.data, bench.progress.say
+    data = bench.data
     model = bench.model(config.weights)
-    size = fit_stride(config.imgsz, model.image_multiple, say)
+    size = fit_stride(config.imgsz, model.image_multiple)
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     register, stems = _name_outputs(config, data, folder)
     worst, coco = WorstImages(), CocoPredictions(data, stems)
@@ -213,10 +215,10 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
     for line in class_table(
         validation.metrics, data.distinct_names, classes=config.verbose or data.nc < LISTED_CLASSES
     ):
-        say(line)
+        logger.info(line)
     if bench.cut:
-        say(bench.cut)
-    say(
+        logger.info(bench.cut)
+    logger.info(
         "ms an image: "
         + ", ".join(f"{stage} {value:.1f}" for stage, value in milliseconds.items())
         + f"; batches of {min(config.batch_size, len(data))} at {size} px, {bench.compute.describe()}"
@@ -235,14 +237,14 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
         "run": str(folder),
     }
     if config.save_json:
-        report["coco"] = _score_as_coco(config, coco, validation, folder, say)
+        report["coco"] = _score_as_coco(config, coco, validation, folder)
     if register is not None:
         report["outputs"], report["renamed"] = str(register.path), register.renamed
         if register.renamed:
-            say(
+            logger.info(
                 f"{len(register.renamed)} images have an addition to their names in the outputs: {register.path}"
             )
-    say(f"results in {folder}")
+    logger.info(f"results in {folder}")
     return report
 
 
@@ -261,16 +263,16 @@ def _name_outputs(config: ValConfig, data: Dataset, folder: Path) -> tuple[Regis
 
 
 def _score_as_coco(
-    config: ValConfig, coco: CocoPredictions, validation: Validation, folder: Path, say: Callable[[str], None]
+    config: ValConfig, coco: CocoPredictions, validation: Validation, folder: Path
 ) -> dict[str, float]:
     """Write the detections, score them with pycocotools, and print its figures beside ours."""
     path = folder / f"{Path(config.weights[0]).stem}_predictions.json"
     coco.write(path)
-    say(f"detections in COCO format: {path}")
+    logger.info(f"detections in COCO format: {path}")
     map50, map5095 = coco.score(config.max_det)
     m = validation.metrics
-    say(f"mAP50     pycocotools {map50:.4f}  here {m.map50:.4f}")
-    say(f"mAP50-95  pycocotools {map5095:.4f}  here {m.map5095:.4f}")
+    logger.info(f"mAP50     pycocotools {map50:.4f}  here {m.map50:.4f}")
+    logger.info(f"mAP50-95  pycocotools {map5095:.4f}  here {m.map5095:.4f}")
     return _rounded({"mAP50": map50, "mAP50_95": map5095})
 
 
@@ -279,17 +281,16 @@ def study(config: ValConfig) -> dict[str, Any]:
     from starling.plots.curves import StudyLine, plot_study
 
     bench = _open_bench(config)
-    say = bench.progress.say
     models = [bench.model((weights,)) for weights in config.weights]  # all, before the first takes its time
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     lines, best = [], None
     if bench.cut:
-        say(bench.cut)
+        logger.info(bench.cut)
     for weights, label, model in zip(config.weights, _labels(config.weights), models, strict=True):
         rows: list[dict[str, Any]] = []
         table = folder / f"study_{Path(config.data).stem}_{label}.txt"
         for size in STUDY_SIZES:
-            fitted = fit_stride(size, model.image_multiple, say)
+            fitted = fit_stride(size, model.image_multiple)
             validation, milliseconds = bench.validate(model, fitted)
             figures = _figures(validation)
             rows.append(
@@ -302,7 +303,9 @@ def study(config: ValConfig) -> dict[str, Any]:
             )
             write_atomic(table, _study_table(weights, rows))  # now: the largest sizes may be more than fits
             total = sum(milliseconds.values())
-            say(f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image")
+            logger.info(
+                f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image"
+            )
             if best is None or figures["mAP50_95"] > best["mAP50_95"]:
                 best = {**rows[-1], "weights": weights}
         lines.append(StudyLine(
@@ -312,7 +315,7 @@ def study(config: ValConfig) -> dict[str, Any]:
             [sum(row["ms_per_image"].values()) for row in rows],
         ))  # fmt: skip
     plot_study(lines, folder / "study.png", place=bench.compute.describe())
-    say(f"results in {folder}")
+    logger.info(f"results in {folder}")
     assert best is not None, "a study has sizes and weights"
     return {**best, "cut_list": bench.cut, "left_out": bench.data.left_out.as_list(), "run": str(folder)}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,8 @@ from starling.model.detector import Detector
 from starling.model.initial_weights import find_weights
 from starling.prediction.inference import load_detector
 from starling.prediction.predictor import fit_size
-from starling.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest difference of a score; of a coordinate, as a share of its pixels where these are above 1."""
@@ -84,14 +85,13 @@ def export(config: ExportConfig) -> None:
 
     Raises StarlingError, and writes nothing, where a form's answers differ from the detector's.
     """
-    progress = Progress()
-    compute = _select_compute(config, progress.say)  # before weights are fetched
+    compute = _select_compute(config)  # before weights are fetched
     weights = find_weights(config.weights)
     if not os.access(weights.absolute().parent, os.W_OK):
         raise UsageError(
             f"{weights.absolute().parent}: not writable, and outputs lie beside the weights; copy {weights.name} elsewhere"
         )
-    job = _prepare(config, compute, progress.say)
+    job = _prepare(config, compute)
     writers = {"torchscript": _torchscript, "onnx": _onnx}
     for name in dict.fromkeys(config.include):
         content, difference, usage = writers[name](job)
@@ -102,23 +102,23 @@ def export(config: ExportConfig) -> None:
             )
         path = weights.with_suffix(f".{name}")
         write_atomic(path, content)
-        progress.say(
+        logger.info(
             f"{path}  {len(content) / 1e6:.1f} MB  largest differences: {difference.pixels:.1e} px, "
             f"{difference.scores:.1e} in scores"
         )
-        progress.say(f"    {usage.format(path=path)}")
+        logger.info(f"    {usage.format(path=path)}")
 
 
-def _select_compute(config: ExportConfig, say: Callable[[str], None]) -> Compute:
-    compute = select_compute(config.device, "off", say)
+def _select_compute(config: ExportConfig) -> Compute:
+    compute = select_compute(config.device, "off")
     if config.half and compute.on_cpu:
         raise UsageError("--half: float16 is exported on a GPU, and none is here; leave --half out")
     return compute
 
 
-def _prepare(config: ExportConfig, compute: Compute, say: Callable[[str], None]) -> _Job:
-    detector = load_detector(config.weights, say)
-    height, width = fit_size(config.size_hw, detector.image_multiple, say)
+def _prepare(config: ExportConfig, compute: Compute) -> _Job:
+    detector = load_detector(config.weights)
+    height, width = fit_size(config.size_hw, detector.image_multiple)
     # Fixed noise: unlike grey, it makes every anchor answer something of its own.
     images = torch.rand((config.batch_size, 3, height, width), generator=torch.Generator().manual_seed(0))
     module = _Decoded(detector).to(compute.device).eval()
@@ -135,7 +135,7 @@ def _prepare(config: ExportConfig, compute: Compute, say: Callable[[str], None])
         "batch": str(config.batch_size),
         "dynamic": str(config.dynamic).lower(),
     }
-    say(
+    logger.info(
         f"{compute.describe()}; {detector.count_parameters():,} parameters, {len(names)} classes; "
         f"{INPUT} {list(images.shape)} RGB 0..1 -> {OUTPUT} {shape}: "
         "x, y, width, height in pixels, objectness, class scores"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from starling.core.words import shown
 from starling.model.inert_pickle import PLAIN_GLOBALS
 from starling.model.torch_file import StoredTensors, open_zip_form
 from starling.outputs.run_dir import previous_of, runs_root
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "starling-1"
 
@@ -86,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_newest(last: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+def load_newest(last: Path) -> tuple[dict[str, Any], Path]:
     """Return the state in `last`, or in the checkpoint before it where `last` is damaged; and which it was.
 
     Raises CheckpointError, the one about `last`, where neither can be read.
@@ -99,7 +102,7 @@ def load_newest(last: Path, say: Callable[[str], None]) -> tuple[dict[str, Any],
             state = load_checkpoint(previous)
         except CheckpointError:
             raise error from None
-        say(f"{error}; taking the one saved before it, {previous}")
+        logger.warning(f"{error}; taking the one saved before it, {previous}")
         return state, previous
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, requir
 from starling.model.detector import Detector, build_detector
 from starling.model.official import OFFICIAL, another_family, official_name, official_weights
 from starling.model.weights import LoadReport, load_weights
-from starling.progress import Progress
+from starling.progress import aloud
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class InitialWeights:
         named = isinstance(self.layout.get("anchors"), list | tuple)
         return anchors is not None or not (named or from_weights)
 
-    def build(self, names: tuple[str, ...], anchors: float | None, say: Callable[[str], None]) -> Detector:
+    def build(self, names: tuple[str, ...], anchors: float | None) -> Detector:
         """Return a fresh detector for these classes, carrying what fits of the weights.
 
         `anchors` is a number a level, in place of the layout's and the weights' own.
@@ -64,7 +67,7 @@ class InitialWeights:
             )
             if not self.layout_given:
                 self._check_all_fit(detector, report, anchors)
-            say(f"weights: {self.weights.source}: {report.describe()}")
+            logger.info(f"weights: {self.weights.source}: {report.describe()}")
         return detector
 
     def _check_all_fit(self, detector: Detector, report: LoadReport, anchors: float | None) -> None:
@@ -144,7 +147,10 @@ def local_weights(name: str) -> Path | None:
 def find_weights(name: str) -> Path:
     """Return the path of a weights file, as `local_weights` does; published ones are fetched by their bare name."""
     path = local_weights(name)
-    return path if path is not None else official_weights(str(official_name(name)), Progress())
+    if path is not None:
+        return path
+    with aloud() as progress:
+        return official_weights(str(official_name(name)), progress.show)
 
 
 def read_weights(path: Path) -> Weights:

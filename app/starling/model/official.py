@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from starling.data.fetch.download import (
     MIRROR,
     Download,
     FetchError,
+    Show,
     fetch,
     mirrored,
     read_text,
@@ -24,7 +26,8 @@ from starling.data.fetch.download import (
     sha256_of,
 )
 from starling.model.families import family_of_name
-from starling.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 OFFICIAL = tuple(f"yolov5{size}{levels}.pt" for levels in ("", "6") for size in "nsmlx")
 """Detection weights trained on COCO: P5 at 640 pixels, P6 at 1280."""
@@ -65,7 +68,7 @@ def weights_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(cache) / "starling" / "weights"
 
 
-def official_weights(name: str, progress: Progress) -> Path:
+def official_weights(name: str, show: Show = lambda line: None) -> Path:
     """Return the path of published weights, fetching them unless they are kept already.
 
     A kept file is compared with the digest recorded when it came. Raises CheckpointError saying what to fetch by
@@ -77,11 +80,11 @@ def official_weights(name: str, progress: Progress) -> Path:
     url = mirrored(f"{RELEASE}/{name}")
     try:
         sha256, size = _published(name, url)
-        progress.say(f"fetching {url} to {path}")
+        logger.info(f"fetching {url} to {path}")
         if sha256 is None:
-            progress.say(f"{name}: no checksum is published; its size is checked, its digest recorded")
+            logger.warning(f"{name}: no checksum is published; its size is checked, its digest recorded")
         wanted = Download(url=url, target=path, max_bytes=MAX_BYTES, sha256=sha256, size=size)
-        digest = fetch(wanted, say=progress.say, show=progress.show)
+        digest = fetch(wanted, show=show)
     except FetchError as error:
         raise CheckpointError(
             f"--weights {name}: not here, and it cannot be fetched: {error}. Download {RELEASE}/{name} on a machine "
@@ -92,7 +95,7 @@ def official_weights(name: str, progress: Progress) -> Path:
             f"--weights {name}: {path.parent} cannot be written ({error.strerror}); set STARLING_WEIGHTS to a folder "
             "that can, or give the path of a .pt file"
         ) from None
-    progress.say(f"{name}: {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
+    logger.info(f"{name}: {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
     return path
 
 

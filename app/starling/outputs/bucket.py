@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from starling.core.errors import UsageError
 from starling.core.settings.values import BUCKET_DRIVERS, check_bucket
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = (".part", ".lock", ".tmp")
 
@@ -30,7 +33,7 @@ def result_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
+def upload(folder: Path, url: str) -> bool:
     """Copy the results in `folder` below `url`, replacing older ones; return whether all went well.
 
     Says one line, whichever way it goes, and raises nothing but an interrupt.
@@ -50,11 +53,11 @@ def upload(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
             copied += 1
     except Exception as error:  # a driver may raise anything; the run is done and its files are here
         reason = (str(error).splitlines() or [""])[0][:300]
-        say(
+        logger.warning(
             f"--bucket {url}: {copied} files copied, then {type(error).__name__}: {reason}; the results are in {folder}"
         )
         return False
-    say(f"--bucket: {copied} files copied to {url}")
+    logger.info(f"--bucket: {copied} files copied to {url}")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -32,8 +33,10 @@ from starling.outputs.run_dir import check_project, create_run_dir, runs_root
 from starling.prediction.detection_files import DetectionFiles, SourceFiles
 from starling.prediction.inference import Predictor, load_predictor
 from starling.prediction.predictor import ImageDetector, Thresholds, fit_size
-from starling.progress import Progress
+from starling.progress import Progress, console
 from starling.stop_signal import StopSignal
+
+logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.csv"
 """What was passed over, in the run folder."""
@@ -67,22 +70,22 @@ class Tally:
 
 def detect(config: DetectConfig) -> None:
     """Look at every source and write what was asked for. Raises Stopped after a signal, results so far kept."""
-    progress = Progress()
+    progress = console()
     check_project(config.project, runs_root())
-    source = config.source or _sample_images(progress)
+    source = config.source or _sample_images()
     left_out = LeftOut()
     sources = find_sources(source, left_out)
     given = _given_names(config)  # before weights are fetched
-    compute = select_compute(config.device, "auto" if config.half else "off", progress.say)
+    compute = select_compute(config.device, "auto" if config.half else "off")
     if config.half and not compute.bfloat16:
-        progress.say("--half: this hardware has no bfloat16, going on in float32")
-    model = load_predictor(config.weights, compute, progress.say, augment=config.augment)
+        logger.warning("--half: this hardware has no bfloat16, going on in float32")
+    model = load_predictor(config.weights, compute, augment=config.augment)
     names = distinct(_names(config, model, given))
     _check_classes(config, names)
     detector = ImageDetector(
         model,
         compute,
-        fit_size(config.size_hw, model.image_multiple, progress.say),
+        fit_size(config.size_hw, model.image_multiple),
         Thresholds(
             confidence=config.conf_thres,
             iou=config.iou_thres,
@@ -92,7 +95,7 @@ def detect(config: DetectConfig) -> None:
         ),
     )
     folder = _run_folder(config, sources)
-    progress.say(f"{compute.describe()}; run: {folder}")
+    logger.info(f"{compute.describe()}; run: {folder}")
     run = _Run(
         config,
         DetectionFiles(folder, names, config, sources),
@@ -124,7 +127,7 @@ class _Run:
         self._progress = progress
         self._files = files
         self._tally = tally
-        self._window = _Window(progress) if config.view_img else None
+        self._window = _Window() if config.view_img else None
         self._began = time.monotonic()
 
     def look_at_all(self, sources: list[Source], stop: StopSignal) -> None:
@@ -138,7 +141,7 @@ class _Run:
             except DataError as error:
                 if len(sources) == 1:
                     raise
-                self._progress.say(f"left out: {error}")
+                logger.warning(f"left out: {error}")
                 self._tally.skipped.append(source.shown)
                 self._tally.left_out.add(
                     "sources that cannot be read", source.shown, "replace them, or remove them"
@@ -170,7 +173,7 @@ class _Run:
     def _tell_damage(self, source: Source, read: int, listed: int | None) -> None:
         """Say and count that a film has ended before its end."""
         part = f"{read} of {listed} frames" if listed else f"only the first {read} frames"
-        self._progress.say(f"{source.shown}: {part}: the file is damaged; copy it again, or convert it")
+        logger.warning(f"{source.shown}: {part}: the file is damaged; copy it again, or convert it")
         self._tally.damaged.append({"source": source.shown, "frames": read, "listed": listed})
         reason, lost = ("frames of damaged films", listed - read) if listed else ("ends of damaged films", 1)
         self._tally.left_out.add(reason, source.shown, "replace the films", count=lost)
@@ -195,16 +198,16 @@ class _Run:
         """Print what was found and where it is; raises Stopped if a signal ended the run."""
         tally = self._tally
         seconds = max(time.monotonic() - self._began, 1e-9)
-        self._progress.say(
+        logger.info(
             f"{tally.frames} {'image' if tally.frames == 1 else 'images'} in {format_duration(seconds)}, "
             f"{sum(tally.found.values())} detections: {tally.describe(tally.found, self._names)}"
         )
-        self._progress.say(self._detector.seconds.describe(tally.frames))
+        logger.info(self._detector.seconds.describe(tally.frames))
         for line in tally.left_out.lines():
-            self._progress.say(line)
+            logger.warning(line)
         if len(tally.left_out):
             write_report(self._files.folder / LEFT_OUT, tally.left_out.findings())
-        self._progress.say(f"results in {self._files.folder}")
+        logger.info(f"results in {self._files.folder}")
         if self._config.json:
             self._progress.say(json.dumps(self._summary(seconds, stop), ensure_ascii=False))
         stop.raise_if_requested()
@@ -234,11 +237,10 @@ class _Run:
 class _Window:
     """A window that shows images, or one line that says why there is none."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self) -> None:
         self._open = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
         if not self._open:
-            progress.say("--view-img: no display here (DISPLAY is not set); look at the run folder's files")
+            logger.warning("--view-img: no display here (DISPLAY is not set); look at the run folder's files")
 
     def show(self, image: np.ndarray[Any, Any], title: str) -> None:
         """Show an RGB image until the next one."""
@@ -249,10 +251,10 @@ class _Window:
             cv2.waitKey(1)
         except cv2.error:
             self._open = False
-            self._progress.say("--view-img: OpenCV is built without windows; look at the run folder's files")
+            logger.warning("--view-img: OpenCV is built without windows; look at the run folder's files")
 
 
-def _sample_images(progress: Progress) -> str:
+def _sample_images() -> str:
     """Return the folder of the images that the project carries; raises UsageError where it lies elsewhere."""
     try:
         description = DatasetDescription.from_yaml(find_config("datasets", "bccd.yaml"))
@@ -261,13 +263,13 @@ def _sample_images(progress: Progress) -> str:
             "--source is missing: give an image, video, folder, glob, URL, .txt list, webcam number or stream"
         ) from None
     folder = description.splits["val"][0]
-    progress.say(f"no --source: looking at the images this project carries, {folder}")
+    logger.info(f"no --source: looking at the images this project carries, {folder}")
     return str(folder)
 
 
 def _given_names(config: DetectConfig) -> tuple[str, ...]:
     """Return the class names of `--data`; none without it."""
-    return tuple(read_class_names(find_dataset(config.data, Progress().say))) if config.data else ()
+    return tuple(read_class_names(find_dataset(config.data))) if config.data else ()
 
 
 def _names(config: DetectConfig, model: Predictor, given: tuple[str, ...]) -> tuple[str, ...]:

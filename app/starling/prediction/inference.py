@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from starling.device import Compute
 from starling.model.detector import Detector, build_detector
 from starling.model.initial_weights import find_weights, read_weights
 from starling.model.weights import load_weights
+
+logger = logging.getLogger(__name__)
 
 AUGMENTED_VIEWS: tuple[tuple[float, bool], ...] = ((1.0, False), (0.83, True), (0.67, False))
 """Scale of each view of test-time augmentation, and whether it is mirrored."""
@@ -99,7 +102,7 @@ def _view(images: Tensor, scale: float, mirrored: bool, stride: int) -> Tensor:
     return F.pad(scaled, (0, -width % stride, 0, -height % stride), value=FILL / 255)
 
 
-def load_detector(name: str, say: Callable[[str], None]) -> Detector:
+def load_detector(name: str) -> Detector:
     """Return the detector that a weights file describes, its normalisations folded in. Raises CheckpointError."""
     weights = read_weights(find_weights(name))
     if weights.layout is None:
@@ -110,18 +113,16 @@ def load_detector(name: str, say: Callable[[str], None]) -> Detector:
     nc = len(weights.names) or int(weights.layout.get("nc", 0))
     detector = build_detector(weights.layout, nc, names=weights.names or None)
     report = load_weights(detector, weights.state, source=str(weights.source))
-    say(f"weights: {weights.source}: {report.describe()}")
+    logger.info(f"weights: {weights.source}: {report.describe()}")
     return detector.fused()
 
 
-def load_predictor(
-    names: Sequence[str], compute: Compute, say: Callable[[str], None], *, augment: bool = False
-) -> Predictor:
+def load_predictor(names: Sequence[str], compute: Compute, *, augment: bool = False) -> Predictor:
     """Return one model out of one or several weights files, on the device and in eval mode.
 
     Raises CheckpointError for a file that cannot be used, or for several that know different classes.
     """
-    detectors = [load_detector(name, say) for name in names]
+    detectors = [load_detector(name) for name in names]
     for name, detector in zip(names[1:], detectors[1:], strict=True):
         if detector.names != detectors[0].names:
             raise CheckpointError(

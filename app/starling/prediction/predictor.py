@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from starling.boxes.nms import non_max_suppression
 from starling.data.augment.letterbox import Size, apply_letterbox, boxes_to_original, letterbox_geometry
 from starling.device import Compute
 from starling.prediction.inference import Predictor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,18 +94,18 @@ class ImageDetector:
         return detections
 
 
-def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
+def fit_stride(size: int, stride: int) -> int:
     """Return `size` rounded up to a multiple of `stride`, at least two of them."""
     fitted = max(-(-size // stride), 2) * stride
     if fitted != size:
-        say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
+        logger.info(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
     return fitted
 
 
-def fit_size(size_hw: tuple[int, int], stride: int, say: Callable[[str], None]) -> tuple[int, int]:
+def fit_size(size_hw: tuple[int, int], stride: int) -> tuple[int, int]:
     """Return height and width rounded up to multiples of `stride`, at least two of them, and say what changes."""
-    height = fit_stride(size_hw[0], stride, say)
-    return height, height if size_hw[1] == size_hw[0] else fit_stride(size_hw[1], stride, say)
+    height = fit_stride(size_hw[0], stride)
+    return height, height if size_hw[1] == size_hw[0] else fit_stride(size_hw[1], stride)
 
 
 def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:

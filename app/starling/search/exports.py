@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from starling.search.outcome import BEST_HYP, Finished, best_of
 from starling.search.space import settings_flags
 from starling.search.storage.journal import locked, locked_if_free
 from starling.search.study import SearchStudy
+
+logger = logging.getLogger(__name__)
 
 CSV, PLOT = "evolve.csv", "evolve.png"
 LOCK, PLOT_LOCK = "views.lock", "picture.lock"
@@ -116,8 +119,8 @@ class Exports:
     for a later training then, or for the last one. The study is the truth, so a failure here is only worth a line.
     """
 
-    def __init__(self, study: SearchStudy, say: Callable[[str], None], *, draws: bool) -> None:
-        self._study, self._say, self._draws = study, say, draws
+    def __init__(self, study: SearchStudy, *, draws: bool) -> None:
+        self._study, self._draws = study, draws
         self._files_are_behind = False
         self._files_due = self._drawing_due = 0.0
         """When the files and the plot may be written again, by the monotonic clock."""
@@ -173,5 +176,5 @@ class Exports:
             reason = str((isinstance(error, OSError) and refusal(error)) or error)
             if reason not in self._said:
                 self._said.add(reason)
-                self._say(f"{self._study.directory}: evolve files are behind the study: {reason}")
+                logger.warning(f"{self._study.directory}: evolve files are behind the study: {reason}")
         return time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from starling.training.reporting.reporter import Reporter, RunLabel
 from starling.training.reporting.results import METRICS
 from starling.training.setup.data import TrainingData
 
+logger = logging.getLogger(__name__)
+
 
 class SearchReporter:
     """Tells launcher and trackers of one worker's part in a search, in its status file and its event log."""
@@ -36,7 +39,7 @@ class SearchReporter:
     ) -> None:
         self._study, self._config, self._log, self._hooks = study, config, log, hooks
         self.console = console
-        self._status = WorkerStatus(runs_root(), worker_name(), console.say)
+        self._status = WorkerStatus(runs_root(), worker_name(), logger.warning)
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": study.uuid, "name": config.run_name}
         self._told = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from starling.core.settings.train import AUTO_FINALISTS, TrainConfig
 from starling.core.worker_status import worker_name
 from starling.distributed.group import Rank
 from starling.outputs.run_dir import RunDir, folder_below, make_run_dir, project_dir, runs_root
-from starling.progress import Progress
+from starling.progress import console
 from starling.search.exports import metrics_of
 from starling.search.outcome import SearchSummary
 from starling.search.reporting import SearchReporter
@@ -33,6 +34,8 @@ from starling.training.setup.data import report_findings
 from starling.training.setup.preflight import check_before_fetching
 from starling.training.training import finish_bridges, read_hyp, warn_of_idle
 
+logger = logging.getLogger(__name__)
+
 WORKERS_FOLDER = "workers"
 """Below the search's folder: one event log a worker."""
 FINALISTS = 3
@@ -49,48 +52,47 @@ def search(config: TrainConfig) -> None:
             "--evolve under torchrun: the workers of a search train candidates of their own and meet in the study; "
             "start one worker a device without torchrun, or all at once with `launcher up --gpus`"
         )
-    console = Progress()
     hooks = find_hooks(config.hooks)
     directory = folder_below(project_dir(config.run_project, runs_root()), config.run_name)
     check_storage(config.study, directory, allow_nfs=config.allow_nfs)
-    setups, spec = _set_up(config, console)
+    setups, spec = _set_up(config)
     config, data = setups.usual.config, setups.usual.data
     make_run_dir(directory)
-    log = EventLog(directory / WORKERS_FOLDER / worker_name() / "events.jsonl", warn=console.say)
-    console.say(f"search: {directory} (worker {worker_name()})")
-    report_findings(data, directory, console.say)
+    log = EventLog(directory / WORKERS_FOLDER / worker_name() / "events.jsonl")
+    logger.info(f"search: {directory} (worker {worker_name()})")
+    report_findings(data, directory)
     with StopSignal() as stop:
         check_stop = stop.raise_if_requested
-        bridges = start_bridges(log, warn=console.say)
+        bridges = start_bridges(log)
         try:
-            storage = open_storage(config.study, directory, console.say, check_stop=check_stop)
+            storage = open_storage(config.study, directory, check_stop=check_stop)
             study = SearchStudy.open_or_create(directory, spec, storage=storage, rules=StudyRules())
             # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
             config = replace(config, noval=True, noplots=True, patience=0)
-            reporter = SearchReporter(study, config, log, console, hooks)
+            reporter = SearchReporter(study, config, log, console(), hooks)
             reporter.began(data)
             trainer = YoloTrainer(study, config, setups, reporter, bridges, stop)
-            worker = Worker(study, trainer, settings=WorkerSettings(), say=console.say, check_stop=check_stop)
+            worker = Worker(study, trainer, settings=WorkerSettings(), check_stop=check_stop)
             summary = worker.run()
             _show_winner(study, summary, setups, reporter)
         finally:
             finish_bridges(bridges, stop)
-    _say_summary(summary, directory, console)
-    upload_results(config, directory, console.say)
+    _tell_summary(summary, directory)
+    upload_results(config, directory)
     if config.json:
         print(json.dumps({**_as_json(summary, directory), **data.account()}), flush=True)
 
 
-def _set_up(config: TrainConfig, console: Progress) -> tuple[TrainingSetups, StudySpec]:
+def _set_up(config: TrainConfig) -> tuple[TrainingSetups, StudySpec]:
     """Open data and device, and return them with what is searched; what can be wrong with either is found here."""
     hyp = read_hyp(config)
     space, settings = read_space(config)
     check_before_fetching(config)
     check_layouts(space, config)
-    setups = TrainingSetups(config, hyp, console.say)
+    setups = TrainingSetups(config, hyp)
     usual = setups.usual
     config = usual.config
-    warn_of_idle(config, hyp, usual.data, console.say)
+    warn_of_idle(config, hyp, usual.data)
     values = config.as_dict()
     signature = {
         **{key: values[key] for key in COMPARED},
@@ -145,15 +147,15 @@ def _as_json(summary: SearchSummary, directory: Path) -> dict[str, Any]:
     }
 
 
-def _say_summary(summary: SearchSummary, directory: Path, console: Progress) -> None:
+def _tell_summary(summary: SearchSummary, directory: Path) -> None:
     best, seed = summary.best, summary.seed_fitness
     before = "" if seed is None else f", from {seed:.4f} with the hyperparameters it started from"
-    console.say(
+    logger.info(
         f"search finished: {summary.progress.finished} trainings, {summary.trained_here} of them here"
     )
-    console.say(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
+    logger.info(f"best fitness {best.fitness:.4f} (candidate {best.number}){before}")
     if best.settings:
-        console.say(f"trained with {settings_flags(best.settings)}")
-    console.say(
+        logger.info(f"trained with {settings_flags(best.settings)}")
+    logger.info(
         f"results in {directory}: report.html, hyp_evolve.yaml, evolve.csv, evolve.png, weights/best.pt and its plots"
     )

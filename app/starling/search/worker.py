@@ -6,6 +6,7 @@ A worker knows nothing of what is trained: that is the `CandidateTrainer`'s.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from starling.search.outcome import (
     seed_fitness_of,
 )
 from starling.search.study import LeasedCandidate, SearchStudy, Turn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +88,19 @@ class Worker:
         trainer: CandidateTrainer,
         *,
         settings: WorkerSettings | None = None,
-        say: Callable[[str], None] = print,
         check_stop: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`say` gets a line for people; `check_stop` is called between candidates and while waiting, to raise Stopped."""
+        """`check_stop` is called between candidates and while waiting, to raise Stopped."""
         self._study, self._trainer = study, trainer
         self._settings = settings or WorkerSettings()
-        self._say, self._check_stop, self._sleep = say, check_stop, sleep
-        self._exports = Exports(study, say, draws=self._settings.plot)
+        self._check_stop, self._sleep = check_stop, sleep
+        self._exports = Exports(study, draws=self._settings.plot)
         self._remind_at = time.monotonic()
         self._failures_in_a_row = 0
         self._trained = 0
-        self._said_apart = False
-        """Whether it was said that the runs folder is not shared."""
+        self._told_apart = False
+        """Whether it was told that the runs folder is not shared."""
 
     def run(self) -> SearchSummary:
         """Work until as many trainings as the budget says, of all workers together, have finished.
@@ -121,7 +123,7 @@ class Worker:
             found = (
                 "too few have finished to say" if correlation is None else f"correlation {correlation:.2f}"
             )
-            self._say(f"after {rung} epochs against the end: {found}")
+            logger.info(f"after {rung} epochs against the end: {found}")
         return self._summary()
 
     def _ask(self) -> LeasedCandidate | Turn:
@@ -136,7 +138,7 @@ class Worker:
         self._exports.catch_up()
         if time.monotonic() >= self._remind_at:
             progress = self._study.progress()
-            self._say(f"waiting for {progress.running} running of {progress.budget} candidates")
+            logger.info(f"waiting for {progress.running} running of {progress.budget} candidates")
             self._remind_at = time.monotonic() + self._settings.remind_s
         self._sleep(self._settings.poll_s)
 
@@ -144,18 +146,18 @@ class Worker:
         """Have one candidate trained, and record how it ended."""
         candidate = held.candidate
         if candidate.resumed:
-            self._say(f"{candidate.title}: takes over from {candidate.resumes_from[0].name}")
-            self._say_if_apart(candidate)
+            logger.info(f"{candidate.title}: takes over from {candidate.resumes_from[0].name}")
+            self._tell_if_apart(candidate)
         try:
             outcome = self._trainer.train(candidate, self._report_of(held))
             self._study.finish(held, outcome)
         except Pruned as error:
             if self._study.prune(held, error):
                 self._trainer.ended(candidate)
-            self._say(f"{candidate.title}: pruned: {error}; {self._so_far()}")
+            logger.info(f"{candidate.title}: pruned: {error}; {self._so_far()}")
         except LeaseLost as error:
             held.lease.close()
-            self._say(f"{error}; abandoned here")
+            logger.warning(f"{error}; abandoned here")
         except (Stopped, KeyboardInterrupt) as error:
             self._give_back(held, State.STOPPED, str(error) or "interrupted")
             raise
@@ -178,13 +180,13 @@ class Worker:
 
         return report
 
-    def _say_if_apart(self, candidate: Candidate) -> None:
+    def _tell_if_apart(self, candidate: Candidate) -> None:
         """Say, once, that the interrupted training is on another host, out of reach."""
-        if self._said_apart or not self._study.spans_hosts:
+        if self._told_apart or not self._study.spans_hosts:
             return
         if not any(folder.is_dir() for folder in candidate.resumes_from):
-            self._said_apart = True
-            self._say(
+            self._told_apart = True
+            logger.warning(
                 "its checkpoint is not in this host's runs folder: such candidates are trained from the beginning "
                 "(hosts that share the folder go on from the checkpoint)"
             )
@@ -193,7 +195,7 @@ class Worker:
         self._trained += 1
         self._failures_in_a_row = 0
         self._exports.refresh()
-        self._say(f"{candidate.title}: fitness {outcome.fitness:.5g}, {self._so_far()}")
+        logger.info(f"{candidate.title}: fitness {outcome.fitness:.5g}, {self._so_far()}")
 
     def _so_far(self) -> str:
         progress = self._study.progress()
@@ -217,7 +219,7 @@ class Worker:
         gc.collect()
         if self._study.fail(held, State.FAILED, reason):
             self._trainer.ended(held.candidate)
-        self._say(f"candidate {number}: failed: {reason}")
+        logger.warning(f"candidate {number}: failed: {reason}")
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._settings.failures_in_a_row:
             raise SearchFailed(
@@ -230,7 +232,7 @@ class Worker:
             self._study.fail(held, ending, reason)
         except Exception as error:
             held.lease.abandon()
-            self._say(
+            logger.warning(
                 f"candidate {held.candidate.number}: cannot be given back ({error}); left to be taken over"
             )
 

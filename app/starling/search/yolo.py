@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,8 @@ from starling.tracking.process import Bridges
 from starling.training.reporting.results import EpochRow
 from starling.training.trainer import Diverged, Glances, TrainResult
 from starling.training.training import SETUP_STATE, TrainingSetup, open_setup, train_in
+
+logger = logging.getLogger(__name__)
 
 
 class YoloTrainer(CandidateTrainer):
@@ -66,7 +69,7 @@ class YoloTrainer(CandidateTrainer):
         config = changed(self._config, candidate.settings)
         if candidate.train_seed is not None:
             config = replace(config, seed=candidate.train_seed)
-        state = _newest_state(candidate, self._reporter.console.say)
+        state = _newest_state(candidate)
         run, run_uuid = RunDir(candidate.directory), state["run_uuid"] if state else uuid.uuid4().hex
         hyp = Hyp.from_mapping(candidate.hyp, f"candidate {candidate.number}")
 
@@ -123,16 +126,16 @@ def _outcome(result: TrainResult) -> Outcome:
     return Outcome(fitness=result.best.fitness, metrics=metrics)
 
 
-def _newest_state(candidate: Candidate, say: Callable[[str], None]) -> Mapping[str, Any] | None:
+def _newest_state(candidate: Candidate) -> Mapping[str, Any] | None:
     """Return the checkpoint of an interrupted attempt at this candidate, if one is whole."""
     for folder in candidate.resumes_from:
         try:
-            state, _ = load_newest(RunDir(folder).last, say)
+            state, _ = load_newest(RunDir(folder).last)
             require(RunDir(folder).last, state, SETUP_STATE)
             return state
         except CheckpointError as error:
             if RunDir(folder).last.exists():
-                say(f"{error}; not taken")
+                logger.warning(f"{error}; not taken")
     return None
 
 
@@ -143,10 +146,10 @@ class TrainingSetups:
     that was asked for; those in this process's memory or on its GPU only for the latest, as two would not fit.
     """
 
-    def __init__(self, config: TrainConfig, hyp: Hyp, say: Callable[[str], None]) -> None:
+    def __init__(self, config: TrainConfig, hyp: Hyp) -> None:
         """Open the usual setup; what can be wrong with device or data is found here."""
-        self._hyp, self._say = hyp, say
-        usual = open_setup(config, find_initial_weights(config.weights, config.cfg), hyp, say)
+        self._hyp = hyp
+        usual = open_setup(config, find_initial_weights(config.weights, config.cfg), hyp)
         self._config = usual.config
         self._held = {self._key(usual.config): usual}
 
@@ -169,12 +172,12 @@ class TrainingSetups:
 
     def _open(self, config: TrainConfig) -> TrainingSetup:
         start = find_initial_weights(config.weights, config.cfg)
-        size = fit_stride(config.imgsz, image_multiple(start), self._say)
+        size = fit_stride(config.imgsz, image_multiple(start))
         alike = next((setup for setup in self._held.values() if setup.image_size == size), None)
         if alike is not None:
             return replace(alike, config=config, start=start)
         self._held = {key: setup for key, setup in self._held.items() if _is_mapped(setup)}
-        return open_setup(config, start, self._hyp, self._say)
+        return open_setup(config, start, self._hyp)
 
 
 def _is_mapped(setup: TrainingSetup) -> bool:
@@ -189,7 +192,7 @@ def image_multiple(start: InitialWeights) -> int:
 
 
 def _probe(start: InitialWeights) -> Detector:
-    return InitialWeights(start.layout, None).build(("any",), None, lambda line: None)
+    return InitialWeights(start.layout, None).build(("any",), None)
 
 
 def check_layouts(space: Space, config: TrainConfig) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from starling.core.files.safe_open import make_folder, open_file
 from starling.core.plain_json import parse_json
 from starling.core.redaction import Redaction
 from starling.core.words import shown
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the line format, field `v` of each line."""
@@ -109,7 +111,7 @@ class EventLog:
     """Append events to the log at `path`; there is one writer a log.
 
     `run_uuid` is the run that events belong to unless `append` names another. A log that cannot be written
-    never stops training: the event is counted in `dropped`, and `warn` is told once.
+    never stops training: the event is counted in `dropped`, and the first one is logged as a warning.
     """
 
     def __init__(
@@ -118,13 +120,11 @@ class EventLog:
         run_uuid: str | None = None,
         *,
         clock: Callable[[], float] = time.time,
-        warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         self.path = path
         self.run_uuid = run_uuid
         self.dropped = 0
         self._clock = clock
-        self._warn = warn
         self._next_seq: int | None = None
         self._redacted = Redaction()
         self._announced: dict[tuple[str | None, Path], int] = {}
@@ -168,7 +168,7 @@ class EventLog:
             self.dropped += 1
             if self.dropped == 1:
                 reason = refusal(error, self.path) or f"{self.path}: {error}"
-                self._warn(f"tracking: cannot append: {reason}; training goes on, events are lost")
+                logger.warning(f"tracking: cannot append: {reason}; training goes on, events are lost")
 
     def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
         """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches.

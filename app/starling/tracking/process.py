@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from starling.core import package
@@ -18,26 +19,21 @@ from starling.tracking.events import EventLog
 from starling.tracking.process_identity import ProcessIdentity
 from starling.tracking.trackers import TrackerKind, wanted_trackers
 
+logger = logging.getLogger(__name__)
+
 RESTARTS = 3
 DRAIN_S, STOPPED_DRAIN_S = 20.0, 5.0
 """Seconds that trackers are waited for at the end of a training, and of one that was asked to stop."""
 BUSY_S = 300.0
 
 
-def _print_warning(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class BridgeHandle:
     """A running bridge to one tracker. Nothing here waits for it, except `finish`, whose time is bounded."""
 
-    def __init__(
-        self, log: EventLog, command: list[str], warn: Callable[[str], None], tracker: str = "mlflow"
-    ) -> None:
+    def __init__(self, log: EventLog, command: list[str], tracker: str = "mlflow") -> None:
         self.tracker = tracker
         self._log = log
         self._command = command
-        self._warn = warn
         self._warned = False
         self._restarts = 0
         self.process = self._spawn()
@@ -99,7 +95,7 @@ class BridgeHandle:
         if not self._warned:
             self._warned = True
             remedy = f"starling track sync {self._log.path.parent}"
-            self._warn(
+            logger.warning(
                 f"tracking: not everything is sent to {self.tracker} ({problem}); nothing is lost, send it later with: {remedy}"
             )
 
@@ -128,29 +124,25 @@ class Bridges:
         return all(delivered)
 
 
-def start_bridges(log: EventLog, *, warn: Callable[[str], None] = _print_warning) -> Bridges:
+def start_bridges(log: EventLog) -> Bridges:
     """Start a bridge for `log` to each tracker that is on, and return at once.
 
     `starling settings mlflow=False` turns one off. What cannot be started is a warning, never a reason not to
     train. Raises ConfigError for a damaged settings file.
     """
-    started = [start_bridge(log, kind, warn=warn) for kind in wanted_trackers()]
+    started = [start_bridge(log, kind) for kind in wanted_trackers()]
     return Bridges(log, [handle for handle in started if handle is not None])
 
 
 def start_bridge(
-    log: EventLog,
-    kind: TrackerKind,
-    *,
-    warn: Callable[[str], None] = _print_warning,
-    command: list[str] | None = None,
+    log: EventLog, kind: TrackerKind, *, command: list[str] | None = None
 ) -> BridgeHandle | None:
     """Start the bridge to one tracker; None, after a warning, where it cannot be.
 
     `command` replaces the bridge's command line.
     """
     if command is None and not kind.is_installed:
-        warn(
+        logger.warning(
             f"tracking: {kind.package} is not installed, so events stay in the log; install requirements.txt to send them"
         )
         return None
@@ -162,8 +154,8 @@ def start_bridge(
         # A resumed run's log ends with the `log_end` of the session before.
         state = state_of(log.path)
         size = 0 if state is None else state.st_size
-        return BridgeHandle(log, command or [*default, "--opened-at", str(size)], warn, kind.name)
+        return BridgeHandle(log, command or [*default, "--opened-at", str(size)], kind.name)
     except OSError as error:
         reason = refusal(error) or error
-        warn(f"tracking: the bridge cannot be started ({reason}); events stay in {log.path}")
+        logger.warning(f"tracking: the bridge cannot be started ({reason}); events stay in {log.path}")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from starling.core.settings.train import TrainConfig
 from starling.model.checkpoint import load_checkpoint, save_checkpoint
 from starling.outputs.run_dir import RunDir
 from starling.training.reporting.results import EpochRow
+
+logger = logging.getLogger(__name__)
 
 State = Callable[[], dict[str, Any]]
 
@@ -30,13 +33,12 @@ class Saver:
         run: RunDir,
         state: State,
         weights: State,
-        say: Callable[[str], None],
         *,
         writes: bool,
         clock: Callable[[], float],
     ) -> None:
         """`state` and `weights` return what `last.pt` and `best.pt` are to hold; nothing is written unless `writes`."""
-        self._config, self._run, self._say = config, run, say
+        self._config, self._run = config, run
         self._state, self._weights = state, weights
         self._writes, self._clock = writes, clock
         self._saved_at = clock()
@@ -94,12 +96,12 @@ class Saver:
         if best is None or held == best:
             self._kept = best
         elif (best.epoch + 1, 0) == position:
-            self._say(f"{self._run.best}: written anew from the checkpoint, whose epoch is the best")
+            logger.warning(f"{self._run.best}: written anew from the checkpoint, whose epoch is the best")
             self._save_best(best)
         elif held is not None and held.fitness == best.fitness:
             self._kept = held  # an older version kept the first of equals
         else:
-            self._say(
+            logger.warning(
                 f"{self._run.best}: the weights of the best epoch ({best.epoch + 1}) are not there; "
                 "the file will hold the best of the epochs to come, or the last one's where none comes"
             )

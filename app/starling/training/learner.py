@@ -5,6 +5,7 @@ A loss or weights that are not finite are noticed without reading the device in 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,8 @@ from starling.errors import is_out_of_memory
 from starling.model.loss import DetectionLoss
 from starling.prediction.predictor import to_input
 
+logger = logging.getLogger(__name__)
+
 
 class Learner:
     """What one iteration does up to the gradients."""
@@ -35,13 +38,12 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         compute: Compute,
         group: Group,
-        say: Callable[[str], None],
         *,
         back_off: bool,
     ) -> None:
         """`forward` takes images [B,3,H,W]; `back_off` allows parts, which several processes cannot take."""
         self._forward, self._loss, self._optimizer = forward, loss, optimizer
-        self._compute, self._group, self._say = compute, group, say
+        self._compute, self._group = compute, group
         self._back_off = back_off and group.world_size == 1
         self.parts = 1
 
@@ -79,7 +81,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         if not self._compute.on_cpu:
             torch.cuda.empty_cache()
-        self._say(
+        logger.warning(
             f"out of memory: from here a batch goes through in {self.parts} parts; "
             "a smaller --batch or --imgsz is faster"
         )

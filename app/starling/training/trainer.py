@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -45,6 +46,8 @@ from starling.training.reporting.results import EpochRow, fitness, write_results
 from starling.training.resume.ending import is_over
 from starling.training.setup.compiling import CompiledForward
 from starling.training.setup.data import TrainingData, training_loader, validation_loader
+
+logger = logging.getLogger(__name__)
 
 GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
@@ -125,7 +128,7 @@ class Trainer:
         _freeze(self.model, config.freeze)
         forward = group.wrap(self.model, compute)
         if config.compile:
-            forward = CompiledForward(forward, compute, reporter.say)
+            forward = CompiledForward(forward, compute)
         self._statistics = _running_statistics(self.model)
         self.average = ExponentialMovingAverage(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
@@ -133,9 +136,7 @@ class Trainer:
         self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
             compute.device
         )
-        self._learner = Learner(
-            forward, self.loss, self.optimizer, compute, group, reporter.say, back_off=back_off
-        )
+        self._learner = Learner(forward, self.loss, self.optimizer, compute, group, back_off=back_off)
         self.loader = training_loader(data, detector, config, hyp, image_size, compute, group)
         self.val_loader = validation_loader(data, detector, config, image_size, compute, group)
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
@@ -153,9 +154,7 @@ class Trainer:
         self._beginning: dict[str, Any] | None = None
         self._ahead: Iterator[Batch] | None = None
         """The next epoch's batches, where the loader has begun them."""
-        self._saver = Saver(
-            config, run, self.state, self.weights, reporter.say, writes=group.is_main, clock=clock
-        )
+        self._saver = Saver(config, run, self.state, self.weights, writes=group.is_main, clock=clock)
 
     def fit(self) -> TrainResult:
         """Train to the last epoch, or until patience runs out.
@@ -176,7 +175,7 @@ class Trainer:
             if self.epoch < self.config.epochs:
                 self._stop_if_asked()
         if self.epoch < self.config.epochs:
-            self._reporter.say(
+            logger.info(
                 f"stopped early: no better fitness for {self.config.patience} epochs (--patience {self.config.patience})"
             )
         return self._finish()
@@ -274,7 +273,7 @@ class Trainer:
         left, scale = self._rollbacks_left - 1, self._rate_scale * ROLLBACK_RATE
         self.restore(self._group.from_main(self._last_good_state() if self._group.is_main else {}))
         self._rollbacks_left, self._rate_scale = left, scale
-        self._reporter.say(
+        logger.warning(
             f"{where}: the loss is no longer a number; going on from epoch {self.epoch + 1}, iteration "
             f"{self.epoch * len(self.loader) + self.iteration}, with the learning rate times {scale:g}"
         )
@@ -488,9 +487,9 @@ class Trainer:
 
     def _say_classes(self, validation: Validation) -> None:
         """Print the best epoch's figures for all classes and for each."""
-        self._reporter.say(f"best epoch: {self.best.epoch + 1}")
+        logger.info(f"best epoch: {self.best.epoch + 1}")
         for line in class_table(validation.metrics, self.data.val.distinct_names):
-            self._reporter.say(line)
+            logger.info(line)
 
 
 def _running_statistics(model: nn.Module) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from starling.model.initial_weights import InitialWeights, check_freeze, find_in
 from starling.outputs.bucket import check_driver
 from starling.outputs.run_dir import RunDir, create_run_dir, folder_below, run_lock, runs_root
 from starling.prediction.predictor import fit_stride
-from starling.progress import Progress, Silence
+from starling.progress import Progress, Silence, console, quiet
 from starling.stop_signal import StopSignal
 from starling.tracking.events import EventLog
 from starling.tracking.process import DRAIN_S, STOPPED_DRAIN_S, Bridges, start_bridges
@@ -60,6 +61,8 @@ from starling.training.setup.data import (
 )
 from starling.training.setup.preflight import check_before_fetching
 from starling.training.trainer import Diverged, Glances, Trainer, TrainResult
+
+logger = logging.getLogger(__name__)
 
 SETUP_STATE = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
 """What a resumable checkpoint holds for setting the training up again."""
@@ -92,33 +95,30 @@ class TrainingSetup:
         return conditions(config, self.compute, self.group.world_size, self.data, self.digests, wait_s)
 
 
-def open_setup(
-    config: TrainConfig, start: InitialWeights, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
-) -> TrainingSetup:
+def open_setup(config: TrainConfig, start: InitialWeights, hyp: Hyp, group: Group = SINGLE) -> TrainingSetup:
     """Choose the device and load the data; what can be wrong with either is found here."""
     compute = select_compute(
-        group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
+        group.device(config), config.amp, group.local_world_size, deterministic=config.deterministic
     )
     if config.sync_bn and compute.on_cpu:
         raise UsageError(
             "--sync-bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU, or train on GPUs"
         )
     several = f"{group.world_size} processes, each with a part of every batch; rank 0: "
-    say((several if group.world_size > 1 else "") + compute.describe())
-    probe = InitialWeights(start.layout, None).build(("any",), None, say)
+    logger.info((several if group.world_size > 1 else "") + compute.describe())
+    probe = InitialWeights(start.layout, None).build(("any",), None)
     check_freeze(probe, config.freeze)
-    image_size = fit_stride(config.imgsz, probe.image_multiple, say)
+    image_size = fit_stride(config.imgsz, probe.image_multiple)
     if config.batch_size == AUTO_BATCH:
-        config = replace(config, batch_size=choose_batch(probe, image_size, compute, say))
+        config = replace(config, batch_size=choose_batch(probe, image_size, compute))
     data = load_data(
         config,
         image_size,
         runs_root() / CACHE_FOLDER,
-        say,
         group.local_world_size,
         device_free_bytes=compute.image_bytes(DEVICE_SHARE.get(config.cache, 0.0)),
     )
-    data = bring_to_device(data, compute, say)
+    data = bring_to_device(data, compute)
     anchors = AnchorFitter(data.train, image_size=image_size, anchor_t=hyp.anchor_t, seed=config.seed)
     return TrainingSetup(
         config,
@@ -141,17 +141,19 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return Hyp.from_mapping(values, str(path))
 
 
-def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
+def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData) -> None:
     """Name what is set and does nothing."""
     if config.rect and hyp.mosaic:
-        say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole images in their own shapes")
+        logger.warning(
+            f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole images in their own shapes"
+        )
     if hyp.copy_paste and not data.train.polygons:
-        say("copy_paste has no effect: no training label is a polygon")
+        logger.warning("copy_paste has no effect: no training label is a polygon")
     elif hyp.copy_paste and (config.rect or not hyp.mosaic):
-        say("copy_paste has no effect: objects are pasted into mosaics only")
+        logger.warning("copy_paste has no effect: objects are pasted into mosaics only")
     if config.image_weights and (config.noval or config.evolve):
         said = "a search validates" if config.evolve else "--noval validates"
-        say(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
+        logger.warning(f"--image-weights goes by the number of labels alone: {said} only the last epoch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,22 +180,18 @@ def train(command: TrainCommand) -> None:
         if code:
             raise SystemExit(code)  # the processes have said why
         return
-    progress = Progress() if place is None or place.rank == 0 else Silence()
-    command = go_on(command, read_hyp, progress.say)
+    progress = console()
+    command = go_on(command, read_hyp)
     hooks = None if command.config.resume else find_hooks(command.config.hooks)
-    job = (
-        _resumed_job(command, progress.say)
-        if command.config.resume
-        else _fresh_job(command.config, progress.say)
-    )
+    job = _resumed_job(command) if command.config.resume else _fresh_job(command.config)
     hooks = find_hooks(job.config.hooks) if hooks is None else hooks
     with joined(job.config, place) as group:
         _check_same_state(job, group)
         if group.from_main(job.left) in (Ending.DELIVERING, Ending.WHOLE):
             if group.is_main:
-                _end_again(job, progress)
+                _end_again(job)
             return
-        setup = _open_for(job, progress.say, group)
+        setup = _open_for(job, group)
         try:
             if group.is_main:
                 _lead(job, setup, progress, hooks)
@@ -208,15 +206,16 @@ def _processes_asked(command: TrainCommand) -> int:
     """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
     config = command.config
     if config.resume and "device" not in command.given:
-        state, _ = load_newest(find_last(config.resume), lambda line: None)
+        with quiet():
+            state, _ = load_newest(find_last(config.resume))
         config = TrainConfig.from_mapping(state.get("config", {}))
     return len(config.devices)
 
 
-def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> TrainingSetup:
+def _open_for(job: _Job, group: Group) -> TrainingSetup:
     """Open the setup of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
     try:
-        setup = open_setup(job.config, job.start, job.hyp, say, group)
+        setup = open_setup(job.config, job.start, job.hyp, group)
     except DataError as error:
         if job.folder is None or job.moved:
             raise
@@ -269,18 +268,18 @@ def _follow(job: _Job, setup: TrainingSetup) -> None:
 def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
     """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
     config = setup.config
-    warn_of_idle(config, job.hyp, setup.data, progress.say)
+    warn_of_idle(config, job.hyp, setup.data)
     run = RunDir(job.folder or _new_run(config))
     with run_lock(run.path), StopSignal() as stop:
         setup.group.from_main(run.path)
         _sweep(run)
         if job.state is None:
             remove(run.previous)  # with --exist-ok: of the training that was here before
-        progress.say(f"run: {run.path}")
-        report_findings(setup.data, run.path, progress.say)
-        log = EventLog(run.events, job.run_uuid, warn=progress.say)
-        bridges = start_bridges(log, warn=progress.say)
-        status = WorkerStatus(runs_root(), worker_name(), progress.say)
+        logger.info(f"run: {run.path}")
+        report_findings(setup.data, run.path)
+        log = EventLog(run.events, job.run_uuid)
+        bridges = start_bridges(log)
+        status = WorkerStatus(runs_root(), worker_name(), logger.warning)
         label = RunLabel(job.run_uuid, config.run_project.removeprefix("runs/"), run.path.name)
         reporter = Reporter(label, run.path, progress=progress, status=status, events=log,
                             memory_bytes=setup.compute.memory_bytes, hooks=hooks)  # fmt: skip
@@ -290,11 +289,11 @@ def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[st
             )
         finally:
             finish_bridges(bridges, stop)
-        deliver(config, run, result.rows, job.run_uuid, progress.say)
+        deliver(config, run, result.rows, job.run_uuid)
         reporter.done()
 
 
-def _end_again(job: _Job, progress: Progress) -> None:
+def _end_again(job: _Job) -> None:
     """Do what is left of a run whose figures and plots are made and told: send, copy, and say how it ended."""
     assert job.folder is not None, "there is a run to resume"
     assert job.state is not None, "there is a checkpoint to resume"
@@ -302,10 +301,10 @@ def _end_again(job: _Job, progress: Progress) -> None:
     status = WorkerStatus(runs_root(), worker_name())
     with run_lock(run.path), StopSignal() as stop:
         _sweep(run)
-        log = EventLog(run.events, job.run_uuid, warn=progress.say)
+        log = EventLog(run.events, job.run_uuid)
         if job.left is Ending.DELIVERING:
-            finish_bridges(start_bridges(log, warn=progress.say), stop)
-        deliver(job.config, run, rows, job.run_uuid, progress.say, again=job.left is Ending.WHOLE)
+            finish_bridges(start_bridges(log), stop)
+        deliver(job.config, run, rows, job.run_uuid, again=job.left is Ending.WHOLE)
         status.update(phase="done", run_dir=str(run.path))
 
 
@@ -315,16 +314,16 @@ def _sweep(run: RunDir) -> None:
         sweep(folder_below(run.path, name))
 
 
-def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
+def _fresh_job(config: TrainConfig) -> _Job:
     hyp = read_hyp(config)
     check_before_fetching(config)
     return _Job(config, hyp, find_initial_weights(config.weights, config.cfg), uuid.uuid4().hex, None, None)
 
 
-def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
+def _resumed_job(command: TrainCommand) -> _Job:
     """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
     last = find_last(command.config.resume)
-    state, taken = load_newest(last, say)
+    state, taken = load_newest(last)
     if state.get("kind") != "resumable" or last.parent.name != "weights":
         raise CheckpointError(
             f"{last}: not the weights/last.pt of a run folder, so it cannot be resumed; "
@@ -347,10 +346,10 @@ def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
             else f"{last}: all {done} epochs are done; go on with a larger --epochs"
         )
     if left is Ending.TRAINING:
-        say(f"resuming {folder} at epoch {done + 1}/{config.epochs}, from {taken.name}")
+        logger.info(f"resuming {folder} at epoch {done + 1}/{config.epochs}, from {taken.name}")
     else:
         over = f"stopped early after {done} epochs" if early else f"all {done} epochs are done"
-        say(f"finishing {folder}: {over}, from {taken.name}")
+        logger.info(f"finishing {folder}: {over}, from {taken.name}")
     hyp = Hyp.from_mapping(state["hyp"], str(last))
     return _Job(
         config, hyp, InitialWeights(state["layout"], None), state["run_uuid"], folder, state, left, moved
@@ -373,7 +372,7 @@ def train_in(
     _tell_start(setup, config, hyp, run, reporter)
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
-        detector = _build_detector(setup, hyp, state, reporter.say)
+        detector = _build_detector(setup, hyp, state)
         trainer = Trainer(config, hyp, detector, setup.data, run, image_size=setup.image_size,
                           compute=setup.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
                           glances=glances, rollbacks=int(recover), back_off=recover, group=setup.group,
@@ -384,9 +383,7 @@ def train_in(
                 exact = setup.compute.on_cpu or config.deterministic
                 now = setup.conditions(config)
                 trains = not is_over(trainer.rows, trainer.epoch, config)
-                trainer.notes = notes_of_resume(
-                    state, now, exact_kernels=exact, say=reporter.say, trains=trains
-                )
+                trainer.notes = notes_of_resume(state, now, exact_kernels=exact, trains=trains)
         with setup.group.watch():
             result = trainer.fit()
     except Stopped as error:
@@ -424,25 +421,23 @@ def _tell_start(setup: TrainingSetup, config: TrainConfig, hyp: Hyp, run: RunDir
     reporter.hook("on_pretrain_routine_start")
 
 
-def _build_detector(
-    setup: TrainingSetup, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
-) -> Detector:
+def _build_detector(setup: TrainingSetup, hyp: Hyp, state: Mapping[str, Any] | None) -> Detector:
     """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
     if state is not None:  # its layout holds the anchors it was trained with
-        return InitialWeights(state["layout"], None).build(setup.data.names, None, say)
-    detector = setup.start.build(setup.data.names, hyp.anchors, say)
+        return InitialWeights(state["layout"], None).build(setup.data.names, None)
+    detector = setup.start.build(setup.data.names, hyp.anchors)
     if setup.anchors is not None:
         provisional = setup.start.anchors_are_provisional(hyp.anchors)
-        setup.anchors.fit(detector, provisional=provisional, say=say)
+        setup.anchors.fit(detector, provisional=provisional)
     return detector
 
 
 def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
     """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
     trained = read_weights(weights)
-    detector = InitialWeights(trained.layout or setup.start.layout, trained).build(
-        setup.data.names, None, lambda line: None
-    )
+    initial = InitialWeights(trained.layout or setup.start.layout, trained)
+    with quiet():  # they are not what a training begins with
+        detector = initial.build(setup.data.names, None)
     model = detector.to(setup.compute.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = validation_loader(setup.data, detector, setup.config, setup.image_size, setup.compute)
     plots.draw_final(model, batches, setup.data, setup.compute, folder)

@@ -390,22 +390,22 @@ class Clock:
 
 
 @pytest.mark.parametrize("walk", ["hand over", "strip"])
-def test_a_long_walk_says_so_after_two_seconds_and_then_every_ten(tmp_path: Path, walk: str) -> None:
+def test_a_long_walk_says_so_after_two_seconds_and_then_every_ten(
+    tmp_path: Path, walk: str, said: list[str]
+) -> None:
     if walk == "hand over" and os.geteuid() != 0:
         pytest.skip("only root hands folders over")
     for name in range(25):
         (tmp_path / f"{name}\x1b").touch()
-    said: list[str] = []
     with Folder.resolve(tmp_path) as top:
         if walk == "strip":
-            strip_set_ids(top, say=said.append, monotonic=Clock())
+            strip_set_ids(top, monotonic=Clock())
         else:
-            hand_over(top, USER, USER, said.append, Clock())
+            hand_over(top, USER, USER, Clock())
     assert said == [f"{STILL} {tmp_path}: {count} files so far" for count in (2, 12, 22)]
 
 
-def test_a_short_walk_says_nothing(runs: Path) -> None:
-    said: list[str] = []
+def test_a_short_walk_says_nothing(runs: Path, said: list[str]) -> None:
     with Folder.resolve(runs) as top:
-        strip_set_ids(top, say=said.append)
+        strip_set_ids(top)
     assert said == []

@@ -215,7 +215,7 @@ def test_multi_scale_draws_every_size_in_strides_and_scales_on_the_device(datase
 
 
 @pytest.mark.parametrize(
-    ("flags", "hyp", "said"),
+    ("flags", "hyp", "words"),
     [
         ({}, {"copy_paste": 0.5}, "no training label is a polygon"),
         ({"rect": True}, {}, "mosaic 1 has no effect"),
@@ -225,15 +225,22 @@ def test_multi_scale_draws_every_size_in_strides_and_scales_on_the_device(datase
     ],
 )
 def test_what_is_set_and_does_nothing_is_named(
-    tiny_data: Path, tmp_path: Path, flags: dict[str, bool], hyp: dict[str, float], said: str
+    tiny_data: Path,
+    tmp_path: Path,
+    flags: dict[str, bool],
+    hyp: dict[str, float],
+    words: str,
+    said: list[str],
 ) -> None:
-    config, lines = TrainConfig(data=str(tiny_data), **flags), []
-    warn_of_idle(config, Hyp(**hyp), load_data(config, 64, tmp_path, lambda line: None), lines.append)
-    assert (said in lines[0]) if said else not lines
+    config = TrainConfig(data=str(tiny_data), **flags)
+    data = load_data(config, 64, tmp_path)
+    said.clear()
+    warn_of_idle(config, Hyp(**hyp), data)
+    assert (words in said[0]) if words else not said
 
 
 def test_cache_val_keeps_the_images_of_validation_only(tiny_data: Path, tmp_path: Path) -> None:
-    data = load_data(TrainConfig(data=str(tiny_data), cache="val"), 64, tmp_path, lambda line: None)
+    data = load_data(TrainConfig(data=str(tiny_data), cache="val"), 64, tmp_path)
     assert (data.train_images.mode, data.val_images.mode) == ("off", "ram")
 
 

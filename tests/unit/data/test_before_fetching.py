@@ -80,13 +80,13 @@ def test_validation_detection_and_export_look_here_before_they_fetch(
     "frozen", [(24,), (11,), (99,), tuple(range(11)), tuple(range(40)), (10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0)]
 )
 def test_freezing_everything_is_refused_with_the_number_of_layers(frozen: tuple[int, ...]) -> None:
-    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
+    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None)
     with pytest.raises(UsageError, match=r"nothing is left to train, the layout has 11 layers, 0 to 10"):
         check_freeze(detector, frozen)
 
 
 def test_freezing_every_layer_that_has_parameters_is_freezing_everything() -> None:
-    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None, print)
+    detector = InitialWeights(read_yaml(TINY_LAYOUT), None).build(("a",), None)
     with_parameters = tuple(index for index, layer in enumerate(detector.model) if list(layer.parameters()))
     assert len(with_parameters) < 11
     with pytest.raises(UsageError, match="nothing is left"):
@@ -119,17 +119,15 @@ def test_a_training_of_nothing_ends_with_a_message(
     ],
 )
 def test_threads_are_those_of_omp_num_threads_unless_torchrun_set_it(
-    environment: dict[str, str], threads: int | None
+    environment: dict[str, str], threads: int | None, said: list[str]
 ) -> None:
-    said: list[str] = []
-    assert asked_threads(said.append, environment) == threads
+    assert asked_threads(environment) == threads
     assert said == []
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "many", "1.5", "9" * 5000, "²"])
-def test_a_number_of_threads_that_is_none_is_said_and_not_obeyed(given: str) -> None:
-    said: list[str] = []
-    assert asked_threads(said.append, {"OMP_NUM_THREADS": given}) is None
+def test_a_number_of_threads_that_is_none_is_said_and_not_obeyed(given: str, said: list[str]) -> None:
+    assert asked_threads({"OMP_NUM_THREADS": given}) is None
     assert len(said) == 1
     assert len(said[0]) < 200
 
@@ -137,7 +135,7 @@ def test_a_number_of_threads_that_is_none_is_said_and_not_obeyed(given: str) -> 
 def test_a_process_takes_as_many_threads_as_omp_num_threads_says() -> None:
     code = (
         "import cv2, torch; from starling.device import select_compute; "
-        "print(select_compute('cpu', 'off', print).describe(), torch.get_num_threads(), cv2.getNumThreads())"
+        "print(select_compute('cpu', 'off').describe(), torch.get_num_threads(), cv2.getNumThreads())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "3"}
     done = subprocess.run(

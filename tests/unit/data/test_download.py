@@ -30,7 +30,6 @@ from starling.data.fetch.download import MIRROR, Download, FetchError, check_url
 from starling.model import official
 from starling.model.initial_weights import find_weights
 from starling.model.official import OFFICIAL, official_name, official_weights, weights_folder
-from starling.progress import Progress
 from starling.training.setup.data import load_data
 from tests.conftest import MINI_SET, REPOSITORY
 
@@ -126,21 +125,21 @@ def wanted(server: Server, folder: Path, **known: object) -> Download:
     return Download(url=f"{server.url}/a.bin", target=folder / "a.bin", **{"max_bytes": 1 << 30, **known})  # type: ignore[arg-type]
 
 
-def get(download: Download, said: list[str] | None = None) -> str:
-    lines: list[str] = [] if said is None else said
-    return fetch(download, say=lines.append, show=lambda line: lines.append(line()), sleep=lambda s: None)
+def get(download: Download, shown: list[str] | None = None) -> str:
+    lines: list[str] = [] if shown is None else shown
+    return fetch(download, show=lambda line: lines.append(line()), sleep=lambda s: None)
 
 
 def test_file_arrives_whole_with_its_digest_beside_it_and_no_leftovers(
     server: Server, tmp_path: Path
 ) -> None:
     server.files["a.bin"] = BODY
-    said: list[str] = []
-    assert get(wanted(server, tmp_path, sha256=DIGEST, size=len(BODY)), said) == DIGEST
+    shown: list[str] = []
+    assert get(wanted(server, tmp_path, sha256=DIGEST, size=len(BODY)), shown) == DIGEST
     assert (tmp_path / "a.bin").read_bytes() == BODY
     assert record_path(tmp_path / "a.bin").read_text() == f"{DIGEST}  a.bin\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.bin.lock", "a.bin", "a.bin.sha256"]
-    assert re.fullmatch(r"a\.bin: 1\.0 MB of 1\.0 MB, [\d.]+ MB/s, 0 s left", said[-1])
+    assert re.fullmatch(r"a\.bin: 1\.0 MB of 1\.0 MB, [\d.]+ MB/s, 0 s left", shown[-1])
 
 
 def test_broken_download_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
@@ -337,10 +336,10 @@ def test_digest_and_size_of_the_release_are_held_against_the_file(
     assets = [{"name": "yolov5n.pt"}, {"name": "yolov5s.pt", "size": len(BODY), "digest": digest}]
     mirror.files["facts"] = json.dumps({"assets": assets}).encode()
     if fits:
-        assert official_weights("yolov5s.pt", Progress(io.StringIO())).is_file()
+        assert official_weights("yolov5s.pt").is_file()
     else:
         with pytest.raises(CheckpointError, match="thrown away"):
-            official_weights("yolov5s.pt", Progress(io.StringIO()))
+            official_weights("yolov5s.pt")
 
 
 def test_offline_message_names_the_url_the_folder_and_costs_exit_code_4(
@@ -491,9 +490,9 @@ def test_train_fetches_a_dataset_under_its_flag_only(
     Path("tiny.yaml").write_text(TINY)
     command = ["--data", "tiny.yaml", "--cache", "off"]
     with pytest.raises(DataError, match="--download"):
-        load_data(parse_args(command).config, 64, tmp_path, print)
+        load_data(parse_args(command).config, 64, tmp_path)
     assert mirror.asked == []
-    data = load_data(parse_args([*command, "--download"]).config, 64, tmp_path, print)
+    data = load_data(parse_args([*command, "--download"]).config, 64, tmp_path)
     assert len(data.train) == 2
 
 

@@ -215,25 +215,26 @@ def test_a_file_that_another_process_is_at_is_not_taken_for_a_leftover(
     part = tmp_path / "cache" / f".{'0' * 64}.pixels.1.part"
     part.parent.mkdir()
     part.write_bytes(b"half")
-    with pixel_folder._only_builder(part.with_name("0" * 64), print):
+    with pixel_folder._only_builder(part.with_name("0" * 64)):
         _on_disk(dataset, tmp_path)
         assert part.exists()
 
 
-def test_who_waited_for_a_lock_that_went_does_not_build_beside_who_took_the_next(tmp_path: Path) -> None:
+def test_who_waited_for_a_lock_that_went_does_not_build_beside_who_took_the_next(
+    tmp_path: Path, said: list[str]
+) -> None:
     inside: list[str] = []
     most: list[int] = []
 
     def build(name: str, seconds: float) -> None:
-        with pixel_folder._only_builder(tmp_path / "x.pixels", said.append):
+        with pixel_folder._only_builder(tmp_path / "x.pixels"):
             inside.append(name)
             most.append(len(inside))
             time.sleep(seconds)
             inside.remove(name)
 
-    said: list[str] = []
     waiter = threading.Thread(target=build, args=("waiter", 0.1))
-    with pixel_folder._only_builder(tmp_path / "x.pixels", print):
+    with pixel_folder._only_builder(tmp_path / "x.pixels"):
         waiter.start()
         while not said:
             time.sleep(0.01)
@@ -256,14 +257,13 @@ def test_who_waited_for_a_lock_that_went_does_not_build_beside_who_took_the_next
     ids=["a byte short", "half", "a byte long", "empty", "another magic", "a checksum flipped"],
 )
 def test_a_file_that_is_not_whole_is_built_anew_and_this_is_said(
-    dataset: Dataset, tmp_path: Path, damage: Any
+    dataset: Dataset, tmp_path: Path, damage: Any, said: list[str]
 ) -> None:
     _on_disk(dataset, tmp_path)
     path = _file(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    said: list[str] = []
-    assert _agrees(_on_disk(dataset, tmp_path, say=said.append), dataset)
+    assert _agrees(_on_disk(dataset, tmp_path), dataset)
     assert said == [f"{path}: cut off or damaged; it is built anew"]
     assert path.read_bytes() == whole
 
@@ -278,14 +278,13 @@ def _flip(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("from_the_end", [1, 32 * 16 * 3, 32 * 16 * 3 + 1])
 def test_a_flipped_byte_is_found_before_it_is_used_and_the_next_start_builds_anew(
-    dataset: Dataset, tmp_path: Path, from_the_end: int
+    dataset: Dataset, tmp_path: Path, from_the_end: int, said: list[str]
 ) -> None:
     _on_disk(dataset, tmp_path)
     path = _file(tmp_path)
     whole = path.read_bytes()
     _flip(path, len(whole) - from_the_end)
-    said: list[str] = []
-    store = _on_disk(dataset, tmp_path, say=said.append)
+    store = _on_disk(dataset, tmp_path)
     for _ in range(2):
         assert _agrees(store, dataset)
     assert said == [f"{path}: damaged, so removed; its damaged images are decoded anew"]
@@ -347,11 +346,10 @@ def test_another_size_gets_another_file(dataset: Dataset, tmp_path: Path) -> Non
 
 
 def test_an_image_that_changes_while_the_file_is_built_leaves_no_file_and_the_run_goes_on(
-    dataset: Dataset, tmp_path: Path
+    dataset: Dataset, tmp_path: Path, said: list[str]
 ) -> None:
     _rewrite(dataset.images[2], np.full((16, 16, 3), 9, np.uint8))
-    said: list[str] = []
-    store = _on_disk(dataset, tmp_path, say=said.append)
+    store = _on_disk(dataset, tmp_path)
     assert store.mode == "ram"
     assert f"{dataset.images[2]} changed while it was decoded; start again" in store.reason
     assert not list((tmp_path / "cache").iterdir())
@@ -361,9 +359,10 @@ def test_an_image_that_changes_while_the_file_is_built_leaves_no_file_and_the_ru
 
 
 @pytest.mark.parametrize("mode", ["ram", "off"])
-def test_an_image_that_changes_during_the_run_is_named_once(dataset: Dataset, mode: StoreMode) -> None:
-    said: list[str] = []
-    store = ImageStore(dataset, 32, mode, say=said.append)
+def test_an_image_that_changes_during_the_run_is_named_once(
+    dataset: Dataset, mode: StoreMode, said: list[str]
+) -> None:
+    store = ImageStore(dataset, 32, mode)
     _ = store[0], store[2]
     _rewrite(dataset.images[3], np.full((64, 32, 3), 9, np.uint8))
     for _ in range(2):
@@ -381,7 +380,7 @@ def test_an_image_that_changes_during_the_run_leaves_the_shared_file_as_it_was(
 
 
 def test_for_space_the_least_recently_used_file_that_nobody_maps_goes_first(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     folder = tmp_path / "cache"
     in_use = ImageStore(dataset, 16, "disk", cache_folder=folder)
@@ -393,8 +392,7 @@ def test_for_space_the_least_recently_used_file_that_nobody_maps_goes_first(
     notes = folder / "notes.pixels"
     notes.write_text("a file of the user's")
     _full_disk(monkeypatch, folder, sum(path.stat().st_size for path in folder.glob("*.pixels")) + 8192)
-    said: list[str] = []
-    store = ImageStore(dataset, 28, "disk", cache_folder=folder, say=said.append)
+    store = ImageStore(dataset, 28, "disk", cache_folder=folder)
     assert store.mode == "disk"
     assert {kept.image_size for kept in kept_files(folder)} == {16, 20, 28}
     assert len(said) == 1

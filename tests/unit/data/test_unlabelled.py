@@ -199,14 +199,13 @@ def test_a_training_without_any_box_ends_with_3_before_its_first_epoch(
 
 
 def test_a_validation_split_without_any_box_is_a_warning_in_train_and_3_in_val(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
     yaml = _set(tmp_path)
     _write(tmp_path, "images/p0.txt")
     Image.new("RGB", (30, 20)).save(tmp_path / "lone.jpg")
     yaml.write_text("path: .\ntrain: images\nval: lone.jpg\nnames: [x]\n")
-    said: list[str] = []
-    load_data(TrainConfig(data=str(yaml), cache="off"), 64, tmp_path / "cache", said.append)
+    load_data(TrainConfig(data=str(yaml), cache="off"), 64, tmp_path / "cache")
     assert said[0].startswith(f"warning: {yaml}: val: none of its 1 images has a box")
     assert val.main(["--data", str(yaml), "--device", "cpu"]) == 3
     assert "val: none of its 1 images has a box" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def weights(tmp_path: Path) -> Path:
 
 def expected(images: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return load_detector(str(CELL_DETECTOR), print)(torch.from_numpy(images))[0].numpy()
+        return load_detector(str(CELL_DETECTOR))(torch.from_numpy(images))[0].numpy()
 
 
 def some_images(*shape: int) -> np.ndarray:

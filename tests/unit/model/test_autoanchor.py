@@ -160,7 +160,7 @@ def test_a_training_fits_its_anchors_and_every_file_it_leaves_has_them(
     assert torch.equal(last["ema"][key], anchors)
     best = read_weights(weights / "best.pt")
     assert best.layout is not None
-    rebuilt = InitialWeights(best.layout, best).build(("a", "b", "c"), None, print)
+    rebuilt = InitialWeights(best.layout, best).build(("a", "b", "c"), None)
     assert torch.equal(rebuilt.head.anchors, anchors)
     assert torch.equal(rebuilt.anchors_px.flatten(1), torch.tensor(rebuilt.layout["anchors"]))
 
@@ -197,7 +197,7 @@ def test_weights_bring_their_anchors_unless_a_layout_or_a_number_is_asked_for() 
     layout = read_yaml(TINY_LAYOUT)
 
     def first_side(start: InitialWeights, anchors: float | None = None) -> float:
-        return float(start.build(("a",), anchors, lambda line: None).anchors_px[0, 0, 0])
+        return float(start.build(("a",), anchors).anchors_px[0, 0, 0])
 
     assert first_side(InitialWeights(layout, weights)) == 5
     assert first_side(InitialWeights(layout, weights, layout_given=True)) == 10

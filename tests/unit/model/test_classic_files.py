@@ -125,7 +125,7 @@ def test_a_model_of_2020_is_validated_tuned_resumed_and_exported(
 
 def test_tuning_starts_from_the_weights_of_a_model_of_2020(files: ClassicFiles) -> None:
     source = trained(OLD, names=CELLS)
-    started = find_initial_weights(str(files.write(source, top="Model")), "").build(CELLS, None, print)
+    started = find_initial_weights(str(files.write(source, top="Model")), "").build(CELLS, None)
     state = started.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
 

@@ -33,11 +33,10 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_results_and_weights_are_copied_and_locks_and_candidates_are_not(
-    scheme: str, run: Path, tmp_path: Path
+    scheme: str, run: Path, tmp_path: Path, said: list[str]
 ) -> None:
     url = f"{scheme}://{tmp_path}/bucket/mine"
-    said: list[str] = []
-    assert upload(run, url, say=said.append)
+    assert upload(run, url)
     filesystem, root = fsspec.core.url_to_fs(url)
     found = sorted(path.split("/mine/")[1] for path in filesystem.find(root))
     assert found == ["results.csv", "weights/best.pt"]
@@ -49,14 +48,13 @@ def test_second_upload_replaces_what_the_first_one_left(run: Path) -> None:
     url = "memory://twice/a"
     for text in ("one", "two"):
         (run / "results.csv").write_text(text)
-        assert upload(run, url, say=lambda line: None)
+        assert upload(run, url)
     assert fsspec.open(f"{url}/results.csv").open().read() == b"two"
 
 
-def test_bucket_that_fails_is_one_warning(run: Path, tmp_path: Path) -> None:
+def test_bucket_that_fails_is_one_warning(run: Path, tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "a-file").write_text("in the way")
-    said: list[str] = []
-    assert not upload(run, f"file://{tmp_path}/a-file/mine", say=said.append)
+    assert not upload(run, f"file://{tmp_path}/a-file/mine")
     assert len(said) == 1
     assert str(run) in said[0]
 
@@ -84,7 +82,7 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str) -> None:
 def test_training_lands_below_its_project_and_name(run: Path) -> None:
     for project, below in (("runs/blood", "blood"), ("", "train"), ("/data/mine", "mine")):
         config = TrainConfig(bucket="memory://b/all/", project=project)
-        upload_results(config, run, lambda line: None)
+        upload_results(config, run)
         assert fsspec.open(f"memory://b/all/{below}/exp/results.csv").open().read() == b"results.csv"
 
 

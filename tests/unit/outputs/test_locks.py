@@ -147,17 +147,18 @@ def test_a_shared_lock_goes_with_others_and_excludes_the_exclusive_one(tmp_path:
         assert not try_flock(three.fileno())
 
 
-def test_a_machine_lock_whose_file_was_removed_lets_who_waited_lock_the_new_one(tmp_path: Path) -> None:
+def test_a_machine_lock_whose_file_was_removed_lets_who_waited_lock_the_new_one(
+    tmp_path: Path, said: list[str]
+) -> None:
     tmp_path.chmod(0o1777)
     inside = threading.Event()
-    said: list[str] = []
 
     def enter() -> None:
-        with host_lock(said.append, folders=[tmp_path], wait_s=10):
+        with host_lock(folders=[tmp_path], wait_s=10):
             inside.set()
 
     thread = threading.Thread(target=enter)
-    with host_lock(print, folders=[tmp_path]):
+    with host_lock(folders=[tmp_path]):
         thread.start()
         while not said:
             time.sleep(0.01)

@@ -204,5 +204,5 @@ def test_waiting_for_a_paused_holder_is_said(tmp_path: Path, monkeypatch: pytest
         def give_up(line: str) -> None:
             raise InterruptedError(line)
 
-        with pytest.raises(InterruptedError, match="paused"), locked(tmp_path / "lock", say=give_up):
+        with pytest.raises(InterruptedError, match="paused"), locked(tmp_path / "lock", waiting=give_up):
             pass

@@ -98,7 +98,7 @@ def test_a_search_with_a_trainer_of_ten_lines_meets_its_budget_exactly_though_a_
 
 def test_what_such_a_trainer_measures_is_in_the_exports_and_what_it_does_not_is_nan(tmp_path: Path) -> None:
     study = SearchStudy.open_or_create(tmp_path, SPEC)
-    Worker(study, Parabola(), settings=WorkerSettings(name="w"), say=lambda line: None).run()
+    Worker(study, Parabola(), settings=WorkerSettings(name="w")).run()
     with (tmp_path / CSV).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == BUDGET

@@ -174,11 +174,10 @@ def test_result_of_a_lost_lease_is_not_counted(tmp_path: Path) -> None:
     assert search(tmp_path, lose, budget=1).best.fitness == 0.25
 
 
-def test_worker_waits_for_the_last_candidates_of_others(tmp_path: Path) -> None:
+def test_worker_waits_for_the_last_candidates_of_others(tmp_path: Path, said: list[str]) -> None:
     other = SearchStudy.open_or_create(tmp_path, search_spec(1))
     claim = other.ask("other")
     assert isinstance(claim, LeasedCandidate)
-    said: list[str] = []
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
@@ -186,7 +185,7 @@ def test_worker_waits_for_the_last_candidates_of_others(tmp_path: Path) -> None:
         if len(naps) == 3:
             other.finish(claim, outcome(0.5))
 
-    summary = search(tmp_path, budget=1, sleep=nap, say=said.append)
+    summary = search(tmp_path, budget=1, sleep=nap)
     assert (len(naps), summary.trained_here, summary.best.worker) == (3, 0, "other")
     assert [line for line in said if "waiting" in line] == ["waiting for 1 running of 1 candidates"]
 
@@ -204,14 +203,15 @@ class OutOfMemoryError(RuntimeError):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
-def test_candidates_own_failure_is_recorded_and_the_worker_goes_on(tmp_path: Path, error: Exception) -> None:
+def test_candidates_own_failure_is_recorded_and_the_worker_goes_on(
+    tmp_path: Path, error: Exception, said: list[str]
+) -> None:
     def fail_once(candidate: Candidate, report: Report) -> Outcome:
         if candidate.number == 1:
             raise error
         return score(candidate, report)
 
-    said: list[str] = []
-    summary = search(tmp_path, fail_once, say=said.append)
+    summary = search(tmp_path, fail_once)
     assert (summary.progress.finished, summary.progress.failed) == (3, 1)
     assert [c.number for c in study_of(tmp_path).finished()] == [0, 2, 3]
     assert any(line.startswith("candidate 1: failed: ") for line in said)
@@ -334,10 +334,9 @@ def test_result_counts_if_the_lease_is_gone_but_nobody_took_over(tmp_path: Path)
     assert search(tmp_path, lose_file).progress.finished == 3
 
 
-def test_views_that_cannot_be_written_do_not_stop_the_search(tmp_path: Path) -> None:
+def test_views_that_cannot_be_written_do_not_stop_the_search(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / CSV).mkdir(parents=True)
-    said: list[str] = []
-    assert search(tmp_path, say=said.append).progress.finished == 3
+    assert search(tmp_path).progress.finished == 3
     assert any("behind the study" in line for line in said)
 
 
@@ -457,7 +456,7 @@ def test_progress_is_shown_to_the_trainer_and_the_study_has_one_id(tmp_path: Pat
         score, lambda progress, c: shown.append((progress.finished, None if c is None else c.number))
     )
     study = SearchStudy.open_or_create(tmp_path, search_spec(3))
-    Worker(study, trainer, settings=settings(), say=lambda line: None).run()
+    Worker(study, trainer, settings=settings()).run()
     assert len(study.uuid) == 32
     assert study_of(tmp_path).uuid == study.uuid
     assert shown == [(0, 0), (1, 1), (2, 2), (3, None)]

@@ -350,10 +350,9 @@ def mlflow_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("mlflow_on")
-def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog) -> None:
-    warnings: list[str] = []
+def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog, said: list[str]) -> None:
     began = time.monotonic()
-    handle = start_bridge(log, MLFLOW, warn=warnings.append, command=HANGS)
+    handle = start_bridge(log, MLFLOW, command=HANGS)
     assert handle is not None
     for step in range(100):
         log.append("metrics", step=step, values={"loss": 1.0})
@@ -362,8 +361,8 @@ def test_a_hanging_bridge_never_holds_the_trainer_and_is_told_once(log: EventLog
     assert Bridges(log, [handle]).finish(timeout_s=0.2) is False
     handle.process.kill()
     handle.process.wait()
-    assert len(warnings) == 1
-    assert f"starling track sync {log.path.parent}" in warnings[0]
+    assert len(said) == 1
+    assert f"starling track sync {log.path.parent}" in said[0]
 
 
 @pytest.mark.usefixtures("mlflow_on")
@@ -372,7 +371,7 @@ def test_a_bridge_that_registers_a_model_is_waited_for_unless_a_stop_was_asked_f
     log: EventLog, patient: bool
 ) -> None:
     ends_soon = [sys.executable, "-c", "import time; time.sleep(1)"]
-    handle = start_bridge(log, MLFLOW, warn=lambda line: None, command=ends_soon)
+    handle = start_bridge(log, MLFLOW, command=ends_soon)
     assert handle is not None
     Cursor(destination="here", busy="registering best").save(log.path, "mlflow")
     assert handle.finish(0.1, patient=patient) is patient
@@ -403,10 +402,9 @@ def test_the_bridge_is_in_a_session_of_its_own(log: EventLog) -> None:
 
 
 @pytest.mark.usefixtures("mlflow_on")
-def test_a_bridge_that_cannot_be_started_is_a_warning(log: EventLog) -> None:
-    warnings: list[str] = []
-    assert start_bridge(log, MLFLOW, warn=warnings.append, command=["/nonexistent"]) is None
-    assert len(warnings) == 1
+def test_a_bridge_that_cannot_be_started_is_a_warning(log: EventLog, said: list[str]) -> None:
+    assert start_bridge(log, MLFLOW, command=["/nonexistent"]) is None
+    assert len(said) == 1
 
 
 def test_the_trainers_side_imports_no_tracker() -> None:

@@ -90,11 +90,11 @@ def make_search(
     *,
     fails: Callable[[int], bool] = lambda number: False,
     **changes: Any,
-) -> tuple[TaskSearch, list[str]]:
-    api, said = api_of(server), []
+) -> TaskSearch:
+    api = api_of(server)
     config = HpoConfig(**{"queue": "gpus", "trials": 6, **changes})
     runner = AgentsDouble(server, api, fails) if fails is not None else QueueRunner(api, _queue(server))
-    return TaskSearch(config, api, runner, say=said.append, clock=lambda: clock.now, sleep=clock.sleep), said
+    return TaskSearch(config, api, runner, clock=lambda: clock.now, sleep=clock.sleep)
 
 
 def _queue(server: ClearmlServerDouble) -> str:
@@ -103,10 +103,10 @@ def _queue(server: ClearmlServerDouble) -> str:
 
 @pytest.mark.parametrize("sampler", ["optuna", "random"])
 def test_a_failed_trial_is_passed_over_and_the_search_ends_after_its_trials(
-    server: ClearmlServerDouble, sampler: str
+    server: ClearmlServerDouble, sampler: str, said: list[str]
 ) -> None:
     template = make_template(server)
-    search, said = make_search(server, Clock(), fails=lambda number: number == 1, sampler=sampler, epochs=2)
+    search = make_search(server, Clock(), fails=lambda number: number == 1, sampler=sampler, epochs=2)
     outcome = search.run()
     assert (outcome.finished, outcome.failed, outcome.reason) == (5, 1, "6 trials")
     tasks = [task for task in server.records.tasks.values() if task["parent"] == outcome.task]
@@ -126,7 +126,7 @@ def test_a_failed_trial_is_passed_over_and_the_search_ends_after_its_trials(
 
 def test_a_search_whose_trials_all_fail_ends_and_says_so(server: ClearmlServerDouble) -> None:
     make_template(server)
-    search, _ = make_search(server, Clock(), fails=lambda number: True, failures=2)
+    search = make_search(server, Clock(), fails=lambda number: True, failures=2)
     with pytest.raises(NoTrialFinishedError, match="2 failed trials"):
         search.run()
     assert sum(task["type"] == "training" for task in server.records.tasks.values()) == 3
@@ -137,9 +137,9 @@ def trials_of(server: ClearmlServerDouble, search: str) -> list[dict[str, Any]]:
     return [task for task in server.records.tasks.values() if task["parent"] == search]
 
 
-def test_a_named_task_is_cloned_though_another_is_newer(server: ClearmlServerDouble) -> None:
+def test_a_named_task_is_cloned_though_another_is_newer(server: ClearmlServerDouble, said: list[str]) -> None:
     older, newer = make_template(server), make_template(server)
-    search, said = make_search(server, Clock(), task=older, name="night", trials=1)
+    search = make_search(server, Clock(), task=older, name="night", trials=1)
     outcome = search.run()
     assert f"({older})" in said[0]
     assert newer not in " ".join(said)
@@ -151,16 +151,16 @@ def test_a_space_says_what_the_trials_change(server: ClearmlServerDouble, tmp_pa
     make_template(server)
     space = tmp_path / "narrow.yaml"
     space.write_text("lr0: {lower: 0.009, upper: 0.011}\n")
-    search, _ = make_search(server, Clock(), space=str(space), trials=4)
+    search = make_search(server, Clock(), space=str(space), trials=4)
     hyps = [server.records.arguments(task, "Hyp") for task in trials_of(server, search.run().task)]
     assert all(0.009 <= float(hyp["lr0"]) <= 0.011 for hyp in hyps)
     assert len({hyp["lr0"] for hyp in hyps}) == 4
     assert {hyp["momentum"] for hyp in hyps} == {"0.9"}
 
 
-def test_a_trial_without_the_objective_has_failed(server: ClearmlServerDouble) -> None:
+def test_a_trial_without_the_objective_has_failed(server: ClearmlServerDouble, said: list[str]) -> None:
     make_template(server)
-    search, said = make_search(server, Clock(), objective="metrics/mAP_0.5", failures=1)
+    search = make_search(server, Clock(), objective="metrics/mAP_0.5", failures=1)
     with pytest.raises(NoTrialFinishedError):
         search.run()
     assert "trial 0: failed: completed, without metrics/mAP_0.5" in said
@@ -170,16 +170,18 @@ def test_the_seed_decides_what_is_proposed(server: ClearmlServerDouble) -> None:
     make_template(server)
     proposed = []
     for seed in (3, 3, 4):
-        search, _ = make_search(server, Clock(), sampler="random", seed=seed, trials=3)
+        search = make_search(server, Clock(), sampler="random", seed=seed, trials=3)
         tasks = trials_of(server, search.run().task)
         proposed.append([server.records.arguments(task, "Hyp")["lr0"] for task in tasks])
     assert proposed[0] == proposed[1] != proposed[2]
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
-def test_so_many_trials_are_in_the_queue_at_once(server: ClearmlServerDouble, parallel: int) -> None:
+def test_so_many_trials_are_in_the_queue_at_once(
+    server: ClearmlServerDouble, parallel: int, said: list[str]
+) -> None:
     make_template(server)
-    search, said = make_search(server, Clock(), fails=None, hours=0.1, parallel=parallel)
+    search = make_search(server, Clock(), fails=None, hours=0.1, parallel=parallel)
     with pytest.raises(NoTrialFinishedError):
         search.run()
     assert sum("in queue gpus" in line for line in said) == parallel
@@ -199,7 +201,7 @@ def test_a_queue_that_no_agent_serves_holds_a_search_no_longer_than_its_hours(
 ) -> None:
     make_template(server)
     clock = Clock()
-    search, _ = make_search(server, clock, fails=None, hours=0.1, parallel=2)
+    search = make_search(server, clock, fails=None, hours=0.1, parallel=2)
     with pytest.raises(NoTrialFinishedError, match=r"0\.1 hours"):
         search.run()
     assert 360 < clock.now < 380
@@ -208,20 +210,22 @@ def test_a_queue_that_no_agent_serves_holds_a_search_no_longer_than_its_hours(
     assert not [task for task in server.records.tasks.values() if task["status"] in {"queued", "in_progress"}]
 
 
-def test_a_trial_that_takes_too_long_is_stopped_and_counts_as_failed(server: ClearmlServerDouble) -> None:
+def test_a_trial_that_takes_too_long_is_stopped_and_counts_as_failed(
+    server: ClearmlServerDouble, said: list[str]
+) -> None:
     make_template(server)
     clock = Clock()
-    search, said = make_search(server, clock, fails=None, trial_hours=0.1, failures=1)
+    search = make_search(server, clock, fails=None, trial_hours=0.1, failures=1)
     with pytest.raises(NoTrialFinishedError):
         search.run()
     assert clock.now < 400
     assert "longer than --trial-hours 0.1" in " ".join(said)
 
 
-def test_a_server_that_goes_away_is_waited_for(server: ClearmlServerDouble) -> None:
+def test_a_server_that_goes_away_is_waited_for(server: ClearmlServerDouble, said: list[str]) -> None:
     make_template(server)
     clock = Clock()
-    search, said = make_search(server, clock, fails=lambda number: False)
+    search = make_search(server, clock, fails=lambda number: False)
 
     def die() -> None:
         server.stop()
@@ -236,7 +240,7 @@ def test_a_server_that_goes_away_is_waited_for(server: ClearmlServerDouble) -> N
 def test_a_stop_ends_the_trials_and_the_searchs_own_task(server: ClearmlServerDouble) -> None:
     make_template(server)
     clock = Clock()
-    search, _ = make_search(server, clock, fails=None)
+    search = make_search(server, clock, fails=None)
 
     def check_stop() -> None:
         if clock.now > 10:
@@ -249,7 +253,7 @@ def test_a_stop_ends_the_trials_and_the_searchs_own_task(server: ClearmlServerDo
 
 
 def test_without_a_training_to_start_from_the_remedy_is_named(server: ClearmlServerDouble) -> None:
-    search, _ = make_search(server, Clock())
+    search = make_search(server, Clock())
     with pytest.raises(UsageError, match="--task ID"):
         search.run()
 

@@ -152,14 +152,13 @@ def test_an_endless_line_does_not_stop_the_reader(log: EventLog, monkeypatch: py
     assert [event.name for event in found] == ["metrics"]
 
 
-def test_a_log_that_cannot_be_written_warns_once_and_counts(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_warns_once_and_counts(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "file").touch()
-    warnings: list[str] = []
-    log = EventLog(tmp_path / "file" / "events.jsonl", "u1", warn=warnings.append)
+    log = EventLog(tmp_path / "file" / "events.jsonl", "u1")
     log.append("metrics", step=0, values={})
     log.append("metrics", step=1, values={})
     assert log.dropped == 2
-    assert len(warnings) == 1
+    assert len(said) == 1
 
 
 def test_announce_names_the_files_that_exist(log: EventLog) -> None:

@@ -23,10 +23,11 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_returns_what_the_model_does_and_other_shapes_go_as_they_are() -> None:
-    said: list[str] = []
+def test_a_compiled_model_returns_what_the_model_does_and_other_shapes_go_as_they_are(
+    said: list[str],
+) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU())
-    forward = CompiledForward(model, CPU, said.append)
+    forward = CompiledForward(model, CPU)
     images = torch.rand(2, 3, 16, 16)
     for batch in (images, images + 1, images[:1]):
         torch.testing.assert_close(forward(batch), model(batch))
@@ -36,13 +37,12 @@ def test_a_compiled_model_returns_what_the_model_does_and_other_shapes_go_as_the
 
 
 def test_where_the_compiler_fails_the_model_goes_on_and_that_is_said_once(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    said: list[str] = []
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.SiLU())
-    forward = CompiledForward(model, CPU, said.append)
+    forward = CompiledForward(model, CPU)
     images = torch.rand(2, 3, 17, 17)
     with torch._inductor.utils.fresh_cache():
         for _ in range(2):
@@ -51,12 +51,11 @@ def test_where_the_compiler_fails_the_model_goes_on_and_that_is_said_once(
     assert "g++" in said[1]
 
 
-def test_what_the_model_itself_raises_is_not_taken_for_a_failed_compilation() -> None:
+def test_what_the_model_itself_raises_is_not_taken_for_a_failed_compilation(said: list[str]) -> None:
     def broken(images: Tensor) -> Tensor:
         raise MemoryError("no room")
 
-    said: list[str] = []
-    forward = CompiledForward(broken, CPU, said.append)
+    forward = CompiledForward(broken, CPU)
     with pytest.raises(MemoryError):
         forward(torch.rand(1, 3, 8, 8))
     assert not any("going on without" in line for line in said)

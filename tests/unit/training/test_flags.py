@@ -210,15 +210,17 @@ def test_workers_bound_the_loaders_threads_and_the_cpu_takes_one_at_most(
     assert {words: job.val_loader.workers for words, job in asked.items()} == {"0": 0, "8": 1}
     two_gpus(monkeypatch)
     monkeypatch.setattr(device, "container_cpu_count", lambda: 4)
-    on_gpu = select_compute("0", "auto", print)
+    on_gpu = select_compute("0", "auto")
     assert [on_gpu.loader_threads(asked) for asked in (2, 8)] == [2, 4]
 
 
-def test_amp_follows_the_hardware_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amp_follows_the_hardware_unless_it_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     for has in (True, False):
         monkeypatch.setattr(device, "cpu_has_bfloat16", lambda has=has: has)
-        said: list[str] = []
-        used = {amp: select_compute("cpu", amp, said.append).bfloat16 for amp in ("auto", "on", "off")}
+        said.clear()
+        used = {amp: select_compute("cpu", amp).bfloat16 for amp in ("auto", "on", "off")}
         assert used == {"auto": has, "on": has, "off": False}
         assert said == ([] if has else ["--amp on: this hardware has no bfloat16, going on in float32"])
 
@@ -230,7 +232,7 @@ def test_cache_chooses_where_decoded_images_are_kept(
     tiny_args: list[str], tmp_path: Path, words: list[str], mode: str
 ) -> None:
     config = train_settings.parse_args([*tiny_args, "--cache", *words]).config
-    data = load_data(config, 64, tmp_path / "cache", print)
+    data = load_data(config, 64, tmp_path / "cache")
     assert (data.train_images.mode, data.val_images.mode) == (mode, mode)
     assert bool(list((tmp_path / "cache").glob("*"))) == (mode == "disk")
 
@@ -473,7 +475,7 @@ def test_an_exported_file_takes_the_batch_asked_for(tmp_path: Path, flag: str) -
 
 def test_half_files_have_float16_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU stands in for a GPU, whose place in the export is all that is asked for.
-    stand_in = select_compute("cpu", "off", print)
+    stand_in = select_compute("cpu", "off")
     monkeypatch.setattr(Compute, "on_cpu", False)
     monkeypatch.setattr(Compute, "describe", lambda self: "a GPU")
     monkeypatch.setattr(exporter, "select_compute", lambda *given: stand_in)
@@ -521,12 +523,12 @@ def test_a_device_that_is_not_there_is_refused(
 
 def test_a_gpus_number_takes_that_gpu_and_nothing_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     two_gpus(monkeypatch)
-    chosen = {words: select_compute(words, "auto", print).device for words in ("", "0", "1", "cuda:1", "cpu")}
+    chosen = {words: select_compute(words, "auto").device for words in ("", "0", "1", "cuda:1", "cpu")}
     assert {words: str(place) for words, place in chosen.items()} == {
         "": "cuda:0", "0": "cuda:0", "1": "cuda:1", "cuda:1": "cuda:1", "cpu": "cpu",
     }  # fmt: skip
     with pytest.raises(UsageError, match="GPUs 0 to 1 are visible here"):
-        select_compute("2", "auto", print)
+        select_compute("2", "auto")
 
 
 def test_deterministic_takes_kernels_by_rule_where_else_the_fastest_are_sought(
@@ -537,7 +539,7 @@ def test_deterministic_takes_kernels_by_rule_where_else_the_fastest_are_sought(
     before = torch.are_deterministic_algorithms_enabled()
     try:
         for deterministic in (True, False):
-            select_compute("0", "auto", print, deterministic=deterministic)
+            select_compute("0", "auto", deterministic=deterministic)
             assert torch.backends.cudnn.benchmark is not deterministic
             assert torch.are_deterministic_algorithms_enabled() is deterministic
     finally:

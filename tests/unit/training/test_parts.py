@@ -205,11 +205,11 @@ def test_durations_read_well(seconds: float, words: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named_with_the_remedy() -> None:
     with pytest.raises(UsageError, match="no GPU is visible here; use one that is, or --device cpu"):
-        select_compute("3", "auto", print)
+        select_compute("3", "auto")
 
 
 def test_amp_can_be_turned_off() -> None:
-    assert not select_compute("cpu", "off", print).bfloat16
+    assert not select_compute("cpu", "off").bfloat16
 
 
 @pytest.mark.parametrize(

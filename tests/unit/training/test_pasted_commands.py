@@ -331,15 +331,12 @@ def test_a_search_rounds_a_size_off_the_stride_up_and_says_so(
     assert_results(SEARCH, folder)
 
 
-def test_the_guides_3000_is_rounded_up_to_3008_and_said(folder: Path) -> None:
+def test_the_guides_3000_is_rounded_up_to_3008_and_said(folder: Path, said: list[str]) -> None:
     words = [word.replace("/home/user", "home/user") for word in SEARCH.arguments]
     words[words.index("--device") + 1] = "cpu"
     config = train_settings.parse_args(words).config
     assert config.imgsz == 3000
-    said: list[str] = []
-    setup = open_setup(
-        config, find_initial_weights(config.weights, config.cfg), read_hyp(config), said.append
-    )
+    setup = open_setup(config, find_initial_weights(config.weights, config.cfg), read_hyp(config))
     assert "--imgsz 3000 is rounded up to 3008, a multiple of the layout's stride 64" in said
     assert setup.image_size == setup.data.train_images.image_size == 3008
 

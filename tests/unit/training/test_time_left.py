@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.status.progress import read_progress
 from starling.core.worker_status import WorkerStatus
-from starling.progress import Progress
+from starling.progress import Progress, on_console
 from starling.search.outcome import SearchProgress, State
 from starling.training.reporting.reporter import Reporter, RunLabel
 from starling.training.reporting.results import EpochRow
@@ -53,7 +53,8 @@ def test_the_time_left_is_told_from_the_second_epoch_on_and_without_the_first(tm
     assert "left" not in out.getvalue()
     assert read_progress(tmp_path, "w").eta_s is None
     told.clear()
-    train(1, 40, 10)
+    with on_console(progress):
+        train(1, 40, 10)
     assert told[0] == 30 + 30 + 8 * (40 + 30), "by its own pace, and a validation like the last one"
     assert told[-1] == 8 * 50
     assert "left 6m40s" in out.getvalue()

@@ -8,6 +8,7 @@ end with their holder, so that a killed builder's place is taken at once.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from starling.core.lock import is_at, take, try_flock, wait_for
 from starling.core.sizes import format_gib
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 
+logger = logging.getLogger(__name__)
+
 CACHE_FOLDER = ".cache"
 """Below the runs folder, so that every container of the host shares it."""
 MARGIN = 1 << 30
@@ -32,8 +35,6 @@ POLL_S = 0.2
 """Seconds between two looks at a lock that another process holds."""
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 _LEFTOVER = re.compile(rf"\.([0-9a-f]{{64}}){re.escape(SUFFIX)}\..*{re.escape(TEMPORARY_SUFFIX)}")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ class KeptFile:
     image_size: int | None
 
 
-def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], None], *, say: Say) -> PixelFile:
+def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], None]) -> PixelFile:
     """Return the mapped file of this layout, built first if no process of this host has.
 
     One process builds under a lock and renames a finished file into place; others wait, and say so. Raises OSError
@@ -61,13 +62,13 @@ def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], Non
     found = PixelFile.open(path, layout)
     if found is None:
         make_folder(folder)
-        with _only_builder(path, say):
+        with _only_builder(path):
             found = PixelFile.open(path, layout)
             if found is None:
                 if state_of(path) is not None:
-                    say(f"{path}: cut off or damaged; it is built anew")
+                    logger.warning(f"{path}: cut off or damaged; it is built anew")
                 _sweep(folder, layout.key)
-                _make_room(folder, layout, say)
+                _make_room(folder, layout)
                 build(path)
                 found = PixelFile.open(path, layout)
     if found is None:
@@ -113,7 +114,7 @@ def remove_idle(folder: Path) -> list[KeptFile]:
 
 
 @contextmanager
-def _only_builder(path: Path, say: Say) -> Iterator[None]:
+def _only_builder(path: Path) -> Iterator[None]:
     """Hold the right to build `path`; wait for whoever has it, and say so once.
 
     The lock's file goes with the lock. A process that got hold of a file that has gone begins again.
@@ -126,7 +127,7 @@ def _only_builder(path: Path, say: Say) -> Iterator[None]:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             if not told:
                 told.append(holder)
-                say(f"waiting for {holder or 'another process'}, which builds the image cache {path}")
+                logger.info(f"waiting for {holder or 'another process'}, which builds the image cache {path}")
 
         return wait_for(lambda: try_flock(descriptor), tell=tell, poll_s=POLL_S)
 
@@ -164,7 +165,7 @@ def _sweep(folder: Path, own_key: str | None = None) -> None:
                 os.close(descriptor)
 
 
-def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
+def _make_room(folder: Path, layout: PixelLayout) -> None:
     """Remove files that no process maps, least recently used first, until `layout` fits; none where that is too little."""
     short = layout.start + layout.nbytes + MARGIN - (free := shutil.disk_usage(folder).free)
     if short <= 0:
@@ -188,7 +189,9 @@ def _make_room(folder: Path, layout: PixelLayout, say: Say) -> None:
                 return
             remove(path)
             short -= size
-            say(f"{path}: removed for space, the least recently used image cache ({format_gib(size)})")
+            logger.info(
+                f"{path}: removed for space, the least recently used image cache ({format_gib(size)})"
+            )
 
 
 def _own_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 from functools import cached_property
@@ -13,9 +14,10 @@ import numpy as np
 
 from starling.core.errors import DataError
 from starling.data.cache.pixel_file import FORMAT
-from starling.data.cache.pixel_folder import Say
 from starling.data.dataset.dataset import Dataset
 from starling.data.dataset.images import decode_image, file_stamp
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 """Changed images that are named; the rest would flood the log."""
@@ -31,11 +33,10 @@ class ResizedImages:
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64."""
 
-    def __init__(self, dataset: Dataset, image_size: int, say: Say) -> None:
-        """Decode nothing yet; `say` is told of images that change after the dataset's scan."""
+    def __init__(self, dataset: Dataset, image_size: int) -> None:
+        """Decode nothing yet. Images that change after the dataset's scan are logged when they are decoded."""
         self.dataset, self.image_size = dataset, image_size
         self.shapes_hw = _resized_shapes(dataset.shapes_hw, image_size)
-        self._say = say
         self._telling = threading.Lock()
         self._changed: set[int] = set()
 
@@ -99,9 +100,9 @@ class ResizedImages:
                 "it is trained on as it is now with the labels as they were; start again to read both anew"
             )
             if len(self._changed) <= _SHOWN:
-                self._say(f"{self.dataset.images[index]}: changed since the start; {remedy}")
+                logger.warning(f"{self.dataset.images[index]}: changed since the start; {remedy}")
             elif len(self._changed) == _SHOWN + 1:
-                self._say("more images changed since the start")
+                logger.warning("more images changed since the start")
 
 
 def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from dataclasses import asdict
@@ -22,7 +23,6 @@ from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write
 from starling.data.cache.pixel_folder import (
     CACHE_FOLDER,
     KeptFile,
-    Say,
     discard,
     kept_files,
     remove_idle,
@@ -31,6 +31,8 @@ from starling.data.cache.pixel_folder import (
 from starling.data.cache.resized import ImageChangedError, ResizedImages, read_only
 from starling.data.dataset.dataset import Dataset, Progress
 from starling.outputs.run_dir import runs_root
+
+logger = logging.getLogger(__name__)
 
 StoreMode = Literal["auto", "ram", "disk", "device", "off"]
 _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
@@ -71,13 +73,12 @@ class ImageStore:
         cache_folder: Path | None = None,
         device_free_bytes: int | None = None,
         progress: Progress | None = None,
-        say: Say = lambda line: None,
     ) -> None:
         """Prepare the store; only `disk` reads images now, unless its file is there already.
 
         `memory_limit_bytes` bounds `ram`, by default half of what the container has left; `device_free_bytes` is
         what images may take of the GPU's memory, None without a GPU. `progress` is told of images decoded into
-        the file, `say` of what happens on the way.
+        the file.
         """
         if mode not in get_args(StoreMode):
             raise ConfigError("cache", mode, f"must be one of {', '.join(get_args(StoreMode))}")
@@ -89,13 +90,13 @@ class ImageStore:
             memory_limit_bytes = max(container_memory_limit() - container_memory_used(), 0) // 2
         self.dataset = dataset
         self.image_size = image_size
-        self._originals = ResizedImages(dataset, image_size, say)
+        self._originals = ResizedImages(dataset, image_size)
         self.shapes_hw = self._originals.shapes_hw
         self._offsets = np.concatenate(([0], np.cumsum(self.shapes_hw.prod(1) * 3)))
         self.nbytes = int(self._offsets[-1])
         self._asked: StoreMode = mode
         self._budget, self._folder = memory_limit_bytes, cache_folder
-        self._progress, self._say = progress, say
+        self._progress = progress
         self._locks = [threading.Lock() for _ in range(64)]
         self._telling = threading.Lock()
         self._damaged: list[PixelFile] = []
@@ -161,7 +162,7 @@ class ImageStore:
             write_pixels(path, layout, self._originals.unchanged, self._originals.costs(), self._progress)
 
         try:
-            self._file = shared_pixels(self._folder, layout, build, say=self._say)
+            self._file = shared_pixels(self._folder, layout, build)
         except OSError as error:
             where, why = error.filename or self._folder, error.strerror or error
             if isinstance(error, LinkRefused):
@@ -216,7 +217,7 @@ class ImageStore:
             assert self._folder is not None
             path = self._folder / f"{self.key()}{SUFFIX}"
             discard(path, file)
-            self._say(f"{path}: damaged, so removed; its damaged images are decoded anew")
+            logger.warning(f"{path}: damaged, so removed; its damaged images are decoded anew")
 
     def _shaped(self, index: int, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return read_only(pixels.reshape(*self.shapes_hw[index], 3))

@@ -8,9 +8,10 @@ calls a converter of `starling.data.fetch.convert` by its name.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ from starling.data.fetch.archive import unpack
 from starling.data.fetch.convert import Converted, read_open_images_classes
 from starling.data.fetch.converters import CONVERTERS
 from starling.data.fetch.download import Download, FetchError, Show, check_url, fetch, mirrored, only_one
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 30
 """The largest archive of the shipped descriptions has about 50 GB."""
@@ -89,7 +92,6 @@ def acquire(
     path: Path,
     *,
     into: Path = DATASETS_FOLDER,
-    say: Callable[[str], None] = print,
     show: Show = lambda line: None,
 ) -> Path:
     """Put the dataset that the description at `path` names below `into`, unless it is there; return its folder.
@@ -100,7 +102,7 @@ def acquire(
     steps, mapping = read_steps(path), read_yaml(path)
     root = real_path(at_home(into)) / dataset_name(path, mapping)
     if root.is_dir():
-        say(f"{root}: is there already; nothing is fetched")
+        logger.info(f"{root}: is there already; nothing is fetched")
         return root
     if not any(isinstance(step, Fetch) for step in steps):
         raise DataError(
@@ -108,14 +110,14 @@ def acquire(
         )
     archives, building = root.parent / ".downloads" / root.name, root.with_name(f".{root.name}.building")
     try:
-        with only_one(root, say):
+        with only_one(root):
             if root.is_dir():  # another process was faster
                 return root
             shutil.rmtree(building, ignore_errors=True)
             try:
                 building.mkdir()
                 given = class_names(path, mapping, steps)
-                names = run_steps(steps, building, given, archives=archives, say=say, show=show)
+                names = run_steps(steps, building, given, archives=archives, show=show)
                 write_description(building, path, mapping, names)
                 building.rename(root)
             finally:
@@ -131,7 +133,7 @@ def acquire(
     shutil.rmtree(archives, ignore_errors=True)
     with suppress(OSError):  # another dataset is on its way
         archives.parent.rmdir()
-    say(f"{root}: ready; its own description is {root / path.name}")
+    logger.info(f"{root}: ready; its own description is {root / path.name}")
     return root
 
 
@@ -151,7 +153,6 @@ def run_steps(
     names: Sequence[str],
     *,
     archives: Path,
-    say: Callable[[str], None],
     show: Show = lambda line: None,
 ) -> tuple[str, ...]:
     """Run the steps in order, with the dataset's folder `root`; archives are kept in `archives`.
@@ -161,20 +162,20 @@ def run_steps(
     for step in steps:
         if isinstance(step, Names):
             names = _read_names(root / step.source, step.count)
-            say(f"{step.source}: {len(names)} class names")
+            logger.info(f"{step.source}: {len(names)} class names")
             continue
         if isinstance(step, Convert):
-            say(f"converting: {step.name} {' '.join(step.arguments.values())}")
+            logger.info(f"converting: {step.name} {' '.join(step.arguments.values())}")
             done = CONVERTERS[step.name](root, names, **step.arguments)
             images, remark = done if isinstance(done, Converted) else (done, "")
-            say(f"converted: {images} images{f'; left out: {remark}' if remark else ''}")
+            logger.info(f"converted: {images} images{f'; left out: {remark}' if remark else ''}")
             continue
         url = mirrored(step.url)
         archive = archives / PurePosixPath(url).name
         if not archive.is_file():
-            say(f"fetching {url}")
+            logger.info(f"fetching {url}")
             wanted = Download(url=url, target=archive, max_bytes=MAX_BYTES, sha256=step.sha256)
-            say(f"{archive.name}: SHA-256 {fetch(wanted, say=say, show=show)}")
+            logger.info(f"{archive.name}: SHA-256 {fetch(wanted, show=show)}")
         if step.save_to is not None:
             _keep(archive, root / step.save_to)
             continue
@@ -184,7 +185,7 @@ def run_steps(
             strip=step.strip,
             show=lambda n, archive=archive: show(lambda: f"{archive.name}: {n} files unpacked"),  # type: ignore[misc]
         )
-        say(f"{archive.name}: {count} files unpacked")
+        logger.info(f"{archive.name}: {count} files unpacked")
     return tuple(names)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ from starling.core.lock import held, try_flock, wait_for
 from starling.core.plain_json import read_json
 from starling.core.words import printable
 from starling.data.fetch.paced import PacedHttp, PacedHttps
+
+logger = logging.getLogger(__name__)
 
 MIRROR = "STARLING_MIRROR"
 """Environment variable: a base URL that holds every file by its bare name, asked in place of the public hosts."""
@@ -81,7 +84,6 @@ def record_path(path: Path) -> Path:
 def fetch(
     download: Download,
     *,
-    say: Callable[[str], None] = lambda line: None,
     show: Show = lambda line: None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
@@ -94,11 +96,11 @@ def fetch(
     """
     check_url(download.url)
     target = download.target
-    with only_one(target, say):
+    with only_one(target):
         if target.is_file():  # another process was faster
             return sha256_of(target)
         part = target.with_name(target.name + TEMPORARY_SUFFIX)
-        _receive_all(download, part, say, show, sleep, clock)
+        _receive_all(download, part, show, sleep, clock)
         digest = _checked(download, part)
         write_atomic(record_path(target), f"{digest}  {target.name}\n")
         rename(part, target)
@@ -141,14 +143,14 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def only_one(target: Path) -> Iterator[None]:
     """Hold `target` against other processes that would make it too; wait for them, and say so."""
     make_folder(target.parent)
     path = target.with_name(f".{target.name}.lock")
 
     def wait(descriptor: int) -> bool:
         line = f"{target}: another process is fetching it; waiting"
-        return wait_for(lambda: try_flock(descriptor), tell=lambda: say(line))
+        return wait_for(lambda: try_flock(descriptor), tell=lambda: logger.info(line))
 
     with held(path, lambda: open_file(path, os.O_WRONLY | os.O_CREAT, alone=True), wait):
         yield
@@ -157,7 +159,6 @@ def only_one(target: Path, say: Callable[[str], None] = lambda line: None) -> It
 def _receive_all(
     download: Download,
     part: Path,
-    say: Callable[[str], None],
     show: Show,
     sleep: Callable[[float], None],
     clock: Callable[[], float],
@@ -181,7 +182,7 @@ def _receive_all(
             if permanent or attempt == ATTEMPTS or (offline and attempt == 1):
                 rest = f"; {_megabytes(kept)} are kept, the same command goes on from there" if kept else ""
                 raise FetchError(f"{download.url}: {_reason(error)}{rest}") from None
-            say(f"{download.target.name}: {_reason(error)}; going on from {_megabytes(kept)}")
+            logger.warning(f"{download.target.name}: {_reason(error)}; going on from {_megabytes(kept)}")
             sleep(2.0 ** (attempt - 1))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from starling.data.fetch.acquire import write_description
 from starling.data.fetch.download import Show, only_one
 from starling.tracking.clearml import DATASET_SCHEME
 
+logger = logging.getLogger(__name__)
+
 CLEARML_FOLDER = ".cache/clearml"
 """Below the runs folder: a ClearML dataset is fetched once for all containers of the host."""
 _FETCHED_ID = ".clearml.json"
@@ -29,7 +32,6 @@ _FETCHED_ID = ".clearml.json"
 
 def find_dataset(
     data: str,
-    say: Callable[[str], None],
     show: Show = lambda line: None,
     environment: Mapping[str, str] = os.environ,
 ) -> Path:
@@ -47,9 +49,9 @@ def find_dataset(
         )
     root = (runs_root() / CLEARML_FOLDER / identity).absolute()
     if not root.is_dir():
-        with only_one(root, say):
+        with only_one(root):
             if not root.is_dir():  # no other process was faster
-                _fetch_clearml(identity, root, environment, say, show)
+                _fetch_clearml(identity, root, environment, show)
     try:
         open_folder(root).close()  # a link in its place would be another's data
     except OSError as error:
@@ -57,9 +59,7 @@ def find_dataset(
     return find_description(root, data)
 
 
-def _fetch_clearml(
-    identity: str, root: Path, environment: Mapping[str, str], say: Callable[[str], None], show: Show
-) -> None:
+def _fetch_clearml(identity: str, root: Path, environment: Mapping[str, str], show: Show) -> None:
     """Fetch a dataset of the ClearML server, check its description, and put the folder at `root`."""
     from starling.tracking.clearml.dataset import DatasetServer  # other trainings do without
 
@@ -69,7 +69,7 @@ def _fetch_clearml(
     remove_tree(scratch)  # left by a kill
     try:
         make_folder(building)
-        answer = DatasetServer(called, environment).download(identity, building, scratch, say, show)
+        answer = DatasetServer(called, environment).download(identity, building, scratch, show)
         path = find_description(building, called)
         mapping = read_yaml(path)
         if _leads_away(building, mapping):
@@ -83,7 +83,7 @@ def _fetch_clearml(
         ) from None
     finally:
         remove_tree(scratch)
-    say(f"{root}: ready")
+    logger.info(f"{root}: ready")
 
 
 def find_description(folder: Path, called: str) -> Path:
@@ -102,7 +102,7 @@ def find_description(folder: Path, called: str) -> Path:
     )
 
 
-def check_folder(folder: Path, say: Callable[[str], None]) -> DatasetDescription:
+def check_folder(folder: Path) -> DatasetDescription:
     """Check that `folder` holds a description, and that the data it names is usable and inside the folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the one that holds the dataset and its YAML")
@@ -120,7 +120,7 @@ def check_folder(folder: Path, say: Callable[[str], None]) -> DatasetDescription
                 )
         found = Dataset.load(description, split)
         left_out = f", {found.skipped} unusable" if found.skipped else ""
-        say(f"{split}: {len(found)} images{left_out}")
+        logger.info(f"{split}: {len(found)} images{left_out}")
     return description
 
 

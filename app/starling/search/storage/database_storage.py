@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import time
@@ -41,6 +42,8 @@ from starling.search.storage.database import (
 )
 from starling.search.storage.database_leases import CREATE_TABLE, DatabaseLease, DatabaseLeaseWatch
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 PATIENCE_S = 600.0
@@ -65,7 +68,6 @@ class DatabaseStudyStorage:
         study_name: str,
         *,
         create: bool = True,
-        say: Callable[[str], None] = lambda line: None,
         check_stop: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] = os.environ,
         sleep: Callable[[float], None] = time.sleep,
@@ -76,7 +78,7 @@ class DatabaseStudyStorage:
         self.spans_hosts = True
         self._database = Database(url, environment)
         self._key = lock_key(f"starling study {study_name}")
-        self._say, self._check_stop, self._sleep, self._monotonic = say, check_stop, sleep, monotonic
+        self._check_stop, self._sleep, self._monotonic = check_stop, sleep, monotonic
         self._holding = False
         """Whether this worker is in the middle of a step under the study's lock."""
         self._gave_up = False
@@ -126,7 +128,7 @@ class DatabaseStudyStorage:
                 pause = min(pause * 2, 2.0)
             else:
                 if since is not None:
-                    self._say(f"{self._database.url}: answers again")
+                    logger.info(f"{self._database.url}: answers again")
                 self._gave_up = False
                 return result
 
@@ -202,7 +204,7 @@ class DatabaseStudyStorage:
             self._check_stop()
             if self._monotonic() > complain_at:
                 complain_at = self._monotonic() + COMPLAIN_S
-                self._say(
+                logger.warning(
                     f"still waiting for the lock of {self.where}; is the worker that holds it paused (docker pause, "
                     f"SIGSTOP)? After {LOCK_IDLE_S:g} s it loses the lock"
                 )
@@ -231,7 +233,7 @@ class DatabaseStudyStorage:
             ) from None
         if since is None:
             since = now
-            self._say(
+            logger.warning(
                 f"{url}: does not answer ({reason_of(error)}); tried again for {PATIENCE_S / 60:g} minutes"
             )
         try:

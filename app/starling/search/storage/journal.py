@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -37,6 +38,8 @@ from starling.search.storage.checksum import (
     sealed,
 )
 from starling.search.storage.leases import FileLease, FileLeaseWatch, lease_path
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -119,15 +122,12 @@ class _ToldJournal(JournalStorage):
 class JournalStudyStorage:
     """A study in `<directory>/study.journal`, for the workers of one host."""
 
-    def __init__(
-        self, directory: Path, *, create: bool = True, say: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, directory: Path, *, create: bool = True) -> None:
         directory = directory.absolute()
         if create:
             with writing(directory):
                 make_folder(directory)
         self._directory = directory
-        self._say = say
         path = directory / JOURNAL
         self.where, self.study_name, self.spans_hosts = str(path), STUDY, False
         self._storage = _ToldJournal(SafeJournalBackend(path, create=create))
@@ -139,7 +139,7 @@ class JournalStudyStorage:
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclude all other workers of the study while the context lasts. Not reentrant."""
-        return folder_locked(self._directory / LOCK, say=self._say)
+        return folder_locked(self._directory / LOCK)
 
     def persist(self, operation: Callable[[], T]) -> T:
         """Run an operation on the study; a disk that fails once is not tried again."""
@@ -157,15 +157,18 @@ class JournalStudyStorage:
 
 
 @contextmanager
-def locked(path: Path, *, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once."""
-    with held(path, lambda: _open_lock(path), lambda d: _acquire(d, path, say)):
+def locked(path: Path, *, waiting: Callable[[str], None] = logger.warning) -> Iterator[None]:
+    """Hold an exclusive `flock` on `path`, which is created if need be; a dead holder's lock is free at once.
+
+    `waiting` gets a line now and then while somebody else has it for long.
+    """
+    with held(path, lambda: _open_lock(path), lambda d: _acquire(d, path, waiting)):
         yield
 
 
 @contextmanager
 def folder_locked(
-    path: Path, folder: Path | None = None, *, say: Callable[[str], None] = lambda line: None
+    path: Path, folder: Path | None = None, *, waiting: Callable[[str], None] = logger.warning
 ) -> Iterator[None]:
     """Hold `locked(path)`, and a folder, so that nobody else gets in where the file is removed meanwhile.
 
@@ -177,8 +180,8 @@ def folder_locked(
         with writing(guarded):
             return open_folder(guarded, create=True).descriptor
 
-    with locked(path, say=say):
-        descriptor, _ = take_folder(open_guarded, lambda d: _acquire(d, path, say))
+    with locked(path, waiting=waiting):
+        descriptor, _ = take_folder(open_guarded, lambda d: _acquire(d, path, waiting))
         try:
             yield
         finally:
@@ -197,11 +200,11 @@ def _open_lock(path: Path) -> int:
         return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)
 
 
-def _acquire(descriptor: int, path: Path, say: Callable[[str], None]) -> bool:
+def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None] = logger.warning) -> bool:
     """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
     line = f"still waiting for {path}; is the worker that holds it paused (docker pause, SIGSTOP)?"
     return wait_for(
-        lambda: try_flock(descriptor), tell=lambda: say(line), patience_s=_PATIENCE_S, again_s=_PATIENCE_S
+        lambda: try_flock(descriptor), tell=lambda: waiting(line), patience_s=_PATIENCE_S, again_s=_PATIENCE_S
     )
 
 
@@ -259,9 +262,7 @@ class SafeJournalBackend(BaseJournalBackend):
         """
         payload = b"".join(map(sealed, logs))
         # A repair puts another file in place: whoever waited for it must not write to the one that has gone.
-        descriptor, _ = take(
-            self.path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self.path, lambda line: None)
-        )
+        descriptor, _ = take(self.path, lambda: self._open(os.O_RDWR), lambda d: _acquire(d, self.path))
         try:
             end = _end_of_last_line(descriptor)
             self._refuse_lost_line_end(descriptor, end)

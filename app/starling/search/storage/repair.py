@@ -253,14 +253,14 @@ def _failed_trial(number: int) -> dict[str, Any]:
 def _alone(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the study and its journal; raises CheckpointError where a worker does not let go."""
 
-    def say(line: str) -> None:
+    def give_up(line: str) -> None:
         raise CheckpointError(f"{line} It must end, or go on, before the journal can be repaired")
 
     def acquire(descriptor: int) -> bool:
         return wait_for(lambda: try_flock(descriptor), limit_s=wait_s, poll_s=0.01)
 
     with (
-        folder_locked(path.with_name(LOCK), say=say),
+        folder_locked(path.with_name(LOCK), waiting=give_up),
         held(path, lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC), acquire) as got,
     ):
         if not got:

@@ -71,7 +71,6 @@ def persistent(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate
 def open_storage(
     url: str,
     directory: Path,
-    say: Callable[[str], None] = lambda line: None,
     *,
     create: bool = True,
     check_stop: Callable[[], None] = lambda: None,
@@ -79,7 +78,7 @@ def open_storage(
 ) -> StudyStorage:
     """Open the storage that `--study` names: a database, or where `url` is empty the journal in `directory`.
 
-    `say` gets a line when something keeps a worker waiting; `check_stop` is called meanwhile, to raise Stopped.
+    What keeps a worker waiting is logged; `check_stop` is called meanwhile, to raise Stopped.
     Without `create` the study is only looked at, and has to be there. `environment` says where passwords are.
 
     Raises UsageError for a URL or a server that cannot serve, ServerError for one that does not answer.
@@ -89,7 +88,7 @@ def open_storage(
         with writing(directory):
             make_folder(directory)
     if not url:
-        return JournalStudyStorage(directory, create=create, say=say)
+        return JournalStudyStorage(directory, create=create)
     from starling.search.storage.database_storage import (
         DatabaseStudyStorage,  # SQLAlchemy is slow to import, and few need it
     )
@@ -98,7 +97,6 @@ def open_storage(
         parse_study_url(url),
         study_name(directory),
         create=create,
-        say=say,
         check_stop=check_stop,
         environment=environment,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from starling.tracking.clearml import DATASET_SCHEME
 from starling.tracking.clearml.client.api import UPLOAD_BYTES_PER_S, ClearmlApi, ClearmlRefusedError
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
 from starling.tracking.clearml.client.sdk import CHUNK_BYTES, IDLE_S, bytes_below, run_sdk
+
+logger = logging.getLogger(__name__)
 
 _DONE = {"completed", "published", "closed"}
 _PATIENCE_S = 10.0
@@ -54,7 +57,6 @@ class DatasetServer:
         identity: str,
         folder: Path,
         scratch: Path,
-        say: Callable[[str], None],
         show: Callable[[Callable[[], str]], None],
     ) -> dict[str, Any]:
         """Put the files of a dataset into `folder`, which lies in `scratch`; return what the SDK says of them."""
@@ -62,7 +64,9 @@ class DatasetServer:
             api = self._api()
             task = self._finished(api, identity, self._called)
             api.close()
-            say(f"fetching {DATASET_SCHEME}{identity} ({task['name']}) from {api.credentials.files_host}")
+            logger.info(
+                f"fetching {DATASET_SCHEME}{identity} ({task['name']}) from {api.credentials.files_host}"
+            )
 
             def show_size(size: int) -> None:
                 show(lambda: f"{DATASET_SCHEME}{identity}: {size / 1e6:.0f} MB")
@@ -71,9 +75,7 @@ class DatasetServer:
                 "fetch", identity, str(folder), folder=scratch, environment=self._environment, show=show_size
             )
 
-    def upload(
-        self, folder: Path, *, project: str, name: str, version: str, parent: str, say: Callable[[str], None]
-    ) -> Version:
+    def upload(self, folder: Path, *, project: str, name: str, version: str, parent: str) -> Version:
         """Make a new version of a dataset of what `folder` holds: create, sync, upload and close.
 
         With `parent` only what changed since that dataset is uploaded.
@@ -84,7 +86,7 @@ class DatasetServer:
             if parent:
                 self._finished(api, parent, f"--parent {parent}")
             api.close()
-            say(f"uploading what is new to {api.credentials.files_host}")
+            logger.info(f"uploading what is new to {api.credentials.files_host}")
             chunk = min(bytes_below(folder), CHUNK_BYTES)
             parents = [parent] if parent else []
             with tempfile.TemporaryDirectory(prefix="starling-version-") as scratch:

@@ -7,6 +7,7 @@ Optuna proposes.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from starling.tracking.clearml.client.tasks import (
     task_page,
 )
 from starling.tracking.clearml.trial_runners import LocalRunner, QueueRunner, TrialRunner
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 2.0
 _DONE = {"completed", "closed", "published"}
@@ -82,12 +85,11 @@ class TaskSearch:
         api: ClearmlApi,
         runner: TrialRunner,
         *,
-        say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._config, self._api, self._runner = config, api, runner
-        self._say, self._clock, self._sleep = say, clock, sleep
+        self._clock, self._sleep = clock, sleep
         self._began = clock()
         self._running: list[_Trial] = []
         self._started = self._failed = 0
@@ -147,7 +149,7 @@ class TaskSearch:
         )
         self._api.call("tasks.started", task=own, force=True)
         page = task_page(self._api, get_task(self._api, own))
-        self._say(f"search over clones of {template['name']} ({template['id']}): {page}")
+        logger.info(f"search over clones of {template['name']} ({template['id']}): {page}")
         return own
 
     def _project_of(self, template: Answer) -> str:
@@ -177,12 +179,12 @@ class TaskSearch:
         self._started += 1
         self._running.append(_Trial(number, task, values, trial, self._clock()))
         where = f"in queue {self._config.queue}" if self._config.queue else "here"
-        self._say(f"trial {number}: task {task} {where}")
+        logger.info(f"trial {number}: task {task} {where}")
         return True
 
     def _wait_for_server(self, error: ClearmlUnavailableError) -> None:
         if not self._away:
-            self._say(f"{error}; waiting for it")
+            logger.warning(f"{error}; waiting for it")
         self._away = True
 
     def _arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +235,7 @@ class TaskSearch:
         self._study.tell(trial.trial, value)
         self._finished.append((value, trial))
         best = max(value for value, _ in self._finished)
-        self._say(
+        logger.info(
             f"trial {trial.number}: {self._config.objective} {value:.4f}{' *' if value == best else ''}"
         )
 
@@ -241,7 +243,7 @@ class TaskSearch:
         self._running.remove(trial)
         self._study.tell(trial.trial, state=optuna.trial.TrialState.FAIL)
         self._failed += 1
-        self._say(f"trial {trial.number}: failed: {reason}")
+        logger.warning(f"trial {trial.number}: failed: {reason}")
 
     def _time_is_up(self) -> bool:
         return self._clock() - self._began > self._config.hours * 3600
@@ -260,7 +262,7 @@ class TaskSearch:
             try:
                 self._runner.stop(trial.task)
             except ClearmlUnavailableError as error:
-                self._say(f"trial {trial.number}: could not be stopped: {error}")
+                logger.warning(f"trial {trial.number}: could not be stopped: {error}")
         self._failed += len(self._running)
         self._running.clear()
 
@@ -280,7 +282,7 @@ class TaskSearch:
             self._api.send_events(events)
             self._api.call("tasks.edit_configuration", task=own, force=True, configuration=[item])
         except ClearmlUnavailableError as error:
-            self._say(f"{error}; the search's own task does not show its results")
+            logger.warning(f"{error}; the search's own task does not show its results")
         self._end_own(own, "completed", reason)
         return TaskSearchResult(
             task=own, best_task=best.task, best_value=value, best_values=best.values, finished=len(self._finished),
@@ -293,7 +295,7 @@ class TaskSearch:
                 f"tasks.{status}", task=own, force=True, status_reason=reason, status_message=reason
             )
         except StarlingError as error:
-            self._say(f"{error}; the search's own task stays open")
+            logger.warning(f"{error}; the search's own task stays open")
 
 
 def search_tasks(config: HpoConfig) -> None:
@@ -302,13 +304,12 @@ def search_tasks(config: HpoConfig) -> None:
     folder = runs_root() / FOLDER
     queue = queue_id(api, config.queue) if config.queue else ""
     runner: TrialRunner = QueueRunner(api, queue) if queue else LocalRunner(api, folder / "logs")
-    say: Callable[[str], None] = (lambda line: None) if config.json else lambda line: print(line, flush=True)
     with StopSignal() as stop:
-        outcome = TaskSearch(config, api, runner, say=say).run(stop.raise_if_requested)
+        outcome = TaskSearch(config, api, runner).run(stop.raise_if_requested)
     best = command_line(get_task(api, outcome.best_task), folder / outcome.task)
-    say(f"ended after {outcome.reason}: {outcome.finished} finished, {outcome.failed} failed")
-    say(f"best: {config.objective} {outcome.best_value:.4f}, task {outcome.best_task}")
-    say(f"train with it: python train.py {' '.join(best)}")
+    logger.info(f"ended after {outcome.reason}: {outcome.finished} finished, {outcome.failed} failed")
+    logger.info(f"best: {config.objective} {outcome.best_value:.4f}, task {outcome.best_task}")
+    logger.info(f"train with it: python train.py {' '.join(best)}")
     if config.json:
         print(json.dumps({
             "task": outcome.task, "best_task": outcome.best_task, "best_value": outcome.best_value,

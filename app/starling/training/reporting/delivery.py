@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from starling.core.settings.train import TrainConfig
@@ -13,13 +14,14 @@ from starling.training.checkpoint import kept_row, unscored
 from starling.training.reporting.results import EpochRow
 from starling.training.resume.ending import figures_of, read_account, write_mark
 
+logger = logging.getLogger(__name__)
+
 
 def deliver(
     config: TrainConfig,
     run: RunDir,
     rows: Sequence[EpochRow],
     run_uuid: str,
-    say: Callable[[str], None],
     *,
     again: bool = False,
 ) -> None:
@@ -29,18 +31,18 @@ def deliver(
     """
     best = kept_row(rows)
     reached = f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}"
-    say(f"{unscored(rows) or reached}; results in {run.path}")
-    delivered = again or upload_results(config, run.path, say)
+    logger.info(f"{unscored(rows) or reached}; results in {run.path}")
+    delivered = again or upload_results(config, run.path)
     if config.json:
         print(json.dumps({**figures_of(rows, run), **read_account(run)}), flush=True)
     if delivered and not again:  # a copy that failed is tried again by a resume
         write_mark(run, rows, run_uuid)
 
 
-def upload_results(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> bool:
+def upload_results(config: TrainConfig, folder: Path) -> bool:
     """Copy the results to `--bucket`, if one is given; return whether all went well."""
     if not config.bucket:
         return True
     project = config.run_project.removeprefix("runs/")
     below = Path(project).name if Path(project).is_absolute() else project
-    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}", say=say)
+    return upload(folder, f"{config.bucket.rstrip('/')}/{below}/{folder.name}")

@@ -13,6 +13,7 @@ A hook that raises costs one warning that names its file and line, never the tra
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import shutil
@@ -29,6 +30,8 @@ from starling.core.files.refusals import readable
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import RunDir, folder_below
+
+logger = logging.getLogger(__name__)
 
 NAMES = (
     "on_pretrain_routine_start",
@@ -161,9 +164,8 @@ def find_hooks(given: str, environment: Mapping[str, str] = os.environ) -> dict[
 class Hooks:
     """Call the hooks of one training, and keep their mistakes from it."""
 
-    def __init__(self, functions: Mapping[str, Sequence[Hook]], warn: Callable[[str], None]) -> None:
+    def __init__(self, functions: Mapping[str, Sequence[Hook]]) -> None:
         self._functions = {name: tuple(own) for name, own in functions.items() if own}
-        self._warn = warn
         self._warned: set[int] = set()
         self.training: Training | None = None
         """What they are called with; None: not yet."""
@@ -182,7 +184,7 @@ class Hooks:
                 if id(function) not in self._warned:
                     self._warned.add(id(function))
                     file = getattr(getattr(function, "__code__", None), "co_filename", "")
-                    self._warn(
+                    logger.warning(
                         f"warning: the hook {name} failed in {_place(error, file)}; training goes on, and further "
                         "failures of this hook are not told"
                     )

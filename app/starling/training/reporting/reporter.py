@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from starling.progress import Progress
 from starling.tracking.events import RUN_ARTIFACTS, EventLog, tells_metrics
 from starling.training.reporting.hooks import Hook, Hooks, Training
 from starling.training.reporting.results import EpochRow
+
+logger = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 2.0
 BEST_EVERY_S = 300.0
@@ -59,7 +62,7 @@ class Reporter:
         self._events = events
         self._artifacts = artifacts
         self._memory_bytes = memory_bytes
-        self._hooks = Hooks(hooks or {}, self.say)
+        self._hooks = Hooks(hooks or {})
         self._best_sent_at = -BEST_EVERY_S
         self._clock = clock
         self._status_at = -STATUS_EVERY_S
@@ -70,17 +73,13 @@ class Reporter:
         self._beyond = 0.0
         """Seconds that the last epoch took beyond its iterations: validation and saves."""
 
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self.progress.say(line)
-
     def hook(self, name: str, **changes: Any) -> None:
         """Call the user's hooks of this name; see `starling.training.reporting.hooks`."""
         self._hooks.fire(name, **changes)
 
     def offer_hooks(self, training: Training) -> None:
         """Let hooks see this training from here on, and send artifacts and say lines through this reporter."""
-        training.log, training.say = self._hook_logs, self.say
+        training.log, training.say = self._hook_logs, logger.info
         self._hooks.training = training
 
     def started(
@@ -166,7 +165,7 @@ class Reporter:
             line += f"  P {precision:.3f}  R {recall:.3f}  mAP50 {map50:.3f}  mAP50-95 {map5095:.3f}"
             line += " *" if best else ""
         line += f"  {images / seconds:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB"
-        self.say(
+        logger.info(
             line + (_words_for(left) if row.epoch + 1 < epochs else f"  took {format_duration(seconds)}")
         )
         metrics = row.values()
@@ -221,7 +220,9 @@ class Reporter:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, Real)}
         if len(numbers) < len(metrics):
             others = ", ".join(sorted(str(name) for name in metrics.keys() - numbers.keys()))
-            self.say(f"warning: a hook gave metrics that are no numbers, which are not logged: {others}")
+            logger.warning(
+                f"warning: a hook gave metrics that are no numbers, which are not logged: {others}"
+            )
         return {str(name): float(value) for name, value in numbers.items()}
 
     def _event(self, kind: str, **fields: Any) -> None:

@@ -7,10 +7,11 @@ records it, and a resume under other conditions says what has changed.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from starling.data.dataset.dataset import Dataset
 from starling.device import Compute
 from starling.training.reporting.provenance import code_version
 from starling.training.setup.data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 WHOLE_BYTES = 8 << 20
 """Files up to this size are read whole, as nearly all images are: a byte in the middle may be a changed pixel."""
@@ -159,7 +162,6 @@ def notes_of_resume(
     now: Mapping[str, Any],
     *,
     exact_kernels: bool,
-    say: Callable[[str], None],
     trains: bool = True,
 ) -> list[str]:
     """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far.
@@ -176,7 +178,7 @@ def notes_of_resume(
         note, where = OTHER_DATA, ""
     if changed:
         note += "; ".join(changed)
-        say(note)
+        logger.warning(note)
         notes.append(f"{where}{note}")
     return notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from starling.core.settings.train import AUTO_BATCH, RESUMABLE, TrainCommand, Tr
 from starling.core.worker_status import FOLDER, unfinished_run
 from starling.model.checkpoint import load_newest
 from starling.outputs.run_dir import RunDir, project_dir, runs_root
+from starling.progress import quiet
+
+logger = logging.getLogger(__name__)
 
 FREE = RESUMABLE - {"data"} | {"name"}
 """Fields that may differ between the run and the command; a run's folder may be `name2` where `name` was taken."""
@@ -24,7 +28,6 @@ FREE = RESUMABLE - {"data"} | {"name"}
 def go_on(
     command: TrainCommand,
     hyp: Callable[[TrainConfig], Hyp],
-    say: Callable[[str], None],
     environment: Mapping[str, str] = os.environ,
 ) -> TrainCommand:
     """Return the command that goes on with this replica's own run; the very command where there is none.
@@ -46,9 +49,10 @@ def go_on(
         config = replace(command.config, name=run.path.name, exist_ok=True)
         return replace(command, config=config, given=command.given | {"name", "exist_ok"})
     try:
-        state, _ = load_newest(run.last, lambda line: None)
+        with quiet():
+            state, _ = load_newest(run.last)
     except CheckpointError as error:
-        say(f"{error}; starting anew")
+        logger.warning(f"{error}; starting anew")
         return command
     if not _is_same(state, command.config, hyp):
         return command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from starling.data.dataset.dataset import Dataset
 from starling.model.autoanchor import AutoAnchor, fit_anchors
 from starling.model.detector import Detector
+
+logger = logging.getLogger(__name__)
 
 
 class AnchorFitter:
@@ -22,7 +24,7 @@ class AnchorFitter:
         self._anchor_t, self._seed = anchor_t, seed
         self._decided: dict[tuple[bytes, tuple[int, ...], bool], AutoAnchor] = {}
 
-    def fit(self, detector: Detector, *, provisional: bool, say: Callable[[str], None]) -> None:
+    def fit(self, detector: Detector, *, provisional: bool) -> None:
         """Give the detector anchors that fit, where its own do not or are `provisional`, and say what was done."""
         current = detector.anchors_px.cpu().numpy()
         key = (current.tobytes(), current.shape, provisional)
@@ -31,7 +33,7 @@ class AnchorFitter:
                 label_sizes(self._split, self._image_size), current,
                 anchor_t=self._anchor_t, seed=self._seed, provisional=provisional,
             )  # fmt: skip
-            say(self._decided[key].report)
+            logger.info(self._decided[key].report)
         decision = self._decided[key]
         if decision.changed:
             detector.head.set_anchors(torch.from_numpy(decision.anchors_px))

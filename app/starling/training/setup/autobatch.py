@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from starling.device import Compute
 from starling.model.detector import Detector
+
+logger = logging.getLogger(__name__)
 
 PROFILED = (1, 2, 4, 8, 16)
 SHARE = 0.8
@@ -29,10 +32,10 @@ def fit_batch(sizes: Sequence[int], used_bytes: Sequence[int], free_bytes: int) 
     return max(int((free_bytes * SHARE - start) / slope), 1)
 
 
-def choose_batch(detector: Detector, image_size: int, compute: Compute, say: Callable[[str], None]) -> int:
+def choose_batch(detector: Detector, image_size: int, compute: Compute) -> int:
     """Measure forward and backward at a few sizes and return the batch to train with; on the CPU, 16."""
     if compute.on_cpu:
-        say(f"--batch -1: nothing to measure on the CPU, the batch is {FALLBACK}")
+        logger.info(f"--batch -1: nothing to measure on the CPU, the batch is {FALLBACK}")
         return FALLBACK
     device = compute.device
     model = detector.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -49,7 +52,9 @@ def choose_batch(detector: Detector, image_size: int, compute: Compute, say: Cal
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     batch = fit_batch(sizes, used, free_bytes)
-    say(f"--batch -1: {batch} images fill {SHARE:.0%} of {free_bytes / 2**30:.1f} GiB free on this GPU")
+    logger.info(
+        f"--batch -1: {batch} images fill {SHARE:.0%} of {free_bytes / 2**30:.1f} GiB free on this GPU"
+    )
     return batch
 
 

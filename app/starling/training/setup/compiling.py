@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from starling.device import Compute
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Any]
 
@@ -20,9 +23,9 @@ class CompiledForward:
     compiler say, the model goes on as it is, and that is said once.
     """
 
-    def __init__(self, forward: Forward, compute: Compute, say: Callable[[str], None]) -> None:
-        """`forward` takes [B,3,H,W] images; `say` gets the lines for people."""
-        self._plain, self._say = forward, say
+    def __init__(self, forward: Forward, compute: Compute) -> None:
+        """`forward` takes [B,3,H,W] images."""
+        self._plain = forward
         # On GPUs a step is thousands of launches; a CUDA graph makes them one.
         mode = None if compute.on_cpu else "reduce-overhead"
         self._compiled: Forward | None = torch.compile(forward, dynamic=False, mode=mode)
@@ -34,12 +37,12 @@ class CompiledForward:
             return self._plain(images)
         if self._shape is not None:
             return self._compiled(images)
-        self._say("--compile: compiling the model for its first batch; this can take minutes")
+        logger.info("--compile: compiling the model for its first batch; this can take minutes")
         try:
             raw = self._compiled(images)
         except _compiler_errors() as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            self._say(
+            logger.warning(
                 f"--compile: going on without, as the model cannot be compiled here ({reason}); "
                 "it needs a C++ compiler (g++) on the path"
             )

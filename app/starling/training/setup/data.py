@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ from starling.distributed.group import SINGLE, Group
 from starling.evaluation.evaluation import cut_list
 from starling.evaluation.validator import CONFIDENCE, MAX_DETECTIONS
 from starling.model.detector import Detector
-from starling.progress import Progress
+from starling.progress import aloud, console
+
+logger = logging.getLogger(__name__)
 
 DEVICE_SHARE = {"auto": 0.25, "device": 0.6}
 """Share of the GPU's free memory that decoded images may take, by `--cache`."""
@@ -67,7 +70,6 @@ def load_data(
     config: TrainConfig,
     image_size: int,
     cache_folder: Path,
-    say: Callable[[str], None],
     processes: int = 1,
     *,
     device_free_bytes: int | None = None,
@@ -77,11 +79,11 @@ def load_data(
     `processes` of this host divide its memory among themselves. `device_free_bytes` is what images may take of
     the GPU's memory; None without a GPU.
     """
-    description = _describe(config, say)
+    description = _describe(config)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
     check_boxes(description, "train", train)
     if not val.boxes:
-        say(
+        logger.warning(
             f"warning: {explain_no_box(description, 'val', val, 'score')}\n  validation scores 0 without labels"
         )
     budget = int(container_memory_limit() * CACHE_SHARE / processes)
@@ -98,21 +100,20 @@ def load_data(
             cache_folder=cache_folder,
             device_free_bytes=device_free_bytes,
             progress=_show_decoding(name),
-            say=say,
         )
         if device_free_bytes is not None and store.on_device:
             device_free_bytes -= store.nbytes
         stores.append(store)
-        say(f"{name}: {len(split)} images, {split.boxes} boxes; decoded images: {store.reason}")
+        logger.info(f"{name}: {len(split)} images, {split.boxes} boxes; decoded images: {store.reason}")
         for line in left_out(split):
-            say(line)
+            logger.warning(line)
     data = TrainingData(train, val, stores[0], stores[1], description.names)
     if data.cut:
-        say(f"val: {data.cut}")
+        logger.info(f"val: {data.cut}")
     return data
 
 
-def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], None]) -> TrainingData:
+def bring_to_device(data: TrainingData, compute: Compute) -> TrainingData:
     """Return the data with its images on the GPU too, as far as their stores say that they fit."""
     dtype = torch.bfloat16 if compute.bfloat16 else torch.float32
     painters: list[DevicePainter | None] = [None, None]
@@ -122,37 +123,38 @@ def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], N
         try:
             painters[number] = painter = DevicePainter.from_store(store, compute.device, dtype=dtype)
         except torch.OutOfMemoryError:
-            say("decoded images do not fit into the GPU's memory after all; augmenting on the CPU")
+            logger.warning("decoded images do not fit into the GPU's memory after all; augmenting on the CPU")
             break
         if number == 0:
-            say(f"augmentation on the GPU, painted by {painter.kernel}: {painter.reason}")
+            logger.info(f"augmentation on the GPU, painted by {painter.kernel}: {painter.reason}")
     return replace(data, train_painter=painters[0], val_painter=painters[1])
 
 
 def _show_decoding(name: str) -> Callable[[int, int], None]:
     """Return what shows how far the decoding of a split is, and at its end says how long it took."""
-    progress, began = Progress(), time.monotonic()
+    began = time.monotonic()
 
     def show(done: int, total: int) -> None:
         taken = time.monotonic() - began
-        if done == total:
-            progress.say(f"{name}: {total} images decoded in {format_duration(taken)}")
-            return
-        left = format_duration(taken / done * (total - done))
-        progress.show(lambda: f"{name}: {done}/{total} images decoded, {left} left")
+        with aloud() as progress:
+            if done == total:
+                logger.info(f"{name}: {total} images decoded in {format_duration(taken)}")
+                return
+            left = format_duration(taken / done * (total - done))
+            progress.show(lambda: f"{name}: {done}/{total} images decoded, {left} left")
 
     return show
 
 
-def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
+def _describe(config: TrainConfig) -> DatasetDescription:
     """Read the description; fetch a dataset that is not there from ClearML, or under `--download`."""
-    path = find_dataset(config.data, say, Progress().show)
+    path = find_dataset(config.data, console().aloud.show)
     try:
         return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
     except DataError:
         if not config.download:
             raise
-    acquire(path, say=say, show=Progress().show)
+    acquire(path, show=console().aloud.show)
     return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
 
 
@@ -208,9 +210,9 @@ def validation_loader(
     )
 
 
-def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
+def report_findings(data: TrainingData, folder: Path) -> None:
     """Write all that is wrong with images and labels to labels_report.csv in `folder`, and say so."""
     # An image may be in both splits.
     count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
     if count:
-        say(f"images and labels: {count} things to look at, all in {folder / REPORT}")
+        logger.warning(f"images and labels: {count} things to look at, all in {folder / REPORT}")

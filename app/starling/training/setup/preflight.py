@@ -30,9 +30,7 @@ def check_before_fetching(config: TrainConfig) -> None:
     if len(config.devices) < 2:
         check_device(config.device)
     layout = config.cfg or f"{str(official_name(config.weights)).removesuffix('.pt')}.yaml"
-    probe = InitialWeights(read_yaml(find_config("layouts", layout)), None).build(
-        ("any",), None, lambda line: None
-    )
+    probe = InitialWeights(read_yaml(find_config("layouts", layout)), None).build(("any",), None)
     check_freeze(probe, config.freeze)
     check_dataset(config.data, single_cls=config.single_cls, fetched=config.download)
 
@@ -44,7 +42,7 @@ def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False)
     """
     if data.startswith(DATASET_SCHEME):
         return
-    path = find_dataset(data, lambda line: None)
+    path = find_dataset(data)
     try:
         description = DatasetDescription.from_yaml(path, single_cls=single_cls)
         for split in ("train", "val"):

@@ -205,7 +205,7 @@ def test_of_two_ups_at_once_on_one_gpu_one_wins_and_the_other_names_it(home: Hom
 
 
 def test_what_another_up_has_started_meanwhile_is_seen_after_the_wait_for_it(home: Home) -> None:
-    with host_lock(print) as held:  # as an `up` of fleet p/a would
+    with host_lock() as held:  # as an `up` of fleet p/a would
         waiting = home.start(*up_words("b", "--gpus", "1"), runs="others")
         assert waiting.stdout is not None
         line = waiting.stdout.readline()

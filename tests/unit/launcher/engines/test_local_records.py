@@ -123,7 +123,7 @@ def test_records_of_roots_stay_roots_when_the_runs_folder_is_handed_over(runs: P
 
     engine = LocalEngine(runs, 0)
     engine.create(spec_for(runs))
-    with runs_folder(runs, "10001:10001", lambda _: None):
+    with runs_folder(runs, "10001:10001"):
         assert runs.stat().st_uid == 10001
         assert (runs / FOLDER).stat().st_uid == 0
         assert [state.name for state in engine.list()] == ["r"]

@@ -21,12 +21,14 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from launcher.hosts.lock import host_lock
+from starling.core.log_lines import lines_to
 "".encode("unicode_escape")  # a codec is a module too
 os.umask(0o077)
 if len(sys.argv) > 4: os.setuid(int(sys.argv[4]))  # here, as the interpreter may be root's alone
-with host_lock(lambda line: print(line, flush=True), folders=[Path(sys.argv[1])], wait_s=float(sys.argv[2])):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[3]))
+with lines_to(lambda line: print(line, flush=True)):
+    with host_lock(folders=[Path(sys.argv[1])], wait_s=float(sys.argv[2])):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[3]))
 """
 NOBODY = 65534
 
@@ -90,11 +92,10 @@ def test_the_second_waits_for_the_first_which_it_names(shared: Path) -> None:
     end(second)
 
 
-def test_too_long_a_wait_names_the_holder_and_the_remedy(shared: Path) -> None:
+def test_too_long_a_wait_names_the_holder_and_the_remedy(shared: Path, said: list[str]) -> None:
     first = hold(shared)
     assert first_line(first) == "held"
-    lines: list[str] = []
-    with pytest.raises(EngineError) as caught, host_lock(lines.append, folders=[shared], wait_s=0.3):
+    with pytest.raises(EngineError) as caught, host_lock(folders=[shared], wait_s=0.3):
         pass
     end(first)
     assert f"process {first.pid} (" in str(caught.value)
@@ -102,11 +103,11 @@ def test_too_long_a_wait_names_the_holder_and_the_remedy(shared: Path) -> None:
         caught.value
     )
     assert caught.value.exit_code == 5
-    assert len(lines) == 1
+    assert len(said) == 1
 
 
 def test_a_released_lock_lets_the_next_one_on_before_the_block_ends(shared: Path) -> None:
-    with host_lock(print, folders=[shared]) as lock:
+    with host_lock(folders=[shared]) as lock:
         lock.release()
         second = hold(shared)
         assert first_line(second) == "held"
@@ -118,7 +119,7 @@ def test_a_file_left_behind_is_harmless_and_readable_for_all(shared: Path, umask
     before = os.umask(umask)
     try:
         for _ in range(2):
-            with host_lock(print, folders=[shared], wait_s=0):
+            with host_lock(folders=[shared], wait_s=0):
                 pass
     finally:
         os.umask(before)
@@ -167,7 +168,7 @@ def test_what_lies_in_the_locks_place_is_refused_with_the_remedy(
     shared: Path, make: object, words: str
 ) -> None:
     make(shared / NAME)  # type: ignore[operator]
-    with pytest.raises(EngineError, match=words) as caught, host_lock(print, folders=[shared]):
+    with pytest.raises(EngineError, match=words) as caught, host_lock(folders=[shared]):
         pass
     assert f"sudo rm {shared / NAME}" in str(caught.value)
 

@@ -80,10 +80,10 @@ Hold = Callable[[Path, str], Any]
 def hold(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Any]]:
     """Make, hand over and hold the folder, on this machine or as it is done by a shell."""
     if request.param == "here":
-        yield lambda runs, user: runs_folder(runs, user, lambda _: None)
+        yield lambda runs, user: runs_folder(runs, user)
         return
     shell = Shell((os.geteuid(), os.getegid()), os.environ["PATH"])
-    yield lambda runs, user: remote_runs_folder(cast(SshConnection, shell), runs, user, lambda _: None)
+    yield lambda runs, user: remote_runs_folder(cast(SshConnection, shell), runs, user)
     shell.close()
 
 
@@ -133,11 +133,11 @@ def test_the_folder_that_an_ordinary_user_makes_is_that_users_alone_and_set_id_b
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.getuid", lambda: USER)  # whoever runs the tests
-    with runs_folder(tmp_path / "a" / "runs", "", print):
+    with runs_folder(tmp_path / "a" / "runs", ""):
         assert mode(tmp_path / "a" / "runs") == 0o700
     (tmp_path / "a" / "runs" / "shell").touch()
     (tmp_path / "a" / "runs" / "shell").chmod(0o4755)
-    with runs_folder(tmp_path / "a" / "runs", "", print):
+    with runs_folder(tmp_path / "a" / "runs", ""):
         assert mode(tmp_path / "a" / "runs" / "shell") == 0o755
 
 
@@ -146,7 +146,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     runs.symlink_to(tmp_path / "disk")
     with (
         pytest.raises(UsageError, match=r"is a symbolic link to .*disk, where nothing is"),
-        runs_folder(runs, "10001:10001", print),
+        runs_folder(runs, "10001:10001"),
     ):
         pass
     assert not (tmp_path / "disk").exists()
@@ -175,7 +175,7 @@ def test_a_file_system_that_knows_no_root_is_a_refusal(
     monkeypatch.setattr("os.fchown", refuse)
     with (
         pytest.raises(UsageError, match="root_squash"),
-        runs_folder(tmp_path / "runs", "5:5", lambda _: None),
+        runs_folder(tmp_path / "runs", "5:5"),
     ):
         raise AssertionError("not reached")
     assert list(tmp_path.iterdir()) == []
@@ -185,7 +185,7 @@ def test_a_folder_that_turns_into_one_of_the_systems_after_the_check_is_refused(
     (tmp_path / "runs").symlink_to("/etc")
     with (
         pytest.raises(UsageError, match="leads to /etc, which is the system's"),
-        runs_folder(tmp_path / "runs", "5:5", lambda _: None),
+        runs_folder(tmp_path / "runs", "5:5"),
     ):
         raise AssertionError("not reached")
 
@@ -201,11 +201,11 @@ def test_without_python_there_a_folder_of_roots_is_refused_and_another_works(tmp
     runs.mkdir()
     with (
         pytest.raises(EngineError, match="needs `python3` there"),
-        remote_runs_folder(cast(SshConnection, shell), runs, "5:5", lambda _: None),
+        remote_runs_folder(cast(SshConnection, shell), runs, "5:5"),
     ):
         raise AssertionError("not reached")
     os.chown(runs, 5, 5)
-    with remote_runs_folder(cast(SshConnection, shell), runs, "5:5", lambda _: None):
+    with remote_runs_folder(cast(SshConnection, shell), runs, "5:5"):
         pass
     shell.close()
 
@@ -275,11 +275,11 @@ def test_something_in_place_of_the_lock_of_a_machine_behind_ssh_is_named(
     ]()
     with (
         pytest.raises(EngineError, match=f"{place} on machine: not a file"),
-        remote_host_lock(cast(SshConnection, shell), lambda _: None),
+        remote_host_lock(cast(SshConnection, shell)),
     ):
         raise AssertionError("not reached")
     place.rmdir() if kind == "folder" else place.unlink()
-    with remote_host_lock(cast(SshConnection, shell), lambda _: None):
+    with remote_host_lock(cast(SshConnection, shell)):
         assert place.is_file()
     shell.close()
 
@@ -313,23 +313,22 @@ def test_an_answer_that_goes_on_is_waited_for_and_silence_is_not(connection: Ssh
 
 @needs_root
 def test_a_long_hand_over_is_told_while_it_goes_on(
-    connection: SshConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connection: SshConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     for name in range(5):
         (runs / str(name)).touch()
-    said: list[str] = []
     program = ssh_runs.handover_program()
     hasty = program.replace("FIRST_S, EACH_S = 2.0, 10.0", "FIRST_S, EACH_S = 0.0, 0.0")
     assert hasty != program
     monkeypatch.setattr(ssh_runs, "handover_program", lambda: hasty)
-    with remote_runs_folder(connection, runs, f"{USER}:{USER}", said.append):
+    with remote_runs_folder(connection, runs, f"{USER}:{USER}"):
         pass
     assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]
     said.clear()
     monkeypatch.setattr(handover, "FIRST_S", 0.0)
     monkeypatch.setattr(handover, "EACH_S", 0.0)
-    with runs_folder(runs, f"{USER}:{USER}", said.append):
+    with runs_folder(runs, f"{USER}:{USER}"):
         pass
     assert said == [f"{STILL} {runs}: {count} files so far" for count in range(1, 6)]
