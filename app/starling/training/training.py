@@ -62,15 +62,15 @@ from starling.training.setup.preflight import check_before_fetching
 from starling.training.trainer import Diverged, Glances, Trainer, TrainResult
 
 SETUP_STATE = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
-"""What a resumable checkpoint holds for setting the training up again."""
+"""Entries of a resumable checkpoint that the setup of a resume reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSetup:
-    """What a worker sets up once and keeps from training to training."""
+    """The objects that a worker sets up once and uses for all its trainings."""
 
     config: TrainConfig
-    """With the batch size chosen where it was left open."""
+    """The configuration, with the chosen batch size in place of `--batch -1`."""
     start: InitialWeights
     compute: Compute
     image_size: int
@@ -80,12 +80,12 @@ class TrainingSetup:
     group: Group = SINGLE
     """The processes that train one model together."""
     digests: DataDigests | None = None
-    """Of the data's files; None where this process writes no checkpoint."""
+    """Digests of the data files; None if this process writes no checkpoint."""
 
     def conditions(self, config: TrainConfig, wait_s: float | None = None) -> dict[str, Any]:
-        """Return what a checkpoint is to record of where and on what a training runs.
+        """Return the conditions of a training that a checkpoint records; an empty mapping without digests.
 
-        The digests of the data are waited for as `DataDigests.tables` does.
+        `wait_s` is how long to wait for the digests, as in `DataDigests.tables`.
         """
         if self.digests is None:
             return {}
@@ -95,7 +95,7 @@ class TrainingSetup:
 def open_setup(
     config: TrainConfig, start: InitialWeights, hyp: Hyp, say: Callable[[str], None], group: Group = SINGLE
 ) -> TrainingSetup:
-    """Choose the device and load the data; what can be wrong with either is found here."""
+    """Choose the device and load the data; errors of device and data are raised here."""
     compute = select_compute(
         group.device(config), config.amp, say, group.local_world_size, deterministic=config.deterministic
     )
@@ -142,7 +142,7 @@ def read_hyp(config: TrainConfig) -> Hyp:
 
 
 def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callable[[str], None]) -> None:
-    """Name what is set and does nothing."""
+    """Name the settings that have no effect in this training."""
     if config.rect and hyp.mosaic:
         say(f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole images in their own shapes")
     if hyp.copy_paste and not data.train.polygons:
@@ -156,14 +156,14 @@ def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData, say: Callabl
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One training as asked for: fresh (no state), or where its checkpoint left off."""
+    """One requested training: a fresh one (`state` is None), or the resume of a checkpoint."""
 
     config: TrainConfig
     hyp: Hyp
     start: InitialWeights
     run_uuid: str
     folder: Path | None
-    """The run to go on in; None for a new one."""
+    """The folder of the run to resume; None for a new run."""
     state: dict[str, Any] | None
     left: Ending = Ending.TRAINING
     moved: bool = False
@@ -171,12 +171,12 @@ class _Job:
 
 
 def train(command: TrainCommand) -> None:
-    """Train once, or go on with an interrupted training: alone, or as one of several processes."""
+    """Train once, or resume an interrupted training: as a single process, or as one of several."""
     place = Rank.from_environment()
     if place is None and (processes := _processes_asked(command)) > 1:
         code = relaunch(command.arguments, processes)
         if code:
-            raise SystemExit(code)  # the processes have said why
+            raise SystemExit(code)  # the processes have printed the reason
         return
     progress = Progress() if place is None or place.rank == 0 else Silence()
     command = go_on(command, read_hyp, progress.say)
@@ -205,7 +205,7 @@ def train(command: TrainCommand) -> None:
 
 
 def _processes_asked(command: TrainCommand) -> int:
-    """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
+    """Return how many processes `--device` asks for; a resume without `--device` uses the run's devices."""
     config = command.config
     if config.resume and "device" not in command.given:
         state, _ = load_newest(find_last(config.resume), lambda line: None)
@@ -214,7 +214,7 @@ def _processes_asked(command: TrainCommand) -> int:
 
 
 def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> TrainingSetup:
-    """Open the setup of a job. For a resume, what is wrong with the data is told with the flag that mends it."""
+    """Open the setup of a job. In a resume, an error about the data also names the flag for moved data."""
     try:
         setup = open_setup(job.config, job.start, job.hyp, say, group)
     except DataError as error:
@@ -235,7 +235,7 @@ def _open_for(job: _Job, say: Callable[[str], None], group: Group) -> TrainingSe
 
 
 def _difference_of_moved(job: _Job, setup: TrainingSetup) -> str:
-    """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
+    """Return how the data of a resume differ from the data of the checkpoint; an empty string for equal data."""
     assert job.state is not None, "there is a checkpoint to resume"
     names = tuple(job.state["names"])
     if names != setup.data.names:
@@ -245,7 +245,7 @@ def _difference_of_moved(job: _Job, setup: TrainingSetup) -> str:
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
-    """Raise CheckpointError where this rank would go on from another state than rank 0."""
+    """Raise CheckpointError if this rank would resume from another state than rank 0."""
     own = (
         None if job.state is None else [str(job.folder), *(job.state[key] for key in ("epoch", "iteration"))]
     )
@@ -267,7 +267,7 @@ def _follow(job: _Job, setup: TrainingSetup) -> None:
 
 
 def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
-    """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
+    """Train as a single process or as rank 0: with a run folder, trackers and lines for people."""
     config = setup.config
     warn_of_idle(config, job.hyp, setup.data, progress.say)
     run = RunDir(job.folder or _new_run(config))
@@ -275,7 +275,7 @@ def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[st
         setup.group.from_main(run.path)
         _sweep(run)
         if job.state is None:
-            remove(run.previous)  # with --exist-ok: of the training that was here before
+            remove(run.previous)  # with --exist-ok: the file of the earlier training in this folder
         progress.say(f"run: {run.path}")
         report_findings(setup.data, run.path, progress.say)
         log = EventLog(run.events, job.run_uuid, warn=progress.say)
@@ -295,7 +295,7 @@ def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[st
 
 
 def _end_again(job: _Job, progress: Progress) -> None:
-    """Do what is left of a run whose figures and plots are made and told: send, copy, and say how it ended."""
+    """Do the last steps of a run whose figures and plots exist: send events, copy the results, report the result."""
     assert job.folder is not None, "there is a run to resume"
     assert job.state is not None, "there is a checkpoint to resume"
     run, rows = RunDir(job.folder), [EpochRow.from_list(values) for values in job.state["rows"]]
@@ -310,7 +310,7 @@ def _end_again(job: _Job, progress: Progress) -> None:
 
 
 def _sweep(run: RunDir) -> None:
-    """Remove what killed writers left in the folders of a run."""
+    """Remove the temporary files of killed writers from the folders of a run."""
     for name in (".", run.weights.name, plots.BY_EPOCH_FOLDER):
         sweep(folder_below(run.path, name))
 
@@ -322,7 +322,7 @@ def _fresh_job(config: TrainConfig, say: Callable[[str], None]) -> _Job:
 
 
 def _resumed_job(command: TrainCommand, say: Callable[[str], None]) -> _Job:
-    """Read the checkpoint to go on from. Raises CheckpointError or UsageError where it is none to resume."""
+    """Read the checkpoint to resume. Raises CheckpointError or UsageError if the checkpoint cannot be resumed."""
     last = find_last(command.config.resume)
     state, taken = load_newest(last, say)
     if state.get("kind") != "resumable" or last.parent.name != "weights":
@@ -369,10 +369,10 @@ def train_in(
     recover: bool = True,
     glances: Glances | None = None,
 ) -> TrainResult:
-    """Train in `run` with what the setup holds, and report how it ended whatever happens."""
+    """Train in `run` with the objects of the setup, and report the end of the run in any case, even after an error."""
     _tell_start(setup, config, hyp, run, reporter)
     try:
-        torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
+        torch.manual_seed(config.seed)  # seeds the initial weights; the data depend on (seed, epoch, index)
         detector = _build_detector(setup, hyp, state, reporter.say)
         trainer = Trainer(config, hyp, detector, setup.data, run, image_size=setup.image_size,
                           compute=setup.compute, reporter=reporter, stop=stop, on_epoch=on_epoch,
@@ -410,7 +410,7 @@ def train_in(
 
 
 def _tell_start(setup: TrainingSetup, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
-    """Report what is trained, on which data, by which code."""
+    """Report the start: parameters, datasets and version of the code."""
     if setup.group.is_main:
         keep_changes(run)
     data = setup.data
@@ -427,8 +427,8 @@ def _tell_start(setup: TrainingSetup, config: TrainConfig, hyp: Hyp, run: RunDir
 def _build_detector(
     setup: TrainingSetup, hyp: Hyp, state: Mapping[str, Any] | None, say: Callable[[str], None]
 ) -> Detector:
-    """Return the detector to train: fresh, with anchors that fit the labels, or as the checkpoint describes it."""
-    if state is not None:  # its layout holds the anchors it was trained with
+    """Return the detector to train: a fresh one with anchors that fit the labels, or the checkpoint's detector."""
+    if state is not None:  # the checkpoint's layout holds its anchors
         return InitialWeights(state["layout"], None).build(setup.data.names, None, say)
     detector = setup.start.build(setup.data.names, hyp.anchors, say)
     if setup.anchors is not None:
@@ -438,7 +438,7 @@ def _build_detector(
 
 
 def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
-    """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
+    """Validate finished weights and draw the result: validation batches, curves, confusion matrix."""
     trained = read_weights(weights)
     detector = InitialWeights(trained.layout or setup.start.layout, trained).build(
         setup.data.names, None, lambda line: None
@@ -449,7 +449,7 @@ def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
 
 
 def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
-    """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
+    """Let the bridges drain; only briefly after a stop signal, because a container's grace period is short."""
     bridges.finish(STOPPED_DRAIN_S if stop.requested else DRAIN_S)
 
 

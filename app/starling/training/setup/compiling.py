@@ -1,4 +1,4 @@
-"""`--compile`: the model as one compiled program, on GPUs replayed as a CUDA graph; as it is where that fails."""
+"""`--compile`: compile the model, and on GPUs replay it as a CUDA graph; if compiling fails, run it uncompiled."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Forward = Callable[[Tensor], Any]
 
 
 class CompiledForward:
-    """Call a model compiled for images of one shape; other shapes, such as an epoch's last batch, go as they are.
+    """Call a model compiled for one image shape; other shapes, such as an epoch's last batch, run uncompiled.
 
-    Compiling happens at the first call and takes from half a minute to some minutes. Where it fails, for want of a
-    compiler say, the model goes on as it is, and that is said once.
+    The first call compiles, which takes from half a minute to some minutes. If compiling fails, for example without a
+    C++ compiler, the model runs uncompiled, and one line says so.
     """
 
     def __init__(self, forward: Forward, compute: Compute, say: Callable[[str], None]) -> None:
         """`forward` takes [B,3,H,W] images; `say` gets the lines for people."""
         self._plain, self._say = forward, say
-        # On GPUs a step is thousands of launches; a CUDA graph makes them one.
+        # On GPUs a step takes thousands of kernel launches; a CUDA graph replaces them by one.
         mode = None if compute.on_cpu else "reduce-overhead"
         self._compiled: Forward | None = torch.compile(forward, dynamic=False, mode=mode)
         self._shape: torch.Size | None = None
@@ -50,7 +50,7 @@ class CompiledForward:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    """Return what torch raises where it cannot compile; not what the model itself raises."""
+    """Return the exceptions that torch raises if it cannot compile; exceptions of the model are not among them."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError
 

@@ -1,4 +1,4 @@
-"""A dataset ready to train on: both splits read, their decoded images at hand. Loaded once, kept by a worker."""
+"""The training and validation splits with their decoded images. A worker loads both once and keeps them."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class TrainingData:
     val_images: ImageStore
     names: tuple[str, ...]
     train_painter: DevicePainter | None = None
-    """Paints training images on the GPU, where the images lie there."""
+    """Paints training images on the GPU; None if the decoded images are not on the GPU."""
     val_painter: DevicePainter | None = None
 
     @property
     def cut(self) -> str | None:
-        """What cuts the lists of detections that the validations of a training score."""
+        """The sentence that says how the validations' lists of detections are cut; None if they are complete."""
         return cut_list(self.val, CONFIDENCE, MAX_DETECTIONS)
 
     def account(self) -> dict[str, Any]:
-        """Return what `--json` says of the data: what both splits leave out, and whether figures are of a cut list."""
+        """Return the `--json` fields of the data: `left_out` for both splits, and `cut_list`."""
         splits = {"train": self.train, "val": self.val}
         left_out = {name: split.left_out.as_list() for name, split in splits.items()}
         return {"cut_list": self.cut, "left_out": left_out}
@@ -72,10 +72,10 @@ def load_data(
     *,
     device_free_bytes: int | None = None,
 ) -> TrainingData:
-    """Read the splits that `--data` describes; raises DataError or UsageError saying what and where.
+    """Read the splits that `--data` describes; raises DataError or UsageError with the file and the problem.
 
-    `processes` of this host divide its memory among themselves. `device_free_bytes` is what images may take of
-    the GPU's memory; None without a GPU.
+    `processes` on this host share its memory. `device_free_bytes` is how much of the GPU's memory decoded images may
+    take; None without a GPU.
     """
     description = _describe(config, say)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
@@ -113,7 +113,7 @@ def load_data(
 
 
 def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], None]) -> TrainingData:
-    """Return the data with its images on the GPU too, as far as their stores say that they fit."""
+    """Return the data with painters that hold the images on the GPU, for the stores that planned room there."""
     dtype = torch.bfloat16 if compute.bfloat16 else torch.float32
     painters: list[DevicePainter | None] = [None, None]
     for number, store in enumerate((data.train_images, data.val_images)):
@@ -130,7 +130,7 @@ def bring_to_device(data: TrainingData, compute: Compute, say: Callable[[str], N
 
 
 def _show_decoding(name: str) -> Callable[[int, int], None]:
-    """Return what shows how far the decoding of a split is, and at its end says how long it took."""
+    """Return a callback that shows the progress of decoding a split, and at the end prints the time taken."""
     progress, began = Progress(), time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -145,7 +145,7 @@ def _show_decoding(name: str) -> Callable[[int, int], None]:
 
 
 def _describe(config: TrainConfig, say: Callable[[str], None]) -> DatasetDescription:
-    """Read the description; fetch a dataset that is not there from ClearML, or under `--download`."""
+    """Read the description; fetch a missing dataset from ClearML, or from the internet with `--download`."""
     path = find_dataset(config.data, say, Progress().show)
     try:
         return DatasetDescription.from_yaml(path, single_cls=config.single_cls)
@@ -192,7 +192,7 @@ def validation_loader(
 ) -> ValLoader:
     """Return this rank's part of the validation split in letterboxed batches.
 
-    They hold twice the images of training's, as nothing is kept to go back.
+    A validation batch has twice the training's batch size: without a backward pass, no activations are kept.
     """
     return ValLoader(
         data.val,
@@ -209,7 +209,7 @@ def validation_loader(
 
 
 def report_findings(data: TrainingData, folder: Path, say: Callable[[str], None]) -> None:
-    """Write all that is wrong with images and labels to labels_report.csv in `folder`, and say so."""
+    """Write all problems of images and labels to labels_report.csv in `folder`, and print their number."""
     # An image may be in both splits.
     count = write_report(folder / REPORT, dict.fromkeys((*data.train.findings, *data.val.findings)))
     if count:
