@@ -1,4 +1,4 @@
-"""The report as one page: sections in the order in which a person asks."""
+"""The report as one page: sections in the order of a reader's questions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from starling.search.report.tables import (
 
 _HERE = Path(__file__).parent
 FEW_FOR_IMPORTANCE = 200
-"""Finished candidates below which importances are to be taken with caution."""
+"""Number of finished candidates below which the page warns about the importances."""
 _STATES = (State.FINISHED, State.PRUNED, State.FAILED, State.LOST, State.STOPPED, State.RUNNING)
 
 
 def build_page(facts: ReportFacts) -> str:
-    """Return the whole HTML document: one file that fetches nothing, whatever names and reasons say."""
+    """Return the whole HTML document: one file that fetches nothing, whatever text names and reasons contain."""
     importance = gene_importance(facts.finished, list(facts.seed_hyp))
     sections = (
         _headline(facts),
@@ -54,7 +54,7 @@ def build_page(facts: ReportFacts) -> str:
 def _document(title: str, body: Markup) -> str:
     script = (_HERE / "sort.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Even a script that slipped through the escaping would neither run nor reach anything.
+    # Even a script that slipped through the escaping could neither run nor connect to anything.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = join(
         void("meta", charset="utf-8"),
