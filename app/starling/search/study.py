@@ -270,7 +270,7 @@ class SearchStudy:
 
     @persistent
     def add_known(self, choose: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]]) -> int:
-        """Append the trials (finished, marked IMPORTED) that `choose` returns for the existing ones; return their number.
+        """Append the finished trials, marked IMPORTED, that `choose` returns for all trials; return their number.
 
         Samplers use imported trials as parents; they are no candidates of this search and cost no budget.
         """
