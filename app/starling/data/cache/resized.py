@@ -95,9 +95,7 @@ class ResizedImages:
             if index in self._changed:
                 return
             self._changed.add(index)
-            remedy = (
-                "it is trained on as it is now with the labels as they were; start again to read both anew"
-            )
+            remedy = "training uses the new image with the old labels; start again to read both anew"
             if len(self._changed) <= _SHOWN:
                 self._say(f"{self.dataset.images[index]}: changed since the start; {remedy}")
             elif len(self._changed) == _SHOWN + 1:

@@ -215,7 +215,7 @@ def _named(line: bytes, trials: int) -> tuple[int, ...]:
 def _words_for(line: bytes) -> str:
     """Return what a damaged record was about, and the consequence."""
     if b'"intermediate_value"' in line:
-        return "a fitness on the way; the candidate is judged without it"
+        return "a fitness before the end; the candidate is judged without it"
     if b'"values"' in line and b'"state"' in line:
         return "the end of a candidate, which counts as running and will be taken over"
     if b'"user_attr"' in line and b'"study_id"' in line:

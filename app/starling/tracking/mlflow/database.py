@@ -18,7 +18,7 @@ from starling.core.files.safe_open import open_folder
 from starling.tracking.tracker import TrackerUnavailableError
 
 _LOCKED_S = 30
-"""Maximum seconds of waiting for a locked database; SQLite's default, 5 s, is short for busy trainers and slow disks."""
+"""Maximum seconds of waiting for a locked database; SQLite's 5 s are short for busy trainers on a slow disk."""
 
 
 FOLDER, DATABASE = "mlflow", "mlflow.db"

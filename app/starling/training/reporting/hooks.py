@@ -184,7 +184,7 @@ class Hooks:
                     file = getattr(getattr(function, "__code__", None), "co_filename", "")
                     self._warn(
                         f"warning: the hook {name} failed in {_place(error, file)}; training goes on, and further "
-                        "failures of this hook are not told"
+                        "failures of this hook are not reported"
                     )
 
 
