@@ -154,9 +154,7 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds, of which the best counts [%(default)s]"
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where the file is kept for the while [a temporary folder]"
-    )
+    parser.add_argument("--folder", type=Path, help="folder for the file [a temporary folder]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     yaml = find_config("datasets", args.data)

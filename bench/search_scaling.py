@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--cfg", default="yolov5n.yaml")
     parser.add_argument("--img", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--journal", type=int, metavar="TRIALS", help="measure a journal of so many trials")
+    parser.add_argument("--journal", type=int, metavar="TRIALS", help="measure a journal of this many trials")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.journal:

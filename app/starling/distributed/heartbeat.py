@@ -121,7 +121,9 @@ class Heartbeat:
                 return LostRank(rank, f"{self._name(rank)} ended: {life.get('message')}", code)
         if self._store_lost_at is not None and now - self._store_lost_at > silence:
             return LostRank(
-                0, f"{self._name(0)} is gone: its rendezvous no longer answers; resume on what is left", 1
+                0,
+                f"{self._name(0)} is gone: its rendezvous no longer answers; resume on the remaining machines",
+                1,
             )
         waiting = [
             rank for rank in range(self.world_size) if rank != self.rank and "ended" not in self._lives[rank]

@@ -166,7 +166,7 @@ class PickleWalk:
     def _pop_many(self, count: int) -> list[_Value]:
         values = self._stack[-count:]
         if len(values) < count:
-            raise ValueError("the pickle takes more than it made")
+            raise ValueError("the pickle pops more values than it has pushed")
         del self._stack[-count:]
         return values
 
@@ -189,7 +189,7 @@ class PickleWalk:
         """Add `values` to the container on top of the stack."""
         node = self._stack[-1]
         if not isinstance(node, _Node):
-            raise ValueError("the pickle fills what is no container")
+            raise ValueError("the pickle adds values to an object that is no container")
         for value in values:
             if type(value) is int:
                 node.weight += value
@@ -200,7 +200,7 @@ class PickleWalk:
             if value.depth >= node.depth:
                 node.depth = value.depth + 1
         if node.sealed:
-            raise CheckpointError("the pickle changes a value that stands in another one already")
+            raise CheckpointError("the pickle changes a value that is already part of another one")
         if node.depth > MAX_DEPTH:
             raise CheckpointError(f"the pickle nests values deeper than {MAX_DEPTH}")
         if node.weight > MAX_WEIGHT:

@@ -101,7 +101,9 @@ def _gene(name: str, item: Any, where: str) -> Gene:
     if lower >= upper:
         raise UsageError(f"{where}: lower {lower:g} must be below upper {upper:g}; {example}")
     if log and lower <= 0:
-        raise UsageError(f"{where}: a log scale has no {lower:g}; raise lower above 0, or leave log out")
+        raise UsageError(
+            f"{where}: a log scale cannot contain {lower:g}; raise lower above 0, or leave log out"
+        )
     if gain < 0:
         raise UsageError(f"{where}.gain={gain:g}: must be 0 or above; 0 keeps the parent's value")
     for bound in (lower, upper):
@@ -134,7 +136,9 @@ def _setting(name: str, item: Any, where: str, config: TrainConfig) -> SettingGe
         raise UsageError(f"{where}: {twice!r} stands twice; leave one out")
     if len(choices) == 1:
         flag = settings_flags({name: choices[0]})
-        raise UsageError(f"{where}: one choice is nothing to search; say {flag} and leave it out here")
+        raise UsageError(
+            f"{where}: a single choice cannot be searched; give {flag} and leave the setting out here"
+        )
     if len(choices) > _MOST_CHOICES:
         raise UsageError(f"{where}: {len(choices)} choices; a search can tell apart {_MOST_CHOICES} at most")
     return SettingGene(name, tuple(sorted(choices) if kind is int else choices))

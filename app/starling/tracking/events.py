@@ -136,7 +136,7 @@ class EventLog:
         | event       | fields                                                                             |
         |-------------|------------------------------------------------------------------------------------|
         | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags, |
-        |             | shared (whether other processes tell about the run too, as workers of a search do)  |
+        |             | shared (whether other processes report the run too, as workers of a search do)     |
         | `metrics`   | step (the epoch), values {name: number}                                            |
         | `artifact`  | path (relative to the run directory), kind                                         |
         | `dataset`   | role (train, val), name, digest, source (path or URL), figures {name: number}, classes |

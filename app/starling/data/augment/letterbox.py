@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letterbox:
-    """Where an image lies inside its letterboxed version."""
+    """The position of an image inside its letterboxed version."""
 
     resized_hw: Size
     """Size of the image after resizing, before padding."""

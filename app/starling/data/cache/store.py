@@ -193,7 +193,7 @@ class ImageStore:
         if self._asked == "auto" and not fits:
             return
         if free is None:
-            problem = "there is none"
+            problem = "this process uses none"
         elif self.nbytes > free:
             problem = f"{format_gib(self.nbytes)} do not fit the {format_gib(free)} to spend there; lower --batch or --imgsz"
         else:

@@ -38,7 +38,7 @@ _LEAST_INSIDE = 0.1
 """Minimum distance of a box's centre from each image edge, as a fraction of the box's side, in `_looks_joined`."""
 
 Polygon = np.ndarray[Any, Any]
-"""[k,2] float32: x and y of the corners, fractions of the image from 0 to 1, or pixels where a docstring says so."""
+"""[k,2] float32: x and y of the corners, fractions of the image from 0 to 1, or in pixels if a docstring says so."""
 
 
 class Keypoints(NamedTuple):
@@ -236,7 +236,7 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
     if _looks_joined(values, nc):
         return _Fault(
             f"{columns // 5} boxes on one line",
-            "write each box, class x y w h, on a line of its own; a polygon that reads so needs one point repeated",
+            "write each box, class x y w h, on a line of its own; if the row is a polygon, repeat one of its points",
         )
     if _looks_like_pose(values):
         count = (columns - 5) // 3
@@ -362,8 +362,8 @@ def _whole_numbers(value: object) -> bool:
 def doubtful_polygons(path_yaml: Path, files: Iterable[LabelFile]) -> list[Finding]:
     """Return a finding if all rows of a set may be boxes with undeclared keypoints of x and y.
 
-    One such row cannot be told from a polygon. If all rows of the set have the same number of points, and the first two
-    pairs read as a box around the other points, the finding asks the user.
+    One such row cannot be distinguished from a polygon. If all rows of the set have the same number of points, and the
+    first two pairs read as a box around the other points, the finding asks the user.
     """
     points = rows = 0
     for file in files:

@@ -142,7 +142,7 @@ class _Text:
     def expect(self, character: str) -> None:
         """Go past `character`; raises ValueError if another character comes next."""
         if not self.take(character):
-            raise ValueError(f"no {character!r} where one must stand")
+            raise ValueError(f"{character!r} is missing")
 
     def value(self) -> Any:
         """Return the value that comes next."""

@@ -99,7 +99,7 @@ class Database:
         except Exception as error:
             if not sql_state(error) and not _is_silence(error):
                 raise UsageError(
-                    f"{self.url}: what answers there does not speak PostgreSQL's protocol ({reason_of(error)}); "
+                    f"{self.url}: the server there does not speak PostgreSQL's protocol ({reason_of(error)}); "
                     "check host and port"
                 ) from None
             raise refusal(self.url, error, has_password=bool(password)) from None
@@ -132,11 +132,11 @@ class Database:
         if not answer:
             raise ConnectionError("it closed the connection")
         if answer != b"N":
-            raise UsageError(f"{self.url}: what answers there is no PostgreSQL server; check host and port")
+            raise UsageError(f"{self.url}: the server there is not PostgreSQL; check host and port")
         if self.url.sslmode != "prefer":
             raise UsageError(
                 f"{self.url}: the server does not encrypt, and sslmode={self.url.sslmode} asks for it; "
-                "turn on ssl in postgresql.conf, or leave sslmode out where the network is trusted"
+                "turn on ssl in postgresql.conf, or leave sslmode out if the network is trusted"
             )
         return channel
 
@@ -238,7 +238,7 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
         )
     if state == "42501":
         return UsageError(
-            f"{url}: {url.user} may not write there ({reason}); name a database of its own, or let the owner of this one "
+            f"{url}: {url.user} may not write there ({reason}); name another database, or let the owner of this one "
             f"say: ALTER DATABASE {url.database} OWNER TO {url.user}"
         )
     if state == "25006":

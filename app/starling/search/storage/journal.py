@@ -312,7 +312,7 @@ class SafeJournalBackend(BaseJournalBackend):
             raise UsageError(self._no_journal())
 
     def _no_journal(self) -> str:
-        return f"{self.path}: is there and is not a study's journal; move it away, or start a search under another --name"
+        return f"{self.path}: exists and is not a study's journal; move it away, or start a search under another --name"
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         record = opened(line)

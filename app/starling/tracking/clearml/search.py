@@ -135,8 +135,8 @@ class TaskSearch:
         )["tasks"]  # fmt: skip
         if not found:
             raise UsageError(
-                f"ClearML at {self._api.credentials.api_host} has no finished training of ours; train once with ClearML "
-                "configured, or name a task with --task ID"
+                f"ClearML at {self._api.credentials.api_host} has no finished training of this program; train once "
+                "with ClearML configured, or name a task with --task ID"
             )
         # A candidate of a search, or a trial of another hpo.py, is taken only if there is no task without a parent.
         return dict(next((task for task in found if not task.get("parent")), found[0]))
@@ -322,7 +322,7 @@ def _read_template(template: Answer, config: HpoConfig) -> tuple[dict[str, Any],
     values = section_of(template, HYP)
     if not values:
         raise UsageError(
-            f"--task {template['id']}: has no {HYP} section, so it is no training of ours; name another"
+            f"--task {template['id']}: has no {HYP} section, so it is not a training of this program; name another task"
         )
     hyp = {name: float(value) for name, value in values.items()}
     arguments = section_of(template, ARGS)

@@ -106,7 +106,7 @@ def upgrade_schema(database: Path) -> Path | None:
         engine.dispose()
         _copy(copy, database)
         if isinstance(error, Exception):
-            raise TrackerUnavailableError(f"{database}: {error}; the database is as it was") from error
+            raise TrackerUnavailableError(f"{database}: {error}; the database has been restored") from error
         raise
     engine.dispose()
     return copy

@@ -166,8 +166,8 @@ def promote(
     found = client.search_model_versions(f"run_id='{run_id}'")
     if not found:
         raise UsageError(
-            f"run {run_id}: no model of it is registered; one is when a run finishes and the setting `register` is True "
-            "(starling track sync DIR sends what is left)"
+            f"run {run_id}: no model of this run is registered; a finished run registers one if the setting `register` "
+            "is True (starling track sync DIR sends unsent events)"
         )
     newest = max(found, key=lambda stored: int(stored.version))
     reached = _reached(newest, metric)

@@ -245,7 +245,7 @@ class MlflowTracker:
                     return str(found[0].info.run_id)
         raise UsageError(
             f"{name}: no such run at {without_credentials(self._uri)}; give a run directory, or the run's id in MLflow "
-            "(starling track sync DIR sends what is left)"
+            "(starling track sync DIR sends unsent events)"
         )
 
     def create_database(self) -> None:

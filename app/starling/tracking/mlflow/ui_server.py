@@ -75,7 +75,7 @@ def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None)
     while not _is_healthy(url):
         if process.poll() is not None or time.monotonic() > deadline:
             stop(runs)
-            raise UiServerError(f"the MLflow server did not come up at {url}; see {_log(runs)}")
+            raise UiServerError(f"the MLflow server did not start at {url}; see {_log(runs)}")
         time.sleep(0.3)
     return server, False
 

@@ -107,4 +107,4 @@ def bytes_below(folder: Path) -> int:
 
 def _reason(lines: list[str]) -> str:
     """Return the last line that is not empty: in a traceback, the error."""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "there was no output")
