@@ -81,7 +81,7 @@ def prepared(
         return _one_by_one(works, pin_memory, painter)
     batches = _threaded(works, workers, pin_memory, painter)
     next(batches)
-    return batches  # type: ignore[return-value]  # type: ignore[return-value]  # the first None has been taken
+    return batches  # type: ignore[return-value]  # the first None has been taken
 
 
 def _one_by_one(works: Sequence[Work], pin_memory: bool, painter: Painter | None) -> Iterator[Prepared]:
