@@ -272,7 +272,7 @@ def joined(config: TrainConfig, place: Rank | None) -> Iterator[Group]:
 
 
 def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Rank) -> None:
-    """Record for the other ranks how this process ends; print the error here if rank 0, which would, is lost."""
+    """Record for the other ranks how this process ends; print the error here if rank 0 is lost."""
     known = refusal(error) if isinstance(error, OSError) else error
     if isinstance(known, StarlingError):
         code, words = known.exit_code, str(known)

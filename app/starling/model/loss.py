@@ -99,8 +99,8 @@ class Share:
 class DetectionLoss(nn.Module):
     """Box, objectness and class loss of raw predictions against targets.
 
-    `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are scaled already. It
-    must be on the device of the predictions (`.to(device)`).
+    `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are scaled already. Move
+    the module to the device of the predictions (`.to(device)`).
     """
 
     def __init__(

@@ -141,7 +141,7 @@ class Attempt:
     hyp: dict[str, float]
     worker: str
     began: datetime | None
-    """Time of the start by the clock of the worker's host, as is `ended`."""
+    """Time of the start; `began` and `ended` are by the clock of the worker's host."""
     ended: datetime | None
     fitness: float | None
     """Fitness of a finished training; otherwise None."""

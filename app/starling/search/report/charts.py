@@ -189,7 +189,7 @@ def timeline(facts: ReportFacts, workers: Sequence[WorkerTime]) -> Markup:
         width,
         bottom + 26,
         "What each worker did when",
-        f"{len(workers)} workers over {format_duration(seconds)}, a bar a training; the table below holds the figures.",
+        f"{len(workers)} workers over {format_duration(seconds)}, a bar per training; the table below has the figures.",
         parts,
         name="timeline",
     )

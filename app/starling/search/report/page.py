@@ -141,7 +141,9 @@ def _winner(facts: ReportFacts) -> Markup:
             else "longer"
         )
         lines += [
-            _soft(f"To train with what was found, {longer}, from the folder that holds runs:"),
+            _soft(
+                f"To train with the winner's hyperparameters, {longer}, from the folder that contains runs:"
+            ),
             element("pre", element("code", command), tabindex="0"),
         ]
     if not facts.progress.over:
@@ -167,8 +169,8 @@ def _progress(facts: ReportFacts) -> Markup:
     if any(attempt.finalist_of is not None for attempt in facts.attempts):
         keys.append(("trained again as a finalist", _mark("circle", "ring", cx=9, cy=8, r=6)))
     notes = (
-        "All workers together, in the order in which candidates ended. Validation images count a third, and what failed, "
-        "was lost or pruned counts too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; what lies below the frame is drawn on its edge."
+        "All workers together, in the order in which candidates ended. Validation images count a third; failed, "
+        "lost and pruned trainings count too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; values below the frame are drawn on its edge."
     )
     wide = element("div", progress_chart(facts), class_="wide")
     narrow = element("div", progress_chart(facts, 330, name="progress-narrow"), class_="narrow")
@@ -198,7 +200,7 @@ def _parallel(facts: ReportFacts, importance: dict[str, float]) -> Markup:
               for words, class_ in (("lowest", "f0"), ("middling", "f5"), ("highest", "f9"))]  # fmt: skip
     key = _key([*shades, ("the winner", _mark("path", "line winner", d="M1 8L18 8"))])
     return _section(
-        "Genes and fitness", _soft(f"One line a finished candidate, over {which}."), key, parallel_chart(facts, genes)
+        "Genes and fitness", _soft(f"One line per finished candidate, over {which}."), key, parallel_chart(facts, genes)
     )  # fmt: skip
 
 

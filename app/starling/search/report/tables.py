@@ -105,7 +105,7 @@ def candidate_table(facts: ReportFacts) -> Markup:
     ]
     heads = ("candidate", "state", "fitness", "mAP50", "mAP50-95", "P", "R", "epochs", "images", "took", "worker",
              "note")  # fmt: skip
-    caption = "Every training that was begun, best first."
+    caption = "Every started training, best first."
     return table("candidates", caption, heads, rows, words=(1, 10, 11))
 
 
@@ -158,7 +158,7 @@ def worker_table(workers: Sequence[WorkerTime]) -> Markup:
         for worker in workers
     ]
     heads = ("worker", "begun", "finished", "training", "idle", "idle share", "away")
-    caption = "Idle: between two trainings. Away: stopped or lost, until it came back."
+    caption = "Idle: between two trainings. Away: from a stop or a loss until the next training."
     return table("workers", caption, heads, rows, words=(0,))
 
 
@@ -182,7 +182,7 @@ def ended_early_table(facts: ReportFacts, attempts: Sequence[Attempt]) -> Markup
         )
         for attempt in attempts
     ]
-    caption = "Lost and stopped ones went on elsewhere, unless they were lost too often."
+    caption = "Other workers continue lost and stopped attempts, unless a candidate was lost too often."
     return table(
         "early", caption, ("candidate", "state", "epochs", "reason", "worker"), rows, words=(1, 3, 4)
     )
@@ -223,7 +223,11 @@ def hyp_table(seed: dict[str, float], best: dict[str, float]) -> Markup:
         )
     rows.sort(key=lambda row: row.cells[3].words == _UNCHANGED)
     return table(
-        "hyp", "Those that changed first.", ("hyperparameter", "seed", "winner", "factor"), rows, words=(0,)
+        "hyp",
+        "Changed hyperparameters come first.",
+        ("hyperparameter", "seed", "winner", "factor"),
+        rows,
+        words=(0,),
     )
 
 
