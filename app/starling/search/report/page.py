@@ -169,8 +169,9 @@ def _progress(facts: ReportFacts) -> Markup:
     if any(attempt.finalist_of is not None for attempt in facts.attempts):
         keys.append(("trained again as a finalist", _mark("circle", "ring", cx=9, cy=8, r=6)))
     notes = (
-        "All workers together, in the order in which candidates ended. Validation images count a third; failed, "
-        "lost and pruned trainings count too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; values below the frame are drawn on its edge."
+        "All workers together, in the order in which candidates ended. Validation images count a third; failed, lost "
+        "and pruned trainings count too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; values below the frame are drawn on its "
+        "edge."
     )
     wide = element("div", progress_chart(facts), class_="wide")
     narrow = element("div", progress_chart(facts, 330, name="progress-narrow"), class_="narrow")
