@@ -3,8 +3,8 @@
 
     python bench/accuracy.py --data ~/bccd/bccd.yaml
 
-trains with seeds 0 and 1 and prints the final weights' figures on the validation split beside those of the classic
-trainer on the same set. A seed takes 5 to 15 minutes of two cores. Exits 1 where the mean is below the bar.
+trains with seeds 0 and 1, and prints the figures of the final weights on the validation split beside those of the
+classic trainer on the same set. A seed takes 5 to 15 minutes of two cores. Exits 1 if the mean is below the bar.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BAR = (0.77, 0.44)
-"""mAP50 and mAP50-95, the mean over seeds 0 and 1."""
+"""Minimum mAP50 and mAP50-95, as the mean over seeds 0 and 1."""
 CLASSIC = {0: (0.749, 0.423), 1: (0.791, 0.465)}
-"""The classic trainer's own two seeds."""
+"""Figures of the classic trainer for the two seeds."""
 
 
 def train(data: Path, seed: int, epochs: int, folder: Path, extra: list[str]) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def train(data: Path, seed: int, epochs: int, folder: Path, extra: list[str]) ->
 
 
 def main() -> int:
-    """Train each seed, print the table, and return 0 where the mean reaches the bar."""
+    """Train with each seed, print the table, and return 0 if the mean reaches the bar."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

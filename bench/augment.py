@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Augmentation: images a second of each painter, from the same plans, as ratios to OpenCV on one thread.
+"""Augmentation: images per second of each painter, for the same plans, as ratios to OpenCV on one thread.
 
     python bench/augment.py [--img 320] [--batch 16] [--json]
 
-Images are made up and in memory, mosaics of the default hyps. Each painter's figure is its best of several rounds,
-which take turns, so that what else the machine does meets all of them. On a GPU a round waits for its last image.
+Images are synthetic and in memory, the plans are mosaics with the default hyps. Each painter's figure is the best of
+several rounds. The painters take turns, so that other load on the machine affects all. On a GPU a round waits for its
+last image.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ IMAGES = 64
 
 
 class Sources(list[np.ndarray[Any, Any]]):
-    """Dataset images in memory, as a store gives them."""
+    """Dataset images in memory, with the interface of a store."""
 
     @property
     def shapes_hw(self) -> np.ndarray[Any, Any]:
@@ -45,7 +46,7 @@ class Sources(list[np.ndarray[Any, Any]]):
 
 
 def make_sources(side: int) -> tuple[Any, Sources]:
-    """Return noise in three aspects, and ten boxes each."""
+    """Return noise images of three aspects, with ten boxes each."""
     rng = np.random.default_rng(0)
     shapes = [((side, side), (side * 3 // 4, side), (side, side * 2 // 3))[i % 3] for i in range(IMAGES)]
     store = Sources(rng.integers(0, 256, (*hw, 3), np.uint8) for hw in shapes)
@@ -55,7 +56,7 @@ def make_sources(side: int) -> tuple[Any, Sources]:
 
 
 def seconds_of(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return the best time of each piece of work; all take turns, after one round that is not counted."""
+    """Return the best time of each function; all take turns, after one round that is not counted."""
     best = dict.fromkeys(work, float("inf"))
     for turn in range(rounds + 1):
         for name, run in work.items():
@@ -67,7 +68,7 @@ def seconds_of(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
 
 
 def painters(plans: list[ItemPlan], store: Sources, repeats: int) -> dict[str, Callable[[], Any]]:
-    """Return what paints the plans once, or `repeats` times on a GPU, by name."""
+    """Return by name the functions that paint the plans once, or `repeats` times on a GPU."""
     images = np.empty((len(plans), *plans[0].hw, 3), np.uint8)
 
     def with_opencv() -> None:
@@ -98,7 +99,7 @@ def painters(plans: list[ItemPlan], store: Sources, repeats: int) -> dict[str, C
 
 
 def main() -> int:
-    """Time every painter that works here and print the table, or one JSON object."""
+    """Time every painter that works here, and print the table or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What a search's worker does between two trainings: seconds from the end of one to the first batch of the next.
+"""Idle time of a search's worker: seconds from the end of one training to the first batch of the next.
 
     python bench/between_candidates.py [--evolve 6]
 
-Runs a real search on the mini set in this process, tracking included, and prints the gaps beside the trainings.
+Runs a real search on the mini set in this process, with tracking, and prints the gaps beside the trainings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starling.training.trainer import Trainer, TrainResult
 
 
 def main() -> int:
-    """Search, and print the gaps between trainings or one JSON object."""
+    """Search, and print the gaps between trainings, or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The image cache: what decoding once is worth, how fast it is built, and what four replicas on one file take.
+"""The image cache: the gain of decoding once, the speed of building, and the memory of four replicas on one file.
 
     python bench/cache.py --data ~/bccd/bccd.yaml --img 640
 
-prints training images/s of the loader (mosaics included) from the shared file and from decoding each time, and their
-ratio; images/s of building the file on one core and on all; and the memory that four processes on one file take
-together against the file's size. Speeds are the best of several rounds that take turns.
+prints training images/s of the loader (mosaics included) with the shared file and with decoding each time, and their
+ratio; images/s of building the file on one core and on all; and the memory of four processes that map the file,
+relative to the file's size. Speeds are the best of several rounds that take turns.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ input()
 
 
 def best(body: Callable[[], int], rounds: int) -> float:
-    """Return the most units a second of several rounds."""
+    """Return the highest number of units per second of several rounds."""
     speeds = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -70,7 +70,7 @@ def best(body: Callable[[], int], rounds: int) -> float:
 
 
 def loading(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[float, float]:
-    """Return the loader's images/s from decoding each time and from the shared file, which take turns."""
+    """Return the loader's images/s with decoding each time and with the shared file; the two take turns."""
     speeds = {"off": 0.0, "disk": 0.0}
     loaders = {
         mode: TrainLoader(
@@ -95,7 +95,7 @@ def loading(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[flo
 
 
 def building(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[float, float]:
-    """Return images/s of building the file on one core and on all of them, its sync to the disk included."""
+    """Return images/s of building the file on one core and on all cores, including the sync to disk."""
 
     def build() -> int:
         remove_idle(folder)
@@ -116,7 +116,7 @@ def building(dataset: Dataset, size: int, folder: Path, rounds: int) -> tuple[fl
 
 
 def sharing(yaml: Path, size: int, folder: Path) -> tuple[int, int]:
-    """Return the bytes that the replicas see in memory, each counted, and those that they take together."""
+    """Return the replicas' memory in bytes: the sum of each replica's view, and the memory that they take together."""
     command = [sys.executable, "-c", REPLICA, str(yaml), str(size), str(folder)]
     replicas = [
         subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -154,9 +154,7 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds, of which the best counts [%(default)s]"
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where the file is kept for the while [a temporary folder]"
-    )
+    parser.add_argument("--folder", type=Path, help="folder for the file [a temporary folder]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     yaml = find_config("datasets", args.data)

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: the machine in a line, the model's own rate, and the whole loop's."""
+"""Common parts of the benchmarks of training: the machine in a line, the rates of the model and of the whole loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def machine() -> str:
-    """Return processor, GPU and torch in a line."""
+    """Return processor, GPU and version of torch in a line."""
     name = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
@@ -46,7 +46,7 @@ def machine() -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration of a model alone on made-up input: forward, loss, backward, optimizer, moving average."""
+    """One iteration of a model alone on synthetic input: forward, loss, backward, optimizer, moving average."""
 
     layout: str
     image_size: int
@@ -55,7 +55,7 @@ class Step:
     channels_last: bool = True
 
     def rate(self, seconds: float, warm_up: int = 3) -> float:
-        """Return images a second, over at least `seconds` after `warm_up` iterations."""
+        """Return images per second, over at least `seconds` after `warm_up` iterations."""
         run = self.prepare()
         side, device = self.image_size, self.compute.device
         images = torch.rand(self.batch, 3, side, side).to(device, memory_format=self._memory_format)
@@ -80,7 +80,7 @@ class Step:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def prepare(self) -> Callable[[Tensor, Tensor], None]:
-        """Return what runs one iteration on images [B,3,H,W] in 0..1 and targets [n,6]."""
+        """Return the function that runs one iteration on images [B,3,H,W] in 0..1 and targets [n,6]."""
         torch.manual_seed(0)
         hyp, device = Hyp(), self.compute.device
         model = build_detector(self.layout, 3).to(device).to(memory_format=self._memory_format).train()  # type: ignore[call-overload]
@@ -103,7 +103,7 @@ class Step:
 
 
 def made_up_targets(batch: int, each: int = 12) -> Tensor:
-    """Return [batch·each, 6] image, class, xywhn."""
+    """Return targets [batch·each, 6]: image, class, xywhn."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.rand(batch * each, 6, generator=generator)
     targets[:, 0] = torch.arange(batch).repeat_interleave(each)
@@ -115,7 +115,7 @@ def made_up_targets(batch: int, each: int = 12) -> Tensor:
 
 @contextlib.contextmanager
 def runs_below(folder: Path) -> Iterator[None]:
-    """Let everything that a training writes land below `folder`."""
+    """Let trainings write everything below `folder`."""
     before = os.environ.get("STARLING_RUNS")
     os.environ["STARLING_RUNS"] = str(folder)
     try:
@@ -127,7 +127,7 @@ def runs_below(folder: Path) -> Iterator[None]:
 
 
 class Loop:
-    """The product's own training loop with all default augmentation: data loaded once, one training a measurement."""
+    """The product's training loop with all default augmentation; data are loaded once, each measurement trains."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -138,7 +138,7 @@ class Loop:
             )
 
     def rates(self, *, compiled: bool = False) -> list[float]:
-        """Return images a second of each epoch but the first, which warms up, and the last, which validates."""
+        """Return images per second of each epoch, without the first one (warm-up) and the last one (validation)."""
         ends: list[float] = []
 
         def note(row: EpochRow) -> None:

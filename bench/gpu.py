@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Training on a GPU: checks that its numbers are right, then a table of rates, within eight minutes.
+"""Training on a GPU: check that its numbers are right, then print a table of rates, within eight minutes.
 
     python bench/gpu.py                                  # yolov5s and yolov5n at 640 px, batch 16, 64 and 128
     python bench/gpu.py --device cpu --img 64 --images 32 --batches 4 --layouts yolov5n.yaml      # a dry run
 
-Images are made up, written as JPEG files and read like a user's. "model" is forward, loss, backward, optimizer and
-moving average on one batch that lies on the device; "loop" is the product's own training with mosaics and all default
-augmentation; "augmentation" is its loader alone. Exits 1 where a check fails.
+Images are synthetic, written as JPEG files and read like a user's. "model" is forward, loss, backward, optimizer and
+moving average on one batch on the device; "loop" is the product's training with mosaics and all default
+augmentation; "augmentation" is the product's loader alone. Exits 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUDGET_S = 8 * 60
 
 
 class Check(NamedTuple):
-    """One thing that must hold, and what was seen."""
+    """One condition that must hold, and the measured value."""
 
     name: str
     holds: bool
@@ -48,7 +48,7 @@ class Check(NamedTuple):
 
 
 def make_images(folder: Path, count: int, side: int) -> Path:
-    """Write images with boxes on a textured ground, three to eight each, and return the dataset's YAML."""
+    """Write images with three to eight boxes each on a textured background, and return the dataset's YAML."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("val", max(count // 16, 4))):
         (folder / "images" / split).mkdir(parents=True)
@@ -73,7 +73,7 @@ def make_images(folder: Path, count: int, side: int) -> Path:
 
 
 def checks(loop: Loop) -> Iterator[Check]:
-    """Compare what the device computes with the CPU, and see that an iteration never waits for the device."""
+    """Compare results of the device with the CPU, and check that an iteration never waits for the device."""
     compute, data = loop.setup.compute, loop.setup.data
     yield _painting(loop)
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +123,7 @@ def _painting(loop: Loop) -> Check:
 
 
 def _never_waits(loop: Loop) -> Check:
-    """Run iterations, batches painted on the device included, with every wait for it made an error."""
+    """Run iterations, including batches painted on the device, while every wait for the device raises an error."""
     config, setup = loop.config, loop.setup
     run = Step(config.cfg, setup.image_size, config.batch_size, setup.compute).prepare()
     detector = setup.start.build(setup.data.names, None)
@@ -147,7 +147,7 @@ def _never_waits(loop: Loop) -> Check:
 
 
 def augmentation_rate(loop: Loop) -> float:
-    """Return images a second of the loader alone, over its second epoch."""
+    """Return images per second of the loader alone, over its second epoch."""
     setup = loop.setup
     detector = setup.start.build(setup.data.names, None)
     loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
@@ -162,7 +162,7 @@ def augmentation_rate(loop: Loop) -> float:
 
 
 def main() -> int:
-    """Check, measure while there is time, and print the table or one JSON object."""
+    """Check, measure while there is time, and print the table, or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,7 +210,7 @@ def main() -> int:
 
 
 def measure(loop: Loop, args: argparse.Namespace) -> dict[str, Any]:
-    """Return one row of the table, rates in images a second."""
+    """Return one row of the table, with rates in images per second."""
     config, compute = loop.config, loop.setup.compute
     model = Step(config.cfg, args.img, config.batch_size, compute).rate(args.seconds)
     whole = statistics.median(loop.rates())

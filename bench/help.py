@@ -1,9 +1,10 @@
-"""What `--help` of every command costs, as a ratio to `import click` in the same run.
+"""The cost of `--help` of every command, as a ratio to `import click` in the same run.
 
-    python bench/help.py                # in an environment where `pip install .` or scripts/test has been
+    python bench/help.py                # in an environment after `pip install .` or scripts/test
     python bench/help.py --rounds 15
 
-Processor time (user and system) of a fresh process, the median of the rounds; the commands take turns with the import.
+The cost is the processor time (user and system) of a fresh process, the median of the rounds; the commands and the
+import take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def processor_s(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Measure and print a line for each command."""
+    """Measure, and print a line for each command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""What the launcher costs beside Docker's own client, in one run: start-up, `up`, `status`, `kill-all`, and watching.
+"""The launcher compared with Docker's own client in one run: start-up, `up`, `status`, `kill-all`, and watching.
 
     python bench/launcher.py                    # as root, with dockerd, its client, and an image with Python 3
     python bench/launcher.py --rounds 15 --base python:3.11-slim
 
-A private engine, in a network namespace of its own, with an image made on the spot: `docker kill $(docker ps -q)` ends
-nobody else's containers there. GPUs are a double (an NVIDIA hook that does nothing), so that five replicas fit on any
-machine; what is measured is the launcher and the engine, and a real GPU's driver would add the same to both sides.
+The engine is private, in its own network namespace, with an image built here: `docker kill $(docker ps -q)` ends no
+other containers. The GPUs are simulated (an NVIDIA hook that does nothing), so that five replicas fit on any machine.
+The figures are those of the launcher and the engine; a real GPU's driver would add the same to both sides.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ COPY app /usr/src/app
 LABEL starling.trainer=1 starling.cuda=13.0
 """
 LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
-"""What pip installs."""
+"""The command that pip installs."""
 SETTLE_S = 1.0
-"""For processes to have started before they are ended: both sides end trainers that run."""
+"""Seconds for processes to start before they are ended, so that both sides end running trainers."""
 UP = [*LAUNCHER, "up", "--memory", "64m", "--image", IMAGE]
 TRAINING = ["--", "--data", "blood/blood.yaml", "--weights", "", "--project", "bench", "--evolve", "60"]
 
 
 @contextlib.contextmanager
 def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
-    """Start a dockerd that has the hook double and the image, and yield the environment that leads to it."""
+    """Start a dockerd with the simulated hook and the image, and yield the environment variables for its clients."""
     hook = folder / "bin" / "nvidia-container-runtime-hook"
     hook.parent.mkdir()
     hook.write_text("#!/bin/sh\nexit 0\n")
@@ -80,7 +80,7 @@ def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
         "DOCKER_BUILDKIT": "0",
         "PYTHONPATH": f"{REPOSITORY / 'app'}:{REPOSITORY}",
     }
-    here.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: pip compiles what it installs
+    here.pop("PYTHONDONTWRITEBYTECODE", None)  # as for users: pip compiles what it installs
     try:
         for _ in range(60):
             if subprocess.run(["docker", "info"], env=here, capture_output=True).returncode == 0:
@@ -108,7 +108,7 @@ def private_engine(folder: Path, base: str) -> Iterator[dict[str, str]]:
 
 
 class Bench:
-    """Commands in a folder of their own, on the private engine, timed by the clock on the wall."""
+    """Run commands in a separate folder on the private engine, and measure their wall-clock time."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
@@ -119,14 +119,14 @@ class Bench:
         self.seconds: dict[str, list[float]] = {}
 
     def run(self, *command: str) -> str:
-        """Run a command that must succeed."""
+        """Run a command that must succeed, and return its output."""
         done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{shlex.join(command)}: {done.stderr}")
         return done.stdout
 
     def time(self, what: str, *command: str) -> None:
-        """Run a command and keep how long it took."""
+        """Run a command and record its duration."""
         start = time.perf_counter()
         self.run(*command)
         self.seconds.setdefault(what, []).append(time.perf_counter() - start)
@@ -135,7 +135,7 @@ class Bench:
         return statistics.median(self.seconds[what])
 
     def loop(self, replicas: int) -> str:
-        """Return the shell loop that people write: one `docker run -d` after the other."""
+        """Return the usual shell loop: one `docker run -d` after the other."""
         mounts = f"-v {self.folder}/blood:{self.folder}/blood -v {self.folder}/runs:/usr/src/app/runs"
         training = f"--data {self.folder}/blood/blood.yaml --project bench --evolve 60"
         return (
@@ -144,7 +144,7 @@ class Bench:
         )
 
     def compare(self, replicas: int) -> None:
-        """Start and end so many replicas both ways."""
+        """Start and end `replicas` replicas in both ways."""
         last = replicas - 1
         self.time(f"loop {replicas}", "bash", "-c", self.loop(replicas))
         time.sleep(SETTLE_S)
@@ -156,16 +156,16 @@ class Bench:
         self.time(f"kill-all {replicas}", *LAUNCHER, "kill-all", "--yes")
 
     def watching(self, windows: int, seconds: float) -> tuple[list[float], float, float]:
-        """Watch eight busy replicas, which leave no core idle, and then leave them alone, again and again.
+        """Watch eight busy replicas, which leave no core idle, and then do not watch them, in turns.
 
-        Returns their rates watched to unwatched, and the share of a core that the watcher and the engine then take.
+        Return the ratios of their watched to unwatched rates, and the shares of a core that watcher and engine take.
         """
         self.run(*UP, "--gpus", "0-7", *TRAINING, "--name=busy")
         time.sleep(2)
         ratios, watcher_s, engine_s = [], 0.0, 0.0
         for number in range(windows):
             rates: dict[bool, float] = {}
-            for watched in (False, True) if number % 2 == 0 else (True, False):  # so that a drift cancels out
+            for watched in (False, True) if number % 2 == 0 else (True, False):  # a drift cancels out
                 if not watched:
                     rates[watched] = self._rate(seconds)
                     continue
@@ -183,7 +183,7 @@ class Bench:
         watcher = subprocess.Popen(
             [*LAUNCHER, "status", "--watch"], cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL
         )
-        time.sleep(1.5)  # its start-up is `status`'s figure, not watching's
+        time.sleep(1.5)  # the start-up belongs to the figure of `status`
         try:
             yield watcher
         finally:
@@ -200,7 +200,7 @@ class Bench:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has taken so far."""
+    """Return the CPU seconds that a process has taken so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -215,7 +215,7 @@ def machine(environment: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Measure, and print each figure beside what it must reach."""
+    """Measure, and print each figure beside its limit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def report(bench: Bench) -> None:
-    """Print medians in seconds, and the ratios that count."""
+    """Print medians in seconds, and the ratios to the limits."""
     print(
         f"launcher --help                         {bench.median('--help'):6.3f} s               at most 0.150"
     )

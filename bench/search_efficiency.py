@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How much of a GPU's time a search needs to find what: every sampler on the same landscape, many times over.
+"""The GPU time that a search needs, and what it finds: every sampler on the same landscape, in many searches.
 
     python bench/search_efficiency.py [--searches 100] [--workers 1 2 4 8] [--landscape gp|forest] [--plot FILE.png]
 
-The landscape comes from bench/search_table.csv, real trainings of a small detector (bench/search_table.py): between its
-rows a model of them is asked, whose error on rows that it has not seen is printed, and each training gets the luck of
-a real one, the difference between one seed and another. The study, its samplers, its pruning and its finals are
-the product's own, with a clock that only counts; nothing is trained. What a search is judged by is the mean fitness of
-its winner, without the luck. The currency is images through the model: one in validation costs a third of one in
-training, and whatever was pruned or trained again is counted.
+The landscape comes from bench/search_table.csv, real trainings of a small detector (bench/search_table.py). A model
+gives values between the table's rows; its error on unseen rows is printed. Each training gets the luck of a real one,
+the difference between seeds. The study, its samplers, its pruning and its finals are the product's own, with a clock
+that only counts; nothing is trained. A search is judged by the mean fitness of its winner, without luck. Its cost is
+counted in images through the model: an image in validation costs a third of one in training, and pruned trainings and
+repetitions are counted too.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from starling.search.study import LeasedCandidate, SearchStudy, Turn
 
 TABLE = REPOSITORY / "bench" / "search_table.csv"
 TRAIN_IMAGES, VAL_IMAGES = 205, 87
-"""Of the dataset that the table was made with."""
+"""Numbers of images of the dataset that the table was made with."""
 VALIDATION_SHARE = 1 / 3
 BUDGET, BUDGETS = 60, (16, 20, 24, 30, 40, 60)
-"""Trainings of an evolution as its users start it, and those that may do as well."""
+"""Number of trainings of a usual evolution, and smaller budgets that may find as much."""
 FINALISTS = 3
 
 
 def main() -> int:
-    """Replay and print the table, or one JSON object."""
+    """Replay the searches, and print the table or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,13 +75,13 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to search."""
+    """One method of searching."""
 
     sampler: Sampler
     budgets: tuple[int, ...]
     prune: bool = False
     judge: str = "model"
-    """Of the fast sampler."""
+    """Judge of the fast sampler."""
 
 
 METHODS = {
@@ -98,7 +98,7 @@ METHODS = {
 
 
 class _NoLease:
-    """A lease that nobody can lose: the workers here are not processes."""
+    """A lease that is never lost, because the workers here are not processes."""
 
     def renew(self) -> None: ...
 
@@ -117,7 +117,7 @@ class _Watch:
 
 
 class Memory:
-    """A study's storage that lasts as long as the process."""
+    """A study's storage in the memory of this process."""
 
     where, study_name, spans_hosts = "memory", "search", False
 
@@ -139,19 +139,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Found:
-    """How one search ended."""
+    """The result of one search."""
 
     quality: float
     """Mean fitness of the winner, without luck."""
     images: float
     trainings: int
-    """Begun."""
+    """Number of started trainings."""
     hours: float
-    """Of the slowest worker, in trainings of full length."""
+    """Time of the slowest worker, in trainings of full length."""
 
 
 class Replay:
-    """One search of several workers, on a clock that counts images."""
+    """One search with several workers, on a clock that counts images."""
 
     def __init__(self, landscape: Landscape, method: Method, budget: int, workers: int, seed: int) -> None:
         self._landscape, self._seed, self._workers = landscape, seed, workers
@@ -186,7 +186,7 @@ class Replay:
         return Found(quality, self.images, self.trainings, now / full)
 
     def _work(self, worker: int) -> Iterator[float]:
-        """Yield how many images each stretch of work takes."""
+        """Yield the cost in images of each stretch of work."""
         while (turn := self._study.ask(str(worker))) is not Turn.DONE:
             if isinstance(turn, LeasedCandidate):
                 yield from self._train(turn)

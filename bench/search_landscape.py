@@ -1,4 +1,4 @@
-"""What any hyperparameters would reach, as far as a table of real trainings says; see bench/search_table.py."""
+"""Predict the fitness of any hyperparameters from a table of real trainings; see bench/search_table.py."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from starling.search.space_file import read_space
 
 Array = NDArray[np.float64]
 CLASSIC, _ = read_space(TrainConfig(evolve=1))
-"""The space that a search changes unless it is asked for another."""
+"""The default space of a search."""
 
 
 class Landscape:
-    """What any hyperparameters would reach after each epoch, as far as the table says."""
+    """The predicted fitness of any hyperparameters after each epoch, fitted to the table."""
 
     def __init__(self, rows: Sequence[Mapping[str, str]], kind: str) -> None:
         self.kind = kind
         self.genes = [gene for gene in CLASSIC.genes if gene.name in rows[0]]
         self.epochs = sum(name.startswith("epoch") for name in rows[0])
         names = [f"epoch{number + 1}" for number in range(self.epochs)]
-        # A training that diverged has nothing from there on.
+        # After a training diverged, its epochs have no value.
         self._curves = np.array([[float(row[name] or 0) for name in names] for row in rows])
         self._positions = np.array(
             [self._place({g.name: float(row[g.name]) for g in self.genes}) for row in rows]
@@ -59,14 +59,14 @@ class Landscape:
         return self._known[place]
 
     def train(self, hyp: Mapping[str, float], random: np.random.Generator) -> Array:
-        """Return what one training would show, [epochs]: the mean, and the luck of a real training."""
+        """Return the curve of one training, [epochs]: the mean, plus the luck of a real training."""
         luck = self._luck[random.integers(len(self._luck))] * random.choice((-1, 1))
         return np.clip(self.mean(hyp) + luck, 0, 1)
 
     def facts(self) -> dict[str, float]:
-        """Return how far the landscape is to be trusted, and what there is to find."""
+        """Return how reliable the landscape is, and the values of the seed and the best row."""
         final = self._curves[:, -1]
-        # What was trained on several seeds is left out as a whole.
+        # Trainings that differ only in the seed are left out together.
         _, groups = np.unique(self._positions, axis=0, return_inverse=True)
         model = _model(self.kind, self._positions, final)
         guessed = cross_val_predict(model, self._positions, final, cv=GroupKFold(10), groups=groups)
@@ -80,7 +80,7 @@ class Landscape:
         }
 
     def describe(self) -> str:
-        """Return the facts in words."""
+        """Return the facts as a sentence."""
         facts = self.facts()
         return (
             f"landscape ({self.kind}): {facts['trainings']:.0f} trainings, {facts['explained']:.0%} of the variance of "
@@ -93,12 +93,12 @@ class Landscape:
 
 
 def _luck(kinds: Sequence[str], positions: Array, curves: Array) -> Array:
-    """Return how single trainings differ from the mean over seeds, [trainings, epochs], of those trained again."""
+    """Return deviations of repeated trainings from their mean over seeds, [trainings, epochs]."""
     again = {tuple(place) for place, kind in zip(positions.tolist(), kinds, strict=True) if kind == "again"}
     parts = []
     for place in again:
         same = curves[[tuple(other) == place for other in positions.tolist()]]
-        # The mean of n is nearer to each of them than the true mean is.
+        # The mean of n values is nearer to each of them than the true mean is.
         parts.append((same - same.mean(axis=0)) * np.sqrt(len(same) / (len(same) - 1)))
     return np.concatenate(parts)
 
@@ -110,6 +110,6 @@ def _model(kind: str, positions: Array, final: Array) -> Any:
     kernel = ConstantKernel(1.0) * scales + WhiteKernel(0.1)
     fitted = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=0, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a gene that does nothing has a length without bound
+        warnings.simplefilter("ignore")  # a gene without effect has an unbounded length scale
         fitted.fit(positions, final)
     return GaussianProcessRegressor(fitted.kernel_, optimizer=None, normalize_y=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How a search scales: its workers' throughput, and what a study of many candidates costs a worker.
+"""How a search scales: the throughput of its workers, and the cost of a study with many candidates.
 
     python bench/search_scaling.py                      # 1, 2, 4 and 8 workers; a training is a sleep of 2 s
-    python bench/search_scaling.py --real               # 1 and 2 workers that train, on one thread each
-    python bench/search_scaling.py --journal 10000      # open, ask and tell in a journal of so many candidates
+    python bench/search_scaling.py --real               # 1 and 2 workers that train, with one thread each
+    python bench/search_scaling.py --journal 10000      # open, ask and tell in a journal with 10,000 candidates
 
-Workers are processes that call the product's own `Worker`, on one study. Their start-up (imports, data) is not
-counted: they begin together, once all are ready, and the time runs until the last result is recorded. Everything
-else of a search is in it: locks, journal, leases, evolve.csv, hyp_evolve.yaml, evolve.png.
+Workers are processes that run the product's own `Worker` on one study. Their start-up (imports, data) is not counted:
+they begin together when all are ready, and the time runs until the last result is recorded. All other parts
+of a search are included: locks, journal, leases, evolve.csv, hyp_evolve.yaml, evolve.png.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ PROCESSES = multiprocessing.get_context("spawn")
 SEED_HYP = Hyp().as_dict()
 
 Span = tuple[float, float]
-"""Begin and end of a training, by the clock that all processes of a machine share."""
+"""Begin and end of a training, by the monotonic clock that all processes of a machine share."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What some workers did together."""
+    """The throughput of some workers together."""
 
     workers: int
     trainings: int
     seconds: float
-    """From the common start to the last result."""
+    """Seconds from the common start to the last result."""
     outside: float
-    """Share of the workers' time that was not training, up to each one's last result."""
+    """Share of the workers' time outside of trainings, up to the last result of each."""
     training_s: float
-    """What one training took, on average."""
+    """Mean seconds of a training."""
 
     @property
     def rate(self) -> float:
-        """Trainings a second."""
+        """Trainings per second."""
         return self.trainings / self.seconds
 
 
 def measure(workers: int, trainings: int, work: Callable[..., None], *given: Any) -> Throughput:
-    """Let workers in processes of their own share `trainings`, each by `work(folder, budget, place, barrier, *given)`."""
+    """Let worker processes share `trainings`; each runs `work(folder, budget, place, barrier, *given)`."""
     barrier = PROCESSES.Barrier(workers)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -84,7 +84,7 @@ def measure(workers: int, trainings: int, work: Callable[..., None], *given: Any
 
 
 def tell(folder: Path, began: float, spans: list[Span], ended: float) -> None:
-    """Leave what one worker did for `measure`."""
+    """Write the times of one worker to a file for `measure`."""
     content = json.dumps({"began": began, "spans": spans, "ended": ended})
     (folder / f"worker-{os.getpid()}.json").write_text(content)
 
@@ -119,8 +119,8 @@ def sleeping_worker(folder: Path, budget: int, place: int, barrier: Barrier, sec
 def training_worker(
     folder: Path, budget: int, place: int, barrier: Barrier, args: argparse.Namespace
 ) -> None:
-    """Train for real, on one thread; the time runs from the first batch of the slowest to start."""
-    # On one core while it sets itself up, the product takes one thread; which core that has later is the kernel's choice.
+    """Train for real, with one thread; the time runs from the first batch of the last worker to start."""
+    # During its setup on one core, the product takes one thread; later the kernel chooses the core of that thread.
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
     from starling import settings
@@ -160,7 +160,7 @@ def training_worker(
 
 
 def fill(study: Any, count: int) -> None:
-    """Append finished candidates to a study, as records that its own first candidate left, with other values."""
+    """Append finished candidates to a study, as copies of the records of its first candidate with other values."""
     from starling.search.storage.journal import JOURNAL, SafeJournalBackend
     from starling.search.study import LeasedCandidate
 
@@ -187,7 +187,7 @@ def fill(study: Any, count: int) -> None:
 
 
 def search_spec(budget: int) -> Any:
-    """Return what the workers search: the classic space, from the shipped hyp."""
+    """Return what the workers search: the classic space, starting from the shipped hyp."""
     from starling.core.settings.train import TrainConfig
     from starling.search.space_file import read_space
     from starling.search.spec import StudySpec
@@ -204,14 +204,14 @@ def outcome(fitness: float) -> Any:
 
 
 def join(folder: Path) -> Any:
-    """Open the study as one more worker, with room in its budget."""
+    """Open the study as an additional worker, with room in its budget."""
     from starling.search.study import SearchStudy
 
     return SearchStudy.open_or_create(folder, search_spec(10**6))
 
 
 def ask_and_tell(study: Any) -> tuple[float, float]:
-    """Return the seconds that the study takes to give a candidate out and to take its result."""
+    """Return the seconds that the study takes to give out a candidate, and to take its result."""
     begun = time.perf_counter()
     claim = study.ask("bench")
     asked = time.perf_counter()
@@ -220,7 +220,7 @@ def ask_and_tell(study: Any) -> tuple[float, float]:
 
 
 def journal(count: int, fresh: int = 3, warm: int = 100) -> dict[str, Any]:
-    """Return what a journal of `count` trials costs: medians of workers that join, and of one that goes on."""
+    """Return the cost of a journal of `count` trials: medians of workers that join, and of a worker that goes on."""
     from starling.search.exports import write_files
 
     joined: list[dict[str, float]] = []
@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--cfg", default="yolov5n.yaml")
     parser.add_argument("--img", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--journal", type=int, metavar="TRIALS", help="measure a journal of so many trials")
+    parser.add_argument("--journal", type=int, metavar="TRIALS", help="measure a journal of this many trials")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.journal:
@@ -276,7 +276,7 @@ def main() -> int:
 
 
 def show_scaling(measured: list[Throughput], *, as_json: bool) -> int:
-    """Print throughputs, each to the first one's a worker."""
+    """Print throughputs, each relative to that of a single worker."""
     alone = measured[0].rate / measured[0].workers
     rows = [
         {"workers": done.workers, "trainings": done.trainings, "seconds": round(done.seconds, 2),
@@ -297,7 +297,7 @@ def show_scaling(measured: list[Throughput], *, as_json: bool) -> int:
 
 
 def show_journal(measured: dict[str, Any], *, as_json: bool) -> int:
-    """Print what a large journal costs."""
+    """Print the cost of a large journal."""
     if as_json:
         print(json.dumps({"machine": machine(), "load": os.getloadavg()[0], **measured}))
         return 0

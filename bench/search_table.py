@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train a small detector many times, and keep what each epoch reached: the table that bench/search_efficiency.py replays.
+"""Train a small detector many times, and record the fitness of each epoch: the table for bench/search_efficiency.py.
 
     python bench/search_table.py --data ../bccd/bccd.yaml [--out bench/search_table.csv] [--processes 2]
 
-Rows are appended as they finish; started again, it goes on with those that are missing. The candidates are of five kinds:
+Rows are appended as they finish; a restart continues with the missing rows. There are five kinds of candidates:
 
-- `wide`: some of the genes drawn anywhere within their limits, so that the table knows what is bad;
-- `near`: every gene changed a little, as an evolution step does;
-- `uniform`: every gene drawn anywhere within its limits, as a random search does;
-- `guided`: proposed by TPE from all rows so far, so that the table knows the neighbourhood of what is good;
-- `again`: the best of those on other seeds, which says how much of a fitness is luck.
+- `wide`: some genes drawn anywhere within their limits, so that the table contains bad candidates;
+- `near`: every gene changed a little, as in a step of evolution;
+- `uniform`: every gene drawn anywhere within its limits, as in a random search;
+- `guided`: proposed by TPE from all rows so far, so that the table covers the neighbourhood of good candidates;
+- `again`: the best of these with other seeds, which shows how much of a fitness is luck.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 COUNTS = {"wide": 80, "near": 66, "uniform": 16, "guided": 72, "again": 36}
 LAYOUT = REPOSITORY / "bench" / "search_table.yaml"
 AGAIN_OF_BEST = 18
-"""Candidates that are trained on other seeds."""
+"""Number of candidates that are trained with other seeds."""
 WIDE_SHARE, NEAR_SPREAD = 0.3, 0.35
-"""Of the genes that a wide draw changes; of a near draw's factor, the standard deviation of its logarithm."""
+"""Share of the genes that a wide draw changes; standard deviation of the logarithm of a near draw's factor."""
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def make_base(weights: Path) -> None:
-    """Train what all rows start from, as their users start from published weights: on the small set, for a minute."""
+    """Train the initial weights of all rows, in place of published weights: on the small set, for a minute."""
     runs = weights.parent
     command = [sys.executable, "app/train.py", "--data", "datasets/bccd-mini/bccd.yaml", "--weights", "", "--cfg",
                str(LAYOUT), "--img", "128", "--epochs", "60", "--batch", "16", "--device", "cpu", "--noplots", "--noval",
@@ -90,7 +90,7 @@ class Job:
 
 
 def _fill(args: argparse.Namespace) -> int:
-    # Imported here: torch reads the number of threads when it is loaded.
+    # Imported here, because torch reads the number of threads when it is loaded.
     sys.path.insert(0, str(REPOSITORY / "bench"))
     from common import Loop
 
@@ -112,7 +112,7 @@ def _fill(args: argparse.Namespace) -> int:
 
 
 def _train(loop: Loop, folder: Path, job: Job, hyp: dict[str, float]) -> list[float]:
-    """Return the fitness after each epoch; shorter where the training diverged."""
+    """Return the fitness after each epoch; shorter if the training diverged."""
     from starling.config.hyp import Hyp
     from starling.outputs.run_dir import RunDir
     from starling.progress import Silence
@@ -134,7 +134,7 @@ def _train(loop: Loop, folder: Path, job: Job, hyp: dict[str, float]) -> list[fl
 
 
 def _jobs(args: argparse.Namespace, genes: Sequence, seed_hyp: dict[str, float]) -> Iterator[Job]:
-    """Yield this process's share of the rows that are missing; later kinds look at the rows that are there."""
+    """Yield this process's share of the missing rows; later kinds use the existing rows."""
     index = 0
     for kind, count in COUNTS.items():
         for place in range(count):
@@ -165,7 +165,7 @@ def _job(
         for gene in genes:
             factor = float(np.exp(random.normal(0, NEAR_SPREAD * min(gene.gain, 1))))
             start = values[gene.name]
-            # What stands at 0 no factor moves.
+            # A factor does not change a gene with value 0.
             values[gene.name] = gene.clamp(
                 start * factor if start else abs(random.normal(0, 0.05)) * gene.upper
             )
@@ -207,7 +207,7 @@ def _guided(rows: Sequence[dict[str, str]], genes: Sequence, index: int) -> dict
 
 
 def _final(row: dict[str, str]) -> float:
-    """Return the fitness after the last epoch; below all others where the training diverged."""
+    """Return the fitness after the last epoch; below all others if the training diverged."""
     last = list(row.values())[-1]
     return float(last) if last else -1.0
 
@@ -221,7 +221,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _append(args: argparse.Namespace, job: Job, curve: Sequence[float], seconds: float) -> None:
-    """Add a row, one process at a time."""
+    """Append a row, one process at a time."""
     from starling.core.lock import try_flock, wait_for
 
     columns = ["index", "kind", "seed", "seconds", *job.genes, *(f"epoch{n + 1}" for n in range(args.epochs))]

@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""What tracking costs a training step: all trackers on, healthy, slow (30 s an answer) or dead, against tracking off.
+"""The cost of tracking for a training step: all trackers healthy, slow (30 s per answer) or dead, against no tracking.
 
     python bench/tracking.py [--rounds 16] [--steps 200] [--slice 10] [--threads 1] [--img 128] [--json]
 
-Real steps of a small model on this machine. A round is one epoch of every condition, cut into slices that the conditions
-take in turns, in another order each time, so that whatever else the machine does meets all of them alike. Bridges run
-during their own condition's slices and are frozen otherwise; the end of an epoch (its events, results.csv, the look after
-the bridges) is part of its last slice, and what the bridges then do falls into the next epoch's first ones.
+Real steps of a small model on this machine. A round is one epoch of every condition, cut into slices. The conditions
+take turns in a random order, so that other load on the machine affects all alike. Bridges run during the slices of
+their own condition and are frozen otherwise. The end of an epoch (its events, results.csv, the check of the bridges) is
+part of its last slice; the work of the bridges after it falls into the first slices of the next epoch.
 
-`healthy` is MLflow's embedded database, TensorBoard, and ClearML on the double of its server that the tests use, a process
-of its own. `slow` and `dead` are MLflow and ClearML on servers that take 30 s an answer, or refuse. `off again` is a second
-condition without tracking: what it differs by is the noise of this run.
+`healthy` is MLflow's embedded database, TensorBoard, and ClearML on the tests' double of its server in a separate
+process. `slow` and `dead` are MLflow and ClearML on servers that take 30 s per answer, or refuse. `off again` is a
+second condition without tracking: its difference is the noise of this run.
 
-The figure that counts is the sum of all epochs' seconds by that of `off`, with its 95 % interval from a bootstrap over the
-rounds. A frozen bridge's clock goes on, so each slice begins with a look at the log, and samples of the machine are due
-more often than in a training: the figures err upwards. Also told: the trainer's own processor seconds, those of each
-bridge in an epoch (of some that it is not frozen in), and how long the trainer takes to start its bridges.
+The main figure is the sum of the seconds of all epochs divided by that of `off`, with a 95 % interval from a
+bootstrap over the rounds. The clock of a frozen bridge goes on, so that each slice begins with a look at the log, and
+samples of the machine are more frequent than in a training: the figures are too high rather than too low. Also
+printed: the trainer's processor seconds, those of each bridge per epoch (in epochs without freezing), and the time to
+start the bridges.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from starling.device import select_compute
 from starling.progress import Progress
 
 BARS = {"healthy": 1.01, "slow": 1.05, "dead": 1.05}
-"""The ratios to reach."""
+"""Maximum ratios."""
 START_BAR_S = 0.05
 EPOCHS_ALONE = 3
-"""Epochs in which bridges are not frozen, for what they take themselves."""
+"""Number of epochs without freezing, to measure the bridges themselves."""
 
 
 def made_step(options: argparse.Namespace) -> Callable[[], None]:
@@ -63,13 +64,13 @@ def made_step(options: argparse.Namespace) -> Callable[[], None]:
 def train(
     options: argparse.Namespace, conditions: Sequence[Condition], step: Callable[[], None]
 ) -> np.ndarray:
-    """Run all rounds, and return the seconds [round, condition, 2]: by the wall, and of the trainer's processor."""
+    """Run all rounds, and return the seconds [round, condition, 2]: wall-clock, and of the trainer's processor."""
     for condition in conditions:
         condition.epoch_ended()  # so that the bridges have an epoch to send in each round
     seconds = np.zeros((options.rounds, len(conditions), 2))
     order, progress, started = random.Random(0), Progress(sys.stderr), time.monotonic()
     laps = options.steps // options.slice
-    alone = EPOCHS_ALONE * laps * sum(condition.is_tracked for condition in conditions)  # comes afterwards
+    alone = EPOCHS_ALONE * laps * sum(condition.is_tracked for condition in conditions)  # measured afterwards
     for lap in range(options.rounds * laps):
         number, in_epoch = divmod(lap, laps)
         for index in order.sample(range(len(conditions)), len(conditions)):
@@ -89,7 +90,7 @@ def train(
 def bridges_seconds(
     options: argparse.Namespace, condition: Condition, step: Callable[[], None]
 ) -> dict[str, float]:
-    """Return the processor seconds of each bridge in an epoch, the mean of some that follow each other unfrozen."""
+    """Return the mean processor seconds of each bridge per epoch, over successive epochs without freezing."""
     if not condition.is_tracked:
         return {}
     with condition.turn():
@@ -108,18 +109,18 @@ def _clocks() -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Seconds of one condition by those of `off`."""
+    """Ratio of the seconds of one condition to those of `off`."""
 
     of_sums: float
     low: float
     high: float
-    """Ends of its 95 % interval, from a bootstrap over the rounds."""
+    """`low` and `high` are the ends of the 95 % interval, from a bootstrap over the rounds."""
     median: float
-    """Of the rounds' own ratios."""
+    """Median of the ratios of single rounds."""
 
     @classmethod
     def of(cls, mine: np.ndarray, off: np.ndarray) -> Ratio:
-        """Compare the seconds of each round, [rounds] both."""
+        """Compare the seconds of each round, both [rounds]."""
         rounds = len(off)
         drawn = np.random.default_rng(0).integers(rounds, size=(10_000, rounds))
         low, high = np.percentile(mine[drawn].sum(1) / off[drawn].sum(1), (2.5, 97.5))
@@ -131,26 +132,26 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One condition against `off`."""
+    """Figures of one condition against `off`."""
 
     condition: str
     wall: Ratio
     processor: Ratio
-    """Of the trainer's own processor seconds, which other work on the machine has little part in."""
+    """Ratio of the trainer's processor seconds, which other load on the machine hardly affects."""
     epoch_s: float
-    """A mean epoch."""
+    """Mean seconds of an epoch."""
     bridges_s: Mapping[str, float]
-    """Tracker -> processor seconds of its bridge an epoch."""
+    """Tracker -> processor seconds of its bridge per epoch."""
     starting_s: float
-    """To start the bridges."""
+    """Seconds to start the bridges."""
 
     @property
     def holds(self) -> bool:
-        """Whether the bars are reached; the control has none."""
+        """Whether the ratios are below the bars; the control condition has no bar."""
         return self.wall.of_sums <= BARS.get(self.condition, math.inf) and self.starting_s <= START_BAR_S
 
     def verdict(self) -> str:
-        """Say whether the step's bar is reached, as far as the interval decides it."""
+        """Return whether the bar of the step is reached, if the interval decides it."""
         bar = BARS.get(self.condition)
         if bar is None:
             return "the noise of this run"
@@ -164,7 +165,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Figures]:
     with opened_conditions(folder) as conditions:
         seconds = train(options, conditions, step)
         bridges = {condition.name: bridges_seconds(options, condition, step) for condition in conditions}
-        for condition in conditions:  # else these may be the figures of trackers that do nothing
+        for condition in conditions:  # otherwise the trackers may have done nothing
             condition.settle()
     return [
         Figures(
@@ -180,7 +181,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Figures]:
 
 
 def show(found: Figures) -> None:
-    """Print one condition's figures."""
+    """Print the figures of one condition."""
     print(f"{found.condition:9} {found.wall} of off: {found.verdict()}; processor {found.processor}")
     if found.bridges_s:
         each = ", ".join(f"{name} {taken * 1000:.0f} ms" for name, taken in found.bridges_s.items())
@@ -190,8 +191,8 @@ def show(found: Figures) -> None:
 
 
 def main() -> int:
-    """Measure, print, and return 1 where a bar is missed."""
-    # So that a run that is cut short also ends its bridges, which are stopped most of the time.
+    """Measure, print, and return 1 if a bar is missed."""
+    # An interrupted run must also end its bridges, which are stopped most of the time.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""The conditions of `bench/tracking.py`: runs whose trackers are off, healthy, slow or dead, each frozen on demand."""
+"""The conditions of `bench/tracking.py`: runs with trackers that are off, healthy, slow or dead, frozen on demand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from starling.training.reporting.results import EpochRow, write_results
 OFF = ("off", "off again")
 """The conditions without tracking."""
 SETTLE_S = 120
-"""For so long a bridge is waited for."""
+"""Maximum seconds of waiting for a bridge."""
 SLOW_S = 30
 SLOW_SERVER = f"""
 import contextlib, http.server, time
@@ -46,12 +46,12 @@ server.serve_forever()
 
 
 class Condition:
-    """One run with its event log and bridges, which are frozen while it is not its turn."""
+    """One run with its event log and bridges, which are frozen while it is not the run's turn."""
 
     def __init__(
         self, name: str, folder: Path, variables: Mapping[str, str], servers: Sequence[psutil.Process] = ()
     ) -> None:
-        """Start the bridges that `variables` lead to (none: no tracking); `servers` are frozen with them."""
+        """Start the bridges that `variables` configure (empty: no tracking); `servers` are frozen with the bridges."""
         self.name = name
         self.run = RunDir(folder / name)
         self.run.path.mkdir(parents=True)
@@ -61,7 +61,7 @@ class Condition:
             RunLabel(name, "bench", name), self.run.path, progress=Silence(), events=log
         )
         self._reporter.started({"epochs": 100}, {})
-        # A runs folder of its own: bridges take locks in it, which a frozen one would hold from the others.
+        # A separate runs folder, because a frozen bridge would hold its locks there against other bridges.
         with mock.patch.dict(os.environ, variables, STARLING_RUNS=str(self.run.path)):
             began = time.perf_counter()
             self._bridges = start_bridges(log) if log else None
@@ -72,7 +72,7 @@ class Condition:
 
     @property
     def is_tracked(self) -> bool:
-        """Whether it has bridges."""
+        """Whether the condition has bridges."""
         return bool(self._processes)
 
     def epoch_ended(self) -> None:
@@ -89,7 +89,7 @@ class Condition:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Let the bridges run while the block does."""
+        """Let the bridges run inside the block."""
         self.signal(signal.SIGCONT)
         try:
             yield
@@ -103,7 +103,7 @@ class Condition:
                 process.send_signal(signum)
 
     def kill(self) -> None:
-        """End the bridges, so that they write no more."""
+        """End the bridges, so that they write nothing more."""
         self.signal(signal.SIGKILL)
         psutil.wait_procs(self._processes.values(), timeout=5)
 
@@ -112,7 +112,7 @@ class Condition:
         return {name: sum(process.cpu_times()[:2]) for name, process in self._processes.items()}
 
     def settle(self) -> None:
-        """Let each bridge send everything, or find its server away unless the condition is healthy."""
+        """Wait until each bridge has sent everything, or, except in `healthy`, has found its server unreachable."""
         deadline = time.monotonic() + SETTLE_S
         with self.turn():
             while not all(self._has_settled(tracker) for tracker in self._processes):
@@ -133,13 +133,13 @@ class Condition:
 
 @contextmanager
 def opened_conditions(folder: Path) -> Iterator[list[Condition]]:
-    """Give all conditions, settled and frozen; their bridges and servers are killed at the end."""
+    """Yield all conditions, settled and frozen; their bridges and servers are killed at the end."""
     with (
         _server("-m", "tests.doubles.clearml_server", str(folder / "clearml")) as double,
         _server("-c", SLOW_SERVER) as slow,
         socket.socket() as dead,
     ):
-        dead.bind(("127.0.0.1", 0))  # and never listens
+        dead.bind(("127.0.0.1", 0))  # bound, but never listens
         healthy = dict(_line_of(double).removeprefix("export ").split("=", 1) for _ in range(5))
         slow_port, dead_port = int(_line_of(slow)), int(dead.getsockname()[1])
         conditions: list[Condition] = []
@@ -147,7 +147,7 @@ def opened_conditions(folder: Path) -> Iterator[list[Condition]]:
             for name in OFF:
                 conditions.append(Condition(name, folder, {}))
             conditions.append(Condition("healthy", folder, healthy, [double]))
-            # Each settles by itself: what importing its libraries takes is not what is measured.
+            # Each settles alone, because the imports of its libraries must not be measured.
             conditions[-1].settle()
             for name, port in (("slow", slow_port), ("dead", dead_port)):
                 hosts = ("MLFLOW_TRACKING_URI", "CLEARML_API_HOST", "CLEARML_FILES_HOST")

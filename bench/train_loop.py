@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The training loop on the CPU: its images/s as a ratio to the model's own step, in one run.
 
-    python bench/train_loop.py --data ~/bccd/bccd.yaml          # the mini set that the project carries, by default
+    python bench/train_loop.py --data ~/bccd/bccd.yaml          # default: the mini set in this repository
 
-Prints the rate of the model alone (float32 and contiguous: the reference; then as the trainer runs it), of the whole
-loop with mosaics and all default augmentation, and the loader's share of the processor time. Rounds take turns.
+Prints the rate of the model alone (float32 and contiguous as the reference, then as in the trainer), the rate of the
+whole loop with mosaics and all default augmentation, and the loader's share of the processor time. Rounds take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starling.training.setup.data import training_loader
 
 
 def loader_seconds(loop: Loop) -> float:
-    """Return the processor seconds that preparing one image takes, images decoded before."""
+    """Return the processor seconds for preparing one image, after images have been decoded."""
     setup = loop.setup
     detector = setup.start.build(setup.data.names, None)
     loader = training_loader(setup.data, detector, loop.config, loop.hyp, setup.image_size, setup.compute)
@@ -39,7 +39,7 @@ def loader_seconds(loop: Loop) -> float:
 
 
 def main() -> int:
-    """Measure in turns and print the table, or one JSON object."""
+    """Measure in turns, and print the table or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Validation against its own forward passes: the ratio of the whole to the network alone, and where the rest goes.
+"""Validation compared with its forward passes: the ratio of the whole to the network alone, and the time of each stage.
 
     python bench/validation.py [--data ~/bccd/bccd.yaml] [--weights best.pt] [--img 320] [--batch 32]
 
-Two detectors: `trained` (by default the small detector of the tests) and `early`, fresh weights whose
-objectness is raised so that every box is a candidate. Each twice: as in training (loss, normalisations apart) and as
-in val.py (no loss, normalisations folded in). Whole passes and forward passes take turns, and the fastest of each
-counts. On a busy machine take `--threads 1` and the ratio of processor seconds, which others take no part in.
+Two detectors: `trained` (by default the small detector of the tests) and `early`, fresh weights with a raised
+objectness, so that every box is a candidate. Each runs in two ways: as in training (with loss, separate BatchNorm) and
+as in val.py (no loss, fused BatchNorm). Whole passes and forward passes take turns, and the fastest of each
+counts. On a busy machine use `--threads 1` and the ratio of processor seconds, which other load hardly affects.
 """
 
 from __future__ import annotations
@@ -45,35 +45,35 @@ from starling.prediction.predictor import to_input  # noqa: E402
 
 TRAINED = REPOSITORY / "tests" / "detector" / "cells.pt"
 RAISED = 5.0
-"""What `early` adds to the logits of objectness."""
+"""Number that `early` adds to the logits of objectness."""
 BAR = 1.25
-"""The ratio to reach."""
+"""Maximum ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One case."""
+    """The figures of one case."""
 
     name: str
     ratio: float
-    """Fastest whole pass by fastest forward pass."""
+    """Seconds of the fastest whole pass divided by those of the fastest forward pass."""
     processor_ratio: float
-    """The same of the seconds that processors were busy with them."""
+    """The same ratio of processor seconds."""
     ratios: list[float]
-    """Of each repeat's two passes."""
+    """Ratio of the two passes of each repeat."""
     whole_ms: float
-    """An image, of the fastest pass."""
+    """Milliseconds per image of the fastest pass."""
     forward_ms: float
     stages_ms: dict[str, float]
-    """An image, in a pass of its own where the device is waited for after each stage."""
+    """Milliseconds per image, in a separate pass that waits for the device after each stage."""
     detections: float
-    """An image."""
+    """Number per image."""
     map50: float
     map5095: float
 
 
 def early(nc: int, layout: str) -> Detector:
-    """Return fresh weights that find something everywhere."""
+    """Return a detector with fresh weights that detects something everywhere."""
     torch.manual_seed(0)
     detector = build_detector(layout, nc)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def early(nc: int, layout: str) -> Detector:
 
 
 def trained(path: Path) -> Detector:
-    """Return the detector that a checkpoint describes."""
+    """Return the detector of a checkpoint."""
     weights = read_weights(path)
     assert weights.layout is not None, f"{path} holds no layout"
     detector = build_detector(weights.layout, len(weights.names), names=weights.names)
@@ -99,10 +99,10 @@ def loss_of(detector: Detector, size: int, compute: Compute) -> DetectionLoss:
 
 @torch.no_grad()
 def forward_seconds(detector: Detector, batches: ValLoader, compute: Compute) -> np.ndarray:
-    """Return the [wall, processor] time of the forward passes over the split alone, inputs ready on the device."""
+    """Return the [wall, processor] seconds of the forward passes over the split alone, inputs ready on the device."""
     wait = torch.cuda.synchronize if not compute.on_cpu else lambda: None
     total = np.zeros(2)
-    # Without the loader's thread, which would work on the next batch meanwhile.
+    # Batches are listed first: the loader's thread would otherwise work on the next batch meanwhile.
     for batch in list(batches):
         images = to_input(batch.images, compute)
         wait()
@@ -120,7 +120,7 @@ def now() -> np.ndarray:
 
 
 def timed(work: Callable[[], Validation]) -> tuple[np.ndarray, Validation]:
-    """Return the [wall, processor] seconds of a call, and what it returned."""
+    """Return the [wall, processor] seconds of a call, and its result."""
     began = now()
     validation = work()
     return now() - began, validation
@@ -134,7 +134,7 @@ def measure(
     compute: Compute,
     repeats: int,
 ) -> Figures:
-    """Return the figures of one case; the first pass of each kind warms up and is not counted."""
+    """Return the figures of one case; the first pass of each kind is a warm-up and does not count."""
     detector = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def whole() -> Validation:
@@ -188,13 +188,13 @@ def told(figures: Figures) -> str:
 
 
 def machine(compute: Compute) -> str:
-    """Say where this was measured."""
+    """Return a line about the machine and its load."""
     load = os.getloadavg()[0]
     return f"{compute.describe()}, {compute.cores} cores, load {load:.1f}, torch {torch.__version__}, {platform.machine()}"
 
 
 def main() -> int:
-    """Measure each case, print it, and return 0 where all reach the bar."""
+    """Measure and print each case, and return 0 if all reach the bar."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

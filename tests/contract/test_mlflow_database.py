@@ -84,7 +84,7 @@ def test_an_older_one_is_left_alone_until_it_is_upgraded_with_a_copy_kept(
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_upgrade_db", fail)
         assert track.main(["upgrade"]) == 1
-    assert "half done; the database is as it was" in capsys.readouterr().err
+    assert "half done; the database has been restored" in capsys.readouterr().err
 
     assert track.main(["upgrade"]) == 0
     [copy] = database.parent.glob("mlflow.db.*")

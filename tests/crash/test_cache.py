@@ -240,5 +240,5 @@ def test_training_by_default_keeps_both_splits_in_shared_files_and_device_withou
     assert _train(tiny_args, tiny_set, "--cache", "device") == 0
     said = capsys.readouterr().out
     assert "images decoded in" not in said
-    assert said.count("not on a GPU: there is none; ") == 2
+    assert said.count("not on a GPU: this process uses none; ") == 2
     assert [kept.pictures for kept in kept_files(runs / ".cache")] == [2, 2]

@@ -74,7 +74,7 @@ BOUNDS = {
     ),
     "memo": (PICKLES["a huge memo index"], "memo is larger than what it holds"),
     "numbers": (PICKLES["a number of 255 bytes"], "a whole number of 255 bytes"),
-    "cycles": (PICKLES["a list in itself"], "changes a value that stands in another one"),
+    "cycles": (PICKLES["a list in itself"], "changes a value that is already part of another one"),
     "opcode": (PICKLES["POP and DUP without end"], "uses DUP"),
     "claimed text": (PICKLES["a text that claims 4 GiB"], "cut short"),
 }

@@ -1,1 +1,1 @@
-"""The commands: words of a command line become a configuration, and one call."""
+"""The commands: each turns a command line into a configuration, and calls one function with it."""

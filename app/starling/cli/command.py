@@ -1,4 +1,4 @@
-"""Run a command the way all of them behave: one message for an error, its exit code, a traceback if asked for."""
+"""Run a command in the way common to all commands: one message per error, its exit code, a traceback on request."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Parsed = TypeVar("Parsed")
 
 
 def say_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Print one line to stderr; of several processes that train together, rank 0 does."""
+    """Print one line to stderr; among processes that train together, only rank 0 prints."""
     if speaks(environment):
         print_error(line, environment)
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is the one of those that train together that speaks for all."""
+    """Return whether this process prints for all processes that train together: a single process, or rank 0."""
     return _alone(environment) or environment.get("RANK", "0") == "0"
 
 
 def leave(code: int) -> NoReturn:
     """End the process with this exit code.
 
-    One of several that train together ends without taking the interpreter down: torch's communication threads may
-    still want it, which aborts a process that has done all it should.
+    Of several processes that train together, each skips the shutdown of the interpreter: torch's threads may
+    still use the interpreter, and would abort a process that has done its work.
     """
     if _alone(os.environ):
         sys.exit(code)
@@ -54,9 +54,9 @@ def run_command(
     debug: Callable[[Parsed], bool],
     failed: Callable[[BaseException], None] = lambda error: None,
 ) -> int:
-    """Parse, run what was parsed, and return the exit code: 0, or the error's; a bug keeps its traceback.
+    """Parse, run the result, and return the exit code: 0, or the error's; unexpected exceptions keep their tracebacks.
 
-    `debug` says of what was parsed whether errors show their tracebacks; `failed` is told of an error that is no stop.
+    `debug` decides for the parsed value whether errors show tracebacks; `failed` gets every error, but not a stop.
     """
     _show_any_name()
     _have_a_name()
@@ -74,16 +74,16 @@ def run_command(
 
 
 def _show_any_name() -> None:
-    """Let a file name that is no text be printed, its bytes as `\\udcff`, which JSON reads too."""
+    """Allow file names that are not valid text to be printed, with bytes as `\\udcff`, which JSON can read too."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _have_a_name() -> None:
-    """Let a user that the system knows by number only (`docker run --user`, a lost directory server) be called by it.
+    """Set a user name for a user that the system knows only by number (`docker run --user`, no directory server).
 
-    torch names a cache after its user, and ends with an error where there is no name.
+    torch names a cache after its user, and fails without a user name.
     """
     try:
         getpass.getuser()
@@ -131,11 +131,11 @@ _MISPLACED = {
     errno.EEXIST: _WRONG_KIND,
     errno.ELOOP: _WRONG_KIND,
 }
-"""Errors of a path that is wrong usage, whichever file spells it, and the remedy."""
+"""Errors of a path that count as wrong usage, and the remedy."""
 
 
 def _say_os_error(error: OSError) -> int:
-    """Print the system's words, and the remedy where the path is at fault; return the exit code."""
+    """Print the system's message, and the remedy if the path is wrong; return the exit code."""
     refused = refusal(error)
     where = f"{shown(error.filename)}: " if error.filename else ""
     remedy = _MISPLACED.get(error.errno or 0, "")

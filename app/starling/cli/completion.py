@@ -18,10 +18,10 @@ from starling.core.settings.completion import offers
 from starling.core.settings.parser import Command, PathParser
 
 VARIABLE = "_STARLING_COMPLETE"
-"""The variable by which a shell asks `starling` for words in place of running it."""
+"""The variable with which a shell asks `starling` for completions."""
 SHELLS = ("bash", "zsh", "fish")
 _DECLARED = ("train", "val", "detect", "export", "hpo")
-"""Commands whose settings are declared in core, where they are read without importing what the command needs."""
+"""Commands with settings declared in core, which can be read without importing the command's packages."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def answer(instruction: str, commands: Sequence[str]) -> int:
-    """Print what the shell may offer, as the script of `main` asks for it; return the exit code."""
+    """Print the completions that the script of `main` asks for; return the exit code."""
     group = click.Group(commands={name: _Asked(name) for name in commands})
     return shell_complete(group, {}, "starling", VARIABLE, instruction)
 
 
 class _Asked(click.Command):
-    """A command of click's that stands for one of ours while words are completed: all its words are arguments."""
+    """A click command that represents a command of `starling` during completion: all its words are arguments."""
 
     def __init__(self, name: str) -> None:
         words = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, shell_complete=self._complete)
@@ -60,7 +60,7 @@ class _Asked(click.Command):
         )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return what may stand for a word that begins as an option does, which click asks the command for."""
+        """Return completions for a word that begins like an option; click asks the command for these."""
         return self._complete(ctx, self.params[0], incomplete)
 
     def _complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -74,13 +74,13 @@ class _Asked(click.Command):
 
 
 def _parser_of(name: str) -> argparse.ArgumentParser | None:
-    """Return the parser of a command; None for one without, and where its packages are not installed."""
+    """Return the parser of a command; None for a command without a parser, or without its packages."""
     if name in _DECLARED:
         command: Command = import_module(f"starling.core.settings.{name}").COMMAND
         return command.parser()
     try:
         module = import_module(f"starling.cli.{name}")
-    except ModuleNotFoundError:  # an installation of the launcher alone
+    except ModuleNotFoundError:  # only the launcher is installed
         return None
     made: argparse.ArgumentParser | None = module.build_parser() if hasattr(module, "build_parser") else None
     return made

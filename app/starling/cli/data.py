@@ -1,13 +1,13 @@
-"""Get what is published, by name; nothing else in this project fetches anything unasked.
+"""Fetch published datasets and weights by name. No other command downloads anything unless asked to.
 
 starling data download coco128.yaml          a dataset, into ../datasets/coco128
 starling data download VOC.yaml --into DIR   into DIR/VOC
 starling data download yolov5s.pt            weights, into ~/.cache/starling/weights
-starling data version DIR --name cells       a new version of a ClearML dataset, of what DIR holds
-starling data convert Objects365.yaml DIR    add label files to a dataset that you have in DIR
-starling data convert my.yaml DIR coco source=boxes.json images=images/train    the same, with a converter you name
+starling data version DIR --name cells       a new version of a ClearML dataset, with the content of DIR
+starling data convert Objects365.yaml DIR    add label files to a dataset that is already in DIR
+starling data convert my.yaml DIR coco source=boxes.json images=images/train    the same, with a given converter
 starling data cache                          list the files of decoded images, below the runs folder
-starling data cache --remove                 remove those that no training uses
+starling data cache --remove                 remove the files that no training uses
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from starling.progress import Progress, on_console
 if TYPE_CHECKING:
     from starling.data.fetch.acquire import Convert
 
-# What fetches and converts is imported by the command that does: `--help` has no use for it.
+# Each command imports what it fetches and converts with: `--help` does not need these modules.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,18 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
         "version", help="make a version of a ClearML dataset: create, sync, upload, close"
     )
     version.add_argument(
-        "folder", type=Path, nargs="?", default=Path(), help="what it is to hold, with its YAML [.]"
+        "folder", type=Path, nargs="?", default=Path(), help="folder of the data, with its YAML [.]"
     )
     version.add_argument("--project", default="datasets", help="ClearML project [%(default)s]")
     version.add_argument("--name", help="name of the dataset [the folder's]")
     version.add_argument(
-        "--parent", default="", metavar="ID", help="the version before: only what changed is uploaded"
+        "--parent", default="", metavar="ID", help="the previous version: only changes are uploaded"
     )
     version.add_argument("--version", default="", help="number of the version [the next one]")
     version.add_argument("--json", action="store_true", help="print one JSON object")
-    convert = commands.add_parser(
-        "convert", help="run a description's `convert:` steps on data that is there"
-    )
+    convert = commands.add_parser("convert", help="run a description's `convert:` steps on existing data")
     convert.add_argument("name", help="dataset YAML, shipped name or path")
     convert.add_argument("folder", type=Path, help="the dataset's folder")
     convert.add_argument(
@@ -81,7 +79,7 @@ _Body = Callable[[argparse.Namespace], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command says, and return the exit code."""
+    """Run the command, and return the exit code."""
     given = build_parser().parse_args(arguments)
     bodies: dict[str, _Body] = {
         "download": _download,
@@ -143,7 +141,7 @@ def _convert(given: argparse.Namespace) -> None:
 
 
 def _step_of_words(words: Sequence[str]) -> Convert:
-    """Return the step that `NAME key=value ...` stands for."""
+    """Return the step described by `NAME key=value ...`."""
     from starling.data.fetch.acquire import convert_step
 
     pairs = [word.partition("=") for word in words[1:]]

@@ -1,4 +1,4 @@
-"""`starling plots runs/train/exp runs/train/exp2`: several runs' progress in one plot."""
+"""`starling plots runs/train/exp runs/train/exp2`: draw the progress of several runs in one plot."""
 
 from __future__ import annotations
 

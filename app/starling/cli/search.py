@@ -1,10 +1,10 @@
-"""Look at a search, give it what older ones found, and repair its journal.
+"""Show a search, import results of older searches, and repair its journal.
 
 starling search show runs/blood/search            progress, the best hyp, a table of candidates
 starling search report runs/blood/search          write its report.html anew
 starling search import old/evolve.csv --to runs/blood/search
-                                                       let it evolve from the results of an older search,
-                                                       which had as many epochs and the same image size
+                                                       use the results of an older search as parents;
+                                                       its trainings had the same epochs and image size
 starling search repair runs/blood/search          drop damaged records of its journal, and name their candidates
 """
 
@@ -22,7 +22,7 @@ from starling.core.settings.parser import PathParser
 if TYPE_CHECKING:
     from starling.search.outcome import Attempt
 
-# Optuna takes most of a second to import, so what needs it is imported by the bodies: help is quick.
+# Optuna takes most of a second to import, so only the functions that need it import it: help stays fast.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html anew, and print its path")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder of the search")
     importing = commands.add_parser(
-        "import", help="add the results of an evolve.csv to what a search evolves from; its budget stays"
+        "import", help="add the results of an evolve.csv to a search as parents; its budget stays"
     )
     importing.add_argument("csv", type=Path, metavar="EVOLVE_CSV", help="as the classic trainer writes it")
     importing.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the search")
@@ -47,24 +47,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs of the old trainings [those of opt.yaml beside the file]",
     )
     importing.add_argument(
-        "--imgsz", type=int, metavar="PIXELS", help="their image side [that of opt.yaml beside the file]"
+        "--imgsz",
+        type=int,
+        metavar="PIXELS",
+        help="image side of the old trainings [that of opt.yaml beside the file]",
     )
     repairing = commands.add_parser(
         "repair",
-        help="drop the damaged records of a search's journal alone, name their candidates, keep a copy",
+        help="drop only the damaged records of a search's journal, name their candidates, keep a copy",
     )
     repairing.add_argument("directory", type=Path, metavar="DIR", help="folder of the search")
     for command in (show, report, importing, repairing):
         if command is not repairing:
             command.add_argument(
-                "--study", metavar="URL", default="", help="database that the study lives in [a journal]"
+                "--study", metavar="URL", default="", help="database with the study [the journal in DIR]"
             )
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command says, and return the exit code."""
+    """Run the command, and return the exit code."""
     given = build_parser().parse_args(arguments)
     bodies: dict[str, Callable[[argparse.Namespace], None]] = {
         "show": _show,
@@ -117,7 +120,7 @@ def _repair(given: argparse.Namespace) -> None:
     if done.copy is None:
         print(f"{done.journal}: no record is damaged; nothing was changed")
     else:
-        print(f"the file as it was: {done.copy}; start workers that were running again")
+        print(f"copy of the damaged file: {done.copy}; restart the workers that were running")
 
 
 def _show(given: argparse.Namespace) -> None:
@@ -163,7 +166,7 @@ def _show(given: argparse.Namespace) -> None:
 
 
 def _others(attempts: Sequence[Attempt], imported: int) -> str:
-    """Return counts of what is there besides, for the end of the first line."""
+    """Return counts of pruned, interrupted and imported trainings, for the end of the first line."""
     pruned = sum(attempt.state == "pruned" for attempt in attempts)
     interrupted = sum(attempt.state in ("lost", "stopped") for attempt in attempts)
     counts = ((pruned, "pruned"), (interrupted, "interrupted"), (imported, "imported"))

@@ -1,11 +1,11 @@
-"""Show or change settings that outlive a command.
+"""Show or change persistent settings.
 
     starling settings                  show them
     starling settings mlflow=False     change one
     starling settings reset            back to the defaults
 
-They stand in `$STARLING_RUNS/settings.json` where that variable is set (so all replicas of a fleet share
-them), else in `$XDG_CONFIG_HOME/starling/settings.json`, by default `~/.config/starling/settings.json`.
+The settings are in `$STARLING_RUNS/settings.json` if that variable is set (so that all replicas of a fleet share
+them), otherwise in `$XDG_CONFIG_HOME/starling/settings.json`, by default `~/.config/starling/settings.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Show, change or reset the settings; returns the exit status."""
+    """Show, change or reset the settings; return the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(words):
         print(__doc__)

@@ -1,12 +1,12 @@
-"""Look at runs, send what a tracker missed, promote a model.
+"""Show runs, send events that a tracker has missed, promote a model.
 
-starling track ui            MLflow's page on this runs folder, at http://127.0.0.1:5000
+starling track ui            MLflow's page for this runs folder, at http://127.0.0.1:5000
 starling track stop          end that server, and no other
-starling track status [DIR]  what of the event logs under DIR is sent, and what is not
-starling track sync DIR      send what is left of all event logs under DIR
-starling track export DIR    a run as one zip
+starling track status [DIR]  how much of the event logs under DIR is sent
+starling track sync DIR      send all unsent events of the event logs under DIR
+starling track export DIR    write a run as one zip
 starling track promote RUN   give a run's model the alias `production`, if it passes the gate
-starling track upgrade       bring the database of an older MLflow up to date
+starling track upgrade       upgrade the database of an older MLflow
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from starling.tracking.trackers import TRACKERS, wanted_trackers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncResult:
-    """What `sync` did with one log."""
+    """The result of `sync` for one log."""
 
     log: str
     tracker: str
     sent: int
-    """Events sent now."""
+    """Number of events sent by this call."""
     left_out: int
-    """Events that the tracker refuses, ever since the log began."""
+    """Number of events that the tracker has refused since the beginning of the log."""
     problem: str
-    """Why it is not all sent; empty when it is."""
+    """Why events are still unsent; empty if all are sent."""
 
 
 def sync(directory: Path, tracker: Tracker, *, from_start: bool = False) -> list[SyncResult]:
-    """Send what is left of all event logs under `directory`, oldest first.
+    """Send the unsent events of all event logs under `directory`, oldest first.
 
-    `from_start` sends all events again; what the tracker has is not doubled. After a log that cannot be sent
-    the next one is tried. Raises UsageError if there is no log.
+    `from_start` sends all events again; the tracker stores no event twice. If a log cannot be sent, the next one is
+    still tried. Raises UsageError if there is no log.
     """
     return [_sync_one(log, tracker, from_start) for log in find_logs(directory)]
 
@@ -67,7 +67,7 @@ def _sync_one(log: Path, tracker: Tracker, from_start: bool) -> SyncResult:
             bridge.hold_up(problem)
             sent, left_out = bridge.cursor.sent - before, bridge.cursor.rejected
     except TimeoutError:
-        problem = "a bridge is at work on it"
+        problem = "a bridge is sending it now"
     except OSError as error:
         problem = str(refusal(error) or error)
     return SyncResult(log=str(log), tracker=tracker.name, sent=sent, left_out=left_out, problem=problem)
@@ -182,7 +182,7 @@ def _run_upgrade(options: argparse.Namespace) -> int:
         print("nothing to upgrade: the database is this MLflow's, or there is none yet")
     else:
         print(
-            f"upgraded; the database as it was: {copy}. What waits is sent by: starling track sync {options.runs}"
+            f"upgraded; copy of the old database: {copy}. Send unsent events with: starling track sync {options.runs}"
         )
     return 0
 
@@ -209,41 +209,43 @@ def build_parser() -> argparse.ArgumentParser:
     ui.set_defaults(run=_run_ui)
     stop = commands.add_parser("stop", parents=[common], help="end the server that ui started")
     stop.set_defaults(run=_run_stop)
-    send = commands.add_parser("sync", parents=[common], help="send what is left of event logs")
+    send = commands.add_parser("sync", parents=[common], help="send the unsent events of event logs")
     send.add_argument("directory", type=Path, metavar="DIR", help="a run directory, or a folder of them")
     send.add_argument(
         "--from-start", action="store_true", help="send everything again, to a database that lost it"
     )
-    send.add_argument("--tracker", choices=TRACKERS, help="to this one only (default: all that are on)")
+    send.add_argument("--tracker", choices=TRACKERS, help="only to this tracker (default: all that are on)")
     send.set_defaults(run=_run_sync)
-    status = commands.add_parser("status", parents=[common], help="what is sent, and what is not")
+    status = commands.add_parser("status", parents=[common], help="show how much is sent")
     status.add_argument(
         "directory", type=Path, metavar="DIR", nargs="?", help="a run, or a folder of them (default: --runs)"
     )
     status.set_defaults(run=_run_status)
     pack = commands.add_parser("export", parents=[common], help="write a run as one zip")
     pack.add_argument("directory", type=Path, metavar="DIR", help="a run directory")
-    pack.add_argument("--out", type=Path, metavar="FILE", help="where to (default: NAME.zip, here)")
-    pack.add_argument("--force", action="store_true", help="replace a file that is there")
+    pack.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: NAME.zip, here)")
+    pack.add_argument("--force", action="store_true", help="replace an existing file")
     pack.set_defaults(run=_run_export)
     gate = commands.add_parser("promote", parents=[common], help="give a run's model an alias, behind a gate")
     gate.add_argument("which", metavar="RUN_OR_DIR", help="a run directory, or the run's id in MLflow")
-    gate.add_argument("--metric", required=True, help="whole or by its last part: mAP_0.5:0.95")
-    gate.add_argument("--at-least", type=float, required=True, metavar="X", help="what it must reach")
-    gate.add_argument("--better-than", metavar="ALIAS", help="and beat the model that has this alias")
+    gate.add_argument("--metric", required=True, help="a metric by its name or its last part: mAP_0.5:0.95")
     gate.add_argument(
-        "--to", default="production", metavar="ALIAS", help="the alias given (default: production)"
+        "--at-least", type=float, required=True, metavar="X", help="value that the metric must reach"
+    )
+    gate.add_argument(
+        "--better-than", metavar="ALIAS", help="the metric must also beat the model with this alias"
+    )
+    gate.add_argument(
+        "--to", default="production", metavar="ALIAS", help="the alias to give (default: production)"
     )
     gate.set_defaults(run=_run_promote)
-    newer = commands.add_parser(
-        "upgrade", parents=[common], help="bring an older MLflow's database up to date"
-    )
+    newer = commands.add_parser("upgrade", parents=[common], help="upgrade the database of an older MLflow")
     newer.set_defaults(run=_run_upgrade)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of the commands; returns the exit status."""
+    """Run one of the commands; return the exit status."""
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))

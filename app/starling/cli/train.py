@@ -1,4 +1,4 @@
-"""Train a detector, or search its hyperparameters together with every other worker: `python train.py --help`."""
+"""Train a detector, or search its hyperparameters together with all other workers: `python train.py --help`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell_launcher(error: BaseException) -> None:
-    """Leave the reason where `launcher status` looks, also of an error before there is a run."""
+    """Record the error where `launcher status` looks, even if there is no run yet."""
     if (replica := os.environ.get("STARLING_REPLICA")) and speaks():
         from starling.core.worker_status import tell_failure
         from starling.outputs.run_dir import runs_root
@@ -26,7 +26,7 @@ def _tell_launcher(error: BaseException) -> None:
 
 
 def _parse(argv: list[str] | None) -> TrainCommand:
-    """Return what the words ask for; without any, in a ClearML agent, what its task asks for."""
+    """Return the parsed command line; in a ClearML agent without arguments, the command line of the agent's task."""
     words = sys.argv[1:] if argv is None else argv
     if not words and os.environ.get("CLEARML_TASK_ID"):
         from starling.tracking.clearml.client.remote import arguments_of_task
@@ -37,7 +37,7 @@ def _parse(argv: list[str] | None) -> TrainCommand:
 
 def _run(command: TrainCommand) -> None:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Where a process is gone, torch prints the stack of each try to reach it; one line of ours says it.
+        # If a process is gone, torch prints the stack of each attempt to reach it; one line of this program says it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here so that --help and a wrong flag answer at once, without torch.
     from starling.progress import Progress, Silence, on_console

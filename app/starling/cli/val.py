@@ -1,4 +1,4 @@
-"""Validate a detector, or several as one: `python val.py --help`."""
+"""Validate a detector, or several as an ensemble: `python val.py --help`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Several processes that train one model: who they are, what they share, and how they end together.
+"""Several processes that train one model: their ranks, what they exchange, and how they end together.
 
-Each holds the whole model and a part of every batch. The processes are started by torchrun, or by `--device 0,1`
-(see relaunch); they meet at MASTER_ADDR:MASTER_PORT. Gradients travel over NCCL between GPUs and over Gloo between
-CPUs; what the processes agree on besides (a stop, results, files) travels over Gloo.
+Each process holds the whole model and a part of every batch. torchrun or `--device 0,1` starts the processes (see
+relaunch.py); they meet at MASTER_ADDR:MASTER_PORT. Gradients travel over NCCL between GPUs and over Gloo between CPUs;
+everything else that the processes exchange (stop signals, results, files) travels over Gloo.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from starling.model.loss import Share
 Value = TypeVar("Value")
 
 JOIN_S = 300
-"""Seconds for all processes to arrive."""
+"""Maximum seconds until all processes have arrived."""
 COLLECTIVE_S = 3600
-"""Longest wait for each other. Generous, as rank 0 may draw and save for long; the dead are found by heartbeat."""
+"""Maximum seconds of a collective; rank 0 may draw and save for long, and the heartbeat detects lost ranks."""
 
 
 class RankLost(StarlingError):
-    """Another process of the group is gone; this one cannot go on alone."""
+    """Another process of the group is lost; this process cannot continue alone."""
 
     def __init__(self, lost: LostRank) -> None:
         super().__init__(lost.message)
@@ -49,7 +49,7 @@ class RankLost(StarlingError):
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Where this process stands among those that torchrun, or another starter, has started."""
+    """The place of this process among the processes that torchrun, or another starter, has started."""
 
     rank: int
     world_size: int
@@ -58,11 +58,11 @@ class Rank:
     address: str
     port: int
     serves: bool
-    """Whether this process hosts the meeting point; under torchrun its agent does."""
+    """Whether this process hosts the meeting point; under torchrun, torchrun's agent hosts it."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank | None:
-        """Return the place that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; None for a process alone."""
+        """Return the place that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; None for a single process."""
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not all(environment.get(name) for name in names) or environment["WORLD_SIZE"] == "1":
             return None
@@ -85,7 +85,7 @@ class Rank:
         return place
 
     def device(self, config: TrainConfig) -> str:
-        """Return this process's own device out of `--device`; raises UsageError where they do not add up."""
+        """Return this process's device of those in `--device`; raises UsageError if their number is wrong."""
         devices = config.devices
         if set(devices) == {"cpu"} or (not devices and not torch.cuda.is_available()):
             return "cpu"
@@ -100,7 +100,7 @@ class Rank:
 
 
 class Group:
-    """One process by itself: every operation returns what it is given. `ProcessGroup` is the one of several."""
+    """A single process: every operation returns its argument. `ProcessGroup` is the group of several processes."""
 
     rank = 0
     world_size = 1
@@ -112,7 +112,7 @@ class Group:
         return self.rank == 0
 
     def device(self, config: TrainConfig) -> str:
-        """Return this process's own device."""
+        """Return the device of this process."""
         return config.device
 
     def wrap(self, model: nn.Module, compute: Compute) -> Callable[..., Any]:
@@ -120,25 +120,25 @@ class Group:
         return model
 
     def share(self, batch: Batch) -> Share | None:
-        """Return what the loss must know where other ranks have the rest of the batch."""
+        """Return the share that the loss needs if other ranks have parts of the batch; None for a single process."""
         return None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks, the same on each."""
+        """Return the sum over all ranks, equal on each rank."""
         return tensor
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over all ranks."""
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by rank 0's."""
+        """Replace each tensor by the tensor of rank 0."""
 
     def highest(self, *values: int) -> tuple[int, ...]:
-        """Return for each value the highest of all ranks, the same on each."""
+        """Return for each value the highest of all ranks, equal on each rank."""
         return values
 
     def gather(self, value: Value) -> list[Value]:
-        """Return every rank's value, by rank, on rank 0; nothing elsewhere."""
+        """Return the values of all ranks, by rank, on rank 0; an empty list on other ranks."""
         return [value]
 
     def from_main(self, value: Value) -> Value:
@@ -150,19 +150,19 @@ class Group:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Raise RankLost for an error that another rank's end has caused, and where it would hang for one."""
+        """Raise RankLost for an error, or in place of hanging, if another rank has ended."""
         yield
 
     def training_is_over(self) -> None:
-        """Tell that no rank waits for another from here on."""
+        """Declare that no rank waits for another from now on."""
 
 
 SINGLE = Group()
-"""What a process alone belongs to."""
+"""The group of a single process."""
 
 
 class ProcessGroup(Group):
-    """This process among those that train one model together."""
+    """This process in a group of processes that train one model."""
 
     def __init__(self, place: Rank, heartbeat: Heartbeat, control: dist.ProcessGroup) -> None:
         self.rank, self.world_size = place.rank, place.world_size
@@ -170,12 +170,12 @@ class ProcessGroup(Group):
         self._place, self._heartbeat, self._control = place, heartbeat, control
 
     def device(self, config: TrainConfig) -> str:
-        """Return this process's own device out of `--device`."""
+        """Return this process's device of those in `--device`."""
         return self._place.device(config)
 
     def wrap(self, model: nn.Module, compute: Compute) -> Callable[..., Any]:
-        """Return the model under DistributedDataParallel; it begins with rank 0's weights."""
-        # Buffers are averaged with each step instead: BatchNorm's figures are then of all images, not of rank 0's.
+        """Return the model under DistributedDataParallel; it begins with the weights of rank 0."""
+        # Buffers are averaged in each step instead: BatchNorm's statistics cover all images, not only rank 0's.
         return nn.parallel.DistributedDataParallel(
             model, device_ids=None if compute.on_cpu else [compute.device.index], broadcast_buffers=False
         )
@@ -185,7 +185,7 @@ class ProcessGroup(Group):
         return Share(batch.whole, batch.share, self.sum)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks, the same on each."""
+        """Return the sum over all ranks, equal on each rank."""
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
@@ -199,20 +199,20 @@ class ProcessGroup(Group):
         torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by rank 0's."""
+        """Replace each tensor by the tensor of rank 0."""
         for tensor in tensors:
-            dense = tensor.contiguous()  # a channels-last weight is not, and a broadcast wants it so
+            dense = tensor.contiguous()  # broadcast needs it; channels-last weights are not contiguous
             dist.broadcast(dense, src=0)
             tensor.copy_(dense)
 
     def highest(self, *values: int) -> tuple[int, ...]:
-        """Return for each value the highest of all ranks, the same on each."""
+        """Return for each value the highest of all ranks, equal on each rank."""
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
         return tuple(tensor.tolist())
 
     def gather(self, value: Value) -> list[Value]:
-        """Return every rank's value, by rank, on rank 0; nothing elsewhere."""
+        """Return the values of all ranks, by rank, on rank 0; an empty list on other ranks."""
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values, dst=0, group=self._control)
         return values or []
@@ -229,7 +229,7 @@ class ProcessGroup(Group):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Raise RankLost for an error that another rank's end has caused."""
+        """Raise RankLost for an error that the end of another rank has caused."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -241,16 +241,16 @@ class ProcessGroup(Group):
             raise RankLost(lost) from None
 
     def training_is_over(self) -> None:
-        """Tell that no rank waits for another from here on."""
+        """Declare that no rank waits for another from now on."""
         self._heartbeat.disarm()
 
 
 @contextlib.contextmanager
 def joined(config: TrainConfig, place: Rank | None) -> Iterator[Group]:
-    """Enter the group of `place`, or stay alone.
+    """Enter the group of `place`; without a place, yield the group of a single process.
 
-    Raises UsageError where the group cannot form, and RankLost where one of its processes ends early. How this one
-    ends is left for the others to read.
+    Raises UsageError if the group cannot form, RankLost if one of its processes ends early. Other processes can read
+    how this process ends.
     """
     if place is None:
         yield SINGLE
@@ -267,12 +267,12 @@ def joined(config: TrainConfig, place: Rank | None) -> Iterator[Group]:
         raise
     else:
         heartbeat.end(0)
-        gc.collect()  # the trainer's cycles hold torch's groups, whose threads end with them
+        gc.collect()  # the trainer's reference cycles hold torch's groups, whose threads end with them
         dist.destroy_process_group()
 
 
 def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Rank) -> None:
-    """Leave for the others to read how this process ends; say it where rank 0, which would, is gone."""
+    """Record for the other ranks how this process ends; print the error here if rank 0 is lost."""
     known = refusal(error) if isinstance(error, OSError) else error
     if isinstance(known, StarlingError):
         code, words = known.exit_code, str(known)
@@ -281,12 +281,12 @@ def _leave_word(error: BaseException, heartbeat: Heartbeat, place: Rank) -> None
     heartbeat.end(code, words)
     if isinstance(error, RankLost) and heartbeat.speaks(error.lost) and place.rank:
         _tell(error)
-    if place.serves and not isinstance(error, Stopped):  # all stop together, and their grace is short
-        heartbeat.linger()  # what the others are to read ends with this process
+    if place.serves and not isinstance(error, Stopped):  # all ranks stop together, in a short grace
+        heartbeat.linger()  # what the others read ends with this process
 
 
 def _meet(place: Rank, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
-    """Return the heartbeat, and the group for what the processes agree on; the default group carries tensors."""
+    """Return the heartbeat, and a group for control messages; the default group carries tensors."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"starling/{attempt}"
     try:
@@ -301,7 +301,7 @@ def _meet(place: Rank, *, on_cpu: bool) -> tuple[Heartbeat, dist.ProcessGroup]:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_S))
     except dist.DistError as error:
         raise UsageError(_cannot_meet(place, error)) from None
-    # A connection of its own: the thread must not wait behind the training's own use of the store.
+    # A separate connection: the heartbeat thread must not wait while the training uses the store.
     pulse = PrefixStore(prefix, _connect(place, serves=False, timeout=STORE_S))
     who = f"process {os.getpid()} on {socket.gethostname()}"
     heartbeat = Heartbeat(pulse, place.rank, place.world_size, who, _give_up(place.rank))

@@ -1,8 +1,8 @@
-"""Know within seconds which of the processes that train together is gone.
+"""Detect within seconds that one of the processes that train together is lost.
 
-A collective that fails, or never returns, does not say whose fault it is. So every rank beats: a thread writes a
-counter into the group's store once a second and reads everybody else's. The counter of a rank that was killed, frozen
-or cut off stands still; a rank that ends by itself leaves its reason.
+A collective that fails, or never returns, does not show which process is the cause. So every rank has a heartbeat: a
+thread writes a counter into the group's store once a second, and reads the counters of all ranks. The counter of a rank
+that was killed, frozen or disconnected stands still; a rank that ends by itself records the reason.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from starling.core.words import printable
 
 BEAT_S = 1.0
 STORE_S = 10
-"""Longest wait for an answer of the store."""
+"""Maximum seconds of waiting for an answer of the store."""
 SUSPECT_S = 5.0
-"""Silence that is enough once a collective has failed."""
+"""Seconds of silence after which a rank counts as lost, once a collective has failed."""
 LOST_S = 20.0
-"""Silence that is enough by itself."""
+"""Seconds of silence after which a rank counts as lost in any case."""
 GRACE_S = 10.0
-"""Seconds the training itself has to find out, before the process is ended from outside of it."""
+"""Seconds for the training to notice a lost rank, before the heartbeat thread ends the process."""
 LINGER_S = 15.0
-"""Longest wait of the process that hosts the store for the others to read how it ended: more than GRACE_S."""
+"""Maximum seconds that the host of the store waits for other ranks to read how it ended: more than GRACE_S."""
 _MOST_BYTES = 64 * 1024
-"""Of a rank's sign of life; an error's message is the longest part of it."""
+"""Maximum size of a rank's entry in the store; the longest part is the message of an error."""
 VERDICT_S = 12.0
-"""Longest wait for a name after a collective has failed."""
+"""Maximum seconds of searching for the lost rank after a collective has failed."""
 
 
 class Store(Protocol):
-    """What is needed of torch's store."""
+    """The methods of torch's store that the heartbeat needs."""
 
     def set(self, key: str, value: str) -> None:
         """Set one key."""
@@ -48,7 +48,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LostRank:
-    """A rank that is gone, and why."""
+    """A lost rank, and the reason."""
 
     rank: int
     message: str
@@ -56,7 +56,7 @@ class LostRank:
 
 
 class Heartbeat:
-    """Beat for one rank and watch the others. `give_up` ends the process where the training itself cannot."""
+    """Write the beats of one rank and watch the others. `give_up` ends the process if the training cannot."""
 
     def __init__(
         self,
@@ -79,41 +79,41 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def first(self) -> None:
-        """Write the first beat. Everyone's must be there before anyone starts."""
+        """Write the first beat. The first beats of all ranks must exist before any rank calls `start`."""
         self._write({"beat": 0, "who": self._who})
 
     def start(self) -> None:
-        """Beat and watch in a thread from here on."""
+        """Write beats and watch the others in a thread from now on."""
         self._silent_since = [self._clock()] * self.world_size
         self._thread.start()
 
     def disarm(self) -> None:
-        """Go on beating, but end nothing any more: the training is over, what is left is this rank's own."""
+        """Continue the beats, but never end the process: the training is over, and the rest concerns this rank only."""
         self._armed = False
 
     def end(self, exit_code: int, message: str = "") -> None:
-        """Leave word of how this rank ends, and stop beating."""
+        """Record how this rank ends, and stop the beats."""
         self._over.set()
-        with contextlib.suppress(RuntimeError):  # nobody may be left to read it
+        with contextlib.suppress(RuntimeError):  # the store may be gone already
             self._write({"who": self._who, "ended": exit_code, "message": message})
         if self._thread.is_alive():
-            # A thread inside torch's store when the interpreter ends would abort the process.
+            # A thread inside torch's store at the end of the interpreter would abort the process.
             self._thread.join(STORE_S + BEAT_S)
 
     def linger(self) -> None:
-        """Return when every other rank has left word or is silent, or after LINGER_S; to be called after `end`."""
+        """Return when every other rank has ended or is silent, or after LINGER_S; call it after `end`."""
         deadline = self._clock() + LINGER_S
         while self._clock() < deadline and any(map(self._may_read, range(self.world_size))):
             time.sleep(0.2)
             self._beat()
 
     def _may_read(self, rank: int) -> bool:
-        """Return whether another rank may still want to read how this one ended."""
+        """Return whether another rank may still need to read how this rank ended."""
         silent_s = self._clock() - self._silent_since[rank]
         return rank != self.rank and "ended" not in self._lives[rank] and silent_s <= SUSPECT_S
 
     def find_lost(self, silence: float) -> LostRank | None:
-        """Return a rank that ended in a failure, else the one silent for longest if for more than `silence` seconds."""
+        """Return a rank that ended in a failure, else the rank silent for longest, if for over `silence` seconds."""
         now = self._clock()
         for rank, life in enumerate(self._lives):
             code = life.get("ended")
@@ -121,7 +121,9 @@ class Heartbeat:
                 return LostRank(rank, f"{self._name(rank)} ended: {life.get('message')}", code)
         if self._store_lost_at is not None and now - self._store_lost_at > silence:
             return LostRank(
-                0, f"{self._name(0)} is gone: its rendezvous no longer answers; resume on what is left", 1
+                0,
+                f"{self._name(0)} is gone: its rendezvous no longer answers; resume on the remaining machines",
+                1,
             )
         waiting = [
             rank for rank in range(self.world_size) if rank != self.rank and "ended" not in self._lives[rank]
@@ -138,7 +140,7 @@ class Heartbeat:
         )
 
     def verdict(self) -> LostRank | None:
-        """Return who is gone, after a collective has failed; None where everyone is well."""
+        """Return the lost rank after a collective has failed; None if no rank is lost."""
         deadline = self._clock() + VERDICT_S
         while self._clock() < deadline:
             lost = self.find_lost(SUSPECT_S)
@@ -148,7 +150,7 @@ class Heartbeat:
         return None
 
     def speaks(self, lost: LostRank) -> bool:
-        """Return whether this rank tells about it: rank 0, or the next one if rank 0 is the lost one."""
+        """Return whether this rank reports the loss: rank 0, or rank 1 if rank 0 is lost."""
         return self.rank == (1 if lost.rank == 0 else 0)
 
     def _name(self, rank: int) -> str:
@@ -173,7 +175,7 @@ class Heartbeat:
                 self._give_up(lost)
 
     def _beat(self) -> None:
-        """Write this rank's counter, read everyone's, and note whose has moved."""
+        """Write this rank's counter, read all counters, and note which ones have changed."""
         self._count += 1
         try:
             if not self._over.is_set():
@@ -191,7 +193,7 @@ class Heartbeat:
 
 
 def _life(value: bytes) -> dict[str, object]:
-    """Return what a rank wrote; an empty one where something else than a rank of ours wrote into the store."""
+    """Return the entry of a rank; an empty one if another program wrote into the store."""
     try:
         told = parse_json(value) if len(value) <= _MOST_BYTES else None
     except NotJson:
@@ -207,5 +209,5 @@ def _life(value: bytes) -> dict[str, object]:
 
 
 def end_process(lost: LostRank) -> None:
-    """End this process at once: its training hangs in a collective that no exception reaches."""
+    """End this process at once, because its training hangs in a collective that no exception reaches."""
     os._exit(lost.exit_code)

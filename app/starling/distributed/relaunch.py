@@ -1,4 +1,4 @@
-"""`--device 0,1` by itself: start one process a device through torch's own launcher, and end as they end."""
+"""`--device 0,1` without torchrun: start one process per device through torch's launcher, and return its exit code."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from starling.errors import TOLD
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 600
-"""Longest time that stopped processes may take to save. Whoever stopped them has a grace of their own, and it ends sooner."""
+"""Maximum seconds for stopped processes to save. The grace period of whoever stops them usually ends sooner."""
 
 
 class RanksKilled(StarlingError):
-    """Processes of the group were killed, and none was left that waited for them and could say so."""
+    """All processes of the group were killed, so that none of them could report it."""
 
     def __init__(self, signals: Mapping[int, int]) -> None:
         names = ", ".join(f"rank {rank} by {signal.Signals(signum).name}" for rank, signum in signals.items())
@@ -34,10 +34,10 @@ class RanksKilled(StarlingError):
 
 
 def relaunch(arguments: Sequence[str], processes: int) -> int:
-    """Run `starling train` with these arguments in so many processes of this host, and return the exit code.
+    """Run `starling train` with these arguments in `processes` processes on this host, and return the exit code.
 
-    A signal is passed on and waited for. `$MASTER_PORT` fixes the port they meet at, else any free one is taken;
-    raises UsageError where it is not free, and RanksKilled where no process is left to say which one was killed.
+    A signal is passed on to the processes. `$MASTER_PORT` fixes the port at which they meet, otherwise any free port is
+    used; raises UsageError if that port is taken, and RanksKilled if no process is left to report which one was killed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -50,7 +50,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         )
     port = int(given)
     _check_free(port)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes report better
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ[OWN_LAUNCH] = "1"
     os.environ["PYTHONPATH"] = package.python_path()

@@ -1,4 +1,4 @@
-"""AutoAnchor: sizes of anchors that fit the labels, by k-means and then evolution."""
+"""AutoAnchor: find anchor sizes that fit the labels, by k-means and then evolution."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 ENOUGH_RECALL = 0.98
-"""Best possible recall above which anchors stay as they are."""
+"""Best possible recall above which anchors are kept."""
 SMALLEST_SIDE = 2.0
-"""Pixels: labels with both sides below do not take part, and no anchor has a side below."""
+"""Minimum side of an anchor in pixels; labels with both sides below it are ignored."""
 CLUSTERING_ROUNDS = 30
 GENERATIONS = 1000
 MUTATION_PROBABILITY = 0.9
 MUTATION_SIGMA = 0.1
 MUTATION_LIMITS = (0.3, 3.0)
 SAMPLE = 20_000
-"""Labels that k-means and evolution look at; more change nothing but the time. All of them judge the result."""
+"""Maximum number of labels for k-means and evolution; more only take more time. All labels judge the result."""
 _CHUNK = 100_000
 
 
@@ -28,27 +28,27 @@ class Fit:
     """How well anchors fit labels."""
 
     recall: float
-    """Share of labels that some anchor may take: the best possible recall."""
+    """Best possible recall: the share of labels that fit at least one anchor."""
     fitness: float
-    """Mean over labels of the best anchor's likeness, those below 1/anchor_t counting as 0."""
+    """Mean over labels of the similarity to the best anchor, counted as 0 if it is below 1/anchor_t."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoAnchor:
-    """What AutoAnchor decided."""
+    """The decision of AutoAnchor."""
 
     anchors_px: Array
-    """[levels, anchors, 2] width and height, smallest first; the given ones where nothing is better."""
+    """[levels, anchors, 2] width and height, smallest first; the given anchors if no better ones were found."""
     changed: bool
     report: str
-    """One line for a person."""
+    """One line for people."""
 
 
 def measure_fit(labels_wh: Array, anchors_wh: Array, anchor_t: float) -> Fit:
     """Return how well anchors [k,2] fit labels [n,2], both in pixels, n at least 1.
 
-    A label and an anchor are alike by the smaller of min(ratio, 1/ratio) of their two sides; an anchor may take a label
-    where that is above 1/anchor_t, as in the loss.
+    The similarity of a label and an anchor is the smaller of min(ratio, 1/ratio) of their two sides; they fit if the
+    similarity is above 1/anchor_t, as in the loss.
     """
     taken = likeness = 0.0
     for start in range(0, len(labels_wh), _CHUNK):
@@ -62,7 +62,7 @@ def measure_fit(labels_wh: Array, anchors_wh: Array, anchor_t: float) -> Fit:
 def cluster_sizes(labels_wh: Array, count: int, rng: np.random.Generator) -> Array:
     """Return `count` typical sizes [count,2] of labels [n,2] by k-means on whitened sides (Lloyd 1982).
 
-    The first centres are drawn far from one another (k-means++, Arthur and Vassilvitskii 2007).
+    The initial centres are drawn far apart (k-means++, Arthur and Vassilvitskii 2007).
     """
     spread = labels_wh.std(axis=0)
     spread = np.where(spread > 0, spread, 1.0)
@@ -78,13 +78,13 @@ def cluster_sizes(labels_wh: Array, count: int, rng: np.random.Generator) -> Arr
         owner = ((points[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
         members = np.bincount(owner, minlength=count)
         sums = np.stack([np.bincount(owner, points[:, side], count) for side in (0, 1)], axis=1)
-        # A centre that nobody is nearest to stays where it is.
+        # A centre that is nearest to no point stays in place.
         centres = np.where(members[:, None] > 0, sums / np.maximum(members, 1)[:, None], centres)
     return centres * spread
 
 
 def evolve_anchors(labels_wh: Array, anchors_wh: Array, anchor_t: float, rng: np.random.Generator) -> Array:
-    """Return anchors [k,2] at least as fit as the given ones: mutate the best so far, keep what is better."""
+    """Return anchors [k,2] at least as fit as the given ones: mutate the best so far, keep improvements."""
     labels = _log(labels_wh)
 
     def fitness(sizes: Array) -> float:
@@ -105,9 +105,9 @@ def evolve_anchors(labels_wh: Array, anchors_wh: Array, anchor_t: float, rng: np
 def fit_anchors(
     labels_wh: Array, anchors_px: Array, *, anchor_t: float, seed: int, provisional: bool = False
 ) -> AutoAnchor:
-    """Keep anchors [levels, anchors, 2] that let labels [n,2] be found, or find as many that fit better, in pixels.
+    """Keep anchors [levels, anchors, 2] if they fit labels [n,2] well, or return as many that fit better, in pixels.
 
-    `provisional` anchors were only filled in: they are improved on however many labels they take.
+    `provisional` anchors are only placeholders: they are improved even if their recall is high.
     """
     if not len(labels_wh):
         return _kept(anchors_px, "no labels to fit anchors to")
@@ -142,12 +142,12 @@ def _kept(anchors_px: Array, why: str) -> AutoAnchor:
 
 
 def _log(sizes_wh: Array) -> Array:
-    # min(r, 1/r) = exp(-|log r|): in logarithms the comparison of a label and an anchor is one subtraction.
+    # min(r, 1/r) = exp(-|log r|): with logarithms, comparing a label and an anchor takes one subtraction.
     return np.log(np.maximum(sizes_wh, 1e-6)).astype(np.float32)
 
 
 def _distances(labels: Array, anchors: Array) -> Array:
-    """Return [n,k]: the larger of the differences in width and in height, all in logarithms."""
+    """Return [n,k]: the larger of the absolute differences in width and height, in logarithms."""
     wide = np.abs(labels[:, None, 0] - anchors[None, :, 0])
     high = np.abs(labels[:, None, 1] - anchors[None, :, 1])
     return np.maximum(wide, high, out=wide)

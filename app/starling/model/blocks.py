@@ -1,4 +1,4 @@
-"""The layers that a layout names. Attribute names are interface: they are the keys of every YOLOv5 state dict."""
+"""The layers that a layout names. Do not rename attributes: they are the keys of every YOLOv5 state dict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "nn.Hardswish()": lambda: nn.Hardswish(inplace=True),
     "nn.ReLU()": lambda: nn.ReLU(inplace=True),
 }
-"""What a layout's `activation` may say, word for word. It leaves no trace in a state dict."""
+"""Allowed values of a layout's `activation`, verbatim. A state dict does not contain the activation."""
 
 
 class Conv(nn.Module):
@@ -52,7 +52,7 @@ class Conv(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 and a 3x3 convolution, added to the input where shapes allow (He et al. 2015)."""
+    """A 1x1 and a 3x3 convolution, with a shortcut if the shapes allow it (He et al. 2015)."""
 
     def __init__(
         self, c_in: int, c_out: int, shortcut: bool = True, groups: int = 1, expansion: float = 0.5
@@ -96,7 +96,7 @@ class C3(nn.Module):
 
 
 class BottleneckCSP(nn.Module):
-    """The cross-stage partial block of 2020, normalised where its two ways meet (Wang et al. 2019, arXiv 1911.11929)."""
+    """The cross-stage partial block of 2020: BatchNorm on the joined branches (Wang et al. 2019, arXiv 1911.11929)."""
 
     def __init__(self, c_in: int, c_out: int, number: int = 1, shortcut: bool = True) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class BottleneckCSP(nn.Module):
 
 
 class Focus(nn.Module):
-    """Fold each square of 2x2 cells into the channels, then convolve: [B,c,H,W] -> [B,c_out,H/2,W/2].
+    """Fold each square of 2x2 pixels into the channels, then convolve: [B,c,H,W] -> [B,c_out,H/2,W/2].
 
-    H and W are even. The channels of the upper left cells come first, then lower left, upper right, lower right, as in
-    YOLOX (Ge et al. 2021, arXiv 2107.08430), which took the block over.
+    H and W are even. The channels of the upper left pixels come first, then lower left, upper right, lower right, as in
+    YOLOX (Ge et al. 2021, arXiv 2107.08430), which adopted the block.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Focus(nn.Module):
         self.conv = Conv(4 * c_in, c_out, kernel, stride, padding, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a map of half the input's height and width, over `stride`."""
+        """Return a map of the input's height and width divided by 2 and by the convolution's stride."""
         upper, lower = x[..., ::2, :], x[..., 1::2, :]
         return self.conv(
             torch.cat((upper[..., ::2], lower[..., ::2], upper[..., 1::2], lower[..., 1::2]), dim=1)
@@ -143,7 +143,7 @@ class Focus(nn.Module):
 
 
 class SPP(nn.Module):
-    """Pool at several scales side by side (He et al. 2014, arXiv 1406.4729)."""
+    """Pool at several scales in parallel (He et al. 2014, arXiv 1406.4729)."""
 
     def __init__(self, c_in: int, c_out: int, kernels: Sequence[int] = (5, 9, 13)) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class SPP(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Pool at three growing scales by one small pool applied three times (He et al. 2014, in sequence)."""
+    """Pool at three growing scales by applying one small pool three times (He et al. 2014, in sequence)."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 5) -> None:
         super().__init__()
@@ -189,30 +189,30 @@ CHEAP_KERNEL = 5
 
 
 class GhostConv(nn.Module):
-    """Convolve into half of the channels; derive the other half from them, channel by channel."""
+    """Convolve into half of the output channels; derive the other half from them, channel by channel."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, activation: bool = True
     ) -> None:
-        """`c_out` is even."""
+        """`c_out` must be even."""
         super().__init__()
         half = c_out // 2
         self.cv1 = Conv(c_in, half, kernel, stride, activation=activation)
         self.cv2 = Conv(half, half, CHEAP_KERNEL, groups=half, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [B, c_out, H/stride, W/stride]: the convolved half, then its ghosts."""
+        """Return [B, c_out, H/stride, W/stride]: the convolved half, then the derived half."""
         primary = self.cv1(x)
         return torch.cat((primary, self.cv2(primary)), dim=1)
 
 
 class GhostBottleneck(nn.Module):
-    """Two ghost convolutions, the second linear, added to the input (figure 3 of the paper, stride 1)."""
+    """Two ghost convolutions, the second without activation, added to the input (figure 3 of the paper, stride 1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = channels // 2
-        # The one in the middle is where a stride would go; the numbers are part of every entry's name.
+        # The Identity is in the place of a strided convolution, because the indices are part of the state dict's keys.
         self.conv = nn.Sequential(
             GhostConv(channels, hidden), nn.Identity(), GhostConv(hidden, channels, activation=False)
         )
@@ -234,7 +234,7 @@ HEADS = 4
 
 
 class TransformerLayer(nn.Module):
-    """Attend, then mix each cell's channels; both are added to what came in, and nothing is normalised."""
+    """Self-attention, then two linear layers over each cell's channels; both add to their input, unnormalised."""
 
     def __init__(self, channels: int, heads: int = HEADS) -> None:
         super().__init__()
@@ -246,14 +246,14 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(channels, channels, bias=False)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Return [cells, B, channels] for the same."""
+        """Take and return [cells, B, channels]."""
         attended, _ = self.ma(self.q(cells), self.k(cells), self.v(cells), need_weights=False)
         cells = cells + attended
         return cells + self.fc2(self.fc1(cells))
 
 
 class TransformerBlock(nn.Module):
-    """Layers of attention over all cells of a map; a linear layer stands in for a position embedding."""
+    """Attention layers over all cells of a map; a linear layer replaces a position embedding."""
 
     def __init__(self, channels: int, number: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, replaced atomically, verified by a digest when read."""
+"""Checkpoints hold only tensors and plain values, are replaced atomically, and are verified by a digest."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FORMAT = "starling-1"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:
-    """Write `state` (tensors, numbers, text, lists, dicts) so that `path` is always whole.
+    """Write `state` (tensors, numbers, text, lists, dicts) atomically: `path` always holds a complete checkpoint.
 
-    `previous` gets the checkpoint that `path` held. When it cannot be written the old file is intact: raises DiskFull
-    where the disk refuses, UsageError for a folder that is a link, CheckpointError for any other reason.
+    The old checkpoint in `path` moves to `previous`. If writing fails, the old file is intact: raises DiskFull if the
+    disk refuses, UsageError for a folder that is a link, CheckpointError for any other reason.
     """
     content = {"format": FORMAT, **state}
     content["digest"] = _digest(content)
@@ -46,7 +46,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | No
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError behind `error`: torch raises RuntimeErrors of its own while one passes through."""
+    """Return the OSError behind `error`, because torch raises its own RuntimeErrors while an OSError passes through."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -56,7 +56,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote, tensors on the CPU.
 
-    Raises CheckpointError for a missing, damaged or foreign file; nothing in the file is ever executed.
+    Raises CheckpointError for a missing, damaged or foreign file; nothing in the file is executed.
     """
     if not is_file(path):
         raise CheckpointError(f"{shown(path)}: no such checkpoint; check the path")
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         whole = content.get("format") == FORMAT and digest == _digest(content)
     except PermissionError:
         raise
-    except Exception as error:  # a damaged or hostile file makes the standard library raise nearly anything
+    except Exception as error:  # a damaged or hostile file may raise almost any exception
         raise CheckpointError(
             f"{path}: not a checkpoint of this trainer, or damaged ({shown(error) or type(error).__name__})"
         ) from None
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what the file holds, by the bounded reader: torch's own takes any time and any memory."""
+    """Return the content of the file, by the bounded reader: torch's own reader has no limit on time and memory."""
     with open_zip_form(path) as file:
         file.read_content(PLAIN_GLOBALS)
         content = StoredTensors(file).filled(file.content)
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
 def load_newest(last: Path) -> tuple[dict[str, Any], Path]:
     """Return the state in `last`, or in the checkpoint before it where `last` is damaged; and which it was.
 
-    Raises CheckpointError, the one about `last`, where neither can be read.
+    Raises the CheckpointError about `last` if neither can be read.
     """
     try:
         return load_checkpoint(last), last
@@ -108,7 +108,7 @@ def load_newest(last: Path) -> tuple[dict[str, Any], Path]:
 
 @readable(CheckpointError)
 def find_last(resume: str) -> Path:
-    """Return the checkpoint that `--resume` means; raises CheckpointError when there is none."""
+    """Return the checkpoint that `--resume` names; raises CheckpointError if there is none."""
     if resume != "latest":
         path = at_home(resume)
         return path / "weights" / "last.pt" if path.is_dir() else path
@@ -122,24 +122,24 @@ def find_last(resume: str) -> Path:
 
 
 def _resumes(path: Path) -> bool:
-    """Whether this is a run's own: candidates belong to their search, and a tracker's copies are no run."""
+    """Return whether the file is the checkpoint of a run, not of a candidate of a search or a copy for a tracker."""
     own = "candidates" not in path.parts and path.parts[0] != "mlflow"
     return own and path.name in ("last.pt", "last.previous.pt")
 
 
 def require(path: Path, content: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise CheckpointError naming the entries that a checkpoint lacks."""
+    """Raise CheckpointError with the names of missing entries of a checkpoint."""
     missing = [name for name in names if name not in content]
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}; use another checkpoint")
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Return whether the file says that this trainer wrote it, without loading anything."""
+    """Return whether the file claims to be written by this trainer, without loading anything."""
     try:
         with open_zip_form(path) as file:
             return FORMAT.encode() in file.read_pickle_bytes()
-    except Exception:  # nearly anything, as above; the reader of foreign files says what is wrong
+    except Exception:  # any exception, as above; the reader of foreign files reports the problem
         return False
 
 

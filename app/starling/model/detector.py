@@ -1,4 +1,4 @@
-"""Build a detector from a layout, by a table of blocks."""
+"""Build a detector from a layout, with a table of blocks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from starling.model.layout import Layout, Row, check_anchors, parse_layout, read
 from starling.model.rows import BLOCKS, Port
 
 Anchors = Sequence[Sequence[Any]] | int | float
-"""Pixels, one row a level; or a number of anchors a level."""
+"""Anchors in pixels, one row per level; or the number of anchors per level."""
 
 MAX_PARAMETERS = 250_000_000
-"""1 GB of float32; the largest published layout, yolov5x6, has 141 million."""
+"""Maximum number of parameters, 1 GB of float32; the largest published layout, yolov5x6, has 141 million."""
 MAX_REPEATS = 2_000
-"""Blocks with their repeats; yolov5x6 has under 200."""
+"""Maximum number of blocks, repeats included; yolov5x6 has under 200."""
 MAX_CHANNELS = 65_536
 MAX_STRIDE = 1024
 _FITTING: set[str] = set()
-"""Layouts whose size this process has checked."""
+"""Layouts whose size this process has already checked."""
 MIN_STRIDE = 0.25
-"""A map of four times the image's sides."""
+"""A stride of 1/4: a map with four times the image's sides."""
 
 
 class Detector(nn.Module):
-    """A detector: layers in the order of their layout, a `Detect` head at the end."""
+    """A detector: layers in the order of the layout, with a `Detect` head at the end."""
 
     def __init__(
         self,
@@ -43,15 +43,15 @@ class Detector(nn.Module):
         layout: dict[str, Any],
         image_multiple: int,
     ) -> None:
-        """Join built `layers`; `sources[i]` are the rows that layer i reads, -1 the image."""
+        """Connect built `layers`; `sources[i]` are the rows that layer i reads, -1 is the image."""
         super().__init__()
         self.model = nn.ModuleList(layers)
         self.sources = tuple(tuple(s) for s in sources)
         self._mapping = layout
         self.image_multiple = image_multiple
-        """What an image's sides must be multiples of: the largest stride of any layer, the head's or not."""
+        """Image sides must be multiples of this: the largest stride of any layer, not only of the head."""
         self.names: tuple[str, ...] = tuple(f"class{i}" for i in range(self.head.nc))
-        # A map is kept only where a later row than the next one reads it.
+        # Only maps that a later row than the next one reads are kept.
         self._kept = frozenset(s for i, row in enumerate(self.sources) for s in row if s != i - 1)
 
     @property
@@ -63,7 +63,7 @@ class Detector(nn.Module):
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The layout's mapping with the head's own `nc` and `anchors`: enough to build this detector again."""
+        """The layout's mapping with the head's `nc` and `anchors`, sufficient to build this detector again."""
         return {**self._mapping, "nc": self.nc, "anchors": self.anchors_px.flatten(1).tolist()}
 
     @property
@@ -78,11 +78,11 @@ class Detector(nn.Module):
 
     @property
     def stride(self) -> Tensor:
-        """[levels] pixels between two cells of each level."""
+        """[levels] distance in pixels between two cells of each level."""
         return self.head.stride
 
     def forward(self, images: Tensor) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return raw predictions a level; in eval mode (decoded, raw). See `Detect`.
+        """Return raw predictions per level; in eval mode (decoded, raw). See `Detect`.
 
         `images` is [B,3,H,W] in 0..1, H and W multiples of `image_multiple`.
         """
@@ -96,11 +96,11 @@ class Detector(nn.Module):
         return x
 
     def count_parameters(self) -> int:
-        """Return the number of trainable numbers, frozen ones included."""
+        """Return the number of parameters, including frozen ones."""
         return sum(p.numel() for p in self.parameters())
 
     def fused(self) -> Detector:
-        """Return a copy for inference, in eval mode, with every normalisation folded into its convolution."""
+        """Return a copy for inference, in eval mode, with every BatchNorm folded into its convolution."""
         copy = deepcopy(self).eval().requires_grad_(False)
         for module in copy.modules():
             if isinstance(module, Conv):
@@ -115,12 +115,12 @@ def build_detector(
     channels: int = 3,
     names: Sequence[str] | None = None,
 ) -> Detector:
-    """Build a detector with fresh weights, drawn from torch's global generator.
+    """Build a detector with fresh weights from torch's global random generator.
 
-    `layout` is a YAML path, the name of a shipped layout, or its mapping. `anchors` replaces the layout's own: pixels
-    (one row a level), or a number a level that starts square and waits for AutoAnchor.
+    `layout` is a YAML path, the name of a shipped layout, or its mapping. `anchors` replace the layout's: pixels
+    (one row per level), or a number per level of square placeholders for AutoAnchor.
 
-    Raises ConfigError for a layout that cannot work, UsageError for a file that cannot be read.
+    Raises ConfigError for an invalid layout, UsageError for an unreadable file.
     """
     if isinstance(nc, bool) or not isinstance(nc, int) or nc < 1:
         raise ConfigError("nc", nc, "must be at least 1 class")
@@ -147,7 +147,7 @@ def build_detector(
 
 
 def _build_rows(plan: Layout, channels: int, count: bool = False) -> tuple[list[nn.Module], list[Port]]:
-    """Return the layers above the head, and what flows out of each; `count` ends where they grow too large."""
+    """Return the layers before the head and their output ports; with `count`, raise ConfigError if too large."""
     ports: list[Port] = []
     layers: list[nn.Module] = []
     parameters = 0
@@ -163,7 +163,7 @@ def _build_rows(plan: Layout, channels: int, count: bool = False) -> tuple[list[
 
 
 def _check_size(plan: Layout, channels: int, nc: int, anchors: tuple[tuple[float, ...], ...] | int) -> None:
-    """Raise ConfigError for a layout too large to build, found on tensors that take no memory."""
+    """Raise ConfigError for a layout too large to build, checked with tensors that take no memory."""
     key = repr((plan, channels, nc, anchors))
     if key in _FITTING:  # a search builds the same layout for each candidate
         return
@@ -173,7 +173,7 @@ def _check_size(plan: Layout, channels: int, nc: int, anchors: tuple[tuple[float
     try:
         with torch.device("meta"):
             _, ports = _build_rows(plan, channels, count=True)
-    except (RuntimeError, OverflowError):  # a size that 64 bits do not hold
+    except (RuntimeError, OverflowError):  # a size beyond 64 bits
         raise ConfigError("layout", None, "its sizes are beyond any memory; lower the channels") from None
     each = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
     head = sum(ports[s].channels for s in plan.rows[-1].sources if s >= 0) * each * (5 + nc)
@@ -183,7 +183,7 @@ def _check_size(plan: Layout, channels: int, nc: int, anchors: tuple[tuple[float
 
 
 def _check_row(row: Row, port: Port, parameters: int) -> None:
-    """Raise ConfigError where the layers up to this row are larger than any that can be trained."""
+    """Raise ConfigError if the layers up to this row are too large to be trained."""
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
             f"row {row.index}", row.args, f"{parameters} parameters so far; at most {MAX_PARAMETERS}"
@@ -201,7 +201,7 @@ def _check_row(row: Row, port: Port, parameters: int) -> None:
 def _set_activation(
     layers: Sequence[nn.Module], kind: type[Conv] | type[BottleneckCSP], activation: str
 ) -> None:
-    """Give every activated block of this kind the layout's activation, here and in no other detector."""
+    """Give every block of this kind that has an activation the layout's activation, in this detector only."""
     if activation == DEFAULT_ACTIVATION:
         return
     for layer in layers:
@@ -215,7 +215,7 @@ def _read(layout: Path | str) -> dict[str, Any]:
 
 
 def _anchors_px(anchors: tuple[tuple[float, ...], ...] | int, strides: Sequence[float]) -> Tensor:
-    """Return [levels, anchors, 2] pixels; a bare number gives squares from 2 to 8 strides."""
+    """Return [levels, anchors, 2] pixels; a bare number gives squares with sides from 2 to 8 strides."""
     if isinstance(anchors, int):
         ratio = torch.linspace(1, 3, anchors, device="cpu").exp2()
         sides = torch.tensor(strides, device="cpu").view(-1, 1) * ratio

@@ -1,7 +1,7 @@
-"""Name what a file is that is taken for YOLOv5 weights and is none: another family of detectors, or no checkpoint.
+"""Name the kind of a file that is not a YOLOv5 checkpoint: weights of another family of detectors, or no checkpoint.
 
-Only words are looked for, in a bounded part of the file: nothing is unpickled. What is found is told in words of this
-table, never in the file's own.
+The functions search for words in a bounded part of the file, and unpickle nothing. Their answers consist of words from
+the tables in this module, never of text from the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starling.core.archives.bounded_zip import open_zip
 from starling.core.files.regular import open_regular
 
 SCANNED = 4 << 20
-"""Bytes of a pickle that are looked at; that of an official checkpoint has under 1 MiB."""
+"""Maximum number of pickle bytes that are searched; the pickle of an official checkpoint has under 1 MiB."""
 
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]{0,120})\n([A-Za-z_]\w{0,80})\n")
 _STACK_GLOBAL = re.compile(rb"\x8c.([A-Za-z_]\w{0,80})(?:\x94|q.|)\x93", re.DOTALL)
@@ -33,7 +33,7 @@ _BY_CLASS: tuple[tuple[str, str], ...] = (
     ("C2f", "a YOLOv8 checkpoint"),
     ("IDetect IAuxDetect IKeypoint SPPCSPC RepConv_OREPA", "a YOLOv7 checkpoint"),
 )
-"""Classes that only this family has; the first row with one of them counts."""
+"""Classes that only one family has; the first row with one of its classes in the file decides."""
 _BY_MODULE: tuple[tuple[str, str], ...] = (
     ("yolov6", "a YOLOv6 checkpoint"),
     ("yolox", "a YOLOX checkpoint"),
@@ -69,7 +69,7 @@ _BY_CONFIG: tuple[tuple[str, str], ...] = (
     ("yolov5", "a YOLOv5u checkpoint, with the anchor-free head of the Ultralytics package"),
     ("yolov3", "a YOLOv3u checkpoint, with the anchor-free head of the Ultralytics package"),
 )
-"""Beginnings of the name of a layout that a checkpoint of the Ultralytics package carries."""
+"""Prefixes of the name of a layout in a checkpoint of the Ultralytics package."""
 _BY_TENSOR: tuple[tuple[str, str], ...] = (
     (r"(backbone\.backbone\.(stem|dark\d)|head\.(cls|obj)_preds)\.", "YOLOX weights"),
     (r"(backbone\.ERBlock_\d|neck\.Rep_[pn]\d|detect\.(cls|reg)_preds)\.?", "YOLOv6 weights"),
@@ -115,7 +115,7 @@ _HEADS: tuple[tuple[bytes, int, str], ...] = (
     (b"ustar", 257, "a tar archive; unpack it first"),
     (b"GGUF", 0, "a GGUF model"),
 )
-"""Bytes, where they stand, and what the file is."""
+"""Bytes, their offset, and the kind of the file."""
 
 
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -135,7 +135,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"yolo[_-]?v?(?:11|12|26)(?!\d)[\w-]*", "YOLO{}"),
     (r"yolo[_-]?v?(?:[346789]|10|13)(?!\d)[\w-]*", "YOLOv{}"),
 )
-"""Names that weights are published by, and of which family they are."""
+"""Patterns of the names of published weights, and their family."""
 _NAME_TASKS = (
     ("-seg", "segmentation"),
     ("-pose", "poses"),
@@ -145,7 +145,7 @@ _NAME_TASKS = (
 
 
 def family_of_name(name: str) -> str | None:
-    """Return of which other family a weights file is by its name, `YOLOv8 for segmentation`; None for other names."""
+    """Return the other family that a weights file has by its name, `YOLOv8 for segmentation`; None for other names."""
     stem = re.sub(r"\.(pt|pth|onnx|engine|weights)$", "", name.lower())
     for pattern, family in _NAMES:
         if re.fullmatch(rf"(?:{pattern})(?:-(?:seg|pose|obb|cls))?", stem):
@@ -157,7 +157,7 @@ def family_of_name(name: str) -> str | None:
 
 
 def foreign_kind(path: Path) -> str | None:
-    """Return what a file is, `a YOLOv8 checkpoint`; None where nothing says so. Reads a bounded part of the file."""
+    """Return the kind of a file, `a YOLOv8 checkpoint`; None if not recognised. Reads a bounded part of the file."""
     try:
         with open_regular(path) as file:
             head = file.read(SCANNED)
@@ -165,12 +165,12 @@ def foreign_kind(path: Path) -> str | None:
                 return _of_head(head) or _of_pickle(head)
             with open_zip(file, SCANNED) as archive:
                 return _of_zip(archive)
-    except Exception:  # a damaged or hostile file makes the standard library raise nearly anything
+    except Exception:  # a damaged or hostile file makes the standard library raise almost any exception
         return None
 
 
 def family_of_tensors(names: Iterable[str]) -> str | None:
-    """Return whose weights a plain state dict holds, by the names of its tensors; None where they do not tell."""
+    """Return the family of a plain state dict by the names of its tensors; None if the names do not show it."""
     text = "\n".join(names)
     return next(
         (
@@ -191,7 +191,7 @@ def _of_zip(archive: zipfile.ZipFile) -> str | None:
     if pickled is None:
         return "a zip archive without a checkpoint in it"
     if archive.getinfo(pickled).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return None  # zipfile unpacks the other methods without a bound
+        return None  # zipfile unpacks other methods without a bound
     with archive.open(pickled) as entry:
         return _of_pickle(entry.read(SCANNED))
 
@@ -205,7 +205,7 @@ def _of_head(head: bytes) -> str | None:
         return "a safetensors file"
     if head[4:6] == b'{"' and b"ftrt" in head:  # Ultralytics' engines begin with their metadata
         return "a TensorRT engine"
-    # A protobuf whose field 1, ir_version, is a small number, and whose field 2 is a text: the producer.
+    # A protobuf whose field 1, ir_version, is a small number, and whose field 2 is a string: the producer.
     if head[:1] == b"\x08" and len(head) > 2 and head[1] < 32 and head[2] in b"\x12\x1a\x22\x2a\x3a":
         return "an ONNX model"
     return None

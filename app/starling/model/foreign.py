@@ -1,6 +1,6 @@
-"""Read a checkpoint of another YOLOv5 trainer without running any of it.
+"""Read a checkpoint of another YOLOv5 trainer without executing anything in it.
 
-Such a file holds a pickle of whole module objects, which `inert_pickle` reads as data, and the raw numbers of each
+Such a file holds a pickle of whole module objects, which `inert_pickle` reads as data, and the numbers of each
 storage, which `torch_file` finds.
 """
 
@@ -23,37 +23,37 @@ from starling.model.inert_pickle import Record, TensorRef
 from starling.model.torch_file import StoredTensors, TorchFile, open_torch_file
 
 MAX_DEPTH = 64
-"""Modules inside modules."""
+"""Maximum depth of nested modules."""
 MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForeignCheckpoint:
-    """What a foreign checkpoint says about its detector."""
+    """The contents of a foreign checkpoint that describe its detector."""
 
     state_dict: dict[str, Tensor]
-    """By YOLOv5's names; floating-point tensors as float32."""
+    """Tensors by YOLOv5's names; floating-point tensors as float32."""
     names: tuple[str, ...]
-    """Class names; empty where the file has none."""
+    """Class names; empty if the file has none."""
     layout: dict[str, Any] | None
-    """The layout's mapping, with the `activation` and `csp_activation` that the modules show."""
+    """The layout's mapping, with `activation` and `csp_activation` as found in the modules."""
     anchors: Tensor | None
     """[levels, anchors, 2] in stride units."""
     strides: tuple[float, ...] | None
     epoch: int | None
-    """-1 in a finished one."""
+    """Epoch of the checkpoint; -1 for a finished training."""
 
     @property
     def nc(self) -> int:
-        """Number of classes: of the names, else of the layout, else 0."""
+        """Number of classes: the number of names, else the layout's `nc`, else 0."""
         return len(self.names) or int((self.layout or {}).get("nc", 0))
 
 
 @readable(CheckpointError)
 def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
-    """Read a `.pt` as the popular YOLOv5 trainer writes it, or a plain state dict; prefers the EMA's weights.
+    """Read a `.pt` of the popular YOLOv5 trainer, or a plain state dict; prefers the weights of the EMA.
 
-    Raises CheckpointError for a file that is missing, damaged, too large, names a global outside the table, or holds no
+    Raises CheckpointError for a file that is missing, damaged or too large, has a global outside the table, or holds no
     detector.
     """
     try:
@@ -83,7 +83,7 @@ def _read(path: Path) -> ForeignCheckpoint:
 
 
 def _named(path: Path) -> CheckpointError | None:
-    """Return what to say of a file that is another family's, or no checkpoint at all; None where that is not known."""
+    """Return the error for a file of another family, or for no checkpoint at all; None for an unknown kind."""
     kind = foreign_kind(path)
     return None if kind is None else _another(path, kind)
 
@@ -103,14 +103,14 @@ class _Reader:
         self._tensors = StoredTensors(file)
 
     def checkpoint(self) -> ForeignCheckpoint:
-        """Return what the file holds; raises CheckpointError."""
+        """Return the contents of the file; raises CheckpointError."""
         top = self._file.content if isinstance(self._file.content, dict) else {"model": self._file.content}
         model = _weights(top)
         state = model.state if isinstance(model, Record) else {}
         refs = dict(_tensors(model)) if isinstance(model, Record) else _plain_tensors(model)
         if not refs:
             raise CheckpointError("holds no detector: no tensors under `ema` or `model`")
-        # Files of 2021 and before keep the anchors a second time, in pixels.
+        # Files of 2021 and before contain the anchors a second time, in pixels.
         tensors = {name: self._tensor(ref) for name, ref in refs.items() if not name.endswith("anchor_grid")}
         anchors = [tensor for name, tensor in tensors.items() if name.endswith(".anchors")]
         stride = state.get("stride")
@@ -125,21 +125,21 @@ class _Reader:
         )
 
     def _tensor(self, ref: TensorRef) -> Tensor:
-        """Return a copy of a tensor, float32 where it is floating-point."""
+        """Return a copy of a tensor, as float32 if it is floating-point."""
         view = self._tensors.view(ref)
         return view.to(torch.float32 if view.is_floating_point() else view.dtype, copy=True).contiguous()
 
 
 def _weights(top: dict[str, Any]) -> Any:
-    """Return the module, or the state dict, whose weights count: the moving average where there is one."""
+    """Return the module or state dict with the weights to use: the moving average if there is one."""
     average = top.get("ema")
     if isinstance(average, list | tuple) and average:
-        average = average[0]  # for a time it stood beside the number of its updates
+        average = average[0]  # for a time the average was stored with the number of its updates
     return average or top.get("model") or top.get("state_dict") or top
 
 
 def _tensors(module: Record, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRef]]:
-    """Yield (name, tensor) in the order of a state dict: parameters, buffers, then modules inside."""
+    """Yield (name, tensor) in the order of a state dict: parameters, buffers, then submodules."""
     if depth > MAX_DEPTH:
         raise CheckpointError(f"modules nested deeper than {MAX_DEPTH}")
     hidden = module.state.get("_non_persistent_buffers_set") or ()
@@ -153,7 +153,7 @@ def _tensors(module: Record, prefix: str = "", depth: int = 0) -> Iterator[tuple
 
 
 def _plain_tensors(mapping: Any) -> dict[str, TensorRef]:
-    """Return the tensors of a state dict saved without its module; empty where it is none."""
+    """Return the tensors of a state dict saved without its module; an empty mapping if `mapping` is no state dict."""
     if not isinstance(mapping, dict):
         return {}
     return {
@@ -170,7 +170,7 @@ def _names(value: Any) -> tuple[str, ...]:
         raise CheckpointError("class names are neither a list of text nor one for each of 0, 1, 2, ...")
     if len(ordered) > MAX_CLASSES:
         raise CheckpointError(f"more than {MAX_CLASSES} classes")
-    return tuple(map(str, ordered))  # names that are numbers come out of a YAML as numbers
+    return tuple(map(str, ordered))  # a YAML reader turns names of digits into numbers
 
 
 def _layout(value: Any, model: Any) -> dict[str, Any] | None:
@@ -185,7 +185,7 @@ def _layout(value: Any, model: Any) -> dict[str, Any] | None:
 
 
 def _activation(module: Record, block: str, depth: int = 0) -> str | None:
-    """Return the activation of the first such block that has one, as a layout writes it."""
+    """Return the activation of the first block of this kind that has one, in the notation of layouts."""
     children = {
         name: child
         for name, child in (module.state.get("_modules") or {}).items()
@@ -205,7 +205,7 @@ def _activation(module: Record, block: str, depth: int = 0) -> str | None:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a copy made of plain values only."""
+    """Return a copy that consists of plain values only."""
     if depth > MAX_DEPTH:
         raise CheckpointError(f"a layout nested deeper than {MAX_DEPTH}")
     if value is None or isinstance(value, bool | int | float | str):

@@ -1,4 +1,4 @@
-"""The detection head: one 1x1 convolution a level, and the decoding of its answers."""
+"""The detection head: one 1x1 convolution per level, and the decoding of its outputs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 PRIOR_OBJECTS = 8
-"""Objects expected in a 640 px image before training; sets the head's objectness bias."""
+"""Expected number of objects in a 640 px image before training; determines the initial objectness bias."""
 PRIOR_CLASS = 0.6
-"""Probability mass expected on the classes of an object before training."""
+"""Expected total probability of the classes of an object before training."""
 
 
 class Detect(nn.Module):
@@ -27,8 +27,8 @@ class Detect(nn.Module):
         super().__init__()
         self.nc = nc
         self.outputs = nc + 5
-        """Numbers for one anchor: x, y, w, h, objectness, classes."""
-        # Named device: a detector built on torch's meta device, to be counted, still knows its geometry.
+        """Number of outputs per anchor: x, y, w, h, objectness, classes."""
+        # The device is named, so that a detector built on torch's meta device, for counting, still knows its strides.
         stride = torch.tensor(strides, dtype=torch.float32, device="cpu")
         self.register_buffer("stride", stride, persistent=False)
         self.register_buffer("anchors", torch.zeros_like(anchors_px, dtype=torch.float32))
@@ -38,7 +38,7 @@ class Detect(nn.Module):
         self._start_biases()
 
     def set_anchors(self, anchors_px: Tensor) -> None:
-        """Replace the anchors by [levels, anchors, 2] pixels, turned so that larger ones go to larger strides."""
+        """Replace the anchors by [levels, anchors, 2] pixels, reversed if smaller ones would go to larger strides."""
         areas = anchors_px.prod(-1).mean(-1)
         if (areas[-1] - areas[0]) * (self.stride[-1] - self.stride[0]) < 0:
             anchors_px = anchors_px.flip(0)
@@ -47,7 +47,7 @@ class Detect(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return raw predictions; in eval mode (decoded, raw).
 
-        `maps` is one [B,c,h,w] a level. Raw: one [B, anchors, h, w, 5+nc] a level. Decoded: see `decode`.
+        `maps` has one [B,c,h,w] per level. Raw: one [B, anchors, h, w, 5+nc] per level. Decoded: see `decode`.
         """
         raw = []
         for convolution, x in zip(self.m, maps, strict=True):
@@ -59,11 +59,11 @@ class Detect(nn.Module):
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
         """Turn raw predictions into [B, all anchors, 5+nc] float32: xywh in pixels, objectness, class scores.
 
-        xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor, levels in their order.
+        xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor, one level after the other.
         """
         decoded = []
         for level, prediction in enumerate(raw):
-            # Half precision has too few digits for a coordinate in pixels.
+            # Half precision has too few digits for coordinates in pixels.
             p = prediction.float().sigmoid()
             batch, count, height, width, outputs = p.shape
             stride = self.stride[level]
@@ -81,7 +81,7 @@ class Detect(nn.Module):
 
     @torch.no_grad()
     def _start_biases(self) -> None:
-        """Start with the rare objects and even classes of a typical image (RetinaNet, section 3.3)."""
+        """Initialise the biases for rare objects and equally likely classes (RetinaNet, section 3.3)."""
         for convolution, stride in zip(self.m, self.stride.tolist(), strict=True):
             assert isinstance(convolution, nn.Conv2d)
             assert convolution.bias is not None

@@ -1,7 +1,7 @@
-"""Read a pickle of module objects as data: nothing that it names is imported, called or built.
+"""Read a pickle of module objects as data: no global in it is imported, called or built.
 
-Two passes. The first (`pickle_check`) walks the opcodes: it refuses any that such files do not need, any global outside
-one table, and what would take too much memory or time to build. The second builds inert records in place of objects.
+Two passes. The first (`pickle_check`) walks the opcodes: it refuses opcodes that no checkpoint needs, globals outside
+one table, and contents that would take too much memory or time. The second builds inert records in place of objects.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import torch
 from starling.model.pickle_check import PickleWalk, refused_global
 
 Table = Mapping[tuple[str, str], Any]
-"""What stands for each global that a pickle may name."""
+"""A global that a pickle may name -> its replacement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pickled:
-    """One pickle, read."""
+    """The result of reading one pickle."""
 
     value: Any
-    """Plain values, `Record`s for objects, `TensorRef`s for tensors."""
+    """Plain values, with `Record`s for objects and `TensorRef`s for tensors."""
     storages: dict[str, Storage]
-    """Every storage that it names, by its key."""
+    """All storages that the pickle names, by key."""
     end: int
-    """Where the next byte after it stands."""
+    """Position of the next byte behind the pickle."""
 
 
 def read_pickle(content: bytes, start: int = 0, table: Table | None = None) -> Pickled:
-    """Read the pickle that begins at byte `start`; `table` says what stands for each global, GLOBALS where absent.
+    """Read the pickle that begins at byte `start`; `table` maps globals to replacements, by default GLOBALS.
 
-    Raises CheckpointError for an opcode, a global or a size that a YOLOv5 checkpoint does not need; whatever the
-    standard unpickler raises for a damaged one passes on.
+    Raises CheckpointError for an opcode, a global or a size that a YOLOv5 checkpoint does not need; exceptions of the
+    standard unpickler for a damaged pickle pass through.
     """
     table = GLOBALS if table is None else table
     end = _check_opcodes(content, start, table)
@@ -47,7 +47,7 @@ def read_pickle(content: bytes, start: int = 0, table: Table | None = None) -> P
 
 
 class Record:
-    """Stands for an object of a foreign class: keeps the class's name and the state as data."""
+    """Replaces an object of a foreign class: keeps the class's name, and the state as data."""
 
     __slots__ = ("state",)
     kind = ""
@@ -58,7 +58,7 @@ class Record:
         return record
 
     def __init__(self, *args: object) -> None:
-        """Take and drop what the file would give the constructor."""
+        """Accept and drop the arguments for the constructor."""
 
     state: dict[str, Any]
 
@@ -67,7 +67,7 @@ class Record:
 
 
 class _Mapping(dict[Any, Any]):
-    """Stands for an OrderedDict; drops the attributes that a state dict carries beside its items."""
+    """Replaces an OrderedDict; drops the attributes that a state dict carries in addition to its items."""
 
     __slots__ = ()
 
@@ -88,12 +88,12 @@ class Storage:
 
 
 _MOST_DIMENSIONS = 16
-"""Convolutions have four."""
+"""Maximum number of dimensions of a tensor; convolutions have four."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies in the file; read when asked for."""
+    """The place of a tensor in the file; the tensor is read on request."""
 
     storage: Storage
     offset: int
@@ -101,7 +101,7 @@ class TensorRef:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check that every element lies inside the storage, and that none is there twice."""
+        """Check that every element lies inside the storage, and that no element occurs twice."""
         numbers = (self.offset, *self.size[:_MOST_DIMENSIONS], *self.stride[:_MOST_DIMENSIONS])
         possible = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
         if not possible or len(self.size) > _MOST_DIMENSIONS or len(self.size) != len(self.stride):
@@ -112,7 +112,7 @@ class TensorRef:
 
 
 class _Function:
-    """Stands for a function: an object that cannot be changed by the file."""
+    """Replaces a function: an object that the file cannot change."""
 
     __slots__ = ("_name",)
 
@@ -120,7 +120,7 @@ class _Function:
         self._name = name
 
     def __call__(self, *args: Any) -> Any:
-        """Return a tensor's place, or the data of a parameter."""
+        """Return the place of a tensor, or the data of a parameter."""
         if self._name == "_rebuild_parameter":
             return args[0]
         storage, offset, size, stride = args[:4]
@@ -157,7 +157,7 @@ _IGNORED = {
     "numpy._core.multiarray": "_reconstruct scalar",
     "_codecs": "encode",
 }
-"""Settings and scores beside the model; kept as records that nobody reads."""
+"""Classes in settings and scores beside the model; their records are never read."""
 
 PLAIN_GLOBALS: Table = {
     ("collections", "OrderedDict"): _Mapping,
@@ -174,7 +174,7 @@ PLAIN_GLOBALS: Table = {
     ("torch._utils", "_rebuild_parameter"): _Function("_rebuild_parameter"),
     ("torch._utils", "_rebuild_tensor_v2"): _Function("_rebuild_tensor_v2"),
 }
-"""All that stands in a checkpoint of this trainer: tensors and plain values."""
+"""All globals in a checkpoint of this trainer, which holds tensors and plain values."""
 
 GLOBALS: Table = {
     **{
@@ -187,11 +187,11 @@ GLOBALS: Table = {
     ("builtins", "set"): set,
     **PLAIN_GLOBALS,
 }
-"""Every global that a checkpoint may name, and what stands for it."""
+"""All globals that a foreign checkpoint may name, and their replacements."""
 
 
 class _Reader(pickle.Unpickler):
-    """Builds records only; every way to a global or a storage goes through the two methods below."""
+    """Builds records only; all globals and storages go through the two methods below."""
 
     def __init__(self, file: io.BytesIO, table: Table) -> None:
         super().__init__(file)
@@ -199,14 +199,14 @@ class _Reader(pickle.Unpickler):
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a global."""
+        """Return the replacement of a global."""
         try:
             return self._table[module, name]
         except KeyError:
             raise refused_global(module, name) from None
 
     def persistent_load(self, pid: Any) -> Storage | type[Record]:
-        """Return the storage that a persistent id describes, or the class (torch before 1.6 adds its source)."""
+        """Return the storage of a persistent id, or the class (torch before 1.6 adds the class's source)."""
         if pid[0] == "module" and isinstance(pid[1], type) and issubclass(pid[1], Record):
             return pid[1]
         kind, storage_type, key, _, numel, *view = pid
@@ -227,5 +227,5 @@ class _Reader(pickle.Unpickler):
 
 
 def _check_opcodes(content: bytes, start: int, known: Collection[tuple[str, str]] = GLOBALS) -> int:
-    """Refuse a pickle by its opcodes alone, before anything is built; return where it ends."""
+    """Refuse a pickle by its opcodes alone, before anything is built; return the position behind the pickle."""
     return PickleWalk(content, start, known).end()

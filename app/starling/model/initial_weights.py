@@ -1,4 +1,4 @@
-"""What a training starts from: a layout, and weights or none."""
+"""The start of a training: a layout, with or without weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Tensors read from a file, and the layout they belong to."""
+    """Tensors read from a file, with the layout that they belong to."""
 
     source: Path
     state: dict[str, torch.Tensor]
@@ -37,15 +37,15 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class InitialWeights:
-    """A layout, and the weights to begin with (None: from scratch)."""
+    """A layout and the initial weights; None for a training from scratch."""
 
     layout: dict[str, Any]
     weights: Weights | None
     layout_given: bool = False
-    """Whether `--cfg` names the layout; then its anchors count, not those of the weights."""
+    """Whether `--cfg` names the layout; then the layout's anchors are used, not those of the weights."""
 
     def anchors_are_provisional(self, anchors: float | None) -> bool:
-        """Return whether `build` can only fill anchors in, for AutoAnchor to find."""
+        """Return whether `build` can only set placeholder anchors, which AutoAnchor must replace."""
         from_weights = self.weights is not None and not self.layout_given
         named = isinstance(self.layout.get("anchors"), list | tuple)
         return anchors is not None or not (named or from_weights)
@@ -53,7 +53,7 @@ class InitialWeights:
     def build(self, names: tuple[str, ...], anchors: float | None) -> Detector:
         """Return a fresh detector for these classes, carrying what fits of the weights.
 
-        `anchors` is a number a level, in place of the layout's and the weights' own.
+        `anchors` is a number per level that replaces the anchors of layout and weights.
         """
         detector = build_detector(
             self.layout, len(names), anchors=None if anchors is None else round(anchors)
@@ -61,7 +61,7 @@ class InitialWeights:
         detector.names = names
         if self.weights is not None:
             exclude = ("anchors",) if self.layout_given or anchors is not None else ()
-            # Other classes than the weights' leave the head's convolutions fresh: that is fine-tuning.
+            # If the classes differ from those of the weights, the head's convolutions stay fresh: that is fine-tuning.
             report = load_weights(
                 detector, self.weights.state, partial=True, exclude=exclude, source=str(self.weights.source)
             )
@@ -71,7 +71,7 @@ class InitialWeights:
         return detector
 
     def _check_all_fit(self, detector: Detector, report: LoadReport, anchors: float | None) -> None:
-        """Raise CheckpointError naming what did not fit, unless the head was asked to have another shape."""
+        """Raise CheckpointError with the tensors that did not fit, except in a head of another shape."""
         assert self.weights is not None
         head = f"model.{len(detector.model) - 1}."
         reshaped = anchors is not None or detector.names != self.weights.names
@@ -84,7 +84,7 @@ class InitialWeights:
 
 
 def check_freeze(detector: Detector, frozen: Sequence[int]) -> None:
-    """Raise UsageError where `--freeze` leaves no parameter to train."""
+    """Raise UsageError if `--freeze` leaves no parameter to train."""
     held = {
         id(parameter)
         for index in frozen_layers(detector, frozen)
@@ -99,13 +99,13 @@ def check_freeze(detector: Detector, frozen: Sequence[int]) -> None:
 
 
 def frozen_layers(detector: Detector, frozen: Sequence[int]) -> list[int]:
-    """Return the layers that `--freeze` means: the first N for one number, those of these numbers for several."""
+    """Return the layers that `--freeze` names: the first N for a single number N, else the layers of these numbers."""
     chosen = range(frozen[0]) if len(frozen) == 1 else frozen
     return [index for index in chosen if index < len(detector.model)]
 
 
 def find_initial_weights(weights: str, cfg: str) -> InitialWeights:
-    """Resolve `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
+    """Find `--weights` and `--cfg`. Raises UsageError or CheckpointError with the remedy."""
     loaded = read_weights(find_weights(weights)) if weights else None
     if cfg:
         return InitialWeights(read_yaml(find_config("layouts", cfg)), loaded, layout_given=True)
@@ -120,9 +120,9 @@ def find_initial_weights(weights: str, cfg: str) -> InitialWeights:
 
 @readable(CheckpointError)
 def local_weights(name: str) -> Path | None:
-    """Return the path of a weights file named with or without `.pt`; None for a published one that is not here.
+    """Return the path of a weights file named with or without `.pt`; None for published weights that are not here.
 
-    Nothing is fetched. Raises CheckpointError with the remedy where there is neither.
+    Nothing is fetched. Raises CheckpointError with the remedy if the name is neither a file nor published weights.
     """
     given = at_home(name)
     for path in (given, Path(f"{given}.pt")):
@@ -145,7 +145,7 @@ def local_weights(name: str) -> Path | None:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file, as `local_weights` does; published ones are fetched by their bare name."""
+    """Return the path of a weights file, as `local_weights` does; fetch published weights named without a path."""
     path = local_weights(name)
     if path is not None:
         return path
@@ -154,7 +154,7 @@ def find_weights(name: str) -> Path:
 
 
 def read_weights(path: Path) -> Weights:
-    """Return the weights of one of our checkpoints, or of a foreign one, as float32 tensors."""
+    """Return the weights of a checkpoint of this trainer, or of a foreign one, as float32 tensors."""
     if is_own_checkpoint(path):
         content = load_checkpoint(path)
         require(path, content, ("ema", "layout", "names"))

@@ -1,4 +1,4 @@
-"""Read a layout: the YAML rows `[from, number, module, args]` that describe a detector."""
+"""Read a layout: YAML rows `[from, number, module, args]` that describe a detector."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KNOWN_KEYS = (
     "names",
     "yaml_file",
 )
-"""`ch`, `names` and `yaml_file` stand in layouts kept inside other trainers' checkpoints; they change nothing."""
+"""Allowed keys. `ch`, `names` and `yaml_file` occur in layouts inside checkpoints of other trainers, without effect."""
 MAX_ROWS = 200
 _LARGEST = 1e6
-"""Pixels of an anchor's side, and far above any multiple."""
+"""Maximum side of an anchor in pixels, and far above any multiple."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +36,9 @@ class Row:
 
     index: int
     sources: tuple[int, ...]
-    """Absolute indices of the rows whose answers come in; -1 is the image."""
+    """Absolute indices of the rows whose outputs this row reads; -1 is the image."""
     number: int
-    """Repeats before the depth multiple."""
+    """Number of repeats before the depth multiple is applied."""
     module: str
     args: tuple[Any, ...]
 
@@ -50,31 +50,31 @@ class Layout:
     depth: float
     width: float
     anchors: tuple[tuple[float, ...], ...] | int
-    """Width and height pairs in pixels, one tuple a level; or a number of anchors a level."""
+    """Pairs of width and height in pixels, one tuple per level; or a number of anchors per level."""
     activation: str
     """A key of `ACTIVATIONS`."""
     csp_activation: str
-    """That of BottleneckCSP's own normalisation, which was another one in most files that have the block."""
+    """Activation behind BottleneckCSP's own BatchNorm; most files with this block use another one there."""
     rows: tuple[Row, ...]
 
     def channels(self, count: int) -> int:
-        """Return `count` times the width multiple, up to a multiple of 8."""
+        """Return `count` times the width multiple, rounded up to a multiple of 8."""
         return math.ceil(count * self.width / 8) * 8
 
     def repeats(self, number: int) -> int:
-        """Return `number` times the depth multiple, at least 1; a single layer stays single."""
+        """Return `number` times the depth multiple, at least 1; a `number` of 1 stays 1."""
         return max(round(number * self.depth), 1) if number > 1 else number
 
 
 def read_layout(path: Path) -> dict[str, Any]:
-    """Return the plain mapping of a layout file; raises UsageError where it is not strict YAML."""
+    """Return the plain mapping of a layout file; raises UsageError if the file is not strict YAML."""
     return read_yaml(path)
 
 
 def parse_layout(mapping: Mapping[str, Any], modules: Sequence[str]) -> Layout:
-    """Check a layout's mapping; `modules` are the names that a row may use.
+    """Check a layout's mapping; `modules` are the names that rows may use.
 
-    Raises ConfigError naming the key or row and what it must be.
+    Raises ConfigError with the key or row and the requirement.
     """
     for key in mapping:
         if key not in KNOWN_KEYS:
@@ -103,7 +103,7 @@ def parse_layout(mapping: Mapping[str, Any], modules: Sequence[str]) -> Layout:
 
 
 def check_anchors(value: Any, levels: int) -> tuple[tuple[float, ...], ...] | int:
-    """Return anchors as pixel pairs a level, or as a number a level; raises ConfigError."""
+    """Return anchors as pixel pairs per level, or as a number per level; raises ConfigError."""
     problem = (
         "must be one row of width, height pairs in pixels for each level, or a number of anchors a level"
     )
@@ -144,7 +144,7 @@ def _row(index: int, row: Any, modules: Sequence[str]) -> Row:
     for source in given:
         if not _is_integer(source):
             raise ConfigError(where, sources, "from must be row numbers")
-        # -1 is the row before; row 0 has the image before it.
+        # -1 is the row before; for row 0 it is the image
         position = index + source if source < 0 else source
         if not (0 <= position < index or (position == -1 and index == 0)):
             raise ConfigError(where, sources, "from must name rows above this one")
@@ -172,5 +172,5 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether it is a number that float32 holds; a whole number may be longer than any float."""
+    """Return whether `value` is a number that float32 can hold; integers may be too large for any float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

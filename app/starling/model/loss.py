@@ -1,8 +1,8 @@
-"""The loss of a YOLOv5-family detector: CIoU boxes, objectness, classes.
+"""The loss of a YOLOv5-family detector: CIoU of boxes, objectness, classes.
 
-Every shape depends on shapes alone, never on values: candidates that match nothing stay in place with weight 0. So a
-step needs no synchronisation with the device and can be captured in a graph; gains are tensors that `set_gains` fills
-in place, so a new candidate of a search needs no new graph.
+All tensor shapes depend on the shapes of the inputs, never on values: candidates without a match have weight 0. So
+a step needs no synchronisation with the device and can be captured in a graph. Gains are tensors that `set_gains` fills
+in place, so that a new candidate of a search needs no new graph.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from starling.core.errors import ConfigError
 FOCAL_ALPHA = 0.25
 LEVEL_BALANCE_P5 = (4.0, 1.0, 0.4)
 LEVEL_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
-"""Weight of each level's objectness, small strides first: three levels, and any other number."""
+"""Weight of each level's objectness, from small strides to large: for three levels, and for other numbers of levels."""
 NOMINAL_SIZE = 640
 NOMINAL_CLASSES = 80
 NOMINAL_LEVELS = 3
 
-# Own cell, then the left, upper, right and lower neighbour.
+# The cell itself, then the left, upper, right and lower neighbour.
 _NEIGHBOURS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
 _REACH = 0.5
-"""How far, in cells, a label's centre reaches into a neighbour."""
+"""Distance in cells within which a label's centre also counts for a neighbouring cell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossGains:
-    """The hyperparameters of the loss, as applied."""
+    """The hyperparameters of the loss, after scaling."""
 
     box: float = 0.05
     obj: float = 1.0
     cls: float = 0.5
     cls_pw: float = 1.0
-    """Weight of positives in the class loss."""
+    """Weight of positive samples in the class loss."""
     obj_pw: float = 1.0
-    """Weight of positives in the objectness loss."""
+    """Weight of positive samples in the objectness loss."""
     anchor_t: float = 4.0
-    """An anchor takes a label whose sides differ from its own by less than this ratio."""
+    """An anchor takes a label if the ratio of their sides, in both directions, is below this number."""
     fl_gamma: float = 0.0
     """Focal loss gamma (Lin et al. 2017); 0 is plain BCE."""
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges where the formulas hold."""
+        """Check that the values are in the ranges of the formulas."""
         for field in fields(self):
             value = getattr(self, field.name)
             if not 0 <= value < float("inf"):
@@ -60,7 +60,7 @@ class LossGains:
 
     @classmethod
     def scaled(cls, hyp: Any, *, nc: int, levels: int, image_size: int) -> Self:
-        """Return the gains of `hyp` (attributes by the field names) scaled to levels, classes and image size."""
+        """Return the gains of `hyp` (attributes with the field names), scaled by levels, classes and image size."""
         per_level = NOMINAL_LEVELS / levels
         values = {field.name: float(getattr(hyp, field.name)) for field in fields(cls)}
         values["box"] *= per_level
@@ -70,14 +70,14 @@ class LossGains:
 
 
 class Matches(NamedTuple):
-    """Labels assigned to the anchors of one level; K = 5 cells x anchors x targets candidates, most of them no match."""
+    """Labels assigned to the anchors of one level: K = 5 cells x anchors x targets candidates, most without a match."""
 
     matched: Tensor
     """[K] bool."""
     cell: Tensor
-    """[K] index into the level's flattened [B, anchors, h, w]."""
+    """[K] index into the flattened [B, anchors, h, w] of the level."""
     box_xywh: Tensor
-    """[K,4] target in stride units, centre relative to its cell; a harmless unit box where not matched."""
+    """[K,4] target in stride units, with the centre relative to its cell; a unit box for candidates without a match."""
     anchor: Tensor
     """[K,2] in stride units."""
     label: Tensor
@@ -86,12 +86,12 @@ class Matches(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The part of a batch that one of several processes has; their losses add up to the whole batch's."""
+    """The part of a batch in one of several processes; the losses of all processes add up to the batch's loss."""
 
     images: int
-    """Images of the whole batch."""
+    """Number of images of the whole batch."""
     part: float
-    """How much of them is here, 0 to 1."""
+    """Fraction of the images in this process, 0 to 1."""
     pool: Callable[[Tensor], Tensor]
     """Sums a tensor over all processes."""
 
@@ -99,8 +99,8 @@ class Share:
 class DetectionLoss(nn.Module):
     """Box, objectness and class loss of raw predictions against targets.
 
-    `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are already scaled.
-    Hold it on the device of the predictions (`.to(device)`).
+    `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are scaled already. Move
+    the module to the device of the predictions (`.to(device)`).
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class DetectionLoss(nn.Module):
         self.set_gains(gains)
 
     def set_gains(self, gains: LossGains) -> None:
-        """Replace the gains in place; captured graphs see the new ones, unless focal loss goes on or off."""
+        """Replace the gains in place; captured graphs use the new gains, unless focal loss is turned on or off."""
         self._values.copy_(torch.tensor(astuple(gains)))
         self.focal = gains.fl_gamma > 0
 
@@ -134,11 +134,11 @@ class DetectionLoss(nn.Module):
     def forward(
         self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (scalar loss times batch size, [3] box, objectness, class loss after gains, detached).
+        """Return (scalar loss times batch size, [3] box, objectness and class loss after gains, detached).
 
-        `predictions` is one raw [B, anchors, h, w, 5+nc] a level; `targets` [n,6] image in batch, class, xywhn.
-        A row with an image index below 0 is padding. Computes in float32 whatever autocast says. With a `share`,
-        both results are this process's addends: means are taken over the matches and cells of the whole batch.
+        `predictions` has one raw [B, anchors, h, w, 5+nc] per level; `targets` [n,6] are image in batch, class, xywhn.
+        A row with an image index below 0 is padding. Computes in float32 even under autocast. With `share` both results
+        are this process's summands: means are taken over the matches and cells of the whole batch.
         """
         with torch.autocast(predictions[0].device.type, enabled=False):
             gains = dict(zip((f.name for f in fields(LossGains)), self._values.unbind(), strict=True))
@@ -165,15 +165,15 @@ class DetectionLoss(nn.Module):
             return parts.sum() * images, parts.detach()
 
     def match(self, level: int, shape: Sequence[int], targets: Tensor, anchor_t: Tensor) -> Matches:
-        """Assign targets to the anchors and cells of one level whose raw prediction has `shape` [B,a,h,w,...].
+        """Assign targets to the anchors and cells of one level with raw predictions of `shape` [B,a,h,w,...].
 
-        An anchor takes a target where max(ratio, 1/ratio) of both sides is below `anchor_t`; the target's own cell and
-        the neighbours within half a cell of its centre take it too. Candidates run neighbour, anchor, target.
+        An anchor takes a target if max(ratio, 1/ratio) of both sides is below `anchor_t`, in the target's cell and in
+        the neighbours within half a cell of its centre. The order of candidates is neighbour, anchor, target.
         """
         batch, count, height, width = shape[:4]
         anchors = self.anchors[level]
         image, label = targets[:, 0].long(), targets[:, 1].long()
-        # Sizes enter as numbers of the host: a tensor made of them would be copied over and waited for.
+        # Sizes enter as Python numbers: a tensor made of them would need a copy to the device and a wait.
         x, y = targets[:, 2] * width, targets[:, 3] * height
         xy = torch.stack((x, y), dim=-1)
         wh = torch.stack((targets[:, 4] * width, targets[:, 5] * height), dim=-1)
@@ -201,9 +201,9 @@ class DetectionLoss(nn.Module):
         )
 
     def _reach(self, xy: Tensor, from_far: Tensor) -> Tensor:
-        """Return [5,n] bool: which cells take the target; never a neighbour outside the map.
+        """Return [5,n] bool: the cells that take the target, never a neighbour outside the map.
 
-        `xy` and `from_far` [n,2] are the centres' distances in cells from the map's near and far edges.
+        `xy` and `from_far` [n,2] are the distances in cells of the centres from the map's near and far edges.
         """
         near = (xy % 1 < _REACH) & (xy > 1)
         far = (from_far % 1 < _REACH) & (from_far > 1)
@@ -214,7 +214,7 @@ class DetectionLoss(nn.Module):
         self, prediction: Tensor, matches: Matches, found: Tensor, gains: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = matches.matched.float()
-        # Only rows that may match are brought to float32; the map stays as autocast left it.
+        # Only rows that may match are converted to float32; the map keeps the type of autocast.
         rows = prediction.reshape(-1, prediction.shape[-1]).index_select(0, matches.cell).float()
 
         sigmoid = rows[:, :4].sigmoid()
@@ -237,9 +237,9 @@ class DetectionLoss(nn.Module):
 
     @staticmethod
     def _objectness_target(iou: Tensor, matches: Matches, cells: int) -> Tensor:
-        """Return [cells] IoU of each cell's match, 0 elsewhere; of several matches the last one counts.
+        """Return [cells] IoU of each cell's match, 0 without a match; of several matches the last one counts.
 
-        Scattering the place in line, not the IoU, makes "last" the same on every device and in every run.
+        Scattering the index of the match, not the IoU, makes "last" equal on every device and in every run.
         """
         place = torch.arange(1, len(iou) + 1, device=iou.device) * matches.matched
         last = torch.zeros(cells, dtype=place.dtype, device=iou.device)
@@ -255,5 +255,5 @@ class DetectionLoss(nn.Module):
         score = logits.sigmoid()
         hit = target * score + (1 - target) * (1 - score)
         alpha = target * FOCAL_ALPHA + (1 - target) * (1 - FOCAL_ALPHA)
-        # Below gamma 1 the slope at a perfect score is infinite; the clamp keeps it out.
+        # Below gamma 1 the slope at a perfect score is infinite; the clamp avoids that.
         return loss * alpha * (1 - hit).clamp(min=1e-7) ** gamma

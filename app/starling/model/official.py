@@ -1,4 +1,4 @@
-"""The weights that the YOLOv5 project publishes, by name: kept in a folder of the user, fetched once."""
+"""The published weights of the YOLOv5 project, by name: fetched once, kept in a folder of the user."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ OFFICIAL = tuple(f"yolov5{size}{levels}.pt" for levels in ("", "6") for size in 
 
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
 RELEASE_FACTS = "https://api.github.com/repos/ultralytics/yolov5/releases/tags/v7.0"
-"""GitHub's list of the release's files, with their sizes and, where GitHub has one, their digests."""
+"""GitHub's list of the release's files, with sizes and, if GitHub has them, digests."""
 
 MAX_BYTES = 1 << 30
-"""The largest published file has about 270 MB."""
+"""Maximum size; the largest published file has about 270 MB."""
 
 
 def official_name(name: str) -> str | None:
-    """Return the published file that a bare name means, with or without `.pt`; None for anything else."""
+    """Return the published file with this bare name, with or without `.pt`; None for any other name."""
     full = name if name.endswith(".pt") else f"{name}.pt"
     return full if full in OFFICIAL else None
 
 
 def another_family(name: str) -> str | None:
-    """Return what to say of a name that weights of another family have, and what serves here; None for other names."""
+    """Return a message for a name of weights of another family, with a suitable YOLOv5 file; None for other names."""
     family = family_of_name(name)
     if family is None:
         return None
@@ -61,7 +61,7 @@ def another_family(name: str) -> str | None:
 
 
 def weights_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return where fetched weights are kept: `$STARLING_WEIGHTS`, else `starling/weights` in the user's cache."""
+    """Return the folder of fetched weights: `$STARLING_WEIGHTS`, else `starling/weights` in the user's cache."""
     if given := environment.get("STARLING_WEIGHTS"):
         return at_home(given).absolute()
     cache = environment.get("XDG_CACHE_HOME") or at_home("~/.cache")
@@ -71,8 +71,8 @@ def weights_folder(environment: Mapping[str, str] = os.environ) -> Path:
 def official_weights(name: str, show: Show = lambda line: None) -> Path:
     """Return the path of published weights, fetching them unless they are kept already.
 
-    A kept file is compared with the digest recorded when it came. Raises CheckpointError saying what to fetch by
-    hand, and where to put it, when it cannot be had.
+    A kept file is compared with the digest recorded at its download. Raises CheckpointError, with what to fetch by hand
+    and where to put it, if the weights cannot be fetched.
     """
     path = weights_folder() / name
     if path.is_file():
@@ -100,11 +100,11 @@ def official_weights(name: str, show: Show = lambda line: None) -> Path:
 
 
 def _verified(path: Path) -> Path:
-    """Return `path` if its digest is the one recorded beside it; raises CheckpointError otherwise."""
+    """Return `path` if its digest equals the digest recorded beside it; raises CheckpointError otherwise."""
     try:
         recorded = read_regular(record_path(path), 4096).decode("ascii", "replace").split()[:1]
     except (OSError, BudgetExceeded):
-        return path  # put there by hand
+        return path  # put there by the user
     if recorded and recorded[0] != sha256_of(path):
         raise CheckpointError(
             f"{path}: its content changed since it was fetched; delete it and fetch it again, or delete "
@@ -114,7 +114,7 @@ def _verified(path: Path) -> Path:
 
 
 def _published(name: str, url: str) -> tuple[str | None, int | None]:
-    """Return the SHA-256 and the size that are published for a file, None for what is not."""
+    """Return the published SHA-256 and size of a file, None for values that are not published."""
     if os.environ.get(MIRROR):
         return _sidecar(f"{url}.sha256"), None
     try:
@@ -122,13 +122,13 @@ def _published(name: str, url: str) -> tuple[str | None, int | None]:
         asset = next(asset for asset in assets if asset["name"] == name)
         digest, size = asset.get("digest"), asset["size"]
     except (FetchError, ValueError, KeyError, TypeError, StopIteration):
-        return None, None  # the file itself may still be had
+        return None, None  # the file itself may still be available
     match = re.fullmatch(r"sha256:([0-9a-f]{64})", str(digest))
     return match[1] if match else None, size if isinstance(size, int) else None
 
 
 def _sidecar(url: str) -> str | None:
-    """Return the digest in a mirror's `NAME.sha256`, in the format of `sha256sum`, if it has one."""
+    """Return the digest in a mirror's `NAME.sha256`, in the format of `sha256sum`; None if there is none."""
     try:
         match = re.match(r"([0-9a-fA-F]{64})\b", read_text(url, max_bytes=4096))
     except FetchError:

@@ -1,8 +1,8 @@
 """Walk the opcodes of a pickle and count what it would build, before anything is built.
 
-Values share parts: a tuple of twice the tuple before it, 60 levels, is 60 objects, but whoever hashes, copies or prints
-it meets 2^60. So each value has a weight, which counts every part as often as it is met, and a depth. Both are final
-once a value stands in another, because the walk refuses a later change: pickles without cycles never need one.
+Values may share parts: 60 nested tuples, each with the one before it twice, are 60 objects, but hashing, copying or
+printing them visits 2^60. So each value has a weight, which counts every part as often as it is visited, and a depth.
+Both are final when a value becomes part of another, because the walk refuses later changes: only cycles need them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from starling.core.errors import CheckpointError
 from starling.core.words import shown
 
 MAX_OPCODES = 4_000_000
-"""The largest official checkpoint has 200,000; 100,000 class names take 400,000."""
+"""Maximum number of opcodes; the largest official checkpoint has 200,000, and 100,000 class names take 400,000."""
 MAX_CONTAINERS = 1_000_000
 MAX_DEPTH = 400
-"""A module takes five levels, so this is 80 modules inside modules."""
+"""Maximum depth of values; a module takes five levels, so that 80 nested modules are possible."""
 MAX_WEIGHT = 8_000_000
-"""Of one value, and of all keys together. A number weighs 1, a text 1 for each 16 bytes more."""
+"""Maximum weight of one value, and of all keys together. A number weighs 1, a string 1 more per 16 bytes."""
 MAX_KEY_WEIGHT = 64
 MAX_KEY_DEPTH = 4
 _MOST_LONG_BYTES = 32
@@ -29,13 +29,13 @@ _TEXT_UNIT = 16
 _UINT32 = struct.Struct("<I").unpack_from
 _STOP, _BINGET, _BINPUT, _LONG_BINPUT = b".hqr"
 _SCALARS = [-1] * 256
-"""Opcode -> bytes behind it, for those that push one plain value; -1 for all others."""
+"""Opcode -> number of operand bytes, for opcodes that push one plain value; -1 for all others."""
 for _code, _size in zip(b"N\x88\x89KMJG", (0, 0, 0, 1, 2, 4, 8), strict=True):
     _SCALARS[_code] = _size
 
 
 class _Node:
-    """A list, tuple, dict, set or object, as far as the walk needs it."""
+    """A list, tuple, dict, set or object, with the properties that the walk needs."""
 
     __slots__ = ("depth", "sealed", "weight")
 
@@ -43,15 +43,15 @@ class _Node:
         self.depth = 1
         self.weight = 1
         self.sealed = False
-        """Whether it stands in another value."""
+        """Whether the value is part of another value."""
 
 
 _Value = _Node | int
-"""What stands on the stack: a node, or the weight of a number, a text or a global."""
+"""An entry of the stack: a node, or the weight of a number, a string or a global."""
 
 
 class PickleWalk:
-    """One pickle in `content`, from byte `start` on; only globals of `known` may be named."""
+    """One pickle in `content`, from byte `start` on, which may name only globals in `known`."""
 
     def __init__(self, content: bytes, start: int, known: Collection[tuple[str, str]]) -> None:
         self._content, self._start, self._at, self._known = content, start, start, known
@@ -64,7 +64,7 @@ class PickleWalk:
             self._steps[code[0]] = step
 
     def end(self) -> int:
-        """Walk to the STOP opcode and return the place behind it.
+        """Walk to the STOP opcode and return the position behind it.
 
         Raises CheckpointError for an opcode, a global, a number or a size that a checkpoint does not need, and
         IndexError, KeyError or ValueError for a damaged pickle.
@@ -75,7 +75,7 @@ class PickleWalk:
             code = content[at]
             at += 1
             size = _SCALARS[code]
-            if size >= 0:  # the four kinds that nine of ten opcodes are of stand here, for speed
+            if size >= 0:  # the four kinds of nine in ten opcodes are inlined here, for speed
                 at += size
                 stack.append(1)
             elif code == _BINGET:
@@ -158,7 +158,7 @@ class PickleWalk:
         self._stack.append(1)
 
     def _remember(self, index: int) -> None:
-        # Picklers count from 0, or from 1. The unpickler reserves a table as long as the largest number.
+        # Picklers count from 0 or from 1. The unpickler reserves a table as long as the largest index.
         if index > len(self._memo) + 1:
             raise CheckpointError("the pickle's memo is larger than what it holds")
         self._memo[index] = self._stack[-1]
@@ -166,7 +166,7 @@ class PickleWalk:
     def _pop_many(self, count: int) -> list[_Value]:
         values = self._stack[-count:]
         if len(values) < count:
-            raise ValueError("the pickle takes more than it made")
+            raise ValueError("the pickle pops more values than it has pushed")
         del self._stack[-count:]
         return values
 
@@ -186,10 +186,10 @@ class PickleWalk:
             self._extend(values)
 
     def _extend(self, values: list[_Value]) -> None:
-        """Let the value on top of the stack hold `values`."""
+        """Add `values` to the container on top of the stack."""
         node = self._stack[-1]
         if not isinstance(node, _Node):
-            raise ValueError("the pickle fills what is no container")
+            raise ValueError("the pickle adds values to an object that is no container")
         for value in values:
             if type(value) is int:
                 node.weight += value
@@ -200,14 +200,14 @@ class PickleWalk:
             if value.depth >= node.depth:
                 node.depth = value.depth + 1
         if node.sealed:
-            raise CheckpointError("the pickle changes a value that stands in another one already")
+            raise CheckpointError("the pickle changes a value that is already part of another one")
         if node.depth > MAX_DEPTH:
             raise CheckpointError(f"the pickle nests values deeper than {MAX_DEPTH}")
         if node.weight > MAX_WEIGHT:
             raise CheckpointError("the pickle holds a value that unfolds beyond reason")
 
     def _set(self, values: list[_Value]) -> None:
-        """Let the dict on top of the stack hold keys and values by turns."""
+        """Add alternating keys and values to the dict on top of the stack."""
         for key in values[::2]:
             self._weigh_key(key)
         self._extend(values)
@@ -217,7 +217,7 @@ class PickleWalk:
             raise CheckpointError("the pickle has a key that is neither a text nor a number")
 
     def _call(self) -> None:
-        """Take a callable and its arguments, which it may hash: a set, an OrderedDict."""
+        """Pop a callable and its arguments; a set or an OrderedDict would hash the arguments."""
         _, arguments = self._pop_many(2)
         self._keys_weight += arguments.weight if isinstance(arguments, _Node) else arguments
         if self._keys_weight > MAX_WEIGHT:
@@ -230,7 +230,7 @@ class PickleWalk:
 
 
 def refused_global(module: str, name: str) -> CheckpointError:
-    """Return the error about a global outside the table."""
+    """Return the error for a global outside the table."""
     words = shown(f"{module}.{name}")
     return CheckpointError(
         f"the pickle names {words}, which a YOLOv5 checkpoint does not need; nothing was loaded"

@@ -1,4 +1,4 @@
-"""Turn the rows of a layout into layers: one builder a module, in a table."""
+"""Turn the rows of a layout into layers, with a table of one builder per module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from starling.model.blocks import (
 from starling.model.layout import Layout, Row
 
 MAX_KERNELS = 16
-"""Pools side by side; published layouts have three."""
+"""Maximum number of parallel pools; published layouts have three."""
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """What flows between two layers: a map of `channels`, one cell every `stride` pixels."""
+    """The output of a layer: a map with `channels`, one cell every `stride` pixels."""
 
     channels: int
     stride: float
@@ -38,7 +38,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A layer and what it gives."""
+    """A layer and its output."""
 
     module: nn.Module
     port: Port
@@ -48,7 +48,7 @@ Builder = Callable[[Row, Layout, Sequence[Port]], Built]
 
 
 def _integers(row: Row, at_least: int, at_most: int) -> list[int]:
-    """Return the row's args as integers (True is 1); raises ConfigError where their number or kind is wrong."""
+    """Return the row's args as integers (True is 1); raises ConfigError for a wrong number or type of args."""
     if not at_least <= len(row.args) <= at_most:
         raise ConfigError(f"row {row.index}", row.args, f"{row.module} takes {at_least} to {at_most} args")
     for arg in row.args:
@@ -95,7 +95,7 @@ def _build_conv(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
 
 
 def _build_focus(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: those of Conv, which works on four times the channels at half the size."""
+    """Args: those of Conv, applied to four times the channels at half the size."""
     port = _single(row, inputs)
     if row.number != 1:
         raise ConfigError(f"row {row.index}", row.number, "Focus stands once: number must be 1")
@@ -105,7 +105,7 @@ def _build_focus(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
 
 
 def _convolution(row: Row, layout: Layout, c_in: int) -> tuple[int, int, int, int | None, int]:
-    """Return channels out, kernel, stride, padding (None: half the kernel) and groups; raises ConfigError."""
+    """Return output channels, kernel, stride, padding (None: half the kernel) and groups; raises ConfigError."""
     args = _integers(row, 1, 5)
     c_out = _channels_out(row, layout, args[0])
     kernel, stride, groups = _at(args, 1, 1), _at(args, 2, 1), _at(args, 4, 1)
@@ -116,7 +116,7 @@ def _convolution(row: Row, layout: Layout, c_in: int) -> tuple[int, int, int, in
 
 
 def _build_ghost_conv(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: channels, an even number; kernel [1], stride [1]."""
+    """Args: channels (even), kernel [1], stride [1]."""
     port = _single(row, inputs)
     args = _integers(row, 1, 3)
     c_out = _channels_out(row, layout, args[0])
@@ -145,26 +145,26 @@ def _build_bottleneck(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built
 
 
 def _build_c3(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: channels, shortcut [true]; `number` is the bottlenecks inside."""
+    """Args: channels, shortcut [true]; `number` is the number of bottlenecks inside."""
     port, c_out, shortcut = _cross_stage(row, layout, inputs)
     return Built(C3(port.channels, c_out, layout.repeats(row.number), shortcut), Port(c_out, port.stride))
 
 
 def _build_bottleneck_csp(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: channels, shortcut [true]; `number` is the bottlenecks inside."""
+    """Args: channels, shortcut [true]; `number` is the number of bottlenecks inside."""
     port, c_out, shortcut = _cross_stage(row, layout, inputs)
     module = BottleneckCSP(port.channels, c_out, layout.repeats(row.number), shortcut)
     return Built(module, Port(c_out, port.stride))
 
 
 def _build_c3_ghost(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: channels, shortcut [true], which changes nothing: a ghost bottleneck always adds its input."""
+    """Args: channels, shortcut [true] without effect: a ghost bottleneck always adds its input."""
     port, c_out, _ = _cross_stage(row, layout, inputs)
     return Built(C3Ghost(port.channels, c_out, layout.repeats(row.number)), Port(c_out, port.stride))
 
 
 def _build_c3_transformer(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: channels, shortcut [true], which changes nothing: attention always adds its input."""
+    """Args: channels, shortcut [true] without effect: attention always adds its input."""
     port, c_out, _ = _cross_stage(row, layout, inputs)
     if c_out // 2 % HEADS:
         raise ConfigError(f"row {row.index}", c_out, f"C3TR needs a multiple of {2 * HEADS} channels")
@@ -203,7 +203,7 @@ def _build_sppf(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
 
 
 def _build_upsample(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: size [None], scale, mode; only a whole scale and `nearest`."""
+    """Args: size [None], scale, mode; only an integer scale and `nearest` are supported."""
     port = _single(row, inputs)
     size, scale, mode = row.args if len(row.args) == 3 else ("?", None, None)
     if size not in (None, "None") or not isinstance(scale, int) or scale < 1 or mode != "nearest":
@@ -224,7 +224,7 @@ def _build_max_pool(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
 
 
 def _build_zero_pad(row: Row, layout: Layout, inputs: Sequence[Port]) -> Built:
-    """Args: a list of cells to add left, right, above, below."""
+    """Args: a list of the cells to add: left, right, above, below."""
     port = _single(row, inputs)
     sides = row.args[0] if len(row.args) == 1 else None
     if (
@@ -269,4 +269,4 @@ BLOCKS: dict[str, Builder] = {
     "Concat": _build_concat,
     "Detect": _build_detect,
 }
-"""Every module that a layout may name."""
+"""All modules that a layout may name."""

@@ -1,6 +1,6 @@
-"""The two forms of a file that `torch.save` writes, read as data: a zip, and, before torch 1.6, pickles in a row.
+"""Read the two formats of `torch.save` as data: a zip, and before torch 1.6, a sequence of pickles.
 
-Tensors come out of the file's storages, never more of them than the file holds.
+Tensors are read from the file's storages, and are together never larger than the file.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from starling.core.files.regular import open_regular
 from starling.model.inert_pickle import GLOBALS, Pickled, Storage, Table, TensorRef, read_pickle
 
 MAX_PICKLE_BYTES = 64 * 2**20
-"""The largest official checkpoint's pickle is under 1 MiB."""
+"""Maximum size of the pickle; that of the largest official checkpoint is under 1 MiB."""
 MAX_DIRECTORY_BYTES = 4 * 2**20
-"""A zip's list of entries: room for 50,000 storages; the largest official checkpoint has under 1,000."""
+"""Maximum size of a zip's directory: 50,000 storages fit; the largest official checkpoint has under 1,000."""
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How torch before 1.6 begins: a pickle of the number 0x1950a86a20f9469cfc6c."""
+"""First bytes of files of torch before 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
 LEGACY_PROTOCOL = 1001
 _COUNT = 8
-"""Bytes of the number of elements before each storage of the older form."""
+"""Size in bytes of the number of elements before each storage of the older format."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
-"""What stands before an entry's bytes: at its end the lengths of the name and of the extra field that follow."""
+"""The header before an entry's bytes, which ends with the lengths of the name and of the extra field that follow."""
 _SPARSE_FROM = 64 * 2**20
 _SPARSE_RATIO = 4
 
 
 class TorchFile(Protocol):
-    """What `torch.save` wrote."""
+    """A file written by `torch.save`."""
 
     size: int
-    """Bytes on disk."""
+    """Size of the file in bytes."""
     content: Any
     """The pickled object; see `inert_pickle`."""
 
     def read_storage(self, storage: Storage) -> Tensor:
-        """Return a storage's numbers, [numel] on the CPU; raises CheckpointError."""
+        """Return the numbers of a storage, [numel] on the CPU; raises CheckpointError."""
 
 
 @contextmanager
 def open_torch_file(path: Path) -> Iterator[TorchFile]:
-    """Open a file of either form.
+    """Open a file of either format.
 
-    Raises CheckpointError, without the path, for what is neither or cannot be trusted; OSError; and whatever damage
-    makes the standard library raise.
+    Raises CheckpointError, without the path, for another kind of file or an implausible one; OSError; and any exception
+    of the standard library for damage.
     """
     with open_regular(path) as file:
         size = _true_size(file)
@@ -70,7 +70,7 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
 
 @contextmanager
 def open_zip_form(path: Path) -> Iterator[ZipForm]:
-    """Open a file of the present form, without reading its pickle; raises as `open_torch_file` does."""
+    """Open a file of the present format without reading its pickle; raises the exceptions of `open_torch_file`."""
     with open_regular(path) as file:
         size = _true_size(file)
         try:
@@ -84,17 +84,17 @@ def open_zip_form(path: Path) -> Iterator[ZipForm]:
 
 
 def _true_size(file: IO[bytes]) -> int:
-    """Return the file's size; raises CheckpointError where most of it is a hole, which costs its maker nothing."""
+    """Return the file's size; raises CheckpointError if most of the file is a hole, which takes no disk space."""
     state = os.fstat(file.fileno())
     on_disk = state.st_blocks * 512
-    # Some network file systems count no blocks at all.
+    # Some network file systems report no blocks at all.
     if on_disk and state.st_size > max(_SPARSE_FROM, _SPARSE_RATIO * on_disk):
         raise CheckpointError("most of the file is a hole without bytes on the disk; copy the file again")
     return state.st_size
 
 
 class ZipForm:
-    """A zip with the entry `data.pkl` and one for each storage, none of them compressed."""
+    """A zip with the entry `data.pkl` and one entry per storage, without compression."""
 
     def __init__(self, archive: zipfile.ZipFile, file: IO[bytes], size: int) -> None:
         self._archive, self._file, self.size = archive, file, size
@@ -110,18 +110,18 @@ class ZipForm:
         self._root = pickles[0].removesuffix("data.pkl")
 
     def read_pickle_bytes(self) -> bytes:
-        """Return the pickle as it stands in the file."""
+        """Return the bytes of the pickle."""
         return self._read("data.pkl", MAX_PICKLE_BYTES)
 
     def read_content(self, table: Table) -> None:
-        """Read the pickle into `content`; `table` says what stands for each global."""
+        """Read the pickle into `content`; `table` maps globals to their replacements."""
         content = self.read_pickle_bytes()
         if self._root + "byteorder" in self._archive.namelist() and self._read("byteorder", 16) != b"little":
             raise CheckpointError("written on a big-endian machine, which is not supported")
         self.content = read_pickle(content, table=table).value
 
     def read_storage(self, storage: Storage) -> Tensor:
-        """Return an entry's numbers."""
+        """Return the numbers of an entry."""
         entry = self._archive.getinfo(f"{self._root}data/{storage.key}")
         if entry.file_size != storage.numel * storage.dtype.itemsize:
             raise CheckpointError(
@@ -130,7 +130,7 @@ class ZipForm:
         return _fill(storage, lambda buffer: self._read_into(entry, buffer))
 
     def _read(self, name: str, limit: int) -> bytes:
-        """Return the bytes of a small entry; refuses any above `limit`."""
+        """Return the bytes of a small entry; refuse an entry above `limit`."""
         entry = self._archive.getinfo(self._root + name)
         if entry.file_size > limit:
             raise CheckpointError(f"the entry {name} is too large")
@@ -139,8 +139,8 @@ class ZipForm:
         return bytes(content)
 
     def _read_into(self, entry: zipfile.ZipInfo, buffer: memoryview) -> None:
-        """Fill `buffer`, which is as long as the entry; without the copies that the archive's own reader makes."""
-        with self._archive.open(entry):  # checks what stands before the entry
+        """Fill `buffer`, which is as long as the entry, without the copies that the archive's reader makes."""
+        with self._archive.open(entry):  # checks the entry's local header
             pass
         self._file.seek(entry.header_offset)
         lengths = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
@@ -151,7 +151,7 @@ class ZipForm:
 
 
 class _LegacyFile:
-    """Five pickles: a magic number, a version, the machine, the object, the storages' keys. Then each storage."""
+    """Five pickles: a magic number, a version, the machine, the object, the keys of the storages; then the storages."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size = file, size
@@ -166,7 +166,7 @@ class _LegacyFile:
         self._offsets = self._find_storages(pickled, read_pickle(head, pickled.end))
 
     def _find_storages(self, pickled: Pickled, keys: Pickled) -> dict[str, int]:
-        """Return where each storage's numbers begin."""
+        """Return the offset of each storage's numbers."""
         offsets = {}
         position = keys.end
         for key in keys.value:
@@ -183,13 +183,13 @@ class _LegacyFile:
         return offsets
 
     def read_storage(self, storage: Storage) -> Tensor:
-        """Return the numbers that follow the pickles."""
+        """Return the numbers of a storage, which follow the pickles."""
         self._file.seek(self._offsets[storage.key])
         return _fill(storage, lambda buffer: _read_whole(self._file, buffer))
 
 
 def _fill(storage: Storage, read: Callable[[memoryview], None]) -> Tensor:
-    """Return a fresh tensor [numel] whose bytes `read` wrote."""
+    """Return a new tensor [numel] whose bytes `read` writes."""
     tensor = torch.empty(storage.numel, dtype=storage.dtype)
     read(tensor.view(torch.uint8).numpy().data)
     return tensor
@@ -201,16 +201,16 @@ def _read_whole(file: IO[bytes], buffer: memoryview) -> None:
 
 
 class StoredTensors:
-    """The tensors of one open file; those that share a storage there share it here."""
+    """The tensors of one open file; tensors that share a storage in the file share it in memory."""
 
     def __init__(self, file: TorchFile) -> None:
         self._file = file
-        # Tensors share a storage; together they may not grow past the file.
+        # Tensors may share a storage, but together they must not be larger than the file.
         self._elements_left = file.size
         self._storages: dict[Storage, Tensor] = {}
 
     def view(self, ref: TensorRef) -> Tensor:
-        """Return a tensor as the file describes it; raises CheckpointError."""
+        """Return a tensor as described in the file; raises CheckpointError."""
         if ref.storage not in self._storages:
             self._storages[ref.storage] = self._file.read_storage(ref.storage)
         self._elements_left -= prod(ref.size)
@@ -219,7 +219,7 @@ class StoredTensors:
         return self._storages[ref.storage].as_strided(ref.size, ref.stride, ref.offset)
 
     def filled(self, value: Any) -> Any:
-        """Return a copy of plain nested values with a tensor at each reference to one."""
+        """Return a copy of nested plain values with a tensor in place of each TensorRef."""
         if isinstance(value, TensorRef):
             return self.view(value)
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Give a detector the weights of a state dict, and say what did not fit."""
+"""Load a state dict into a detector, and report what did not fit."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from starling.core.errors import CheckpointError
 from starling.model.detector import Detector
 
 _NAMED = 8
-"""Tensors named in a message before it only counts them."""
+"""Maximum number of tensors that a message names; it counts the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What happened to every tensor of the detector and of the state dict."""
+    """What happened to each tensor of the detector and of the state dict."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
-    """In the detector only."""
+    """Tensors in the detector only."""
     wrong_shape: tuple[str, ...]
-    """In both, with different shapes; another number of classes gives the head's convolutions here."""
+    """Tensors in both with different shapes; with another number of classes, the head's convolutions."""
     unused: tuple[str, ...]
-    """In the state dict only."""
+    """Tensors in the state dict only."""
     excluded: tuple[str, ...] = ()
-    """Left alone because the caller said so."""
+    """Tensors that the caller excluded."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Return the detector's tensors that keep their fresh values."""
+        """Return the detector's tensors that keep their initial values."""
         return (*self.missing, *self.wrong_shape, *self.excluded)
 
     def describe(self) -> str:
-        """Return one line for a person: how many were loaded, and which were not."""
+        """Return one line for people: the number of loaded tensors, and the names of the others."""
         total = len(self.loaded) + len(self.left_out)
         parts = [f"loaded {len(self.loaded)} of {total} tensors"]
         kinds = {
@@ -58,9 +58,9 @@ def load_weights(
 ) -> LoadReport:
     """Copy every tensor that fits by name and shape into the detector, in place.
 
-    `partial` allows missing and wrongly shaped ones, as fine-tuning with other classes needs; without it they raise
-    CheckpointError naming them, and nothing is copied. `exclude` holds endings of names to leave alone (`anchors`).
-    A state dict of which less than half fits raises in any case: it belongs to another layout.
+    `partial` allows missing tensors and wrong shapes, as in fine-tuning with other classes; otherwise they raise
+    CheckpointError with their names, and nothing is copied. `exclude` holds suffixes of names to skip (`anchors`).
+    A state dict of which less than half fits always raises CheckpointError: it belongs to another layout.
     """
     loaded, missing, wrong_shape, excluded = [], [], [], []
     own = detector.state_dict()

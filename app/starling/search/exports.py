@@ -1,4 +1,4 @@
-"""Files derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png, report.html. None of them is ever read back."""
+"""Files derived from the study: evolve.csv, hyp_evolve.yaml, evolve.png, report.html. Nothing reads them back."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ METRIC_COLUMNS = {
     "obj_loss": "val/obj_loss",
     "cls_loss": "val/cls_loss",
 }
-"""Metric of an outcome to column of evolve.csv, in the file's order."""
+"""Name of a metric in an outcome -> column of evolve.csv, in the order of the columns."""
 FILES_SHARE = 0.005
-"""Most of a worker's time that evolve.csv and hyp_evolve.yaml may take; they grow with the study."""
+"""Maximum share of a worker's time for writing evolve.csv and hyp_evolve.yaml, which grow with the study."""
 DRAWING_SHARE = 0.02
-"""Most of one worker's time that evolve.png and report.html may take all workers together."""
+"""Maximum share of one worker's time that drawing evolve.png and report.html may take, summed over all workers."""
 DRAWING_S = 1.5
-"""What a drawing is thought to take, before one took longer."""
+"""Assumed seconds of a drawing, until a drawing takes longer."""
 
 
 def write_files(study: SearchStudy) -> None:
-    """Replace evolve.csv and hyp_evolve.yaml; nothing is written before a candidate has finished.
+    """Replace evolve.csv and hyp_evolve.yaml; nothing is written before the first candidate has finished.
 
-    One worker at a time, each reading the study after it got the turn, so that newer content is never replaced by
-    older. Raises OSError where the disk refuses.
+    One worker writes at a time, and reads the study after it got the lock, so that older content never replaces
+    newer content. Raises OSError if the disk refuses.
     """
     with locked(study.directory / LOCK):
         if finished := study.finished():
@@ -53,9 +53,9 @@ def write_files(study: SearchStudy) -> None:
 
 
 def draw_plot(study: SearchStudy, *, wait: bool = True) -> None:
-    """Replace evolve.png and report.html; unless `wait`, leave it to the worker that is at it, if one is.
+    """Replace evolve.png and report.html; without `wait`, do nothing if another worker is drawing them.
 
-    Under a lock of its own: drawing takes seconds, for which nobody's evolve.csv is to wait.
+    Drawing has its own lock, because it takes seconds and must not delay the evolve.csv of other workers.
     """
     lock = study.directory / PLOT_LOCK
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def draw_plot(study: SearchStudy, *, wait: bool = True) -> None:
         if finished := study.finished():
             from starling.plots.search import plot_evolve  # matplotlib is slow to import
             from starling.search.report import (
-                write_report,  # as is what it takes the importance of genes from
+                write_report,  # slow too, by the library for the importance of genes
             )
 
             hyps = {name: [candidate.hyp[name] for candidate in finished] for name in finished[0].hyp}
@@ -76,9 +76,9 @@ def draw_plot(study: SearchStudy, *, wait: bool = True) -> None:
 
 
 def csv_text(finished: Sequence[Finished]) -> str:
-    """Return evolve.csv: one row a finished training, in order.
+    """Return evolve.csv: one row per finished training, in the order of the candidates' numbers.
 
-    The columns that its readers know come first: seven metrics, every hyperparameter; then settings that are searched.
+    The standard columns come first: seven metrics, every hyperparameter; searched settings follow.
     """
     names, settings = list(finished[0].hyp), list(finished[0].settings)
     text = io.StringIO()
@@ -95,7 +95,7 @@ def csv_text(finished: Sequence[Finished]) -> str:
 
 
 def metrics_of(candidate: Finished) -> dict[str, float]:
-    """Return the metrics that evolve.csv has columns for; NaN where nobody measured or kept one."""
+    """Return the metrics that evolve.csv has columns for; NaN for a metric that is not recorded."""
     return {name: candidate.metrics.get(name, math.nan) for name in METRIC_COLUMNS}
 
 
@@ -113,27 +113,27 @@ def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
 
 
 class Exports:
-    """The exports as one worker keeps them up to date, in a share of its time.
+    """The derived files, which one worker keeps up to date within a share of its time.
 
-    Between short trainings of a large study they would take most of the time, and evolve.png between any: they wait
-    for a later training then, or for the last one. The study is the truth, so a failure here is only worth a line.
+    After short trainings of a large study, writing the files would take most of the time, and so would evolve.png. The
+    files then wait for a later training, or for the last one. They only show the study, so a failure costs one line.
     """
 
     def __init__(self, study: SearchStudy, *, draws: bool) -> None:
         self._study, self._draws = study, draws
         self._files_are_behind = False
         self._files_due = self._drawing_due = 0.0
-        """When the files and the plot may be written again, by the monotonic clock."""
+        """Earliest times on the monotonic clock to write the files and to draw the plot again."""
         self._plot: int | None = None
-        """Modification time of evolve.png when this worker last looked; only ever compared with itself."""
+        """Modification time of evolve.png at this worker's last look; compared only with later looks."""
         self._drawing_s = DRAWING_S
-        """The longest drawing so far."""
-        self._was_drawn()  # the first one, too, has its share of the time to wait for
+        """Seconds of the longest drawing so far."""
+        self._was_drawn()  # the first drawing has to wait too
         self._said: set[str] = set()
-        """Reasons that were said for exports that could not be written."""
+        """Reasons for unwritten files that this worker has already printed."""
 
     def refresh(self, *, last: bool = False) -> None:
-        """Derive anew what is due, or all of it for the last time."""
+        """Write the files that are due; with `last`, write all of them."""
         self._files_are_behind = True
         if last or time.monotonic() >= self._files_due:
             self.catch_up()
@@ -144,14 +144,14 @@ class Exports:
             self._plot = self._plot_mark()
 
     def catch_up(self) -> None:
-        """Write the files that `refresh` has put off."""
+        """Write the files that `refresh` has postponed."""
         if self._files_are_behind:
             self._files_are_behind = False
             took = self._timed(lambda: write_files(self._study))
             self._files_due = time.monotonic() + took / FILES_SHARE
 
     def _plot_is_due(self) -> bool:
-        """Return whether it is time to draw; a drawing by another worker counts as this one's."""
+        """Return whether it is time to draw; a drawing by another worker counts as a drawing by this worker."""
         mark = self._plot_mark()
         if mark != self._plot:
             self._plot = mark
@@ -168,7 +168,7 @@ class Exports:
             return None
 
     def _timed(self, write: Callable[[], None]) -> float:
-        """Return the seconds that writing took; say why it failed, once for each reason."""
+        """Return the seconds that writing took; print the reason of a failure, each reason once."""
         began = time.monotonic()
         try:
             write()

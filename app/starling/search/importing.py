@@ -1,4 +1,4 @@
-"""Results of older searches, from their evolve.csv, as history of a study: parents to evolve from, never candidates."""
+"""Import results of older searches from their evolve.csv into a study: as parents for samplers, not as candidates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from starling.search.study import SearchStudy
 from starling.search.trials import IMPORTED
 
 OPTIONS = "opt.yaml"
-"""What the classic trainer writes beside its evolve.csv: the settings of the search."""
+"""File that the classic trainer writes beside its evolve.csv: the settings of the search."""
 MAX_BYTES = 16 << 20
 _STRIDES = (32, 64)
 _HYPS = [field.name for field in fields(Hyp)]
@@ -34,36 +34,36 @@ class OldResult:
     """One finished training of an older search."""
 
     line: int
-    """Its line in the file."""
+    """Line number in the file."""
     hyp: dict[str, float]
     metrics: dict[str, float]
-    """By the names that an outcome has."""
+    """Metrics by their names in an outcome."""
 
     @property
     def fitness(self) -> float:
-        """0.1 · mAP50 + 0.9 · mAP50-95, as everywhere."""
+        """0.1 · mAP50 + 0.9 · mAP50-95, as in training."""
         return 0.1 * self.metrics["map50"] + 0.9 * self.metrics["map5095"]
 
 
 @dataclass(kw_only=True, slots=True)
 class Imported:
-    """What an import did."""
+    """The result of an import."""
 
     rows: int
     imported: int = 0
     already_there: int = 0
     left_out: list[str] = field(default_factory=list)
-    """Why rows were not taken, one reason a row."""
+    """Reasons why rows were left out, one per row."""
 
 
 def import_csv(path: Path, study: SearchStudy, *, epochs: int | None, image_size: int | None) -> Imported:
-    """Add the rows of an evolve.csv to what the study's samplers know; workers may be at work meanwhile.
+    """Add the rows of an evolve.csv to the history of the study; workers may run meanwhile.
 
-    `epochs` and `image_size` are those of the old search, where no opt.yaml beside the file says them. Rows that the
-    study knows already are not added again; rows that this search could not have drawn are left out.
+    `epochs` and `image_size` are those of the old search, needed if no opt.yaml beside the file has them. Rows that the
+    study already has are not added again; rows that this search could not have drawn are left out.
 
-    Raises UsageError for a file that is not an evolve.csv, naming the line, and for trainings of another length or
-    image size, as their fitness cannot be compared.
+    Raises UsageError with the line for a file that is not an evolve.csv, and for trainings with other epochs or
+    image size, because their fitness cannot be compared.
     """
     results = read_evolve_csv(path)
     _check_comparable(path, study, epochs, image_size)
@@ -106,7 +106,7 @@ def _content(params: Mapping[str, float], value: float | None) -> tuple[Any, ...
 
 
 def read_evolve_csv(path: Path) -> list[OldResult]:
-    """Return the rows of an evolve.csv, padded by spaces or not. Raises UsageError naming the line."""
+    """Return the rows of an evolve.csv, padded by spaces or not. Raises UsageError with the line."""
     try:
         text = text_of(read_regular(path, MAX_BYTES), path)
     except BudgetExceeded as error:
@@ -131,7 +131,7 @@ def read_evolve_csv(path: Path) -> list[OldResult]:
 
 
 def _check_header(where: str, header: Sequence[str]) -> list[str]:
-    """Return the names of the hyperparameters, which follow the seven metrics."""
+    """Return the names of the hyperparameters, which follow the seven metrics in the header."""
     metrics, names = list(header[: len(METRIC_COLUMNS)]), list(header[len(METRIC_COLUMNS) :])
     if metrics != list(METRIC_COLUMNS.values()):
         expected = ", ".join(METRIC_COLUMNS.values())
@@ -167,7 +167,7 @@ def _result(where: str, line: int, names: Sequence[str], cells: Sequence[str]) -
 
 
 def _check_comparable(path: Path, study: SearchStudy, epochs: int | None, image_size: int | None) -> None:
-    """Refuse results of trainings that were longer or shorter, or of another image size."""
+    """Refuse results of trainings with another number of epochs or another image size."""
     options = path.with_name(OPTIONS)
     written = read_yaml(options) if options.is_file() else {}
     old = {
@@ -194,7 +194,7 @@ def _check_comparable(path: Path, study: SearchStudy, epochs: int | None, image_
 
 
 def _agreed(options: Path, name: str, written: Any, given: int | None) -> int | None:
-    """Return the value of opt.yaml or of the flag; both may be there if they say the same."""
+    """Return the value of opt.yaml or of the flag; if both exist, they must be equal."""
     if isinstance(written, list) and written:
         written = written[0]
     if isinstance(written, bool) or not isinstance(written, int):
@@ -207,14 +207,14 @@ def _agreed(options: Path, name: str, written: Any, given: int | None) -> int | 
 
 
 def _same_side(old: int | None, here: Any) -> bool:
-    """Return whether an image side, as it was asked for, is what the study trains at after rounding up to a stride."""
+    """Return whether a requested image side equals the study's side after rounding up to a multiple of the stride."""
     return isinstance(old, int) and any(here in (old, -(-old // stride) * stride) for stride in _STRIDES)
 
 
 def _limits(
     path: Path, study: SearchStudy, trials: Sequence[FrozenTrial], example: OldResult
 ) -> dict[str, BaseDistribution]:
-    """Return what the study searches, by its newest candidate; every one must have a column in the file."""
+    """Return the limits of the study's newest candidate; the file must have a column for every searched value."""
     own = [trial for trial in trials if IMPORTED not in trial.user_attrs]
     if not own:
         raise UsageError(f"{study.directory}: has no candidate yet; start a worker first, then import")
@@ -228,7 +228,7 @@ def _limits(
 
 
 def _why_not(result: OldResult, limits: Mapping[str, BaseDistribution], fixed: Mapping[str, float]) -> str:
-    """Return why this search could not have drawn a row; empty if it could."""
+    """Return why this search could not have drawn a row; an empty string if it could."""
     for name, value in result.hyp.items():
         limit = limits.get(name)
         if isinstance(limit, FloatDistribution):

@@ -1,4 +1,4 @@
-"""What a search hands to a trainer and gets back, how a candidate can fail, and what the study remembers of it."""
+"""What a search passes to a trainer and gets back, how a candidate can fail, and what the study records of it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BEST_HYP = "hyp_evolve.yaml"
 
 
 class CandidateFailed(StarlingError):
-    """Training this candidate failed for a reason of its own (NaN, out of memory); the worker goes on."""
+    """The candidate itself made its training fail (NaN, out of memory); the worker goes on."""
 
 
 class LeaseLost(StarlingError):
-    """Another worker took the candidate over, because this one did not respond; its training is to be abandoned."""
+    """Another worker took the candidate over, because this worker did not respond; the training must be abandoned."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"candidate {number} was taken over by another worker")
 
 
 class SearchFailed(StarlingError):
-    """The search cannot go on: too many of its candidates failed."""
+    """The search cannot go on, because too many candidates failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,27 +36,27 @@ class Candidate:
     """One set of hyperparameters for this worker to train."""
 
     number: int
-    """Its place in the study. A candidate taken over gets a number of its own."""
+    """Number in the study. A candidate that is taken over gets a new number."""
     hyp: dict[str, float]
-    """Every hyperparameter, searched or not."""
+    """All hyperparameters, searched or not."""
     directory: Path
-    """Where this attempt writes: `<search>/candidates/0007`. No other worker ever writes there."""
+    """Folder of this attempt: `<search>/candidates/0007`. Only this worker writes there."""
     settings: dict[str, int | str] = field(default_factory=dict)
-    """Settings of the training that are searched, such as `batch_size`; empty unless asked for."""
+    """Searched settings of the training, such as `batch_size`; empty if the space has no settings."""
     resumes_from: tuple[Path, ...] = ()
-    """Folders of interrupted attempts at the same hyp, newest first; the first that holds a checkpoint is the
-    one to resume from. They may still be written to by a worker that was frozen: read them, never write."""
+    """Folders of interrupted attempts at the same hyp, newest first; the training resumes from the first one with a
+    checkpoint. A frozen worker may still write to these folders: read them, never write."""
 
     glances: tuple[int, ...] = ()
-    """Epochs after which its fitness is wanted."""
+    """Numbers of epochs after which the trainer must report the fitness."""
     train_seed: int | None = None
-    """Seed of the training; None: the search's own. Finalists have fresh ones."""
+    """Seed of the training; None for the seed of the search. Finalists have fresh seeds."""
     finalist_of: int | None = None
-    """The candidate that is trained again, to see whether it was luck."""
+    """Number of the candidate that this finalist trains again, to see whether its fitness was luck."""
 
     @property
     def title(self) -> str:
-        """What people read in lines and tracking pages."""
+        """Name of the candidate in printed lines and on tracking pages."""
         again = "" if self.finalist_of is None else f" ({self.finalist_of} again, seed {self.train_seed})"
         return f"candidate {self.number}{again}"
 
@@ -68,32 +68,32 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished training reached."""
+    """The result of a finished training."""
 
     fitness: float
-    """What candidates are ranked by; higher is better."""
+    """The value that candidates are ranked by; higher is better."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What else was measured, by name; the study keeps it."""
+    """Other measured values by name; the study stores them."""
 
     def check(self) -> None:
-        """Raise CandidateFailed if the fitness is not a finite number, as nothing could be ranked by it."""
+        """Raise CandidateFailed if the fitness is not a finite number, because such a fitness cannot be ranked."""
         if not math.isfinite(self.fitness):
             raise CandidateFailed(f"fitness is {self.fitness}; the training diverged")
 
 
 class Report(Protocol):
-    """Tell the search that the candidate is alive; to be called at least once an epoch."""
+    """Report to the search that the candidate is alive; the trainer calls it at least once per epoch."""
 
     def __call__(self, epoch: int | None = None, fitness: float | None = None) -> None:
-        """Renew the lease, and tell the fitness after so many epochs where the candidate has `glances`.
+        """Renew the lease; with `epoch` and `fitness`, record the fitness after that many epochs, as `glances` asks.
 
-        Raises LeaseLost if another worker has taken the candidate over, Pruned if it has fallen behind.
+        Raises LeaseLost if another worker has taken the candidate over, Pruned if the candidate has fallen behind.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A finished candidate, as the study remembers it."""
+    """A finished candidate, as the study stores it."""
 
     number: int
     hyp: dict[str, float]
@@ -101,110 +101,110 @@ class Finished:
     metrics: Mapping[str, float]
     worker: str
     is_seed: bool
-    """Whether its hyp is the one that the search started from."""
+    """Whether the candidate has the hyp that the search started from."""
     settings: dict[str, int | str] = field(default_factory=dict)
-    """Settings of the training that are searched; empty unless asked for."""
+    """Searched settings of the training; empty if the space has no settings."""
     finalist_of: int | None = None
-    """The candidate that was trained again on a fresh seed."""
+    """Number of the candidate that this finalist trained again on a fresh seed."""
     again: tuple[float, ...] = ()
-    """Fitness on fresh seeds, of a candidate that was a finalist."""
+    """Fitness on fresh seeds, if the candidate was a finalist."""
 
     @property
     def judged(self) -> float:
-        """What it is judged by: the mean over fresh seeds where there are any, as a maximum is partly luck."""
+        """The fitness to judge by: the mean over fresh seeds if there are any, because a maximum is partly luck."""
         return sum(self.again) / len(self.again) if self.again else self.fitness
 
 
 class State(enum.StrEnum):
-    """Where an attempt at a candidate stands."""
+    """State of an attempt at a candidate."""
 
     RUNNING = "running"
     FINISHED = "finished"
     PRUNED = "pruned"
-    """Ended before its last epoch, as it fell behind."""
+    """Ended before the last epoch, because the candidate fell behind."""
     FAILED = "failed"
-    """The candidate's own fault: not tried again."""
+    """The candidate itself failed; it is not tried again."""
     LOST = "lost"
-    """Its worker died, froze or broke: tried again, a few times."""
+    """The worker died, froze or broke; the candidate is tried again, a limited number of times."""
     STOPPED = "stopped"
-    """Its worker was asked to stop: goes on where it was, as often as it takes."""
+    """The worker was asked to stop; the candidate is resumed, without a limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One training that was begun, as the study remembers it: what the report is made from."""
+    """A started training, as the study stores it; the report is made from attempts."""
 
     number: int
     root: int
-    """Number of the first attempt at the same candidate; its own unless that one was interrupted."""
+    """Number of the first attempt at the same candidate; equal to `number` for the first attempt."""
     state: State
     hyp: dict[str, float]
     worker: str
     began: datetime | None
-    """By the clock of its worker's host, as `ended`."""
+    """Time of the start; `began` and `ended` are by the clock of the worker's host."""
     ended: datetime | None
     fitness: float | None
-    """Of a finished training."""
+    """Fitness of a finished training; otherwise None."""
     metrics: Mapping[str, float]
-    """Of a finished training, by name; else empty."""
+    """Metrics of a finished training by name; otherwise empty."""
     curve: Mapping[int, float]
-    """Epochs trained to fitness, where it was validated on the way."""
+    """Number of epochs -> fitness, for validations before the end."""
     reason: str
-    """Why it ended without a result; else empty."""
+    """Reason of an end without a result; otherwise empty."""
     settings: dict[str, int | str] = field(default_factory=dict)
-    """Settings of the training that are searched; empty unless asked for."""
+    """Searched settings of the training; empty if the space has no settings."""
     epochs: int | None = None
-    """Epochs trained when it ended, with those of the attempts that it went on from; None if nobody noted them."""
+    """Number of trained epochs at the end, including the interrupted attempts before; None if not recorded."""
     finalist_of: int | None = None
-    """Number of the candidate whose hyp this one trains again on a fresh seed."""
+    """Number of the candidate whose hyp this attempt trains again on a fresh seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchProgress:
-    """How far the whole search is, over all workers."""
+    """Progress of the whole search, over all workers."""
 
     budget: int
-    """In trainings of full length."""
+    """Number of trainings of full length."""
     finished: int
     running: int
     failed: int
     best_fitness: float | None
     pruned: int = 0
     part_trained: float = 0.0
-    """What the pruned ones ran, in trainings of full length."""
+    """Training time of the pruned attempts, in trainings of full length."""
 
     @property
     def spent(self) -> float:
-        """What has ended, in trainings of full length; failures are not in it."""
+        """Training time of ended attempts without failures, in trainings of full length."""
         return self.finished + self.part_trained
 
     @property
     def over(self) -> bool:
-        """Whether the budget has no room for another training."""
+        """Whether the rest of the budget is too small for another training."""
         return self.budget - self.spent < 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSummary:
-    """How a search ended."""
+    """The result of a search."""
 
     progress: SearchProgress
     best: Finished
     seed_fitness: float | None
-    """Fitness of the hyp that the search started from; None if it failed."""
+    """Fitness of the hyp that the search started from; None if that training failed."""
     trained_here: int
-    """Candidates that this worker finished."""
+    """Number of candidates that this worker finished."""
 
 
 def seed_fitness_of(finished: Sequence[Finished]) -> float | None:
-    """Return the fitness of the hyp that the search started from; None before it has finished."""
+    """Return the fitness of the hyp that the search started from; None before that training has finished."""
     return next((candidate.fitness for candidate in finished if candidate.is_seed), None)
 
 
 def best_of(finished: Sequence[Finished]) -> Finished:
-    """Return the candidate of highest fitness, the earliest among equals; of finalists if there are any.
+    """Return the candidate with the highest fitness, the earliest among equal ones; of finalists, if there are any.
 
-    Those are judged by their trainings on fresh seeds alone.
+    Finalists are judged by their trainings on fresh seeds alone.
     """
     candidates = [candidate for candidate in finished if candidate.finalist_of is None]
     finalists = [candidate for candidate in candidates if candidate.again]

@@ -1,9 +1,9 @@
-"""Successive halving without waiting: a training that has fallen behind the others gives its time to the next one.
+"""Asynchronous successive halving: a training that has fallen behind ends early, and its time goes to the next one.
 
-At a rung, a number of epochs, a training goes on only if it is among the best third of all that came this far (Li et
-al., A System for Massively Parallel Hyperparameter Tuning, 2020; the stopping variant, in which nobody pauses). The
-schedule is that of the full length. What is good early need not be good in the end, so nothing ends early before a few
-trainings have shown how well a rung foretells the end, and at a rung that does not, nothing ever does.
+At a rung, a number of epochs, a training continues only if it is among the best third of all trainings that reached the
+rung (Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020; the stopping variant without pauses). The
+learning rate schedule is that of the full length. A good early fitness need not mean a good final one: no training ends
+early until a few finished trainings show that the rung predicts the end, and never at a rung that does not.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 REDUCTION = 3
-"""One training in so many goes on from a rung, and the next rung is so many times as far."""
+"""One training in this many continues after a rung, and each rung has this many times the epochs of the one before."""
 RUNGS = 2
 SOUND_CORRELATION = 0.6
-"""Between a rung and the end, below which the rung says too little."""
+"""Minimum correlation between a rung and the end; at a lower one the rung ends no training."""
 ENOUGH = 8
-"""Finished trainings from which a correlation means something."""
+"""Minimum number of finished trainings for a meaningful correlation."""
 _COUNTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-"""A failed attempt's successor holds its values."""
+"""States that count; the values of a failed attempt are in its successor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Halving:
-    """Where trainings of `epochs` are judged, and how."""
+    """The rungs of trainings with `epochs` epochs, and the verdict at a rung."""
 
     epochs: int
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Epochs after which a training is judged, at most two, the first one early: 30 epochs have 4 and 12."""
+        """Numbers of epochs after which a training is judged, at most two, the first early: 30 epochs have 4 and 12."""
         steps = (self.epochs * 1.2 / REDUCTION**power for power in range(RUNGS, 0, -1))
         return tuple(sorted({round(step) for step in steps if 1 <= round(step) < self.epochs}))
 
     def verdict(self, trials: Sequence[FrozenTrial], number: int, epoch: int) -> str | None:
-        """Return why training `number`, which has reached the rung `epoch`, is to end there; None: it goes on."""
+        """Return why training `number`, which has reached the rung `epoch`, must end there; None if it continues."""
         values = _values_at(trials, epoch)
         mine = values[number]
         places = max(len(values) // REDUCTION, 1)
@@ -56,11 +56,11 @@ class Halving:
         )
 
     def correlation(self, trials: Iterable[FrozenTrial], epoch: int) -> float | None:
-        """Return how well the order at a rung foretells the order at the end, -1 to 1; None: too few to say.
+        """Return how well the order at a rung predicts the order at the end, -1 to 1; None for too few trainings.
 
-        Of normal scores, that is of ranks as if drawn from a bell curve, over the finished trainings. These were the
-        better ones at the rung, which hides most of a correlation; Thorndike's case II undoes that, by the spread of
-        all scores over that of the finished.
+        The correlation is one of normal scores (ranks mapped to normal quantiles) of finished trainings. These were
+        the better ones at the rung, which lowers the correlation; Thorndike's case II corrects it by the spread of all
+        scores over the spread of the finished ones.
         """
         trials = list(trials)
         values = _values_at(trials, epoch)
@@ -78,7 +78,7 @@ class Halving:
 
 
 def _values_at(trials: Iterable[FrozenTrial], epoch: int) -> dict[int, float]:
-    """Return the fitness at a rung by number, of every candidate that came this far; finalists are no candidates."""
+    """Return the fitness at a rung by number, of every candidate that reached the rung, without finalists."""
     return {
         trial.number: trial.intermediate_values[epoch]
         for trial in trials
@@ -87,7 +87,7 @@ def _values_at(trials: Iterable[FrozenTrial], epoch: int) -> dict[int, float]:
 
 
 def _scores(values: Sequence[float]) -> NDArray[np.float64]:
-    """Return the quantile of the normal distribution at each value's rank; equals share the mean of theirs."""
+    """Return the quantile of the normal distribution at each value's rank; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     places = np.cumsum(counts) - counts / 2
     quantile = NormalDist().inv_cdf

@@ -1,4 +1,4 @@
-"""What the launcher and the trackers are told of a search and of its candidates."""
+"""Report a search and its candidates to the launcher and the trackers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class SearchReporter:
-    """Tells launcher and trackers of one worker's part in a search, in its status file and its event log."""
+    """Report one worker's part in a search to launcher and trackers, through its status file and its event log."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class SearchReporter:
         self._project = config.run_project.removeprefix("runs/")
         self._search = {"uuid": study.uuid, "name": config.run_name}
         self._told = 0
-        """Finished trainings when the trackers were last told."""
+        """Number of finished trainings at the last report to the trackers."""
 
     def began(self, data: TrainingData) -> None:
-        """Tell the trackers about the search itself, the parent of every candidate's run."""
+        """Report the search itself to the trackers, as the parent of every candidate's run."""
         study, config, log = self._study, self._config, self._log
         study.describe(
             {"command": config.as_dict(), "train_images": len(data.train), "val_images": len(data.val)}
@@ -63,7 +63,7 @@ class SearchReporter:
     def of_candidate(
         self, candidate: Candidate, run_uuid: str, memory_bytes: Callable[[], int]
     ) -> Iterator[Reporter]:
-        """Yield what tells of one candidate's training; the lines for people begin with the candidate meanwhile."""
+        """Yield the reporter of one candidate's training; until its end, lines begin with the candidate's name."""
         label = RunLabel(run_uuid, self._project, candidate.title, parent=self._search)
         prefix, self.console.prefix = self.console.prefix, f"{candidate.title}  "
         try:
@@ -73,7 +73,7 @@ class SearchReporter:
             self.console.prefix = prefix
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
-        """Show how far the search is and what this worker does."""
+        """Report the progress of the search and the current candidate of this worker."""
         left = self._study.seconds_left(datetime.now())
         self._status.update(
             phase="waiting" if candidate is None else "training",
@@ -92,11 +92,11 @@ class SearchReporter:
             self._log.append("metrics", run=self._study.uuid, step=progress.finished, values=values)
 
     def finished(self, best: Finished, weights: Path) -> None:
-        """Tell the trackers that the whole search is done, and where the winner's weights are."""
+        """Report to the trackers that the whole search is done, with the winner's weights."""
         directory, run = self._study.directory, self._study.uuid
         self._log.announce(directory, SEARCH_ARTIFACTS, run=run)
         if weights.is_file():
-            # Under the names that results.csv has.
+            # Metrics under their names in results.csv.
             values = dict(zip(METRICS, metrics_of(best).values(), strict=False))
             self._log.append("model", run=run, path=weights.relative_to(directory), name="best",
                              step=0, values=values)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The file that `--space` names: genes within limits and settings with choices, checked against the training."""
+"""Read the file that `--space` names: genes with limits and settings with choices, checked against the training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starling.core.settings.train import OPTIMIZERS, TrainConfig
 from starling.search.space import GENE_KEYS, Gene, SettingGene, Space, settings_flags
 
 SETTINGS: dict[str, type[Any]] = {"batch_size": int, "imgsz": int, "optimizer": str, "cfg": str}
-"""What may be searched besides hyperparameters: fields of TrainConfig, and what their values are."""
+"""Fields of TrainConfig that may be searched besides hyperparameters -> type of their values."""
 _HYPS = tuple(field.name for field in fields(Hyp))
 _MOST_CHOICES = 64
 _EXAMPLES = {
@@ -30,15 +30,15 @@ _EXAMPLES = {
 
 
 def changed(config: TrainConfig, settings: Mapping[str, int | str]) -> TrainConfig:
-    """Return the training with these settings; raises ConfigError for one that cannot work."""
+    """Return the training with these settings; raises ConfigError for an impossible setting."""
     return replace(config, **settings)  # type: ignore[arg-type]
 
 
 def read_space(config: TrainConfig) -> tuple[Space, dict[str, int | str]]:
-    """Return the space that `--space` names, and the settings of it that the search starts from.
+    """Return the space that `--space` names, and the start values of its settings.
 
-    Raises UsageError for a file that is none, naming file and key; and where a setting that is searched starts from
-    a value that is not one of its choices.
+    Raises UsageError, with file and key, for an invalid file, and for a searched setting whose start value is
+    not among its choices.
     """
     path = find_config("spaces", config.space)
     space = parse_space(read_yaml(path), str(path), config, path.parent)
@@ -48,10 +48,10 @@ def read_space(config: TrainConfig) -> tuple[Space, dict[str, int | str]]:
 def parse_space(
     mapping: Mapping[str, Any], source: str, config: TrainConfig, folder: Path | None = None
 ) -> Space:
-    """Return the space that a YAML's content describes; raises UsageError naming `source` and the key.
+    """Return the space that a YAML's content describes; raises UsageError with `source` and the key.
 
-    `config` is the training that settings are tried in: its own rules say which of their values can work. Layouts
-    that lie in or below `folder` are named from there.
+    `config` is the training that settings are checked with: the rules of TrainConfig say which values are possible.
+    Names of layouts may be relative to `folder`.
     """
     if folder is not None and isinstance(mapping.get("cfg"), list):
         mapping = {**mapping, "cfg": [_beside(folder, name) for name in mapping["cfg"]]}
@@ -71,14 +71,14 @@ def parse_space(
         raise UsageError(
             f"{source}: names nothing to search; add a line such as `lr0: {{lower: 0.001, upper: 0.1}}`"
         )
-    # In an order of our own, as the random streams run along the axes: two files that differ in it mean the same.
+    # Sorted, because the random streams run along the axes: two files with another order describe the same space.
     genes.sort(key=lambda gene: _HYPS.index(gene.name))
     settings.sort(key=lambda setting: list(SETTINGS).index(setting.name))
     return Space(tuple(genes), tuple(settings))
 
 
 def _beside(folder: Path, name: Any) -> Any:
-    """Return the absolute path of a layout that lies at `name` from `folder`, else the name as it is."""
+    """Return the absolute path of a layout at `name` relative to `folder`; if there is no such file, `name`."""
     if not isinstance(name, str):
         return name
     path = folder / at_home(name)
@@ -101,7 +101,9 @@ def _gene(name: str, item: Any, where: str) -> Gene:
     if lower >= upper:
         raise UsageError(f"{where}: lower {lower:g} must be below upper {upper:g}; {example}")
     if log and lower <= 0:
-        raise UsageError(f"{where}: a log scale has no {lower:g}; raise lower above 0, or leave log out")
+        raise UsageError(
+            f"{where}: a log scale cannot contain {lower:g}; raise lower above 0, or leave log out"
+        )
     if gain < 0:
         raise UsageError(f"{where}.gain={gain:g}: must be 0 or above; 0 keeps the parent's value")
     for bound in (lower, upper):
@@ -134,7 +136,9 @@ def _setting(name: str, item: Any, where: str, config: TrainConfig) -> SettingGe
         raise UsageError(f"{where}: {twice!r} stands twice; leave one out")
     if len(choices) == 1:
         flag = settings_flags({name: choices[0]})
-        raise UsageError(f"{where}: one choice is nothing to search; say {flag} and leave it out here")
+        raise UsageError(
+            f"{where}: a single choice cannot be searched; give {flag} and leave the setting out here"
+        )
     if len(choices) > _MOST_CHOICES:
         raise UsageError(f"{where}: {len(choices)} choices; a search can tell apart {_MOST_CHOICES} at most")
     return SettingGene(name, tuple(sorted(choices) if kind is int else choices))
@@ -155,10 +159,10 @@ def _powers_of_two(item: Mapping[str, Any], where: str) -> list[int]:
 
 
 def _try(name: str, choice: int | str, where: str, config: TrainConfig) -> None:
-    """Raise UsageError where train.py would refuse this choice."""
+    """Raise UsageError if train.py would refuse this choice."""
     if name == "batch_size" and choice == -1:
         raise UsageError(f"{where}: -1 is no size; give the sizes to try")
-    if name == "optimizer" and choice not in OPTIMIZERS:  # TrainConfig leaves that to the command line
+    if name == "optimizer" and choice not in OPTIMIZERS:  # TrainConfig leaves this check to the command line
         raise UsageError(
             f"{where}: {choice!r} is none of {', '.join(OPTIMIZERS)}{suggest(str(choice), OPTIMIZERS)}"
         )
@@ -173,7 +177,7 @@ def _try(name: str, choice: int | str, where: str, config: TrainConfig) -> None:
 
 
 def _start(setting: SettingGene, config: TrainConfig, source: str) -> int | str:
-    """Return the choice that the command line's own value of a setting is."""
+    """Return the choice that equals the setting's value in `config`."""
     given = getattr(config, setting.name)
     for choice in setting.choices:
         if choice == given or (setting.name == "cfg" and given and _same_layout(str(choice), given)):

@@ -1,4 +1,4 @@
-"""What a study is about: what all its workers must agree on, how two of them differ, and how patient they are."""
+"""The definition of a study, on which all its workers must agree, and how definitions are compared."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from starling.search.pruning import Halving
 from starling.search.space import Space
 
 FRESH_SEEDS = 2
-"""Times that a finalist is trained again."""
+"""Number of times that a finalist is trained again."""
 FINALS_SHARE = 5
-"""Finals take at most one training in so many; a search too small for two finalists has none."""
+"""Finals take at most one training in this many; a search too small for two finalists has no finals."""
 VERSION = 2
-"""Of the records of a study; one of another version is refused."""
+"""Version of a study's records; other versions are refused."""
 _DIFFERENCES_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyPlan:
-    """How a study's workers share its budget. Epochs are the unit: a training cut short costs what it ran."""
+    """How a study's workers spend its budget. Epochs are the unit: a pruned training costs the epochs that it ran."""
 
     epochs: int = 1
-    """Of a training of full length."""
+    """Number of epochs of a training of full length."""
     prune: bool = False
     """Whether trainings that fall behind end early."""
     finalists: int = 0
-    """The best candidates, to be trained again on fresh seeds before one is named."""
+    """Number of the best candidates that are trained again on fresh seeds before the winner is named."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -43,17 +43,17 @@ class StudyPlan:
 
     @property
     def halving(self) -> Halving | None:
-        """Where trainings are judged on the way; None if they are not."""
+        """The halving that judges trainings before their end; None without pruning."""
         return Halving(self.epochs) if self.prune else None
 
     def finalists_of(self, budget: int) -> int:
-        """Return how many finalists a budget of so many trainings has room for."""
+        """Return the number of finalists for a budget of `budget` trainings."""
         most = min(self.finalists, budget // (FINALS_SHARE * FRESH_SEEDS))
         return most if most >= 2 else 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Build from the plan of a study's definition."""
+        """Build from the plan in a study's definition."""
         return cls(
             epochs=int(values["epochs"]), prune=bool(values["prune"]), finalists=int(values["finalists"])
         )
@@ -61,23 +61,23 @@ class StudyPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudySpec:
-    """What is searched, from where, and how much of it may be trained."""
+    """What is searched, from which start, and with which budget."""
 
     hyp: Mapping[str, float | None]
-    """The hyperparameters that the search starts from, searched or not; None: this hyp leaves it out."""
+    """The hyperparameters that the search starts from, searched or not; None for one that this hyp leaves out."""
     space: Space
-    """What the search may change."""
+    """The space of the search."""
     settings: Mapping[str, int | str] = field(default_factory=dict)
-    """The values that the settings of the space start from."""
+    """Start values of the settings in the space."""
     budget: int
-    """Trainings of full length in all; a joiner can raise it, never lower it."""
+    """Total number of trainings of full length; a joining worker can raise it, never lower it."""
     plan: StudyPlan = field(default_factory=StudyPlan)
     seed: int = 0
-    """Of all that is drawn at random."""
+    """Seed of all random draws."""
     signature: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values of what the fitness depends on besides the hyp: a digest of the data, settings of the training."""
+    """JSON values that the fitness depends on besides the hyp: digests of the data, settings of the training."""
     sampler: str = "fast"
-    """This worker's own, by its name in `samplers.proposer.SAMPLERS`."""
+    """Sampler of this worker, by its name in `samplers.proposer.SAMPLERS`."""
 
     def __post_init__(self) -> None:
         """Check the budget."""
@@ -86,16 +86,16 @@ class StudySpec:
 
     @property
     def start(self) -> dict[str, float]:
-        """The hyperparameters that the search starts from, without those that are left out."""
+        """The hyperparameters that the search starts from, without those that are None."""
         return {name: float(value) for name, value in self.hyp.items() if value is not None}
 
     @property
     def searched(self) -> Space:
-        """What the search changes: of the space, what the hyp has."""
+        """The part of the space that the search changes: the axes that the hyp has."""
         return self.space.starting_from(self.start)
 
     def definition(self) -> dict[str, Any]:
-        """Return what all workers must agree on, as it comes back from where it is stored: JSON values only."""
+        """Return what all workers must agree on, in the form in which the storage returns it: JSON values only."""
         definition = {
             "version": VERSION,
             "seed": self.seed,
@@ -109,14 +109,14 @@ class StudySpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyRules:
-    """How patient the workers of a study are."""
+    """How long the workers of a study wait, and how often they try again."""
 
     lease_s: float = 120.0
-    """Seconds without a sign of life after which a worker counts as gone."""
+    """Seconds without a beat after which a worker counts as gone."""
     max_retries: int = 2
-    """Times that a candidate is tried again after its worker was lost; a finalist's repetition as often as it takes."""
+    """Number of retries of a candidate after its worker was lost; the repetition of a finalist has no limit."""
     spare_failures: int = 5
-    """Failed candidates beyond the budget at which the search gives up."""
+    """Number of failed candidates above the budget at which the search gives up."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -128,7 +128,7 @@ class StudyRules:
 
 
 def check_definition(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise UsageError where a joiner would search for something else than the study does, naming the differences."""
+    """Raise UsageError, with the differences, if the definition of a joining worker differs from the study's."""
     if there == here:
         return
     check_version(directory, there)
@@ -147,7 +147,7 @@ def check_definition(directory: Path, there: Mapping[str, Any], here: Mapping[st
 
 
 def check_version(directory: Path, definition: Mapping[str, Any]) -> None:
-    """Raise UsageError for a study whose records are of another version than these."""
+    """Raise UsageError for a study whose records have another version."""
     version = definition.get("version")
     if version != VERSION:
         raise UsageError(
@@ -157,7 +157,7 @@ def check_version(directory: Path, definition: Mapping[str, Any]) -> None:
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):

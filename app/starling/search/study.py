@@ -1,4 +1,4 @@
-"""The study: one budget, one numbering, one list of candidates for all workers of a search."""
+"""The study of a search: one budget, one numbering, one list of candidates for all workers."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ from starling.search.trials import (
 )
 
 _DEFINITION, _BUDGET, _UUID, _TRAINING = "definition", "budget", "uuid", "training"
-"""Attributes of the study."""
+"""Attributes of the study in Optuna."""
 
 
 class Turn(enum.Enum):
-    """What a worker that got no candidate is to do."""
+    """What a worker without a candidate must do."""
 
     WAIT = "wait"
-    """Others train the last candidates; one may have to be taken over."""
+    """Wait: others train the last candidates, and one of these may have to be taken over."""
     DONE = "done"
-    """The budget is used up."""
+    """Stop: the budget is used up."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeasedCandidate:
-    """A candidate, and the lease by which this worker holds it."""
+    """A candidate, and this worker's lease of it."""
 
     candidate: Candidate
     lease: Lease
     is_seed: bool
-    """Whether it trains the hyp that the search started from."""
+    """Whether the candidate has the hyp that the search started from."""
 
 
 class SearchStudy:
@@ -89,11 +89,11 @@ class SearchStudy:
         self.directory = directory
         self.seed_hyp: dict[str, float] = dict(definition["hyp"])
         self.signature: dict[str, Any] = dict(definition["signature"])
-        """What the fitness depends on besides the hyp, as it was given when the study began."""
+        """The values that the fitness depends on besides the hyp, recorded when the study began."""
         self.uuid = str(study.user_attrs.get(_UUID, ""))
-        """The search's own id, the same for all workers; its candidates' runs are children of it."""
+        """The id of the search, equal for all workers; the candidates' runs are its children."""
         self.spans_hosts = storage.spans_hosts
-        """Whether its workers may lack each other's folders."""
+        """Whether workers of this study may have no access to each other's folders."""
         self._storage = storage
         self._study = study
         self._rules = rules
@@ -103,7 +103,7 @@ class SearchStudy:
         self._counts = TrialCounts(rules.max_retries, self.plan)
         self._records = TrialRecords(storage.optuna, study)
         self._watch = storage.watch(rules.lease_s)
-        # The first look at a large study takes a while: now, and not while the first ask keeps all others waiting.
+        # Reading a large study takes a while: done now, and not in the first `ask`, which locks out other workers.
         trials = self._trials()
         if proposer is not None:
             with understood(storage.where):
@@ -118,9 +118,9 @@ class SearchStudy:
         storage: StudyStorage | None = None,
         rules: StudyRules | None = None,
     ) -> Self:
-        """Join the study in `directory`, or start it; any number of workers may do so at once.
+        """Join the study in `directory`, or create it; any number of workers may do so at once.
 
-        Raises UsageError where the study was started with another hyp, seed, space, plan or signature, saying which.
+        Raises UsageError, with the differences, if the study has another hyp, seed, space, plan or signature.
         """
         directory, definition = directory.absolute(), spec.definition()
         proposer = Proposer.of(spec.sampler, spec.searched, {**spec.start, **spec.settings}, spec.seed)
@@ -148,9 +148,9 @@ class SearchStudy:
 
     @classmethod
     def read(cls, directory: Path, *, url: str = "") -> Self:
-        """Open the study of `directory`, or of that name in the database `url`, to look at it; nothing is written.
+        """Open the study of `directory`, or of that name in the database `url`, for reading; nothing is written.
 
-        Raises UsageError if there is none.
+        Raises UsageError if there is no such study.
         """
         directory = directory.absolute()
         absent = UsageError(f"{directory}: holds no search; give the folder that has {JOURNAL}")
@@ -172,32 +172,32 @@ class SearchStudy:
     @property
     @persistent
     def budget(self) -> int:
-        """Trainings of full length that the search may spend."""
+        """Number of trainings of full length that the search may spend."""
         with understood(self._storage.where):
             return int(self._study.user_attrs.get(_BUDGET, 0))
 
     @property
     @persistent
     def training(self) -> dict[str, Any]:
-        """What `describe` was given; empty before."""
+        """The mapping that `describe` stored; empty before."""
         with understood(self._storage.where):
             return dict(self._study.user_attrs.get(_TRAINING, {}))
 
     @persistent
     def describe(self, training: Mapping[str, Any]) -> None:
-        """Keep what the report tells of the trainings themselves: command and images. The first worker's stands."""
+        """Store what the report shows of the trainings: command and numbers of images. Only the first call counts."""
         with self._storage.lock():
             if _TRAINING not in self._study.user_attrs:
                 self._study.set_user_attr(_TRAINING, dict(training))
 
     @persistent
     def ask(self, worker: str) -> LeasedCandidate | Turn:
-        """Claim the next candidate: one to take over if there is, else a new one while the budget lasts.
+        """Claim the next candidate: an interrupted one if there is one, otherwise a new one while the budget lasts.
 
-        What has ended and what is running together never exceed the budget, so it is met exactly; where trainings
-        are cut short, less than one may be left. The last part of it is the finalists', once all others have ended.
+        Ended and running trainings together never exceed the budget, so that it is met exactly; with pruning, a rest of
+        less than one training may remain. Finalists get the last part of the budget, after all others have ended.
 
-        Raises SearchFailed when so many candidates failed that more would be a waste.
+        Raises SearchFailed if so many candidates have failed that going on would be a waste.
         """
         with self._storage.lock():
             trials = self._reap()
@@ -213,7 +213,7 @@ class SearchStudy:
             return self._claim(trials, next_attempt, worker)
 
     def _next_attempt(self, trials: Sequence[FrozenTrial]) -> NextAttempt | None:
-        """Return what is to be trained next; None if nothing is left, or for now. The study is locked."""
+        """Return the next attempt; None if there is none, or none for now. The caller holds the study's lock."""
         counts, finalists = self._counts, self.plan.finalists_of(self.budget)
         room = (self.budget * self.plan.epochs - counts.committed) // self.plan.epochs
         if room and counts.orphan is not None:
@@ -230,11 +230,11 @@ class SearchStudy:
 
     @persistent
     def report(self, held: LeasedCandidate, epoch: int, fitness: float) -> None:
-        """Record the fitness on the way. Raises Pruned where the candidate has fallen behind, LeaseLost if it is lost."""
+        """Record the fitness after `epoch` epochs. Raises Pruned if the candidate fell behind, or LeaseLost."""
         number, halving = held.candidate.number, self.plan.halving
         with self._storage.lock():
             self._records.report(number, epoch, fitness)
-        # What everything is compared with is trained to the end.
+        # The seed is trained to the end, because everything is compared with it.
         if halving is None or held.is_seed:
             return
         trials = self._trials()
@@ -245,19 +245,19 @@ class SearchStudy:
 
     @persistent
     def prune(self, held: LeasedCandidate, pruned: Pruned) -> bool:
-        """Record that a candidate was ended early; return False if it was taken over meanwhile."""
+        """Record that a candidate was pruned; return False if another worker has taken it over meanwhile."""
         return self._end(held, {"epochs": pruned.epoch, "reason": str(pruned)}, TrialState.PRUNED)
 
     @persistent
     def correlations(self) -> dict[int, float | None]:
-        """Return how well each rung foretells the end, -1 to 1; None where too few have finished to say."""
+        """Return how well each rung predicts the end, -1 to 1; None for too few finished trainings."""
         halving, trials = self.plan.halving, self._trials()
         with understood(self._storage.where):
             return {rung: halving.correlation(trials, rung) for rung in halving.rungs} if halving else {}
 
     @persistent
     def finish(self, held: LeasedCandidate, outcome: Outcome) -> None:
-        """Record a result. Raises LeaseLost if the candidate was taken over, CandidateFailed for a NaN fitness."""
+        """Record a result. Raises LeaseLost after a takeover, CandidateFailed if the fitness is not finite."""
         outcome.check()
         metrics = {"metrics": dict(outcome.metrics)}
         if not self._end(held, metrics, TrialState.COMPLETE, float(outcome.fitness)):
@@ -265,14 +265,14 @@ class SearchStudy:
 
     @persistent
     def fail(self, held: LeasedCandidate, ending: State, reason: str) -> bool:
-        """Record that an attempt ended without a result; return False if it was taken over meanwhile."""
+        """Record that an attempt ended without a result; return False if another worker has taken it over meanwhile."""
         return self._end(held, {"ending": str(ending), "reason": reason}, TrialState.FAIL)
 
     @persistent
     def add_known(self, choose: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]]) -> int:
-        """Append finished trials marked with IMPORTED, which `choose` makes from those that are there; return how many.
+        """Append the finished trials, marked IMPORTED, that `choose` returns for all trials; return their number.
 
-        They are parents for the sampler, and neither candidates of this search nor part of its budget.
+        Samplers use imported trials as parents; they are no candidates of this search and cost no budget.
         """
         with self._storage.lock():
             known = choose(self._trials())
@@ -293,58 +293,58 @@ class SearchStudy:
 
     @persistent
     def attempts(self) -> list[Attempt]:
-        """Return every training that was begun, in the order of their numbers."""
+        """Return every started training, in the order of their numbers."""
         with understood(self._storage.where):
             own = [trial for trial in self._trials() if IMPORTED not in trial.user_attrs]
             return [as_attempt(trial, self.seed_hyp) for trial in own]
 
     @persistent
     def imported(self) -> int:
-        """Return how many results of older searches were imported."""
+        """Return the number of imported results of older searches."""
         return sum(IMPORTED in trial.user_attrs for trial in self._trials())
 
     @persistent
     def progress(self) -> SearchProgress:
-        """Return how far the search is."""
+        """Return the progress of the search."""
         self._trials()
         with understood(self._storage.where):
             return self._counts.progress(self.budget)
 
     @persistent
     def seconds_left(self, now: datetime) -> float | None:
-        """Return the seconds until the budget is met, if the workers that train now go on; None: too early to say."""
+        """Return the seconds until the budget is met, if the running workers go on; None if it is too early to say."""
         trials = self._trials()
         with understood(self._storage.where):
             return self._counts.seconds_left(trials, self.budget, now)
 
     def _trials(self) -> list[FrozenTrial]:
-        """Return every trial by number, after counting what is new. They are the storage's own: not to be changed."""
+        """Return every trial by number, after counting the new ones. The storage owns them: do not change them."""
         with understood(self._storage.where):
             trials = self._study.get_trials(deepcopy=False)
             self._counts.update(trials)
         return trials
 
     def _reap(self) -> list[FrozenTrial]:
-        """End the attempts of workers that are gone; returns every trial. The study is locked."""
+        """End the attempts of workers that are gone; return every trial. The caller holds the study's lock."""
         trials = self._trials()
         gone = [(n, reason) for n in self._counts.running if (reason := self._watch.verdict(n))]
         for number, reason in gone:
             self._records.end(number, {"ending": str(State.LOST), "reason": reason}, TrialState.FAIL)
-            # Afterwards: where the record is refused, as by a full disk, the next look comes to the same verdict.
+            # After the record: if the record fails, as on a full disk, the next look reaches the same verdict.
             self._watch.revoke(number)
         return self._trials() if gone else trials
 
     def _claim(
         self, trials: Sequence[FrozenTrial], next_attempt: NextAttempt, worker: str
     ) -> LeasedCandidate:
-        """Record the next attempt as running, in one append, and hold its lease. The study is locked."""
+        """Record the next attempt as running, in one append, and take its lease. The caller holds the study's lock."""
         number = len(trials)
         lease = self._storage.take_lease(number, worker)
         try:
-            # Whole or not at all: an ask that suggests gene by gene can be killed between two of them.
+            # One append is atomic; an ask that suggests gene by gene could be killed between two genes.
             self._study.add_trial(next_attempt.trial(number, worker))
         except BaseException:
-            # Not closed: where the storage had it recorded but could not say so, others take it over at once.
+            # Not closed: if the storage recorded the trial in spite of the error, others can take it over at once.
             lease.abandon()
             raise
         lease.keep_alive(self._rules.lease_s / 4)
@@ -373,12 +373,12 @@ class SearchStudy:
         state: TrialState,
         value: float | None = None,
     ) -> bool:
-        """Record the end of an attempt and give its lease back; return False if it was taken over meanwhile."""
+        """Record the end of an attempt and return its lease; return False if it was taken over meanwhile."""
         with self._storage.lock():
             is_mine = self._records.end_once(held.candidate.number, attributes, state, value)
             held.lease.close()
             return is_mine
 
     def candidate_dir(self, number: int) -> Path:
-        """Return where attempt `number` writes."""
+        """Return the folder of attempt `number`."""
         return self.directory / "candidates" / f"{number:04d}"

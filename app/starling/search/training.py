@@ -1,4 +1,4 @@
-"""One worker of a search from its command line: what is searched, the worker, and what is said at the end."""
+"""One worker of a search from its command line: set up the search, run the worker, report the result."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from starling.training.training import finish_bridges, read_hyp, warn_of_idle
 logger = logging.getLogger(__name__)
 
 WORKERS_FOLDER = "workers"
-"""Below the search's folder: one event log a worker."""
+"""Folder below the search's folder with one event log per worker."""
 FINALISTS = 3
-"""With `--prune`, unless asked for otherwise: cutting short finds more, and some of it is luck."""
+"""Number of finalists with `--prune` by default: pruned searches find better candidates, and some of these are luck."""
 COMPARED = ("epochs", "batch_size", "optimizer", "single_cls", "cos_lr", "freeze", "weights", "noautoanchor",
             "rect", "quad", "image_weights", "multi_scale")  # fmt: skip
-"""Settings that the fitness depends on: every worker of a search has the same ones."""
+"""Settings that the fitness depends on; all workers of a search must have the same values."""
 
 
 def search(config: TrainConfig) -> None:
-    """Work on the search that `--project` and `--name` name until its budget is met."""
+    """Work on the search that `--project` and `--name` name, until its budget is met."""
     if Rank.from_environment() is not None:
         raise UsageError(
             "--evolve under torchrun: the workers of a search train candidates of their own and meet in the study; "
@@ -67,7 +67,7 @@ def search(config: TrainConfig) -> None:
         try:
             storage = open_storage(config.study, directory, check_stop=check_stop)
             study = SearchStudy.open_or_create(directory, spec, storage=storage, rules=StudyRules())
-            # Only the last epoch is validated: it is the one that counts, and the time goes into candidates.
+            # Only the last epoch is validated: only its fitness counts, and the time is better spent on candidates.
             config = replace(config, noval=True, noplots=True, patience=0)
             reporter = SearchReporter(study, config, log, console(), hooks)
             reporter.began(data)
@@ -121,9 +121,9 @@ def _set_up(config: TrainConfig) -> tuple[TrainingSetups, StudySpec]:
 def _show_winner(
     study: SearchStudy, summary: SearchSummary, setups: TrainingSetups, reporter: SearchReporter
 ) -> None:
-    """Draw the winner's plots, and tell the trackers that the whole search is done.
+    """Draw the winner's plots, and report to the trackers that the whole search is done.
 
-    Every worker comes by at the end; the first one draws.
+    Every worker calls this function at the end; the first one draws.
     """
     with weights_locked(study.directory):
         keep_winners_weights(study)

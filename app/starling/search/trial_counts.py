@@ -1,4 +1,4 @@
-"""Running totals over a study's trials. An ended trial never changes, so each is counted once, however many there are."""
+"""Running totals over a study's trials. An ended trial never changes, so that each trial is counted once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from starling.search.spec import FRESH_SEEDS, StudyPlan
 from starling.search.trials import FINALIST_OF, FRESH_SEED, IMPORTED
 
 PARENTS = 5
-"""The best finished candidates that a parent is drawn from."""
+"""Number of best finished candidates from which parents are drawn."""
 
 
 class Ranking:
-    """The best finished trials, the earlier first among equals; independent of the order of arrival."""
+    """The best finished trials, the earlier first among equal ones; independent of the order of `add` calls."""
 
     def __init__(self, size: int = PARENTS) -> None:
         self._size = size
         self._rows: list[tuple[float, int, FrozenTrial]] = []
 
     def add(self, trial: FrozenTrial) -> None:
-        """Take a finished trial into account."""
+        """Add a finished trial."""
         if len(self._rows) == self._size and float(trial.value) < -self._rows[-1][0]:
             return
         bisect.insort(self._rows, (-float(trial.value), trial.number, trial), key=lambda row: row[:2])
@@ -37,14 +37,14 @@ class Ranking:
 
 
 class OpenTrials:
-    """Which trials are new or still open since the last look, in the order of their numbers."""
+    """The trials that are new or still open since the last `read`, in the order of their numbers."""
 
     def __init__(self) -> None:
         self._seen = 0
         self.running: list[int] = []
 
     def read(self, trials: Sequence[FrozenTrial]) -> Iterator[tuple[FrozenTrial, bool]]:
-        """Yield trials that were open at the last look (False) and then the new ones (True)."""
+        """Yield the trials that were open at the last call (False), then the new trials (True)."""
         rows = [(trials[number], False) for number in self.running]
         rows += [(trial, True) for trial in trials[self._seen :]]
         self._seen = len(trials)
@@ -53,7 +53,7 @@ class OpenTrials:
 
 
 class TrialCounts:
-    """What a worker needs to know about all candidates before it claims one."""
+    """Totals over all candidates, which a worker needs before it claims one."""
 
     def __init__(self, max_retries: int, plan: StudyPlan) -> None:
         self._max_retries, self._plan = max_retries, plan
@@ -61,56 +61,56 @@ class TrialCounts:
         self._ranking = Ranking(max(plan.finalists, 1))
         self._orphans: dict[int, FrozenTrial] = {}
         self._finals: dict[tuple[int, int], float] = {}
-        """Finalist and fresh seed to fitness, 0 while there is none: it runs or waits, or failed."""
+        """(Finalist, fresh seed) -> fitness; 0 while the training waits or runs, and if it failed."""
         self._finals_running: set[int] = set()
         self.finished = 0
         self.failed = 0
         self.pruned = 0
         self._epochs = 0
-        """Of trainings that ended as they should."""
+        """Epochs of finished and pruned trainings."""
         self._seconds = 0.0
-        """What all ended attempts took together, however they ended."""
+        """Total seconds of all ended attempts, with and without a result."""
         self.last_reason = "no reason given"
 
     @property
     def running(self) -> list[int]:
-        """Numbers of the attempts that are being trained."""
+        """Numbers of the running attempts."""
         return self._open.running
 
     @property
     def exploring(self) -> bool:
-        """Whether a candidate is being trained that may yet become a finalist."""
+        """Whether a running candidate may still become a finalist."""
         return not self._finals_running.issuperset(self.running)
 
     @property
     def committed(self) -> int:
-        """Epochs of the budget that are spent, or may be by what is running."""
+        """Epochs of the budget that are spent, plus the epochs that running attempts may spend."""
         return self._epochs + len(self.running) * self._plan.epochs
 
     @property
     def orphan(self) -> FrozenTrial | None:
-        """The earliest attempt that waits for a worker to continue it."""
+        """The earliest interrupted attempt that waits for a worker to continue it."""
         return next(iter(self._orphans.values()), None)
 
     @property
     def best_fitness(self) -> float | None:
-        """The highest fitness of all; None before any."""
+        """The highest fitness; None before the first finished training."""
         best = self._ranking.trials()
         return float(best[0].value) if best else None
 
     def next_final(self, finalists: int) -> tuple[FrozenTrial, int] | None:
-        """Return the next finalist and the number of its fresh seed; None if all have been taken up."""
+        """Return the next finalist and the number of its fresh seed; None if all have been started."""
         best = self._ranking.trials()[:finalists]
         pairs = ((trial, seed) for seed in range(FRESH_SEEDS) for trial in best)
         return next(((t, seed) for t, seed in pairs if (t.number, seed) not in self._finals), None)
 
     def again(self, number: int) -> tuple[float, ...]:
-        """Return a finalist's fitness on fresh seeds, in their order; 0 for one that failed or is not there yet."""
+        """Return a finalist's fitness on fresh seeds, in their order; 0 for one that failed or is not finished."""
         seeds = range(FRESH_SEEDS)
         return tuple(self._finals[number, seed] for seed in seeds if (number, seed) in self._finals)
 
     def progress(self, budget: int) -> SearchProgress:
-        """Return how far a search of this budget is."""
+        """Return the progress of a search with this budget."""
         return SearchProgress(
             budget=budget,
             finished=self.finished,
@@ -122,14 +122,14 @@ class TrialCounts:
         )
 
     def seconds_left(self, trials: Sequence[FrozenTrial], budget: int, now: datetime) -> float | None:
-        """Return the seconds until the budget is met, if the workers that train now go on; None: too early to say."""
+        """Return the seconds until the budget is met, if the running workers go on; None if it is too early to say."""
         began = [trials[number].datetime_start for number in self.running]
         return seconds_left(
             self._seconds, [start for start in began if start is not None], self.progress(budget), now
         )
 
     def update(self, trials: Sequence[FrozenTrial]) -> None:
-        """Count what is new in `trials`, which holds every trial of the study by number."""
+        """Count the new trials in `trials`, which holds every trial of the study by number."""
         for trial, is_new in self._open.read(trials):
             if is_new and "retry_of" in trial.user_attrs:
                 self._orphans.pop(trial.user_attrs["retry_of"], None)
@@ -146,7 +146,7 @@ class TrialCounts:
                 self._epochs += self._plan.epochs
             elif trial.state is TrialState.PRUNED:
                 self.pruned += 1
-                # A repair of the journal may have dropped the number; the last rung it reached is known.
+                # A repair of the journal may have dropped the number; then the last rung that the trial reached counts.
                 reached = max(trial.intermediate_values, default=0)
                 self._epochs += int(trial.user_attrs.get("epochs", reached))
             elif trial.state is TrialState.FAIL:
@@ -163,8 +163,8 @@ class TrialCounts:
     def _count_failure(self, trial: FrozenTrial) -> None:
         self.last_reason = str(trial.user_attrs.get("reason", self.last_reason))
         ending = trial.user_attrs.get("ending")
-        # A finalist has been trained to its end before: what its workers die of is not its hyp, and without all of its
-        # repetitions it would be judged by fewer than the others.
+        # A finalist has been trained to its end before, so its hyp is not why its workers die; with fewer repetitions
+        # it would be judged by fewer trainings than other finalists.
         may_retry = (
             FINALIST_OF in trial.user_attrs or trial.user_attrs.get("lost_before", 0) < self._max_retries
         )
@@ -177,13 +177,13 @@ class TrialCounts:
 def seconds_left(
     took_s: float, began: Sequence[datetime], progress: SearchProgress, now: datetime
 ) -> float | None:
-    """Return the seconds until the budget is met, if those that train now, since `began`, go on.
+    """Return the seconds until the budget is met, if the trainings running since `began`, and their workers, go on.
 
-    None before as much has been trained as one training of full length takes: what a training that was cut short took
-    is mostly its start.
+    None before the time of one training of full length has been spent: a pruned training's time is mostly its
+    start.
 
-    A training costs what all ended attempts took together, `took_s`, divided by how many of full length they make: what
-    fails or is lost is in the price. The trainings that are left are dealt out to whoever is free first.
+    The price of a training is the time of all ended attempts, `took_s`, divided by their sum in full trainings: failed
+    and lost attempts are included. The remaining trainings go to whichever worker is free first.
     """
     if progress.over:
         return 0.0
@@ -201,7 +201,7 @@ def seconds_left(
 
 
 def seconds_between(began: datetime | None, ended: datetime | None) -> float:
-    """Return the seconds from one time to a later one; 0 where one is not known, or a clock was put back."""
+    """Return the seconds between two times; 0 if one is unknown, or if a clock was set back."""
     if began is None or ended is None:
         return 0.0
     return max((ended - began).total_seconds(), 0.0)

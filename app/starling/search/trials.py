@@ -1,4 +1,4 @@
-"""A study's trials in our words: their attributes, the attempt that is to begin next, and what the study remembers."""
+"""A study's trials: their attributes, the next attempt, and the conversion to Finished and Attempt."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from starling.search.outcome import Attempt, Finished, LeaseLost, State
 from starling.search.space import Value, split_values
 
 IMPORTED = "imported"
-"""User attribute of a trial that holds a result of an older search: where it was read."""
+"""User attribute of a trial with an imported result: file and line of the result."""
 SAMPLER = "sampler"
-"""User attribute: who proposed the values."""
+"""User attribute: name of the sampler that proposed the values."""
 SEED = "seed"
-"""Stands for the sampler where the candidate is the hyp that the search started from."""
+"""Value of the attribute `sampler` for the hyp that the search started from."""
 FINALIST_OF, FRESH_SEED = "finalist_of", "fresh_seed"
-"""User attributes of a trial that trains a candidate again: its number, and which of the fresh seeds."""
+"""User attributes of a trial that trains a candidate again: its number, and the number of the fresh seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextAttempt:
-    """What an attempt that is about to begin trains."""
+    """The values and the origin of an attempt that is about to begin."""
 
     values: Mapping[str, Value]
     limits: Mapping[str, BaseDistribution]
     attributes: dict[str, Any]
     curve: Mapping[int, float] = field(default_factory=dict)
-    """Fitness on the way, of the attempt that it continues."""
+    """Fitness by epochs, of the attempt that this one continues."""
     ancestors: Sequence[int] = ()
-    """Numbers of the attempts that it continues, newest first."""
+    """Numbers of the attempts that this one continues, newest first."""
 
     @classmethod
     def continuing(cls, trials: Sequence[FrozenTrial], orphan: FrozenTrial) -> Self:
-        """Go on with an attempt whose worker is gone."""
+        """Return the attempt that continues an interrupted one."""
         before = orphan.user_attrs
         attributes = {key: before[key] for key in ("root", SAMPLER, FINALIST_OF, FRESH_SEED) if key in before}
         attributes["retry_of"] = orphan.number
@@ -53,12 +53,12 @@ class NextAttempt:
 
     @classmethod
     def repeating(cls, finalist: FrozenTrial, fresh_seed: int) -> Self:
-        """Train a candidate once more."""
+        """Return the attempt that trains a finalist again on a fresh seed."""
         attributes = {FINALIST_OF: finalist.number, FRESH_SEED: fresh_seed}
         return cls(finalist.params, finalist.distributions, attributes)
 
     def trial(self, number: int, worker: str) -> FrozenTrial:
-        """Return the running trial that is to be added to the study as `number`."""
+        """Return the running trial to add to the study as `number`."""
         return create_trial(
             state=TrialState.RUNNING,
             params=dict(self.values),
@@ -69,7 +69,7 @@ class NextAttempt:
 
 
 def as_finished(trial: FrozenTrial, seed_hyp: Mapping[str, float], again: tuple[float, ...]) -> Finished:
-    """Return a finished trial; `again` is its fitness on fresh seeds."""
+    """Return a finished trial as Finished; `again` is its fitness on fresh seeds."""
     attributes = trial.user_attrs
     hyp, settings = split_values(trial.params, trial.distributions)
     return Finished(
@@ -86,7 +86,7 @@ def as_finished(trial: FrozenTrial, seed_hyp: Mapping[str, float], again: tuple[
 
 
 def as_attempt(trial: FrozenTrial, seed_hyp: Mapping[str, float]) -> Attempt:
-    """Return any trial of this study's own."""
+    """Return any trial of this search (not an imported one) as Attempt."""
     attributes = trial.user_attrs
     hyp, settings = split_values(trial.params, trial.distributions)
     return Attempt(
@@ -108,7 +108,7 @@ def as_attempt(trial: FrozenTrial, seed_hyp: Mapping[str, float]) -> Attempt:
 
 
 def _state_of(trial: FrozenTrial) -> State:
-    """Return an attempt's state; one that failed without a word of ours is lost."""
+    """Return an attempt's state; a failed trial without a recorded ending is lost."""
     match trial.state:
         case TrialState.COMPLETE:
             return State.FINISHED
@@ -120,9 +120,9 @@ def _state_of(trial: FrozenTrial) -> State:
 
 
 def ancestors_of(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[int]:
-    """Return the numbers of `trial` and of the attempts that it continued, newest first.
+    """Return the numbers of `trial` and of the attempts that it continues, newest first.
 
-    Raises ValueError for one that continues a later attempt, or itself: the way back would have no end.
+    Raises ValueError if an attempt continues a later attempt or itself, because the search would not end.
     """
     numbers = [trial.number]
     while (before := trials[numbers[-1]].user_attrs.get("retry_of")) is not None:
@@ -133,16 +133,16 @@ def ancestors_of(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[int]
 
 
 class TrialRecords:
-    """The trials of one study in its storage, by their numbers. To be used while the study is locked."""
+    """The trials of one study in its storage, by number. Callers hold the study's lock."""
 
     def __init__(self, storage: BaseStorage, study: optuna.Study) -> None:
         self._storage, self._study = storage, study
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._unconfirmed: int | None = None
-        """Number of an attempt whose end may have been recorded although the storage did not say so."""
+        """Number of an attempt whose end may have been recorded although the storage raised an error."""
 
     def report(self, number: int, epoch: int, fitness: float) -> None:
-        """Record the fitness on the way of an attempt; raises LeaseLost where it has ended."""
+        """Record the fitness of a running attempt after `epoch` epochs; raises LeaseLost if the attempt has ended."""
         if self._state(number) is not TrialState.RUNNING:
             raise LeaseLost(number)
         self._storage.set_trial_intermediate_value(self._id(number), epoch, fitness)
@@ -150,7 +150,7 @@ class TrialRecords:
     def end(
         self, number: int, attributes: Mapping[str, Any], state: TrialState, value: float | None = None
     ) -> None:
-        """Write attributes, then the state: an attempt that has ended always says how."""
+        """Write the attributes, then the state: an ended attempt always has its attributes."""
         for key, item in attributes.items():
             self._storage.set_trial_user_attr(self._id(number), key, item)
         self._study.tell(number, values=value, state=state)
@@ -158,10 +158,10 @@ class TrialRecords:
     def end_once(
         self, number: int, attributes: Mapping[str, Any], state: TrialState, value: float | None = None
     ) -> bool:
-        """End an attempt of this worker's; return False where another worker has ended it.
+        """End an attempt of this worker; return False if another worker has ended it.
 
-        The study decides, not the lease: an attempt that nobody ended is this worker's still. When the connection broke
-        after the end was recorded, a second call finds it recorded.
+        The study decides, not the lease: an attempt without an end is still this worker's. If the connection broke
+        after the end was recorded, a second call finds the end recorded and returns True.
         """
         there = self._state(number)
         recorded = there is state and self._unconfirmed == number

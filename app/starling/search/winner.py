@@ -1,4 +1,4 @@
-"""The winner's weights and plots, which the workers of a search keep together in its folder."""
+"""The winner's weights and plots, which the workers of a search keep together in the search's folder."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from starling.training.reporting.results import EpochRow
 from starling.training.training import TrainingSetup, draw_weights
 
 DRAWN = ".drawn"
-"""Names the weights whose plots are all drawn."""
+"""File that identifies the weights whose plots are complete."""
 PLOT = "confusion_matrix.png"
-"""One of the plots of what `weights/best.pt` finds: where it is not, they have to be drawn."""
+"""One plot of the detections of `weights/best.pt`: if this plot is missing, all have to be drawn."""
 
 
 def weights_locked(directory: Path) -> AbstractContextManager[None]:
-    """Exclude the other workers from the `weights` folder of a search; its `best.pt` is compared, then replaced."""
+    """Lock the `weights` folder of a search against other workers: its `best.pt` is compared, then replaced."""
     return folder_locked(directory / "weights.lock", RunDir(directory).weights)
 
 
 def keep_best_weights(directory: Path, run: RunDir, fitness: float) -> None:
     """Keep the weights of the search's best candidate as `weights/best.pt`.
 
-    The candidate's checkpoint stays until the study has the result: without it, a worker that is killed or refused by
-    a full disk just then would have trained for nothing.
+    The candidate's checkpoint stays until the study has the result: without the checkpoint, a worker that is killed or
+    refused by a full disk in between would have trained for nothing.
     """
     best = RunDir(directory).best
     with weights_locked(directory):
         if not is_file(best) or fitness > _fitness_of(best):
             rename(run.best, best)
-            # It shows the one before. Times of files may not tell: a clock may have been put right meanwhile.
+            # The plot shows the earlier weights. File times could not tell: a clock may have been corrected.
             remove(directory / PLOT)
 
 
 def keep_winners_weights(study: SearchStudy) -> None:
-    """Make `weights/best.pt` the winner's where finalists decided who that is, and drop the other finalists'.
+    """Move the winning finalist's weights to `weights/best.pt`, and remove the weights of the other finalists.
 
-    Of the winner's trainings on fresh seeds that left weights here, the best is taken.
+    Of the winner's trainings on fresh seeds with weights in this folder, the best is taken.
     """
     finished = study.finished()
     winner = best_of(finished)
@@ -54,7 +54,7 @@ def keep_winners_weights(study: SearchStudy) -> None:
     mine = [t for t in finals if t.finalist_of == winner.number and is_file(runs[t.number].best)]
     if mine:
         taken = max(mine, key=lambda training: training.fitness)
-        # In this order a worker that is killed on the way leaves the best of them to the next one.
+        # In this order a worker that is killed in between leaves the best weights to the next worker.
         for number, run in runs.items():
             if number != taken.number:
                 remove_tree(run.weights)
@@ -65,18 +65,18 @@ def keep_winners_weights(study: SearchStudy) -> None:
 
 
 def draw_winner(setup: TrainingSetup, directory: Path) -> None:
-    """Draw what the winner's weights find, unless another worker has; the weights are locked."""
+    """Draw the plots of the winner's weights, unless another worker has; the caller has locked the weights."""
     best, mark = RunDir(directory).best, directory / DRAWN
     if not is_file(best) or ((directory / PLOT).exists() and _holds(mark, _stamp(best))):
         return
     plots.draw_labels(setup.data.train, directory)
     draw_weights(setup, best, directory)
-    # Last: a worker that is killed before it leaves all to be drawn again.
+    # The mark is written last: after a kill before it, all plots are drawn again.
     write_atomic(mark, _stamp(best))
 
 
 def _stamp(path: Path) -> str:
-    """Return what tells a weights file from another."""
+    """Return a text that identifies a version of a weights file."""
     found = path.stat()
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 

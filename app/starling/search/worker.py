@@ -1,6 +1,6 @@
-"""A worker of a search: claim a candidate, have it trained, record it, until the study's budget is met.
+"""A worker of a search: claim a candidate, have it trained, record the result, until the study's budget is met.
 
-A worker knows nothing of what is trained: that is the `CandidateTrainer`'s.
+A worker knows nothing about the kind of training: that is the task of the `CandidateTrainer`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
-    """How one worker behaves; what the workers must agree on is in the study."""
+    """Settings of one worker; what all workers must agree on is in the study."""
 
     name: str = field(default_factory=worker_name)
-    """Shown beside the worker's candidates."""
+    """Name that is shown with the worker's candidates."""
     poll_s: float = 2.0
-    """Seconds between looks at the study while others train the last candidates."""
+    """Seconds between two looks at the study while other workers train the last candidates."""
     remind_s: float = 300.0
     """Seconds between two lines about waiting."""
     failures_in_a_row: int = 5
-    """Candidates that fail here one after the other before the worker gives up."""
+    """Number of successive failures on this worker after which it gives up."""
     plot: bool = True
-    """Whether evolve.png is drawn and report.html is written."""
+    """Whether the worker draws evolve.png and writes report.html."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -58,29 +58,29 @@ class WorkerSettings:
 
 
 class CandidateTrainer(Protocol):
-    """Trains candidates, one after the other. Only `train` has to be there: the other methods do nothing."""
+    """Trains candidates, one after the other. Only `train` is required: the other methods may do nothing."""
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
-        """Train one candidate and return what it reached.
+        """Train one candidate and return the result.
 
-        `report` is to be called at least once an epoch, and with the fitness after each epoch that
-        `candidate.glances` names; what it raises ends the training. Raises CandidateFailed for a failure that is the
-        candidate's own.
+        The trainer calls `report` at least once per epoch, and with the fitness after each number of epochs in
+        `candidate.glances`; an exception of `report` ends the training. Raises CandidateFailed for a failure that the
+        candidate itself causes.
         """
         ...
 
     def ended(self, candidate: Candidate) -> None:
-        """Clean up after a candidate whose end, finished, pruned or failed, the study has recorded.
+        """Clean up after a candidate whose end (finished, pruned or failed) is recorded in the study.
 
-        No worker will go on with it.
+        No worker will continue this candidate.
         """
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
-        """Show how far the whole search is, and the candidate that this worker trains next; None: it waits."""
+        """Show the progress of the whole search, and this worker's next candidate; None while the worker waits."""
 
 
 class Worker:
-    """One process that trains candidates of a study; any number of them may work on one, at any time."""
+    """One process that trains candidates of a study; any number of workers may work on one study at the same time."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class Worker:
         """Whether it was told that the runs folder is not shared."""
 
     def run(self) -> SearchSummary:
-        """Work until as many trainings as the budget says, of all workers together, have finished.
+        """Work until all workers together have finished as many trainings as the budget allows.
 
-        Raises SearchFailed where candidates keep failing; Stopped after leaving the candidate to whoever comes next;
-        CheckpointError where the study cannot be written; ServerError where the study's database stays away; and
-        whatever the trainer raised that was not its candidate's own failure.
+        Raises SearchFailed if candidates keep failing; Stopped after returning the candidate to the study;
+        CheckpointError if the study cannot be written; ServerError if the study's database stays unreachable; and
+        any exception of the trainer that is not a failure of the candidate itself.
         """
         try:
             while (turn := self._ask()) is not Turn.DONE:
@@ -143,7 +143,7 @@ class Worker:
         self._sleep(self._settings.poll_s)
 
     def _train(self, held: LeasedCandidate) -> None:
-        """Have one candidate trained, and record how it ended."""
+        """Have one candidate trained, and record its end."""
         candidate = held.candidate
         if candidate.resumed:
             logger.info(f"{candidate.title}: takes over from {candidate.resumes_from[0].name}")
@@ -171,7 +171,7 @@ class Worker:
             self._succeeded(candidate, outcome)
 
     def _report_of(self, held: LeasedCandidate) -> Report:
-        """Return what the trainer reports the progress of this candidate with."""
+        """Return the function through which the trainer reports the progress of this candidate."""
 
         def report(epoch: int | None = None, fitness: float | None = None) -> None:
             held.lease.renew()
@@ -208,13 +208,13 @@ class Worker:
         )
 
     def _failed(self, held: LeasedCandidate, error: Exception) -> None:
-        """Record the candidate's own failure, or give it back and raise where it is the worker's."""
+        """Record a failure of the candidate itself; otherwise return the candidate to the study and raise."""
         number = held.candidate.number
         reason = failure_reason(error)
         if reason is None:
             self._give_back(held, State.LOST, f"its worker broke: {type(error).__name__}: {error}"[:500])
             raise error
-        # The traceback holds the frames of the training, and with them what it has allocated.
+        # The traceback holds the frames of the training, and the frames hold the training's memory.
         error.__traceback__ = None
         gc.collect()
         if self._study.fail(held, State.FAILED, reason):
@@ -227,7 +227,7 @@ class Worker:
             )
 
     def _give_back(self, held: LeasedCandidate, ending: State, reason: str) -> None:
-        """Leave the candidate to others, at once if the study can be written, else as a dead worker would."""
+        """Return the candidate to the study; if the study cannot be written, abandon it as a dead worker would."""
         try:
             self._study.fail(held, ending, reason)
         except Exception as error:
@@ -247,9 +247,9 @@ class Worker:
 
 
 def failure_reason(error: Exception) -> str | None:
-    """Return why a candidate failed if the fault is its own, else None.
+    """Return why a candidate failed if the candidate itself caused the failure, else None.
 
-    Its own are CandidateFailed and running out of device or host memory.
+    The candidate itself causes CandidateFailed, and running out of device or host memory.
     """
     if isinstance(error, CandidateFailed):
         return str(error)

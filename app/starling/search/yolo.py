@@ -1,4 +1,4 @@
-"""The `CandidateTrainer` of YOLO detectors: data and device are set up once for all candidates of a worker."""
+"""The `CandidateTrainer` of YOLO detectors: a worker sets up data and device once for all its candidates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class YoloTrainer(CandidateTrainer):
-    """Trains candidates of one search, in setups that are kept from one candidate to the next."""
+    """Trains candidates of one search, with setups that are kept between candidates."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class YoloTrainer(CandidateTrainer):
         self._reporter, self._bridges, self._stop = reporter, bridges, stop
 
     def train(self, candidate: Candidate, report: Report) -> Outcome:
-        """Train one candidate. Raises CandidateFailed where the loss diverged or memory ran out."""
+        """Train one candidate. Raises CandidateFailed if the loss diverged or memory ran out."""
         try:
             return _outcome(self._train_run(candidate, report))
         except Exception as error:
             reason = _own_failure(error)
             if reason is None:
                 raise
-        # Outside of the handler: this error keeps no frame of the training alive, and none of its tensors.
+        # Raised outside the except block, so that the error keeps no frames and no tensors of the training alive.
         raise CandidateFailed(reason)
 
     def _train_run(self, candidate: Candidate, report: Report) -> TrainResult:
@@ -78,7 +78,7 @@ class YoloTrainer(CandidateTrainer):
             self._bridges.check()
 
         with self._reporter.of_candidate(candidate, run_uuid, setup.compute.memory_bytes) as reporter:
-            # No recovery: a candidate that needs a lower rate or smaller batches is not the one that was asked for.
+            # No recovery: a candidate that needs a lower rate or smaller batches is not the requested one.
             result = train_in(
                 setup, config, hyp, run, reporter, self._stop, state, on_epoch, recover=False,
                 glances=Glances(candidate.glances, report),
@@ -88,9 +88,9 @@ class YoloTrainer(CandidateTrainer):
         return result
 
     def ended(self, candidate: Candidate) -> None:
-        """Remove the checkpoints of a candidate that nobody will go on with, and of its interrupted attempts.
+        """Remove the checkpoints of an ended candidate, and those of its interrupted attempts.
 
-        A finalist's weights stay until it is known who has won.
+        A finalist's weights stay until the winner is known.
         """
         run = RunDir(candidate.directory)
         if candidate.finalist_of is None:
@@ -99,19 +99,19 @@ class YoloTrainer(CandidateTrainer):
             for checkpoint in (run.last, run.previous):
                 remove(checkpoint)
         for folder in candidate.resumes_from:
-            # The folder stays: a worker that was frozen in a save may thaw, and is to fail at its lease, not at this.
+            # The folder stays: a worker that was frozen in a save may wake up, and must fail at its lease instead.
             weights = RunDir(folder).weights
             for name in names_in(weights):
                 if name.endswith(".pt"):
                     remove(weights / name)
 
     def progressed(self, progress: SearchProgress, candidate: Candidate | None) -> None:
-        """Tell launcher and trackers how far the search is and what this worker does."""
+        """Report the progress of the search and this worker's candidate to launcher and trackers."""
         self._reporter.progressed(progress, candidate)
 
 
 def _own_failure(error: Exception) -> str | None:
-    """Return why a candidate failed if the fault is its own, with the remedy, else None."""
+    """Return why a candidate failed, with the remedy, if the candidate itself caused the failure, else None."""
     if isinstance(error, Diverged):
         return str(error)
     if is_out_of_memory(error):
@@ -140,10 +140,10 @@ def _newest_state(candidate: Candidate) -> Mapping[str, Any] | None:
 
 
 class TrainingSetups:
-    """The setup that a candidate's settings need: the usual one, or another that shares what it can.
+    """The setups for candidates' settings: the usual one, and others that share its data if possible.
 
-    Data are decoded for one image size. Those that lie in a file which all containers map are kept for every size
-    that was asked for; those in this process's memory or on its GPU only for the latest, as two would not fit.
+    Decoded images depend on the image size. Images in a shared mapped file are kept for every requested size; images in
+    the memory of this process or its GPU are kept only for the latest size, because two sizes would not fit.
     """
 
     def __init__(self, config: TrainConfig, hyp: Hyp) -> None:
@@ -155,11 +155,11 @@ class TrainingSetups:
 
     @property
     def usual(self) -> TrainingSetup:
-        """The setup of the settings that the worker was started with, its batch size chosen where it was open."""
+        """The setup of the worker's command line, with the chosen batch size in place of `--batch -1`."""
         return self.of({})
 
     def of(self, settings: Mapping[str, int | str]) -> TrainingSetup:
-        """Return the setup of the usual settings but for `settings`, fields of TrainConfig."""
+        """Return the usual setup with `settings`, fields of TrainConfig, changed."""
         config = changed(self._config, settings)
         key = self._key(config)
         if key not in self._held:
@@ -181,13 +181,13 @@ class TrainingSetups:
 
 
 def _is_mapped(setup: TrainingSetup) -> bool:
-    """Return whether the decoded images take no memory of this process's own."""
+    """Return whether the decoded images take no memory of this process or its GPU."""
     stores = (setup.data.train_images, setup.data.val_images)
     return all(store.mode == "disk" and not store.on_device for store in stores)
 
 
 def image_multiple(start: InitialWeights) -> int:
-    """Return what image sides of a layout must be a multiple of, in pixels; raises UsageError for one that is none."""
+    """Return the number of pixels that a layout's image sides are a multiple of; raises UsageError for a bad layout."""
     return _probe(start).image_multiple
 
 
@@ -196,7 +196,7 @@ def _probe(start: InitialWeights) -> Detector:
 
 
 def check_layouts(space: Space, config: TrainConfig) -> None:
-    """Build every layout that is searched once; raises UsageError naming one that cannot be built."""
+    """Build every searched layout once; raises UsageError with the name of a layout that cannot be built."""
     for choice in (c for s in space.settings if s.name == "cfg" for c in s.choices):
         try:
             probe = _probe(find_initial_weights(config.weights, str(choice)))
@@ -206,11 +206,11 @@ def check_layouts(space: Space, config: TrainConfig) -> None:
 
 
 def searched_layouts(space: Space) -> dict[str, str]:
-    """Return a digest of every layout that is searched: two workers' files of one name may differ."""
+    """Return a digest of every searched layout: files of equal name on two workers may differ."""
     choices = [str(choice) for s in space.settings if s.name == "cfg" for choice in s.choices]
     return {choice: layout_digest(read_yaml(find_config("layouts", choice))) for choice in choices}
 
 
 def layout_digest(layout: Mapping[str, Any]) -> str:
-    """Return eight hexadecimal digits that differ where layouts do."""
+    """Return eight hexadecimal digits; different layouts have different digits."""
     return f"{zlib.crc32(repr(layout).encode()):08x}"

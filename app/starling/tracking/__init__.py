@@ -1,4 +1,4 @@
-"""Tracking beside the trainer: it appends events to a file, a bridge process feeds them to a tracker.
+"""Tracking outside the trainer: the trainer appends events to a file, and a bridge process sends them to a tracker.
 
-The trainer imports `events` and `process` only; the tracker's library is imported by the bridge alone.
+The trainer imports only `events` and `process`; only the bridge imports the library of a tracker.
 """

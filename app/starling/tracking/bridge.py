@@ -1,9 +1,9 @@
-"""The bridge: a process beside the trainer that follows an event log and feeds one tracker.
+"""The bridge: a process beside the trainer that follows an event log and sends the events to one tracker.
 
     python -m starling.tracking.bridge RUN_DIR/events.jsonl --tracker mlflow --parent PID:START
 
-One process a tracker, so that one that hangs holds no other up. It may hang, die, or be killed and started again: the
-cursor says how far it came, and what it sends twice the tracker takes once.
+Each tracker has its own process, so that a tracker that hangs does not delay the others. A bridge may hang, die, or be
+killed and restarted: the cursor records how far it came, and the tracker stores an event that is sent twice only once.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from starling.tracking.trackers import TRACKERS
 POLL_S = 0.5
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 LAST_ATTEMPTS = 3
-"""Attempts after the trainer is done; the rest waits for `starling track sync`."""
+"""Number of attempts after the trainer has ended; `starling track sync` sends the rest."""
 LAST_ATTEMPTS_S = 5.0
-"""No further attempt is begun this long after the trainer is done."""
+"""Seconds after the end of the trainer after which no further attempt begins."""
 
 
 def follow(
@@ -48,10 +48,9 @@ def follow(
 ) -> int:
     """Deliver events as they come until the log ends, or its trainer is gone; return the exit status.
 
-    0: everything is delivered. 1: the rest is kept for `sync`. A tracker that is out of order is tried again
-    with growing pauses while the trainer lives, then `LAST_ATTEMPTS` times. `stop` ends it after the event at
-    hand. A `log_end` before byte `opened_at` is an earlier session's. `sample` is asked for the machine's figures at
-    each turn.
+    0: everything is delivered. 1: the rest is kept for `sync`. A tracker that does not work is tried again with growing
+    pauses while the trainer lives, then `LAST_ATTEMPTS` times. `stop` ends the delivery after the current event. A
+    `log_end` before byte `opened_at` is of an earlier session. Each turn asks `sample` for a sample of the machine.
     """
     stop = stop or threading.Event()
     failures = last_failures = 0
@@ -113,7 +112,7 @@ def _pause(
     each_turn: Callable[[], None],
     poll_s: float,
 ) -> None:
-    """Wait for `seconds`, or until `stop` is set or `wake` says so."""
+    """Wait for `seconds`, or until `stop` is set or `wake` returns True."""
     deadline = time.monotonic() + seconds
     while not stop.wait(min(poll_s, max(0.0, deadline - time.monotonic()))):
         each_turn()
@@ -128,7 +127,7 @@ def _log_is_closed(log: Path, opened_at: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the bridge for one log; returns the exit status."""
+    """Run the bridge for one log; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m starling.tracking.bridge", description=__doc__)
     parser.add_argument("log", type=Path, help="the event log")
     parser.add_argument("--tracker", choices=TRACKERS, default="mlflow", help="where to [%(default)s]")
@@ -141,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     name_top(options.top or options.log.parent)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    # The terminal's Ctrl-C is the trainer's to handle; the bridge goes on until the log ends.
+    # The trainer handles Ctrl-C in the terminal; the bridge continues until the log ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)
     trainer: ProcessIdentity | None = options.parent
@@ -152,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     sampler = SystemSampler(trainer)
     try:
         tracker = TRACKERS[options.tracker].open(runs_root(), os.environ)
-        # A predecessor may still be sending the end of the run that is being resumed.
+        # An earlier bridge may still be sending the end of the run that is being resumed.
         with exclusive(bridge_lock(options.log, tracker.name), timeout_s=120):
             bridge = Bridge(options.log, tracker)
             status = follow(

@@ -1,4 +1,4 @@
-"""How far a log has been delivered to one destination, in a small file beside it."""
+"""How far a log has been delivered to one destination, in a small file beside the log."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ _Kept = TypeVar("_Kept", "RunProgress", "Cursor")
 
 @dataclass(kw_only=True, slots=True)
 class RunProgress:
-    """What the bridge remembers of one run of the log."""
+    """The bridge's record of one run in the log."""
 
     run_id: str
-    """The tracker's id."""
+    """The tracker's id of the run."""
     directory: str
     """The run directory, relative to the log's folder."""
     started: float = 0.0
-    """When it first began, in seconds since the epoch."""
+    """Start of the run's first session, in seconds since the epoch."""
     is_open: bool = True
-    """Whether its end is still to come."""
+    """Whether the end of the run has not been delivered yet."""
     is_shared: bool = False
-    """Whether other processes tell about it too, as workers do about their search."""
+    """Whether other processes report the run too, as workers report their search."""
     steps: dict[str, int] = field(default_factory=dict)
-    """Metric name -> highest step sent; a resumed trainer may report its last epoch a second time."""
+    """Metric name -> highest step sent; a resumed trainer may report its last epoch again."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Cursor:
-    """The place in the log, and the runs it has met so far."""
+    """The position in the log, and the runs up to that position."""
 
     destination: str
     offset: int = 0
     first_line: str = ""
-    """Digest of the log's first line: tells a new log from the old one of the same name."""
+    """Digest of the log's first line, to distinguish a new log from an earlier one of the same name."""
     sent: int = 0
     rejected: int = 0
     dropped: int = 0
-    """Samples of the machine that were given up while the tracker was away; events never are."""
+    """Number of samples of the machine dropped while the tracker was unreachable; events are never dropped."""
     problem: str = ""
-    """Why delivery is held up right now; empty when it is not."""
+    """Why delivery is held up at present; empty if it is not."""
     busy: str = ""
-    """What takes a while right now; empty mostly."""
+    """Long operation in progress; empty if there is none."""
     runs: dict[str, RunProgress] = field(default_factory=dict)
 
     @classmethod
     def load(cls, log: Path, tracker: str, destination: str) -> Cursor:
-        """Read the cursor of `log`, or start anew: for another destination, another log, or a damaged file.
+        """Read the cursor of `log`; return a new cursor for another destination, another log, or a damaged file.
 
-        Starting anew is safe, since everything a tracker is told may be told twice.
+        A new cursor is safe, because a tracker accepts every event twice.
         """
         try:
             stored = parse_json(read_file(cursor_path(log, tracker)))
@@ -73,7 +73,7 @@ class Cursor:
 
     @classmethod
     def look(cls, log: Path, tracker: str) -> Cursor:
-        """Return what the cursor file says, for whoever only shows it; an empty cursor for a damaged file."""
+        """Return the content of the cursor file for display; an empty cursor for a damaged file."""
         try:
             stored = parse_json(read_file(cursor_path(log, tracker)))
             return _checked(cls(**{"destination": "", **stored, "runs": {}}))
@@ -92,7 +92,7 @@ def cursor_path(log: Path, tracker: str) -> Path:
 
 
 def _checked(kept: _Kept) -> _Kept:
-    """Return what was read if each field holds what it should; raises ValueError."""
+    """Return what was read if each field has the right type; raises ValueError."""
     for item in fields(kept):
         value, kind = getattr(kept, item.name), str(item.type)
         if kind == "float" and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Deliver an event log to a tracker: what each event makes it do, and how far it has come."""
+"""Deliver an event log to a tracker: call the tracker for each event, and record the position in the log."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from starling.tracking.tracker import (
 )
 
 _IMPOSSIBLE_NAMES = frozenset({errno.ENAMETOOLONG, errno.ELOOP})
-"""What the system says of a path that no file can have; any other error may pass."""
+"""Errors of the system for a path that no file can have; other errors may be temporary."""
 SAMPLES_KEPT = 360
-"""Samples of the machine that wait for a tracker that is away: an hour of them."""
+"""Maximum number of samples that wait for an unreachable tracker: an hour of samples."""
 TRAINER_GONE = "the trainer's process ended without a word: killed, or out of memory; resume with --resume"
 _LINES_BETWEEN_SAVES = 50
 
 
 class Bridge:
-    """Deliver one log to one tracker, from the saved cursor on."""
+    """Deliver one log to one tracker, beginning at the saved cursor."""
 
     def __init__(self, log: Path, tracker: Tracker, *, from_start: bool = False) -> None:
         self.log = log
@@ -41,7 +41,7 @@ class Bridge:
         self.cursor = (
             Cursor(destination=destination) if from_start else Cursor.load(log, tracker.name, destination)
         )
-        self.cursor.busy = ""  # of a predecessor that was killed at it
+        self.cursor.busy = ""  # left by an earlier bridge that was killed
         self._handlers: dict[str, Callable[[Event], bool]] = {
             "run_start": self._start_run,
             "metrics": self._log_metrics,
@@ -57,13 +57,13 @@ class Bridge:
 
     @property
     def pending(self) -> int:
-        """The number of bytes of the log that are not delivered."""
+        """The number of undelivered bytes of the log."""
         return (self.log.stat().st_size if self.log.exists() else 0) - self.cursor.offset
 
     def deliver(self, stop: Callable[[], bool] = lambda: False) -> int:
-        """Deliver what the log holds beyond the cursor, and return the number of events.
+        """Deliver the events behind the cursor, and return their number.
 
-        Raises TrackerUnavailableError with the cursor before the event that could not be sent, and OSError when
+        Raises TrackerUnavailableError, with the cursor before the event that could not be sent, and OSError if
         the cursor cannot be saved.
         """
         count = 0
@@ -73,7 +73,7 @@ class Bridge:
                 break
             count += self._deliver_batch(lines[:_LINES_BETWEEN_SAVES], stop)
             if len(lines) <= _LINES_BETWEEN_SAVES and self.cursor.offset != end and not stop():
-                # What stands behind the last event is none: empty lines, or another version's.
+                # No event follows the last one: the rest is empty lines, or lines of another version.
                 self.cursor.offset = end
                 self._save()
         self._send_samples()
@@ -81,9 +81,9 @@ class Bridge:
         return count
 
     def add_sample(self, values: Mapping[str, float], *, time: float) -> None:
-        """Keep a sample of the machine for the run at hand; it is sent with the next delivery.
+        """Keep a sample of the machine for the current run; the next delivery sends it.
 
-        While the tracker is away the oldest are given up, and counted in the cursor.
+        While the tracker is unreachable, the oldest samples are dropped, and counted in the cursor.
         """
         uuid = next((uuid for uuid, run in reversed(self.cursor.runs.items()) if run.is_open), None)
         if uuid is None:
@@ -95,20 +95,20 @@ class Bridge:
         self._samples.append((run.run_id, values, max(0, round(time - run.started)), time))
 
     def finish(self, *, time: float, gone: bool) -> None:
-        """Send what was put off. `gone`: the trainer ended without a word, so its runs are told to be killed.
+        """Send postponed data. `gone`: the trainer ended without a `log_end`, so its runs are reported as killed.
 
         Raises TrackerUnavailableError.
         """
         self._send_samples()
         for run in self.cursor.runs.values():
-            # A search goes on while another of its workers lives; of the others, nobody else will tell.
+            # A shared run (a search) continues while other workers live; nobody else reports the end of other runs.
             if gone and run.is_open and not run.is_shared:
                 with contextlib.suppress(TrackerRejectedError):
                     self._tracker.end_run(run.run_id, "killed", TRAINER_GONE, time=time)
         self._flush(last=True)
 
     def hold_up(self, problem: str) -> None:
-        """Note in the cursor file, for the trainer to read, why delivery does not go on."""
+        """Record in the cursor file, for the trainer to read, why delivery is held up."""
         if problem != self.cursor.problem:
             self.cursor.problem = problem
             self._save()
@@ -122,7 +122,7 @@ class Bridge:
                     break
                 if isinstance(line, Damage):
                     self._leave_out_line(line)
-                # Of a file that was written again meanwhile, the newest is sent once.
+                # A file that was announced several times is sent once, for its newest event.
                 elif line.seq >= newest.get(_artifact_of(line), line.seq):
                     self._deliver_one(line)
                 self.cursor.offset = line.end
@@ -148,7 +148,7 @@ class Bridge:
             self._leave_out(event, f"{shown(error.filename)}: {error.strerror}")
 
     def _leave_out_line(self, line: Damage) -> None:
-        """Count a damaged line; the first is named, since a damaged log may hold a million."""
+        """Count a damaged line; only the first is printed, because a damaged log may hold a million such lines."""
         self.cursor.rejected += 1
         if not self._named_damage:
             self._named_damage = True
@@ -179,7 +179,7 @@ class Bridge:
         )
         run_id = self._tracker.start_run(run)
         known = self.cursor.runs.get(event.run)
-        # At the end of the table: the run that began last is the one that samples belong to.
+        # Moved to the end of the table: samples belong to the run that began last.
         self.cursor.runs.pop(event.run, None)
         self.cursor.runs[event.run] = RunProgress(
             run_id=run_id,
@@ -257,7 +257,7 @@ class Bridge:
         return True
 
     def _flush(self, *, last: bool = False) -> None:
-        """Send what was put off. A refusal of that must not keep the run's end from being told."""
+        """Send postponed data. A refusal must not prevent the end of the run from being reported."""
         try:
             self._tracker.flush(last=last)
         except TrackerRejectedError as error:
@@ -274,7 +274,7 @@ class Bridge:
             self._samples.popleft()
 
     def _file_of(self, event: Event, run: RunProgress) -> tuple[Path, str]:
-        """Return the file that an event names and its folder below the run directory ('' is the top)."""
+        """Return the file that an event names, and its folder below the run directory ('' is the top)."""
         directory = _real(self.log.parent / run.directory)
         path = _real(directory / str(event.fields["path"]))
         if not path.is_relative_to(directory):
@@ -299,15 +299,15 @@ def _is_artifact(line: Event | Damage) -> TypeGuard[Event]:
 
 
 def _artifact_of(event: Event) -> tuple[str, str]:
-    """Return the run and the file that an event is about; '' where it is about none."""
+    """Return the run and the file of an artifact event; '' in place of the file for other events."""
     return event.run, str(event.fields.get("path", "")) if event.name == "artifact" else ""
 
 
 def bridge_lock(log: Path, tracker: str) -> Path:
-    """Return the lock file that makes sure that one process at a time delivers `log`."""
+    """Return the lock file that lets only one process at a time deliver `log`."""
     return cursor_path(log, tracker).with_suffix(".lock")
 
 
 def _real(path: Path) -> Path:
-    """Return the path with every link followed; a loop of links stays as it is."""
+    """Return the path with all links resolved; a loop of links is left unresolved."""
     return Path(os.path.realpath(path))

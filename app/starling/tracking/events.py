@@ -1,4 +1,4 @@
-"""The event log: one JSON line an event, appended by one trainer, read by the bridge from a saved offset."""
+"""The event log: one JSON line per event, appended by one trainer, read by the bridge from a saved offset."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ RUN_ARTIFACTS = {
     "weights/best.pt": "weights",
     "weights/last.pt": "weights",
 }
-"""What a training sends, as it appears and when it ends: pattern below its run directory -> kind."""
+"""Files that a training sends, when they appear and at its end: pattern below its run directory -> kind."""
 
 CANDIDATE_ARTIFACTS = {"hyp.yaml": "config", "results.csv": "table"}
-"""What a candidate of a search sends: small files only, since there are many candidates."""
+"""Files that a candidate of a search sends: only small ones, because there are many candidates."""
 
 SEARCH_ARTIFACTS = {
     "opt.yaml": "config",
@@ -55,7 +55,7 @@ SEARCH_ARTIFACTS = {
     "*.jpg": "plot",
     "weights/best.pt": "weights",
 }
-"""What the search's own run sends when it ends."""
+"""Files that the run of a search sends at its end."""
 
 _FIELDS: dict[str, frozenset[str]] = {
     "run_start": frozenset({"name", "project", "dir", "parent", "shared", "params", "tags"}),
@@ -79,17 +79,17 @@ _TAIL_BYTES = 64 << 10
 
 
 _MOST_TEXT = 1 << 20
-"""Characters of one text; a line of the console or a parameter is far shorter."""
+"""Maximum characters of a string; lines of the console and parameters are far shorter."""
 _MOST_NAME = 4096
 _MOST_COUNT = 1 << 53
-"""Of steps and sequence numbers: what every database and every float holds exactly."""
+"""Maximum step and sequence number: every database and every float holds it exactly."""
 _LATEST_TIME = 1e11
-"""Seconds since the epoch: the year 5138."""
+"""Maximum time in seconds since the epoch: the year 5138."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """A line that is no event; `end` is the byte offset in the log just behind it."""
+    """A line that is no event; `end` is the byte offset in the log just behind the line."""
 
     end: int
     reason: str
@@ -97,7 +97,7 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """One event as read back; `end` is the byte offset in the log just behind it."""
+    """One event read from a log; `end` is the byte offset in the log just behind the event."""
 
     name: str
     seq: int
@@ -108,7 +108,7 @@ class Event:
 
 
 class EventLog:
-    """Append events to the log at `path`; there is one writer a log.
+    """Append events to the log at `path`; each log has one writer.
 
     `run_uuid` is the run that events belong to unless `append` names another. A log that cannot be written
     never stops training: the event is counted in `dropped`, and the first one is logged as a warning.
@@ -128,7 +128,7 @@ class EventLog:
         self._next_seq: int | None = None
         self._redacted = Redaction()
         self._announced: dict[tuple[str | None, Path], int] = {}
-        """Run and file -> its time of change when it was announced."""
+        """(Run, file) -> the file's modification time when it was announced."""
 
     def append(self, event: str, /, *, run: str | None = None, **fields: Any) -> None:
         """Append one event in a single write.
@@ -136,7 +136,7 @@ class EventLog:
         | event       | fields                                                                             |
         |-------------|------------------------------------------------------------------------------------|
         | `run_start` | name, project, dir (the run directory), parent {uuid, name} or None, params, tags, |
-        |             | shared (whether other processes tell about the run too, as workers of a search do)  |
+        |             | shared (whether other processes report the run too, as workers of a search do)     |
         | `metrics`   | step (the epoch), values {name: number}                                            |
         | `artifact`  | path (relative to the run directory), kind                                         |
         | `dataset`   | role (train, val), name, digest, source (path or URL), figures {name: number}, classes |
@@ -146,9 +146,9 @@ class EventLog:
         | `run_end`   | status (finished, failed, killed, pruned), reason                                  |
         | `log_end`   | none: nothing follows until the run is resumed                                     |
 
-        NaN and infinities are written as strings, which strict JSON can hold. Credentials in addresses, and what the
-        environment holds as passwords, are blotted out. Raises ValueError for an unknown
-        event or field, and TypeError for a value that is not plain (a tensor, say: reading it would wait
+        NaN and infinity are written as strings, because strict JSON has no such numbers. Credentials in addresses, and
+        passwords in the environment, are redacted. Raises ValueError for an unknown
+        event or field, and TypeError for a value that is not plain (such as a tensor: reading it would wait
         for the device, which is the caller's decision).
         """
         complete = self._checked(event, fields)
@@ -161,7 +161,7 @@ class EventLog:
                 make_folder(self.path.parent)
                 self._next_seq = _last_seq(self.path) + 1
             line = json.dumps({**head, "seq": self._next_seq, **complete}, allow_nan=False)
-            # A torn tail, left by a kill or a full disk, gets its line end first and is skipped by readers.
+            # A partial last line, left by a kill or a full disk, gets a line end first; readers skip it.
             append_line(self.path, ("\n" if _is_torn(self.path) else "") + line)
             self._next_seq += 1
         except OSError as error:
@@ -171,9 +171,9 @@ class EventLog:
                 logger.warning(f"tracking: cannot append: {reason}; training goes on, events are lost")
 
     def announce(self, run_dir: Path, patterns: Mapping[str, str], *, run: str | None = None) -> None:
-        """Append an `artifact` event for each file below `run_dir` that a pattern of the table matches.
+        """Append an `artifact` event for each file below `run_dir` that matches a pattern of the table.
 
-        A file that was announced before and has not changed since is left out.
+        A file that was announced before and has not changed since is skipped.
         """
         for pattern, kind in patterns.items():
             for path in sorted(run_dir.glob(pattern)):
@@ -181,7 +181,7 @@ class EventLog:
                     self.announce_file(run_dir, path, kind, run=run)
 
     def announce_file(self, run_dir: Path, path: Path, kind: str, *, run: str | None = None) -> None:
-        """Append an `artifact` event for a file below `run_dir`, unless it was announced as it is."""
+        """Append an `artifact` event for a file below `run_dir`, unless this version of the file was announced."""
         changed = path.stat().st_mtime_ns
         if self._announced.get((run, path)) != changed:
             self._announced[run, path] = changed
@@ -199,7 +199,7 @@ class EventLog:
                 f"run_end: status {complete['status']!r} is not one of {', '.join(sorted(STATUSES))}"
             )
         if event == "run_start":
-            # Relative, so that the log means the same in a container and on the host.
+            # Relative, so that the path is right in a container and on the host.
             complete["dir"] = os.path.relpath(complete["dir"], self.path.parent)
         if "values" in complete:
             complete["values"] = {name: _number(name, value) for name, value in complete["values"].items()}
@@ -207,22 +207,22 @@ class EventLog:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a log to read: never a link, and never a pipe, which would hang the reader."""
+    """Open a log for reading: never a link, and never a pipe, which would block the reader."""
     return open(open_file(path, os.O_RDONLY), "rb")
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
-    """Return the whole events from byte `offset` on (some MiB at most), and the offset to go on from.
+    """Return the complete events from byte `offset` on (a few MiB at most), and the next offset.
 
-    A last line without its line end is left for the next call; a line that is no event is skipped. A log
-    that does not exist yet has no events.
+    A last line without a line end is left for the next call; a line that is no event is skipped. A missing log
+    has no events.
     """
     found, end = read_lines(path, offset)
     return [event for event in found if isinstance(event, Event)], end
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[Event | Damage], int]:
-    """Return what `read_events` does, with the lines that are no event in their places."""
+    """Return the lines as `read_events` does, with a Damage for each line that is no event."""
     try:
         with _opened(path) as file:
             file.seek(offset)
@@ -231,13 +231,13 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[Event | Damage], int]:
         return [], offset
     whole = chunk.rfind(b"\n") + 1
     if not whole:
-        # No event is this long: whatever it is, step over it. A shorter rest is a line being written.
+        # No event is as long as the chunk: skip it. A shorter rest is a line that is being written.
         return [], offset + (len(chunk) if len(chunk) == _CHUNK_BYTES else 0)
     return list(_parse(chunk[:whole].splitlines(keepends=True), offset)), offset + whole
 
 
 def console_text(path: Path, run: str, end: int) -> str:
-    """Return all lines of a run's console that stand in the log before byte `end`."""
+    """Return all lines of a run's console before byte `end` of the log."""
     lines: list[str] = []
     offset = 0
     while offset < end:
@@ -254,7 +254,7 @@ def console_text(path: Path, run: str, end: int) -> str:
 
 
 def metric_values(event: Event) -> dict[str, float]:
-    """Return the values of a `metrics` or `model` event as floats, NaN and infinities included."""
+    """Return the values of a `metrics` or `model` event as floats, including NaN and infinity."""
     return {str(name): float(value) for name, value in event.fields["values"].items()}
 
 
@@ -273,7 +273,7 @@ def _parse(lines: Iterable[bytes], offset: int) -> Iterable[Event | Damage]:
 
 
 def _event(line: bytes, end: int) -> Event | None:
-    """Return the event in a line; None for one of another version. Raises what `_parse` catches for anything else."""
+    """Return the event in a line; None for another version. For any other line raises what `_parse` catches."""
     record = parse_json(line)
     name = record.pop("event")
     record = {**_DEFAULTS.get(name, {}), **record}
@@ -313,7 +313,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_figures(value: Any) -> bool:
-    """Return whether it maps names to numbers; NaN and infinities are written as texts."""
+    """Return whether `value` maps names to numbers; NaN and infinity are strings."""
     return _is_mapping(value) and all(_is_number(item) or item in _NOT_FINITE for item in value.values())
 
 
@@ -331,11 +331,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "status": lambda value: value in STATUSES,
 }
-"""What each field holds: whoever may write a run's folder may write anything into its log."""
+"""The check of each field: anyone who may write to a run's folder may write anything into its log."""
 
 
 def _plain(value: Any, redacted: Callable[[str], str]) -> Any:
-    """Return `value` as JSON can hold it, its text as anyone may read it; raises TypeError for what is not plain."""
+    """Return `value` as JSON can hold it, with its strings redacted; raises TypeError for a value that is not plain."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -373,7 +373,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def last_event(path: Path) -> Event | None:
-    """Return the last whole event of a log, or None; reads the tail only."""
+    """Return the last complete event of a log, or None; reads only the last part of the log."""
     try:
         with _opened(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -382,7 +382,7 @@ def last_event(path: Path) -> Event | None:
             lines = file.read().splitlines(keepends=True)
     except FileNotFoundError:
         return None
-    for line in reversed(lines):  # a bridge asks twice a second: no more is parsed than the last one
+    for line in reversed(lines):  # a bridge calls this twice a second: only the last event is parsed
         size -= len(line)
         for event in _parse([line] if line.endswith(b"\n") else [], size):
             if isinstance(event, Event):
@@ -391,9 +391,9 @@ def last_event(path: Path) -> Event | None:
 
 
 def last_status(path: Path, run: str) -> str | None:
-    """Return how the newest session of `run` in a log ended; an empty text while it has not, None without a log.
+    """Return how the newest session of `run` in a log ended; an empty string if it has not ended, None without a log.
 
-    Reads all of the log.
+    Reads the whole log.
     """
     status: str | None = None
     offset = 0
@@ -408,7 +408,7 @@ def last_status(path: Path, run: str) -> str | None:
 
 
 def tells_metrics(path: Path, run: str, step: int) -> bool:
-    """Return whether a log holds the metrics of a run at this step. Reads all of the log."""
+    """Return whether a log holds the metrics of a run at this step. Reads the whole log."""
     offset = 0
     while True:
         events, after = read_events(path, offset)

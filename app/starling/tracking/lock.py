@@ -13,10 +13,10 @@ from starling.core.lock import POLL_S, held, try_flock, wait_for
 
 @contextmanager
 def exclusive(path: Path, timeout_s: float, *, poll_s: float = POLL_S) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; the kernel lets go of a dead holder's.
+    """Hold the lock file `path` inside the block; the kernel releases the lock of a dead holder.
 
-    Raises TimeoutError when another process still holds it after `timeout_s` seconds (a frozen one may for
-    ever), and OSError when the file cannot be made.
+    Raises TimeoutError if another process still holds the lock after `timeout_s` seconds (a frozen one may hold it for
+    ever), and OSError if the file cannot be created.
     """
     make_folder(path.parent)
 

@@ -1,4 +1,4 @@
-"""The trainer's side of the bridges: start them, look at them once an epoch, give them time to drain at the end."""
+"""The trainer's control of the bridges: start them, check them once per epoch, give them time to drain at the end."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 RESTARTS = 3
 DRAIN_S, STOPPED_DRAIN_S = 20.0, 5.0
-"""Seconds that trackers are waited for at the end of a training, and of one that was asked to stop."""
+"""Maximum seconds of waiting for trackers at the end of a training, and at the end of a training that was stopped."""
 BUSY_S = 300.0
 
 
 class BridgeHandle:
-    """A running bridge to one tracker. Nothing here waits for it, except `finish`, whose time is bounded."""
+    """A running bridge to one tracker. Only `finish` waits for the bridge, for a bounded time."""
 
     def __init__(self, log: EventLog, command: list[str], tracker: str = "mlflow") -> None:
         self.tracker = tracker
@@ -39,7 +39,7 @@ class BridgeHandle:
         self.process = self._spawn()
 
     def check(self) -> None:
-        """Start the bridge again if it was killed, and warn once if it is held up; call it once an epoch."""
+        """Restart the bridge if it was killed, and warn once if it is held up; call this method once per epoch."""
         status = self.process.poll()
         if status is not None and status < 0 and self._restarts < RESTARTS:
             self._restarts += 1
@@ -51,8 +51,8 @@ class BridgeHandle:
     def finish(self, timeout_s: float, *, patient: bool) -> bool:
         """Wait until the closed log is delivered, for `timeout_s` seconds at most.
 
-        Returns whether it is. If not, a warning names the remedy, and a bridge that still works at it is left
-        to go on. With `patient`, one that is registering a model is given `BUSY_S` more: a large one takes its time.
+        Return whether it is delivered. If not, a warning names the remedy, and a bridge that is still at work
+        continues. With `patient`, a bridge that is registering a model, which may be large, gets `BUSY_S` more seconds.
         """
         status = self._wait(timeout_s)
         if status is None and patient and self._cursor().busy:
@@ -69,7 +69,7 @@ class BridgeHandle:
 
     @property
     def _output(self) -> Path:
-        """What the bridge prints: `bridge.log` of the first tracker, `bridge.NAME.log` of others."""
+        """The file with the bridge's output: `bridge.log` for MLflow, `bridge.NAME.log` for other trackers."""
         name = "bridge.log" if self.tracker == "mlflow" else f"bridge.{self.tracker}.log"
         return self._log.path.with_name(name)
 
@@ -83,12 +83,12 @@ class BridgeHandle:
                 stdout=output,
                 stderr=output,
                 env=environment,
-                # Its own session: a signal to the trainer's group must not cut the drain short.
+                # A separate session: a signal to the trainer's process group must not end the drain.
                 start_new_session=True,
             )
 
     def _cursor(self) -> Cursor:
-        """Return what the bridge's cursor file says; an empty one where there is none yet, or it is damaged."""
+        """Return the content of the bridge's cursor file; an empty cursor for a missing or damaged file."""
         return Cursor.look(self._log.path, self.tracker)
 
     def _warn_once(self, problem: str) -> None:
@@ -101,19 +101,19 @@ class BridgeHandle:
 
 
 class Bridges:
-    """The bridges of one log, to each tracker that is on. There may be none."""
+    """The bridges of one log, one for each enabled tracker; there may be none."""
 
     def __init__(self, log: EventLog, handles: Sequence[BridgeHandle]) -> None:
         self._log = log
         self.handles = tuple(handles)
 
     def check(self) -> None:
-        """Look after each; call it once an epoch."""
+        """Check each bridge; call this method once per epoch."""
         for handle in self.handles:
             handle.check()
 
     def finish(self, timeout_s: float = DRAIN_S) -> bool:
-        """Close the log and give the bridges `timeout_s` seconds together; return whether all have delivered it."""
+        """Close the log and give all bridges together `timeout_s` seconds; return whether all have delivered it."""
         self.check()
         self._log.append("log_end")
         deadline = time.monotonic() + timeout_s
@@ -127,8 +127,8 @@ class Bridges:
 def start_bridges(log: EventLog) -> Bridges:
     """Start a bridge for `log` to each tracker that is on, and return at once.
 
-    `starling settings mlflow=False` turns one off. What cannot be started is a warning, never a reason not to
-    train. Raises ConfigError for a damaged settings file.
+    `starling settings mlflow=False` disables a tracker. A bridge that cannot be started costs a warning and never stops
+    the training. Raises ConfigError for a damaged settings file.
     """
     started = [start_bridge(log, kind) for kind in wanted_trackers()]
     return Bridges(log, [handle for handle in started if handle is not None])
@@ -137,7 +137,7 @@ def start_bridges(log: EventLog) -> Bridges:
 def start_bridge(
     log: EventLog, kind: TrackerKind, *, command: list[str] | None = None
 ) -> BridgeHandle | None:
-    """Start the bridge to one tracker; None, after a warning, where it cannot be.
+    """Start the bridge to one tracker; print a warning and return None if it cannot be started.
 
     `command` replaces the bridge's command line.
     """
@@ -151,7 +151,7 @@ def start_bridge(
     default += ["--tracker", kind.name, "--parent", str(trainer), "--top", str(top_of(log.path)[0])]
     try:
         make_folder(log.path.parent)
-        # A resumed run's log ends with the `log_end` of the session before.
+        # The log of a resumed run ends with the `log_end` of the session before.
         state = state_of(log.path)
         size = 0 if state is None else state.st_size
         return BridgeHandle(log, command or [*default, "--opened-at", str(size)], kind.name)

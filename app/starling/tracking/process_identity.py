@@ -1,4 +1,4 @@
-"""Tell a process from a later one that was given the same id."""
+"""Distinguish a process from a later process with the same id."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from starling.core.process import stat_of
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process: its id, and when it started (clock ticks since the machine booted, as the kernel says)."""
+    """A process: its id, and its start time (clock ticks since the machine booted, from the kernel)."""
 
     pid: int
     start: str
 
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity:
-        """Return the identity of a living process; raises ProcessLookupError."""
+        """Return the identity of a running process; raises ProcessLookupError."""
         start = _start_of(pid)
         if start is None:
             raise ProcessLookupError(f"no process {pid}")
@@ -33,7 +33,7 @@ class ProcessIdentity:
         return f"{self.pid}:{self.start}"
 
     def is_alive(self) -> bool:
-        """Return whether this very process still runs; one that only waits to be reaped does not."""
+        """Return whether this process (not a later one with its id) still runs; a zombie process does not."""
         return _start_of(self.pid) == self.start
 
 

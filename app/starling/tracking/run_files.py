@@ -1,4 +1,4 @@
-"""Event logs below a folder: what of them is sent, and a run as one file to hand on."""
+"""Event logs below a folder: how much of them is sent; and a run as one zip file."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from starling.tracking.events import read_events
 
 LOG_NAME = "events.jsonl"
 _OWN = {".lock", ".cursor"}
-"""Files of the bridges, which mean nothing elsewhere."""
+"""Suffixes of the bridges' own files, which are useless elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """How far one log is delivered to one tracker."""
+    """How much of one log is delivered to one tracker."""
 
     log: str
     tracker: str
     sent: int
-    """Events that the tracker has taken."""
+    """Number of events that the tracker has accepted."""
     pending: int
-    """Events that it has not."""
+    """Number of events that are not sent yet."""
     left_out: int
-    """Events that it refuses."""
+    """Number of events that the tracker has refused."""
     dropped: int
-    """Samples of the machine given up while it was away."""
+    """Number of samples of the machine that were dropped while the tracker was unreachable."""
     problem: str
-    """Why delivery is held up; empty when it is not."""
+    """Why delivery is held up; empty if it is not."""
 
 
 def find_logs(directory: Path) -> list[Path]:
-    """Return the event logs below a folder, oldest first; links are not followed. Raises UsageError for none."""
+    """Return the event logs below a folder, oldest first; follow no links. Raises UsageError if there is none."""
     logs = sorted(_event_logs(directory), key=lambda log: log.stat().st_mtime)
     if not logs:
         raise UsageError(f"{directory}: holds no {LOG_NAME}; name a run directory or a folder of them")
@@ -48,7 +48,7 @@ def find_logs(directory: Path) -> list[Path]:
 
 
 def pending(log: Path, trackers: Sequence[str]) -> list[Pending]:
-    """Return how far a log is delivered: to the trackers that have a cursor in it, and to those named."""
+    """Return how much of a log is delivered: to each tracker with a cursor beside it, and to each of `trackers`."""
     found = [path.suffixes[-2].lstrip(".") for path in sorted(log.parent.glob(f"{log.stem}.*.cursor"))]
     return [_pending(log, name) for name in dict.fromkeys([*found, *trackers])]
 
@@ -67,7 +67,7 @@ def _pending(log: Path, tracker: str) -> Pending:
 
 
 def _count(log: Path, offset: int) -> int:
-    """Return the number of events from a byte on, the log's own end not counted."""
+    """Return the number of events from byte `offset` on, without `log_end`."""
     count = 0
     while True:
         events, after = read_events(log, offset)
@@ -78,9 +78,9 @@ def _count(log: Path, offset: int) -> int:
 
 
 def export(directory: Path, target: Path, *, force: bool = False) -> int:
-    """Write all files of a run directory into a zip at `target`, whole or not at all; return their number.
+    """Write all files of a run directory into a zip at `target`, atomically; return their number.
 
-    Raises UsageError for a folder without an event log, for a target that is there or lies within the folder.
+    Raises UsageError for a folder without an event log, and for a target that exists or lies inside the folder.
     """
     find_logs(directory)
     if target.exists() and not force:
@@ -92,7 +92,7 @@ def export(directory: Path, target: Path, *, force: bool = False) -> int:
     def write(out: object) -> None:
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:  # type: ignore[call-overload]
             for path in files:
-                stored = path.suffix in {".pt", ".onnx", ".jpg", ".png"}  # compressed as they are
+                stored = path.suffix in {".pt", ".onnx", ".jpg", ".png"}  # already compressed
                 kind = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
                 archive.write(
                     path, printable(Path(real_path(directory).name) / path.relative_to(directory)), kind
@@ -103,7 +103,7 @@ def export(directory: Path, target: Path, *, force: bool = False) -> int:
 
 
 def _run_files(directory: Path) -> Iterator[Path]:
-    """Yield what belongs to the run: no links, no half-written files, none of the bridges' own."""
+    """Yield the files of the run: no links, no temporary files, no files of the bridges."""
     for folder, _, names in os.walk(directory):
         for name in names:
             path = Path(folder) / name
@@ -115,6 +115,6 @@ def _run_files(directory: Path) -> Iterator[Path]:
 def _event_logs(directory: Path) -> Iterator[Path]:
     for folder, _, files in os.walk(directory):
         log = Path(folder) / LOG_NAME
-        # Not a pipe, which nobody may ever write, nor a link.
+        # Neither a pipe, which would block the reader, nor a link.
         if LOG_NAME in files and stat.S_ISREG(log.lstat().st_mode):
             yield log

@@ -1,4 +1,4 @@
-"""Samples of the machine that a trainer runs on. They are taken in the bridge, never in the trainer."""
+"""Samples of the machine that a trainer runs on; the bridge takes them, never the trainer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Sample = dict[str, float]
 
 
 class SystemSampler:
-    """Read processor, memory, network and GPUs; the names are those that MLflow's own page groups as system metrics.
+    """Read processor, memory, network and GPUs, under the names that MLflow's page groups as system metrics.
 
-    `trainer` is the process whose own share is told apart. What cannot be read is left out.
+    The load of the process `trainer` is sampled separately. Unreadable values are left out.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SystemSampler:
 
         self._every_s, self._clock = every_s, clock
         self._due = clock() + min(every_s, 1.0)
-        # Loads are told since the call before: the first sample is of the time from here.
+        # psutil reports loads since its last call: the first sample covers the time from here on.
         psutil.cpu_percent()
         self._trainer: Any = None
         if trainer is not None:
@@ -70,7 +70,7 @@ class SystemSampler:
         }
 
     def _own(self) -> Sample:
-        """Return what the trainer itself takes: of one core's time, and of memory."""
+        """Return the trainer's own load: percent of one core, and memory."""
         import psutil
 
         if self._trainer is None:
@@ -83,7 +83,7 @@ class SystemSampler:
         return {}
 
     def _found_gpus(self) -> dict[int, Any]:
-        """Return NVML's handles by number: in a container, of the GPUs that it was given. A lost one has none."""
+        """Return NVML's handles by number: in a container, of its GPUs. A lost GPU has no handle."""
         if self._gpus is None:
             self._gpus = {}
             with contextlib.suppress(Exception):  # no driver, no library, a driver of another version
@@ -97,7 +97,7 @@ class SystemSampler:
 
 
 def _gpu(index: int, handle: Any) -> Sample:
-    """Return one GPU's load, memory, power and heat, as far as it tells them."""
+    """Return one GPU's load, memory, power and temperature, as far as they are readable."""
     import pynvml
 
     values: Sample = {}

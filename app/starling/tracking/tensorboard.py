@@ -1,6 +1,6 @@
 """TensorBoard as a tracker: an `events.out.tfevents` file in each run directory, for `tensorboard --logdir runs`.
 
-TensorBoard's own writer, without TensorFlow; its import costs 0.3 s of CPU and 40 MB, in the bridge only.
+It uses TensorBoard's record format without TensorFlow; the import costs 0.3 s of CPU and 40 MB, only in the bridge.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _PARAMS = "params"
 
 
 class TensorBoardTracker:
-    """Write event files; see the `Tracker` protocol. A run's id is its directory.
+    """Write event files; see the `Tracker` protocol. The id of a run is its directory.
 
-    What the files hold already is read first, so what is told twice stands there once.
+    Existing files of a run are read first, so that an event that is sent twice is written once.
     """
 
     name = "tensorboard"
@@ -43,14 +43,14 @@ class TensorBoardTracker:
     def __init__(self) -> None:
         self._writers: dict[str, _EventFile] = {}
         self._steps: dict[tuple[str, str], int] = {}
-        """Run and series -> highest step in its files."""
+        """(Run, series) -> highest step in the run's files."""
 
     def destination(self, log_dir: Path) -> str:
-        """Name the folder: seen from elsewhere, events go through the files that are there once more."""
+        """Name the folder: from another path, all events are sent again, and compared with the existing files."""
         return f"files:{real_path(log_dir)}"
 
     def start_run(self, run: Run) -> str:
-        """Open the run's file, and write the parameters into it."""
+        """Open the run's file, and write the parameters."""
         run_id = str(run.directory)
         params = "\n".join(
             f"| {key} | {without_credentials(str(value))} |" for key, value in run.params.items()
@@ -66,30 +66,30 @@ class TensorBoardTracker:
         self._flush()
 
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
-        """Write nothing: TensorBoard knows no datasets."""
+        """Write nothing: TensorBoard has no datasets."""
 
     def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Write the image's file as it is."""
+        """Write the image's file unchanged."""
         content, height, width = _image(path)
         image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": content}
         self._add(run_id, name, step, time, {"image": image})
         self._flush()
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
-        """Write nothing: the file lies beside the event file."""
+        """Write nothing: the file is already beside the event file."""
 
     def log_model(self, run_id: str, model: ModelFile) -> None:
-        """Write nothing: the weights lie beside the event file."""
+        """Write nothing: the weights are already beside the event file."""
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
-        """Write nothing: TensorBoard shows figures and images."""
+        """Write nothing: TensorBoard shows only figures and images."""
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Write scalars by second."""
+        """Write scalars, with seconds as steps."""
         self.log_metrics(run_id, values, step=step, time=time)
 
     def flush(self, *, last: bool = False) -> None:
-        """Do nothing: each call has written what it was given."""
+        """Do nothing: each call has already written its data."""
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
         """Close the run's file."""
@@ -136,14 +136,14 @@ class TensorBoardTracker:
 
 
 class _EventFile:
-    """A new event file of a run, in TensorBoard's own records. Its own writer opens files by path, through links."""
+    """A new event file of a run, in TensorBoard's format; TensorBoard's own writer would follow links."""
 
     def __init__(self, folder: Path) -> None:
         """Create the file. Raises OSError."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # TensorBoard reads the files of a run in the order of their names, and two may begin within a second.
+        # TensorBoard reads the files of a run in the order of their names, and two files may begin within a second.
         seconds, rest = divmod(now_ns := time_module.time_ns(), 10**9)
         name = PATTERN.replace(
             "*", f"{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
@@ -158,7 +158,7 @@ class _EventFile:
         self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Hand to the disk what was added. Raises OSError."""
+        """Write buffered events to disk. Raises OSError."""
         self._records.flush()
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class _EventFile:
 
 
 def _steps_in(folder: Path) -> dict[str, int]:
-    """Return the highest step of each series in a run's event files; a torn end of a file is passed over."""
+    """Return the highest step of each series in a run's event files; a partial last record is skipped."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -180,7 +180,7 @@ def _steps_in(folder: Path) -> dict[str, int]:
             try:
                 event = Event.FromString(record)
             except DecodeError:
-                continue  # its sum is right, and yet it is no event: somebody else's bytes
+                continue  # the checksum is right, but the record is no event: other software wrote it
             for value in event.summary.value:
                 steps[value.tag] = max(event.step, steps.get(value.tag, -1))
     return steps
@@ -198,7 +198,7 @@ def _text(markdown: str) -> dict[str, Any]:
 
 
 def _image(path: Path) -> tuple[bytes, int, int]:
-    """Return the bytes of an image's file, its height and its width."""
+    """Return the content of an image file, its height and its width."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""The one protocol a tracker implements, and the two ways in which it may fail."""
+"""The protocol that every tracker implements, and its two errors."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from starling.core.errors import StarlingError
 
 
 class TrackerUnavailableError(StarlingError):
-    """The tracker cannot be reached or is out of order: the event is kept and sent again later."""
+    """The tracker is unreachable or does not work: the event is kept and sent again later."""
 
 
 class TrackerRejectedError(StarlingError):
-    """The tracker will never take this event: it is counted and left out."""
+    """The tracker will never accept this event: the event is counted and left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run as its `run_start` event describes it."""
+    """A run, as described by its `run_start` event."""
 
     uuid: str
-    """Ours, kept in the checkpoints: a run that is resumed or sent twice is found by it."""
+    """The run's own id, kept in checkpoints: it identifies a run that is resumed or sent twice."""
     name: str
     project: str
     time: float
     """Seconds since the epoch."""
     directory: Path = Path()
-    """The run directory, where its files are."""
+    """The run directory with the run's files."""
     parent_uuid: str | None = None
     parent_name: str = ""
     params: Mapping[str, Any]
@@ -38,15 +38,15 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetInput:
-    """A dataset that a run reads, as its `dataset` event describes it."""
+    """A dataset that a run reads, as described by its `dataset` event."""
 
     role: str
     """train or val."""
     name: str
     digest: str
-    """Of its images and labels."""
+    """Digest of its images and labels."""
     source: str
-    """Where it was read from: a path or a URL."""
+    """Path or URL that the dataset was read from."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Counts: images, objects."""
     classes: tuple[str, ...] = ()
@@ -54,32 +54,32 @@ class DatasetInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFile:
-    """Weights that a run offers as a model, as its `model` event describes them."""
+    """Weights that a run offers as a model, as described by its `model` event."""
 
     path: Path
     name: str
-    """best, last, or epochN of `--save-period`."""
+    """best, last, or epochN for `--save-period`."""
     step: int
-    """The epoch they come from."""
+    """The epoch of the weights."""
     values: Mapping[str, float] = field(default_factory=dict)
-    """What they reached, by metric name."""
+    """Metrics of the weights, by name."""
 
 
 class Tracker(Protocol):
-    """Where runs are shown. Each call may be repeated: the second one changes nothing.
+    """A destination for runs. Each call may be repeated: the second call changes nothing.
 
     Every method but `destination` and `close` raises TrackerUnavailableError or TrackerRejectedError, and waits
-    for seconds at most. A tracker has a bridge process of its own, and its methods are called by one thread.
+    for seconds at most. Each tracker has its own bridge process, and one thread calls its methods.
     """
 
     name: str
 
     def destination(self, log_dir: Path) -> str:
-        """Name the place events go to, without secrets; another place has a cursor of its own."""
+        """Name the destination of events, without secrets; each destination has its own cursor."""
         ...
 
     def start_run(self, run: Run) -> str:
-        """Find the run by its UUID, or create it (and its parent); return the tracker's own id of it."""
+        """Find the run by its UUID, or create the run and its parent; return the tracker's id of the run."""
         ...
 
     def log_metrics(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
@@ -91,30 +91,30 @@ class Tracker(Protocol):
         ...
 
     def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show the image `path` as the series `name` at a step: those of other steps stay."""
+        """Show the image `path` in the series `name` at a step; images of other steps stay."""
         ...
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
-        """Store the file `path` under `folder` ('' is the top), replacing one of the same name.
+        """Store the file `path` under `folder` ('' is the top), replacing a file of the same name.
 
-        `kind` is what the event says it is: config, table, plot, report, weights, diff.
+        `kind` is the kind in the event: config, table, plot, report, weights, diff.
         """
         ...
 
     def log_model(self, run_id: str, model: ModelFile) -> None:
-        """Offer weights as a model of the run; they are an artifact besides, of an event of its own."""
+        """Offer weights as a model of the run; a separate event sends them as an artifact too."""
         ...
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
-        """Show a line of the console. A tracker that can only replace takes all of it, `so_far()`, in `flush`."""
+        """Show a line of the console. A tracker that can only replace text sends all of it, `so_far()`, in `flush`."""
         ...
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record a sample of the machine; `step` is the seconds since the run began."""
+        """Record a sample of the machine; `step` is the number of seconds since the start of the run."""
         ...
 
     def flush(self, *, last: bool = False) -> None:
-        """Send what was put off, if it is time; `last`: in any case. Called after each look at the log."""
+        """Send postponed data if it is due; with `last`, in any case. Called after each look at the log."""
         ...
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
@@ -122,5 +122,5 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...

@@ -1,4 +1,4 @@
-"""Which trackers there are, which of them are on, and how to open one. A tracker's library is imported by opening it."""
+"""The trackers by name: which are enabled, and how to open one. Only opening a tracker imports its library."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from starling.tracking.tracker import Tracker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerKind:
-    """One tracker: its name, the package it needs, when it is wanted, how it is opened."""
+    """One tracker: its name, the package it needs, whether it is enabled, how it is opened."""
 
     name: str
     package: str
     is_wanted: Callable[[Settings, Mapping[str, str]], bool]
     open: Callable[[Path, Mapping[str, str]], Tracker]
-    """Takes the runs folder and the environment."""
+    """Takes the runs folder and the environment; returns the open tracker."""
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package is there; nothing is imported for that."""
+        """Whether the tracker's package is installed; checked without importing it."""
         return importlib.util.find_spec(self.package) is not None
 
 
@@ -71,10 +71,10 @@ TRACKERS = {
         ),
     )
 }
-"""By name, which is also the name of its cursor file."""
+"""The trackers by name; the names of cursor files contain the same names."""
 
 
 def wanted_trackers(environment: Mapping[str, str] = os.environ) -> list[TrackerKind]:
-    """Return the trackers that are on. Raises ConfigError for a damaged settings file."""
+    """Return the enabled trackers. Raises ConfigError for a damaged settings file."""
     chosen = settings.read()
     return [kind for kind in TRACKERS.values() if kind.is_wanted(chosen, environment)]

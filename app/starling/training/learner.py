@@ -1,6 +1,6 @@
-"""Run a batch forward and backward, in parts whose gradients add up where the batch does not fit into memory.
+"""Run a batch forward and backward, in parts if the whole batch does not fit into memory: gradients of parts add up.
 
-A loss or weights that are not finite are noticed without reading the device in every iteration.
+`LossWatch` and `is_finite` notice a loss or a weight that is not finite, without reading the device in every iteration.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """What one iteration does up to the gradients."""
+    """Compute the loss and the gradients of one iteration."""
 
     parts: int
-    """Parts that a batch goes through in; above 1 after memory ran out."""
+    """Number of parts that each batch is split into; above 1 after an out-of-memory error."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Learner:
         *,
         back_off: bool,
     ) -> None:
-        """`forward` takes images [B,3,H,W]; `back_off` allows parts, which several processes cannot take."""
+        """`forward` takes images [B,3,H,W]; `back_off` allows smaller parts, but only in training with one process."""
         self._forward, self._loss, self._optimizer = forward, loss, optimizer
         self._compute, self._group = compute, group
         self._back_off = back_off and group.world_size == 1
@@ -50,7 +50,7 @@ class Learner:
     def learn(self, batch: Batch) -> Tensor:
         """Add the batch's gradients, and return its [3] box, objectness and class losses, detached.
 
-        Raises what torch raises where memory runs out even for a single image, or parts are not allowed.
+        Raises torch's out-of-memory error if a single image does not fit into memory, or if parts are not allowed.
         """
         losses = self._try(batch)
         while losses is None:
@@ -58,7 +58,7 @@ class Learner:
         return losses
 
     def _try(self, batch: Batch) -> Tensor | None:
-        """Return the losses; None where the batch must be tried in smaller parts."""
+        """Return the losses; None if memory ran out, and the batch must be tried again in smaller parts."""
         losses = torch.zeros(3, device=self._compute.device)
         try:
             for part in split(batch, self.parts) if self.parts > 1 else (batch,):
@@ -68,7 +68,7 @@ class Learner:
                 if not self._compute.on_cpu:
                     targets = filled_up(targets)
                 total, part_losses = self._loss(predictions, targets, self._group.share(part))
-                # Several processes average their gradients, which have to add up.
+                # Several processes average their gradients, but the sum is needed: therefore times world_size.
                 (total * (part.loss_scale * self._group.world_size)).backward()
                 losses += part_losses * (len(part.indices) / len(batch.indices))
         except (RuntimeError, MemoryError) as error:
@@ -76,7 +76,7 @@ class Learner:
                 raise
         else:
             return losses
-        # Outside the handler, whose traceback would keep the tensors that are to go.
+        # Outside the except block: inside it, the traceback would keep the tensors in memory.
         self.parts *= 2
         self._optimizer.zero_grad(set_to_none=True)
         if not self._compute.on_cpu:
@@ -89,7 +89,7 @@ class Learner:
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Yield the batch in at most `parts` parts of near equal size, targets numbered anew in each."""
+    """Yield the batch in at most `parts` parts of near equal size; targets count images from 0 in each part."""
     size = math.ceil(len(batch.indices) / parts)
     for first in range(0, len(batch.indices), size):
         rows = (batch.targets[:, 0] >= first) & (batch.targets[:, 0] < first + size)
@@ -111,17 +111,17 @@ class LossWatch:
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
 
     def look(self, total: Tensor, position: int) -> None:
-        """Look at one iteration's loss; queues work on the device and does not wait for it."""
+        """Check the loss of one iteration; queue the check on the device without waiting for the result."""
         fresh = ~torch.isfinite(total.detach()) & (self._first < 0)
         self._first.masked_fill_(fresh, position)
 
     def first_bad(self) -> int | None:
-        """Return the first bad iteration's position, None if there was none; waits for the device."""
+        """Return the position of the first bad iteration; None if all were finite. Waits for the device."""
         position = int(self._first)
         return None if position < 0 else position
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget the bad iteration."""
         self._first.fill_(-1)
 
 

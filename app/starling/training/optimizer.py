@@ -16,20 +16,20 @@ from starling.config.hyp import Hyp
 Model = TypeVar("Model", bound=nn.Module)
 
 NOMINAL_BATCH = 64
-"""The batch that learning rate and weight decay are meant for; smaller ones are accumulated up to it."""
+"""The batch size that learning rate and weight decay are meant for; smaller batches are accumulated up to it."""
 BIASES, DECAYED, NORMS = range(3)
 """Indices of the parameter groups, in the order of results.csv's x/lr0, x/lr1, x/lr2."""
 
 
 def accumulation(batch_size: int) -> int:
-    """Return how many iterations make one step, so that a step sees about the nominal batch."""
+    """Return how many iterations make one step, so that a step sees about `NOMINAL_BATCH` images."""
     return max(round(NOMINAL_BATCH / batch_size), 1)
 
 
 def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> torch.optim.Optimizer:
     """Return the optimizer over biases, weights with decay, and norms.
 
-    The decay is scaled by the images that a step really sees, over the nominal batch.
+    The weight decay is multiplied by (images that a step sees) / `NOMINAL_BATCH`.
     """
     groups: list[list[nn.Parameter]] = [[], [], []]
     for key, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> t
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rates, momentum and accumulation as functions of the position, so there is nothing to restore."""
+    """Learning rates, momentum and accumulation as functions of epoch and iteration: a resume restores none of them."""
 
     hyp: Hyp
     epochs: int
@@ -66,13 +66,13 @@ class Schedule:
         return max(round(self.hyp.warmup_epochs * self.iterations_per_epoch), 100)
 
     def factor(self, epoch: int) -> float:
-        """Return the learning rate of an epoch as a fraction of lr0: linear, or one half cosine, down to lrf."""
+        """Return the learning rate of an epoch as a fraction of lr0: falls to lrf linearly, or as a half cosine."""
         progress = epoch / self.epochs
         rest = (1 + math.cos(math.pi * progress)) / 2 if self.cosine else 1 - progress
         return rest * (1 - self.hyp.lrf) + self.hyp.lrf
 
     def accumulate(self, iteration: int) -> int:
-        """Return how many iterations make one step at this iteration; it ramps up from 1 in the warm-up."""
+        """Return how many iterations make one step at this iteration; the number rises from 1 during the warm-up."""
         if iteration >= self.warmup_iterations:
             return accumulation(self.batch_size)
         ramp = np.interp(iteration, [0, self.warmup_iterations], [1, NOMINAL_BATCH / self.batch_size])
@@ -94,9 +94,9 @@ class Schedule:
 
 
 class ExponentialMovingAverage(Generic[Model]):
-    """A shadow of the model whose weights are the moving average of the model's.
+    """A copy of the model that holds the exponential moving average of the model's weights.
 
-    decay(n) = 0.9999 (1 - e^(-n / 2000)) after n updates, over every floating point state.
+    decay(n) = 0.9999 (1 - e^(-n / 2000)) after n updates, for every floating-point tensor of the state dict.
     """
 
     def __init__(self, model: Model) -> None:

@@ -51,15 +51,15 @@ logger = logging.getLogger(__name__)
 
 GRADIENT_NORM = 10.0
 ROLLBACK_RATE = 0.1
-"""What a rollback multiplies the learning rate by."""
+"""Factor by which a rollback multiplies the learning rate."""
 NOT_VALIDATED = (math.nan,) * 4
 FIRST_FILES = ("opt.yaml", "hyp.yaml", DIFF, *plots.LABELS)
-"""What a run directory holds before the first iteration, for the trackers."""
+"""Files of a run directory that trackers get before the first iteration."""
 TRAINER_STATE = (
     *("names", "model", "ema", "ema_updates", "optimizer", "gradients"),
     *("epoch", "iteration", "last_step", "loss_sum", "rows", "rate_scale", "rollbacks_left", "parts"),
 )
-"""What a resumable checkpoint holds for the trainer."""
+"""Entries of a resumable checkpoint that the trainer reads."""
 
 
 class Diverged(StarlingError):
@@ -68,26 +68,26 @@ class Diverged(StarlingError):
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished training leaves: its rows, and the one with the highest fitness."""
+    """The result of a finished training: the rows of all epochs, and the row with the highest fitness."""
 
     rows: list[EpochRow]
     best: EpochRow
     images: int
-    """Images through forward and backward."""
+    """Number of images that went through forward and backward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Glances:
-    """Validations on the way that only a search looks at; they choose no best weights and stand in no row."""
+    """Validations between epochs for a search only: they do not choose the best weights and add nothing to a row."""
 
     epochs: Container[int]
-    """After how many epochs."""
+    """Numbers of done epochs after which a validation takes place."""
     tell: Callable[[int, float], None]
-    """Takes the epochs done and the fitness; whatever it raises ends the training."""
+    """Takes the number of done epochs and the fitness; an exception that it raises ends the training."""
 
 
 class Trainer:
-    """Train one detector. All that a resume needs is in `state()`; the rest follows from the position."""
+    """Train one detector. `state()` holds all that a resume needs; the rest follows from epoch and iteration."""
 
     def __init__(
         self,
@@ -111,17 +111,17 @@ class Trainer:
     ) -> None:
         """Prepare a fresh training.
 
-        `conditions` returns what a checkpoint is to record of where and on what data it was made.
+        `conditions` returns the conditions that a checkpoint records, see `starling.training.resume.conditions`.
 
-        `rollbacks` is how often a loss that is no number is answered by going back; `back_off` lets a batch that
-        does not fit into memory go through in parts, which several processes cannot: they must stay in step.
+        `rollbacks` is how often training goes back to the last good state after a loss of NaN or infinity; `back_off`
+        allows a batch that does not fit into memory to be split, which several processes cannot: they stay in step.
         """
         self.config, self.hyp, self.data, self.run, self.compute = config, hyp, data, run, compute
         self._reporter, self._stop, self._on_epoch, self._glances = reporter, stop, on_epoch, glances
         self._image_size, self._group = image_size, group
         self._conditions = conditions
         self.notes: list[str] = []
-        """What the resumes of this training said of their exactness."""
+        """Notes of the resumes of this training: what kept each from being bit-equal."""
         if config.sync_bn:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         self.model = detector.to(compute.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -142,7 +142,7 @@ class Trainer:
         self.schedule = Schedule(hyp, config.epochs, len(self.loader), config.batch_size, config.cos_lr)
         self.epoch = 0
         self.iteration = 0
-        """Iterations done of this epoch."""
+        """Number of done iterations of this epoch."""
         self.rows: list[EpochRow] = []
         self._images_in_epoch = 0
         self._last_step = -1
@@ -150,7 +150,7 @@ class Trainer:
         self._watch = LossWatch(compute.device)
         self._rollbacks_left = rollbacks
         self._rate_scale = 1.0
-        """Learning rates are multiplied by it; below 1 after a rollback."""
+        """Factor of all learning rates; below 1 after a rollback."""
         self._beginning: dict[str, Any] | None = None
         self._ahead: Iterator[Batch] | None = None
         """The next epoch's batches, where the loader has begun them."""
@@ -159,8 +159,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train to the last epoch, or until patience runs out.
 
-        Raises Stopped after saving when a signal asks for it, Diverged for a loss that is no number, and
-        whatever `on_epoch` raises.
+        Raises Stopped after a signal, once the checkpoint is saved; Diverged if the loss becomes NaN or infinite; and
+        any exception of `on_epoch`.
         """
         self._begin()
         self._reporter.hook("on_train_start", epoch=self.epoch)
@@ -187,7 +187,7 @@ class Trainer:
         write_yaml(self.run.path / "opt.yaml", self.config.as_dict())
         if not self.config.noplots and self.epoch == 0:
             plots.draw_labels(self.data.train, self.run.path)
-        if self.rows:  # a kill may have come before the row was written, or this folder is another worker's
+        if self.rows:  # results.csv may lack the last row after a kill, or belong to another worker
             write_results(self.run.results_csv, self.rows)
             self._reporter.goes_on_after(self.rows[-1])
         self._reporter.appeared(*(self.run.path / name for name in FIRST_FILES))
@@ -217,15 +217,15 @@ class Trainer:
         self._images_in_epoch = images
 
     def _batches(self) -> Iterator[Batch]:
-        """Return what is left of this epoch, begun during the last validation where that could be."""
+        """Return the remaining batches of this epoch; the last validation may have begun to load them."""
         batches, self._ahead = self._ahead, None
         if batches is None or self.iteration:
             batches = self.loader.epoch(self.epoch, start=self.iteration)
         return batches
 
     def _begin_next(self) -> None:
-        """Let the loader begin the next epoch's first batches, which are ready when the validation is over."""
-        if not self.config.image_weights:  # those are drawn by what the validation says
+        """Let the loader prepare the next epoch's first batches during the validation."""
+        if not self.config.image_weights:  # image weights depend on the result of the validation
             self._ahead = self.loader.epoch(self.epoch + 1)
 
     @property
@@ -235,13 +235,13 @@ class Trainer:
     def _after_step(self) -> None:
         due, signum = self._group.highest(self._saver.due(), self._stop.signum or 0)
         if not (due or signum) or self._has_diverged():
-            return  # what has diverged is never saved; the end of the epoch goes back
+            return  # a diverged state is never saved; the rollback follows at the end of the epoch
         if due:
             self._saver.save_last((self.epoch, self.iteration))
-        self._stop_if_asked()  # now too: a save takes its time
+        self._stop_if_asked()  # again after the save: a signal may have come during the save
 
     def _after_validated(self, images: int) -> None:
-        self._stop_if_asked()  # the resume begins with this validation
+        self._stop_if_asked()  # a resume repeats this validation
 
     def _stop_if_asked(self) -> None:
         (signum,) = self._group.highest(self._stop.signum or 0)
@@ -249,19 +249,19 @@ class Trainer:
             self._stop_here(signum)
 
     def _stop_here(self, signum: int) -> None:
-        """Save, whatever `--nosave` says, and raise Stopped, on all ranks."""
-        if self._saver.saved != (self.epoch, self.iteration):  # the grace is short, one save is enough
+        """Save, even with `--nosave`, and raise Stopped on all ranks."""
+        if self._saver.saved != (self.epoch, self.iteration):  # the grace period is short: one save is enough
             self._saver.save_last((self.epoch, self.iteration))
-        self._group.barrier()  # nobody leaves before it is saved, or torchrun would hurry the one who saves
+        self._group.barrier()  # a rank that left before the save is done would make torchrun kill the saving rank
         raise Stopped(signum)
 
     def _has_diverged(self) -> bool:
-        """Return whether a loss of this epoch, or a weight by now, is no number on any rank."""
+        """Return whether any rank has had a NaN or infinite loss in this epoch, or has such a weight now."""
         (bad,) = self._group.highest(self._watch.first_bad() is not None or not is_finite(self.model))
         return bool(bad)
 
     def _roll_back(self) -> None:
-        """Go back to the last good state at a tenth of the rate; raise Diverged where that was tried before."""
+        """Go back to the last good state with a tenth of the learning rate; raise Diverged if no rollback is left."""
         position = self._watch.first_bad()
         step = self.epoch * len(self.loader) + self.iteration - 1 if position is None else position
         where = f"epoch {self.epoch + 1}, iteration {step}"
@@ -279,7 +279,7 @@ class Trainer:
         )
 
     def _last_good_state(self) -> dict[str, Any]:
-        """Return what `last.pt` of this very run holds, else how the run began."""
+        """Return the state in `last.pt` if it belongs to this run; otherwise the state at the beginning of the run."""
         if self.run.last.is_file():
             state = load_checkpoint(self.run.last)
             if state["run_uuid"] == self._reporter.label.uuid:
@@ -288,14 +288,12 @@ class Trainer:
         return self._beginning
 
     def _iterate(self, batch: Batch, position: int) -> None:
-        """Run one batch forward and backward, and a step where enough of them are accumulated."""
+        """Run one batch forward and backward, and take an optimizer step if enough batches are accumulated."""
         self.schedule.apply(self.optimizer, self.epoch, position, self._rate_scale)
         parts = self._learner.parts
         losses = self._group.sum(self._learner.learn(batch))
         if self._learner.parts != parts:
-            self._last_step = (
-                position - 1
-            )  # what was gathered is gone: the step gathers its nominal batch anew
+            self._last_step = position - 1  # the accumulated gradients are lost: accumulate a whole step anew
         self._watch.look(losses.sum(), position)
         self._loss_sum += losses
         self._group.average(self._statistics)
@@ -311,7 +309,7 @@ class Trainer:
         return box, obj, cls
 
     def _score_epoch(self) -> None:
-        """Validate where asked, record the row, save, and tell."""
+        """Validate if the epoch is to be validated, record the row, save, and report."""
         losses = self._mean_losses()
         self._reporter.hook("on_train_epoch_end")
         last = self.epoch + 1 == self.config.epochs
@@ -366,14 +364,14 @@ class Trainer:
 
     @property
     def best(self) -> EpochRow:
-        """The validated row with the highest fitness, the newest of equals; the last row where none was validated."""
+        """The validated row with the highest fitness, the newest of equal ones; the last row if none was validated."""
         return kept_row(self.rows)
 
     # --- state ------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Any]:
-        """Return what inference and fine-tuning need: the averaged weights in half precision."""
-        # Anchors stay exact: they are a few numbers, and the layout beside them holds the same ones.
+        """Return the checkpoint for inference and fine-tuning: the averaged weights in half precision."""
+        # Anchors keep full precision: they must equal the anchors in the layout.
         half = {
             key: value.half() if value.is_floating_point() and not key.endswith("anchors") else value
             for key, value in self.average.model.state_dict().items()
@@ -381,7 +379,7 @@ class Trainer:
         return {"kind": "weights", "ema": half, **self._description()}
 
     def state(self) -> dict[str, Any]:
-        """Return everything that `restore` needs to go on exactly here."""
+        """Return everything that `restore` needs to go on exactly from here."""
         gradients = {
             key: parameter.grad
             for key, parameter in self.model.named_parameters()
@@ -393,7 +391,7 @@ class Trainer:
             "ema_updates": self.average.updates,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "gradients": gradients,  # of iterations since the last step; an epoch may end between two
+            "gradients": gradients,  # from iterations since the last step; an epoch may end between two steps
             "epoch": self.epoch,
             "iteration": self.iteration,
             "last_step": self._last_step,
@@ -419,7 +417,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
+        """Restore a state that `state()` returned. Raises CheckpointError if it belongs to other data or settings."""
         require(self.run.last, state, TRAINER_STATE)
         if tuple(state["names"]) != self.data.names:
             raise CheckpointError(
@@ -449,7 +447,7 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
-        self._ahead = None  # an early stop has no use for it
+        self._ahead = None  # after an early stop nobody reads the batches
         self._end_saved()
         self._saver.finish()
         if not self.config.noplots:
@@ -463,7 +461,7 @@ class Trainer:
         return TrainResult(self.rows, self.best, len(self.data.train.images) * len(self.rows))
 
     def _end_saved(self) -> None:
-        """See to it that the last epoch is validated and saved, where it ended sooner than was planned."""
+        """Validate and save the last epoch, if the training ended sooner than planned."""
         trained_here = self._saver.began != (self.epoch, self.iteration)
         if not (trained_here or any(row.validated for row in self.rows)):  # a resume has lowered --epochs
             validation = self._validate()
@@ -476,7 +474,7 @@ class Trainer:
             self._saver.save_last((self.epoch, self.iteration))
 
     def _best_model(self) -> Detector:
-        """Return the averaged weights of the best epoch."""
+        """Return the detector with the averaged weights of the best epoch."""
         from starling.model.initial_weights import read_weights
 
         model = self.average.model
@@ -493,18 +491,18 @@ class Trainer:
 
 
 def _running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """Return the means and variances that BatchNorm keeps, which ranks average as they do gradients."""
+    """Return the running means and variances of BatchNorm; ranks average them as they average gradients."""
     kept = ("running_mean", "running_var")
     return [value for name, value in model.named_buffers() if name.endswith(kept)]
 
 
 def _scores(validation: Validation) -> dict[str, Any]:
-    """Return what a validation adds to its epoch's row."""
+    """Return the fields of an EpochRow that a validation fills."""
     m = validation.metrics
     return {"metrics": (m.precision, m.recall, m.map50, m.map5095), "val_losses": validation.losses}
 
 
 def _freeze(model: Detector, layers: tuple[int, ...]) -> None:
-    """Freeze the layers that `--freeze` means."""
+    """Freeze the layers that `--freeze` names."""
     for index in frozen_layers(model, layers):
         model.model[index].requires_grad_(False)

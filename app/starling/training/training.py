@@ -65,15 +65,15 @@ from starling.training.trainer import Diverged, Glances, Trainer, TrainResult
 logger = logging.getLogger(__name__)
 
 SETUP_STATE = ("config", "hyp", "layout", "run_uuid", "epoch", "names", "rows")
-"""What a resumable checkpoint holds for setting the training up again."""
+"""Entries of a resumable checkpoint that the setup of a resume reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSetup:
-    """What a worker sets up once and keeps from training to training."""
+    """The objects that a worker sets up once and uses for all its trainings."""
 
     config: TrainConfig
-    """With the batch size chosen where it was left open."""
+    """The configuration, with the chosen batch size in place of `--batch -1`."""
     start: InitialWeights
     compute: Compute
     image_size: int
@@ -83,12 +83,12 @@ class TrainingSetup:
     group: Group = SINGLE
     """The processes that train one model together."""
     digests: DataDigests | None = None
-    """Of the data's files; None where this process writes no checkpoint."""
+    """Digests of the data files; None if this process writes no checkpoint."""
 
     def conditions(self, config: TrainConfig, wait_s: float | None = None) -> dict[str, Any]:
-        """Return what a checkpoint is to record of where and on what a training runs.
+        """Return the conditions of a training that a checkpoint records; an empty mapping without digests.
 
-        The digests of the data are waited for as `DataDigests.tables` does.
+        `wait_s` is how long to wait for the digests, as in `DataDigests.tables`.
         """
         if self.digests is None:
             return {}
@@ -158,14 +158,14 @@ def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One training as asked for: fresh (no state), or where its checkpoint left off."""
+    """One requested training: a fresh one (`state` is None), or the resume of a checkpoint."""
 
     config: TrainConfig
     hyp: Hyp
     start: InitialWeights
     run_uuid: str
     folder: Path | None
-    """The run to go on in; None for a new one."""
+    """The folder of the run to resume; None for a new run."""
     state: dict[str, Any] | None
     left: Ending = Ending.TRAINING
     moved: bool = False
@@ -173,12 +173,12 @@ class _Job:
 
 
 def train(command: TrainCommand) -> None:
-    """Train once, or go on with an interrupted training: alone, or as one of several processes."""
+    """Train once, or resume an interrupted training: as a single process, or as one of several."""
     place = Rank.from_environment()
     if place is None and (processes := _processes_asked(command)) > 1:
         code = relaunch(command.arguments, processes)
         if code:
-            raise SystemExit(code)  # the processes have said why
+            raise SystemExit(code)  # the processes have printed the reason
         return
     progress = console()
     command = go_on(command, read_hyp)
@@ -203,7 +203,7 @@ def train(command: TrainCommand) -> None:
 
 
 def _processes_asked(command: TrainCommand) -> int:
-    """Return how many processes `--device` asks for; a resume goes on with the devices it had, unless told."""
+    """Return how many processes `--device` asks for; a resume without `--device` uses the run's devices."""
     config = command.config
     if config.resume and "device" not in command.given:
         with quiet():
@@ -234,7 +234,7 @@ def _open_for(job: _Job, group: Group) -> TrainingSetup:
 
 
 def _difference_of_moved(job: _Job, setup: TrainingSetup) -> str:
-    """Return how the data named for a resume differs from that of the checkpoint; an empty text for the same."""
+    """Return how the data of a resume differ from the data of the checkpoint; an empty string for equal data."""
     assert job.state is not None, "there is a checkpoint to resume"
     names = tuple(job.state["names"])
     if names != setup.data.names:
@@ -244,7 +244,7 @@ def _difference_of_moved(job: _Job, setup: TrainingSetup) -> str:
 
 
 def _check_same_state(job: _Job, group: Group) -> None:
-    """Raise CheckpointError where this rank would go on from another state than rank 0."""
+    """Raise CheckpointError if this rank would resume from another state than rank 0."""
     own = (
         None if job.state is None else [str(job.folder), *(job.state[key] for key in ("epoch", "iteration"))]
     )
@@ -266,7 +266,7 @@ def _follow(job: _Job, setup: TrainingSetup) -> None:
 
 
 def _lead(job: _Job, setup: TrainingSetup, progress: Progress, hooks: Mapping[str, Sequence[Hook]]) -> None:
-    """Train as a process alone or as rank 0: with a run folder, trackers and words for people."""
+    """Train as a single process or as rank 0: with a run folder, trackers and lines for people."""
     config = setup.config
     warn_of_idle(config, job.hyp, setup.data)
     run = RunDir(job.folder or _new_run(config))
@@ -309,7 +309,7 @@ def _end_again(job: _Job) -> None:
 
 
 def _sweep(run: RunDir) -> None:
-    """Remove what killed writers left in the folders of a run."""
+    """Remove the temporary files of killed writers from the folders of a run."""
     for name in (".", run.weights.name, plots.BY_EPOCH_FOLDER):
         sweep(folder_below(run.path, name))
 
@@ -368,7 +368,7 @@ def train_in(
     recover: bool = True,
     glances: Glances | None = None,
 ) -> TrainResult:
-    """Train in `run` with what the setup holds, and report how it ended whatever happens."""
+    """Train in `run` with the objects of the setup, and report the end of the run in any case, even after an error."""
     _tell_start(setup, config, hyp, run, reporter)
     try:
         torch.manual_seed(config.seed)  # draws the first weights; the data draws from (seed, epoch, index)
@@ -407,7 +407,7 @@ def train_in(
 
 
 def _tell_start(setup: TrainingSetup, config: TrainConfig, hyp: Hyp, run: RunDir, reporter: Reporter) -> None:
-    """Report what is trained, on which data, by which code."""
+    """Report the start: parameters, datasets and version of the code."""
     if setup.group.is_main:
         keep_changes(run)
     data = setup.data
@@ -433,7 +433,7 @@ def _build_detector(setup: TrainingSetup, hyp: Hyp, state: Mapping[str, Any] | N
 
 
 def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
-    """Draw what finished weights find on the validation split: batches, curves, confusion matrix."""
+    """Validate finished weights and draw the result: validation batches, curves, confusion matrix."""
     trained = read_weights(weights)
     initial = InitialWeights(trained.layout or setup.start.layout, trained)
     with quiet():  # they are not what a training begins with
@@ -444,7 +444,7 @@ def draw_weights(setup: TrainingSetup, weights: Path, folder: Path) -> None:
 
 
 def finish_bridges(bridges: Bridges, stop: StopSignal) -> None:
-    """Let the bridges drain; shortly where a stop was asked for, since a container's grace is short."""
+    """Let the bridges drain; only briefly after a stop signal, because a container's grace period is short."""
     bridges.finish(STOPPED_DRAIN_S if stop.requested else DRAIN_S)
 
 

@@ -1,7 +1,7 @@
-"""Painting a batch of plans on the training device: each output pixel looks up where in which image it is from.
+"""Paint a batch of plans on the training device: each output pixel looks up its source pixel in one of the images.
 
-The images lie in one flat tensor of bytes on the device. Nothing here waits for the device: what depends on the
-plans is known on the CPU, and what depends on pixels is never asked for.
+The images lie in one flat tensor of bytes on the device. No function here waits for the device: values that depend on
+the plans are computed on the CPU, and values that depend on pixels are never read back.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Array = np.ndarray[Any, Any]
 Kernel = Literal["auto", "torch", "triton"]
 
 _COPY_BYTES = 64 << 20
-"""Images are brought to the device in parts of about this size."""
+"""Images are copied to the device in parts of about this size in bytes."""
 _LEVELS = 0.5
-"""Mean difference, of 255, at which two kernels paint the same."""
+"""Maximum mean difference, of 255 levels, at which two kernels count as equal."""
 _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1}
-"""Output pixels, an item at least, that torch's painting works on at once: a processor's cache holds no more."""
+"""Output pixels, but at least one item, that torch paints at once: more would not fit into a processor's cache."""
 
 
 class DevicePainter:
-    """Paints plans from images that lie on one device."""
+    """Paint plans from images that lie on one device."""
 
     kernel: Literal["torch", "triton"]
-    """What paints: torch's own operations, or one fused Triton kernel."""
+    """The implementation in use: torch's own operations, or one fused Triton kernel."""
     reason: str
-    """Why, for the log."""
+    """The reason for the kernel in use, for the log."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class DevicePainter:
         dtype: torch.dtype = torch.uint8,
         kernel: Kernel = "auto",
     ) -> None:
-        """Take the images: RGB of i in rows from byte `offsets[i]` of `pixels` [n] uint8, `shapes_hw[i]` pixels.
+        """Take the images: image i has `shapes_hw[i]` pixels, RGB in rows from byte `offsets[i]` of `pixels` [n] uint8.
 
-        Images come as `dtype`: 0 to 255 in uint8, 0 to 1 in a float one. `auto` takes Triton on a CUDA device where
-        it works (it needs a C compiler at run time) and paints the first image as torch does, else torch.
+        Painted images have the type `dtype`: 0 to 255 in uint8, 0 to 1 in a float. `auto` takes Triton on a CUDA device
+        if Triton works (it needs a C compiler at run time) and paints the first image as torch does; otherwise torch.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 1:
             raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, must be [n] uint8")
@@ -75,7 +75,7 @@ class DevicePainter:
         dtype: torch.dtype = torch.uint8,
         kernel: Kernel = "auto",
     ) -> Self:
-        """Bring all images of a store to the device, which takes as many bytes as they have."""
+        """Copy all images of a store to the device; they take as many bytes there as in the store."""
         shapes_hw = np.asarray(store.shapes_hw)
         offsets = np.concatenate(([0], np.cumsum(shapes_hw.prod(1) * 3)))
         pixels = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=device)
@@ -88,7 +88,7 @@ class DevicePainter:
         return cls(pixels, offsets, shapes_hw, dtype=dtype, kernel=kernel)
 
     def paint(self, plans: Sequence[ItemPlan]) -> Tensor:
-        """Return the images [B,3,H,W], channels last in memory, of plans of one size."""
+        """Return the images [B,3,H,W], channels last in memory, of plans of one output size."""
         return self._paint(plans, self.dtype)
 
     def paint_quads(self, plans: Sequence[QuadPlan]) -> Tensor:
@@ -129,7 +129,7 @@ class DevicePainter:
             return "torch", f"the device is {device_type}"
         try:
             self._try_triton()
-        except Exception as error:  # no package, no compiler, no fitting driver: each raises another kind
+        except Exception as error:  # no package, no compiler, unfit driver: various types
             self._triton = None
             if kernel == "triton":
                 raise
@@ -137,7 +137,7 @@ class DevicePainter:
         return "triton", "asked for" if kernel == "triton" else "it works here"
 
     def _try_triton(self) -> None:
-        """Take the Triton kernel; raises whatever is wrong with it, or that it paints otherwise than torch does."""
+        """Take the Triton kernel; raises the kernel's error, or RuntimeError if Triton and torch paint differently."""
         from starling.data.augment import triton_paint
 
         height, width = self.shapes_hw[0].tolist()
@@ -157,7 +157,7 @@ class DevicePainter:
 
 
 def paint_with_torch(tables: Tables, pixels: Tensor, out: Tensor) -> None:
-    """Paint a batch into `out` [B,H,W,3], uint8 or, divided by 255, a float type, in torch's own operations."""
+    """Paint a batch with torch's own operations into `out` [B,H,W,3]: uint8, or floats that are divided by 255."""
     count, height, width = out.shape[:3]
     at_once = max(_PIXELS_AT_ONCE.get(out.device.type, 1) // (height * width), 1)
     for first in range(0, count, at_once):
@@ -173,7 +173,7 @@ def paint_with_torch(tables: Tables, pixels: Tensor, out: Tensor) -> None:
 
 
 def _paint_layer(tables: Tables, items: slice, layer: int, pixels: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Return [b,H,W,3] float32 whole numbers."""
+    """Return [b,H,W,3] float32 with whole numbers."""
     ints, floats = tables.ints[items, layer], tables.floats[items, layer]
     device = pixels.device
     xs = torch.arange(hw[1], dtype=torch.float32, device=device).view(1, 1, -1)
@@ -203,7 +203,7 @@ def _paint_layer(tables: Tables, items: slice, layer: int, pixels: Tensor, hw: t
 
 
 def _seen(real: Tensor, x: Tensor, y: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
-    """Return x and y in the part, where samples `real` [b,FLOATS,1,1] put output pixels, to be broadcast to [b,h,w]."""
+    """Return x and y in the part for output pixels of samples `real` [b,FLOATS,1,1], to broadcast to [b,h,w]."""
     if not turned:
         return real[:, 0] * x + real[:, 2], real[:, 4] * y + real[:, 5]
     depth = real[:, 6] * x + (real[:, 7] * y + real[:, 8])
@@ -213,13 +213,13 @@ def _seen(real: Tensor, x: Tensor, y: Tensor, turned: bool) -> tuple[Tensor, Ten
 
 
 def _unmasked(masks: Tensor, whole: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return [b,h,w] bool: whether the masks of samples `whole` [b,INTS,1,1] are set, or they have none."""
+    """Return [b,h,w] bool: whether the masks of samples `whole` [b,INTS,1,1] are set; True without a mask."""
     position = whole[:, 8] + y.long() * whole[:, 9] + x.long()
     return (whole[:, 9] == 0) | (masks[position.clamp(0, len(masks) - 1)] != 0)
 
 
 def _gather(ints: Tensor, chosen: Tensor, from_x: Tensor, from_y: Tensor, pixels: Tensor) -> Tensor:
-    """Return [b,H,W,3] float32: pixels interpolated where sample number `chosen` [b,H,W] is seen, grey at -1."""
+    """Return [b,H,W,3] float32: pixels interpolated from the sample number `chosen` [b,H,W], grey at -1."""
     table = ints[:, :, 4:8].gather(1, chosen.clamp(min=0).view(len(ints), -1, 1).expand(-1, -1, 4))
     base, stride, last_x, last_y = table.view(*chosen.shape, 4).unbind(-1)
     left, top = torch.floor(from_x), torch.floor(from_y)
@@ -227,7 +227,7 @@ def _gather(ints: Tensor, chosen: Tensor, from_x: Tensor, from_y: Tensor, pixels
     zero = torch.zeros_like(base)
     columns = [torch.clamp(left.long() + step, zero, last_x) * 3 + base for step in (0, 1)]
     rows = [torch.clamp(top.long() + step, zero, last_y) * stride for step in (0, 1)]
-    triples = pixels.as_strided((len(pixels) - 2, 3), (1, 1))  # the three bytes from each byte on
+    triples = pixels.as_strided((len(pixels) - 2, 3), (1, 1))  # three bytes from each byte on
 
     def pixel(row: Tensor, column: Tensor) -> Tensor:
         return triples.index_select(0, (row + column).view(-1)).view(*chosen.shape, 3).float()
@@ -238,15 +238,15 @@ def _gather(ints: Tensor, chosen: Tensor, from_x: Tensor, from_y: Tensor, pixels
 
 
 def _between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Return what torch.lerp does, by which the CPU is slowed down here."""
+    """Return the result of torch.lerp, which is slower here on the CPU."""
     return start + share * (end - start)
 
 
 def _jitter_colour(image: Tensor, colours: Tensor) -> Tensor:
-    """Return images [b,H,W,3] with hue, saturation and value scaled as `colours` [b,COLOURS] says.
+    """Return images [b,H,W,3] with hue, saturation and value scaled by `colours` [b,COLOURS].
 
-    The steps are those of OpenCV's 8-bit conversions: hue in 180 steps, 12 bits after the point one way, floor on
-    the way back.
+    The steps are those of OpenCV's 8-bit conversions: hue in 180 steps, 12 fractional bits on the way to HSV, rounded
+    down on the way back.
     """
     red, green, blue = image.to(torch.int32).unbind(-1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -266,7 +266,7 @@ def _jitter_colour(image: Tensor, colours: Tensor) -> Tensor:
     h = torch.floor(torch.where(h >= 180, h - 180, h)) * (6 / 180)
     s = torch.floor(torch.clamp(saturation * gains[:, 1], max=255)) * (1 / 255)
     v = torch.floor(torch.clamp(value * gains[:, 2], max=255)) * (1 / 255)
-    # How much of the saturation each channel loses, by the hue in sixths of the circle.
+    # The fraction of the saturation that each channel loses, by the hue in sixths of the circle.
     lost = torch.stack((2 - (h - 3).abs(), (h - 2).abs() - 1, (h - 4).abs() - 1), -1).clamp(0, 1)
     jittered = torch.floor(v.unsqueeze(-1) * (1 - s.unsqueeze(-1) * lost) * 255)
     return torch.where(colours[:, 0].view(-1, 1, 1, 1) > 0, jittered, image)

@@ -1,4 +1,4 @@
-"""The plans of a batch as three padded tables and the masks, in one buffer that is copied to the device at once."""
+"""The plans of a batch as three padded tables and the masks, in one buffer that is copied to the device in one copy."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from starling.data.augment.plan import ItemPlan, Sample
 Array = np.ndarray[Any, Any]
 
 INTS = 11
-"""Columns of the whole numbers of a sample: its frame in output pixels (left, top, right, bottom), first byte of its
-part in the pixels, bytes of a row of the image, last column and row of the part, first byte of its mask, if the
-mask began at the output's corner, bytes of a row of it, 0 for no mask, and whether edges clip it."""
+"""Columns of the integers of a sample: its frame in output pixels (left, top, right, bottom), first byte of its part in
+the pixels, bytes per image row, last column and row of the part, first byte of its mask if the mask began at the
+output's corner, bytes per mask row (0 for no mask), and whether edges clip the sample."""
 FLOATS = 21
-"""Columns of the real numbers of a sample: nine of the matrix from output pixel to part pixel, row by row, then
+"""Columns of the real numbers of a sample: the nine of the matrix from output pixel to part pixel, row by row, then
 (a, b, c) of four edges; an output pixel (x, y) is inside where a·x + b·y + c >= 0 for all of them."""
 COLOURS = 5
-"""Columns of an item: whether colours change, the gains of hue, saturation and value, the first layer's share."""
+"""Columns of an item: whether colours change, the gains of hue, saturation and value, the weight of the first layer."""
 
 _ALIGNMENT = 64
-"""Bytes; Triton compiles a kernel again for pointers that are aligned otherwise."""
+"""Alignment in bytes; Triton would compile a kernel again for pointers with another alignment."""
 _HALF = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
 _HALF_BACK = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Tables:
-    """What a batch shows, on the device; the frames also here."""
+    """The samples of a batch as tables on the device; the frames also on the CPU."""
 
     ints: Tensor
-    """[B,L,S,INTS] int64; samples that an item lacks have an empty frame."""
+    """[B,L,S,INTS] int64; unused sample slots of an item have an empty frame."""
     floats: Tensor
     """[B,L,S,FLOATS] float32."""
     colours: Tensor
     """[B,COLOURS] float32."""
     masks: Tensor
-    """[m] uint8, the masks of pasted objects one after another; one byte at least."""
+    """[m] uint8, the masks of pasted objects one after another; at least one byte."""
     frames: Array
-    """[B,L,S,4] on the CPU, so that what lies outside of all of them need not be looked at."""
+    """[B,L,S,4] on the CPU: pixels outside of all frames are skipped."""
     edged: Array
-    """[S] whether the sample of that number has edges in any item and layer."""
+    """[S] whether the sample with that number has edges in any item and layer."""
     masked: Array
-    """[S] whether it has a mask in any."""
+    """[S] whether the sample with that number has a mask in any item and layer."""
     turned: Array
-    """[S] whether its matrix may do more than scale, mirror and move in any."""
+    """[S] whether the matrix of that sample may do more than scale, mirror and move in any item and layer."""
     coloured: bool
     """Whether any item changes its colours."""
 
 
 def load_tables(plans: Sequence[ItemPlan], offsets: Array, shapes_hw: Array, device: torch.device) -> Tables:
-    """Return the tables of a batch on `device`, copied without waiting for it.
+    """Return the tables of a batch on `device`, without waiting for the copy.
 
-    Image i begins at byte `offsets[i]` of the pixels and has `shapes_hw[i]` of them, three bytes each.
+    Image i begins at byte `offsets[i]` of the pixels and has `shapes_hw[i]` pixels of three bytes each.
     """
     layers = max(len(plan.layers) for plan in plans)
     slots = max(1, *(len(layer) for plan in plans for layer in plan.layers))
@@ -94,7 +94,7 @@ def load_tables(plans: Sequence[ItemPlan], offsets: Array, shapes_hw: Array, dev
 
 
 def _copied(parts: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Return the arrays as tensors on the device, by one copy."""
+    """Return the arrays as tensors on the device, copied in one transfer."""
     starts, end = [], 0
     for part in parts:
         starts.append(end)
@@ -111,7 +111,7 @@ def _copied(parts: Sequence[Array], device: torch.device) -> list[Tensor]:
 
 
 def _whole_numbers(samples: Sequence[Sample], offsets: Array, shapes_hw: Array, masks: list[Array]) -> Array:
-    """Return [n,INTS], and append the masks that the samples need to `masks`."""
+    """Return [n,INTS], and append the masks of the samples to `masks`."""
     images = np.array([sample.image for sample in samples])
     part = np.array([sample.part for sample in samples])
     rows = np.zeros((len(samples), INTS), np.int64)
@@ -148,8 +148,8 @@ def _real_numbers(samples: Sequence[Sample]) -> Array:
 def _edges(corners: Array) -> Array:
     """Return (a, b, c) of the four edges [4,3] of a quadrangle [4,2], in units of a pixel.
 
-    Like OpenCV's filling, which draws the outline too, they take in the pixels nearest to each edge: it is moved
-    outward by half a pixel along the axis that it is further from.
+    OpenCV's filling also draws the outline. To include the pixels nearest to an edge as OpenCV does, the edge is moved
+    outward by half a pixel along the axis that is nearer to its normal.
     """
     points = np.rint((corners - 0.5) * 16) / 16
     along = np.roll(points, -1, 0) - points

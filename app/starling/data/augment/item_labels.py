@@ -14,19 +14,19 @@ from starling.data.dataset.labels import Polygon
 Array = np.ndarray[Any, Any]
 
 MIN_BOX_SIDE = 2.0
-"""A label is dropped when a side of it is this short in output pixels, or shorter."""
+"""A label is dropped if a side of its box is this short in output pixels, or shorter,"""
 MIN_AREA_LEFT = 0.1
-"""... or when this part of its area, or less, is left in view."""
+"""... or if this fraction of its area, or less, stays in view,"""
 MIN_OUTLINED_AREA_LEFT = 0.01
-"""The same where a polygon tells what is left of the object itself."""
+"""... or this fraction, if a polygon shows how much of the object itself stays in view,"""
 MAX_ASPECT = 100.0
-"""... or when it became this thin."""
+"""... or if one side is this many times the other, or more."""
 
 
 def labels_on_canvas(rows: Sequence[Array], tiles_xywh: Sequence[tuple[int, ...]], canvas_hw: Size) -> Array:
     """Return the labels of tiles, each [n,5] class, xywhn, as one [m,5] float32 class, xyxy in canvas pixels.
 
-    A tile is its corner's x and y, width and height. Boxes are cut off at the canvas's edge.
+    A tile is its corner's x and y, width and height. Boxes are clipped to the canvas.
     """
     labels = np.concatenate(rows)
     tiles = np.array(tiles_xywh, np.float64).repeat([len(some) for some in rows], 0)
@@ -50,9 +50,9 @@ def labels_in_view(
     out_hw: Size,
     outlines: Sequence[Polygon | None] = (),
 ) -> Array:
-    """Return labels [n,5] class, xywhn of canvas boxes seen through `matrix`; what is hardly in view goes.
+    """Return labels [n,5] class, xywhn of canvas boxes seen through `matrix`, without boxes that are hardly in view.
 
-    `outlines`, one a box or none at all, give tighter boxes than the corners of a turned box do.
+    `outlines`, empty or one per box, give tighter boxes than the corners of a rotated box do.
     """
     xyxy = boxes[:, 1:5]
     if aligned:

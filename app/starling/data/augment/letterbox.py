@@ -15,7 +15,7 @@ else:
     Boxes = TypeVar("Boxes")
 
 FILL = 114
-"""Grey level of padding, in every channel."""
+"""Grey level of padding, equal in every channel."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -23,27 +23,27 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letterbox:
-    """Where an image lies inside its letterboxed version."""
+    """The position of an image inside its letterboxed version."""
 
     resized_hw: Size
-    """The image after resizing, before padding."""
+    """Size of the image after resizing, before padding."""
     out_hw: Size
-    """The whole output."""
+    """Size of the output, padding included."""
     ratio: float
     """Pixels of the output per pixel of the original, the same on both axes."""
     pad_wh: tuple[float, float]
-    """Padding of one side: x, y in output pixels. A half means one pixel more on the right or below."""
+    """Padding of one side: x, y in output pixels. A half means that right or bottom has one pixel more."""
 
     @property
     def offset_xy(self) -> tuple[int, int]:
-        """Output pixel where the image's first pixel lies."""
+        """Output pixel of the image's first pixel."""
         return int(self.pad_wh[0]), int(self.pad_wh[1])
 
 
 def letterbox_geometry(
     hw: Size, new: int | Size, minimal: bool = True, upscale: bool = True, stride: int = 32
 ) -> Letterbox:
-    """Return the geometry that fits an image of `hw` pixels centred into `new`.
+    """Return the geometry that fits an image of `hw` pixels, centred, into `new`.
 
     `new` is a side in pixels (a square) or (height, width). With `minimal` each side is padded only up to the
     next multiple of `stride` instead of up to `new`; without `upscale` an image is never enlarged.
@@ -67,8 +67,8 @@ def letterbox_geometry(
 def apply_letterbox(
     image: np.ndarray[Any, Any], geometry: Letterbox, out: np.ndarray[Any, Any] | None = None
 ) -> np.ndarray[Any, Any]:
-    """Return `image` [H,W,3] uint8 resized and padded with grey as `geometry` says, written to `out` if given."""
-    import cv2  # here, so that the geometry alone needs no OpenCV
+    """Return `image` [H,W,3] uint8 resized and padded with grey by `geometry`, written to `out` if given."""
+    import cv2  # imported here, because the geometry alone needs no OpenCV
 
     if out is None:
         out = np.empty((*geometry.out_hw, image.shape[2]), np.uint8)
@@ -83,7 +83,7 @@ def apply_letterbox(
 
 
 def boxes_to_original(boxes_xyxy: Boxes, geometry: Letterbox, original_hw: Size) -> Boxes:
-    """Map boxes [..., 4 or more] from letterboxed pixels to the original's, clipped to the image.
+    """Map boxes [..., 4 or more] from letterboxed pixels to pixels of the original, clipped to the image.
 
     Takes a NumPy array or a tensor and returns a new one; columns after the fourth are kept.
     """

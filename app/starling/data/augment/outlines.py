@@ -1,4 +1,4 @@
-"""Polygons of labels: through a matrix, cut at an edge; and which of them are pasted a second time."""
+"""Polygons of labels: transform them, clip them, and choose the objects that copy-paste pastes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from starling.data.dataset.labels import Polygon
 Array = np.ndarray[Any, Any]
 
 MAX_HIDDEN = 0.3
-"""A pasted object hides less than this part of the box of each object that is there."""
+"""Fraction of the box of any other object that a pasted object must not reach in covering it."""
 
 
 def through(points: Polygon, matrix: Array) -> Polygon:
-    """Return points [k,2] seen through a matrix [3,3]."""
+    """Return points [k,2] transformed by a matrix [3,3]."""
     seen = points @ matrix[:, :2].T + matrix[:, 2]
     return seen[:, :2] / np.maximum(seen[:, 2:], 1e-6)
 
 
 def cut(points: Polygon, hw: Size) -> Polygon:
-    """Return the part of a polygon [k,2] in pixels that lies in a frame; no points where none does.
+    """Return the part of a polygon [k,2] in pixels that lies in a frame of size `hw`; no points if no part does.
 
     Sutherland and Hodgman, CACM 1974. Pieces of a concave polygon stay joined along the edge, which changes
     neither its box nor its filling.
@@ -51,12 +51,12 @@ def _beyond(points: Polygon, axis: int, limit: float, sign: int) -> Polygon:
 
 
 class Outlines:
-    """The polygons of a canvas of tiles, in its pixels, parallel to the boxes of all tiles together."""
+    """The polygons of a canvas of tiles, in canvas pixels, parallel to the boxes of all tiles."""
 
     def __init__(self) -> None:
         self.points: list[Polygon | None] = []
         self.tiles: list[int] = []
-        """The number of the tile that each is from."""
+        """For each box the number of its tile."""
 
     def add(
         self,
@@ -67,7 +67,7 @@ class Outlines:
         canvas_hw: Size,
         tile: int,
     ) -> None:
-        """Add a tile's polygons, cut at the canvas, and fit its `boxes` [n,5] class, xyxy to what is left."""
+        """Add a tile's polygons, clipped to the canvas, and fit its `boxes` [n,5] class, xyxy to the result."""
         self.tiles += [tile] * len(boxes)
         if not polygons:
             self.points += [None] * len(boxes)
@@ -90,10 +90,10 @@ def choose_pastes(
     width: int,
     stream: np.random.Generator,
 ) -> list[tuple[int, Array]]:
-    """Return which objects are pasted once more, mirrored at the middle of a canvas, and their new boxes [4].
+    """Return the indices of the objects to paste, mirrored at the middle of the canvas, with their new boxes [4].
 
-    A share of `probability` of the objects with an outline is drawn (Ghiasi et al., CVPR 2021); one that
-    would hide MAX_HIDDEN of another object's box, pasted ones among them, is not pasted.
+    A share of `probability` of the objects with an outline is drawn (Ghiasi et al., CVPR 2021); an object that would
+    hide MAX_HIDDEN or more of the box of another object, pasted or not, is not pasted.
     """
     able = [index for index, outline in enumerate(outlines) if outline is not None and len(outline) > 2]
     drawn = stream.permutation(len(able))[: round(probability * len(able))]
@@ -110,7 +110,7 @@ def choose_pastes(
 
 
 def _hidden(box_xyxy: Array, others_xyxy: Array) -> Array:
-    """Return the part [n] of each other box that `box` covers."""
+    """Return the fraction [n] of each other box that `box` covers."""
     overlap = np.minimum(box_xyxy[2:], others_xyxy[:, 2:]) - np.maximum(box_xyxy[:2], others_xyxy[:, :2])
     area = (others_xyxy[:, 2:] - others_xyxy[:, :2]).prod(1)
     return overlap.clip(0).prod(1) / np.maximum(area, 1e-9)

@@ -1,4 +1,4 @@
-"""Painting a plan on the CPU, in OpenCV: the reference for what starling.data.augment.device_paint does on a GPU."""
+"""Paint a plan on the CPU with OpenCV: the reference for starling.data.augment.device_paint, which paints on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEPS = np.arange(256, dtype=np.float32)
 
 
 class ImageSource(Protocol):
-    """What images come from: an ImageStore, or a list in tests."""
+    """The source of images: an ImageStore, or a list in tests."""
 
     @property
     def shapes_hw(self) -> Array:
@@ -29,7 +29,7 @@ class ImageSource(Protocol):
 
 def paint_item(plan: ItemPlan, store: ImageSource, out: Array) -> None:
     """Paint `plan` into `out` [h,w,3] uint8 RGB of the plan's size."""
-    fetched: dict[int, Array] = {}  # once each: a store that keeps nothing decodes at each request
+    fetched: dict[int, Array] = {}  # each image once: a store without a cache decodes at each request
     for layer in plan.layers:
         for sample in layer:
             if sample.image not in fetched:
@@ -51,16 +51,16 @@ def paint_quad(plan: QuadPlan, store: ImageSource, out: Array) -> None:
         paint_item(plan.items[0], store, small)
         cv2.resize(small, (2 * width, 2 * height), dst=out, interpolation=cv2.INTER_LINEAR)
         return
-    out[:] = FILL  # where an epoch ends in less than four
+    out[:] = FILL  # the last group of an epoch may have fewer than four items
     for number, item in enumerate(plan.items):
         top, left = (number >> 1) * height, (number & 1) * width
         paint_item(item, store, out[top : top + height, left : left + width])
 
 
 def outline_mask(outline: Array, frame: Region, pasted: bool) -> Array:
-    """Return [h,w] uint8 over the frame's pixels: 255 where `outline` [k,2] in output pixels covers, else 0.
+    """Return [h,w] uint8 over the frame's pixels: 255 inside `outline` [k,2] in output pixels, 0 outside.
 
-    `pasted` outlines are of any shape, others are convex.
+    An outline of a `pasted` object has any shape; other outlines are convex.
     """
     mask = np.zeros((frame.bottom - frame.top, frame.right - frame.left), np.uint8)
     points = np.rint((outline - (frame.left + 0.5, frame.top + 0.5)) * 16).astype(np.int32)
@@ -85,12 +85,12 @@ def _paint_layer(samples: tuple[Sample, ...], images: dict[int, Array], out: Arr
 
 
 def _paint_aligned(part: Array, sample: Sample, place: Array) -> None:
-    """Sample `part` into all of its frame; the matrix only scales, mirrors and moves."""
+    """Sample `part` into its whole frame; the matrix only scales, mirrors and moves."""
     (a, _, c), (_, e, f), _ = sample.matrix.tolist()
     left, top = sample.frame[:2]
     inverse = np.array(
         [[1 / a, 0, (left + 0.5 - c) / a - 0.5], [0, 1 / e, (top + 0.5 - f) / e - 0.5]]
-    )  # from pixel centre to pixel centre, which is what OpenCV counts in
+    )  # from pixel centre to pixel centre, as OpenCV counts
     cv2.warpAffine(
         part,
         inverse,
@@ -115,7 +115,7 @@ def _paint_turned(part: Array, sample: Sample, place: Array) -> None:
 
 
 def _jitter_colour(image: Array, gains: Array) -> None:
-    """Scale hue, saturation and value of `image` in place, through one table of three columns."""
+    """Scale hue, saturation and value of `image` in place, through one lookup table of three columns."""
     table = np.outer(_STEPS, gains)
     table[:, 0] %= 180  # OpenCV's hue is in steps of two degrees
     np.minimum(table, 255, out=table)

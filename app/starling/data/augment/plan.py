@@ -1,11 +1,11 @@
-"""What a training item is to show, decided without a pixel: a pure function of (seed, epoch, index).
+"""Plan what a training item shows, without reading a pixel: a pure function of (seed, epoch, index).
 
-The classic recipe pastes four images on a canvas of twice the side, warps that canvas and cuts out the
+The classic recipe pastes four images on a canvas of twice the side, warps the canvas and cuts out the
 middle. Here the canvas is never painted. For each image the whole chain (place on the canvas, centre,
 perspective, rotate and scale, shear, translate, flip) is one 3x3 matrix, and each image is sampled once,
-straight into the part of the output that it covers. Copy-paste is one more such sample, mirrored.
+directly into the part of the output that the image covers. Copy-paste is one more sample, mirrored.
 
-A plan holds all of that, and the labels; starling.data.augment.paint paints it on the CPU, starling.data.augment.device_paint on a GPU.
+A plan holds the samples and the labels; starling.data.augment.paint paints it on the CPU, device_paint on a GPU.
 Matrices act on continuous coordinates, in which pixel i covers [i, i+1), as box edges do.
 """
 
@@ -27,14 +27,14 @@ from starling.data.dataset.labels import Polygon
 
 Array = np.ndarray[Any, Any]
 
-# Where each uniform number of a view is in its row of draws.
+# The position of each uniform random number in a view's row of draws.
 _U_MOSAIC, _U_MIXUP, _U_FIRST, _U_PARTNER, _U_CENTRE = 0, 1, 2, 3, 6
 _U_PERSPECTIVE, _U_ROTATE, _U_SCALE, _U_SHEAR, _U_TRANSLATE = 8, 10, 11, 12, 14
 _U_FLIPUD, _U_FLIPLR, _U_HSV, _U_CORNER, _DRAWS = 16, 17, 18, 21, 22
 
 
 class Region(NamedTuple):
-    """Whole pixels from left to right and from top to bottom, the ends not among them."""
+    """A rectangle of whole pixels; `right` and `bottom` are exclusive."""
 
     left: int
     top: int
@@ -43,20 +43,20 @@ class Region(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A part of one image, and where in the output it is sampled."""
+    """A part of one image, and the place in the output where the part is sampled."""
 
     image: int
-    """Its index in the dataset."""
+    """Index of the image in the dataset."""
     part: Region
-    """Pixels of the stored image; beyond them its edge is repeated."""
+    """Pixels of the stored image; beyond the part its edge pixels are repeated."""
     matrix: Array
     """[3,3] from the part to the output, continuous coordinates."""
     frame: Region
-    """Pixels of the output that it may cover, at least one."""
+    """Pixels of the output that the sample may cover, at least one."""
     outline: Array | None
-    """[k,2] output coordinates of what it covers within the frame; None for all of it."""
+    """[k,2] output coordinates of the area that the sample covers within the frame; None for the whole frame."""
     pasted: bool
-    """Whether the outline is an object's, of any shape, and not the part's own four corners."""
+    """Whether the outline is an object's polygon of any shape; otherwise it is the part's four corners."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -64,23 +64,23 @@ class ItemPlan:
     """One training item: what to paint in which order, and the labels."""
 
     hw: Size
-    """Pixels of the output."""
+    """Size of the output in pixels."""
     layers: tuple[tuple[Sample, ...], ...]
-    """Samples, later ones over earlier ones, on grey; two layers are blended."""
+    """Samples, later ones painted over earlier ones, on grey; two layers are blended."""
     share: float
-    """Part of the first layer in the blend."""
+    """Weight of the first layer in the blend."""
     gains: Array | None
-    """[3] float32: hue, saturation and value are multiplied by these; None leaves colours as they are."""
+    """[3] float32: factors of hue, saturation and value; None leaves the colours unchanged."""
     labels: Array
     """[n,5] float32 class, xywhn, within [0,1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class QuadPlan:
-    """One image of twice the side: the first item enlarged, or up to four side by side in two rows of two."""
+    """One image of twice the side: the first item enlarged, or up to four items in two rows of two."""
 
     items: tuple[ItemPlan, ...]
-    """One to four, of one size."""
+    """One to four items of equal size."""
     enlarged: bool
 
     @property
@@ -102,25 +102,25 @@ class Tile(NamedTuple):
     """One image's place on the canvas."""
 
     image: int
-    """Its index in the dataset."""
+    """Index of the image in the dataset."""
     hw: Size
-    """Its stored pixels."""
+    """Stored size of the image in pixels."""
     x: int
-    """Canvas coordinates of the image's corner; may be negative."""
+    """Canvas coordinates of the image's top left corner; may be negative."""
     y: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """What one layer shows: tiles on a canvas, and the matrix from canvas to output."""
+    """The content of one layer: tiles on a canvas, and the matrix from canvas to output."""
 
     tiles: tuple[Tile, ...]
     canvas_hw: Size
-    """Pixels of the canvas; what a tile has beyond it is cut off."""
+    """Size of the canvas in pixels; tiles are clipped to the canvas."""
     matrix: Array
     """[3,3] canvas to output, continuous coordinates."""
     scale: float
-    """Scale factor of the matrix, for the area that a box had before it was cut."""
+    """Scale factor of the matrix, from which the unclipped area of a box follows."""
 
 
 def plan_item(
@@ -134,11 +134,11 @@ def plan_item(
     index: int,
     repeat: int = 0,
 ) -> ItemPlan:
-    """Return the plan of one item of `hw` pixels, which is a square for a mosaic.
+    """Return the plan of one item of `hw` pixels; a mosaic must be square.
 
-    `shapes_hw` [N,2] are the images' stored pixels. `repeat` counts how often the epoch has shown the image
-    before, so that no two look alike. The same (seed, epoch, index, repeat) gives the same plan whatever else
-    was drawn. Copy-paste is applied to mosaics, and to labels with polygons.
+    `shapes_hw` [N,2] are the images' stored pixels. `repeat` counts how often the epoch has shown the image before, so
+    that repetitions differ. The same (seed, epoch, index, repeat) gives the same plan, independent of all other items.
+    Copy-paste applies only to mosaics and to labels with polygons.
     """
     stream = image_stream(seed, epoch, index + repeat * len(dataset.images))
     draws = stream.random((2, _DRAWS))
@@ -163,10 +163,10 @@ def plan_item(
 
 
 def plan_letterbox(image: int, stored_hw: Size, geometry: Letterbox, labels: Array) -> ItemPlan:
-    """Return the plan of image number `image` in its letterbox, as validation shows it.
+    """Return the plan that shows image number `image` letterboxed, for validation.
 
-    `stored_hw` is the image's stored size, from which the geometry starts; `labels` [n,5] class, xywhn are of
-    the image, and those of the plan of the letterbox.
+    `stored_hw` is the image's stored size, from which the geometry starts; `labels` [n,5] class, xywhn are relative to
+    the image, the labels of the plan are relative to the letterbox.
     """
     (height, width), (x, y) = geometry.resized_hw, geometry.offset_xy
     matrix = np.array([[width / stored_hw[1], 0, x], [0, height / stored_hw[0], y], [0, 0, 1]])
@@ -181,7 +181,7 @@ def plan_letterbox(image: int, stored_hw: Size, geometry: Letterbox, labels: Arr
 
 
 def _mosaic(shapes_hw: Array, hyp: Hyp, side: int, draws: list[float], index: int) -> View:
-    """Lay four images around a random centre of a canvas of twice the side."""
+    """Place four images around a random centre of a canvas of twice the side."""
     count = len(shapes_hw)
     indices = [int(u * count) for u in draws[_U_PARTNER : _U_PARTNER + 3]]
     indices.insert(int(draws[_U_CORNER] * 4), index)
@@ -197,7 +197,7 @@ def _mosaic(shapes_hw: Array, hyp: Hyp, side: int, draws: list[float], index: in
 
 
 def _single(shapes_hw: Array, hyp: Hyp, hw: Size, draws: list[float], index: int) -> View:
-    """Centre one image, which fits the output, on a canvas of the output's size."""
+    """Centre one image, which must fit the output, on a canvas of the output's size."""
     height, width = shapes_hw[index].tolist()
     tile = Tile(index, (height, width), (hw[1] - width) // 2, (hw[0] - height) // 2)
     matrix, scale = _canvas_matrix(hyp, draws, hw, hw)
@@ -205,7 +205,7 @@ def _single(shapes_hw: Array, hyp: Hyp, hw: Size, draws: list[float], index: int
 
 
 def _canvas_matrix(hyp: Hyp, draws: list[float], canvas_hw: Size, out_hw: Size) -> tuple[Array, float]:
-    """Return T·S·R·P·C, canvas to output: centre, perspective, rotate and scale, shear, translate."""
+    """Return the matrix T·S·R·P·C from canvas to output: centre, perspective, rotate and scale, shear, translate."""
 
     def spread(position: int, amplitude: float) -> float:
         return (2 * draws[position] - 1) * amplitude
@@ -233,7 +233,7 @@ def _canvas_matrix(hyp: Hyp, draws: list[float], canvas_hw: Size, out_hw: Size) 
 
 
 def _flip_matrix(hyp: Hyp, draws: list[float], hw: Size) -> Array | None:
-    """Return the flips as a matrix, so that they cost nothing; None for no flip."""
+    """Return the flips as a matrix, which costs no extra pass over the pixels; None for no flip."""
     up, left = draws[_U_FLIPUD] < hyp.flipud, draws[_U_FLIPLR] < hyp.fliplr
     if not (up or left):
         return None
@@ -244,7 +244,7 @@ def _flip_matrix(hyp: Hyp, draws: list[float], hw: Size) -> Array | None:
 
 
 def _colour_gains(hyp: Hyp, draws: list[float]) -> Array | None:
-    """Return what hue, saturation and value are multiplied by [3]; None for no change."""
+    """Return the factors [3] of hue, saturation and value; None for no change."""
     amplitudes = (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)
     if not any(amplitudes):
         return None
@@ -261,14 +261,14 @@ def _plan_view(
     hw: Size,
     pasting: tuple[float, np.random.Generator] | None = None,
 ) -> tuple[tuple[Sample, ...], Array]:
-    """Return the samples that show the view in an output of `hw`, and its labels [n,5] class, xywhn."""
+    """Return the samples that show the view in an output of `hw` pixels, and the labels [n,5] class, xywhn."""
     matrix = view.matrix if flips is None else flips @ view.matrix
     (a, b, c), (d, e, f), (g, h, _) = matrix.tolist()
     aligned = b == d == g == h == 0
     samples: list[Sample | None] = []
     for tile in view.tiles:
         height, width = tile.hw
-        # The part of the image that lies on the canvas, in its own pixels.
+        # The part of the image that lies on the canvas, in image pixels.
         left, top = max(-tile.x, 0), max(-tile.y, 0)
         right, bottom = min(width, view.canvas_hw[1] - tile.x), min(height, view.canvas_hw[0] - tile.y)
         if right <= left or bottom <= top:
@@ -297,7 +297,7 @@ def _labels_of(view: View, dataset: Dataset) -> tuple[Array, Outlines]:
     if dataset.polygons:
         first = 0
         for number, (tile, some) in enumerate(zip(view.tiles, rows, strict=True)):
-            own = boxes[first : first + len(some)]  # a view: the polygons make these boxes tighter
+            own = boxes[first : first + len(some)]  # a NumPy view: the polygons make these boxes tighter
             polygons = dataset.polygons[tile.image]
             outlines.add(polygons, own, tile.hw[::-1], (tile.x, tile.y), view.canvas_hw, number)
             first += len(some)
@@ -313,14 +313,14 @@ def _paste(
     probability: float,
     stream: np.random.Generator,
 ) -> tuple[list[Sample | None], Array]:
-    """Paste some outlined objects once more, mirrored at the canvas's middle; return samples and all labels [n,5]."""
+    """Paste some outlined objects, mirrored at the canvas's middle; return their samples and all labels [n,5]."""
     width = view.canvas_hw[1]
     mirror = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]], float)
     samples, added = [], []
     for index, box in choose_pastes(labels[:, 1:], outlines.points, probability, width, stream):
         points, tile = outlines.points[index], view.tiles[outlines.tiles[index]]
         assert points is not None
-        # Only the pixels around the object, in the tile's own pixels, with one more for the interpolation.
+        # Sample only the pixels around the object, in tile pixels, with a margin of one pixel for the interpolation.
         limit = np.array(tile.hw[::-1])
         low = np.clip(np.floor(points.min(0)) - (tile.x + 1, tile.y + 1), 0, limit).astype(int)
         high = np.clip(np.ceil(points.max(0)) - (tile.x - 1, tile.y - 1), 0, limit).astype(int)
@@ -338,9 +338,9 @@ def _paste(
 def _aligned_sample(
     image: int, part: Region, a: float, c: float, e: float, f: float, hw: Size
 ) -> Sample | None:
-    """Return a part seen where x -> a·x + c, y -> e·y + f puts it, a and e negative in a flip; None if nowhere.
+    """Return the sample of a part mapped by x -> a·x + c, y -> e·y + f (a, e negative in a flip); None if out of view.
 
-    The covered pixels are a rectangle. Neighbouring tiles round their common edge alike, so there is
+    The covered pixels are a rectangle. Neighbouring tiles round their common edge in the same way, so that there is
     neither gap nor overlap between them.
     """
     x0, x1 = sorted((c, a * (part.right - part.left) + c))
@@ -356,14 +356,14 @@ def _aligned_sample(
 def _turned_sample(
     image: int, part: Region, matrix: Array, hw: Size, outline: Polygon | None = None
 ) -> Sample | None:
-    """Return a part seen where a general `matrix` puts it, inside the quadrangle that it covers; None if nowhere.
+    """Return the sample of a part mapped by a general `matrix`, inside its projected quadrangle; None if out of view.
 
-    `outline` [k,2] in output pixels, if given, takes the place of the quadrangle.
+    `outline` [k,2] in output pixels, if given, replaces the quadrangle.
     """
     width, height = part.right - part.left, part.bottom - part.top
     corners = np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]])
     projected = matrix @ corners
-    if (projected[2] <= 1e-6).any():  # behind the viewer: far beyond any sane perspective
+    if (projected[2] <= 1e-6).any():  # behind the viewer: only an extreme perspective does that
         return None
     shape = (projected[:2] / projected[2]).T if outline is None else outline
     left, top = np.maximum(np.floor(shape.min(0)), 0).astype(int).tolist()

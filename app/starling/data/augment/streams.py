@@ -1,4 +1,4 @@
-"""Random numbers: one stream an image and one a decision of an epoch, each a function of (seed, epoch, index)."""
+"""Random numbers: one stream per image and one per decision of an epoch, each a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DECISIONS = {
     "quad": _LAST - 3,
     "scale": _LAST - 4,
 }
-"""Index of the stream of each decision; no dataset has so many images."""
+"""Index of the stream of each decision, larger than the number of images of any dataset."""
 
 
 def random_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -31,7 +31,7 @@ def image_stream(seed: int, epoch: int, index: int) -> np.random.Generator:
 def decision_stream(
     seed: int, epoch: int, decision: Literal["order", "images", "batches", "quad", "scale"]
 ) -> np.random.Generator:
-    """Return the random numbers of what an epoch decides once for all its images."""
+    """Return the random numbers of a decision that an epoch takes once for all its images."""
     return random_stream(seed, epoch, _DECISIONS[decision])
 
 

@@ -1,6 +1,6 @@
-"""Painting a batch of plans in one fused Triton kernel: images are read and images written once, nothing between.
+"""Paint a batch of plans with one fused Triton kernel: images are read once and written once.
 
-Importing this needs the triton package. The arithmetic is that of starling.data.augment.device_paint, which explains it.
+Importing this module needs the triton package. starling.data.augment.device_paint explains the arithmetic.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,14 +16,14 @@ from starling.data.augment.device_tables import COLOURS, FLOATS, INTS, Tables
 from starling.data.augment.letterbox import FILL
 
 BLOCK_HEIGHT, BLOCK_WIDTH = 8, 64
-"""Output pixels of one program."""
+"""Height and width in output pixels of the block that one program paints."""
 
 _FILL = tl.constexpr(FILL)
 _INTS, _FLOATS, _COLOURS = tl.constexpr(INTS), tl.constexpr(FLOATS), tl.constexpr(COLOURS)
 
 
 def paint_with_triton(tables: Tables, pixels: Tensor, out: Tensor) -> None:
-    """Paint a batch into `out` [B,H,W,3], uint8 or, divided by 255, a float type."""
+    """Paint a batch into `out` [B,H,W,3]: uint8, or a float type with values divided by 255."""
     count, height, width = out.shape[:3]
     grid = (triton.cdiv(width, BLOCK_WIDTH), triton.cdiv(height, BLOCK_HEIGHT), count)
     paint_kernel[grid](
@@ -134,7 +134,7 @@ def _layer(
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """Return red, green and blue [ROWS,COLUMNS] float32 whole numbers of one layer of one item."""
+    """Return red, green and blue [ROWS,COLUMNS] float32, whole numbers, of one layer of one item."""
     x, y = column.to(tl.float32), row.to(tl.float32)
     from_x = tl.zeros((ROWS, COLUMNS), tl.float32)
     from_y = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -202,7 +202,7 @@ def _within(edge, x, y):
 
 @triton.jit
 def _channel(pixels, near_x, far_x, near_y, far_y, share_x, share_y, shown):
-    """Return one channel, interpolated between four pixels and rounded; grey where nothing is shown."""
+    """Return one channel, interpolated between four pixels and rounded; grey outside of all samples."""
     a = tl.load(pixels + near_y + near_x, mask=shown, other=_FILL).to(tl.float32)
     b = tl.load(pixels + near_y + far_x, mask=shown, other=_FILL).to(tl.float32)
     c = tl.load(pixels + far_y + near_x, mask=shown, other=_FILL).to(tl.float32)
@@ -214,7 +214,7 @@ def _channel(pixels, near_x, far_x, near_y, far_y, share_x, share_y, shown):
 
 @triton.jit
 def _rounded(value):
-    """Return the nearest whole number, the even one of two: a float32 of this size has no places after the point."""
+    """Return the nearest whole number, ties to even: a float32 near 12582912 (1.5 · 2^23) has no fractional digits."""
     return (value + 12582912.0) - 12582912.0
 
 
@@ -234,7 +234,7 @@ def _jitter(red, green, blue, hue_gain, saturation_gain, value_gain):
     h = tl.floor(tl.where(h >= 180.0, h - 180.0, h)) * (6 / 180)
     s = tl.floor(tl.minimum(saturation.to(tl.float32) * saturation_gain, 255.0)) * (1 / 255)
     v = tl.floor(tl.minimum(value.to(tl.float32) * value_gain, 255.0)) * (1 / 255)
-    # How much of the saturation each channel loses, by the hue in sixths of the circle.
+    # The fraction of the saturation that each channel loses, by the hue in sixths of the circle.
     red = v * (1 - s * _clamped(2 - tl.abs(h - 3)))
     green = v * (1 - s * _clamped(tl.abs(h - 2) - 1))
     blue = v * (1 - s * _clamped(tl.abs(h - 4) - 1))

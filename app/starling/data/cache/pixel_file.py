@@ -1,9 +1,9 @@
-"""One file of decoded images, mapped by all that use it: its format, how it is written, and how damage is found.
+"""One file of decoded images, mapped by all processes that use it: its format, how to write it, how to find damage.
 
-The head, a page, is a line of JSON that names the content. Then comes a CRC-32 an image, and from the next page on
-the pixels, image after image. Opening looks at the length, the head and the digest of the CRCs, which costs
-nothing; an image's own bytes are checked when it is first used, at some 7 GB/s a thread, which is a thirtieth of
-decoding it. So a flipped byte is found before it is trained on, and nobody waits for a whole file to be read.
+The head, one page, is a line of JSON that describes the content. A table with one CRC-32 per image follows, and from
+the next page on the pixels, image after image. Opening checks the length, the head and the digest of the CRCs, which
+takes almost no time. The bytes of an image are checked at its first use, at about 7 GB/s per thread, a thirtieth of
+the time of decoding. So a flipped byte is found before training uses it, and no start waits for a whole file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from starling.core.plain_json import parse_json
 from starling.data.dataset.dataset import Progress
 
 FORMAT = "starling-pixels-3"
-"""Changes whenever the stored bytes of the same images would."""
+"""Changes whenever the stored bytes of the same images change."""
 SUFFIX = ".pixels"
 _PAGE = 4096
 
@@ -40,13 +40,13 @@ Image = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PixelLayout:
-    """What a file is to hold; files of the same key hold the same bytes."""
+    """The intended content of a file; files with equal keys hold equal bytes."""
 
     key: str
-    """Hex SHA-256, the file's name."""
+    """Hex SHA-256, the file's name without suffix."""
     image_size: int
     offsets: np.ndarray[Any, Any]
-    """[N+1] int64: where each image begins among the pixels, and where the last one ends."""
+    """[N+1] int64: the first byte of each image among the pixels, and the end of the last image."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,11 +58,11 @@ class PixelLayout:
 
     @property
     def start(self) -> int:
-        """Where the pixels begin in the file, a page's beginning."""
+        """Position of the pixels in the file, a multiple of the page size."""
         return _PAGE + -(-4 * len(self) // _PAGE) * _PAGE
 
     def head(self, checksums: bytes) -> bytes:
-        """Return the file's first page, given its table of CRCs."""
+        """Return the file's first page, for a table of CRCs."""
         words = {
             "format": FORMAT,
             "key": self.key,
@@ -75,12 +75,12 @@ class PixelLayout:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file to read, never through a link; raises OSError for anything else by that name."""
+    """Open a regular file for reading, never through a link; raises OSError for anything else of that name."""
     return open(open_file(path, os.O_RDONLY), "rb")
 
 
 def read_head(file: IO[bytes]) -> dict[str, Any] | None:
-    """Return what the head of an open file says, whatever its content; None where it is no head of ours."""
+    """Return the content of an open file's head, of any layout; None if the file has no head of this format."""
     try:
         words = parse_json(file.read(_PAGE))
     except (ValueError, RecursionError):
@@ -89,14 +89,14 @@ def read_head(file: IO[bytes]) -> dict[str, Any] | None:
 
 
 class PixelFile:
-    """A mapped file. It is marked as in use by a shared `flock`, which ends with the last map of it."""
+    """A mapped file. A shared `flock`, which ends with the last map of the file, marks the file as in use."""
 
     pixels: np.ndarray[Any, Any]
     """[nbytes] uint8, read-only."""
 
     def __init__(self, file: IO[bytes], layout: PixelLayout, checksums: bytes) -> None:
         """Map an open file; use `open`."""
-        # The map keeps a duplicate of the descriptor, and with it the lock.
+        # The map keeps a duplicate of the descriptor, and the duplicate keeps the lock.
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.pixels = np.frombuffer(self._map, np.uint8, layout.nbytes, layout.start)
         self._status = os.fstat(file.fileno())
@@ -106,13 +106,13 @@ class PixelFile:
 
     @classmethod
     def open(cls, path: Path, layout: PixelLayout) -> Self | None:
-        """Return the file at `path`; None if it is not there, cut off, damaged in its head, or of other content."""
+        """Return the file at `path`; None if it is missing, truncated, damaged in its head, or has other content."""
         try:
             file = open_regular(path)
         except FileNotFoundError:
             return None
         with file:
-            with suppress(OSError):  # a volume without locks: nobody could take it away either
+            with suppress(OSError):  # a volume without locks: other processes cannot remove the file either
                 wait_for(lambda: try_flock(file.fileno(), shared=True))
             status = os.fstat(file.fileno())
             if status.st_nlink == 0 or status.st_size != layout.start + layout.nbytes:
@@ -120,17 +120,17 @@ class PixelFile:
             head, checksums = file.read(_PAGE), file.read(4 * len(layout))
             if head != layout.head(checksums):
                 return None
-            with suppress(OSError):  # another user's file
-                os.utime(file.fileno())  # by which the least recently used is known
+            with suppress(OSError):  # the file may belong to another user
+                os.utime(file.fileno())  # the time of last use decides which file is removed first
             return cls(file, layout, checksums)
 
     def is_at(self, path: Path) -> bool:
-        """Return whether this very file still has that name."""
+        """Return whether this file, not a replacement, still has the name `path`."""
         there = state_of(path)
         return there is not None and os.path.samestat(self._status, there)
 
     def image(self, index: int) -> Image | None:
-        """Return the bytes of an image [n]; None if they are not those that were written."""
+        """Return the bytes of an image [n]; None if they differ from the written bytes."""
         pixels = self.pixels[self._layout.offsets[index] : self._layout.offsets[index + 1]]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != self._checksums[index]:
@@ -146,9 +146,9 @@ def write_pixels(
     costs: Sequence[int],
     progress: Progress | None,
 ) -> None:
-    """Decode all images in threads into a file that appears at `path` whole or not at all.
+    """Decode all images in threads into a file that appears at `path` only when it is complete.
 
-    `costs` are the bytes of memory that each decoding takes. Raises OSError, or what `decode` raises.
+    `costs` are the bytes of memory that decoding each image takes. Raises OSError, or the exception of `decode`.
     """
     checksums = np.zeros(len(layout), "<u4")
 
@@ -168,9 +168,9 @@ def write_pixels(
 
 
 def in_threads(work: Callable[[int], None], costs: Sequence[int]) -> Iterator[None]:
-    """Do `work(0)`, `work(1)`, …, one for each of `costs`, and yield as each ends, in order.
+    """Call `work(0)`, `work(1)`, …, one for each of `costs`, in threads, and yield in order as each call ends.
 
-    What is under way together costs at most a quarter of the memory that the container has left, or is a single one.
+    Calls in progress cost together at most a quarter of the container's free memory; a single call may cost more.
     """
     threads = container_cpu_count()
     room = max(container_memory_limit() - container_memory_used(), 0) // 4

@@ -1,8 +1,8 @@
-"""The folder of pixel files: who builds, who waits, what is left over, and what goes when space is short.
+"""The folder of pixel files: which process builds, which wait, cleaning up, and what is removed if space is short.
 
-Only files of our own names are ever removed, and of these only such that no process maps. The locks are `flock`: they
-hold between all processes and containers of a host, over NFS between hosts too where the mount passes locks on, and
-end with their holder, so that a killed builder's place is taken at once.
+Only files with names of this format are ever removed, and only if no process maps them. The locks are `flock`: they
+hold between all processes and containers of a host, over NFS between hosts too if the mount passes locks on. A lock
+ends with its holder, so that another process takes over from a killed builder at once.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".cache"
-"""Below the runs folder, so that every container of the host shares it."""
+"""Folder below the runs folder, so that every container of the host shares it."""
 MARGIN = 1 << 30
-"""Bytes of the disk that are left free, for checkpoints."""
+"""Bytes of the disk that stay free for checkpoints."""
 POLL_S = 0.2
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two attempts to take a lock that another process holds."""
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 _LEFTOVER = re.compile(rf"\.([0-9a-f]{{64}}){re.escape(SUFFIX)}\..*{re.escape(TEMPORARY_SUFFIX)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptFile:
-    """A file of the folder."""
+    """A pixel file in the folder."""
 
     path: Path
     nbytes: int
     used_at: float
     """Seconds since 1970 when a process last opened it."""
     in_use: bool
-    """Whether a process maps it."""
+    """Whether any process maps the file."""
     pictures: int | None
-    """None where the head is damaged or of another version, as is the next."""
+    """Number of images; None, like `image_size`, if the head is damaged or of another version."""
     image_size: int | None
 
 
 def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], None]) -> PixelFile:
     """Return the mapped file of this layout, built first if no process of this host has.
 
-    One process builds under a lock and renames a finished file into place; others wait, and say so. Raises OSError
-    where the file cannot be kept, and what `build` raises.
+    One process builds under a lock and renames the finished file into place; other processes wait, and print a line.
+    Raises OSError if the file cannot be kept, and the exceptions of `build`.
     """
     path = folder / f"{layout.key}{SUFFIX}"
     found = PixelFile.open(path, layout)
@@ -77,14 +77,14 @@ def shared_pixels(folder: Path, layout: PixelLayout, build: Callable[[Path], Non
 
 
 def discard(path: Path, file: PixelFile) -> None:
-    """Remove the damaged `file` at `path`, unless a new one has taken its place; who maps it keeps it."""
+    """Remove the damaged `file` at `path`, unless a new file has replaced it; processes that map it keep it."""
     with suppress(OSError):
         if file.is_at(path):
             remove(path)
 
 
 def kept_files(folder: Path) -> list[KeptFile]:
-    """Return the folder's files, the most recently used first; none where there is no folder."""
+    """Return the folder's files, most recently used first; an empty list without a folder."""
     found = []
     for path in _own_files(folder):
         with suppress(OSError), open_regular(path) as file:
@@ -102,7 +102,7 @@ def kept_files(folder: Path) -> list[KeptFile]:
 
 
 def remove_idle(folder: Path) -> list[KeptFile]:
-    """Remove the files that no process maps and what killed builders left; return the files removed."""
+    """Remove pixel files that no process maps, and temporary files of killed builders; return the former."""
     removed = []
     for kept in kept_files(folder):
         with suppress(OSError), open_regular(kept.path) as file:
@@ -117,7 +117,7 @@ def remove_idle(folder: Path) -> list[KeptFile]:
 def _only_builder(path: Path) -> Iterator[None]:
     """Hold the right to build `path`; wait for whoever has it, and say so once.
 
-    The lock's file goes with the lock. A process that got hold of a file that has gone begins again.
+    The lock file is removed with the lock. A process that has locked a removed file begins again.
     """
     lock = path.with_suffix(".lock")
     told: list[str] = []
@@ -146,7 +146,7 @@ def _only_builder(path: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path, own_key: str | None = None) -> None:
-    """Remove what killed builders left; `own_key` is the one whose lock the caller holds."""
+    """Remove the temporary files of killed builders; `own_key` is the key whose lock the caller holds."""
     for name in names_in(folder):
         named, path = _LEFTOVER.fullmatch(name), folder / name
         if named is None:
@@ -158,7 +158,7 @@ def _sweep(folder: Path, own_key: str | None = None) -> None:
             lock = folder / f"{named[1]}.lock"
             descriptor = _open_lock(lock)
             try:
-                if try_flock(descriptor) and is_at(descriptor, lock):  # so nobody is at it
+                if try_flock(descriptor) and is_at(descriptor, lock):  # so no process builds this file
                     remove(path)
                     remove(lock)
             finally:
@@ -199,5 +199,5 @@ def _own_files(folder: Path) -> list[Path]:
 
 
 def _open_lock(path: Path) -> int:
-    """Return a descriptor of the lock's file; never through a link or of another's file, as it is written to."""
+    """Return a descriptor of the lock file for writing; a link, or another user's file, is refused."""
     return open_file(path, os.O_RDWR | os.O_CREAT, alone=True)

@@ -1,4 +1,4 @@
-"""Images decoded from their files and resized to the training size, and whether they are still the same files."""
+"""Decode images from their files and resize them to the training size; notice files that have changed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from starling.data.dataset.images import decode_image, file_stamp
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3
-"""Changed images that are named; the rest would flood the log."""
+"""Number of changed images that are named; naming all would flood the log."""
 
 
 class ImageChangedError(Exception):
-    """An image is no longer the one that the dataset's scan saw."""
+    """An image file is no longer the one that the dataset's scan has read."""
 
 
 class ResizedImages:
-    """`images[i]` decodes image i: uint8 RGB [H,W,3], read-only, its longest side at `image_size`."""
+    """`images[i]` decodes image i: uint8 RGB [H,W,3], read-only, with the longest side `image_size`."""
 
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64."""
@@ -47,7 +47,7 @@ class ResizedImages:
         return image
 
     def unchanged(self, index: int) -> np.ndarray[Any, Any]:
-        """Return an image; raises ImageChangedError where its file is another one than the scan saw."""
+        """Return an image; raises ImageChangedError if its file has changed since the dataset's scan."""
         image, changed = self._read(index)
         if changed:
             raise ImageChangedError(str(self.dataset.images[index]))
@@ -55,9 +55,9 @@ class ResizedImages:
 
     @cached_property
     def key(self) -> str:
-        """The hex SHA-256 that names the pixels: each image's name, shape and stamp, the size, the format.
+        """The hex SHA-256 that names the pixel file: of each image's name, shape and stamp, the image size, the format.
 
-        Labels do not matter, nor where the dataset lies: relabelled or moved, it keeps its file.
+        Labels and the dataset's folder have no influence: a relabelled or moved dataset keeps its pixel file.
         """
         digest = hashlib.sha256(f"{FORMAT}\n{self.image_size}\n".encode())
         names = [os.fspath(path) for path in self.dataset.images]
@@ -69,12 +69,12 @@ class ResizedImages:
         return digest.hexdigest()
 
     def costs(self) -> list[int]:
-        """Return the most bytes that decoding each image takes: twice the original, once the result."""
+        """Return the maximum bytes that decoding each image takes: twice the original, once the result."""
         result: list[int] = (6 * self.dataset.shapes_hw.prod(1) + 3 * self.shapes_hw.prod(1)).tolist()
         return result
 
     def _read(self, index: int) -> tuple[np.ndarray[Any, Any], bool]:
-        """Return an image, and whether its file is another one than the scan saw."""
+        """Return an image, and whether its file has changed since the dataset's scan."""
         path = self.dataset.images[index]
         image = decode_image(path)
         if image.shape[:2] != tuple(self.dataset.shapes_hw[index]):
@@ -85,7 +85,7 @@ class ResizedImages:
             raise DataError(f"{path}: cannot be read: {error.strerror}; check the file") from None
         height, width = (int(side) for side in self.shapes_hw[index])
         if image.shape[:2] != (height, width):
-            # Area averaging keeps small objects that sampling at four points would skip.
+            # Area averaging keeps small objects, which bilinear sampling at four points would skip.
             shrinks = height < image.shape[0]
             how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             image = cv2.resize(image, (width, height), interpolation=how)
@@ -96,9 +96,7 @@ class ResizedImages:
             if index in self._changed:
                 return
             self._changed.add(index)
-            remedy = (
-                "it is trained on as it is now with the labels as they were; start again to read both anew"
-            )
+            remedy = "training uses the new image with the old labels; start again to read both anew"
             if len(self._changed) <= _SHOWN:
                 logger.warning(f"{self.dataset.images[index]}: changed since the start; {remedy}")
             elif len(self._changed) == _SHOWN + 1:
@@ -106,7 +104,7 @@ class ResizedImages:
 
 
 def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return a view that cannot be written through."""
+    """Return a view of the array that does not allow writing."""
     view = array.view()
     view.flags.writeable = False
     return view

@@ -42,26 +42,26 @@ _WAYS: dict[StoreMode, tuple[StoreMode, ...]] = {
     "ram": ("ram", "disk"),
     "off": (),
 }
-"""Ways of keeping images by the mode asked for, tried in order; after them nothing is kept."""
+"""For each requested mode the ways of keeping images, tried in order; if none works, images are decoded each time."""
 
 
 class ImageStore:
-    """`store[i]` is image i of the dataset, uint8 RGB [H,W,3] with its longest side at `image_size`.
+    """`store[i]` is image i of the dataset, uint8 RGB [H,W,3] with the longest side `image_size`.
 
-    Arrays are read-only and may be used from any number of threads. Modes: `disk` maps one file that all processes
-    and containers of the host share, so that its pages are in memory once; `ram` keeps decoded images in this
-    process, filled as they are asked for; `off` decodes each time; `device` is `disk` for a trainer that copies
-    all of them to its GPU; `auto` is `disk` where the file can be kept and memory could hold it, else `ram`, and on
-    the GPU too where they fit.
-    What cannot be had is replaced, `disk` and `ram` by each other and then by `off`, and `reason` says so.
+    Arrays are read-only and may be used from any number of threads. Modes: `disk` maps one file that all processes and
+    containers of the host share, so that its pages are in memory once; `ram` keeps decoded images in this process,
+    decoding each at its first use; `off` decodes an image at each use; `device` is `disk` for a trainer that copies all
+    images to its GPU; `auto` is `disk` if the file can be kept and fits into memory, else `ram`, and on the GPU too
+    if the images fit there.
+    A mode that does not work is replaced, `disk` and `ram` by each other and then by `off`, and `reason` says so.
     """
 
     mode: StoreMode
-    """How images are kept: `disk`, `ram` or `off`."""
+    """How images are kept in fact: `disk`, `ram` or `off`."""
     on_device: bool
-    """Whether the trainer is to copy the images to its GPU: `device` or `auto` was asked for, and they fit."""
+    """Whether the trainer is to copy the images to its GPU: `device` or `auto` was requested, and the images fit."""
     reason: str
-    """Why, for the log: one line with the remedy."""
+    """The reason for mode and place, for the log: one line with the remedy."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ImageStore:
         device_free_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Prepare the store; only `disk` reads images now, unless its file is there already.
+        """Prepare the store; only `disk` reads images now, unless its file exists already.
 
         `memory_limit_bytes` bounds `ram`, by default half of what the container has left; `device_free_bytes` is
         what images may take of the GPU's memory, None without a GPU. `progress` is told of images decoded into
@@ -125,11 +125,11 @@ class ImageStore:
         return self._shaped(index, pixels)
 
     def key(self) -> str:
-        """Return the hex SHA-256 that names the stored pixels."""
+        """Return the hex SHA-256 that names the pixel file."""
         return self._originals.key
 
     def _settle(self) -> None:
-        """Keep images in the first way that works, and note why others do not."""
+        """Keep images in the first way that works, and note why other ways do not work."""
         self._file = self._memory = None
         self.mode, refused = "off", []
         for way in _WAYS[self._asked]:
@@ -146,7 +146,7 @@ class ImageStore:
         self.reason = "; ".join((kept, *filter(None, refused)))
 
     def _share(self) -> str | None:
-        """Map the shared file, building it if need be; return what is in the way, empty where none was asked for."""
+        """Map the shared file, and build a missing one; return the problem; empty if no cache folder is given."""
         if self._folder is None:
             return ""
         memory = container_memory_limit()
@@ -158,7 +158,7 @@ class ImageStore:
         layout = PixelLayout(self.key(), self.image_size, self._offsets)
 
         def build(path: Path) -> None:
-            cv2.setNumThreads(1)  # as in the loader: the parallelism is over images
+            cv2.setNumThreads(1)  # as in the loader: threads work on different images
             write_pixels(path, layout, self._originals.unchanged, self._originals.costs(), self._progress)
 
         try:
@@ -175,7 +175,7 @@ class ImageStore:
         return None
 
     def _reserve(self) -> str | None:
-        """Reserve memory for all images, which is taken as they are filled in; return what is in the way."""
+        """Reserve memory for all images; pages are taken as images are decoded. Return the problem, or None."""
         if self.nbytes > self._budget:
             remedy = "--cache disk keeps them in a file" if self._asked == "ram" else "raise the memory limit"
             return f"{format_gib(self.nbytes)} of images do not fit the {format_gib(self._budget)} to spend; {remedy}"
@@ -194,7 +194,7 @@ class ImageStore:
         if self._asked == "auto" and not fits:
             return
         if free is None:
-            problem = "there is none"
+            problem = "this process uses none"
         elif self.nbytes > free:
             problem = f"{format_gib(self.nbytes)} do not fit the {format_gib(free)} to spend there; lower --batch or --imgsz"
         else:
@@ -204,12 +204,12 @@ class ImageStore:
         self.reason = f"not on a GPU: {problem}; {self.reason}"
 
     def _instead(self, index: int, file: PixelFile) -> np.ndarray[Any, Any]:
-        """Return an image that is damaged in the file, decoded anew."""
+        """Return an image that is damaged in the file, decoded from its original."""
         self._forget(file)
         return self._originals[index]
 
     def _forget(self, file: PixelFile) -> None:
-        """Take a damaged file out of the folder, so that the next start builds it anew; say so once."""
+        """Remove a damaged file from the folder, so that the next start builds it again; print one line per file."""
         with self._telling:
             if file in self._damaged:
                 return
@@ -224,12 +224,12 @@ class ImageStore:
 
 
 def stored_ratio(original_hw: Size, image_size: int) -> float:
-    """Return stored pixels per original pixel."""
+    """Return the ratio of stored pixels to original pixels along a side."""
     return image_size / max(original_hw)
 
 
 def show_cache(folder: Path | None, *, remove: bool, as_json: bool) -> None:
-    """Print what `folder` holds, by default that of the runs folder; first remove what no process uses, if asked."""
+    """Print the content of `folder` (default: the runs folder's cache); with `remove`, first remove unused files."""
     folder = folder.absolute() if folder else runs_root() / CACHE_FOLDER
     removed = remove_idle(folder) if remove else []
     kept = kept_files(folder)

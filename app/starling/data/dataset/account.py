@@ -1,4 +1,4 @@
-"""What a split leaves out, in lines for people."""
+"""The images and labels that a split leaves out, as lines for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starling.data.dataset.labels import CLIPPED_BEYOND
 
 
 def left_out(split: Dataset, shown: int = 5) -> list[str]:
-    """Name what was left out, and why; users must not find out from a bad mAP."""
+    """Return lines that name the left-out images and labels with reasons: a bad mAP must not be the first sign."""
     lines = []
     if split.problems:
         lines.append(f"  {split.skipped} images left out (--strict stops at the first):")

@@ -1,4 +1,4 @@
-"""From a dataset's YAML description to checked pairs of image and labels."""
+"""Read a dataset's YAML description and return checked pairs of image and labels."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ _TOLERATED_KEYS = frozenset(
         *("minival", "roboflow", "skeleton", "task", "url", "version"),
     )
 )
-"""Keys that exporters write and that change nothing here. `download` is read by starling.data.fetch.acquire, when asked for."""
+"""Keys that exporters write and that have no effect. starling.data.fetch.acquire reads `download`, on request only."""
 BACKGROUND = "background"
-"""What a confusion matrix calls that which is no class."""
+"""Name of the row and column of a confusion matrix for detections and labels without a match."""
 _MAX_CLASSES = 100_000
 
 Progress = Callable[[int, int], None]
-"""Called with (images checked, images in all)."""
+"""Called with (number of checked images, number of all images)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetDescription:
-    """What a dataset's YAML says, with its paths resolved."""
+    """The content of a dataset's YAML, with resolved paths."""
 
     path_yaml: Path
     root: Path
-    """Folder that the splits are relative to."""
+    """Folder that relative paths of splits start from."""
     splits: Mapping[str, tuple[Path, ...]]
     """Split name -> folders of images, `.txt` lists of images, or single images."""
     names: tuple[str, ...]
     """Class names by class number; one name under single_cls."""
     nc_in_labels: int
-    """Classes that label files may name; more than `nc` only under single_cls."""
+    """Number of classes that label files may name; larger than `nc` only under single_cls."""
     keypoints: Keypoints | None = None
-    """Keypoints of every label row; None where the description declares none."""
+    """Keypoints of every label row; None if the description declares no keypoints."""
 
     @property
     def nc(self) -> int:
@@ -85,9 +85,9 @@ class DatasetDescription:
     def from_yaml(cls, path: Path, single_cls: bool = False) -> Self:
         """Read and check a description.
 
-        Raises a UsageError for what the file says wrongly, DataError when the data it names is not there.
+        Raises UsageError for an error in the file, DataError if the data that the file names does not exist.
         """
-        path = Path(os.path.abspath(path))  # not resolved: relative paths go from where the user put the file
+        path = Path(os.path.abspath(path))  # not resolved: relative paths start where the user put the file
         mapping = read_yaml(path, unreadable=DataError)
         for key in mapping:
             if key not in _KNOWN_KEYS | _TOLERATED_KEYS:
@@ -111,38 +111,38 @@ class DatasetDescription:
 class Dataset:
     """The usable images of one split with their labels, in a fixed order.
 
-    Headers and labels are read anew each time: with threads that costs about 0.1 ms an image, less than
-    proving a label cache fresh is worth, and an edited label can never be trained on in its old form.
+    Image headers and labels are read anew for each run: threads take about 0.1 ms per image, less than checking that a
+    label cache is fresh would take, and training never uses an outdated version of an edited label file.
     """
 
     images: list[Path]
     labels: list[np.ndarray[Any, Any]]
-    """[n,5] float32 an image: class, x and y of the centre, width, height, 0 to 1."""
+    """[n,5] float32 for each image: class, x and y of the centre, width, height, 0 to 1."""
     shapes_hw: np.ndarray[Any, Any]
     """[N,2] int64: upright height and width in pixels."""
     names: tuple[str, ...]
     polygons: list[tuple[Polygon | None, ...]] = field(default_factory=list)
-    """An image's polygons, parallel to its label rows (None: the row is a box), or an empty tuple where it has
-    none; the list is empty where no image of the split has one."""
+    """For each image its polygons, parallel to its label rows (None: the row is a box), or an empty tuple without any
+    polygon; an empty list if no image of the split has a polygon."""
     problems: list[Finding]
-    """Images left out, and why; the number of them is `skipped`."""
+    """Left-out images with reasons; `skipped` is the number of left-out images."""
     notes: list[Finding]
-    """Label rows left out without harm."""
+    """Label rows that are left out without harm."""
     unread: list[Finding] = field(default_factory=list)
-    """Images of kinds that are not read, one finding for all of them."""
+    """Images in formats that are not read, one finding for all of them."""
     unlabelled: list[Finding] = field(default_factory=list)
-    """Images without a label file, which are background."""
+    """Images without a label file; such images are background."""
     unpaired: list[Finding] = field(default_factory=list)
-    """Label files that are not read, as those without an image."""
+    """Label files that are not read, for example label files without an image."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """All that is passed over, counted by reason."""
+    """Everything that is left out, counted by reason."""
     clipped: int = 0
-    """Label rows with a value a little outside [0, 1]."""
+    """Number of label rows with a value slightly outside [0, 1]."""
     skipped: int
     digest: str
     """Hex SHA-256 of names, labels, and the images' relative paths, sizes in pixels and in bytes."""
     stamps: np.ndarray[Any, Any]
-    """[N,2] int64: bytes and time of change of each image file; keys what is derived from pixels."""
+    """[N,2] int64: size in bytes and time of change of each image file; part of the key of data derived from pixels."""
 
     @property
     def nc(self) -> int:
@@ -151,7 +151,7 @@ class Dataset:
 
     @property
     def distinct_names(self) -> tuple[str, ...]:
-        """Class names to show and to count by: classes of equal names have their numbers."""
+        """Class names for display and counting: classes with equal names get their numbers appended."""
         return distinct(self.names, reserved=(BACKGROUND,))
 
     @property
@@ -161,7 +161,7 @@ class Dataset:
 
     @property
     def findings(self) -> list[Finding]:
-        """All that is wrong with the split, by file."""
+        """All problems of the split, sorted by file."""
         every = (*self.problems, *self.notes, *self.unread, *self.unlabelled, *self.unpaired)
         return sorted(every, key=lambda f: (f.file, f.line or 0))
 
@@ -181,8 +181,8 @@ class Dataset:
         """Find the images of `split`, check each header and label file, keep the usable pairs.
 
         Unusable images are left out and listed in `problems`; with `strict` they are a DataError instead.
-        `progress` may be a callable; a bool is taken for the caller's intent to print and ignored here.
-        Raises DataError also for a split that is not there or has no usable image.
+        `progress` may be a callable; a bool (whether the caller wants to print) is ignored.
+        Raises DataError also if the split does not exist or has no usable image.
         """
         if split not in description.splits:
             given = ", ".join(description.splits)
@@ -263,7 +263,7 @@ def _named_places(path: Path, mapping: Mapping[str, Any]) -> NamedPlaces:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Return the class names of a dataset's YAML, whether or not its images are there."""
+    """Return the class names in a dataset's YAML; the images need not exist."""
     return _class_names(path, read_yaml(path))
 
 
@@ -288,7 +288,7 @@ def _class_names(path: Path, mapping: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _names_beside(own: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names of the description that was written beside fetched data; `names` where there is none."""
+    """Return the class names of the description in the folder of fetched data; `names` without a description."""
     if not own.is_file():
         return names
     found = read_class_names(own)
@@ -298,7 +298,7 @@ def _names_beside(own: Path, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _find_root(places: NamedPlaces, *, fetchable: bool) -> Path:
-    """Return the folder that splits are relative to."""
+    """Return the folder that relative paths of splits start from."""
     start = start_folder()
     root = places.find_root(OWN, start)
     if root is not None:
@@ -317,7 +317,7 @@ def _find_root(places: NamedPlaces, *, fetchable: bool) -> Path:
 def _scan(
     paths: list[Path], description: DatasetDescription, progress: Progress | None
 ) -> Iterator[_Scanned]:
-    """Check headers and labels in threads, in order: the time goes into opening files."""
+    """Check headers and labels in threads, and yield the results in order: opening the files takes most of the time."""
 
     def scan_one(path: Path) -> _Scanned:
         label_file = read_pair(path, description.nc_in_labels, description.keypoints)
@@ -344,7 +344,7 @@ def _account(
     files: list[LabelFile],
     unpaired: list[Finding],
 ) -> LeftOut:
-    """Return the account of images that were passed over with all else that a split leaves out."""
+    """Return `account` with the skipped images, left-out label rows and unread label files added."""
     named = f"{REPORT} of a run names each"
     if problems:
         account.add(

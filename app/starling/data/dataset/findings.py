@@ -1,4 +1,4 @@
-"""What is wrong with a dataset: one finding an image, label file or row, and the report of all of them."""
+"""Problems of a dataset: one finding for each image, label file or row, and the report of all findings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ REPORT = "labels_report.csv"
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, where it is, and what to do. As text: `file:line: problem; remedy`."""
+    """One problem, its place, and the remedy. As text: `file:line: problem; remedy`."""
 
     file: str
     line: int | None
-    """Line of a label file, from 1; None where the whole file is meant."""
+    """Line of a label file, counted from 1; None if the finding concerns the whole file."""
     problem: str
     remedy: str
 
@@ -30,13 +30,13 @@ class Finding(NamedTuple):
 
 
 def write_report(path: Path, findings: Iterable[Finding]) -> int:
-    """Write the columns file, line, problem, remedy as CSV and return the number of rows under the head."""
+    """Write the columns file, line, problem, remedy as CSV, and return the number of rows below the header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Finding._fields)
     count = 0
-    for count, finding in enumerate(findings, start=1):  # noqa: B007 - the last one is the number of rows
+    for count, finding in enumerate(findings, start=1):  # noqa: B007 - the last value is the number of rows
         writer.writerow(finding)
-    # A file name may hold bytes that are no text; they are shown, not fatal.
+    # A file name may contain bytes that are not valid text; the report shows them escaped.
     write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
     return count

@@ -1,4 +1,4 @@
-"""What decoding an image costs, known from its header: memory by format, time by the scans of a JPEG."""
+"""The cost of decoding an image, estimated from its header: memory by format, time by the scans of a JPEG."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from starling.core.budget import MEMORY_BYTES, SECONDS, Budget, BudgetExceeded
 from starling.data.augment.letterbox import Size
 
 _PER_PIXEL = {"JPEG": 6.5, "MPO": 6.5, "PNG": 6.5, "BMP": 7.5, "GIF": 9.0, "WEBP": 8.0, "TIFF": 11.0}
-"""Bytes a pixel at the peak, by Pillow's name of the format, for what OpenCV decodes to 8-bit RGB: the pixels, their
-copy in the order RGB, and what the format's decoder holds. Measured at 36 megapixels, rounded up."""
+"""Peak bytes per pixel while OpenCV decodes to 8-bit RGB, by Pillow's name of the format: the pixels, their copy in RGB
+order, and the memory of the format's decoder. Measured at 36 megapixels, rounded up."""
 _PER_PIXEL_CONVERTED = 15
-"""What Pillow converts: four bytes a pixel before and after, and three in two copies."""
+"""Peak bytes per pixel of images that Pillow converts: four bytes before and after, and three in each of two copies."""
 _PER_PIXEL_OF_SCANS = 10
-"""A JPEG in several scans keeps two bytes a coefficient until the last scan."""
+"""Peak bytes per pixel of a JPEG in several scans: the decoder keeps two bytes per coefficient until the last scan."""
 _PIXELS_OF_SCANS = 2_000_000_000
-"""Pixels times scans of a JPEG; one scan takes up to 6 ns a pixel. Real files have up to 14 scans."""
+"""Limit of pixels times scans of a JPEG; one scan takes up to 6 ns per pixel. Real files have up to 14 scans."""
 _SCAN_BYTES = 12
-"""The least that a scan takes in the file."""
+"""Minimum size in bytes of a scan in the file."""
 _HEADER_BYTES = 64 << 20
 _EXIF_BYTES = 1 << 16
-"""One segment of a JPEG. Pillow reads all values of the directory, which may claim the same bytes again and again."""
+"""Maximum bytes of EXIF, one JPEG segment. The values of an EXIF directory may refer to the same bytes repeatedly."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MARKER = 4
-"""Bytes of a mark or a length."""
+"""Size in bytes of a marker or a length field."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _TILE_PIXEL = 16
-"""Bytes for each pixel of a TIFF's tile, which may be larger than the image."""
+"""Bytes per pixel of a TIFF tile; a tile may be larger than the image."""
 _SMALL = 64 << 20
-"""Decoding that takes less waits for nobody."""
+"""Images that need less memory are decoded without waiting for other threads."""
 
 
 def decode_bytes(image: ImageFile.ImageFile, pixels: str, many_scans: bool) -> int:
-    """Return the most bytes that decoding takes, beside the file's own."""
+    """Return the maximum memory in bytes that decoding takes, without the bytes of the file."""
     width, height = image.size
     tile = 0
     if image.format == "TIFF":
@@ -54,7 +54,7 @@ def _bytes_per_pixel(image: ImageFile.ImageFile, pixels: str, many_scans: bool) 
     if pixels == "deep":
         channels = 4 if "A" in image.mode else len(image.getbands())
         strip = 2 * channels if image.format == "TIFF" else 0
-        # OpenCV holds them twice while it changes their order; then they become three of 8 bits.
+        # OpenCV holds 16-bit pixels twice while it reorders the channels; then the result is three channels of 8 bits.
         return strip + max(4 * channels, 2 * channels + 3) + 0.5
     if many_scans:
         return _PER_PIXEL_OF_SCANS
@@ -62,9 +62,9 @@ def _bytes_per_pixel(image: ImageFile.ImageFile, pixels: str, many_scans: bool) 
 
 
 def has_many_scans(image: ImageFile.ImageFile, file: IO[bytes], file_size: int) -> bool:
-    """Return whether a JPEG's pixels come in several scans: it is progressive, or its first scan lacks a component.
+    """Return whether a JPEG stores its pixels in several scans: it is progressive, or its first scan lacks a component.
 
-    A file so small that its scans do not matter counts as one of a single scan.
+    A file too small for scans to matter counts as a file with one scan.
     """
     if image.format not in ("JPEG", "MPO"):
         return False
@@ -82,7 +82,7 @@ def has_many_scans(image: ImageFile.ImageFile, file: IO[bytes], file_size: int) 
 
 
 def check_content(content: bytes, header: ImageHeader) -> None:
-    """Raise BudgetExceeded for what would take too long or too much memory, which only the whole file shows."""
+    """Raise BudgetExceeded for excessive time or memory that the header does not reveal, only the whole file."""
     if header.many_scans:
         scans, (height, width) = content.count(b"\xff\xda"), header.hw
         if scans * height * width > _PIXELS_OF_SCANS:
@@ -94,7 +94,7 @@ def check_content(content: bytes, header: ImageHeader) -> None:
 
 
 def _check_chunks(content: bytes) -> None:
-    """Refuse a PNG with a chunk that claims more bytes than there are: OpenCV takes the memory before it looks."""
+    """Refuse a PNG with a chunk longer than the file: OpenCV allocates the memory before it checks the length."""
     at = len(_PNG)
     while at + 8 <= len(content):
         length, kind = struct.unpack_from(">L4s", content, at)
@@ -106,9 +106,9 @@ def _check_chunks(content: bytes) -> None:
 
 
 class CountedFile:
-    """A file as Pillow sees it while it reads a header: what is read, and read again, is counted.
+    """The file object that Pillow reads a header from: counts all bytes read, repeated reads included.
 
-    Raises BudgetExceeded for a directory whose values claim the same bytes again and again.
+    Raises BudgetExceeded if the values of a directory refer to the same bytes again and again.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -116,12 +116,12 @@ class CountedFile:
         self._left = _HEADER_BYTES
         self._exif = Budget(exif_bytes=_EXIF_BYTES)
         self._counts = True
-        self.seek, self.tell = file.seek, file.tell  # Pillow asks for them often
+        self.seek, self.tell = file.seek, file.tell  # attributes, not methods: Pillow calls them often
 
     def read(self, size: int = -1) -> bytes:
-        """Read as the file does."""
+        """Read from the file, and count the bytes."""
         content = self._read(size)
-        if self._counts and not 0 <= size <= _MARKER:  # of which a header has many
+        if self._counts and not 0 <= size <= _MARKER:  # a header has many markers and lengths
             self._left -= len(content)
             if self._left < 0:
                 raise BudgetExceeded(f"more than {_HEADER_BYTES >> 20} MiB of header")
@@ -130,7 +130,7 @@ class CountedFile:
         return content
 
     def end_of_header(self) -> None:
-        """Stop counting: the pixels are read now."""
+        """Stop counting before the pixels are read."""
         self._counts = False
 
     def __getattr__(self, name: str) -> Any:
@@ -138,7 +138,7 @@ class CountedFile:
 
 
 class Room:
-    """The memory that threads may take together; one that needs more than is left waits for the others."""
+    """A memory limit that threads share; a thread that needs more than the free part waits for the others."""
 
     def __init__(self, most: int) -> None:
         self._most, self._taken = most, 0
@@ -146,7 +146,7 @@ class Room:
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Hold `count` bytes inside the block."""
+        """Reserve `count` bytes inside the block."""
         if count < _SMALL:
             yield
             return
@@ -162,24 +162,24 @@ class Room:
 
 
 DECODING = Room(MEMORY_BYTES)
-"""What all threads of this process may take to decode large images at the same time."""
+"""The memory that all threads of this process may use together to decode large images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageHeader:
-    """What an image's file says before it is decoded."""
+    """The properties of an image file that are known before decoding."""
 
     hw: Size
     """Height and width in pixels after the EXIF rotation."""
     orientation: int
     """EXIF orientation, 1 (upright) to 8."""
     pixels: Literal["plain", "deep", "converted"]
-    """How the pixels become RGB: by OpenCV, from 16 bits a channel, or by Pillow."""
+    """How the pixels become RGB: decoded by OpenCV, reduced from 16 bits a channel, or converted by Pillow."""
     many_scans: bool
-    """Whether it is a JPEG whose pixels come in several scans, each of which takes time."""
+    """Whether the file is a JPEG with several scans; each scan takes time."""
     decode_bytes: int
-    """The most memory that decoding takes, the file's bytes included."""
+    """Maximum memory in bytes that decoding takes, the bytes of the file included."""
     file_size: int
-    """Bytes on disk."""
+    """Size of the file in bytes."""
     changed_ns: int
-    """When the file last changed, in nanoseconds of the file system's clock; see `file_stamp`."""
+    """Time of the file's last change in nanoseconds of the file system's clock; see `file_stamp`."""

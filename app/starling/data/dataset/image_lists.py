@@ -1,4 +1,4 @@
-"""Where the images of a split are: in folders, in lists, or named one by one."""
+"""Find the images of a split: in folders, in lists, or named one by one."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from starling.data.dataset.left_out import LeftOut
 _MAX_LIST_BYTES = 256 << 20
 _MAX_LINES = 4_000_000
 _MAX_NAME = 16 << 10
-"""Characters of a line; no file system takes a quarter of it."""
+"""Maximum length of a line in characters; no file system allows a path of a quarter of this length."""
 _MOST_LOOKED_AT = 100_000
-"""Files among which a name is looked for, to tell a user where it may be."""
+"""Number of files that the search for a misplaced name looks at."""
 
 
 @dataclass(slots=True)
 class FoundImages:
-    """The images of a split, and what was passed over on the way."""
+    """The images of a split, and what the search for them left out."""
 
     images: list[Path] = field(default_factory=list)
-    """Sorted, each once."""
+    """Image paths, sorted, without repetitions."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """Images of kinds that are not read."""
+    """Images in formats that are not read."""
     absent: list[Finding] = field(default_factory=list)
-    """One a list that names images which are not there."""
+    """One finding for each list that names missing images."""
     absent_count: int = 0
     notes: list[Finding] = field(default_factory=list)
-    """Lists whose entries were found another way than they are written."""
+    """Lists whose entries were found at other paths than written."""
 
 
 def find_images(entries: Iterable[Path], root: Path, source: str) -> FoundImages:
-    """Return the images of a split's entries; lists may name theirs from `root`.
+    """Return the images of a split's entries; relative paths in lists may start from `root`.
 
-    Raises DataError for what is not there or cannot be listed, beginning with `source`; PermissionError for an entry
-    in a folder that may not be looked into.
+    Raises DataError, with a message that begins with `source`, for an entry that does not exist or cannot be listed;
+    PermissionError for an entry in a folder without read permission.
     """
     found = FoundImages()
     for entry in entries:
@@ -74,7 +74,7 @@ def find_images(entries: Iterable[Path], root: Path, source: str) -> FoundImages
 
 
 def _why_not(entry: Path, root: Path) -> str:
-    """Say what is wrong with an entry that is neither a folder, a list nor an image, and what to do."""
+    """Return what is wrong with an entry that is neither a folder, a list nor an image, and the remedy."""
     place = look_at(entry)
     if place is None:
         likely = likely_path(str(entry.relative_to(root) if entry.is_relative_to(root) else entry), root)
@@ -86,7 +86,7 @@ def _why_not(entry: Path, root: Path) -> str:
 
 
 def likely_path(entry: str, root: Path) -> Path | None:
-    """Return where an entry that is not there may be: below `root` with fewer leading folders, or in other case."""
+    """Return where a missing entry may be: below `root` with fewer leading folders, or in another case."""
     below = next((root / tail for tail in tails(entry) if exists(root / tail)), None)
     if below is not None:
         return below
@@ -110,7 +110,7 @@ def _folded(name: str) -> str:
 
 
 def _walk(folder: Path, found: FoundImages) -> None:
-    """Add the images under `folder`, following links to folders, each real folder once; hidden ones are no data."""
+    """Add the images under `folder`, following links to folders; skip hidden files, and visit each real folder once."""
     seen: set[str] = set()
     for current, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(current)
@@ -119,7 +119,7 @@ def _walk(folder: Path, found: FoundImages) -> None:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in sorted(files):  # so that the first that is left out is the same everywhere
+        for name in sorted(files):  # sorted: the first left-out file is the same on every machine
             suffix = suffix_of(name)
             if suffix in IMAGE_SUFFIXES:
                 if not is_hidden(name):
@@ -129,17 +129,16 @@ def _walk(folder: Path, found: FoundImages) -> None:
 
 
 def _refuse(error: OSError) -> None:
-    """Raise what keeps a folder from being listed: without its images this would be another dataset."""
-    if not isinstance(error, FileNotFoundError):  # it has gone since it was seen
+    """Raise the error that keeps a folder from being listed: without its images the dataset would be another one."""
+    if not isinstance(error, FileNotFoundError):  # the folder may have been removed since it was listed
         raise error
 
 
 def _read_list(path: Path, root: Path, source: str, found: FoundImages) -> None:
-    """Add the images that a list names: absolute, or relative to the list's folder, else to the root.
+    """Add the images that a list names: absolute, or relative to the list's folder, or else to the root.
 
-    A list whose every entry is elsewhere, as one that was written on another machine, is read without the leading
-    folders of its entries where all of them are found so. What is not there is one finding; raises DataError where
-    nothing is.
+    If no entry of a list exists, as in a list from another machine, leading folders are dropped from all entries,
+    provided that all images are then found. Missing entries are one finding; raises DataError if no entry is found.
     """
     bases = tuple(dict.fromkeys((path.parent, root)))
     there: list[Path] = []
@@ -168,7 +167,7 @@ def _read_list(path: Path, root: Path, source: str, found: FoundImages) -> None:
 
 
 def _entries(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of a list's entries; hidden copies are none."""
+    """Yield line number and text of a list's entries, without hidden copies."""
     budget = Budget(seconds=math.inf, list_bytes=_MAX_LIST_BYTES, lines=_MAX_LINES)
     number = 0
     try:
@@ -192,7 +191,7 @@ def _entries(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _meant(name: str, bases: Iterable[Path]) -> Iterator[Path]:
-    """Yield the paths that a list's entry may mean."""
+    """Yield the paths that an entry of a list may refer to."""
     for spelling in written(name):
         for base in bases:
             yield base / spelling
@@ -201,9 +200,9 @@ def _meant(name: str, bases: Iterable[Path]) -> Iterator[Path]:
 def _elsewhere(
     path: Path, bases: Iterable[Path], absent: list[tuple[int, str]], found: FoundImages
 ) -> tuple[list[Path], list[tuple[int, str]]]:
-    """Return the images of a list, and what stays absent, without the leading folders that all entries have too many.
+    """Return the images of a list after dropping leading folders from all entries, and the entries still absent.
 
-    A folder and a name are kept of each entry, so that images of one name in two folders are never mixed up.
+    At least a folder and a name remain of each entry, so that images of equal name in two folders are not mixed up.
     """
     first = parts_of(absent[0][1])
     for base in bases:
@@ -220,7 +219,7 @@ def _elsewhere(
 
 
 def _absent(path: Path, bases: Iterable[Path], absent: list[tuple[int, str]], total: int) -> Finding:
-    """Return the one finding of a list's entries that are not there, with where the first of them may be."""
+    """Return one finding for all missing entries of a list, with a likely place of the first one."""
     number, name = absent[0]
     tried = " or ".join(map(str, bases))
     likely = next((one for base in bases if (one := likely_path(name, base))), None)
@@ -242,7 +241,7 @@ def _absent(path: Path, bases: Iterable[Path], absent: list[tuple[int, str]], to
 
 
 def _by_name(folder: Path, name: str) -> Path | None:
-    """Return the one file of this name below a folder; None for none, for several, and where there is too much to see."""
+    """Return the only file of this name below a folder; None for no or several files, or too many to search."""
     matches: list[Path] = []
     looked_at = 0
     for current, folders, files in os.walk(folder):
@@ -256,5 +255,5 @@ def _by_name(folder: Path, name: str) -> Path | None:
 
 
 def locate(root: Path, entry: str) -> Path:
-    """Return the path that an entry of a description means; as it is written where nothing is there."""
+    """Return the path that an entry of a description refers to; if nothing is there, the path as written."""
     return find_entry(root, entry, OWN) or OWN.expand(root, entry)

@@ -1,7 +1,7 @@
 """Images on disk: look at the header first, refuse what cannot be used, decode to upright RGB.
 
-The header is read with Pillow, which allocates nothing for the pixels, so that a tiny file that claims
-50,000 x 50,000 pixels is refused before anything is decoded. Users' files are only ever read.
+Pillow reads the header without allocating memory for the pixels: a tiny file that claims 50,000 x 50,000 pixels is
+refused before decoding. Users' files are only read, never written.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from starling.data.dataset.image_cost import (
 from starling.errors import is_out_of_memory
 
 MIN_SIDE = 10
-"""Images with a shorter side hold nothing to learn from."""
+"""Minimum side in pixels; smaller images hold nothing to learn from."""
 MAX_PIXELS = 178_956_970
-"""Half a gigabyte as RGB; larger images are taken for attacks or mistakes. What takes more memory to decode than
-others (16 bits a channel, JPEGs in several scans, …) has a lower limit: see starling.data.dataset.image_cost."""
+"""Maximum number of pixels, half a gigabyte as RGB; larger images are refused as attacks or mistakes. Images that take
+more memory to decode (16 bits a channel, JPEGs in several scans, …) have a lower limit: see image_cost.py."""
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
-"""Pillow's readers that are asked; MPO is a JPEG to it."""
+"""Formats that Pillow may try; Pillow treats MPO as a JPEG."""
 _MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"))
-"""Pillow's names of the pixels that OpenCV decodes to 8-bit RGB as they are meant."""
+"""Pillow's names of the pixel modes that OpenCV decodes correctly to 8-bit RGB."""
 _CONVERTED_MODES = frozenset(("CMYK", "YCbCr", "RGBa", "La"))
-"""Those that Pillow converts: OpenCV takes every CMYK for inverted, which only Adobe's JPEGs are."""
+"""Modes that Pillow converts: OpenCV takes every CMYK image for inverted, but only Adobe's JPEGs are inverted."""
 _ORIENTATION = 0x0112
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
 """EXIF types -> struct's letters."""
@@ -59,21 +59,21 @@ _TURNS = {
 """EXIF orientation -> the rotation, then the flip (as cv2.flip counts axes), that make an image upright.
 5 is a transposition: a quarter turn clockwise and a mirror. 7 is the other diagonal. Source: EXIF 2.3, 4.6.4."""
 
-# The limit above is the one that counts; Pillow's own warning at half of it would only be noise.
+# MAX_PIXELS is the limit that is enforced; Pillow's own warning at half of its limit would only be noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# A damaged tag is either harmless or found out by _checked.
+# A damaged tag is either harmless or found by _checked.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 _DEEP_ROWS = 64
 _ROUNDED = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
-"""16 bits -> 8."""
+"""Table that rounds 16 bits to 8."""
 _CONVERT = "convert it to 8-bit RGB"
 _REPLACE = "replace the image or remove it"
 
 
 class UnusableImageError(DataError):
-    """An image that cannot be trained on; problem and remedy, without the path."""
+    """An image that cannot be trained on, with problem and remedy; the path is not part of the message."""
 
     def __init__(self, problem: str, remedy: str = _REPLACE) -> None:
         super().__init__(f"{problem}; {remedy}")
@@ -84,7 +84,7 @@ def read_header(path: Path) -> ImageHeader:
     """Return the checked header of the image at `path`.
 
     Raises UnusableImageError with the reason: not an image, truncated, animated, pixels of 32 bits, too small
-    or too large. Truncation is seen by the end mark of JPEG and PNG; other formats are decoded once to know.
+    or too large. JPEG and PNG are checked for their end mark; other formats but WebP are decoded once as a check.
     """
     try:
         with open_regular(path) as file:
@@ -99,9 +99,9 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
-    """Return a file's bytes and the time of its last change in nanoseconds, which nobody can set.
+    """Return a file's size in bytes and the time of its last status change in nanoseconds, which users cannot set.
 
-    Not the time of modification, which archives restore: two versions of a set may well agree in it and in bytes.
+    The modification time would not do: archives restore it, and two versions may have equal size and modification time.
     """
     return status.st_size, status.st_ctime_ns
 
@@ -109,8 +109,8 @@ def file_stamp(status: os.stat_result) -> tuple[int, int]:
 def decode_image(path: Path) -> np.ndarray[Any, Any]:
     """Return the image as upright RGB, uint8 [H,W,3]; transparency is dropped, 16 bits are rounded to 8.
 
-    Raises DataError naming the path when it cannot be decoded whole; never returns a part of an image. Where there
-    is no memory for it, which is no fault of the image's, raises MemoryError naming the path.
+    Raises DataError with the path if the image cannot be decoded whole; never returns a part of an image. Raises
+    MemoryError with the path if memory is short, because then the image itself may be good.
     """
     try:
         content = read_regular(path, MEMORY_BYTES)
@@ -142,13 +142,13 @@ def _decode_plain(content: bytes) -> np.ndarray[Any, Any] | None:
 
 
 def _decode_deep(content: bytes) -> np.ndarray[Any, Any] | None:
-    """Return 16 bits a channel rounded to 8, so that 65535 is white; OpenCV by itself would cut them off."""
+    """Return 16 bits a channel rounded to 8, so that 65535 is white; OpenCV itself would drop the lower 8 bits."""
     image = _imdecode(content, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None or image.dtype not in (np.uint8, np.uint16):
         return None
     image = image.reshape(*image.shape[:2], -1)
     rgb = np.empty((*image.shape[:2], 3), np.uint8)
-    for start in range(0, len(image), _DEEP_ROWS):  # a few rows at once, so that no second copy is made
+    for start in range(0, len(image), _DEEP_ROWS):  # a few rows at a time, to save memory
         rows = image[start : start + _DEEP_ROWS]
         if image.shape[2] < 3:
             rows = rows[..., :1]
@@ -205,7 +205,7 @@ def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
     except UnidentifiedImageError:
         raise UnusableImageError("not an image of a known format") from None
     except Exception as error:
-        # Pillow's plug-ins raise many kinds on hostile bytes (SyntaxError, struct.error, OverflowError, ...).
+        # Pillow's plug-ins raise many exceptions on hostile bytes (SyntaxError, struct.error, OverflowError, ...).
         raise UnusableImageError(f"corrupt: {str(error)[:200]}") from None
     if orientation >= 5:
         height, width = width, height
@@ -221,7 +221,7 @@ def _checked(file: IO[bytes], file_size: int, changed_ns: int) -> ImageHeader:
 
 
 def _is_animated(image: ImageFile.ImageFile) -> bool:
-    if image.format == "TIFF":  # to ask it for its pages would read them all
+    if image.format == "TIFF":  # is_animated would read all pages of a TIFF
         try:
             image.seek(1)
         except EOFError:
@@ -250,8 +250,8 @@ def _pixels(image: ImageFile.ImageFile) -> Literal["plain", "deep", "converted"]
 
 
 def _orientation(image: Image.Image) -> int:
-    # Asking a PNG for EXIF that does not stand before its pixels would decode it whole; and OpenCV turns a
-    # TIFF by itself, as does Pillow.
+    # Pillow would decode a whole PNG to find EXIF after its pixels. OpenCV and Pillow rotate a TIFF
+    # themselves.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     exif = image.info.get("exif")
@@ -264,9 +264,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """Return the orientation that stands in the first directory of EXIF data; None where none does.
+    """Return the orientation in the first directory of EXIF data; None if the directory has none.
 
-    Not through Pillow, which reads every value of the directory: those of a few kilobytes can claim gigabytes.
+    Pillow would read every value of the directory: the values of a few kilobytes can claim gigabytes.
     """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
@@ -284,7 +284,7 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def _check_end(image: Image.Image, file: IO[bytes], file_size: int, needed: int) -> None:
-    """Refuse a truncated image, decoding it only where the last bytes do not settle the question."""
+    """Refuse a truncated image; decode the image only if its last bytes do not show whether it is complete."""
     position = file.tell()
     file.seek(max(file_size - 32, 0))
     tail = file.read(32)

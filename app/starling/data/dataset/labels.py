@@ -1,8 +1,8 @@
-"""Label rows: one text file an image, one object a row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
+"""Label rows: one text file per image, one object per row, `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`.
 
-All coordinates are parts of the image's width and height, 0 to 1. A polygon is kept beside the box around it. Where the
-dataset declares keypoints, a row is `class x y w h` and the keypoints, which a detector does not learn. Which kind of rows
-a dataset has is declared by its description, or told by the rows of the whole set.
+All coordinates are fractions of the image's width and height, 0 to 1. A polygon is kept together with the box around
+it. If the dataset declares keypoints, a row is `class x y w h` and the keypoints, which a detector does not learn. The
+description declares the kind of rows of a dataset; otherwise the rows of the whole set show it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from starling.core.utf8 import NotUtf8, text_of
 from starling.data.dataset.findings import Finding
 
 MAX_BYTES = 16 << 20
-"""A larger file is not one image's labels."""
+"""Maximum size of a label file in bytes."""
 MAX_LINES = 1_000_000
-"""Nor is one of more lines, blank, repeated and faulty ones included."""
+"""Maximum number of lines of a label file; blank, repeated and faulty lines count."""
 MAX_LINE_BYTES = 1 << 20
-"""Nor is one of longer lines: a polygon of 50,000 points has less."""
+"""Maximum bytes of a line; a polygon of 50,000 points needs fewer."""
 MAX_ROWS = 100_000
-"""Nor is one of more rows; as targets of one batch they would fill any memory."""
+"""Maximum number of rows of a label file; more rows, as targets of one batch, would exhaust any memory."""
 
 _MAX_NAMED = 1000
-"""Faulty rows named per file; the rest are counted."""
+"""Maximum number of faulty rows named per file; further rows are only counted."""
 
 CLIPPED_BEYOND = 0.01
-"""Parts of an image by which a coordinate may lie outside [0, 1]: rounding, which is clipped. Further out is a fault."""
+"""Fraction of the image by which a coordinate may lie outside [0, 1]: a rounding error, clipped. More is a fault."""
 _LEAST_INSIDE = 0.1
-"""Part of a box's side that lies, at least, between its centre and each edge of the image, where boxes share a line."""
+"""Minimum distance of a box's centre from each image edge, as a fraction of the box's side, in `_looks_joined`."""
 
 Polygon = np.ndarray[Any, Any]
-"""[k,2] float32: the corners, x and y, each 0 to 1 of an image, or pixels where the name says so."""
+"""[k,2] float32: x and y of the corners, fractions of the image from 0 to 1, or in pixels if a docstring says so."""
 
 
 class Keypoints(NamedTuple):
@@ -61,23 +61,23 @@ class LabelFile:
     rows: np.ndarray[Any, Any]
     """[n,5] float32: class, x and y of the centre, width, height, each 0 to 1. Empty for background."""
     polygons: tuple[Polygon | None, ...] = ()
-    """One a row, None where the row is a box; empty where no row is a polygon."""
+    """One polygon per row, None if the row is a box; empty if no row is a polygon."""
     problems: tuple[Finding, ...] = ()
-    """Rows that cannot be true. The image is not to be used."""
+    """Rows with impossible values. The image must not be used."""
     notes: tuple[Finding, ...] = ()
-    """Rows left out or clipped without harm: repetitions, boxes of no size, coordinates a little outside."""
+    """Rows left out or clipped without harm: repetitions, boxes of no size, coordinates slightly outside the image."""
     clipped: int = 0
-    """Rows of which a coordinate was clipped."""
+    """Number of rows with a clipped coordinate."""
     left_out: int = 0
-    """Rows left out without harm."""
+    """Number of rows left out without harm."""
     missing: bool = False
-    """Whether there is no such file."""
+    """Whether the file does not exist."""
 
 
 def label_path(image: Path) -> Path:
-    """Return where the labels of `image` are: the last `images` folder replaced by `labels`, suffix `.txt`.
+    """Return the label file of `image`: the last `images` folder replaced by `labels`, suffix `.txt`.
 
-    An image under no `images` folder has its labels beside it.
+    Without an `images` folder in the path, the label file lies beside the image.
     """
     parts = list(image.parts)
     for position in range(len(parts) - 2, -1, -1):
@@ -88,16 +88,16 @@ def label_path(image: Path) -> Path:
 
 
 def label_path_beside(image: Path) -> Path:
-    """Return where the labels of `image` are if they lie beside it."""
+    """Return the label file of `image` if labels lie beside the image."""
     return image.with_suffix(".txt")
 
 
 def read_labels(path: Path, nc: int, keypoints: Keypoints | None = None) -> LabelFile:
     """Read one label file; a missing or empty one means an image of background.
 
-    `nc` is the number of classes, `keypoints` what the dataset declares. UTF-8 with or without a byte order mark, any
-    line end. Never raises for what the file holds: faults are returned, so that the caller can collect those of a
-    whole dataset.
+    `nc` is the number of classes, `keypoints` the declaration of the dataset. UTF-8 with or without a byte order mark,
+    any line end. Never raises for the content of the file: faults are returned, so that the caller can collect the
+    faults of a whole dataset.
     """
     try:
         content = read_regular(path, MAX_BYTES)
@@ -116,7 +116,7 @@ def read_labels(path: Path, nc: int, keypoints: Keypoints | None = None) -> Labe
 
 
 def _check_lines(content: bytes) -> None:
-    """Raise BudgetExceeded for text whose lines would take too much time or memory."""
+    """Raise BudgetExceeded for text whose lines would take too much time or memory to parse."""
     if len(content) <= MAX_LINE_BYTES:
         return
     budget = Budget(lines=MAX_LINES)
@@ -188,11 +188,11 @@ class _Row(NamedTuple):
     """Class, x, y, w, h."""
     polygon: Polygon | None
     clipped: str
-    """The first coordinate that was clipped, in words; empty where none was."""
+    """Description of the first clipped coordinate; empty if none was clipped."""
 
 
 def _parse_row(fields: list[str], nc: int, keypoints: Keypoints | None) -> _Row | _Fault:
-    """Return the row, or what is wrong with it."""
+    """Return the row, or the fault in it."""
     columns = len(fields)
     try:
         values = [float(field) for field in fields]
@@ -221,7 +221,7 @@ def _parse_row(fields: list[str], nc: int, keypoints: Keypoints | None) -> _Row 
 
 
 def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) -> _Fault | None:
-    """Return what is wrong with the number of columns, or with what they hold in this number."""
+    """Return the fault in the number of columns, or in the values for this number of columns."""
     columns = len(values)
     if columns == 5:
         return None
@@ -236,7 +236,7 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
     if _looks_joined(values, nc):
         return _Fault(
             f"{columns // 5} boxes on one line",
-            "write each box, class x y w h, on a line of its own; a polygon that reads so needs one point repeated",
+            "write each box, class x y w h, on a line of its own; if the row is a polygon, repeat one of its points",
         )
     if _looks_like_pose(values):
         count = (columns - 5) // 3
@@ -252,9 +252,9 @@ def _wrong_columns(values: list[float], nc: int, keypoints: Keypoints | None) ->
 
 
 def _looks_joined(values: list[float], nc: int) -> bool:
-    """Return whether a row reads as several boxes: each has a class, sides, and most of itself in the image.
+    """Return whether a row reads as several boxes: each with a class, a size, and its centre well inside the image.
 
-    A polygon along the edges of its image has 0 and 1 in every fifth column too, by chance; its rest is no boxes then.
+    A polygon along the image edges may also have 0 and 1 in every fifth column, but its other columns are no boxes.
     """
     if (
         len(values) < 10
@@ -270,7 +270,7 @@ def _looks_joined(values: list[float], nc: int) -> bool:
 
 
 def _looks_like_pose(values: list[float]) -> bool:
-    """Return whether a row that no polygon can be, or hardly any, reads as class, box, and points with visibility."""
+    """Return whether a row that is hardly a polygon reads as class, box, and keypoints with visibility."""
     columns = len(values)
     if columns < 8 or (columns - 5) % 3 or not all(value in (0, 1, 2) for value in values[7::3]):
         return False
@@ -279,7 +279,7 @@ def _looks_like_pose(values: list[float]) -> bool:
 
 
 def surrounds(box_xywhn: Sequence[float], points: Iterable[Sequence[float]]) -> bool:
-    """Return whether a box lies in the image and around points, with the tolerance that hand-drawn ones need."""
+    """Return whether a box lies in the image and around the points, with a tolerance for hand-drawn boxes."""
     x, y, w, h = box_xywhn
     left, right, top, bottom = x - w / 2, x + w / 2, y - h / 2, y + h / 2
     if min(w, h) <= 0 or min(left, top) < -CLIPPED_BEYOND or max(right, bottom) > 1 + CLIPPED_BEYOND:
@@ -292,7 +292,7 @@ def surrounds(box_xywhn: Sequence[float], points: Iterable[Sequence[float]]) -> 
 
 
 def _wrong_class(field: str, number: float, nc: int) -> _Fault | None:
-    if number < 0 or not number.is_integer():  # which NaN and infinity are not
+    if number < 0 or not number.is_integer():  # NaN and infinity are not integers either
         return _Fault(f"class {field[:40]} is not a whole number from 0", "write the class's number")
     if number >= nc:
         return _Fault(
@@ -322,13 +322,13 @@ def _unusable(path: Path, problem: str, remedy: str) -> LabelFile:
 
 _MOST_KEYPOINTS = 1000
 _QUADRILATERAL = 4
-"""Points of an oriented box, which is as common as keypoints are."""
+"""Points of an oriented box; oriented boxes are as common as keypoints."""
 
 
 def read_keypoints(path: Path, mapping: Mapping[str, Any]) -> Keypoints | None:
-    """Return what `kpt_shape:` of a description declares; None where it has none.
+    """Return the keypoints that `kpt_shape:` of a description declares; None without `kpt_shape:`.
 
-    `flip_idx:`, which says what keypoints become in a mirror, is checked and not used. Raises ConfigError.
+    `flip_idx:`, the order of keypoints after a mirroring, is checked and not used. Raises ConfigError.
     """
     shape, mirrored = mapping.get("kpt_shape"), mapping.get("flip_idx")
     if shape is None:
@@ -360,10 +360,10 @@ def _whole_numbers(value: object) -> bool:
 
 
 def doubtful_polygons(path_yaml: Path, files: Iterable[LabelFile]) -> list[Finding]:
-    """Return a finding where all rows of a set may be boxes with keypoints of x and y, which nothing declares.
+    """Return a finding if all rows of a set may be boxes with undeclared keypoints of x and y.
 
-    One such row cannot be told from a polygon. Where each row of the set has the same number of points, and the first
-    two read as a box around the others, the user is asked.
+    One such row cannot be distinguished from a polygon. If all rows of the set have the same number of points, and the
+    first two pairs read as a box around the other points, the finding asks the user.
     """
     points = rows = 0
     for file in files:

@@ -1,4 +1,4 @@
-"""One account of what a command passes over: the console, the report and `--json` say the same of it."""
+"""The account of everything that a command leaves out; console, report and `--json` show the same account."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ UNREAD_IMAGES = "images of a kind that is not read"
 class _Entry:
     remedy: str
     first: str
-    """The file that was passed over first."""
+    """The first left-out file."""
     count: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    """How many of which kind, where the entry tells kinds apart; by suffix, for example."""
+    """Counts by kind, for example by suffix, if the entry has kinds."""
 
 
 class LeftOut:
-    """Count what is passed over, by reason, in the order in which the reasons came up."""
+    """Count left-out things by reason, in the order of the first occurrence of each reason."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -33,9 +33,9 @@ class LeftOut:
     def add(
         self, reason: str, path: str | PathLike[str], remedy: str, *, count: int = 1, kind: str = ""
     ) -> None:
-        """Count `count` things that are left out for one reason, a noun in the plural: `images that are damaged`.
+        """Count `count` things that are left out for one reason, a plural noun: `images that are damaged`.
 
-        `path` is what a reader is shown as an example, `kind` a part of the reason to count by.
+        `path` is an example for the reader, `kind` a subdivision of the reason to count by.
         """
         if count <= 0:
             return
@@ -45,11 +45,11 @@ class LeftOut:
             entry.kinds[kind] += count
 
     def add_unread_image(self, path: str | PathLike[str]) -> None:
-        """Count an image of a kind that is not read (`UNREAD_IMAGE_SUFFIXES`), by its suffix."""
+        """Count an image in a format that is not read (`UNREAD_IMAGE_SUFFIXES`), by its suffix."""
         self.add(UNREAD_IMAGES, path, "convert them to JPEG or PNG", kind=suffix_of(fspath(path)))
 
     def update(self, others: Iterable[LeftOut]) -> None:
-        """Add what other accounts hold."""
+        """Add the counts of other accounts."""
         for other in others:
             for reason, entry in other._entries.items():
                 own = self._entries.setdefault(reason, _Entry(entry.remedy, entry.first))
@@ -61,21 +61,21 @@ class LeftOut:
         return sum(entry.count for entry in self._entries.values())
 
     def lines(self) -> list[str]:
-        """Return one line of text for each reason: how many, of which kinds, the first, and the remedy."""
+        """Return one line of text for each reason: count, kinds, first example, remedy."""
         return [
             f"left out: {reason}: {_counted(entry)}, first {entry.first}; {entry.remedy}"
             for reason, entry in self._entries.items()
         ]
 
     def findings(self) -> list[Finding]:
-        """Return the same as rows of a report."""
+        """Return the account as rows of a report."""
         return [
             Finding(entry.first, None, f"left out: {reason}: {_counted(entry)}, this one first", entry.remedy)
             for reason, entry in self._entries.items()
         ]
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Return the same for `--json`: reason, count, kinds, first, remedy."""
+        """Return the account for `--json`: reason, count, kinds, first, remedy."""
         return [
             {
                 "reason": reason,

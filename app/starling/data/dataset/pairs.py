@@ -1,4 +1,4 @@
-"""Which label file belongs to an image, and what lies in folders of images and labels without a partner."""
+"""Find the label file of an image, and the label files in a dataset's folders that belong to no image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEXT = ".txt"
 def read_pair(image: Path, nc: int, keypoints: Keypoints | None) -> LabelFile:
     """Return the labels of an image: in the folder `labels` of its `images`, or else beside the image itself.
 
-    A label file is the image's too where its name differs in the encoding of accents only.
+    A label file whose name differs only in the Unicode encoding of accents belongs to the image too.
     """
     places = dict.fromkeys((label_path(image), label_path_beside(image)))
     names = encodings(label_path(image).name)
@@ -30,17 +30,17 @@ def read_pair(image: Path, nc: int, keypoints: Keypoints | None) -> LabelFile:
 
 
 def unlabelled(images: Iterable[Path]) -> Iterator[Finding]:
-    """Yield what to say of images that have no label file."""
+    """Yield a finding for each image without a label file."""
     for image in images:
         remedy = f"write {label_path(image)}, empty if nothing is in the image"
         yield Finding(str(image), None, "no label file, so taken for background", remedy)
 
 
 def without_partner(images: Iterable[Path]) -> Iterator[Finding]:
-    """Yield the label files beside those of a split's images that are not read, and why.
+    """Yield a finding for each unread label file in the label folders of a split's images, with the reason.
 
-    A split may list a part of a folder, so it is the folder that is asked for the image. Text files that lie among the
-    images themselves may be anything (lists, licences), and are judged only where an image has two label files.
+    A split may list only a part of a folder; therefore the search for the image looks in the folder. Text files beside
+    the images may be anything (lists, licences): they are reported only if the image has two label files.
     """
     folders: dict[Path, set[Path]] = {}
     for image in images:
@@ -57,7 +57,7 @@ def without_partner(images: Iterable[Path]) -> Iterator[Finding]:
             stem, suffix = _stem(name), os.path.splitext(name)[1]
             if suffix == _TEXT and stem in stems and not _is_unread(stems[stem]):
                 read.add(stem)
-            elif suffix.lower() == _TEXT and name != "classes.txt":  # which annotators write
+            elif suffix.lower() == _TEXT and name != "classes.txt":  # annotation programs write classes.txt
                 yield _not_read(labels, name, stems.get(stem))
         for place in sorted(places):
             for name in names[place]:
@@ -67,7 +67,7 @@ def without_partner(images: Iterable[Path]) -> Iterator[Finding]:
 
 
 def _stem(name: str) -> str:
-    """Return a name without suffix, in one of the encodings that it may have."""
+    """Return a name without suffix, with accents in one Unicode encoding (NFC)."""
     return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 

@@ -1,4 +1,4 @@
-"""Why a split has no box at all: where its labels were looked for, what lies there instead, and what to do about it."""
+"""Explain why a split has no box: where labels were looked for, what lies there instead, and the remedy."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from starling.data.dataset.labels import label_path
 from starling.data.fetch.annotation_files import kind_of_json, kind_of_xml, table_columns
 
 _MOST_ENTRIES = 200_000
-"""Files looked at below a dataset's folder before the search for its labels ends."""
+"""Maximum number of files looked at below a dataset's folder in the search for its labels."""
 _MOST_CLUES = 6
 _MOST_SNIFFED = 20
-"""Files of one folder that are opened to see what they are."""
+"""Maximum number of files per folder that are opened to determine their kind."""
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _HASH = re.compile(r"^[0-9a-fA-F]{8}-|_(?:jpg|jpeg|png)\.rf\.[0-9a-fA-F]+$")
-"""What annotation services put before or behind a name."""
+"""Prefixes and suffixes that annotation services add to a name."""
 
 
 @dataclass(slots=True)
 class _Scene:
-    """What lies around the images of a split."""
+    """The files around the images of a split."""
 
     description: DatasetDescription
     images: list[Path]
     files: dict[Path, list[str]] = field(default_factory=dict)
-    """Folder -> names of its files that are no images, nor hidden."""
+    """Folder -> names of its files, without images and hidden files."""
 
     @property
     def wanted(self) -> list[Path]:
@@ -43,7 +43,7 @@ class _Scene:
         return sorted({label_path(image).parent for image in self.images})
 
     def command(self, name: str, source: Path, images: Path | None) -> str:
-        """Return the command that converts annotations: `source` and `images` below one folder."""
+        """Return the command that converts annotations; `source` and `images` are written relative to one folder."""
         folder = self.description.root
         if not source.is_relative_to(folder) or not (images or folder).is_relative_to(folder):
             folder = Path(os.path.commonpath([source.parent, images or folder]))
@@ -62,7 +62,7 @@ class _Scene:
 
 
 def explain_no_box(description: DatasetDescription, split: str, data: Dataset, purpose: str = "learn") -> str:
-    """Return what to say of a split without any box, in several lines; `purpose` is to `learn` from it, or to `score`."""
+    """Explain, in several lines, why a split has no box; `purpose` is to `learn` from the split, or to `score` it."""
     scene = _Scene(description, data.images)
     _look_around(scene)
     places = ", ".join(map(str, scene.wanted[:3])) + (" and others" if len(scene.wanted) > 3 else "")
@@ -82,7 +82,7 @@ def explain_no_box(description: DatasetDescription, split: str, data: Dataset, p
 
 
 def _look_around(scene: _Scene) -> None:
-    """List the files of the dataset's folder, and of those near its images, broadly before deeply."""
+    """List the files of the dataset's folder, and of folders near its images, breadth first."""
     roots = [scene.description.root]
     for folder in sorted({image.parent for image in scene.images}):
         near = (folder, folder.parent) if folder.name != "images" else (folder.parent,)
@@ -112,7 +112,7 @@ def _look_around(scene: _Scene) -> None:
 
 
 def _text_files(scene: _Scene) -> Iterator[str]:
-    """Yield label files with the names of images that lie, or end, otherwise than those that are read."""
+    """Yield hints at label files that have the names of images but lie in another folder or have another suffix."""
     wanted = {image.stem: label_path(image) for image in scene.images}
     for folder, names in sorted(scene.files.items()):
         by_suffix: dict[str, list[str]] = defaultdict(list)
@@ -141,7 +141,7 @@ def _move(folder: Path, target: Path) -> str:
 
 
 def _other_names(scene: _Scene) -> Iterator[str]:
-    """Yield label files whose names are those of images but for an encoding, a hash, case or the image's suffix."""
+    """Yield hints at label files whose names differ from image names by encoding, a hash, case or an image suffix."""
     exact = {image.stem for image in scene.images}
     plain = {_plain(image.stem): image for image in scene.images}
     for folder, names in sorted(scene.files.items()):
@@ -164,7 +164,7 @@ def _other_names(scene: _Scene) -> Iterator[str]:
 
 
 def _plain(stem: str) -> str:
-    """Return a name without what exporters change of it."""
+    """Return a name without the changes that exporters make."""
     name = unicodedata.normalize("NFKC", unquote(stem))
     while suffix_of(name) in IMAGE_SUFFIXES:
         name = os.path.splitext(name)[0]
@@ -232,7 +232,7 @@ def _archives(scene: _Scene) -> Iterator[str]:
 
 
 def _images_of(scene: _Scene, annotations: list[str]) -> Path:
-    """Return the folder of the images that annotations are for, by their names; the first folder otherwise."""
+    """Return the folder with images of the annotations' names; otherwise the folder of the first image."""
     stems = {os.path.splitext(name)[0] for name in annotations}
     for image in scene.images:
         if image.stem in stems:
@@ -244,6 +244,6 @@ _CLUES = (_text_files, _other_names, _xml_files, _json_files, _tables, _archives
 
 
 def check_boxes(description: DatasetDescription, split: str, data: Dataset, purpose: str = "learn") -> None:
-    """Raise DataError, saying where labels may be, for a split without any box."""
+    """Raise DataError, with hints where labels may be, if a split has no box."""
     if not data.boxes:
         raise DataError(explain_no_box(description, split, data, purpose))

@@ -1,7 +1,7 @@
-"""Get a public dataset that a description names: fetch, unpack and convert it as the `download:` steps say.
+"""Get a public dataset by its description: fetch, unpack and convert it by the `download:` steps.
 
 Steps are data, never code: `{url, sha256, extract_to, strip}` fetches and unpacks an archive, `{url, sha256, save_to}`
-fetches a file and keeps it as it is, `{names: FILE}` takes the class names from a fetched file, `{convert: NAME, …}`
+fetches a file without unpacking it, `{names: FILE}` takes the class names from a fetched file, `{convert: NAME, …}`
 calls a converter of `starling.data.fetch.convert` by its name.
 """
 
@@ -31,7 +31,7 @@ from starling.data.fetch.download import Download, FetchError, Show, check_url, 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 30
-"""The largest archive of the shipped descriptions has about 50 GB."""
+"""Maximum size of an archive; the largest archive of the shipped descriptions has about 50 GB."""
 _FETCH_KEYS = ("url", "sha256", "extract_to", "strip", "save_to")
 
 
@@ -42,16 +42,16 @@ class Fetch:
     url: str
     sha256: str | None
     extract_to: PurePosixPath
-    """Folder below the dataset's own."""
+    """Target folder, relative to the dataset's folder."""
     strip: str
-    """Leading folder of the archive's entries that is left off."""
+    """Leading folder that is removed from the paths of the archive's entries."""
     save_to: PurePosixPath | None
-    """Folder, below the dataset's own, for a file that is not to be unpacked; None for an archive."""
+    """Target folder, relative to the dataset's folder, of a file that is not unpacked; None for an archive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Convert:
-    """A converter to run in the dataset's folder."""
+    """A converter to run on the dataset's folder."""
 
     name: str
     arguments: Mapping[str, str]
@@ -59,20 +59,20 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """Class names to take from a file in the dataset's folder: class descriptions as Open Images has them."""
+    """Class names to take from a file in the dataset's folder: class descriptions in the format of Open Images."""
 
     source: PurePosixPath
     count: int | None
-    """How many the description's `nc:` says there are."""
+    """Expected number of class names, the description's `nc:`."""
 
 
 Step = Fetch | Convert | Names
 
 
 def read_steps(path: Path) -> list[Step]:
-    """Return the `download:` steps of a description; none where it has none.
+    """Return the `download:` steps of a description; an empty list if it has no steps.
 
-    Raises ConfigError for what is not a list of steps: a script, as other trainers' descriptions have, is never run.
+    Raises ConfigError if `download:` is no list of steps; a script, as in other trainers' descriptions, is never run.
     """
     mapping = read_yaml(path)
     value = mapping.get("download")
@@ -94,10 +94,10 @@ def acquire(
     into: Path = DATASETS_FOLDER,
     show: Show = lambda line: None,
 ) -> Path:
-    """Put the dataset that the description at `path` names below `into`, unless it is there; return its folder.
+    """Put the dataset of the description at `path` below `into`, unless it exists there; return the dataset's folder.
 
-    The folder appears whole or not at all. It holds a copy of the description with `path: .`, which works wherever
-    the folder is moved or mounted. Raises DataError where it cannot be had, UsageError for a wrong description.
+    The folder appears only when it is complete. It holds a copy of the description with `path: .`, which stays valid if
+    the folder is moved or mounted. Raises DataError if fetching fails, UsageError for a wrong description.
     """
     steps, mapping = read_steps(path), read_yaml(path)
     root = real_path(at_home(into)) / dataset_name(path, mapping)
@@ -121,7 +121,7 @@ def acquire(
                 write_description(building, path, mapping, names)
                 building.rename(root)
             finally:
-                shutil.rmtree(building, ignore_errors=True)  # what is half unpacked; the archives stay
+                shutil.rmtree(building, ignore_errors=True)  # removes an unfinished folder; the archives stay
     except FetchError as error:
         raise DataError(
             f"{path.name}: cannot be fetched: {error}; or put the dataset at {root} yourself"
@@ -131,14 +131,14 @@ def acquire(
             f"{error.filename or root}: {error.strerror or error}; choose another folder"
         ) from None
     shutil.rmtree(archives, ignore_errors=True)
-    with suppress(OSError):  # another dataset is on its way
+    with suppress(OSError):  # the folder holds archives of another dataset
         archives.parent.rmdir()
     logger.info(f"{root}: ready; its own description is {root / path.name}")
     return root
 
 
 def write_description(folder: Path, path: Path, mapping: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Write a copy of the description at `path`, with these class names, into the folder of its data."""
+    """Write a copy of the description at `path`, with the class names `names`, into the folder of the data."""
     description = {key: value for key, value in mapping.items() if key != "download"}
     write_yaml(
         folder / path.name,
@@ -155,9 +155,9 @@ def run_steps(
     archives: Path,
     show: Show = lambda line: None,
 ) -> tuple[str, ...]:
-    """Run the steps in order, with the dataset's folder `root`; archives are kept in `archives`.
+    """Run the steps in order in the dataset's folder `root`; downloads are kept in `archives`.
 
-    Returns the class names: `names`, or those that a step has taken from a file.
+    Returns the class names: `names`, or the names that a step has taken from a file.
     """
     for step in steps:
         if isinstance(step, Names):
@@ -197,7 +197,7 @@ def _read_names(path: Path, count: int | None) -> tuple[str, ...]:
 
 
 def _keep(file: Path, folder: Path) -> None:
-    """Put a fetched file into `folder`: a second name for it, or a copy where the file system has no hard links."""
+    """Link a fetched file into `folder`, or copy it if the file system has no hard links."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / file.name
     if target.exists():
@@ -209,16 +209,16 @@ def _keep(file: Path, folder: Path) -> None:
 
 
 def dataset_name(path: Path, mapping: Mapping[str, Any]) -> str:
-    """Return the folder name of a dataset: the last part of its `path:`, else the description's own name."""
+    """Return the folder name of a dataset: the last part of its `path:`, or else the name of the description."""
     given = mapping.get("path")
     name = PurePosixPath(given).name if isinstance(given, str) else ""
     return name if name not in ("", ".", "..") else path.stem
 
 
 def class_names(path: Path, mapping: Mapping[str, Any], steps: Sequence[Step]) -> tuple[str, ...]:
-    """Return the description's class names in order, for the converters that look classes up by name.
+    """Return the description's class names in order, for converters that look up classes by name.
 
-    Empty where a step will take them from a file.
+    An empty tuple if a step takes the names from a file.
     """
     names = mapping.get("names")
     if any(isinstance(step, Names) for step in steps):
@@ -247,7 +247,7 @@ def _names_step(where: str, item: Mapping[str, str], nc: int | None) -> Names:
 
 
 def convert_step(where: str, item: Mapping[str, str]) -> Convert:
-    """Return the converter that a step names, with its arguments; raises ConfigError, which begins with `where`."""
+    """Return the converter of a step with its arguments; raises ConfigError with a message that begins with `where`."""
     name = item["convert"]
     if name not in CONVERTERS:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Files of annotations: their format, told by their first and last bytes; and a large JSON object read piece by piece."""
+"""Files of annotations: recognise the format from the first and last bytes; read a large JSON object piece by piece."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from starling.core.files.regular import open_regular
 from starling.core.utf8 import HEAD_BYTES, check_utf8
 
 _SNIFFED = 64 << 10
-"""Bytes at a file's beginning, and at its end, that show its format."""
+"""Number of bytes at the beginning and at the end of a file that are read to recognise the format."""
 
 
 def kind_of_xml(path: Path) -> Literal["voc", "cvat"] | None:
-    """Return the format of an XML file of annotations."""
+    """Return the format of an XML file of annotations; None for other XML."""
     text = _ends(path)
     if b"<annotations" in text and b"<image" in text:
         return "cvat"
@@ -28,7 +28,7 @@ def kind_of_xml(path: Path) -> Literal["voc", "cvat"] | None:
 
 
 def kind_of_json(path: Path) -> Literal["coco", "labelme", "other"] | None:
-    """Return the format of a JSON file of annotations; None for JSON of something else."""
+    """Return the format of a JSON file of annotations; None for other JSON."""
     keys = set(re.findall(rb'"(\w+)"\s*:', _ends(path)))
     if (
         {b"annotations", b"images"} <= keys
@@ -52,7 +52,7 @@ def kind_of_json(path: Path) -> Literal["coco", "labelme", "other"] | None:
 
 
 def table_columns(path: Path) -> set[str]:
-    """Return the columns of a table whose heading names images and boxes; none for other tables."""
+    """Return the columns of a table whose heading names images and boxes; an empty set for other tables."""
     text = _ends(path)[:_SNIFFED].decode("utf-8-sig", "replace")
     try:
         heading = next(
@@ -78,16 +78,16 @@ def _ends(path: Path) -> bytes:
 
 
 PIECE_CHARACTERS = 8 << 20
-"""The largest member or element; as objects of Python it takes up to 44 times as much memory."""
+"""Maximum characters of a member or element; as Python objects it takes up to 44 times as much memory."""
 _CHUNK = 1 << 20
 _DECODER = json.JSONDecoder()
 
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) of a JSON object at the top of a file; (key, element) for each element of a list there.
+    """Yield (key, value) of the JSON object in a file, and (key, element) for each element of a list among the values.
 
-    Raises OSError for a file that cannot be read, ValueError for what is no JSON object (NotUtf8 for UTF-16), and BudgetExceeded for a
-    piece of over PIECE_CHARACTERS.
+    Raises OSError for an unreadable file, ValueError for a file that is no JSON object (NotUtf8 for UTF-16), and
+    BudgetExceeded for a piece of over PIECE_CHARACTERS.
     """
     with open_regular(path) as file:
         check_utf8(file.read(HEAD_BYTES), path)
@@ -121,13 +121,13 @@ def _elements(text: _Text) -> Iterator[Any]:
 
 
 class _Text:
-    """The part of a file's text that is held, and the place in it."""
+    """The part of a file's text that is in memory, and the reading position."""
 
     def __init__(self, file: io.TextIOWrapper) -> None:
         self._file, self._held, self._at, self._ended = file, "", 0, False
 
     def take(self, character: str) -> bool:
-        """Go past a character if it comes next, blanks before it left out."""
+        """Skip blanks, and go past `character` if it comes next; return whether it came."""
         while True:
             while self._at < len(self._held) and self._held[self._at] in " \t\r\n":
                 self._at += 1
@@ -140,9 +140,9 @@ class _Text:
         return found
 
     def expect(self, character: str) -> None:
-        """Go past a character; raises ValueError where another comes next."""
+        """Go past `character`; raises ValueError if another character comes next."""
         if not self.take(character):
-            raise ValueError(f"no {character!r} where one must stand")
+            raise ValueError(f"{character!r} is missing")
 
     def value(self) -> Any:
         """Return the value that comes next."""
@@ -156,13 +156,13 @@ class _Text:
                 continue
             except RecursionError:
                 raise ValueError("it is nested too deep") from None
-            # A number that ends where the held text ends may go on.
+            # A number at the end of the text in memory may continue in the file.
             if end < len(self._held) or not self._fill():
                 self._at = end
                 return value
 
     def _fill(self) -> bool:
-        """Hold more of the file: twice as much of a piece each time, so that trying anew stays cheap."""
+        """Read more of the file: each time as much as is held, so that decoding a piece anew stays cheap."""
         if self._ended:
             return False
         held = len(self._held) - self._at

@@ -1,6 +1,6 @@
-"""Unpack a zip or tar file that nobody vouches for: inside the folder only, plain files only, within limits.
+"""Unpack a zip or tar file of unknown origin: only inside the folder, only plain files, within limits.
 
-What the directory of a zip file claims is checked before anything is unpacked.
+The claims in the directory of a zip file are checked before anything is unpacked.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from starling.core.words import printable, shown
 
 MAX_ENTRIES = 4_000_000
 MAX_LEVELS = 100
-"""Of a path; what makes and removes folders of a thousand levels needs more stack than Python has."""
+"""Maximum depth of a path; creating and removing deeper folders would exhaust Python's stack."""
 MAX_UNPACKED_BYTES = 200 << 30
-"""The largest archive of the shipped descriptions unpacks to 20 GB."""
+"""Maximum bytes of the unpacked files; the largest archive of the shipped descriptions unpacks to 20 GB."""
 MAX_RATIO = 100
-"""Bytes unpacked for each byte packed: text reaches about 20, bombs 1000."""
+"""Maximum unpacked bytes per packed byte: text reaches about 20, archive bombs 1000."""
 _ALWAYS_ALLOWED = 64 << 20
-"""Bytes that the ratio does not count against: small archives of label files pack well."""
+"""Unpacked bytes that are allowed at any ratio: small archives of label files pack well."""
 _ENTRY_BYTES = 4 << 10
-"""What each file counts for beside its content: even an empty one takes time, and a block of most disks."""
+"""Bytes that each file counts in addition to its content: even an empty file takes time, and a block on most disks."""
 _CHUNK = 1 << 20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _NOISE = ("__MACOSX", ".DS_Store")
-"""What one operating system adds to every archive."""
+"""Entries that one operating system adds to every archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,12 @@ class _Entry:
 def unpack(
     archive: Path, folder: Path, *, strip: str = "", show: Callable[[int], None] = lambda n: None
 ) -> int:
-    """Unpack all plain files of `archive` below `folder`, and return how many.
+    """Unpack all plain files of `archive` below `folder`, and return their number.
 
-    `strip` is a leading folder that is left off where an entry has it. `show` gets the number of files so far.
+    `strip` is a leading folder that is removed from entries that have it. `show` gets the number of files so far.
     Raises DataError for an absolute path, `..`, a link, a device, an encrypted entry, a file that would replace
-    another, a bomb, anything that is cut or damaged, and anything that is no archive; OSError for a full disk. Then a
-    folder that this call made is gone again; where the folder was there before, its caller removes what is in it.
+    another, a bomb, a truncated or damaged archive, and any other file; OSError for a full disk. After an error
+    a folder that this call created is removed; the content of an older folder is left to the caller.
     """
     made = not os.path.lexists(folder)
     try:
@@ -102,7 +102,7 @@ def _write(entry: _Entry, target: Path, allowance: _Allowance) -> None:
     if entry.size > free:
         raise DamagedArchive(f"{entry.name!r} claims {entry.size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
     allowance.take(_ENTRY_BYTES)
-    # "x": nothing is ever replaced, neither by a name that stands twice nor by a second archive.
+    # "x": no file is ever replaced, neither by a repeated name nor by a second archive.
     with open(target, "xb") as file:
         for chunk in entry.chunks():
             allowance.take(len(chunk))
@@ -110,28 +110,28 @@ def _write(entry: _Entry, target: Path, allowance: _Allowance) -> None:
 
 
 class _Allowance:
-    """The bytes that an archive may still unpack to, by its own size."""
+    """The number of bytes that an archive may still unpack to, depending on its size."""
 
     def __init__(self, packed: int) -> None:
         self._most = min(MAX_UNPACKED_BYTES, max(packed * MAX_RATIO, _ALWAYS_ALLOWED))
         self._taken = 0
 
     def take(self, count: int) -> None:
-        """Count bytes. Raises BudgetExceeded for a bomb."""
+        """Count bytes. Raises BudgetExceeded if the allowance is used up."""
         self._taken += count
         if self._taken > self._most:
             raise BudgetExceeded(f"it unpacks to over {self._most >> 20} MiB, so it is taken for a bomb")
 
 
 def _entries(file: IO[bytes], archive: Path) -> Iterator[_Entry]:
-    """Yield the plain files of a zip or tar file, whatever it is called. Raises DataError for any other kind."""
+    """Yield the plain files of a zip or tar file, whatever its name. Raises DataError for any other kind of file."""
     head = file.read(512)
     if not is_tar(head) and is_zip(file):
         return _zip_entries(ZipReader(file), archive)
     if not is_tar(head) and not _is_old_tar(head):
         raise DataError(f"{archive}: neither a zip nor a tar file; delete it and fetch it again")
     file.seek(0)
-    # The whole stream has an allowance too: headers and members that are passed over are never written.
+    # The whole tar stream has an allowance too, because headers and skipped members are never written.
     stream = _Allowance(os.fstat(file.fileno()).st_size)
     return _tar_entries(TarReader(file, stream.take), archive)
 
@@ -141,7 +141,7 @@ def _zip_entries(file: ZipReader, archive: Path) -> Iterator[_Entry]:
     if needed > free:
         raise DiskFull(f"{archive}: {needed / 1e6:.0f} MB to unpack, {free / 1e6:.0f} MB free; make room")
     for entry in file.entries:
-        # zipfile ends a name at a NUL; the whole one is refused for it.
+        # zipfile cuts a name off at a NUL; the check needs the whole name, to refuse it.
         name = entry.orig_filename if "\0" in entry.orig_filename else entry.filename
         if kind_of(entry) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise DataError(f"{archive}: {printable(name)} is a link or a device; refused")
@@ -160,7 +160,7 @@ def _tar_entries(file: TarReader, archive: Path) -> Iterator[_Entry]:
 
 
 def _is_old_tar(head: bytes) -> bool:
-    """Return whether a first header without a mark, as tar wrote before 1988, has the checksum of one."""
+    """Return whether the first block is a tar header without a magic number, as before 1988, with a valid checksum."""
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:
@@ -173,7 +173,7 @@ def _is_noise(name: str) -> bool:
 
 
 def _safe_parts(archive: Path, name: str, strip: str) -> tuple[str, ...]:
-    """Return the path of an entry as components below the folder; raises DataError for one that leads elsewhere."""
+    """Return the components of an entry's path below the folder; raises DataError for a path that leads out of it."""
     path = PurePosixPath(name)
     parts = tuple(part for part in path.parts if part != ".")
     odd = "\\" in name or os.path.isabs(name) or (parts and parts[0][1:2] == ":")
@@ -188,18 +188,18 @@ def _safe_parts(archive: Path, name: str, strip: str) -> tuple[str, ...]:
 
 
 MAX_DIRECTORY_BYTES = 32 << 20
-"""Room for 300,000 entries of usual names. zipfile makes half a gigabyte of the worst one of this size, in 10 s."""
+"""Maximum directory size: enough for 300,000 entries with usual names. Reading the worst one takes 10 s and 0.5 GB."""
 _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz", 99: "AES"}
-"""Names of those that other tools write, by PKWARE's number."""
+"""Names of the compression methods of other tools, by PKWARE's number."""
 _READ = frozenset((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-"""zipfile unpacks the others without a bound on what a chunk of them becomes."""
+"""Methods that are read; zipfile unpacks other methods without a bound on the size of a chunk."""
 _ENCRYPTED = 1
 
 
 class ZipReader:
-    """The entries of a zip file; every method raises DamagedArchive for what is cut, damaged or a lie.
+    """The entries of a zip file; every method raises DamagedArchive for a truncated, damaged or lying file.
 
-    BudgetExceeded for a directory of over MAX_DIRECTORY_BYTES.
+    Raises BudgetExceeded for a directory of over MAX_DIRECTORY_BYTES.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -212,7 +212,7 @@ class ZipReader:
             raise DamagedArchive("its entries overlap or claim more bytes than it has")
 
     def chunks(self, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-        """Yield the content of an entry, checked against its size and checksum."""
+        """Yield the content of an entry, and check its size and checksum."""
         left = entry.file_size
         with _damage_told(), self._archive.open(entry) as content:
             while chunk := content.read(CHUNK):
@@ -223,18 +223,18 @@ class ZipReader:
 
 
 def is_zip(file: IO[bytes]) -> bool:
-    """Return whether a file begins or ends as a zip file."""
+    """Return whether a file begins or ends like a zip file."""
     file.seek(0)
     return file.read(4) in (b"PK\3\4", b"PK\5\6") or zipfile.is_zipfile(file)
 
 
 def kind_of(entry: zipfile.ZipInfo) -> int:
-    """Return the type bits of an entry's mode, 0 where none are given."""
+    """Return the type bits of an entry's mode; 0 if the entry has no mode."""
     return stat.S_IFMT(entry.external_attr >> 16)
 
 
 def why_unread(entry: zipfile.ZipInfo) -> str | None:
-    """Say why an entry that may be whole is not read, by its directory; None where it is."""
+    """Return why a valid entry is not read, judged by its directory record; None if the entry is read."""
     if entry.flag_bits & _ENCRYPTED:
         return "is encrypted; unpack it yourself"
     if entry.compress_type not in _READ:
@@ -245,12 +245,12 @@ def why_unread(entry: zipfile.ZipInfo) -> str | None:
 
 @contextmanager
 def _damage_told() -> Iterator[None]:
-    """Turn what zipfile raises on hostile bytes, which is nearly anything, into DamagedArchive."""
+    """Turn the many exceptions that zipfile raises on hostile bytes into DamagedArchive."""
     try:
         yield
     except (DamagedArchive, BudgetExceeded, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # of the disk
+            raise  # an error of the disk
         raise DamagedArchive(str(error) or type(error).__name__) from None

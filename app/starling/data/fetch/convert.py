@@ -1,6 +1,6 @@
-"""Label formats of public datasets, converted to one text file an image: `class x y width height`, 0 to 1.
+"""Convert label formats of public datasets to one text file per image: `class x y width height`, 0 to 1.
 
-Each converter works inside one dataset's folder and adds files only: images and annotations stay as they came.
+Each converter works inside one dataset's folder and only adds files: images and annotations are not changed.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from starling.core.words import printable
 from starling.data.fetch.annotation_files import members
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels, counted from the image's corner."""
+"""Left, top, right, bottom in pixels, measured from the image's top left corner."""
 Row = tuple[int, Box]
 """Class number and box."""
 
 _MAX_XML_BYTES = 4 << 20
 _MAX_CLASS_FILE_BYTES = 4 << 20
 _MAX_LINES_BYTES = 16 << 20
-"""Of a list of names, or one image's annotations in lines."""
+"""Maximum size of a list of names, or of one image's annotations in lines."""
 _MAX_CSV_LINE = 1 << 20
 _MAX_BOXES = 20_000_000
-"""Of one file of annotations: the largest public set has 15 million."""
+"""Maximum number of boxes in one file of annotations; the largest public set has 15 million."""
 _MAX_SIDE = 1 << 20
-"""Pixels of an annotated image's side; the reader of images takes far less."""
+"""Maximum side in pixels of an annotated image; the reader of images allows far less."""
 _OPEN_IMAGES_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _NO_HARD_LINKS = frozenset(
     {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
 )
 _BEYOND_EDGE = 0.01
-"""Parts of an image that a corner may lie outside by rounding; further out it is in other units."""
+"""Fraction of an image by which a corner may lie outside, for rounding; a corner further out is in other units."""
 
 
 class Converted(NamedTuple):
-    """What a converter that may leave something out has to say."""
+    """The result of a converter that may leave something out."""
 
     images: int
     remark: str
-    """What was left out, and why; empty for nothing."""
+    """What was left out, and why; empty if nothing was left out."""
 
 
 def convert_voc(root: Path, names: Sequence[str], *, source: str, split: str, into: str) -> int:
-    """Convert the images that one split of a Pascal VOC folder lists, and return how many.
+    """Convert the images in one split's list of a Pascal VOC folder, and return their number.
 
     `source` holds JPEGImages, Annotations and ImageSets/Main; the images appear in `images/<into>` as hard links
-    where the file system has them, their labels in `labels/<into>`. Objects marked as difficult are left out, as in
-    the challenge's own scores. Corners count from 1 and are inclusive (VOC2012 development kit, 2.3).
+    or copies, the labels in `labels/<into>`. Objects marked as difficult are left
+    out, as in the challenge's own scores. Corners count from 1 and are inclusive (VOC2012 development kit, 2.3).
     """
     folder = root / source
     stems = _lines(folder / "ImageSets" / "Main" / f"{split}.txt")
@@ -88,7 +88,7 @@ def read_voc(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    # As text, so that the file cannot choose an encoding in which the next test sees nothing.
+    # Parsed from text, so that the file cannot choose an encoding that hides its entities from the next check.
     if "\0" in text or "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path}: declares entities, which no annotation needs; refused")
     rows: list[Row] = []
@@ -108,7 +108,7 @@ def read_voc(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int]:
 
 
 def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
-    """Write `<source>/labels` for a VisDrone-DET folder of images and annotations; return the images converted.
+    """Write `<source>/labels` for a VisDrone-DET folder of images and annotations; return the number of images.
 
     An annotation row is left, top, width, height, score, category, truncation, occlusion. Rows of score 0 and
     category 0 (regions to ignore) and category 11 (others) are left out; categories 1 to 10 become 0 to 9.
@@ -131,9 +131,9 @@ def convert_visdrone(root: Path, names: Sequence[str], *, source: str) -> int:
 
 
 def convert_wheat(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
-    """Convert a Global Wheat CSV for the images in `images`, and return how many it lists.
+    """Convert a Global Wheat CSV for the images in `images`, and return the number of images in the CSV.
 
-    Two layouts: `image_name,BoxesString,domain`, corners of boxes separated by `;` (GWHD 2021), and a row a box with
+    Two layouts: `image_name,BoxesString,domain`, corners of boxes separated by `;` (GWHD 2021), and a row per box with
     `image_id,width,height,bbox,source`, bbox as `[left, top, width, height]` (GWHD 2020).
     """
     boxes: dict[str, list[Box]] = defaultdict(list)
@@ -173,10 +173,10 @@ def _wheat_boxes(row: Mapping[str, str]) -> tuple[str, list[Box]]:
 
 
 def convert_coco(root: Path, names: Sequence[str], *, source: str, images: str) -> int:
-    """Convert a COCO-style JSON (`instances_*.json`) for the images in `images`; return how many it lists.
+    """Convert a COCO-style JSON (`instances_*.json`) for the images in `images`; return its number of images.
 
-    Categories become classes in the order of their ids, which must name the description's classes. Crowd regions
-    are left out. Source: cocodataset.org, data format, object detection.
+    Categories become classes in the order of their ids, and must have the names of the description's classes. Crowd
+    regions are left out. Source: cocodataset.org, data format, object detection.
     """
     path = below(root, source)
     try:
@@ -205,7 +205,7 @@ def _read_coco(
 ) -> tuple[list[tuple[int, str]], list[tuple[Any, str, int, int]], dict[Any, array[float]]]:
     """Return the categories (id, name), the images (id, file name, width, height), and the boxes of each image.
 
-    A box is five numbers: the category's id, left, top, right, bottom. The file is read piece by piece, as those of
+    A box is five numbers: the category's id, left, top, right, bottom. The file is read piece by piece, as files of
     real datasets have up to gigabytes.
     """
     budget = Budget(seconds=math.inf, boxes=_MAX_BOXES, images=_MAX_BOXES // 10, categories=100_000)
@@ -241,12 +241,12 @@ def _fives(values: array[float] | None) -> Iterator[array[float]]:
 def convert_open_images(
     root: Path, names: Sequence[str], *, source: str, images: str, classes: str
 ) -> Converted:
-    """Convert an Open Images CSV of boxes for those of its images that are in `images` as `ImageID.jpg`.
+    """Convert an Open Images CSV of boxes, for those of its images that exist in `images` as `ImageID.jpg`.
 
     `classes` is the CSV of class descriptions, in the order of `names`. Boxes around a group of objects are left
-    out, as crowds are. Rows are read one by one, and those of one image may stand apart; the folder of labels
-    appears whole or not at all. Where `images` is not there at all, nothing is read. Source: the data formats page
-    of Open Images V6. Raises DataError, with file and line, for a row that cannot be true.
+    out, as crowds are. Rows are read one by one, and rows of one image need not be adjacent; the label folder appears
+    only when complete. If `images` does not exist, nothing is read. Source: the data formats page of Open Images V6.
+    Raises DataError, with file and line, for an impossible row.
     """
     folder = below(root, images)
     if not folder.is_dir():
@@ -281,7 +281,7 @@ def convert_open_images(
 def read_open_images_classes(path: Path) -> dict[str, str]:
     """Return the class descriptions of Open Images, label -> name, in the order of the classes.
 
-    The file has a row `/m/0k4j,Car` a class; later releases have a heading. Raises DataError for anything else.
+    The file has one row `/m/0k4j,Car` per class; later releases have a heading. Raises DataError for anything else.
     """
     text = read_bounded(path, _MAX_CLASS_FILE_BYTES).decode("utf-8-sig", "replace")
     found: dict[str, str] = {}
@@ -298,7 +298,7 @@ def read_open_images_classes(path: Path) -> dict[str, str]:
 
 
 def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, Row | None]]:
-    """Yield image and row for each line of a CSV of boxes; no row for a box around a group."""
+    """Yield image and row for each line of a CSV of boxes; the row is None for a box around a group."""
     try:
         reader = csv.reader(_csv_lines(path))
         header = next(reader, [])
@@ -321,7 +321,7 @@ def _open_images_rows(path: Path, numbers: Mapping[str, int]) -> Iterator[tuple[
 
 
 def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple[str, Row | None]:
-    """Return image and row of the columns' values, in their order. Raises ValueError saying what is wrong."""
+    """Return image and row from the values in the order of the columns. Raises ValueError with the problem."""
     image, label, *corners, group = values
     if not re.fullmatch(r"[\w-]+", image, re.ASCII):
         raise ValueError(f"{image[:40]!r} is no ImageID")
@@ -333,14 +333,14 @@ def _open_images_row(values: Sequence[str], numbers: Mapping[str, int]) -> tuple
         and -_BEYOND_EDGE <= top <= bottom <= 1 + _BEYOND_EDGE
     ):
         raise ValueError(f"{','.join(corners)[:60]} is no box of corners from 0 to 1")
-    if group not in ("0", "1", "-1"):  # -1: not known
+    if group not in ("0", "1", "-1"):  # -1: unknown
         raise ValueError(f"IsGroupOf is {group[:40]!r}, must be 0, 1 or -1")
     return image, None if group == "1" else (numbers[label], box)
 
 
 @contextmanager
 def _new_labels(images: Path) -> Iterator[Path]:
-    """Give a folder to write the labels of the images in `images` to; it gets its name when all are written."""
+    """Yield a temporary folder for the labels of the images in `images`; it is renamed when all labels are written."""
     from starling.data.dataset.labels import label_path
 
     target = label_path(images / "image.jpg").parent
@@ -362,13 +362,13 @@ def _new_labels(images: Path) -> Iterator[Path]:
 
 
 def _write_lines(path: Path, lines: Iterable[str], mode: str) -> None:
-    """Write lines to a label file in the making, or add them."""
+    """Write or append lines to a label file of an unfinished folder."""
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def _once(path: Path, lines: Iterable[str]) -> list[str]:
-    """Return each line once; raises DataError for more than one image can have."""
+    """Return each line once; raises DataError for more lines than one image may have."""
     from starling.data.dataset.labels import MAX_ROWS
 
     once: dict[str, None] = {}
@@ -390,7 +390,7 @@ def _check_names(path: Path, found: Sequence[str], names: Sequence[str]) -> None
 
 
 def class_of(path: Path, name: str, names: Sequence[str]) -> int:
-    """Return the number of a class; raises DataError, naming `path`, for one that the description has not."""
+    """Return the number of a class; raises DataError, with `path`, for a class that is not in the description."""
     try:
         return list(names).index(name)
     except ValueError:
@@ -398,7 +398,7 @@ def class_of(path: Path, name: str, names: Sequence[str]) -> int:
 
 
 def write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> None:
-    """Write the label file of an image: boxes cut to the image, those that lie outside or have no area left out."""
+    """Write the label file of an image: boxes clipped to the image, without boxes that are outside or have no area."""
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise DataError(
             f"{image}: annotated as {str(width)[:12]} × {str(height)[:12]} pixels; fetch the dataset again"
@@ -407,7 +407,7 @@ def write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> N
     from starling.data.dataset.labels import label_path  # NumPy; a host that only fetches has none
 
     path = label_path(image)
-    # Not through write_atomic: a dataset has up to millions of these, and its folder appears as a whole by one rename.
+    # Without write_atomic: a dataset has up to millions of label files, and one rename makes the whole folder appear.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
@@ -419,7 +419,7 @@ def write_labels(image: Path, rows: Iterable[Row], width: int, height: int) -> N
 
 
 def _unwritable(path: Path, error: OSError) -> Exception:
-    """Return what to raise for a file whose name came out of an annotation; a full disk is the caller's to tell."""
+    """Return the exception for a file whose name comes from an annotation; a full disk is reported by the caller."""
     if error.errno in _NO_ROOM:
         return error
     return DataError(
@@ -438,7 +438,7 @@ def _label_lines(rows: Iterable[Row], width: int, height: int) -> Iterator[str]:
 
 
 def size_of(image: Path) -> tuple[int, int]:
-    """Return an image's width and height; raises DataError where it cannot be used."""
+    """Return an image's width and height; raises DataError if the image cannot be used."""
     from starling.data.dataset.images import UnusableImageError, read_header  # OpenCV is slow to import
 
     try:
@@ -449,7 +449,7 @@ def size_of(image: Path) -> tuple[int, int]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give an image a second name; a copy where the file system has no hard links."""
+    """Link an image to a second name, or copy it if the file system has no hard links."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, target)
@@ -464,7 +464,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def below(root: Path, name: str) -> Path:
-    """Return a path below `root`; raises DataError for a name, out of an annotation, that leads elsewhere."""
+    """Return a path below `root`; raises DataError for a name from an annotation that leads out of `root`."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise DataError(f"{name!r} leads out of {root}; refused")
@@ -492,7 +492,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return a file's bytes; raises DataError where it cannot be read or has more than `limit`."""
+    """Return a file's bytes; raises DataError if the file cannot be read or has more than `limit` bytes."""
     try:
         content = read_regular(path, limit)
         check_utf8(content[:HEAD_BYTES], path)

@@ -1,4 +1,4 @@
-"""Every converter of labels, by the name that a description's `convert:` step and `starling data convert` give."""
+"""All converters of labels, by the name that a description's `convert:` step and `starling data convert` use."""
 
 from __future__ import annotations
 

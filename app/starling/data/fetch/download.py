@@ -1,4 +1,4 @@
-"""Fetch one file over HTTPS: with progress, resumed where it broke off, checked, and put in place by one rename."""
+"""Fetch one file over HTTPS: with progress, resumed after an interruption, checked, and put in place by one rename."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ from starling.data.fetch.paced import PacedHttp, PacedHttps
 logger = logging.getLogger(__name__)
 
 MIRROR = "STARLING_MIRROR"
-"""Environment variable: a base URL that holds every file by its bare name, asked in place of the public hosts."""
+"""Environment variable with a base URL that holds every file by its bare name, in place of the public hosts."""
 
 ATTEMPTS = 5
-"""Connections made for one file, each going on where the last one broke."""
+"""Maximum number of connections for one file; each continues where the last one broke off."""
 TIMEOUT_S = 30.0
-"""Longest silence of a server."""
+"""Longest time in seconds that a server may send nothing."""
 _CHUNK = 1 << 18
 _NOTES_BYTES = 1 << 16
 _AGENT = "starling-trainer"
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 Show = Callable[[Callable[[], str]], None]
-"""Takes a function that makes a passing line, as `Progress.show` does."""
+"""Takes a function that returns a temporary line of progress, as `Progress.show` does."""
 
 
 class FetchError(StarlingError):
-    """A file that could not be fetched, or is not what it should be; the message is the reason, with the URL."""
+    """A file could not be fetched, or has unexpected content; the message is the reason, with the URL."""
 
 
 class _Broken(Exception):
-    """A transfer that ended early; the next connection goes on from what is there."""
+    """A transfer ended early; the next connection continues it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Download:
-    """One file to fetch, and what is known about it beforehand."""
+    """One file to fetch, and its known properties."""
 
     url: str
     target: Path
     max_bytes: int
-    """Larger files are refused, whatever the server announces."""
+    """Maximum size; larger files are refused, whatever the server announces."""
     sha256: str | None = None
-    """Hex digest that the whole file must have."""
+    """Expected hex digest of the whole file."""
     size: int | None = None
-    """Bytes that the whole file must have."""
+    """Expected size of the whole file in bytes."""
 
 
 def mirrored(url: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the URL to ask: the file's bare name below `$STARLING_MIRROR` where that is set, else `url`."""
+    """Return the URL to fetch: the file's bare name below `$STARLING_MIRROR` if the variable is set, else `url`."""
     base = environment.get(MIRROR)
     return f"{base.rstrip('/')}/{url.rsplit('/', 1)[1]}" if base else url
 
 
 def record_path(path: Path) -> Path:
-    """Return where the SHA-256 of a fetched file is kept: beside it, in the format of `sha256sum`."""
+    """Return the path of the SHA-256 of a fetched file, beside the file, in the format of `sha256sum`."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -88,10 +88,10 @@ def fetch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Fetch the file to its target unless it is there, and return its hex SHA-256, recorded beside it.
+    """Fetch the file to its target unless the target exists; return its hex SHA-256, recorded beside the file.
 
-    What has arrived stays in `NAME.part`, so an interrupted download goes on, in this call or in the next one. Of
-    several processes that want the same file one fetches. Raises FetchError where it cannot be had, is too large, or
+    Received bytes stay in `NAME.part`, so that this call or the next one continues an interrupted download. Of several
+    processes that want the same file, one fetches it. Raises FetchError if the file cannot be fetched, is too large, or
     has another digest or size than announced; then the target does not appear. UsageError for a URL that is not HTTPS.
     """
     check_url(download.url)
@@ -110,7 +110,7 @@ def fetch(
 
 
 def read_text(url: str, *, max_bytes: int = 4 << 20, timeout_s: float = 10.0) -> str:
-    """Return a small text file of the web; raises FetchError where it cannot be had."""
+    """Return a small text file from the web; raises FetchError if it cannot be fetched."""
     check_url(url)
     try:
         with _open(url, {}, timeout_s) as response:
@@ -123,7 +123,7 @@ def read_text(url: str, *, max_bytes: int = 4 << 20, timeout_s: float = 10.0) ->
 
 
 def check_url(url: str) -> str:
-    """Return `url` if it is HTTPS, or plain HTTP to this very machine; raises UsageError otherwise."""
+    """Return `url` if it is HTTPS, or plain HTTP to this machine; raises UsageError otherwise."""
     parts = urllib.parse.urlsplit(url)
     if parts.username or parts.password:
         raise UsageError(
@@ -163,7 +163,7 @@ def _receive_all(
     sleep: Callable[[float], None],
     clock: Callable[[], float],
 ) -> None:
-    """Fill the part file, over several connections if need be."""
+    """Fill the part file, over several connections if necessary."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _receive(download, part, show, clock)
@@ -175,7 +175,7 @@ def _receive_all(
                 raise FetchError(f"{part}: {error.strerror}; make room or choose another folder") from None
             kept = _size(part)
             permanent = isinstance(error, urllib.error.HTTPError) and error.code not in _TRANSIENT
-            # Not a byte and no server: the machine is offline or the name is wrong; waiting mends neither.
+            # No connection at the first attempt: the machine is offline or the host name wrong; waiting does not help.
             offline = isinstance(error, urllib.error.URLError) and not isinstance(
                 error, urllib.error.HTTPError
             )
@@ -187,18 +187,18 @@ def _receive_all(
 
 
 def _receive(download: Download, part: Path, show: Show, clock: Callable[[], float]) -> None:
-    """Append to the part file what one connection brings. Raises _Broken where it brings too little."""
+    """Append the bytes of one connection to the part file. Raises _Broken if they are too few."""
     validator = _validator_of(download, part)
     have = _size(part) if validator is not None else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     if have and validator:
-        headers["If-Range"] = validator  # another file by now comes whole
+        headers["If-Range"] = validator  # a file that has changed on the server is sent whole
     try:
         response = _open(download.url, headers, TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             if have == download.size or (download.sha256 and sha256_of(part) == download.sha256):
-                return  # it had all arrived
+                return  # the part file is complete
             remove(part)
             raise _Broken("the server's file is shorter than what had arrived") from None
         raise
@@ -220,9 +220,9 @@ def _receive(download: Download, part: Path, show: Show, clock: Callable[[], flo
 
 @contextmanager
 def _its_writer(part: Path, *, anew: bool) -> Iterator[IO[bytes]]:
-    """Open the part file to append to it, emptied if it begins `anew`.
+    """Open the part file for appending, and empty it if the download begins `anew`.
 
-    The file itself is locked too: where somebody removes the lock's file, another process may be writing here.
+    The part file itself is locked too: if the lock file was removed, another process may be writing the part file.
     """
     with open(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND, alone=True), "ab") as file:
         if not try_flock(file.fileno()):
@@ -241,7 +241,7 @@ def _copy(
     show: Show,
     clock: Callable[[], float],
 ) -> int:
-    """Write the body to `file` and return the bytes that there are now, those of before included."""
+    """Write the body to `file`, and return the size of the part file, earlier bytes included."""
     got, began = start, clock()
 
     def line() -> str:
@@ -266,7 +266,7 @@ def _copy(
 def _check_answer(
     download: Download, response: http.client.HTTPResponse, start: int, total: int | None
 ) -> None:
-    """Refuse, before a byte is written, what cannot be the file. Raises FetchError."""
+    """Refuse an answer that cannot be the file, before a byte is written. Raises FetchError."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise FetchError(
@@ -292,7 +292,7 @@ def _check_answer(
 
 
 def _checked(download: Download, part: Path) -> str:
-    """Return the digest of the whole file; raises FetchError, and drops the file, where it is another one."""
+    """Return the digest of the whole file; raises FetchError, and removes the file, if digest or size are wrong."""
     size, digest = _size(part), sha256_of(part)
     if download.size is not None and size != download.size:
         problem = f"has {size} bytes, published are {download.size}"
@@ -310,7 +310,7 @@ def _notes_path(part: Path) -> Path:
 
 
 def _note(download: Download, part: Path, response: http.client.HTTPResponse) -> None:
-    """Keep what tells, at the next connection, whether the server still has the same file."""
+    """Save the URL and the validator by which the next connection recognises whether the server's file is the same."""
     tag = response.headers.get("ETag", "")
     # A weak tag does not promise the same bytes (RFC 9110, 13.1.5).
     validator = tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
@@ -318,7 +318,7 @@ def _note(download: Download, part: Path, response: http.client.HTTPResponse) ->
 
 
 def _validator_of(download: Download, part: Path) -> str | None:
-    """Return what to resume with; None where the part is of another file, or nothing could tell that it is not."""
+    """Return the validator to resume with; None if the part is of another file, or a change could go unnoticed."""
     try:
         notes = read_json(_notes_path(part), _NOTES_BYTES)
     except (OSError, ValueError):
@@ -330,7 +330,7 @@ def _validator_of(download: Download, part: Path) -> str | None:
 
 
 def _range_of(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
-    """Return where the body starts in the file, and the file's bytes in all where the server says."""
+    """Return the position of the body in the file, and the size of the whole file if the server announces it."""
     if response.status == http.client.PARTIAL_CONTENT:
         match = re.fullmatch(
             r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range", ""), re.ASCII
@@ -341,17 +341,17 @@ def _range_of(response: http.client.HTTPResponse, have: int) -> tuple[int, int |
 
 
 def _whole(length: str) -> int | None:
-    """Return the number of bytes that a header says; None for what is no such number."""
+    """Return the number of bytes in a header; None if the header is no such number."""
     return int(length) if re.fullmatch(r"\d{1,18}", length, re.ASCII) else None
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but never off HTTPS."""
+    """Follow redirects, but never from HTTPS to plain HTTP."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        """Return the next request; raises UsageError for a target that is not fetched."""
+        """Return the next request; raises UsageError for a target that must not be fetched."""
         check_url(newurl)
         if req.type == "https" and not newurl.lower().startswith("https:"):
             raise UsageError(f"{req.full_url}: redirects to plain HTTP; refused")

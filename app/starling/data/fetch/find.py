@@ -1,4 +1,4 @@
-"""Find the dataset that `--data` means: a file, a shipped description, or a dataset of a ClearML server."""
+"""Find the dataset that `--data` names: a file, a shipped description, or a dataset on a ClearML server."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from starling.tracking.clearml import DATASET_SCHEME
 logger = logging.getLogger(__name__)
 
 CLEARML_FOLDER = ".cache/clearml"
-"""Below the runs folder: a ClearML dataset is fetched once for all containers of the host."""
+"""Folder below the runs folder for ClearML datasets: each is fetched once for all containers of the host."""
 _FETCHED_ID = ".clearml.json"
-"""In a fetched folder: which dataset it is."""
+"""File in a fetched folder with the identity of the dataset."""
 
 
 def find_dataset(
@@ -35,10 +35,10 @@ def find_dataset(
     show: Show = lambda line: None,
     environment: Mapping[str, str] = os.environ,
 ) -> Path:
-    """Return the description that `--data` means; a ClearML dataset is fetched first unless it is there.
+    """Return the description that `--data` names; a ClearML dataset is fetched first unless it exists here.
 
-    The folder of a fetched dataset appears whole or not at all. Raises DataError saying what is wrong: no such file,
-    no credentials, an unknown or unfinished dataset, a server that is away, no description at the root.
+    The folder of a fetched dataset appears only when it is complete. Raises DataError with the problem: no such file,
+    no credentials, an unknown or unfinished dataset, an unreachable server, no description at the root.
     """
     if not data.startswith(DATASET_SCHEME):
         return find_config("datasets", data)
@@ -53,7 +53,7 @@ def find_dataset(
             if not root.is_dir():  # no other process was faster
                 _fetch_clearml(identity, root, environment, show)
     try:
-        open_folder(root).close()  # a link in its place would be another's data
+        open_folder(root).close()  # a link in place of the folder would lead to another user's data
     except OSError as error:
         raise refusal(error, root) or DataError(f"--data {data}: {root}: {error.strerror}") from None
     return find_description(root, data)
@@ -61,19 +61,19 @@ def find_dataset(
 
 def _fetch_clearml(identity: str, root: Path, environment: Mapping[str, str], show: Show) -> None:
     """Fetch a dataset of the ClearML server, check its description, and put the folder at `root`."""
-    from starling.tracking.clearml.dataset import DatasetServer  # other trainings do without
+    from starling.tracking.clearml.dataset import DatasetServer  # only ClearML datasets need this import
 
     called = f"--data {DATASET_SCHEME}{identity}"
     scratch = root.with_name(f".{identity}.building")
     building = scratch / "set"
-    remove_tree(scratch)  # left by a kill
+    remove_tree(scratch)  # remains of a killed process
     try:
         make_folder(building)
         answer = DatasetServer(called, environment).download(identity, building, scratch, show)
         path = find_description(building, called)
         mapping = read_yaml(path)
         if _leads_away(building, mapping):
-            # Many descriptions name the folder where the data lay on another machine.
+            # Many descriptions name the folder of the data on another machine.
             write_description(building, path, mapping, read_class_names(path))
         write_atomic(building / _FETCHED_ID, json.dumps(answer))
         rename(building, root)
@@ -87,7 +87,7 @@ def _fetch_clearml(identity: str, root: Path, environment: Mapping[str, str], sh
 
 
 def find_description(folder: Path, called: str) -> Path:
-    """Return the one dataset YAML at the root of a folder; raises DataError where there is none, or several."""
+    """Return the only dataset YAML at the root of a folder; raises DataError if there is none, or several."""
     found = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
     described = [path for path in found if {"train", "val"} & read_yaml(path).keys()]
     if len(described) == 1:
@@ -125,7 +125,7 @@ def check_folder(folder: Path) -> DatasetDescription:
 
 
 def _leads_away(folder: Path, mapping: Mapping[str, Any]) -> bool:
-    """Return whether `path:` of a description in `folder` means something outside it."""
+    """Return whether `path:` of a description in `folder` names a place outside the folder."""
     given = mapping.get("path")
     if not isinstance(given, str):
         return False

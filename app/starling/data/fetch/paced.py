@@ -1,4 +1,4 @@
-"""HTTP connections that end when they stand still, whatever part of the answer a server holds back."""
+"""HTTP connections that end if the transfer stands still, in headers as in the body of the answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOCK: Callable[[], float] | None = None
 
 
 class _PacedReader(io.RawIOBase):
-    """What a socket brings, headers included, each piece counted."""
+    """Reads from a socket, headers included, and counts the bytes."""
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
@@ -26,7 +26,7 @@ class _PacedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what is there. Raises TimeoutError where the transfer stands still."""
+        """Read available bytes. Raises TimeoutError if the transfer stands still."""
         count = self._raw.readinto(buffer)
         try:
             self._pace.step(count or 0)

@@ -1,4 +1,4 @@
-"""Annotation formats with one file an image, Pascal VOC's XML and labelme's JSON, converted to label files."""
+"""Annotation formats with one file per image, Pascal VOC's XML and labelme's JSON, converted to label files."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from starling.data.fetch.convert import (
 )
 
 _MAX_JSON_BYTES = 256 << 20
-"""labelme keeps the image itself in its file."""
+"""A labelme file also contains the image itself."""
 _WITHOUT_AREA = frozenset(("point", "points", "line", "linestrip"))
 
 _Read = Callable[[Path, Sequence[str]], tuple[list[Row], int, int]]
 
 
 def convert_voc_files(root: Path, names: Sequence[str], *, source: str, images: str) -> Converted:
-    """Convert the VOC XML files in `source` for the images in `images` of the same names; return how many.
+    """Convert the VOC XML files in `source` for the images of the same names in `images`.
 
-    Unlike `convert_voc` no list of a split is needed, and the images stay where they are. Objects marked as difficult
-    are left out.
+    Unlike `convert_voc`, no list of a split is needed, and the images stay in place. Difficult objects are left
+    out.
     """
     return _convert_each(root, names, source, images, ".xml", read_voc)
 
 
 def convert_labelme(root: Path, names: Sequence[str], *, source: str, images: str) -> Converted:
-    """Convert the labelme JSON files in `source` for the images in `images` of the same names; return how many.
+    """Convert the labelme JSON files in `source` for the images of the same names in `images`.
 
-    A shape becomes the box around it; points and lines have no area and are left out.
+    A shape becomes the box around the shape; points and lines have no area and are left out.
     """
     return _convert_each(root, names, source, images, ".json", _labelme_rows)
 
@@ -89,7 +89,7 @@ def _labelme_rows(path: Path, names: Sequence[str]) -> tuple[list[Row], int, int
 
 
 def _around(shape: dict[str, Any]) -> Box:
-    """Return the box around a shape; a circle is its centre and a point on its edge."""
+    """Return the box around a shape; the points of a circle are its centre and one point on its edge."""
     points = [(float(x), float(y)) for x, y in shape["points"]]
     if shape.get("shape_type") == "circle":
         (x, y), edge = points

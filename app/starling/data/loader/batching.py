@@ -1,4 +1,4 @@
-"""Which images an epoch shows, in which batches and shapes: functions of (seed, epoch) and the classes' mAP."""
+"""Choose the images of an epoch, their batches and shapes: functions of (seed, epoch) and the classes' mAP."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from starling.data.dataset.dataset import Dataset
 Array = np.ndarray[Any, Any]
 
 SCALES = (0.5, 1.5)
-"""Smallest and largest size that multi-scale trains at, as parts of the image size."""
+"""Smallest and largest size of multi-scale training, as fractions of the image size."""
 GROUP = 4
-"""Dataset images that quad joins in one training image."""
+"""Number of dataset images that quad joins in one training image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,19 +28,19 @@ class Batching:
     """How `--rect`, `--quad`, `--image-weights` and `--multi-scale` shape the batches of an epoch."""
 
     rect: bool = False
-    """Batches of like aspect, each in the smallest shape that holds its images; no mosaics."""
+    """Batches of images with similar aspect, each in the smallest shape that holds its images; no mosaics."""
     quad: bool = False
-    """A quarter of the images at twice the side: each one dataset image enlarged, or four side by side."""
+    """A quarter of the images at twice the side: each is one dataset image enlarged, or four in two rows of two."""
     image_weights: bool = False
-    """Draw images by their classes: rare and badly found ones more often."""
+    """Draw images by their classes: images of rare classes and of classes with low mAP are drawn more often."""
     multi_scale: bool = False
-    """Another image size each iteration."""
+    """Another image size in each iteration."""
     stride: int = 32
-    """Pixels that every side is a multiple of."""
+    """Every side in pixels is a multiple of this number."""
 
     @classmethod
     def from_config(cls, config: TrainConfig, stride: int) -> Batching:
-        """Return what the flags ask for."""
+        """Return the batching that the flags ask for."""
         return cls(
             rect=config.rect,
             quad=config.quad,
@@ -50,7 +50,7 @@ class Batching:
         )
 
     def check(self, batch_size: int) -> None:
-        """Raise ConfigError for a batch that cannot be made."""
+        """Raise ConfigError if batches of this size cannot be made."""
         if self.stride < 1:
             raise ConfigError("stride", self.stride, "must be at least 1")
         if self.quad and batch_size % GROUP:
@@ -61,30 +61,30 @@ class Visit(NamedTuple):
     """One showing of an image."""
 
     image: int
-    """Its position in the dataset."""
+    """Index of the image in the dataset."""
     repeat: int
-    """How often the epoch has shown it before."""
+    """Number of earlier showings of the image in the epoch."""
 
 
 class Slot(NamedTuple):
-    """What one image of a batch holds."""
+    """The content of one training image of a batch."""
 
     visits: tuple[Visit, ...]
     enlarged: bool
-    """Whether it is the first visit at twice the side, in place of all of them side by side."""
+    """Whether the first visit is shown at twice the side; otherwise all visits are shown side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """What one batch is to hold."""
+    """The content of one batch."""
 
     slots: tuple[Slot, ...]
     source_hw: Size
-    """Each image's height and width in pixels."""
+    """Height and width in pixels of each dataset image."""
     hw: Size
-    """Of each training image; twice that of the dataset image with quad."""
+    """Height and width in pixels of each training image; twice `source_hw` with quad."""
     scaled_hw: Size | None
-    """What the images are to be resized to on the device, if at all."""
+    """Size that the images are resized to on the device; None for no resizing."""
 
 
 def plan_epoch(
@@ -99,7 +99,7 @@ def plan_epoch(
 ) -> list[BatchPlan]:
     """Return the batches of one epoch; the same arguments give the same batches.
 
-    `class_maps` holds the last validation's mAP of each class, None before the first.
+    `class_maps` holds the mAP of each class in the last validation, None before the first validation.
     """
     count = len(dataset)
     if batching.image_weights:
@@ -112,7 +112,7 @@ def plan_epoch(
         order = order[np.argsort(aspects[order], kind="stable")]
     visits = _visits(order.tolist())
     batches = [visits[first : first + batch_size] for first in range(0, count, batch_size)]
-    if batching.rect:  # alike within a batch, but not sorted from batch to batch
+    if batching.rect:  # aspects are similar within a batch, but not sorted from batch to batch
         batches = [
             batches[i] for i in decision_stream(seed, epoch, "batches").permutation(len(batches)).tolist()
         ]
@@ -157,7 +157,7 @@ def _visits(order: list[int]) -> list[Visit]:
 
 
 def _scale(uniform: float, image_size: int, stride: int) -> float:
-    """Return a size from SCALES in whole strides, at least two of them, as a part of the image size."""
+    """Return a random size in SCALES, as a fraction of the image size: a whole number of strides, at least two."""
     smallest = max(math.ceil(SCALES[0] * image_size / stride), 2)
     largest = max(int(SCALES[1] * image_size / stride), smallest)
     return (smallest + int(uniform * (largest - smallest + 1))) * stride / image_size
@@ -176,7 +176,7 @@ def rectangle(aspects: Array, image_size: int, stride: int, pad: float) -> Size:
 
 
 def image_weights(labels: Sequence[Array], nc: int, class_maps: Sequence[float] | None) -> Array:
-    """Return the probability [N] of drawing each image: over its labels, the sum of class weight·(1 - mAP)².
+    """Return the probability [N] of drawing each image: the sum of class weight·(1 - mAP)² over its labels.
 
     A class's weight is one over its number of labels. Images without labels are not drawn, unless no image
     has a label.

@@ -1,8 +1,8 @@
-"""Batches for training and validation: which images, how they lie, and what belongs to them.
+"""Batches for training and validation: choose the images, place them, and attach their labels.
 
-Threads prepare them, which suffices because decoding, warping and colour conversion run in OpenCV, which
-releases the interpreter's lock; so there are no worker processes, nothing goes through /dev/shm, and one copy
-of the decoded images serves all of them.
+Threads prepare the batches. Threads suffice because decoding, warping and colour conversion run in OpenCV, which
+releases the interpreter's lock. So there are no worker processes, nothing goes through /dev/shm, and all threads
+share one copy of the decoded images.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class Batch:
     """Images and their labels."""
 
     images: Tensor
-    """[B,3,H,W] RGB, channels last in memory: uint8, or 0 to 1 where a painter has put them on the device."""
+    """[B,3,H,W] RGB, channels last in memory: uint8 on the CPU, or 0 to 1 on the device with a painter."""
     targets: Tensor
-    """[n,6] float32: position of the image in the batch, class, x and y of the centre, width, height, 0 to 1."""
+    """[n,6] float32: index of the image in the batch, class, x and y of the centre, width, height, 0 to 1."""
     indices: tuple[int, ...]
-    """Position in the dataset of each training image: of the first, where quad joins four."""
+    """Index in the dataset of each training image; with quad, the index of the first of four images."""
     geometry: tuple[Letterbox, ...] | None
-    """How each image lies in its letterbox, from the original; None where augmentation moved it."""
+    """The letterbox of each image, relative to the original; None for augmented images."""
     original_hw: tuple[Size, ...]
     whole: int
-    """Images of the batch over all processes that share it."""
+    """Number of images of the batch in all processes that share it."""
     padding: bool = False
-    """Whether the batch has no image for this process: the one here, without labels, only keeps it in step."""
+    """Whether the batch has no image for this process: its one image, without labels, keeps the process in step."""
     scaled_hw: Size | None = None
-    """What the images are to be resized to on the device, as multi-scale asks; targets stay as they are."""
+    """Size that the images are resized to on the device for multi-scale; targets do not change."""
     loss_scale: float = 1.0
-    """Factor of the loss: dataset images in a training image, as quad joins them."""
+    """Factor of the loss: number of dataset images per training image, for quad."""
 
     def pixels(self) -> Array:
         """Return the images [B,3,H,W] as uint8 on the CPU, for drawing."""
@@ -61,19 +61,19 @@ class Batch:
 
     @property
     def share(self) -> float:
-        """This process's part of the whole batch, 0 to 1."""
+        """The share of this process in the whole batch, 0 to 1."""
         return 0.0 if self.padding else len(self.indices) / self.whole
 
 
 class TrainLoader:
-    """Augmented batches; each epoch visits every image once, in an order of its own.
+    """Augmented batches; each epoch visits every image once, in another order.
 
-    Order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor an
-    interruption changes a byte. With image weights, dataset images are drawn instead, by `class_maps` too.
+    Order and augmentation are functions of (seed, epoch, index) only: neither the number of workers nor an
+    interruption changes a byte. With image weights, images are drawn at random, depending on `class_maps` too.
     """
 
     class_maps: list[float] | None
-    """The last validation's mAP of each class; its owner sets it between epochs and keeps it for a resume."""
+    """The mAP of each class in the last validation; the trainer sets it between epochs and saves it for a resume."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class TrainLoader:
         world_size: int = 1,
         painter: Painter | None = None,
     ) -> None:
-        """Prepare a loader; threads start with each epoch and end with it.
+        """Prepare a loader; threads start with each epoch and end with the epoch.
 
-        `workers` is the number of threads; 0 prepares each batch when it is asked for. `pin_memory` puts
-        batches into page-locked memory, for copies to a GPU that do not wait. Of every batch of `batch_size`,
+        `workers` is the number of threads; with 0, each batch is prepared when it is requested. `pin_memory` puts
+        batches into page-locked memory, for asynchronous copies to a GPU. Of every batch of `batch_size`,
         `rank` of `world_size` processes gets its part. A `painter` paints the images on its device.
         """
         _check(batch_size, workers, image_size, store)
@@ -108,13 +108,13 @@ class TrainLoader:
         self.rank, self.world_size, self.painter = rank, world_size, painter
 
     def __len__(self) -> int:
-        """Return the iterations of an epoch; the last batch may be smaller."""
+        """Return the number of iterations of an epoch; the last batch may be smaller."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Return the batches of `epoch` from iteration `start` on, as a resumed run needs.
+        """Return the batches of `epoch` from iteration `start` on; a resumed run starts within an epoch.
 
-        Threads begin at once. A worker's error is raised by the iterator; closing or dropping it ends its threads.
+        Threads begin at once. The iterator raises a worker's error; closing or dropping the iterator ends its threads.
         """
         planned = plan_epoch(
             self.batching,
@@ -157,7 +157,7 @@ class TrainLoader:
     def _fill(
         self, slots: tuple[Slot, ...], plan: BatchPlan, epoch: int, position: int, out: Array | None
     ) -> Planned:
-        """Plan one image, and paint it into `out` if there is one: one dataset image, one enlarged, or four side by side."""
+        """Plan one training image (one dataset image, one enlarged, or four together); paint it into `out` if given."""
         slot = slots[position]
         items = tuple(
             plan_item(
@@ -186,7 +186,7 @@ class ValLoader:
     """Letterboxed batches for validation, every image once.
 
     With `rect`, images are sorted by aspect and each batch has the smallest shape, in multiples of the
-    stride, that fits its images plus `pad` strides; without, batches are squares in the dataset's order.
+    stride, that fits its images plus `pad` strides; without `rect`, batches are squares in the dataset's order.
     """
 
     def __init__(
@@ -205,9 +205,9 @@ class ValLoader:
         world_size: int = 1,
         painter: Painter | None = None,
     ) -> None:
-        """Plan the batches; `pad` is in strides. Threads start with each iteration and end with it.
+        """Plan the batches; `pad` is in strides. Threads start and end with each pass over the batches.
 
-        Of every batch, `rank` of `world_size` processes gets its part, in the shape of the whole. A `painter`
+        Of every batch, `rank` of `world_size` processes gets its part, in the shape of the whole batch. A `painter`
         paints the images on its device.
         """
         _check(batch_size, workers, image_size, store)
@@ -257,7 +257,7 @@ class ValLoader:
         return letterbox_geometry((height, width), hw, minimal=False, upscale=False)
 
     def _geometry(self, index: int, hw: Size) -> Letterbox:
-        """Return the letterbox as seen from the original image, with both resizings as one ratio."""
+        """Return the letterbox relative to the original image, with both resizings as one ratio."""
         height, width = self.dataset.shapes_hw[index].tolist()
         geometry = self._letterbox(index, hw)
         return replace(geometry, ratio=geometry.ratio * stored_ratio((height, width), self.image_size))

@@ -1,4 +1,4 @@
-"""Batches made ready in threads, a bounded number ahead: painted there, or planned there and painted on the device."""
+"""Prepare batches in threads, a bounded number ahead: threads paint them, or plan them for painting on the device."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Array = np.ndarray[Any, Any]
 Item = TypeVar("Item")
 Planned = ItemPlan | QuadPlan
 Fill = Callable[[int, Array | None], Planned]
-"""Returns the plan of one image, given its position in the batch, painted into [H,W,3] if there is such a place."""
+"""Takes the position of an image in the batch and the pixels [H,W,3] to paint, or None; returns the image's plan."""
 
 PREFETCH = 3
-"""Batches being prepared or waiting, beside the one in use."""
+"""Number of batches that are prepared or waiting, in addition to the one in use."""
 
 
 TARGET_ROWS = 256
-"""Targets for a GPU come in multiples of it."""
+"""Number of targets on a GPU is a multiple of this number."""
 
 
 class Painter(Protocol):
-    """Paints plans on the training device: `starling.data.augment.device_paint.DevicePainter`."""
+    """Paints plans on the training device, as `starling.data.augment.device_paint.DevicePainter` does."""
 
     def paint(self, plans: Sequence[ItemPlan]) -> Tensor:
         """Return the images [B,3,H,W], channels last in memory."""
@@ -43,25 +43,25 @@ class Painter(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """One batch to make ready."""
+    """One batch to prepare."""
 
     indices: tuple[int, ...]
-    """Position in the dataset of each training image."""
+    """Index in the dataset of each training image."""
     hw: Size
     fill: Fill
     whole: int
-    """Images of the batch over all processes."""
+    """Number of images of the batch in all processes."""
     padding: bool
-    """Whether there is none for this process."""
+    """Whether the batch has no image for this process."""
 
 
 Prepared = tuple[Work, Tensor, Tensor]
 
 
 def part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item, ...], bool]:
-    """Return every `world_size`th item of a batch from the `rank`th on; parts differ by one at most.
+    """Return every `world_size`th item of a batch from the `rank`th on; part sizes differ by one at most.
 
-    Where that is none, return the batch's first, to keep in step with, and True.
+    If there is no such item, return the batch's first item, which keeps the process in step, and True.
     """
     own = tuple(items[rank::world_size])
     return own or tuple(items[:1]), not own
@@ -70,18 +70,18 @@ def part(items: Sequence[Item], rank: int, world_size: int) -> tuple[tuple[Item,
 def prepared(
     works: Sequence[Work], workers: int, *, pin_memory: bool = False, painter: Painter | None = None
 ) -> Iterator[Prepared]:
-    """Return an iterator of (work, images [B,3,H,W] channels last, targets [n,6]) in order, prepared at most PREFETCH batches ahead.
+    """Return an iterator of (work, images [B,3,H,W] channels last, targets [n,6]), in order.
 
-    `workers` threads share each batch and begin at once; with 0 it is prepared when it is asked for. Images are
-    uint8 in memory (`pin_memory`: page-locked), or what a `painter` paints from the plans, on its device. A
-    thread's error is raised here; closing the iterator, or dropping it, ends the threads.
+    At most PREFETCH batches are prepared ahead. `workers` threads share each batch, starting at once; with 0, a batch
+    is prepared when requested. Images are uint8 in memory (`pin_memory`: page-locked), or the output of a `painter` on
+    its device. The iterator raises a thread's error; closing or dropping the iterator ends the threads.
     """
-    cv2.setNumThreads(1)  # the parallelism is over images; OpenCV's own pool would fight it for the cores
+    cv2.setNumThreads(1)  # the loader's threads use all cores; OpenCV's own would compete with them
     if workers == 0:
         return _one_by_one(works, pin_memory, painter)
     batches = _threaded(works, workers, pin_memory, painter)
     next(batches)
-    return batches  # type: ignore[return-value]  # the None is taken
+    return batches  # type: ignore[return-value]  # the first None has been taken
 
 
 def _one_by_one(works: Sequence[Work], pin_memory: bool, painter: Painter | None) -> Iterator[Prepared]:
@@ -94,7 +94,7 @@ def _one_by_one(works: Sequence[Work], pin_memory: bool, painter: Painter | None
 def _threaded(
     works: Sequence[Work], workers: int, pin_memory: bool, painter: Painter | None
 ) -> Iterator[Prepared | None]:
-    """Yield None when the first batches are under way, then each that is done."""
+    """Yield None when the first batches are in preparation, then each finished batch."""
     pool = ThreadPoolExecutor(workers, "loader")
     waiting: deque[tuple[Work, Tensor | None, list[Future[list[Planned]]]]] = deque()
 
@@ -123,7 +123,7 @@ def _threaded(
 def _submit(
     pool: ThreadPoolExecutor, work: Work, pixels: Tensor | None, workers: int
 ) -> list[Future[list[Planned]]]:
-    """Share one batch among all workers, so that the batch needed next is also the one ready next."""
+    """Divide one batch among all workers, so that the batch needed next is also finished next."""
     count = len(work.indices)
     share = math.ceil(count / workers)
     return [
@@ -146,7 +146,7 @@ def _fill_slice(work: Work, pixels: Tensor | None, first: int, end: int) -> list
 def _assembled(
     work: Work, pixels: Tensor | None, filled: list[Planned], painter: Painter | None, pin_memory: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the images, painted now if they are not yet, and the labels as one table, empty for padding."""
+    """Return the images, painted now if a painter paints them, and the labels as one table, empty for padding."""
     images = _painted(filled, painter) if pixels is None else pixels.permute(0, 3, 1, 2)
     labels = [item.labels[:0] if work.padding else item.labels for item in filled]
     targets = np.empty((sum(map(len, labels)), 6), np.float32)
@@ -158,9 +158,9 @@ def _assembled(
 
 
 def filled_up(targets: Tensor) -> Tensor:
-    """Return targets [n,6] with rows of image -1, which are none, up to a multiple of TARGET_ROWS.
+    """Return targets [n,6] with padding rows, of image -1, up to a multiple of TARGET_ROWS.
 
-    A GPU's memory and kernels are chosen by shape: this leaves a few, in place of one a batch.
+    GPU memory and kernels are chosen by shape: the padding leaves a few shapes in place of one per batch.
     """
     return torch.nn.functional.pad(targets, (0, 0, 0, -len(targets) % TARGET_ROWS), value=-1.0)
 

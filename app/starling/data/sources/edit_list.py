@@ -1,4 +1,4 @@
-"""How much of an MP4 or QuickTime film is shown: a phone that trims a film keeps all frames and writes an edit list.
+"""How much of an MP4 or QuickTime video is shown: a phone that trims a video keeps all frames and writes an edit list.
 
 Source of the boxes: ISO/IEC 14496-12, 8.2.2 (mvhd), 8.6.6 (elst).
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import IO
 
 MAX_BYTES = 64 << 20
-"""A larger `moov` box, which describes a film, is not read."""
+"""Maximum size of a `moov` box, which describes a video; a larger box is not read."""
 MOST_BOXES = 10_000
 _NOTHING_SHOWN = -1
 """`media_time` of an edit that shows nothing."""
 
 
 def shown_seconds(path: Path) -> float | None:
-    """Return the seconds of its first video track that a film shows; None where no edit list says so."""
+    """Return the seconds of the first video track that a video shows; None if no edit list says so."""
     try:
         with open(path, "rb") as file:
             movie = _movie(file)
@@ -29,12 +29,12 @@ def shown_seconds(path: Path) -> float | None:
                 edits = [box for edit in _inside(track, b"edts") for box in _inside(edit, b"elst")]
                 return sum(map(_edited, edits)) / _time_scale(movie) if edits else None
     except (OSError, struct.error, ValueError, IndexError, ZeroDivisionError, StopIteration):
-        pass  # damaged, or another kind of file
+        pass  # a damaged file, or another kind of file
     return None
 
 
 def _movie(file: IO[bytes]) -> bytes:
-    """Return the content of the `moov` box; raises ValueError where there is none."""
+    """Return the content of the `moov` box; raises ValueError if there is none."""
     size = file.seek(0, os.SEEK_END)
     at = 0
     for _ in range(MOST_BOXES):
@@ -53,7 +53,7 @@ def _movie(file: IO[bytes]) -> bytes:
 
 
 def _inside(content: bytes, wanted: bytes) -> Iterator[bytes]:
-    """Yield the content of the boxes of one kind that stand next to each other in `content`."""
+    """Yield the content of the boxes of one kind at the top level of `content`."""
     at = 0
     for _ in range(MOST_BOXES):
         if at + 8 > len(content):
@@ -67,14 +67,14 @@ def _inside(content: bytes, wanted: bytes) -> Iterator[bytes]:
 
 
 def _time_scale(movie: bytes) -> int:
-    """Return the units of a second in which edits are measured."""
+    """Return the number of time units per second in which edits are measured."""
     header = next(_inside(movie, b"mvhd"))
     (scale,) = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)
     return int(scale)
 
 
 def _edited(edits: bytes) -> int:
-    """Return the length of all edits that show something, in units of the movie's time scale."""
+    """Return the total length of all edits that show something, in units of the movie's time scale."""
     version, count = edits[0], struct.unpack_from(">I", edits, 4)[0]
     layout = struct.Struct(">QqI" if version == 1 else ">IiI")
     rows = (layout.unpack_from(edits, 8 + number * layout.size) for number in range(min(count, MOST_BOXES)))

@@ -1,4 +1,4 @@
-"""The frames of films: video files, streams, and animated images; and whether a film ends before its end."""
+"""Read the frames of films (video files, streams, animated images), and detect a film that ends early."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ VIDEO_SUFFIXES = frozenset(
     )
 ) | {".vob", ".webm", ".wmv"}
 ANIMATED_SUFFIXES = frozenset((".apng", ".gif", ".png", ".webp"))
-"""Images that may hold several frames, which are looked at one by one."""
+"""Suffixes of images that may hold several frames; each such file is checked."""
 STREAM_TIMEOUT_MS = 15_000
 MAX_FRAME_PIXELS = 8192 * 4352
-"""Of a film or an animated image: 8K is smaller. A decoder holds some 20 frames of a film, those that later ones refer
-to, and up to 24 bytes a pixel of an animated image."""
+"""Maximum pixels of a frame of a film or an animated image; 8K is smaller. A decoder holds some 20 frames of a film, as
+references for later frames, and up to 24 bytes per pixel of an animated image."""
 SNIFFED = 1 << 16
-"""Bytes in which the head of an animated PNG or WebP says that it is one."""
+"""Number of leading bytes in which an animated PNG or WebP declares the animation."""
 ANIMATION_FPS = 10.0
-"""Frames a second where an animated image does not say; what browsers take."""
+"""Frames per second of an animated image that declares no duration; browsers take the same rate."""
 MOST_FRAMES = 1 << 31
-"""A film that claims more frames does not know."""
+"""Limit of a declared number of frames; a larger number is not believed."""
 
 Index = Literal["mp4", "avi"]
 """Containers that list every frame: MP4 and QuickTime; AVI."""
 
 Ended = Callable[[int, int | None], None]
-"""Told of a film that ends early: frames that it gave, and frames that its file lists; None where it lists none."""
+"""Called for a film that ends early: with the number of frames read, and of frames that the file lists, or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,15 +63,15 @@ class Frame:
     image: np.ndarray[Any, Any]
     """Upright RGB, uint8 [H,W,3]."""
     number: int
-    """Place in its video, from 0; 0 for an image."""
+    """Position in the video, from 0; 0 for an image."""
     total: int
-    """Frames that its video will give; 1 for an image, 0 where nobody knows."""
+    """Expected number of frames of the video; 1 for an image, 0 if unknown."""
     fps: float
-    """Frames a second of what is written from this video; 0 for an image."""
+    """Frames per second of output written from this video; 0 for an image."""
 
 
 def is_animated(path: Path) -> bool:
-    """Return whether an image file holds several frames; False for one that cannot be read, as decoding says why."""
+    """Return whether an image file holds several frames; False for an unreadable file: decoding reports the error."""
     suffix = path.suffix.lower()
     if suffix not in ANIMATED_SUFFIXES:
         return False
@@ -86,14 +86,14 @@ def is_animated(path: Path) -> bool:
             return False
         with Image.open(path) as image:
             return bool(getattr(image, "is_animated", False))
-    except Exception:  # Pillow raises many kinds on hostile bytes
+    except Exception:  # Pillow raises many types on hostile bytes
         return False
 
 
 def read_animation(path: Path, shown: str, stride: int, ended: Ended) -> Generator[Frame, None, None]:
     """Yield every `stride`-th frame of an animated image, transparency dropped.
 
-    Raises DataError where not even the first can be read.
+    Raises DataError if not even the first frame can be read.
     """
     number = total = 0
     try:
@@ -105,19 +105,19 @@ def read_animation(path: Path, shown: str, stride: int, ended: Ended) -> Generat
                     f"{shown}: frames of {width} x {height} pixels; scale them, each side {MIN_SIDE} or more"
                 )
             total = int(getattr(image, "n_frames", 1))
-            image.load()  # before it, a WebP does not tell how long a frame lasts
+            image.load()  # before it, Pillow does not know the frame duration of a WebP
             milliseconds = image.info.get("duration") or 0
             fps = 1000 / milliseconds if milliseconds else ANIMATION_FPS
             while number < total:
                 image.seek(number)
-                _check_frame(*image.size, shown)  # a frame of a GIF may be larger than those before it
+                _check_frame(*image.size, shown)  # a frame of a GIF may be larger than earlier frames
                 if number % stride == 0:
                     pixels = np.array(image.convert("RGB"))
                     yield Frame(image=pixels, number=number, total=-(-total // stride), fps=fps / stride)
                 number += 1
     except (DataError, MemoryError, GeneratorExit):
         raise
-    except Exception as error:  # Pillow raises many kinds on hostile bytes
+    except Exception as error:  # Pillow raises many types on hostile bytes
         if number == 0:
             raise DataError(f"{shown}: cannot be decoded ({error}); replace the file") from None
         ended(number, total if path.suffix.lower() != ".gif" else None)  # a GIF has no list of its frames
@@ -127,7 +127,7 @@ def read_animation(path: Path, shown: str, stride: int, ended: Ended) -> Generat
 
 
 def _is_whole_gif(path: Path) -> bool:
-    """Return whether the blocks of a GIF follow each other up to its end mark, or to the end of the file."""
+    """Return whether the blocks of a GIF continue without a gap up to its end mark, or to the end of the file."""
     with open(path, "rb") as file:
         _skip_colours(file, file.read(13)[10:11])
         while kind := file.read(1):
@@ -148,7 +148,7 @@ def _is_whole_gif(path: Path) -> bool:
 
 
 def _skip_colours(file: IO[bytes], flags: bytes) -> None:
-    """Pass over the table of colours that these flags of a GIF announce."""
+    """Skip the colour table that these flags of a GIF announce."""
     if flags and flags[0] & 0x80:
         file.seek(3 << ((flags[0] & 7) + 1), os.SEEK_CUR)
 
@@ -156,11 +156,11 @@ def _skip_colours(file: IO[bytes], flags: bytes) -> None:
 def read_video(
     address: str | int, shown: str, stride: int, ended: Ended, *, stream: bool
 ) -> Generator[Frame, None, None]:
-    """Yield every `stride`-th frame of a video file or a stream; raises DataError where there is none."""
+    """Yield every `stride`-th frame of a video file or a stream; raises DataError if there is no frame."""
     capture = _open(address, shown, stream)
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
-        fps = rate / stride if 0 < rate < 1000 else 25.0  # cameras and broken files give 0, or nonsense
+        fps = rate / stride if 0 < rate < 1000 else 25.0  # cameras and broken files report 0, or nonsense
         listed = 0 if stream else _listed_frames(capture)
         number = -1
         at_ms = 0.0
@@ -193,9 +193,9 @@ def read_video(
 def ends_early(frames: int, listed: int, *, index: Index | None, last_s: float, fps: float) -> bool:
     """Return whether a film that gave `frames` frames, the last one `last_s` seconds after the first, is damaged.
 
-    `listed` is the number that the file tells, 0 if none. An MP4 lists every frame, and a few may not be shown. An AVI
-    lists frames too that hold nothing new and are passed over, so its last frame's time must fall short as well. In other
-    files the number is a guess from the length in seconds and the rate `fps`, wrong where the rate varies.
+    `listed` is the number of frames that the file declares, 0 if none. An MP4 lists every frame, and a few may not be
+    shown. An AVI also lists frames without new content, which are skipped; therefore the time of its last frame must be
+    too early as well. In other files the number is an estimate from length and `fps`, wrong for a varying rate.
     """
     few = max(2, listed // 50) if index else 2 + listed // 10
     if frames >= listed - few:
@@ -207,7 +207,7 @@ def ends_early(frames: int, listed: int, *, index: Index | None, last_s: float, 
 
 
 def _shown_frames(listed: int, address: str | int, fps: float) -> int:
-    """Return how many of the listed frames the film's edit list shows, all of them where there is none."""
+    """Return how many of the listed frames the film's edit list shows; all of them without an edit list."""
     seconds = shown_seconds(Path(str(address)))
     if seconds is None or not 0 < fps < 10_000:
         return listed
@@ -227,7 +227,7 @@ def _listed_frames(capture: cv2.VideoCapture) -> int:
 
 
 def _index_of(address: str | int) -> Index | None:
-    """Return which container this is, of those that list their frames, whatever its name says."""
+    """Return the container type by content, if the container lists its frames; None for others."""
     try:
         with open(str(address), "rb") as file:
             head = file.read(16)
@@ -239,7 +239,7 @@ def _index_of(address: str | int) -> Index | None:
 
 
 def _open(address: str | int, shown: str, stream: bool) -> cv2.VideoCapture:
-    """Return an opened capture; raises DataError with what to check."""
+    """Return an opened capture; raises DataError with a remedy."""
     if isinstance(address, str) and not stream and not is_file(address):
         # OpenCV would wait for the writer of a FIFO
         raise DataError(f"{shown}: is not a regular file; check the path")

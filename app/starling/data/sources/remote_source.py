@@ -1,4 +1,4 @@
-"""Fetch one image or video by HTTP, within limits and from nowhere else."""
+"""Fetch one image or video by HTTP, within limits, and follow redirects to HTTP only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects from http(s) to http(s), and from https to nothing weaker."""
+    """Follow redirects from HTTP to HTTP or HTTPS, and from HTTPS to HTTPS only."""
 
     max_redirections = 5
 
@@ -37,9 +37,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def download(url: str, path: Path, shown: str, *, limit: int = MAX_BYTES) -> Path:
-    """Fetch `url` to `path` and return it; errors name the address as `shown`.
+    """Fetch `url` to `path` and return `path`; errors name the address as `shown`.
 
-    Raises DataError where the server does not answer, refuses, redirects away from http(s), or sends over `limit` bytes.
+    Raises DataError if the server does not answer, refuses, redirects away from http(s), or sends over `limit` bytes.
     """
 
     def receive(file: IO[bytes]) -> None:
@@ -79,7 +79,7 @@ def download(url: str, path: Path, shown: str, *, limit: int = MAX_BYTES) -> Pat
 
 
 def _request(url: str) -> urllib.request.Request:
-    """Return the request, a user and password of the URL in a header that no redirect carries on."""
+    """Return the request; user and password of the URL go into a header that redirects do not pass on."""
     parts = urllib.parse.urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "starling"})
@@ -90,7 +90,7 @@ def _request(url: str) -> urllib.request.Request:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that speaks HTTP and HTTPS only; urllib's own also opens files, FTP and data."""
+    """Return an opener for HTTP and HTTPS only; urllib's default opener also opens files, FTP and data URLs."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),

@@ -1,4 +1,4 @@
-"""What a detector looks at: images, videos, URLs, lists, webcams and streams, one frame after the other."""
+"""The sources of detection: images, videos, URLs, lists, webcams and streams, read frame by frame."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ Kind = Literal["image", "video", "stream"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One thing to look at. Nothing is opened, and nothing fetched, before `frames`."""
+    """One source of images. Nothing is opened or fetched before `frames`."""
 
     kind: Kind
     address: str | int
-    """Path, URL, or a webcam's number; a URL may hold a password, so print `shown`."""
+    """Path, URL, or number of a webcam; a URL may hold a password: print `shown` instead."""
     remote: bool = False
-    """A file behind a URL, fetched before it is opened."""
+    """Whether the source is a file behind a URL, fetched before it is opened."""
 
     @property
     def shown(self) -> str:
@@ -67,7 +67,7 @@ class Source:
 
     @property
     def subject(self) -> Subject:
-        """What the names of this source's files depend on; no secret of an address is in it."""
+        """The basis of the names of this source's output files, without any secret of the address."""
         identity = self.shown
         if isinstance(self.address, str):
             identity = os.path.abspath(self.address)
@@ -91,9 +91,9 @@ class Source:
 
 @readable(DataError)
 def find_sources(source: str, left_out: LeftOut | None = None) -> list[Source]:
-    """Return what `--source` names, in order; `left_out` counts the images and films that are passed over.
+    """Return the sources that `--source` names, in order; `left_out` counts images and films that are left out.
 
-    Raises DataError where nothing is there, UsageError for several endless streams.
+    Raises DataError if there is no source, UsageError for several endless streams.
     """
     left_out = LeftOut() if left_out is None else left_out
     found = _read_list(at_home(source), left_out) if _is_list(source) else _find(source, Path(), left_out)
@@ -110,7 +110,7 @@ def frames(
 ) -> Generator[Frame, None, None]:
     """Yield the frames of one source, every `stride`-th of a film; a remote file is fetched to `fetched`.
 
-    `ended` is told of a film that ends early. Raises DataError where the source cannot be read.
+    `ended` is called for a film that ends early. Raises DataError if the source cannot be read.
     """
     address = source.address
     if source.remote:
@@ -135,7 +135,7 @@ def hide_secrets(address: str) -> str:
 
 
 def _find(source: str, folder: Path, left_out: LeftOut) -> list[Source]:
-    """Return what one word names; a relative path is tried from `folder` too."""
+    """Return the sources that one word names; a relative path is tried from `folder` too."""
     scheme, separator, _ = source.partition("://")
     if separator:
         return [_remote(source, scheme.lower())]
@@ -164,7 +164,7 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _literal_folders(pattern: Path) -> str:
-    """Return a pattern whose leading folders, as far as they are there, are no pattern: `set [1]/*.jpg`."""
+    """Return a pattern in which existing leading folders are taken literally: `set [1]/*.jpg`."""
     there = next((parent for parent in pattern.parents if is_folder(parent)), Path())
     return str(Path(glob.escape(str(there))) / pattern.relative_to(there))
 
@@ -172,9 +172,9 @@ def _literal_folders(pattern: Path) -> str:
 def _of_paths(
     paths: list[Path], nothing: str, left_out: LeftOut, written: tuple[str, ...] = ()
 ) -> list[Source]:
-    """Return sources for those paths that are images or films; raises DataError if none is.
+    """Return sources for the paths that are images or films; raises DataError if no path is.
 
-    `written` are the parts of the pattern that somebody wrote down: a hidden folder among them is meant.
+    `written` are the parts of the pattern as the user wrote them: a hidden folder that the user named is included.
     """
     passed_over = LeftOut()
     sources = []
@@ -229,7 +229,7 @@ def _is_list(source: str) -> bool:
 
 
 def _read_list(path: Path, left_out: LeftOut) -> list[Source]:
-    """Return what the lines of a list name; relative paths go from the list's folder, or from here."""
+    """Return the sources that the lines of a list name; relative paths start at its folder or the current folder."""
     try:
         content = read_regular(path, MAX_LIST_BYTES)
     except OSError as error:
@@ -256,7 +256,7 @@ def _read_list(path: Path, left_out: LeftOut) -> list[Source]:
 
 
 def _listed(word: str, folder: Path, left_out: LeftOut) -> list[Source]:
-    """Return what a line of a list names; an image of a kind that is not read, and a hidden copy, are counted only."""
+    """Return the sources of one line of a list; unread image formats and hidden copies are only counted."""
     if "://" not in word:
         unread = Path(word).suffix.lower() in UNREAD_IMAGE_SUFFIXES - {".apng"}
         if (unread or is_hidden_copy(word)) and any(is_file(place / word) for place in (folder, Path())):

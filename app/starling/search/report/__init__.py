@@ -1,4 +1,4 @@
-"""report.html: everything that a search found, on one page that needs nothing else."""
+"""report.html: all results of a search on one self-contained page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPORT = "report.html"
 
 
 def write_report(study: SearchStudy, now: datetime | None = None) -> Path:
-    """Replace the study's report by what the study says now, and return its path. Raises OSError where the disk refuses."""
+    """Write the study's report anew, and return its path. Raises OSError if the disk refuses."""
     path = study.directory / REPORT
     write_atomic(path, build_page(read_facts(study, now or datetime.now())))
     return path

@@ -14,17 +14,17 @@ from starling.search.report.markup import Markup, compact, join, number, text, v
 from starling.search.report.svg import Scale, grid, label, line, path, plot, shade, ticks, titled
 
 WIDE = 600.0
-"""Pixels; a narrower chart is made for phones and drawn at its own size."""
+"""Width in pixels below which a chart is made for phones and drawn at its own size."""
 ROW, ROW_NAME = 26.0, 160.0
-"""Pixels: the height of a worker's row, and the width of the worker's name before it."""
+"""Height of a worker's row, and width of the worker's name before the row, in pixels."""
 MOST_LINES = 1000
-"""Candidates in the parallel coordinates; more are a solid block. The best are kept."""
+"""Maximum number of candidates in the parallel coordinates, the best ones; more lines would form a solid block."""
 MOST_MARKS = 4000
-"""Dots or bars in one chart; the newest are kept."""
+"""Maximum number of dots or bars in one chart, the newest ones."""
 
 
 def fitness_scale(facts: ReportFacts, start: float, stop: float) -> Scale:
-    """Return the scale of fitness that all charts share; nothing may have finished yet."""
+    """Return the scale of fitness that all charts share, also before the first candidate has finished."""
     values = [candidate.fitness for candidate in facts.finished] or [0.0, 1.0]
     low, high = lower_end(values), max(values)
     if not high > low:
@@ -33,7 +33,7 @@ def fitness_scale(facts: ReportFacts, start: float, stop: float) -> Scale:
 
 
 def progress_chart(facts: ReportFacts, width: float = 900.0, *, name: str = "progress") -> Markup:
-    """Draw the best fitness so far, and each candidate, against what was trained until then; `width` in pixels."""
+    """Draw the best fitness so far and each candidate's fitness, over the training until then; `width` in pixels."""
     height, left, right, top, bottom = 340.0, 54.0, width - 14, 14.0, 290.0
     rows = _bill(facts)
     in_images = all(cost is not None for _, cost, _ in rows)
@@ -68,7 +68,7 @@ def progress_chart(facts: ReportFacts, width: float = 900.0, *, name: str = "pro
 
 
 def _bill(facts: ReportFacts) -> list[tuple[Attempt, float | None, int]]:
-    """Return the ended attempts in the order of their ends, with the images and epochs that all had taken by then."""
+    """Return the ended attempts in the order of their ends, with the total images and epochs up to each end."""
     ended = [attempt for attempt in facts.attempts if attempt.state is not State.RUNNING]
     rows: list[tuple[Attempt, float | None, int]] = []
     images: float | None = 0.0
@@ -82,7 +82,7 @@ def _bill(facts: ReportFacts) -> list[tuple[Attempt, float | None, int]]:
 
 
 def _mark(attempt: Attempt, x: float, y: Scale) -> Markup:
-    """Draw one candidate: a dot, a ring for a finalist, a cross where it was pruned; nothing for what has no fitness."""
+    """Draw one attempt: a dot, a ring for a finalist, a cross for a pruned one; nothing if it has no fitness."""
     if attempt.state is State.PRUNED and attempt.curve:
         epoch, fitness = max(attempt.curve.items())
         words = f"candidate {attempt.number}: pruned at {number(fitness)} after {epoch} epochs"
@@ -127,7 +127,7 @@ def _best_line(
 
 
 def parallel_chart(facts: ReportFacts, genes: Sequence[str]) -> Markup:
-    """Draw a line a finished candidate over the axes of `genes` and its fitness; the winner bold, on top."""
+    """Draw one line per finished candidate over the axes of `genes` and the fitness; the winner's is bold, on top."""
     width, height, top, bottom = 900.0, 374.0, 54.0, 330.0
     own = sorted(facts.finished, key=lambda candidate: (candidate.fitness, -candidate.number))[-MOST_LINES:]
     names = [*genes, "fitness"]
@@ -163,13 +163,13 @@ def parallel_chart(facts: ReportFacts, genes: Sequence[str]) -> Markup:
 
 
 def gene_scale(values: Sequence[float], start: float, stop: float) -> Scale:
-    """Return the scale of a gene over its values: logarithmic where they span more than a factor of 20."""
+    """Return the scale of a gene over its values: logarithmic if they span more than a factor of 20."""
     low, high = min(values), max(values)
     return Scale(low, high, start, stop, log=low > 0 and high / low > 20)
 
 
 def timeline(facts: ReportFacts, workers: Sequence[WorkerTime]) -> Markup:
-    """Draw a row a worker: each training as a bar of its state's colour, idle time as what is left blank."""
+    """Draw one row per worker: each training is a bar in the colour of its state, idle time stays blank."""
     width, bottom = 900.0, 10 + ROW * len(workers)
     attempts = [attempt for worker in workers for attempt in worker.attempts]
     begin = min(attempt.began for attempt in attempts if attempt.began is not None)
@@ -189,14 +189,14 @@ def timeline(facts: ReportFacts, workers: Sequence[WorkerTime]) -> Markup:
         width,
         bottom + 26,
         "What each worker did when",
-        f"{len(workers)} workers over {format_duration(seconds)}, a bar a training; the table below holds the figures.",
+        f"{len(workers)} workers over {format_duration(seconds)}, a bar per training; the table below has the figures.",
         parts,
         name="timeline",
     )
 
 
 def _bar(attempt: Attempt, begin: datetime, end: datetime, x: Scale, y: float) -> Markup:
-    """Draw one training of a worker's row, whose upper edge is at `y` pixels; `begin` is where the scale begins."""
+    """Draw one training in a worker's row with the upper edge at `y` pixels; `begin` is the start of the time scale."""
     assert attempt.began is not None, "it has begun"
     start, stop = (x((at - begin).total_seconds()) for at in (attempt.began, end))
     took = (end - attempt.began).total_seconds()
@@ -221,7 +221,7 @@ def _clock(at: float, span: float) -> str:
 
 
 def chosen_genes(facts: ReportFacts, importance: dict[str, float], most: int = 8) -> list[str]:
-    """Return the genes to draw: those that matter most, else those that the winner changed most of the seed's."""
+    """Return the genes to draw: the most important ones, or without importances those farthest from the seed."""
     if importance:
         return list(importance)[:most]
     best = facts.best
@@ -231,7 +231,7 @@ def chosen_genes(facts: ReportFacts, importance: dict[str, float], most: int = 8
 
 
 def _change(facts: ReportFacts, best: Finished, name: str) -> float:
-    """Return how far the winner's gene lies from the seed's, as a share of what the search covered."""
+    """Return the distance of the winner's gene from the seed's, as a fraction of the range that the search covered."""
     values = [candidate.hyp[name] for candidate in facts.finished]
     span = max(values) - min(values)
     return abs(best.hyp[name] - facts.seed_hyp[name]) / span if span else 0.0

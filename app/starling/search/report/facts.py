@@ -1,4 +1,4 @@
-"""What the report shows, worked out from the study: pure figures, no HTML."""
+"""The figures of the report, computed from the study, without HTML."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from starling.search.outcome import (
 from starling.search.study import SearchStudy
 
 VALIDATION_SHARE = 1 / 3
-"""What an image costs in a validation (forward only) against one in training (forward and backward)."""
+"""Cost of an image in a validation (forward only) relative to training (forward and backward)."""
 FEWEST_FOR_IMPORTANCE = 50
-"""Finished candidates below which the importance of 29 genes is hardly better than guessing."""
+"""Minimum number of finished candidates; with fewer, the importance of 29 genes is hardly better than guessing."""
 IMPORTANCE_TREES = 64
 IMPORTANCE_METHOD = "mean decrease of impurity in a random forest of 64 trees (Optuna's MeanDecreaseImpurityImportanceEvaluator)"
-"""How it is found, in words.
+"""The method of the gene importance, in words.
 
-Of Optuna's evaluators this one found most of the genes that mattered in simulated searches of 24 genes, six of them
-of effect, drawn by the classic step: 0.43 of the effect among its first six at 50 trials, 0.57 at 100, 0.74 at 300 and 0.92
+Of Optuna's evaluators, this one found most of the important genes in simulated searches of 24 genes, six with an
+effect, with the classic sampler: 0.43 of the effect among its first six at 50 trials, 0.57 at 100, 0.74 at 300 and 0.92
 at 1,000, against 0.20, 0.23, 0.17 and 0.58 by PED-ANOVA, and 0.38, 0.50 and 0.56 by fANOVA (which takes seconds); guessing gives
-0.25, and at 20 trials nothing does better. 1,000 trials take it a second.
+0.25, and at 20 trials no evaluator does better. The evaluation of 1,000 trials takes a second.
 """
 LONG_EPOCHS = 300
-"""Epochs of the training that is proposed, if the search's own were fewer: a usual full training."""
+"""Minimum epochs of the proposed training: a usual full training."""
 _FLAGS = ("weights", "cfg", "data", "imgsz", "batch_size", "optimizer", "freeze")
 _SWITCHES = ("single_cls", "cos_lr", "rect", "quad", "image_weights", "multi_scale", "noautoanchor")
 _SHORT = {"imgsz": "--img", "batch_size": "--batch"}
@@ -45,17 +45,17 @@ _DEFAULTS = {"optimizer": "SGD", "freeze": [0], "cfg": ""}
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one attempt added to the bill."""
+    """The cost of one attempt."""
 
     epochs: int
-    """Trained in this attempt."""
+    """Epochs trained in this attempt."""
     images: float | None
-    """Through the model, those of validations at a third; None where the study does not know its images."""
+    """Images through the model, with a third of the validation images; None if the study does not record its images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportFacts:
-    """A search at one moment."""
+    """The state of a search at one time."""
 
     name: str
     directory: Path
@@ -69,11 +69,11 @@ class ReportFacts:
     training: Mapping[str, Any]
     imported: int
     costs: Mapping[int, Cost]
-    """By the number of the attempt."""
+    """Cost by the number of the attempt."""
 
     @property
     def seed_fitness(self) -> float | None:
-        """Fitness of the hyp that the search started from; None before it has finished."""
+        """Fitness of the hyp that the search started from; None before that training has finished."""
         return seed_fitness_of(self.finished)
 
     @property
@@ -82,12 +82,12 @@ class ReportFacts:
         return [name for name in self.seed_hyp if len({a.hyp.get(name) for a in self.attempts}) > 1]
 
     def count(self, state: State) -> int:
-        """Return how many attempts are in a state."""
+        """Return the number of attempts in a state."""
         return sum(attempt.state is state for attempt in self.attempts)
 
 
 def read_facts(study: SearchStudy, now: datetime) -> ReportFacts:
-    """Return what the study says; `now` is the time that running candidates are shown until."""
+    """Return the facts of a study; running candidates are shown until the time `now`."""
     finished, attempts, training = study.finished(), study.attempts(), study.training
     return ReportFacts(
         name=f"{study.directory.parent.name}/{study.directory.name}",
@@ -117,10 +117,10 @@ def costs_of(
     train_images: int | None,
     val_images: int | None,
 ) -> dict[int, Cost]:
-    """Return what each attempt cost, by number.
+    """Return the cost of each attempt, by number.
 
-    One that went on from an interrupted attempt is charged for what it added, a finished one up to `full_epochs`.
-    What nobody noted (a worker killed in its first candidate) is charged to the attempt that went on from it.
+    An attempt that continues another one costs only its own epochs, a finished one up to `full_epochs`. Unrecorded
+    epochs (of a worker killed in its first candidate) are part of the cost of the attempt that continues the training.
     """
     costs: dict[int, Cost] = {}
     done_before: dict[int, int] = {}
@@ -131,7 +131,7 @@ def costs_of(
         images = None
         if train_images is not None:
             validations = sum(epoch > before for epoch in attempt.curve)
-            validations += attempt.state is State.FINISHED  # after its last epoch, which the curve leaves out
+            validations += attempt.state is State.FINISHED  # the last validation is not in the curve
             images = (after - before) * train_images + validations * (val_images or 0) * VALIDATION_SHARE
         costs[attempt.number] = Cost(after - before, images)
     return costs
@@ -156,11 +156,11 @@ class WorkerTime:
     name: str
     attempts: Sequence[Attempt]
     busy: float
-    """In trainings, however they ended."""
+    """Seconds in trainings, with and without a result."""
     idle: float
-    """Between two trainings."""
+    """Seconds between two trainings."""
     away: float
-    """Between a training that it was stopped or lost in and its next one."""
+    """Seconds between an interrupted or lost training and the worker's next one."""
 
     @property
     def idle_share(self) -> float:
@@ -169,7 +169,7 @@ class WorkerTime:
 
 
 def worker_times(attempts: Iterable[Attempt], now: datetime) -> list[WorkerTime]:
-    """Return the workers in the order in which they joined, by their own clocks; running trainings last until `now`."""
+    """Return the workers in the order of joining, by their own clocks; running trainings last until `now`."""
     by_worker: dict[str, list[Attempt]] = {}
     for attempt in sorted((a for a in attempts if a.began is not None), key=lambda a: (a.began, a.number)):
         by_worker.setdefault(attempt.worker, []).append(attempt)
@@ -186,7 +186,7 @@ def _time_of(name: str, own: list[Attempt], now: datetime) -> WorkerTime:
         if free_since is not None and began > free_since:
             gap = (began - free_since).total_seconds()
             idle, away = (idle, away + gap) if was_cut_off else (idle + gap, away)
-        # A lost attempt ends when somebody notices, maybe after the worker is back.
+        # A lost attempt ends when another worker notices the loss, maybe after this worker is back.
         start = began if free_since is None else max(began, free_since)
         if ended > start:
             busy += (ended - start).total_seconds()
@@ -196,15 +196,15 @@ def _time_of(name: str, own: list[Attempt], now: datetime) -> WorkerTime:
 
 
 def end_of(attempt: Attempt, now: datetime) -> datetime:
-    """Return when an attempt ended, never before it began; `now` for one that runs."""
+    """Return the end of an attempt, never before its start; `now` for a running attempt."""
     began = attempt.began or now
     return max(attempt.ended or now, began)
 
 
 def gene_importance(finished: Sequence[Finished], genes: Sequence[str]) -> dict[str, float]:
-    """Return each gene's share of the importance, greatest first; empty with too few candidates or nothing to tell.
+    """Return each gene's share of the importance, greatest first; empty for too few candidates or equal fitness.
 
-    Deterministic; fixed genes are left out. `genes` names what the candidates' hyps are compared in.
+    Deterministic; fixed genes are left out. `genes` are the names of the genes to compare.
     """
     varied = [name for name in genes if len({candidate.hyp[name] for candidate in finished}) > 1]
     if (
@@ -217,7 +217,7 @@ def gene_importance(finished: Sequence[Finished], genes: Sequence[str]) -> dict[
 
 
 def _by_forest(finished: Sequence[Finished], varied: Sequence[str]) -> dict[str, float]:
-    import optuna  # its importances bring scikit-learn, which takes two seconds
+    import optuna  # its importance module imports scikit-learn, which takes two seconds
     from optuna.distributions import FloatDistribution
     from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
     from optuna.trial import create_trial
@@ -241,7 +241,7 @@ def _by_forest(finished: Sequence[Finished], varied: Sequence[str]) -> dict[str,
 
 
 def winner_command(settings: Mapping[str, Any], directory: Path) -> str:
-    """Return a `train.py` command, quoted for a shell; empty where the study does not hold the settings."""
+    """Return a `train.py` command, quoted for a shell; an empty string if the study does not have the settings."""
     if not settings.get("data"):
         return ""
     epochs = settings.get("epochs")
@@ -262,6 +262,6 @@ def winner_command(settings: Mapping[str, Any], directory: Path) -> str:
 
 
 def _from_here(path: Path) -> str:
-    """Return a path below the runs folder as `runs/…`, which holds inside a container as outside; else as it is."""
+    """Return a path below the runs folder as `runs/…`, valid inside and outside a container; another path unchanged."""
     root = runs_root()
     return str(Path(root.name) / path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -1,4 +1,4 @@
-"""HTML and SVG from nested calls, where whatever is not markup already is escaped; figures as people read them."""
+"""Build HTML and SVG from nested calls that escape everything except markup; format figures for people."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from html import escape
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
 
 def text(value: object) -> Markup:
-    """Return `value` as HTML text: escaped unless it is markup, control characters left out."""
+    """Return `value` as HTML text: escaped unless it is markup, with control characters replaced by blanks."""
     if isinstance(value, Markup):
         return value
     plain = str(value)
@@ -23,12 +23,12 @@ def text(value: object) -> Markup:
 
 
 def join(*parts: object) -> Markup:
-    """Return the parts one after the other."""
+    """Return the concatenated parts."""
     return Markup("".join(map(text, parts)))
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:
-    """Return an element. `_` in an attribute's name is `-`, one at its end is dropped (`class_`); None leaves it out."""
+    """Return an element. In attribute names `_` becomes `-`, a final `_` goes (`class_`); None omits an attribute."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
@@ -38,12 +38,12 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def void(name: str, /, **attributes: object) -> Markup:
-    """Return an element that holds nothing, as `<input>`; in SVG too, where it closes itself."""
+    """Return an element without content, such as `<input>`; self-closing, as SVG needs."""
     return Markup(element(name, **attributes).removesuffix(f"></{name}>") + "/>")
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return `value` with so many significant digits, without trailing zeros."""
+    """Return `value` with `digits` significant digits, without trailing zeros."""
     return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The report as one page: sections in the order in which a person asks."""
+"""The report as one page: sections in the order of a reader's questions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from starling.search.report.tables import (
 
 _HERE = Path(__file__).parent
 FEW_FOR_IMPORTANCE = 200
-"""Finished candidates below which importances are to be taken with caution."""
+"""Number of finished candidates below which the page warns about the importances."""
 _STATES = (State.FINISHED, State.PRUNED, State.FAILED, State.LOST, State.STOPPED, State.RUNNING)
 
 
 def build_page(facts: ReportFacts) -> str:
-    """Return the whole HTML document: one file that fetches nothing, whatever names and reasons say."""
+    """Return the whole HTML document: one file that fetches nothing, whatever text names and reasons contain."""
     importance = gene_importance(facts.finished, list(facts.seed_hyp))
     sections = (
         _headline(facts),
@@ -54,7 +54,7 @@ def build_page(facts: ReportFacts) -> str:
 def _document(title: str, body: Markup) -> str:
     script = (_HERE / "sort.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Even a script that slipped through the escaping would neither run nor reach anything.
+    # Even a script that slipped through the escaping could neither run nor connect to anything.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = join(
         void("meta", charset="utf-8"),
@@ -141,7 +141,9 @@ def _winner(facts: ReportFacts) -> Markup:
             else "longer"
         )
         lines += [
-            _soft(f"To train with what was found, {longer}, from the folder that holds runs:"),
+            _soft(
+                f"To train with the winner's hyperparameters, {longer}, from the folder that contains runs:"
+            ),
             element("pre", element("code", command), tabindex="0"),
         ]
     if not facts.progress.over:
@@ -167,8 +169,9 @@ def _progress(facts: ReportFacts) -> Markup:
     if any(attempt.finalist_of is not None for attempt in facts.attempts):
         keys.append(("trained again as a finalist", _mark("circle", "ring", cx=9, cy=8, r=6)))
     notes = (
-        "All workers together, in the order in which candidates ended. Validation images count a third, and what failed, "
-        "was lost or pruned counts too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; what lies below the frame is drawn on its edge."
+        "All workers together, in the order in which candidates ended. Validation images count a third; failed, lost "
+        "and pruned trainings count too. Fitness is 0.1 mAP50 + 0.9 mAP50-95; values below the frame are drawn on its "
+        "edge."
     )
     wide = element("div", progress_chart(facts), class_="wide")
     narrow = element("div", progress_chart(facts, 330, name="progress-narrow"), class_="narrow")
@@ -198,7 +201,7 @@ def _parallel(facts: ReportFacts, importance: dict[str, float]) -> Markup:
               for words, class_ in (("lowest", "f0"), ("middling", "f5"), ("highest", "f9"))]  # fmt: skip
     key = _key([*shades, ("the winner", _mark("path", "line winner", d="M1 8L18 8"))])
     return _section(
-        "Genes and fitness", _soft(f"One line a finished candidate, over {which}."), key, parallel_chart(facts, genes)
+        "Genes and fitness", _soft(f"One line per finished candidate, over {which}."), key, parallel_chart(facts, genes)
     )  # fmt: skip
 
 

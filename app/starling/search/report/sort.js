@@ -1,5 +1,5 @@
 "use strict";
-// A click on a heading sorts its table by that column, a second click the other way; the first rows stay in sight.
+// A click on a heading sorts its table by that column, a second click the other way; the first rows stay visible.
 for (const table of document.querySelectorAll("table.sortable")) {
   const [shown, rest] = table.tBodies;
   const size = shown.rows.length;

@@ -1,4 +1,4 @@
-"""What the charts are drawn with: scales, ticks, and a plot that names itself to those who cannot see it."""
+"""Elements of the charts: scales, ticks, and a plot with title and description for screen readers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from starling.search.report.markup import Markup, element, join, void
 
 COLOURS = 10
-"""Shades of fitness, `f0` (worst) to `f9`; the page's style sheet gives them for light and for dark."""
+"""Number of shades of fitness, `f0` (worst) to `f9`; the style sheet defines them for light and dark mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Values of one axis to pixels, linear or logarithmic; what lies outside is drawn at the edge."""
+    """Map the values of one axis to pixels, linear or logarithmic; values outside are drawn at the edge."""
 
     low: float
     high: float
     start: float
-    """Pixels where `low` is."""
+    """Pixel position of `low`; `stop` is that of `high`."""
     stop: float
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the pixel of a value, to a tenth."""
+        """Return the pixel position of a value, rounded to a tenth."""
         share = self.share(value)
         return round(self.start + share * (self.stop - self.start), 1)
 
     def share(self, value: float) -> float:
-        """Return where a value lies between the ends, 0 to 1."""
+        """Return the relative position of a value between the ends, 0 to 1."""
         low, high, value = (self._plain(v) for v in (self.low, self.high, value))
         return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
 
@@ -38,7 +38,7 @@ class Scale:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round values from `low` to `high`, a 1, 2 or 5 times a power of ten apart; `most` at most."""
+    """Return at most `most` round values from `low` to `high`, 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     rough = (high - low) / most
@@ -49,7 +49,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def shade(rank: int, count: int) -> str:
-    """Return the class of the colour of one of `count`, by its rank from the worst, 0, to the best."""
+    """Return the colour class for a rank from 0 (worst) to `count` - 1 (best)."""
     return f"f{rank * COLOURS // count}"
 
 
@@ -63,9 +63,9 @@ def plot(
     name: str,
     narrowest: float = 700,
 ) -> Markup:
-    """Return an SVG of this size, named by title and description; `name` is its id on the page.
+    """Return an SVG of this size with title and description; `name` is the prefix of its ids on the page.
 
-    Below `narrowest` pixels it is scrolled, as its words would be too small.
+    On screens below `narrowest` pixels the chart scrolls, because its words would become too small.
     """
     return element(
         "div",
@@ -88,12 +88,12 @@ def plot(
 
 
 def titled(name: str, title: str, *children: object, **attributes: object) -> Markup:
-    """Return a shape that shows `title` where the mouse rests on it."""
+    """Return a shape that shows `title` as a tooltip."""
     return element(name, element("title", title), *children, **attributes)
 
 
 def label(x: float, y: float, words: str, *, anchor: str = "start", class_: str | None = None) -> Markup:
-    """Return text at a place."""
+    """Return text at (`x`, `y`)."""
     return element(
         "text",
         words,
@@ -110,7 +110,7 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 
 def path(points: Iterable[tuple[float, float]]) -> str:
-    """Return the `d` of a path through points."""
+    """Return the `d` attribute of a path through points."""
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
 
 
@@ -123,7 +123,7 @@ def grid(
     top: float,
     bottom: float,
 ) -> Markup:
-    """Return a faint grid with the words of its ticks, given as (pixel, words)."""
+    """Return a faint grid with tick labels, given as (pixel, words)."""
     parts = [
         join(line(left, y, right, y, "grid"), label(left - 6, y + 4, words, anchor="end"))
         for y, words in y_ticks

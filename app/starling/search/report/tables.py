@@ -1,4 +1,4 @@
-"""The report's tables: sortable by script, whole without it, long ones folded by a check box that needs none."""
+"""The report's tables: sortable by script, complete without script; a check box folds long tables without script."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void
 
 SHOWN = 20
-"""Rows in sight before a long table is opened."""
+"""Number of visible rows of a folded table."""
 MOST_ROWS = 2000
-"""Rows on the page; the rest is in evolve.csv and in the study."""
+"""Maximum number of rows on the page; evolve.csv and the study have the rest."""
 _UNCHANGED = "–"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: what is read, and what it is sorted by if that is another value."""
+    """One cell: the visible content, and the sort key if it differs from the content."""
 
     words: object
     by: object | None = None
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row; `class_` marks the winner's."""
+    """One row; `class_` marks the winner's row."""
 
     cells: Sequence[Cell]
     class_: str | None = None
@@ -37,9 +37,9 @@ class Row:
 def table(
     name: str, caption: str, heads: Sequence[str], rows: Sequence[Row], *, words: Sequence[int] = ()
 ) -> Markup:
-    """Return a table whose first cell of each row heads it; columns in `words` are text, others figures.
+    """Return a table whose first column holds row headers; columns in `words` are text, the others figures.
 
-    Beyond `SHOWN` rows the rest is folded.
+    Rows beyond the first `SHOWN` are folded.
     """  # fmt: skip
     left_out = len(rows) - MOST_ROWS
     rows = rows[:MOST_ROWS]
@@ -56,7 +56,7 @@ def table(
     inner = element(
         "table", element("thead", head), *bodies, class_="sortable", id=name, aria_describedby=f"{name}-about"
     )
-    # Not a <caption>: that is as wide as its table, and cut off where the table is scrolled.
+    # No <caption>: a caption is as wide as its table, and would be cut off when the table scrolls.
     about = element("p", caption, class_="soft", id=f"{name}-about")
     fold = Markup("")
     if folded:
@@ -97,7 +97,7 @@ def state_cell(state: State) -> Cell:
 
 
 def candidate_table(facts: ReportFacts) -> Markup:
-    """Return every attempt, the best first."""
+    """Return the table of all attempts, best first."""
     best = None if facts.best is None else facts.best.number
     order = sorted(facts.attempts, key=lambda a: (a.fitness is None, -(a.fitness or 0.0), a.number))
     rows = [
@@ -105,7 +105,7 @@ def candidate_table(facts: ReportFacts) -> Markup:
     ]
     heads = ("candidate", "state", "fitness", "mAP50", "mAP50-95", "P", "R", "epochs", "images", "took", "worker",
              "note")  # fmt: skip
-    caption = "Every training that was begun, best first."
+    caption = "Every started training, best first."
     return table("candidates", caption, heads, rows, words=(1, 10, 11))
 
 
@@ -142,7 +142,7 @@ def _note(attempt: Attempt) -> str:
 
 
 def worker_table(workers: Sequence[WorkerTime]) -> Markup:
-    """Return what each worker did with its time."""
+    """Return the table of the workers' times."""
     rows = [
         Row(
             [
@@ -158,7 +158,7 @@ def worker_table(workers: Sequence[WorkerTime]) -> Markup:
         for worker in workers
     ]
     heads = ("worker", "begun", "finished", "training", "idle", "idle share", "away")
-    caption = "Idle: between two trainings. Away: stopped or lost, until it came back."
+    caption = "Idle: between two trainings. Away: from a stop or a loss until the next training."
     return table("workers", caption, heads, rows, words=(0,))
 
 
@@ -169,7 +169,7 @@ def _seconds(seconds: float) -> Cell:
 
 
 def ended_early_table(facts: ReportFacts, attempts: Sequence[Attempt]) -> Markup:
-    """Return attempts that brought no result, with their reasons."""
+    """Return the table of attempts without a result, with their reasons."""
     rows = [
         Row(
             [
@@ -182,14 +182,14 @@ def ended_early_table(facts: ReportFacts, attempts: Sequence[Attempt]) -> Markup
         )
         for attempt in attempts
     ]
-    caption = "Lost and stopped ones went on elsewhere, unless they were lost too often."
+    caption = "Other workers continue lost and stopped attempts, unless a candidate was lost too often."
     return table(
         "early", caption, ("candidate", "state", "epochs", "reason", "worker"), rows, words=(1, 3, 4)
     )
 
 
 def importance_table(importance: dict[str, float], most: int = 15) -> Markup:
-    """Return the genes that matter, with a bar each."""
+    """Return the table of the most important genes, with one bar each."""
     top = max(importance.values())
     rows = [
         Row([Cell(name, class_="words"), Cell(percent(share), f"{share:.6f}"), Cell(_bar(share / top), class_="bars")])
@@ -223,7 +223,11 @@ def hyp_table(seed: dict[str, float], best: dict[str, float]) -> Markup:
         )
     rows.sort(key=lambda row: row.cells[3].words == _UNCHANGED)
     return table(
-        "hyp", "Those that changed first.", ("hyperparameter", "seed", "winner", "factor"), rows, words=(0,)
+        "hyp",
+        "Changed hyperparameters come first.",
+        ("hyperparameter", "seed", "winner", "factor"),
+        rows,
+        words=(0,),
     )
 
 

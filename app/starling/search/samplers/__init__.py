@@ -1,1 +1,1 @@
-"""How candidates are proposed: one module a way, behind one protocol (`base.Sampler`)."""
+"""Samplers that propose candidates: one module per method, with one protocol (`base.Sampler`)."""

@@ -1,4 +1,4 @@
-"""What every sampler is: a pure function from a candidate's number and what is known to its values."""
+"""The sampler protocol: a pure function from a candidate's number and the known results to the candidate's values."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from starling.search.trial_counts import OpenTrials, Ranking
 from starling.search.trials import FINALIST_OF, IMPORTED
 
 REDRAWS = 1000
-"""Draws of which one must be new."""
+"""Maximum number of draws in the search for new values."""
 
 
 class Sampler(Protocol):
     """Propose candidates for one study.
 
-    A proposal is a function of the study's seed, the candidate's number and what is known: workers that ask with
-    different numbers share no random stream, whenever they start, and a worker that asks again gets the same.
+    A proposal is a function of the study's seed, the candidate's number and the known results: workers that ask with
+    different numbers share no random stream, whenever they start, and a worker that asks again gets the same proposal.
     """
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
-        """Return the values of candidate `number`, one an axis of the space, in its limits and not in `known.taken`.
+        """Return the values of candidate `number`, one per axis of the space, within limits and not in `known.taken`.
 
-        The seed, with which a search begins, is no proposal. Raises SearchFailed where nothing new is left.
+        A sampler never proposes the seed, with which a search begins. Raises SearchFailed if no new values are left.
         """
 
 
 def stream(study_seed: int, number: int, redraw: int = 0) -> np.random.Generator:
-    """Return the random stream of one candidate, and of one more try where its values were taken."""
+    """Return the random stream of one candidate; each `redraw`, after values that were taken, has another stream."""
     return np.random.default_rng([study_seed, number, redraw])
 
 
 def first_new(number: int, known: History, draw: Callable[[int], Values]) -> dict[str, Value]:
-    """Return the first of draw(0), draw(1), … that no candidate has had; raises SearchFailed where none is new."""
+    """Return the first of draw(0), draw(1), … that no candidate has had; raises SearchFailed if none is new."""
     for redraw in range(REDRAWS):
         values = draw(redraw)
         if known.space.key(values) not in known.taken:
@@ -50,30 +50,30 @@ def first_new(number: int, known: History, draw: Callable[[int], Values]) -> dic
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What became of one candidate, however many attempts it took."""
+    """The result of one candidate, over all its attempts."""
 
     number: int
-    """Of its first attempt."""
+    """Number of the candidate's first attempt."""
     values: Values
     fitness: float | None = None
-    """Of a finished training, or the last one that a pruned training reached; None where it failed."""
+    """Fitness of a finished training, or the last fitness of a pruned training; None for a failed candidate."""
     epochs: int | None = None
-    """Epochs after which a pruned training was ended; None for every other."""
+    """Number of epochs after which a training was pruned; None for other trainings."""
 
 
 class History:
-    """The candidates of a study by what became of them; `update` reads what is new.
+    """The candidates of a study, grouped by their results; `update` reads new trials.
 
-    An interrupted attempt and those that continue it are one candidate. Its answers depend on the
-    trials alone, not on when they were read.
+    An interrupted attempt and the attempts that continue it are one candidate. All answers depend on the
+    trials alone, not on the time of the calls.
     """
 
     def __init__(self, space: Space) -> None:
         self.space = space
         self.taken: set[tuple[Value, ...]] = set()
-        """Values of every candidate so far, in the order of the axes, whatever became of it."""
+        """Values of every candidate so far, in the order of the axes, whatever its result."""
         self.begun = False
-        """Whether the study has a candidate of its own, which then is the seed: imported ones are not."""
+        """Whether the study has a candidate that is not imported; the first such candidate is the seed."""
         self._read, self._ranking = OpenTrials(), Ranking()
         self._finished: dict[int, Observation] = {}
         self._pruned: dict[int, Observation] = {}
@@ -82,35 +82,35 @@ class History:
 
     @property
     def best(self) -> list[tuple[float, Values]]:
-        """The best five finished candidates, as (fitness, values), best first, the earlier first among equals."""
+        """The five best finished candidates, as (fitness, values), best first, the earlier first among equal ones."""
         return [(float(trial.value), trial.params) for trial in self._ranking.trials()]
 
     @property
     def finished(self) -> list[Observation]:
-        """Finished candidates, imported ones too, by number."""
+        """Finished candidates, including imported ones, by number."""
         return _by_number(self._finished)
 
     @property
     def pruned(self) -> list[Observation]:
-        """Candidates that were ended early, by number."""
+        """Pruned candidates, by number."""
         return _by_number(self._pruned)
 
     @property
     def failed(self) -> list[Observation]:
-        """Candidates that failed by a fault of their own, such as a diverging loss, by number."""
+        """Candidates that failed for a reason of the candidate itself, such as a diverging loss, by number."""
         return _by_number(self._failed)
 
     @property
     def open(self) -> list[Values]:
-        """Values of candidates that are being trained, or wait for a worker to go on with them, by number."""
+        """Values of candidates that are running, or wait for a worker to continue them, by number."""
         return [self._open[number] for number in sorted(self._open)]
 
     def update(self, trials: Sequence[FrozenTrial]) -> None:
-        """Read what is new in `trials`, which holds every trial of the study by number."""
+        """Read the new trials in `trials`, which holds every trial of the study by number."""
         for trial, is_new in self._read.read(trials):
             self.begun |= IMPORTED not in trial.user_attrs
             if FINALIST_OF in trial.user_attrs or not self.space.understands(trial.params):
-                continue  # a candidate that is known, or one of another space: nothing to compare with
+                continue  # a finalist repeats a known candidate; other spaces are not comparable
             if is_new:
                 self.taken.add(self.space.key(trial.params))
             self._place(trial)

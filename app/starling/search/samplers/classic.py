@@ -21,7 +21,7 @@ class ClassicSampler:
         self._space, self._seed, self._study_seed = space, seed, study_seed
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
-        """Return a mutant; of the seed where nothing has finished."""
+        """Return a mutant of one of the best candidates; of the seed before a candidate has finished."""
         return propose(
             number=number,
             study_seed=self._study_seed,
@@ -43,8 +43,8 @@ def propose(
 ) -> dict[str, Value]:
     """Return a mutant of one of `parents` (fitness, values) whose values, in the order of the axes, are not in `taken`.
 
-    The same arguments give the same mutant. Raises SearchFailed where no new one can be found, as when every gene
-    has gain 0 or stands at 0.
+    The same arguments give the same mutant. Raises SearchFailed if no new mutant can be found, such as if every gene
+    has gain 0 or the value 0.
     """
     for redraw in range(REDRAWS):
         rng = stream(study_seed, number, redraw)
@@ -54,7 +54,7 @@ def propose(
             gene.name: gene.clamp(float(parent[gene.name]) * factor)
             for gene, factor in zip(genes, factors.tolist(), strict=True)
         }
-        reach = 1 + redraw / 100  # where all near choices are taken, further ones come into reach
+        reach = 1 + redraw / 100  # if all near choices are taken, redraws reach farther choices
         mutant |= {s.name: _neighbour(rng, s, parent[s.name], reach) for s in settings}
         if tuple(mutant.values()) not in taken:
             return mutant
@@ -71,7 +71,7 @@ def _draw_parent(rng: np.random.Generator, parents: Sequence[tuple[float, Values
 
 
 def _draw_factors(rng: np.random.Generator, genes: Sequence[Gene]) -> np.ndarray:
-    """Return one factor a gene, float64 [genes], at least one of them other than 1.
+    """Return one factor per gene, float64 [genes], at least one of them other than 1.
 
     1 + gain·[rand < 0.8]·N(0, 1)·U(0, 1)·0.2, clipped to 0.3 and 3.
     """
@@ -87,8 +87,8 @@ def _draw_factors(rng: np.random.Generator, genes: Sequence[Gene]) -> np.ndarray
 def _neighbour(rng: np.random.Generator, setting: SettingGene, value: Value, reach: float) -> int | str:
     """Return the parent's choice moved by round([rand < 0.8]·N(0, 1)·U(0, 1)·reach) steps along the list.
 
-    The classic step's own formula, in steps in place of fifths of the value: three mutants in four keep the choice,
-    most others take the one beside it.
+    The formula is that of the classic step, in steps of the list instead of fifths of the value: three mutants in four
+    keep the choice, most others take a neighbouring choice.
     """
     hit = rng.random() < MUTATION_RATE
     step = round(float(hit * rng.standard_normal() * rng.random() * reach))

@@ -1,10 +1,10 @@
-"""A sampler made for few trainings, many genes and a good place to start from.
+"""A sampler for few trainings, many genes and a good starting point.
 
-Candidates begin around the seed: a point drawn anywhere in 28 dimensions is bad in some of them. Then each proposal is
-the best of many mutants of the best candidates, judged by what is known: by a regression on a few dozen results, or by the
-ratio of two Parzen densities over all axes together (TPE; Bergstra et al., "Algorithms for Hyper-Parameter Optimization",
-2011). Optuna's own TPE draws all genes of a candidate anew, a fifth of their range wide while the good are few, and finds
-less with a few dozen results of 28 genes.
+The first candidates are drawn around the seed: a random point in 28 dimensions is bad in some of them. Then each
+proposal is the best of many mutants of the best candidates, judged by the known results: by a regression on a few dozen
+results, or by the ratio of two Parzen densities over all axes together (TPE; Bergstra et al., "Algorithms for
+Hyper-Parameter Optimization", 2011). Optuna's own TPE draws all genes of a candidate anew, with a width of a fifth of
+their range while few candidates are good, and finds less with a few dozen results of 28 genes.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FastSettings:
-    """How the fast sampler goes about it. Lengths are shares of an axis, from 0 (its lower limit) to 1 (its upper)."""
+    """Parameters of the fast sampler. Lengths are fractions of an axis, from 0 (lower limit) to 1 (upper limit)."""
 
     startup: int = 6
-    """Candidates that must have ended before any is proposed by results; until then they are drawn around the seed."""
+    """Number of ended candidates before proposals use results; earlier candidates are drawn around the seed."""
     startup_share: float = 0.5
-    """Probability that a start-up draw changes an axis: many at once, as a regression takes them apart again."""
+    """Probability that a start-up draw changes an axis; many change at once, because a regression separates them."""
     startup_spread: float = 0.2
-    """Standard deviation of a start-up change; on a log scale of four decades a factor of six."""
+    """Standard deviation of a start-up change; on a log scale over four decades, a factor of six."""
     good_share: float = 0.25
-    """Best share of what has ended that new candidates are mutants of."""
+    """Share of the best ended candidates, the parents of new ones."""
     least_good: int = 3
-    """Fewest of these: one alone may have been lucky."""
+    """Minimum number of parents: a single one may have been lucky."""
     most_good: int = 25
-    """Most of these, however long the search."""
+    """Maximum number of parents, in a search of any length."""
     share: float = 0.3
     """Probability that a mutant differs from its parent on an axis."""
     spread: float = 0.12
-    """Standard deviation of such a change."""
+    """Standard deviation of the change of a mutant on an axis."""
     draws: int = 512
-    """Mutants of which the one judged best is proposed."""
+    """Number of mutants of which the best judged one is proposed."""
     judge: Literal["model", "density"] = "model"
-    """What mutants are judged by: a regression of the scores, or the density of good over that of other candidates."""
+    """Judge of the mutants: a regression of the scores, or the ratio of the densities of good and other candidates."""
     bandwidth: float = 0.1
-    """Standard deviation of the densities' kernels."""
+    """Standard deviation of the kernels of the densities."""
     linear: float = 2.25
-    """Prior variance of the regression's linear part at a start-up draw's typical distance, the scores having 1."""
+    """Prior variance of the regression's linear part at a start-up draw's typical distance; scores have variance 1."""
     curved: float = 1.0
-    """Prior variance of its curved part."""
+    """Prior variance of the curved part of the regression."""
     reach: float = 1.0
-    """Length scale of its curved part, in start-up draws' typical distances."""
+    """Length scale of the curved part, in typical distances of start-up draws."""
     noise: float = 0.3
-    """Variance of a score by chance: the same training on another seed."""
+    """Variance of a score by chance, that is between equal trainings with different seeds."""
     curiosity: float = 0.75
-    """Standard deviations of the regression's doubt that are added to what it expects."""
+    """Number of standard deviations of the regression that are added to the expected score."""
     most_findings: int = 300
-    """Results looked at, the best half and the latest: a proposal stays in milliseconds however long the search is."""
+    """Maximum number of results used, the best half and the latest: a proposal takes milliseconds in any search."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -80,11 +80,11 @@ class FastSettings:
 
 
 class FastSampler:
-    """Propose the best judged mutant of the best candidates; until enough are known, mutants of the seed.
+    """Propose the best judged mutant of the best candidates; while too few are known, mutants of the seed.
 
-    What others are training counts as known, with the score that is expected of it (a constant liar for the
-    densities), so that workers keep apart. Pruned candidates rank below finished ones, by epochs and then fitness;
-    those that failed by their own fault rank last.
+    Running candidates count as known, with their expected score (a constant liar for the densities), so that workers
+    keep apart. Pruned candidates rank below finished ones, by epochs and then fitness; candidates that failed
+    for a reason of their own rank last.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FastSampler:
         self._start = np.array([space.positions(seed)])
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
-        """Return the best judged mutant."""
+        """Return the best judged mutant; a draw around the seed while too few candidates have ended."""
         ranked = ranking(known)
         if len(ranked) < self._settings.startup:
             return first_new(number, known, lambda redraw: self._around_seed(number, redraw))
@@ -110,12 +110,12 @@ class FastSampler:
         return self._space.at(drawn[0].tolist())
 
     def _mutant(self, number: int, redraw: int, ranked: Array, others: Array) -> Values:
-        """Return the best judged of many mutants of the first of `ranked`, float [n, axes], best first."""
+        """Return the best judged of many mutants of the first rows of `ranked`, float [n, axes], best first."""
         rng, settings = stream(self._study_seed, number, redraw), self._settings
         count = math.ceil(settings.good_share * len(ranked))
         count = min(max(count, settings.least_good), settings.most_good, len(ranked))
         good = ranked[:count]
-        # The best weighs e² as much as the last of the good.
+        # The best parent weighs e² times as much as the last parent.
         weights = np.exp(-2 * np.arange(count) / max(count - 1, 1))
         weights /= weights.sum()
         parents = good[rng.choice(count, settings.draws, p=weights)]
@@ -154,9 +154,9 @@ class FastSampler:
         return np.array(rows).reshape(len(rows), len(self._space.axes))
 
     def _features(self, positions: Array) -> Array:
-        """Return the coordinates that distances are measured in, float [n, features].
+        """Return the coordinates for measuring distances, float [n, features].
 
-        A gene's position; for a setting one coordinate a choice, so that all choices are equally far from each other.
+        A gene has its position; a setting has one coordinate per choice, so that all choices are equally far apart.
         """
         columns = []
         for axis, column in zip(self._space.axes, positions.T, strict=True):
@@ -169,14 +169,14 @@ class FastSampler:
         return np.stack(columns, axis=1) if len(positions) else np.zeros((0, len(columns)))
 
     def _typical_distance(self) -> float:
-        """Return the root mean square distance of a start-up draw from the seed."""
+        """Return the root mean square distance of start-up draws from the seed."""
         settings = self._settings
         changed = settings.startup_share * len(self._space.axes)
         return settings.startup_spread * math.sqrt(max(changed, 1.0))
 
 
 def ranking(known: History) -> list[Observation]:
-    """Return all candidates that have ended, best first: finished, pruned by epochs and then fitness, failed."""
+    """Return all ended candidates, best first: finished, then pruned by epochs and fitness, then failed."""
 
     def by_fitness(observation: Observation) -> tuple[float, float, int]:
         fitness = -math.inf if observation.fitness is None else observation.fitness
@@ -186,7 +186,7 @@ def ranking(known: History) -> list[Observation]:
 
 
 def _best_and_latest(ranked: Sequence[Observation], most: int) -> list[Observation]:
-    """Return at most `most` of the observations, still best first: the best half, and of the others the latest."""
+    """Return at most `most` of the observations, best first: the best half, and the latest of the others."""
     best, others = ranked[: most - most // 2], ranked[most - most // 2 :]
     latest = {
         observation.number
@@ -198,14 +198,14 @@ def _best_and_latest(ranked: Sequence[Observation], most: int) -> list[Observati
 def density_ratio(points: Array, good: Array, weights: Array, bad: Array, bandwidth: float) -> Array:
     """Return log(density of good / density of bad) at `points`, float [n]; all points are float [*, d].
 
-    Both are sums of normal kernels over all axes together; `weights` [good] sum to 1, bad ones weigh alike.
+    Both densities are sums of normal kernels over all axes; `weights` [good] sum to 1, bad points have equal weights.
     """
     above = np.full(len(bad), 1 / max(len(bad), 1))
     return _log_density(points, good, weights, bandwidth) - _log_density(points, bad, above, bandwidth)
 
 
 def _log_density(points: Array, centres: Array, weights: Array, bandwidth: float) -> Array:
-    """Return the logarithm of the density up to a constant, float [n]; 0 where there are no centres."""
+    """Return the logarithm of the density up to a constant, float [n]; 0 without centres."""
     if not len(centres):
         return np.zeros(len(points))
     exponents = np.log(weights) - _squared_distances(points, centres) / (2 * bandwidth**2)
@@ -224,11 +224,11 @@ def expected_score(
     noise: float,
     curiosity: float,
 ) -> Array:
-    """Return what a regression expects at `points`, plus `curiosity` of its standard deviations, float [n].
+    """Return the expectation of a regression at `points`, plus `curiosity` standard deviations, float [n].
 
-    `ranked` are known points, best first: their scores are those of normal variates in that order, so that an
-    outlier counts as a rank and not as a distance. `others` have no score yet and get the expected one: they leave
-    the expectation as it is and take the doubt away. All are float [*, d], the origin being where the search began.
+    `ranked` are known points, best first: their scores are normal scores in that order, so that an outlier
+    counts by its rank and not by its distance. `others` have no score yet and get the expected one: they leave
+    the expectation unchanged and reduce the variance. All are float [*, d], with the seed at the origin.
 
     A Gaussian process with fixed parameters; linear and squared-exponential covariance, Rasmussen and Williams,
     "Gaussian Processes for Machine Learning" (2006), eq. 2.25, 2.26 and 4.9.
@@ -250,7 +250,7 @@ def expected_score(
 
 
 def normal_scores(count: int) -> Array:
-    """Return what `count` sorted normal variates are on average, highest first, float [count].
+    """Return the means of `count` sorted normal variates, highest first, float [count].
 
     Blom's approximation, "Statistical Estimates and Transformed Beta-Variables" (1958).
     """

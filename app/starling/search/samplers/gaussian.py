@@ -1,4 +1,4 @@
-"""A Gaussian process over the whole space: Optuna's, asked without a study of its own."""
+"""A Gaussian process over the whole space, fitted by Optuna's GPSampler in a temporary study."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from starling.search.samplers.fast import FastSampler, FastSettings
 from starling.search.space import Space, Value, Values
 
 LEAST_FINISHED = 8
-"""Results before a process is fitted; until then candidates are drawn around the seed, as the fast sampler does."""
+"""Minimum number of results for a fit; earlier candidates are drawn around the seed, as by the fast sampler."""
 MOST_FINISHED = 200
-"""Results that a process is fitted to: the best half and the latest half. Its cost grows with their third power."""
+"""Maximum number of results in a fit, the best half and the latest half. The cost grows with their third power."""
 
-# It would say in every process that an optional package would make it a little faster.
+# This logger would recommend in every process an optional package that saves a little time.
 logging.getLogger("optuna._gp.batched_lbfgsb").setLevel(logging.ERROR)
 
 
 class GaussianSampler:
-    """Propose where a Gaussian process expects the largest gain, given what others are training."""
+    """Propose the point with the largest expected gain of a Gaussian process, given the running candidates."""
 
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._study_seed = space, study_seed
@@ -30,7 +30,7 @@ class GaussianSampler:
         self._around_seed = FastSampler(space, seed, study_seed, FastSettings(startup=LEAST_FINISHED))
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
-        """Return the point of the largest expected gain; one around the seed while little is known."""
+        """Return the point with the largest expected gain; a point around the seed while few results are known."""
         finished = known.finished
         if len(finished) < LEAST_FINISHED:
             return self._around_seed.propose(number, known)
@@ -46,20 +46,20 @@ class GaussianSampler:
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials([*rows, *others])
         proposed = study.ask(self._limits).params
-        if redraw:  # its optimum is another candidate's already: a point beside it
+        if redraw:  # the optimum is the candidate of another worker: take a point near it
             positions = self._space.positions(proposed) + rng.normal(0, 0.02 * redraw, len(self._limits))
             return self._space.at(positions.tolist())
         return self._space.at(self._space.positions(proposed))
 
     def _trial(self, observation: Observation) -> FrozenTrial:
         state = TrialState.RUNNING if observation.fitness is None else TrialState.COMPLETE
-        # The seed, or what was imported, may lie outside the limits.
+        # The seed and imported candidates may lie outside the limits.
         inside = self._space.at(self._space.positions(observation.values))
         return create_trial(state=state, value=observation.fitness, params=inside, distributions=self._limits)
 
 
 def _most_telling(finished: Sequence[Observation]) -> list[Observation]:
-    """Return at most MOST_FINISHED observations by number: the best half of them, and of the rest the latest."""
+    """Return at most MOST_FINISHED observations by number: the best half, and the latest of the others."""
     if len(finished) <= MOST_FINISHED:
         return list(finished)
     ranked = sorted(finished, key=lambda observation: (-(observation.fitness or 0.0), observation.number))

@@ -1,4 +1,4 @@
-"""The samplers by their names, and what a study asks for its next candidate."""
+"""The samplers by name, and the proposer of a study's next candidate."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SAMPLERS: dict[str, type[ClassicSampler | FastSampler | RandomSampler | QmcSampl
 
 
 def make_sampler(name: str, space: Space, seed: Values, study_seed: int) -> Sampler:
-    """Return the sampler of that name for a study; raises ConfigError where there is none.
+    """Return the sampler with that name for a study; raises ConfigError if there is none.
 
-    `space` is what the search changes; `seed` has the values of its axes that the search starts from.
+    `space` is the searched space; `seed` has the start values of its axes.
     """
     if name not in SAMPLERS:
         raise ConfigError("--sampler", name, f"is none of {', '.join(SAMPLERS)}{suggest(name, SAMPLERS)}")
@@ -36,7 +36,7 @@ def make_sampler(name: str, space: Space, seed: Values, study_seed: int) -> Samp
 
 
 class Proposer:
-    """Proposes the hyp that the search starts from once, as the first candidate, and then what the sampler proposes."""
+    """Proposes the hyp that the search starts from as the first candidate, and then the proposals of the sampler."""
 
     def __init__(self, space: Space, seed: Values, name: str, sampler: Sampler) -> None:
         self._space, self._name, self._sampler = space, name, sampler
@@ -45,11 +45,11 @@ class Proposer:
 
     @classmethod
     def of(cls, name: str, space: Space, seed: Values, study_seed: int) -> Self:
-        """Return the proposer of a worker that takes the sampler `name`."""
+        """Return the proposer of a worker with the sampler `name`."""
         return cls(space, seed, name, make_sampler(name, space, seed, study_seed))
 
     def read(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take into account what is new in `trials`, which holds every trial of the study by number."""
+        """Read the new trials in `trials`, which holds every trial of the study by number."""
         self._known.update(trials)
 
     def propose(self, number: int, trials: Sequence[FrozenTrial]) -> NextAttempt:

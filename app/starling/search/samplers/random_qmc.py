@@ -1,4 +1,4 @@
-"""Samplers that learn nothing from results: random points, and points spread evenly."""
+"""Samplers that do not use results: random points, and evenly spread points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starling.search.space import Space, Value, Values
 
 
 class RandomSampler:
-    """Draw every axis for itself: a gene evenly between its limits, on its own scale, a setting evenly of its choices."""
+    """Draw every axis independently: a gene uniformly between its limits, on its scale, a setting uniformly."""
 
     def __init__(self, space: Space, seed: Values, study_seed: int) -> None:
         self._space, self._study_seed = space, study_seed
@@ -21,9 +21,9 @@ class RandomSampler:
 
 
 class QmcSampler:
-    """Take point `number` of a scrambled Sobol sequence: any first part of it is spread evenly over every axis.
+    """Propose point `number` of a scrambled Sobol sequence: its first points are always spread evenly over every axis.
 
-    The sequence is the study seed's, so nothing is shared between workers but the number. Owen, "Scrambling Sobol'
+    The study's seed determines the sequence, so workers share only the candidate's number. Owen, "Scrambling Sobol'
     and Niederreiter-Xing points" (1998), as in scipy.
     """
 
@@ -31,7 +31,7 @@ class QmcSampler:
         self._space, self._study_seed = space, study_seed
 
     def propose(self, number: int, known: History) -> dict[str, Value]:
-        """Return the point; a random one where a space of few choices has had it."""
+        """Return the point of the sequence; a random point if its values are taken, as in a space of few choices."""
         return first_new(number, known, lambda redraw: self._draw(number, redraw))
 
     def _draw(self, number: int, redraw: int) -> Values:
@@ -41,6 +41,6 @@ class QmcSampler:
         if redraw:
             return self._space.at(stream(self._study_seed, number, redraw).random(axes).tolist())
         sobol = qmc.Sobol(axes, scramble=True, rng=self._study_seed)
-        if number > 1:  # candidate 0 is the seed, so that candidate 1 takes the first point
+        if number > 1:  # candidate 0 is the seed, so candidate 1 takes the first point
             sobol.fast_forward(number - 1)
         return self._space.at(sobol.random(1)[0].tolist())

@@ -1,4 +1,4 @@
-"""Sessions with a PostgreSQL server that keeps studies: where its password is, and what its refusals mean."""
+"""Sessions with a PostgreSQL server that keeps studies: find the password, connect, and explain errors."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ except ImportError:
     ) from None
 
 DriverError = Error
-"""Whatever the driver raises."""
+"""Base class of all exceptions of the driver."""
 
 CONNECT_S = 5.0
-"""Seconds for each step of connecting."""
+"""Timeout in seconds for each step of connecting."""
 ANSWER_S = 30.0
-"""Seconds for an answer, after which the connection counts as lost."""
+"""Timeout in seconds for an answer; after it the connection counts as lost."""
 IDLE_S = 120.0
-"""Seconds of silence in mid-transaction after which the server ends a session: its worker is frozen."""
+"""Seconds of silence within a transaction after which the server ends the session, because its worker is frozen."""
 OLDEST_VERSION = 14
 
 PASSWORD_REMEDY = f"{PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
@@ -50,17 +50,17 @@ _PASSWORD_FIELD = re.compile(r"\\(.)|(:)|([^:\\]+|\\$)")
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 LOCK_NOT_AVAILABLE = "55P03"
-"""SQLSTATE of a lock that was not to be had within lock_timeout."""
+"""SQLSTATE of a lock that could not be taken within lock_timeout."""
 _TRANSIENT = ("08", "25006", "25P03", "40", "53", "55", "57")
-"""Beginnings of SQLSTATE codes that may pass: connection, a standby before it takes over, conflict, resources, locks,
+"""Prefixes of SQLSTATE codes of temporary errors: connection, a standby before promotion, conflict, resources, locks,
 shutdown and start."""
 
-# It prints a traceback for each broken connection that it throws away; what broke is told in our own words.
+# SQLAlchemy's pool would print a traceback for each broken connection; this module reports it in one line.
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 
 class DatabaseLost(ServerError):
-    """The connection broke while the study was locked: the lock is gone, and the step has to begin anew."""
+    """The connection broke while the study was locked: the lock is lost, and the step has to be repeated."""
 
 
 class Database:
@@ -71,14 +71,14 @@ class Database:
         self._environment = environment
 
     def session(self, name: str = "starling") -> Any:
-        """Return a session in which each statement is a transaction of its own; `name` is what the server lists it as.
+        """Return a session in which each statement is its own transaction; `name` is the session's name on the server.
 
-        Raises UsageError where the server refuses, ServerError where it does not answer.
+        Raises UsageError if the server refuses, ServerError if the server does not answer.
         """
         return self._open(pg8000.native.Connection, name)
 
     def connection(self) -> Any:
-        """Return a connection as SQLAlchemy wants it; raises as `session`."""
+        """Return a connection for SQLAlchemy; raises the same errors as `session`."""
         return self._open(pg8000.legacy.Connection, "starling study")
 
     def _open(self, kind: Callable[..., Any], name: str) -> Any:
@@ -99,7 +99,7 @@ class Database:
         except Exception as error:
             if not sql_state(error) and not _is_silence(error):
                 raise UsageError(
-                    f"{self.url}: what answers there does not speak PostgreSQL's protocol ({reason_of(error)}); "
+                    f"{self.url}: the server there does not speak PostgreSQL's protocol ({reason_of(error)}); "
                     "check host and port"
                 ) from None
             raise refusal(self.url, error, has_password=bool(password)) from None
@@ -110,7 +110,7 @@ class Database:
         """Return a connected socket, encrypted as `sslmode` asks."""
         channel = socket.create_connection((self.url.host, self.url.port), CONNECT_S)
         try:
-            # A host that vanishes without a word is noticed in about a minute, from either side.
+            # Keepalive notices a host that has vanished in about a minute, from either side.
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
@@ -132,17 +132,17 @@ class Database:
         if not answer:
             raise ConnectionError("it closed the connection")
         if answer != b"N":
-            raise UsageError(f"{self.url}: what answers there is no PostgreSQL server; check host and port")
+            raise UsageError(f"{self.url}: the server there is not PostgreSQL; check host and port")
         if self.url.sslmode != "prefer":
             raise UsageError(
                 f"{self.url}: the server does not encrypt, and sslmode={self.url.sslmode} asks for it; "
-                "turn on ssl in postgresql.conf, or leave sslmode out where the network is trusted"
+                "turn on ssl in postgresql.conf, or leave sslmode out if the network is trusted"
             )
         return channel
 
 
 def _session_settings() -> dict[str, str]:
-    """Return the server's settings of every session: no statement, wait or dead client can hold others up for long."""
+    """Return the server settings of a session, so that no statement, wait or dead client blocks others for long."""
     return {
         "lock_timeout": "2s",
         "statement_timeout": f"{round(ANSWER_S * 0.8)}s",
@@ -167,7 +167,7 @@ def close_quietly(session: Any) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from or during, each once."""
+    """Yield an error and the errors that it was raised from or during, each once."""
     seen: set[int] = set()
     at: BaseException | None = error
     while at is not None and id(at) not in seen:
@@ -177,7 +177,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _fields(error: BaseException) -> Mapping[str, str]:
-    """Return the fields of the server's own error among the causes: C its SQLSTATE, M its message."""
+    """Return the fields of the server's error among the causes: C is the SQLSTATE, M the message."""
     for cause in _causes(error):
         if isinstance(cause, DriverError) and cause.args and isinstance(cause.args[0], dict):
             return cause.args[0]
@@ -185,12 +185,12 @@ def _fields(error: BaseException) -> Mapping[str, str]:
 
 
 def sql_state(error: BaseException) -> str:
-    """Return the five letters by which the server says what is wrong; empty where it said nothing."""
+    """Return the five characters of the server's SQLSTATE; an empty string if the server sent no error."""
     return str(_fields(error).get("C", ""))
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether an error may pass by itself: the server is away, starting, stopping, or too busy."""
+    """Return whether an error may be temporary: the server is unreachable, starting, stopping, or too busy."""
     if isinstance(error, StarlingError):
         return isinstance(error, ServerError)
     if not isinstance(error, (SQLAlchemyError, StorageInternalError, DriverError, OSError)):
@@ -205,7 +205,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in a few words why the database did not do as asked."""
+    """Return in a few words why the database operation failed."""
     if isinstance(error, DatabaseLost):
         return "the connection was lost"
     said = _fields(error).get("M")
@@ -221,7 +221,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -> StarlingError:
-    """Return our own error for what went wrong between us and the server."""
+    """Return a StarlingError with a remedy for an error of the server or the connection."""
     state, reason = sql_state(error), reason_of(error)
     if state == "28P01":
         given = "the password is not the one of this user" if has_password else "it asks for a password"
@@ -238,7 +238,7 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
         )
     if state == "42501":
         return UsageError(
-            f"{url}: {url.user} may not write there ({reason}); name a database of its own, or let the owner of this one "
+            f"{url}: {url.user} may not write there ({reason}); name another database, or let the owner of this one "
             f"say: ALTER DATABASE {url.database} OWNER TO {url.user}"
         )
     if state == "25006":
@@ -261,18 +261,18 @@ def refusal(url: StudyUrl, error: BaseException, *, has_password: bool = True) -
 
 
 def _is_silence(error: BaseException) -> bool:
-    """Return whether there was no answer at all, rather than one that made no sense."""
+    """Return whether the server did not answer at all; False for an answer that could not be understood."""
     return any(isinstance(cause, (OSError, InterfaceError)) for cause in _causes(error))
 
 
 @readable(UsageError)
 def find_password(url: StudyUrl, environment: Mapping[str, str]) -> str:
-    """Return the password for `url`, or an empty string where none is set.
+    """Return the password for `url`; an empty string if none is set.
 
-    The first that is set counts: the file that STARLING_STUDY_PASSWORD_FILE names, PGPASSWORD, and the line for
-    this server in the file of PGPASSFILE, else ~/.pgpass.
+    The first source that is set counts: the file that STARLING_STUDY_PASSWORD_FILE names, PGPASSWORD, and the line for
+    this server in the file that PGPASSFILE names, or in ~/.pgpass.
 
-    Raises UsageError for a file that cannot be read, or that others can.
+    Raises UsageError for an unreadable file, and for a ~/.pgpass that other users can read.
     """
     named = environment.get(PASSWORD_FILE_VARIABLE)
     if named:
@@ -300,7 +300,7 @@ def _read_password(path: Path, variable: str) -> str:
 
 
 def _look_up_password(text: str, url: StudyUrl) -> str:
-    """Return the password of the first line `host:port:database:user:password` that fits; `*` fits anything."""
+    """Return the password of the first line `host:port:database:user:password` that matches; `*` matches anything."""
     wanted = (url.host, str(url.port), url.database, url.user)
     for line in text.splitlines():
         if line.startswith("#"):

@@ -1,14 +1,14 @@
-"""Leases in PostgreSQL: the same promises as the files of `leases.py`, between hosts that share nothing else.
+"""Leases in PostgreSQL: the guarantees of the lease files in `leases.py`, between hosts that share no folder.
 
-A worker keeps a row for as long as it trains a candidate, in a session of its own. Others read it in two ways:
+A worker keeps a row while it trains a candidate, in a separate session. Other workers check the row in two ways:
 
-- The session holds an advisory lock, which the server drops with the session. A lock that stays free for some seconds
-  while the row does not change means that the worker died: one whose connection alone broke, or whose server was
-  restarted, is back by then.
-- The worker counts the row's beat up again and again. A beat that has not changed for `lease_s` by the
-  *observer's* monotonic clock means frozen or out of reach.
+- The session holds an advisory lock, which the server drops with the session. If the lock stays free for some seconds
+  while the row does not change, the worker is dead: a worker whose connection broke, or whose server was
+  restarted, has a new session by then.
+- The worker keeps increasing the row's beat. If the beat has not changed for `lease_s` by the
+  *observer's* monotonic clock, the worker is frozen or unreachable.
 
-Whoever takes a candidate over deletes the row, by which the old holder, should it wake up, learns that it lost.
+The worker that takes a candidate over deletes the row; an old holder that wakes up learns from that that it lost.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from starling.search.outcome import LeaseLost
 from starling.search.storage.leases import Stillness
 
 RETURN_S = 10.0
-"""Seconds within which a living worker has another session after it lost one."""
+"""Seconds within which a living worker opens another session after losing one."""
 BEAT_S = 2.0
-"""Longest time between two beats, so that several fall into RETURN_S."""
+"""Maximum seconds between two beats, so that several beats fall into RETURN_S."""
 
 CREATE_TABLE = """
 CREATE TABLE IF NOT EXISTS starling_leases (
@@ -60,7 +60,7 @@ SELECT token, beat, abandoned, EXISTS (
 
 
 class DatabaseLease:
-    """A worker's own lease; to be taken while the study is locked. Raises what `connect` raises."""
+    """A worker's own lease; the caller holds the study's lock. Raises the exceptions of `connect`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class DatabaseLease:
         self._number = number
         token = new_token()
         self._row = {"study": study, "number": number, "token": token}
-        # 63 bits of the token: no two leases share a lock, not even two of one candidate.
+        # 63 bits of the token, so that no two leases share a lock, not even two leases of one candidate.
         self._key = int(token, 16) % 2**63
         self._mutex = threading.Lock()
         self._stop = threading.Event()
@@ -84,16 +84,16 @@ class DatabaseLease:
         self._locked = False
         try:
             self._lock()
-            # Over one that a worker left which died between taking the lease and recording the candidate.
+            # Replaces the row of a worker that died between taking the lease and recording the candidate.
             self._session.run(_TAKE, **self._row, key=self._key, worker=worker)
-            # A beat that a crash of the server forgets is soon followed by the next.
+            # Losing a beat in a crash of the server does no harm: the next beat follows soon.
             self._session.run("SET synchronous_commit = off")
         except BaseException:
             self._disconnect()
             raise
 
     def keep_alive(self, every_s: float) -> None:
-        """Renew the lease from a thread, so that a long epoch is not taken for death."""
+        """Renew the lease from a thread, so that a long epoch does not look like a dead worker."""
         self._beats = threading.Thread(
             target=self._beat_until_stopped, args=(min(every_s, BEAT_S),), daemon=True
         )
@@ -102,9 +102,9 @@ class DatabaseLease:
     def renew(self) -> None:
         """Show that the holder is alive; raises LeaseLost if the candidate was taken over.
 
-        While the server is out of reach nobody can say so, and the training goes on.
+        While the server is unreachable, a takeover cannot be noticed, and the training goes on.
         """
-        # The thread, if it is at work, does the same; and only it waits for a server that is away.
+        # A running thread does the same, and only the thread waits for an unreachable server.
         if (self._session is not None or self._beats is None) and self._mutex.acquire(blocking=False):
             try:
                 self._beat()
@@ -114,11 +114,11 @@ class DatabaseLease:
             raise LeaseLost(self._number)
 
     def close(self) -> None:
-        """Give the lease back: its candidate has ended."""
+        """Return the lease after the end of its candidate."""
         self._end(f"DELETE FROM starling_leases {_MINE}")
 
     def abandon(self) -> None:
-        """Let go but leave the row, as death would: others take the candidate over at once."""
+        """Release the lock but leave the row, as a dead worker does: others take the candidate over at once."""
         self._end(f"UPDATE starling_leases SET abandoned = true {_MINE}")
 
     def _end(self, statement: str) -> None:
@@ -127,7 +127,7 @@ class DatabaseLease:
             self._beats.join()
         with self._mutex:
             if self._session is not None:
-                # Without it the row stays: of an ended candidate nobody reads it, any other is taken over.
+                # If this fails, the row stays: nobody reads the row of an ended candidate; others are taken over.
                 with contextlib.suppress(Exception):
                     self._session.run(statement, **self._row)
                 self._disconnect()
@@ -139,7 +139,7 @@ class DatabaseLease:
                 self._beat()
 
     def _beat(self) -> None:
-        """Count one beat, in a new session if need be. What fails is tried again at the next beat."""
+        """Count one beat, in a new session if necessary. A failure is retried at the next beat."""
         if self._closed or self._lost:
             return
         try:
@@ -155,7 +155,7 @@ class DatabaseLease:
             self._disconnect()
 
     def _lock(self) -> None:
-        """Hold the advisory lock; an old session that the server still believes in may be in the way for a while."""
+        """Take the advisory lock; an old session that the server has not ended yet may block it for a while."""
         self._locked = bool(self._session.run(f"SELECT pg_try_advisory_lock({self._key})")[0][0])
 
     def _disconnect(self) -> None:
@@ -165,7 +165,7 @@ class DatabaseLease:
 
 
 class DatabaseLeaseWatch:
-    """An observer's memory of other workers' leases."""
+    """An observer of other workers' leases, which remembers when each last changed."""
 
     def __init__(
         self,
@@ -180,12 +180,12 @@ class DatabaseLeaseWatch:
         self._stillness = Stillness(monotonic)
 
     def verdict(self, number: int) -> str | None:
-        """Return why the candidate's worker is gone, or None while it may be alive. The study is locked."""
+        """Return why the candidate's worker is gone; None while it may be alive. The caller holds the study's lock."""
         with self._engine.begin() as connection:
             row = connection.execute(
                 sqlalchemy.text(_LOOK), {"study": self._study, "number": number}
             ).one_or_none()
-        # No row: whoever reclaimed it died half way, or the table was emptied.
+        # No row: a worker died during a takeover, or the table was emptied.
         mark = None if row is None else (str(row[0]), int(row[1]))
         if row is not None and row[2]:
             return "its worker died"
@@ -197,7 +197,7 @@ class DatabaseLeaseWatch:
         return None
 
     def revoke(self, number: int) -> None:
-        """Remove a lease, so that its holder stops."""
+        """Delete a lease, so that its holder stops."""
         with self._engine.begin() as connection:
             connection.execute(
                 sqlalchemy.text("DELETE FROM starling_leases WHERE study = :study AND number = :number"),

@@ -1,9 +1,9 @@
-"""A study in PostgreSQL, for the workers of any number of hosts.
+"""A study in PostgreSQL, for workers on any number of hosts.
 
-Everything a worker writes while it holds the study's lock goes through the one session that holds it. The lock is
-PostgreSQL's advisory one and ends with its session; so when a server restarts, a network breaks or a worker is frozen,
-the lock goes to another and what its old holder still tries to write has no session to be written by. The
-holder hears of that as an error, and begins the whole step anew.
+Everything that a worker writes while it holds the study's lock goes through the session that holds the lock. The lock
+is an advisory lock of PostgreSQL and ends with its session. So if a server restarts, a network breaks or a worker
+freezes, another worker gets the lock, and the old holder has no session for its remaining writes. The
+old holder gets an error, and repeats the whole step.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE_S = 600.0
-"""Seconds for which a step is tried again while the database is out of reach."""
+"""Seconds for which a step is retried while the database is unreachable."""
 COMPLAIN_S = 30.0
-"""Seconds after which waiting for the study's lock is worth a line."""
+"""Seconds of waiting for the study's lock after which a line is printed."""
 LOCK_IDLE_S = IDLE_S
 """Seconds of silence after which the server ends the session that holds the study's lock."""
 
@@ -60,7 +60,7 @@ def lock_key(name: str) -> int:
 
 
 class DatabaseStudyStorage:
-    """One study of a database that may hold many."""
+    """One study in a database that may hold many studies."""
 
     def __init__(
         self,
@@ -80,20 +80,20 @@ class DatabaseStudyStorage:
         self._key = lock_key(f"starling study {study_name}")
         self._check_stop, self._sleep, self._monotonic = check_stop, sleep, monotonic
         self._holding = False
-        """Whether this worker is in the middle of a step under the study's lock."""
+        """Whether this worker is inside a step under the study's lock."""
         self._gave_up = False
-        """Whether patience ran out since the database last answered: later steps then fail at once."""
+        """Whether retries were given up since the database last answered: later steps then fail at once."""
         with self._refusals():
             self._rdb = self._create() if create else self._look()
         self._storage = optuna.storages.get_storage(self._rdb)  # with Optuna's cache of ended trials
 
     @property
     def optuna(self) -> BaseStorage:
-        """The storage as Optuna knows it."""
+        """The storage for Optuna."""
         return self._storage
 
     def close(self) -> None:
-        """Close the connection; the storage is usable all the same, and opens another."""
+        """Close the connection; the storage stays usable, and opens a new connection when needed."""
         self._rdb.scoped_session.remove()
         self._rdb.engine.dispose()
 
@@ -109,12 +109,12 @@ class DatabaseStudyStorage:
             self._release()
 
     def persist(self, operation: Callable[[], T]) -> T:
-        """Run an operation, again and again for `PATIENCE_S` where the database is out of reach.
+        """Run an operation, and repeat it for up to `PATIENCE_S` while the database is unreachable.
 
-        Raises ServerError when it stays so, and our own error for what the database refuses.
+        Raises ServerError if the database stays unreachable, and a StarlingError if the database refuses.
         """
         if self._holding:
-            return operation()  # a part cannot be repeated alone: the lock is gone with the connection
+            return operation()  # the lock is lost with the connection, so only the whole step can be repeated
         since, pause = None, 0.1
         while True:
             try:
@@ -133,7 +133,7 @@ class DatabaseStudyStorage:
                 return result
 
     def take_lease(self, number: int, worker: str) -> DatabaseLease:
-        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        """Take the lease of a candidate before the candidate is recorded. The caller holds the study's lock."""
         return DatabaseLease(
             lambda: self._database.session("starling lease"), self.study_name, number, worker
         )
@@ -143,10 +143,10 @@ class DatabaseStudyStorage:
         return DatabaseLeaseWatch(self._rdb.engine, self.study_name, lease_s, monotonic)
 
     def _create(self) -> RDBStorage:
-        """Return Optuna's storage, its tables and ours created if they are not there."""
+        """Return Optuna's storage; create its tables and the lease table if they are missing."""
         guard = self._database.session()
         try:
-            # Two workers that create the same tables at once would fail each other.
+            # Two workers that create the same tables at the same time would make each other fail.
             _lock_patiently(lambda: guard.run(f"SELECT pg_advisory_lock({lock_key('starling tables')})"))
             storage = self._rdb_storage(skip_table_creation=False)
             guard.run(CREATE_TABLE)
@@ -155,7 +155,7 @@ class DatabaseStudyStorage:
             close_quietly(guard)
 
     def _look(self) -> RDBStorage:
-        """Return Optuna's storage of a database that has its tables."""
+        """Return Optuna's storage of a database that already has its tables."""
         session = self._database.session()
         try:
             if session.run("SELECT to_regclass('studies')")[0][0] is None:
@@ -165,8 +165,8 @@ class DatabaseStudyStorage:
         return self._rdb_storage(skip_table_creation=True)
 
     def _rdb_storage(self, *, skip_table_creation: bool) -> RDBStorage:
-        # One connection is kept, so what Optuna writes is written by the session that holds the lock: `_connection`
-        # makes no other meanwhile. The URL that Optuna and SQLAlchemy know, and may print, says nothing.
+        # One connection is kept, so that the session that holds the lock writes what Optuna writes; `_connection`
+        # opens no other connection meanwhile. The URL for Optuna and SQLAlchemy, which may print it, holds no data.
         engine = {"creator": self._connection, "pool_size": 1, "max_overflow": 1, "pool_timeout": ANSWER_S}
         try:
             return RDBStorage(
@@ -188,12 +188,12 @@ class DatabaseStudyStorage:
             connection.execute(sqlalchemy.text(statement))
 
     def _acquire(self) -> None:
-        """Wait for the lock. Holders need milliseconds, so one that takes long is frozen and worth a line."""
+        """Wait for the lock. Holders need milliseconds, so a long wait means a frozen holder and is worth a line."""
         complain_at = self._monotonic() + COMPLAIN_S
         idle_ms = round(LOCK_IDLE_S * 1000)
         while True:
             try:
-                # In the server's queue, for as long as its lock_timeout lets a session wait.
+                # The server's queue, for as long as its lock_timeout allows.
                 self._execute(
                     f"SELECT set_config('idle_session_timeout', '{idle_ms}', false), pg_advisory_lock({self._key})"
                 )
@@ -215,13 +215,13 @@ class DatabaseStudyStorage:
                 f"SELECT pg_advisory_unlock({self._key}), set_config('idle_session_timeout', '0', false)"
             )
         except Exception as error:
-            # What was written is written; the lock goes with the connection.
+            # All writes are done; the lock ends with the connection.
             self.close()
             if not is_transient(error):
                 raise
 
     def _wait(self, error: Exception, since: float | None, pause: float) -> float:
-        """Wait a moment for the database to come back; returns since when it is away. Raises when that is too long."""
+        """Wait a moment for the database; return the start of the outage. Raises ServerError after `PATIENCE_S`."""
         with contextlib.suppress(Exception):
             self.close()
         now, url = self._monotonic(), self._database.url
@@ -246,7 +246,7 @@ class DatabaseStudyStorage:
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Turn what the driver, SQLAlchemy and Optuna raise into our own errors."""
+        """Turn exceptions of the driver, SQLAlchemy and Optuna into StarlingErrors."""
         try:
             yield
         except (SQLAlchemyError, StorageInternalError, DriverError, OSError) as error:
@@ -254,7 +254,7 @@ class DatabaseStudyStorage:
 
 
 def _lock_patiently(lock: Callable[[], Any]) -> None:
-    """Take a lock that another worker holds for the seconds in which it makes tables."""
+    """Take a lock that another worker holds for some seconds while it creates tables."""
     for attempt in range(15):
         try:
             lock()

@@ -1,11 +1,11 @@
-"""The study on disk: an append-only journal that a kill, a full disk or a dead worker cannot brick.
+"""A study on disk: an append-only journal that stays usable after a kill, a full disk or a dead worker.
 
-Optuna replays a file of JSON lines. Its own file backend has two faults on a shared volume: its lock can spin for
-ever on a dead holder, and a last line torn by a kill is glued to the next one, after which no reader gets past it.
-Here the lock is `flock`, which the kernel drops with its holder, and an append first cuts a torn tail off.
+Optuna replays a file of JSON lines. Its own file backend has two faults on a shared volume: its lock can wait for ever
+for a dead holder, and after a kill, a partial last line is joined with the next line, and no reader gets past it.
+Here the lock is `flock`, which the kernel drops with its holder, and an append first removes a partial last line.
 
-`flock` excludes every process and container of one host. Over a network file system it may not do so between hosts:
-`storage.check_storage` refuses those; for several hosts PostgreSQL is the sound choice.
+`flock` excludes all processes and containers of one host. Over a network file system it may fail between hosts:
+`storage.check_storage` refuses network file systems; several hosts need PostgreSQL.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ T = TypeVar("T")
 
 JOURNAL, LOCK = "study.journal", "study.lock"
 STUDY = "search"
-"""The one study of a journal."""
+"""Name of the only study in a journal."""
 _BEGINNING = b'{"op_code":'
-"""Of every record."""
+"""First bytes of every record."""
 _BLOCK = 64 * 1024
 _PATIENCE_S = 30.0
 
@@ -60,16 +60,16 @@ UNREPLAYABLE = (
     ArithmeticError,
     RecursionError,
 )
-"""What damaged or invented records make Optuna and the counts raise."""
+"""Exceptions of Optuna and of the counts for damaged or invented records."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the context into a StarlingError that names `path` and the remedy.
+    """Turn an OSError inside the context into a StarlingError with `path` and the remedy.
 
-    DiskFull where the disk refuses, UsageError for a link, CheckpointError for any other reason.
+    DiskFull if the disk refuses, UsageError for a link, CheckpointError for any other reason.
     """
     try:
         with disk_write(path):
@@ -83,9 +83,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def understood(journal: Path | str, line: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turn what damaged or invented records make Optuna and the counts raise into a CheckpointError naming the place.
+    """Turn exceptions of Optuna and of the counts for damaged or invented records into a CheckpointError with place.
 
-    `line` says which line of the journal it is, where Optuna cannot replay it: such a one a repair drops.
+    `line` returns the line number of a record that Optuna cannot replay; a repair can drop such a record.
     """
     try:
         yield
@@ -100,14 +100,14 @@ def understood(journal: Path | str, line: Callable[[], int] | None = None) -> It
 
 
 class _ToldJournal(JournalStorage):
-    """Optuna's storage, whose every look at the journal names a record that cannot be replayed."""
+    """Optuna's storage; an error names the record of the journal that cannot be replayed."""
 
     _backend: SafeJournalBackend
 
     def _sync_with_backend(self) -> None:
-        """Replay what is new: all methods of Optuna's storage come here.
+        """Replay new records; every method of Optuna's storage calls this method.
 
-        A record that cannot be replayed is not passed over: every later look raises the same CheckpointError.
+        A record that cannot be replayed is not skipped: every later call raises the same CheckpointError.
         """
         replayed = self._replay_result
         try:
@@ -115,7 +115,7 @@ class _ToldJournal(JournalStorage):
                 super()._sync_with_backend()
         except CheckpointError as error:
             if isinstance(error.__cause__, UNREPLAYABLE):
-                replayed.log_number_read -= 1  # Optuna has counted it before it looked at it
+                replayed.log_number_read -= 1  # Optuna counts a record before replaying it
             raise
 
 
@@ -134,7 +134,7 @@ class JournalStudyStorage:
 
     @property
     def optuna(self) -> BaseStorage:
-        """The storage as Optuna knows it."""
+        """The storage for Optuna."""
         return self._storage
 
     def lock(self) -> AbstractContextManager[None]:
@@ -142,11 +142,11 @@ class JournalStudyStorage:
         return folder_locked(self._directory / LOCK)
 
     def persist(self, operation: Callable[[], T]) -> T:
-        """Run an operation on the study; a disk that fails once is not tried again."""
+        """Run an operation on the study, without retries."""
         return operation()
 
     def take_lease(self, number: int, worker: str) -> FileLease:
-        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        """Take the lease of a candidate before the candidate is recorded. The caller holds the study's lock."""
         path = lease_path(self._directory, number)
         with writing(path):
             return FileLease(path, worker)
@@ -170,9 +170,9 @@ def locked(path: Path, *, waiting: Callable[[str], None] = logger.warning) -> It
 def folder_locked(
     path: Path, folder: Path | None = None, *, waiting: Callable[[str], None] = logger.warning
 ) -> Iterator[None]:
-    """Hold `locked(path)`, and a folder, so that nobody else gets in where the file is removed meanwhile.
+    """Hold `locked(path)` and the folder too, so that the lock holds even if another process removes its file.
 
-    The folder is that of the file, unless another one is what the lock guards; it is made if need be.
+    The folder is that of the file, unless the lock guards another `folder`; a missing folder is created.
     """
     guarded = folder or path.parent
 
@@ -190,7 +190,7 @@ def folder_locked(
 
 @contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock of `locked` if nobody else does; yields whether."""
+    """Take the lock of `locked` if it is free; yield whether it was taken."""
     with held(path, lambda: _open_lock(path)) as free:
         yield free
 
@@ -209,11 +209,11 @@ def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None] = logge
 
 
 class SafeJournalBackend(BaseJournalBackend):
-    """Optuna's journal format, one JSON record a line, kept whole whatever happens to its writers."""
+    """Optuna's journal format, one JSON record per line; killed writers and full disks do not damage the journal."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path.absolute()
-        # Records read so far and the byte where the next one starts; Optuna only ever reads on from there.
+        # Number of records read so far, and byte offset of the next record; Optuna only reads forward from there.
         self._seen = (0, 0)
         self._identity: tuple[int, int] | None = None
         """Device and inode of the file that was read."""
@@ -223,9 +223,9 @@ class SafeJournalBackend(BaseJournalBackend):
                 fsync_directory(self.path.parent)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the records from number `log_number_from` on; a line without its end is not there yet.
+        """Yield the records from number `log_number_from` on; a line without a line end is not yet complete.
 
-        Raises CheckpointError for a whole line that is not a record, or for a journal that was cut or removed;
+        Raises CheckpointError for a complete line that is not a record, and for a truncated or replaced journal;
         UsageError for a file that never was a journal.
         """
         number, offset = self._seen if self._seen[0] <= log_number_from else (0, 0)
@@ -251,14 +251,14 @@ class SafeJournalBackend(BaseJournalBackend):
                 if number <= log_number_from:
                     continue
                 record = self._parse(line, number)
-                # Before the yield: Optuna may stop in the middle, and counts this record as read.
+                # Set before the yield: Optuna may stop at this record, and counts it as read.
                 self._seen = (number, offset)
                 yield record
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append records durably, after cutting off what a killed writer left of a line.
+        """Append records durably, after removing a partial line of a killed writer.
 
-        Raises DiskFull where the disk is full or fails; the journal then stands as it was.
+        Raises DiskFull if the disk is full or fails; the journal is then unchanged.
         """
         payload = b"".join(map(sealed, logs))
         # A repair puts another file in place: whoever waited for it must not write to the one that has gone.
@@ -274,11 +274,11 @@ class SafeJournalBackend(BaseJournalBackend):
             os.close(descriptor)
 
     def _write(self, descriptor: int, payload: bytes, end: int) -> None:
-        """Write `payload` at byte `end` or leave the file ending there."""
+        """Write `payload` at byte `end`; after an error, truncate the file to `end`."""
         if os.fstat(descriptor).st_size > end:
             os.ftruncate(descriptor, end)
         space = os.fstatvfs(descriptor)
-        # A full disk is better noticed before the write than by half a record.
+        # A full disk is better noticed before the write than after half a record.
         if space.f_bavail * space.f_frsize < len(payload) + space.f_frsize:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written = 0
@@ -289,8 +289,8 @@ class SafeJournalBackend(BaseJournalBackend):
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, end)
             raise
-        # If this fails the record stays: other workers may have read it, and taking it back would part their
-        # view from the file's. The caller hears that it is not safe.
+        # After a failed fsync the record stays: other workers may have read it, and removing it would make their
+        # view differ from the file. The caller learns from the exception that the record is not safe.
         os.fsync(descriptor)
 
     def _is_missing(self) -> bool:
@@ -307,13 +307,13 @@ class SafeJournalBackend(BaseJournalBackend):
             ) from error
 
     def _refuse_what_is_none(self, first: bytes) -> None:
-        """Raise UsageError for a file whose only, unended line is not what a killed writer leaves of a first record."""
-        # After a power cut a file may have got its length but not its content.
+        """Raise UsageError if the file's only line has no end and is not the beginning of a first record."""
+        # After a power failure a file may have its length but zeros as content.
         if not _BEGINNING.startswith(first) and first.strip(b"\0"):
             raise UsageError(self._no_journal())
 
     def _no_journal(self) -> str:
-        return f"{self.path}: is there and is not a study's journal; move it away, or start a search under another --name"
+        return f"{self.path}: exists and is not a study's journal; move it away, or start a search under another --name"
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         record = opened(line)
@@ -330,7 +330,7 @@ class SafeJournalBackend(BaseJournalBackend):
         )
 
     def _refuse_lost_line_end(self, descriptor: int, end: int) -> None:
-        """Raise CheckpointError where what stands behind the last line is a whole record: no writer leaves that."""
+        """Raise CheckpointError if a complete record without line end and more bytes are behind the last line."""
         tail = os.pread(descriptor, os.fstat(descriptor).st_size - end, end)
         if has_lost_line_end(tail):
             lines = sum(1 for _ in self.read_logs(0)) if end else 0

@@ -1,13 +1,14 @@
-"""Leases: how the workers of a search tell a candidate in training from one whose worker is gone.
+"""Leases show the workers of a search whether a candidate is in training or its worker is gone.
 
-In the search's folder, beside a journal (`database_leases.py` makes the same promises without one): a worker keeps `<search>/leases/0007` for as long as it trains candidate 7. Others read it in two ways:
+This module keeps leases as files beside a journal; `database_leases.py` gives the same guarantees in a database. A
+worker keeps `<search>/leases/0007` while it trains candidate 7. Other workers check the file in two ways:
 
-- The file is under `flock`, which the kernel drops when the holder dies. A free lock that was taken under the same
-  kernel (all containers of a host share it) means dead, at once.
-- The holder touches the file again and again. A modification time that has not changed for `lease_s` by the
-  *observer's* monotonic clock means frozen or out of reach. Clocks of two machines are never compared.
+- The file is under `flock`, which the kernel drops when the holder dies. If the lock is free and was taken under the
+  same kernel (all containers of a host share it), the holder is dead.
+- The holder touches the file repeatedly. If the modification time has not changed for `lease_s` by the
+  *observer's* monotonic clock, the holder is frozen or unreachable. Clocks of two machines are never compared.
 
-Whoever takes a candidate over removes the lease, by which the old holder, should it wake up, learns that it lost.
+The worker that takes a candidate over removes the lease; an old holder that wakes up learns from that that it lost.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ FOLDER = "leases"
 
 
 class Lease(Protocol):
-    """A worker's own lease, which is its candidate's until it is closed, abandoned or lost."""
+    """A worker's own lease on a candidate, valid until it is closed, abandoned or lost."""
 
     def keep_alive(self, every_s: float) -> None:
-        """Renew the lease from a thread, so that a long epoch is not taken for death."""
+        """Renew the lease from a thread, so that a long epoch does not look like a dead worker."""
 
     def renew(self) -> None:
         """Show that the holder is alive; raises LeaseLost if the candidate was taken over."""
 
     def close(self) -> None:
-        """Give the lease back: its candidate has ended."""
+        """Return the lease after the end of its candidate."""
 
     def abandon(self) -> None:
-        """Let go as death would: others take the candidate over at once."""
+        """Let go as a dead worker does: others take the candidate over at once."""
 
 
 class LeaseWatch(Protocol):
-    """An observer's memory of other workers' leases; to be asked while the study is locked."""
+    """An observer of other workers' leases; callers hold the study's lock."""
 
     def verdict(self, number: int) -> str | None:
         """Return why the candidate's worker is gone, or None while it may be alive."""
 
     def revoke(self, number: int) -> None:
-        """Take a lease from its holder, who learns of it at the next renewal."""
+        """Take a lease from its holder, who notices at the next renewal."""
 
 
 def lease_path(search: Path, number: int) -> Path:
@@ -63,12 +64,12 @@ def lease_path(search: Path, number: int) -> Path:
 
 
 class FileLease:
-    """A worker's own lease; to be taken while the study is locked. Raises OSError where the disk refuses."""
+    """A worker's own lease; the caller holds the study's lock. Raises OSError if the disk refuses."""
 
     def __init__(self, path: Path, worker: str, kernel: str | None = None) -> None:
         make_folder(path.parent)
         self._path = path
-        # Left by a worker that died between taking the lease and recording the candidate.
+        # The lease of a worker that died between taking the lease and recording the candidate.
         remove(path)
         holder = {"worker": worker, "pid": os.getpid(), "kernel": boot_id() if kernel is None else kernel}
         self._descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -84,7 +85,7 @@ class FileLease:
         self._beat: threading.Thread | None = None
 
     def keep_alive(self, every_s: float) -> None:
-        """Renew the lease from a thread, so that a long epoch is not taken for death."""
+        """Renew the lease from a thread, so that a long epoch does not look like a dead worker."""
         self._beat = threading.Thread(target=self._renew_until_stopped, args=(every_s,), daemon=True)
         self._beat.start()
 
@@ -92,11 +93,11 @@ class FileLease:
         """Show that the holder is alive; raises LeaseLost if the candidate was taken over."""
         if not self.is_held():
             raise LeaseLost(int(self._path.name))
-        with contextlib.suppress(OSError):  # a volume out of reach for a moment; the next touch may do
+        with contextlib.suppress(OSError):  # the volume may be unreachable; the next touch may succeed
             os.utime(self._descriptor)
 
     def is_held(self) -> bool:
-        """Return whether the file at the lease's path is still this holder's own."""
+        """Return whether the file at the lease's path still belongs to this holder."""
         if self._closed:
             return False
         mine = os.fstat(self._descriptor)
@@ -107,13 +108,13 @@ class FileLease:
         return there is not None and os.path.samestat(there, mine)
 
     def close(self) -> None:
-        """Give the lease back: its candidate has ended."""
+        """Return the lease after the end of its candidate."""
         if self.is_held():
             remove(self._path)
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go but leave the file, as death would: others take the candidate over at once."""
+        """Release the lock but leave the file, as a dead worker does: others take the candidate over at once."""
         self._stop.set()
         if self._beat is not None:
             self._beat.join()
@@ -122,32 +123,32 @@ class FileLease:
             os.close(self._descriptor)
 
     def _renew_until_stopped(self, every_s: float) -> None:
-        with contextlib.suppress(LeaseLost):  # the training thread hears of it from its own report
+        with contextlib.suppress(LeaseLost):  # the training thread gets the error from its own report
             while not self._stop.wait(every_s):
                 self.renew()
 
 
 class Stillness:
-    """How long the marks of leases have not changed, by the observer's own monotonic clock."""
+    """The time since each lease's mark last changed, by the observer's monotonic clock."""
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._last_change: dict[int, tuple[object, float]] = {}
 
     def seconds(self, number: int, mark: object) -> float:
-        """Return the seconds since a lease's mark was first seen as it is now; 0 at the first look."""
+        """Return the seconds since a lease's present mark was first seen; 0 at the first call."""
         now = self._monotonic()
         if number not in self._last_change or self._last_change[number][0] != mark:
             self._last_change[number] = (mark, now)
         return now - self._last_change[number][1]
 
     def forget(self, number: int) -> None:
-        """Begin anew with a lease."""
+        """Forget a lease."""
         self._last_change.pop(number, None)
 
 
 class FileLeaseWatch:
-    """An observer's memory of other workers' leases."""
+    """An observer of other workers' leases, which remembers when each last changed."""
 
     def __init__(
         self,
@@ -165,14 +166,14 @@ class FileLeaseWatch:
     def verdict(self, number: int) -> str | None:
         """Return why the candidate's worker is gone, or None while it may be alive.
 
-        To be called while the study is locked: the lease's lock is tried for a moment.
+        The caller must hold the study's lock, because the lease's lock is taken for a moment.
         """
         path = lease_path(self._search, number)
         try:
             status = state_of(path)
         except OSError:
             status = None
-        # No lease: whoever reclaimed it died half way, or the folder was removed.
+        # No lease: a worker died during a takeover, or the folder was removed.
         mark = None if status is None else (status.st_ino, status.st_mtime_ns)
         if mark is not None and self._holder_died(path):
             return "its worker died"
@@ -186,7 +187,7 @@ class FileLeaseWatch:
         self._stillness.forget(number)
 
     def _holder_died(self, path: Path) -> bool:
-        """Return whether the lock is free although this very kernel had given it out."""
+        """Return whether the lock is free although it was taken under the present kernel."""
         if not self._kernel:
             return False
         try:

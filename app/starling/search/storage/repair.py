@@ -1,8 +1,8 @@
-"""Repair a study's journal: drop the records that are damaged, alone, and name the candidates that they were about.
+"""Repair a study's journal: drop damaged records, and name the candidates that the records belonged to.
 
-A trial's number is its place among the records that create trials. So a damaged one of those is not dropped but
-replaced by a trial that failed, and every later record still means the trial that it meant. The record that creates the
-study says nothing that is not known, and is written again.
+A trial's number is its position among the records that create trials. So a damaged record of this kind is not
+dropped but replaced by a failed trial, and every later record still refers to the right trial. The record that creates
+the study holds only known values, and is written again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from starling.search.storage.journal import JOURNAL, LOCK, STUDY, UNREPLAYABLE, 
 CREATE_STUDY, CREATE_TRIAL, END_TRIAL = 0, 4, 6
 _FAILED, _MAXIMIZE = 3, 2
 _NOTHING = 10
-"""A record that changes nothing: what Optuna's own program in Rust discards."""
+"""Code of a record that changes nothing; Optuna's own Rust implementation skips it."""
 REASON = "its record in the journal was damaged, and dropped by a repair"
 WORKER = "repair"
 _MOST_BYTES = 512 << 20
-"""A journal of 100,000 candidates has some 200 MB."""
+"""Maximum size of a journal; a journal of 100,000 candidates has about 200 MB."""
 _MOST_DAMAGED = 2000
-"""Lines; for each, those behind it are looked through. Half a megabyte of random bytes has as many."""
+"""Maximum number of damaged lines; for each, all later lines are searched. 0.5 MB of random bytes has as many."""
 LOCK_WAIT_S = 30.0
-"""Seconds that a repair waits for a worker that holds the study."""
+"""Seconds that a repair waits for a worker that holds the study's lock."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """What a repair has done; nothing was damaged where `dropped` is empty."""
+    """The result of a repair; if `dropped` is empty, nothing was damaged."""
 
     journal: Path
     copy: Path | None = None
@@ -65,8 +65,8 @@ class Repair:
 def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
     """Repair the journal in `directory`, atomically; a copy of the damaged file stays beside it.
 
-    Workers wait meanwhile. Those that have read the damaged file end with a message, and are to be started again.
-    Raises UsageError where there is no journal, CheckpointError where a worker keeps it locked or the disk refuses.
+    Workers wait during the repair. Workers that have read the damaged file end with a message, and must be restarted.
+    Raises UsageError if there is no journal, CheckpointError if a worker keeps it locked or the disk refuses.
     """
     path = directory.absolute() / JOURNAL
     if not path.is_file() or path.is_symlink():
@@ -76,7 +76,7 @@ def repair(directory: Path, *, wait_s: float = LOCK_WAIT_S) -> Repair:
         if lines and opened(lines[0]) is None and not any(map(looks_like_record, lines)):
             raise UsageError(f"{path}: is no study's journal, so there is nothing to repair")
         if lines and not lines[-1].endswith(b"\n") and not has_lost_line_end(lines[-1]):
-            lines.pop()  # what a killed writer left: the next append cuts it off, as this does
+            lines.pop()  # a killed writer's partial line; the next append would remove it too
         try:
             kept, dropped = mend(lines)
         except BudgetExceeded as error:
@@ -104,9 +104,9 @@ def _lines_of(path: Path) -> list[bytes]:
 
 
 def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
-    """Return the lines of a journal without the damaged ones, and what these were.
+    """Return the lines of a journal without the damaged ones, and a description of the damaged lines.
 
-    Raises BudgetExceeded for more damaged lines than a repair takes.
+    Raises BudgetExceeded for more damaged lines than a repair handles.
     """
     records = _replayed([opened(line) for line in lines])
     if records.count(None) > _MOST_DAMAGED:
@@ -114,7 +114,7 @@ def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
     kept: list[bytes] = []
     dropped: list[Dropped] = []
     trials = 0
-    """Records so far that create a trial."""
+    """Number of records so far that create a trial."""
     has_study = False
     for number, (line, record) in enumerate(zip(lines, records, strict=True)):
         if record is not None:
@@ -143,12 +143,12 @@ def mend(lines: Sequence[bytes]) -> tuple[list[bytes], list[Dropped]]:
 
 
 class _Records(BaseJournalBackend):
-    """Records for Optuna to replay."""
+    """A journal backend from which Optuna replays given records."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any] | None] = []
         self.number = 0
-        """Of the record that was given last."""
+        """Number of the last yielded record."""
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Yield the records from number `log_number_from` on."""
@@ -157,12 +157,12 @@ class _Records(BaseJournalBackend):
             yield self.records[number] or {"op_code": _NOTHING}
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Refuse."""
+        """Refuse to write."""
         raise NotImplementedError("nothing is written to what is replayed")
 
 
 def _replayed(records: Sequence[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
-    """Return the records, with None for each that Optuna cannot replay: without a checksum, damage may still be JSON."""
+    """Return the records, with None for each that Optuna cannot replay: damage without checksum may still be JSON."""
     source = _Records()
     storage = JournalStorage(source)
     source.records = list(records)
@@ -170,16 +170,16 @@ def _replayed(records: Sequence[dict[str, Any] | None]) -> list[dict[str, Any] |
         try:
             storage.get_all_studies()
             return source.records
-        except UNREPLAYABLE:  # the record counts as read: the next round goes on behind it
+        except UNREPLAYABLE:  # Optuna counts the record as read: the next round continues behind it
             source.records[source.number] = None
 
 
 def _lost_trials(
     lines: Sequence[bytes], records: Sequence[dict[str, Any] | None], number: int, trials: int
 ) -> int:
-    """Return how many records that create a trial are lost in the damaged line `number`, after `trials` others.
+    """Return how many records that create trials are lost in the damaged line `number`, after `trials` earlier ones.
 
-    What later records say decides, where they say it: a candidate's `root` is its own number.
+    Later records decide if they can: the `root` of a candidate's first attempt is its own number.
     """
     evidence = _creates_in(lines[number])
     others = later = 0
@@ -201,21 +201,21 @@ def _lost_trials(
 
 
 def _creates_in(line: bytes) -> int:
-    """Return how many trials the damaged bytes seem to create."""
+    """Return the estimated number of trials that the damaged bytes create."""
     counts = [line.count(sign) for sign in (b'"distributions":', b'"params":', b'"intermediate_values":')]
     return sorted(counts)[1]
 
 
 def _named(line: bytes, trials: int) -> tuple[int, ...]:
-    """Return the numbers of candidates that damaged bytes name; a journal has one study, so an id is a number."""
+    """Return the numbers of candidates in damaged bytes; a journal has one study, so a trial's id is its number."""
     found = {int(number) for number in re.findall(rb'"trial_id":(\d{1,9})\b', line)}
     return tuple(sorted(number for number in found if number < trials))
 
 
 def _words_for(line: bytes) -> str:
-    """Say what a damaged record was about, and what follows."""
+    """Return what a damaged record was about, and the consequence."""
     if b'"intermediate_value"' in line:
-        return "a fitness on the way; the candidate is judged without it"
+        return "a fitness before the end; the candidate is judged without it"
     if b'"values"' in line and b'"state"' in line:
         return "the end of a candidate, which counts as running and will be taken over"
     if b'"user_attr"' in line and b'"study_id"' in line:
@@ -230,7 +230,7 @@ def _study() -> dict[str, Any]:
 
 
 def _failed_trial(number: int) -> dict[str, Any]:
-    """Return the record of a trial that failed, in the place of one that is lost."""
+    """Return the record of a failed trial that replaces a lost one."""
     now = datetime.now(tz=UTC).isoformat(timespec="microseconds")
     return {
         "op_code": CREATE_TRIAL,
@@ -251,7 +251,7 @@ def _failed_trial(number: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone(path: Path, wait_s: float) -> Iterator[None]:
-    """Hold the study and its journal; raises CheckpointError where a worker does not let go."""
+    """Hold the locks of the study and its journal; raises CheckpointError if a worker does not release them."""
 
     def give_up(line: str) -> None:
         raise CheckpointError(f"{line} It must end, or go on, before the journal can be repaired")
@@ -269,7 +269,7 @@ def _alone(path: Path, wait_s: float) -> Iterator[None]:
 
 
 def _free_name(path: Path) -> Path:
-    """Return a name for the copy that nothing has yet."""
+    """Return an unused name for the copy."""
     number = 1
     while (copy := path.with_name(f"{path.name}.damaged{number}")).exists():
         number += 1

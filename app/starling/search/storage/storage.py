@@ -1,4 +1,4 @@
-"""Where a study lives: a journal in the search's folder, or a PostgreSQL database for workers of many hosts."""
+"""The storage of a study: a journal in the search's folder, or a PostgreSQL database for workers on many hosts."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ P = ParamSpec("P")
 
 
 class StudyStorage(Protocol):
-    """Where a study and the leases of its workers live, and the one lock that makes several steps a single one."""
+    """The storage of a study and of its workers' leases, with one lock that makes several steps atomic."""
 
     where: str
-    """The journal's path or the database's URL, as messages name it."""
+    """The journal's path or the database's URL, for messages."""
     study_name: str
-    """What the study is called there."""
+    """The study's name in the storage."""
     spans_hosts: bool
-    """Whether workers may lack each other's folders."""
+    """Whether workers of this study may have no access to each other's folders."""
 
     @property
     def optuna(self) -> BaseStorage:
-        """The storage as Optuna knows it."""
+        """The storage for Optuna."""
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclude all other workers of the study while the context lasts. Not reentrant.
 
-        What is written inside it is written under the lock, or not at all.
+        All writes inside the context happen under the lock, or not at all.
         """
 
     def persist(self, operation: Callable[[], T]) -> T:
-        """Run an operation on the study, again and again for a while where the storage is out of reach.
+        """Run an operation on the study, and repeat it for a while if the storage is unreachable.
 
-        `operation` may have been cut off half way when it is run anew.
+        A repeated `operation` may have been interrupted half-way before.
         """
 
     def take_lease(self, number: int, worker: str) -> Lease:
-        """Take the lease of a candidate that is about to be recorded. The study is locked."""
+        """Take the lease of a candidate before the candidate is recorded. The caller holds the study's lock."""
 
     def watch(self, lease_s: float, monotonic: Callable[[], float] = time.monotonic) -> LeaseWatch:
         """Return an observer of other workers' leases."""
 
 
 def persistent(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Let a method of something that has a `_storage` outlast an outage of it: see `StudyStorage.persist`."""
+    """Let a method of an object with a `_storage` outlast an outage of the storage: see `StudyStorage.persist`."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> T:
@@ -76,12 +76,12 @@ def open_storage(
     check_stop: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] = os.environ,
 ) -> StudyStorage:
-    """Open the storage that `--study` names: a database, or where `url` is empty the journal in `directory`.
+    """Open the storage that `--study` names: a database, or if `url` is empty, the journal in `directory`.
 
     What keeps a worker waiting is logged; `check_stop` is called meanwhile, to raise Stopped.
     Without `create` the study is only looked at, and has to be there. `environment` says where passwords are.
 
-    Raises UsageError for a URL or a server that cannot serve, ServerError for one that does not answer.
+    Raises UsageError for a bad URL or an unsuitable server, ServerError for a server that does not answer.
     """
     directory = directory.absolute()
     if create:
@@ -103,16 +103,16 @@ def open_storage(
 
 
 def load_study(storage: StudyStorage) -> optuna.Study | None:
-    """Return the study as Optuna knows it; None where the storage does not hold it."""
+    """Return the study as an Optuna study; None if the storage does not have it."""
     if storage.study_name not in [study.study_name for study in storage.optuna.get_all_studies()]:
         return None
     return optuna.load_study(study_name=storage.study_name, storage=storage.optuna)
 
 
 def check_storage(url: str, directory: Path, *, allow_nfs: bool = False) -> None:
-    """Raise before any work is done where a study could not live: see `open_storage`.
+    """Raise, before any work is done, the errors of a storage that cannot hold a study: see `open_storage`.
 
-    A journal needs locks that every worker's host obeys. Raises UsageError where `directory` lies on a file system
+    A journal needs locks that all workers' hosts obey. Raises UsageError if `directory` lies on a file system
     that several machines can mount, unless `allow_nfs`.
     """
     if url:
@@ -133,7 +133,7 @@ def check_storage(url: str, directory: Path, *, allow_nfs: bool = False) -> None
 def study_name(directory: Path) -> str:
     """Return a search's name in a database: `project/name`, the same on every host.
 
-    It is the folder's path below the runs folder; of a folder elsewhere its last two parts.
+    The name is the folder's path below the runs folder; for a folder elsewhere, its last two parts.
     """
     directory, root = directory.absolute(), runs_root()
     if directory != root and directory.is_relative_to(root):

@@ -26,7 +26,7 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Version:
-    """A version of a dataset as the server has it now."""
+    """A version of a dataset on the server."""
 
     id: str
     project: str
@@ -38,15 +38,15 @@ class Version:
 
     @property
     def url(self) -> str:
-        """What `--data` takes."""
+        """The value for `--data`."""
         return f"{DATASET_SCHEME}{self.id}"
 
 
 class DatasetServer:
     """The datasets of the ClearML server that the environment names.
 
-    Its messages begin with `called`: the flag or folder that the command is about. Every method raises DataError for
-    missing credentials, an unknown or unfinished dataset, and a server that is away or refuses.
+    Messages begin with `called`: the flag or folder that the command is about. Every method raises DataError for
+    missing credentials, an unknown or unfinished dataset, and a server that is unreachable or refuses.
     """
 
     def __init__(self, called: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -59,7 +59,7 @@ class DatasetServer:
         scratch: Path,
         show: Callable[[Callable[[], str]], None],
     ) -> dict[str, Any]:
-        """Put the files of a dataset into `folder`, which lies in `scratch`; return what the SDK says of them."""
+        """Put the files of a dataset into `folder`, inside `scratch`; return the SDK's description of the dataset."""
         with self._named():
             api = self._api()
             task = self._finished(api, identity, self._called)
@@ -78,7 +78,7 @@ class DatasetServer:
     def upload(self, folder: Path, *, project: str, name: str, version: str, parent: str) -> Version:
         """Make a new version of a dataset of what `folder` holds: create, sync, upload and close.
 
-        With `parent` only what changed since that dataset is uploaded.
+        With `parent`, only the changes since that dataset are uploaded.
         """
         parent = parent.removeprefix(DATASET_SCHEME)
         with self._named():
@@ -104,7 +104,7 @@ class DatasetServer:
 
     @staticmethod
     def _finished(api: ClearmlApi, identity: str, called: str) -> dict[str, Any]:
-        """Return the task behind a dataset; raises DataError where there is none, or it is something else."""
+        """Return the task behind a dataset; raises DataError if it is unknown, unfinished or another kind of task."""
         host = api.credentials.api_host
         try:
             task = dict(api.call("tasks.get_by_id", task=identity)["task"])
@@ -128,7 +128,7 @@ class DatasetServer:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn what a server or the SDK says into a DataError that begins with what it is about."""
+        """Turn an error of the server or the SDK into a DataError that begins with `called`."""
         try:
             yield
         except ServerError as error:

@@ -1,4 +1,4 @@
-"""Where a run comes from, as ClearML's page shows it: as it was when the run began, which may be long before it is sent."""
+"""Origin of a run for ClearML's page: code and machine at the start of the run, which may be long before it is sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starling.tracking.tracker import Run
 
 
 def code_of(run: Run) -> dict[str, Any]:
-    """Return the script of a run's task: of the code that it noted when it began, where it knew a commit."""
+    """Return the script of a run's task, with the commit and changes that the run recorded at its start."""
     commit, dirty = str(run.tags.get("git_commit", "")), run.tags.get("git_dirty") == "True"
     try:
         diff = read_file(RunDir(run.directory).diff).decode(errors="replace") if commit and dirty else ""
@@ -23,6 +23,6 @@ def code_of(run: Run) -> dict[str, Any]:
 
 
 def machine_of(run: Run) -> dict[str, str]:
-    """Return what is known of the machine that a run runs on: of another than this one, its name."""
+    """Return the description of the run's machine; for another machine than this one, only its name."""
     host = str(run.tags.get("host") or platform.node())
     return describe_machine() if host == platform.node() else {"hostname": host}

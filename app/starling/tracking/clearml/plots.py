@@ -1,4 +1,4 @@
-"""Plots as ClearML's page draws them: Plotly figures in JSON."""
+"""Plots for ClearML's page: Plotly figures in JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDTH = 640
 
 
 def image_plot(url: str, path: Path) -> dict[str, Any]:
-    """Return a figure that shows the image at `url`; its proportions are read from `path`."""
+    """Return a figure with the image at `url`; its proportions are read from `path`."""
     from PIL import Image
 
     try:

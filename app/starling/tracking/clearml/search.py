@@ -1,7 +1,7 @@
-"""A search whose trials are clones of a ClearML task. It ends after so many trials, failures or hours, whatever happens.
+"""A search whose trials are clones of a ClearML task. It always ends after a number of trials, failures or hours.
 
-ClearML's own HyperParameterOptimizer does not always end, and one failed trial can end it. Here the loop is ours, and
-Optuna proposes.
+ClearML's own HyperParameterOptimizer does not always end, and one failed trial can end it. Here this module runs the
+loop, and Optuna proposes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ POLL_S = 2.0
 _DONE = {"completed", "closed", "published"}
 _OVER = {*_DONE, "failed", "stopped"}
 _SETTLE_S = 30.0
-"""After a process has ended, its last figures may be on their way for so long."""
+"""Seconds after the end of a process in which its last figures may still arrive."""
 FOLDER = "hpo"
 
 
 class NoTrialFinishedError(StarlingError):
-    """A search ended and has nothing to show."""
+    """A search ended without a finished trial."""
 
 
 @dataclass(slots=True)
@@ -60,12 +60,12 @@ class _Trial:
     trial: optuna.Trial
     since: float
     ended_at: float | None = None
-    """When its process was first seen to have ended."""
+    """Time at which the trial's process was first seen to have ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSearchResult:
-    """How a search over tasks ended, and the best of its trials."""
+    """The result of a search over tasks, with its best trial."""
 
     task: str
     best_task: str
@@ -77,7 +77,7 @@ class TaskSearchResult:
 
 
 class TaskSearch:
-    """Start trials, watch them, and tell Optuna what they reached."""
+    """Start trials, watch them, and report their results to Optuna."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class TaskSearch:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def run(self, check_stop: Callable[[], None] = lambda: None) -> TaskSearchResult:
-        """Search until a bound is met; raises NoTrialFinishedError, and what `check_stop` raises."""
+        """Search until a limit is reached; raises NoTrialFinishedError, and the exceptions of `check_stop`."""
         template = self._find_template()
         start, space = _read_template(template, self._config)
         distributions = space.distributions(start)
@@ -137,10 +137,10 @@ class TaskSearch:
         )["tasks"]  # fmt: skip
         if not found:
             raise UsageError(
-                f"ClearML at {self._api.credentials.api_host} has no finished training of ours; train once with ClearML "
-                "configured, or name a task with --task ID"
+                f"ClearML at {self._api.credentials.api_host} has no finished training of this program; train once "
+                "with ClearML configured, or name a task with --task ID"
             )
-        # A candidate of a search, or a trial of another hpo.py, stands for its parent.
+        # A candidate of a search, or a trial of another hpo.py, is taken only if there is no task without a parent.
         return dict(next((task for task in found if not task.get("parent")), found[0]))
 
     def _create_own(self, template: Answer) -> str:
@@ -156,7 +156,7 @@ class TaskSearch:
         return str(self._api.call("projects.get_by_id", project=template["project"])["project"]["name"])
 
     def _start_one(self, template: Answer, own: str, space: Space, distributions: Mapping[str, Any]) -> bool:
-        """Start the next trial; return False where the server is away, and the trial is proposed again later."""
+        """Start the next trial; return False if the server is unreachable, and the trial will be proposed again."""
         trial = self._study.ask(dict(distributions))
         values = {name: trial.params[name] for name in space.names}
         number = self._started
@@ -191,7 +191,7 @@ class TaskSearch:
         return {**settings, **({"epochs": self._config.epochs} if self._config.epochs else {})}
 
     def _look(self) -> None:
-        """See how the trials fare; a server that is away is waited for, as long as the search has time."""
+        """Check the trials; wait for an unreachable server while the search has time left."""
         self._away = self._away and bool(self._running)
         for trial in list(self._running):
             try:
@@ -208,7 +208,7 @@ class TaskSearch:
         if code is not None and trial.ended_at is None:
             trial.ended_at = now
         if code == 0 and value is None and now - (trial.ended_at or now) <= _SETTLE_S:
-            return  # its last figures are on their way
+            return  # its last figures may still arrive
         if code is not None:
             reason = (
                 ""
@@ -249,7 +249,7 @@ class TaskSearch:
         return self._clock() - self._began > self._config.hours * 3600
 
     def _bound(self) -> str:
-        """Return which bound keeps another trial from being started; '' for none."""
+        """Return the limit that prevents another trial; '' if none does."""
         config = self._config
         if self._started >= config.trials:
             return f"{self._started} trials"
@@ -299,7 +299,7 @@ class TaskSearch:
 
 
 def search_tasks(config: HpoConfig) -> None:
-    """Search, say what was found, and keep the best hyperparameters below the runs folder."""
+    """Search, print the result, and keep the best hyperparameters below the runs folder."""
     api = connect()
     folder = runs_root() / FOLDER
     queue = queue_id(api, config.queue) if config.queue else ""
@@ -319,11 +319,11 @@ def search_tasks(config: HpoConfig) -> None:
 
 
 def _read_template(template: Answer, config: HpoConfig) -> tuple[dict[str, Any], Space]:
-    """Return the values that the search starts from, and its space; raises UsageError for a task that is no training."""
+    """Return the start values and the space of the search; raises UsageError for a task that is no training."""
     values = section_of(template, HYP)
     if not values:
         raise UsageError(
-            f"--task {template['id']}: has no {HYP} section, so it is no training of ours; name another"
+            f"--task {template['id']}: has no {HYP} section, so it is not a training of this program; name another task"
         )
     hyp = {name: float(value) for name, value in values.items()}
     arguments = section_of(template, ARGS)
@@ -342,7 +342,7 @@ def _read_template(template: Answer, config: HpoConfig) -> tuple[dict[str, Any],
 
 
 def _best(task: Answer, objective: str) -> float | None:
-    """Return the highest value of a scalar of a task, None where it has none."""
+    """Return the highest value of a scalar of a task; None if the task has no such scalar."""
     title, _, series = objective.partition("/")
     for metric in (task.get("last_metrics") or {}).values():
         for variant in metric.values():

@@ -1,7 +1,7 @@
-"""ClearML as a tracker: a run is a task that can be cloned, edited and run again by an agent.
+"""ClearML as a tracker: a run is a task that users can clone and edit, and that an agent can run again.
 
-It speaks to the API server itself, in calls that end (`starling.tracking.clearml.client.api`). The SDK's `Task.init` cannot serve here:
-it reports from threads that say nothing of what was lost, and with a server away only SIGKILL ends it.
+The tracker calls the API server itself, with bounded calls (`starling.tracking.clearml.client.api`). The SDK's
+`Task.init` does not suffice: its threads do not report lost data, and without a server only SIGKILL ends them.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from starling.tracking.tracker import (
 )
 
 CONFUSION = "confusion_matrix.png"
-"""Beside it lie the counts that it was drawn from, which ClearML draws by itself."""
+"""File name of the confusion matrix; the JSON file beside it has the counts, which ClearML draws itself."""
 _LOCK_TIMEOUT_S = 120.0
 _MACHINE = ":monitor:machine"
 _GPU = ":monitor:gpu"
-"""Where ClearML's page shows what its own monitor reports."""
+"""Titles under which ClearML's page shows the values of its own monitor."""
 _STATUSES = {"finished": "completed", "failed": "failed", "killed": "stopped", "pruned": "completed"}
 _MESSAGE_LENGTH = 4000
 _PREVIEW_BYTES = 8000
@@ -57,7 +57,7 @@ _TEXT = {".csv", ".yaml", ".json", ".txt", ".diff"}
 
 @dataclass(frozen=True, slots=True)
 class _TaskPlace:
-    """Where a task is: its name, its project's id, and the folder of its files."""
+    """A task's name, the id of its project, and the folder of its files."""
 
     name: str
     project: str
@@ -65,9 +65,9 @@ class _TaskPlace:
 
 
 class ClearmlTracker:
-    """Feed a ClearML server; see the `Tracker` protocol.
+    """Send runs to a ClearML server; see the `Tracker` protocol.
 
-    A trainer that took its arguments from an agent's task is that task's run; its console is the agent's to report.
+    If a trainer got its arguments from an agent's task, that task is its run, and the agent reports the console.
     """
 
     name = "clearml"
@@ -88,7 +88,7 @@ class ClearmlTracker:
         return self._host
 
     def start_run(self, run: Run) -> str:
-        """Find the task by our UUID, or create it and its parent; one that had ended goes on."""
+        """Find the task by the run's UUID, or create the task and its parent; reopen an ended task."""
         with _translated(refuse=False), self._one_at_a_time():
             parent = None
             if run.parent_uuid:
@@ -111,9 +111,9 @@ class ClearmlTracker:
         return task
 
     def log_metrics(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record values: `train/box_loss` is the series box_loss of the plot train. The server keeps one a step.
+        """Record values: `train/box_loss` is the series box_loss of the plot train. The server keeps one per step.
 
-        It takes finite numbers only; another is told in the console.
+        The server accepts finite numbers only; other values are reported in the console.
         """
         self._epochs[run_id] = step
         lost = {name: value for name, value in values.items() if not math.isfinite(value)}
@@ -130,7 +130,7 @@ class ClearmlTracker:
             self._say(run_id, f"epoch {step + 1}: not finite, so not plotted: {said}", time)
 
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
-        """Show name, digest and counts among the task's properties, and a ClearML dataset's id under Datasets."""
+        """Show name, digest and counts as properties of the task, and the id of a ClearML dataset under Datasets."""
         values: dict[str, Any] = {
             f"{dataset.role} data": dataset.name,
             f"{dataset.role} digest": dataset.digest,
@@ -147,7 +147,7 @@ class ClearmlTracker:
                 self._api.call("tasks.edit", task=run_id, force=True, execution={"model_labels": labels})
 
     def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show an image among the debug samples at its epoch; a file of its own for each, so none is overwritten."""
+        """Show an image among the debug samples at its epoch; each has its own file, so that none is overwritten."""
         with _translated():
             key = f"{self._place(run_id).folder}/metrics/{name}/{name}_{step:05d}{path.suffix}"
             url = self._api.upload(path, key)
@@ -157,9 +157,9 @@ class ClearmlTracker:
             self._api.send_events([event])
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
-        """Store a file by its kind: images as plots, configurations as editable text too, the rest as artifacts."""
+        """Store a file by its kind: images as plots, configurations also as editable text, others as artifacts."""
         if kind == "weights":
-            return  # a model of the task, see log_model
+            return  # log_model stores weights as a model of the task
         counts = path.with_suffix(".json")
         heat_map = (
             confusion_plot(read_file(counts).decode())
@@ -180,7 +180,7 @@ class ClearmlTracker:
             self._api.call("tasks.add_or_update_artifacts", task=run_id, force=True, artifacts=[artifact])
 
     def log_model(self, run_id: str, model: ModelFile) -> None:
-        """Store weights as an output model of the task, with what they reached; the same name replaces."""
+        """Store weights as an output model of the task, with their metrics; a model of the same name is replaced."""
         with _translated():
             place = self._place(run_id)
             key = f"{self._place(run_id).folder}/models/{model.path.name}"
@@ -213,14 +213,14 @@ class ClearmlTracker:
             )
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
-        """Show a line of the console, unless an agent does."""
+        """Show a line of the console, unless an agent reports the console."""
         if run_id != self._agents_task:
             self._say(run_id, line, time)
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record a sample where ClearML's page shows its own monitor's: at the epoch, of which the last sample stays.
+        """Record a sample under the titles of ClearML's monitor, at the current epoch; an epoch's last sample stays.
 
-        Seconds, which the others count in, would be taken for the task's iterations.
+        Seconds, which other trackers use as steps, would look like the task's iterations.
         """
         epoch = self._epochs.get(run_id, 0)
         with _translated():
@@ -234,12 +234,12 @@ class ClearmlTracker:
             )  # fmt: skip
 
     def flush(self, *, last: bool = False) -> None:
-        """Do nothing: each call sends what it is given."""
+        """Do nothing: each call has already sent its data."""
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Set how the task ended; a pruned candidate is a completed task with the tag `pruned`.
+        """Set the end state of the task; a pruned candidate is a completed task with the tag `pruned`.
 
-        An agent sets its task's state itself, once the process has ended: told earlier, it would end the process.
+        An agent sets its task's state itself after the end of the process; seeing it earlier, it would end the process.
         """
         with _translated():
             self._edit_params(run_id, hyper_params(PROPERTIES, {"ended": f"{status}: {reason}".rstrip(": ")}))
@@ -255,7 +255,7 @@ class ClearmlTracker:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         self._api.close()
 
     def _find_or_create(
@@ -271,7 +271,7 @@ class ClearmlTracker:
     ) -> str:
         tag = uuid_tag(uuid)
         found = self._api.call(
-            # A clone has its original's tags: the original is the older.
+            # A clone has the tags of its original: the oldest task is the original.
             "tasks.get_all", system_tags=[tag], order_by=["created"], page=0, page_size=1, only_fields=["id", "status"],
         )["tasks"]  # fmt: skip
         if found:
@@ -292,7 +292,7 @@ class ClearmlTracker:
         return task
 
     def _attach(self, run: Run) -> str:
-        """Take the agent's task for the run's own, so that it is found by the run's UUID from now on."""
+        """Make the agent's task the task of the run, so that the run's UUID finds it from now on."""
         task = self._api.call("tasks.get_by_id", task=self._agents_task)["task"]
         others = [tag for tag in task.get("system_tags") or [] if not tag.startswith(f"{MARK}-")]
         self._api.call(
@@ -326,7 +326,7 @@ class ClearmlTracker:
         self._api.call("tasks.edit_configuration", task=task, force=True, configuration=[item])
 
     def _plot(self, task: str, title: str, series: str, plot: Mapping[str, Any]) -> None:
-        # Plots of the whole run: they have no epoch of their own, and a resumed run replaces them.
+        # Plots of the whole run have no epoch, and a resumed run replaces them.
         self._api.send_events([self._event(task, "plot", None, title, series, 0, plot_str=json.dumps(plot))])
 
     def _say(self, task: str, text: str, time: float) -> None:
@@ -349,7 +349,7 @@ class ClearmlTracker:
         }
 
     def _place(self, run_id: str) -> _TaskPlace:
-        """Return a task's name and where its files go: `project/name.id`, as ClearML's SDK lays them out."""
+        """Return a task's name and the folder of its files: `project/name.id`, as in ClearML's SDK."""
         if run_id not in self._places:
             task = self._api.call("tasks.get_by_id", task=run_id)["task"]
             name, project = str(task["name"]), str(task.get("project") or "")
@@ -394,9 +394,9 @@ def _artifact(key: str, path: Path, url: str) -> dict[str, Any]:
 
 @contextmanager
 def _translated(*, refuse: bool = True) -> Iterator[None]:
-    """Turn the errors of the client into the two of the protocol.
+    """Turn the errors of the client into the two errors of the protocol.
 
-    `refuse=False` treats a refusal like an outage, and refused credentials always are: the events wait for better days.
+    `refuse=False` treats a refusal like an outage, and refused credentials are always treated so: events are kept.
     """
     try:
         yield
@@ -407,7 +407,7 @@ def _translated(*, refuse: bool = True) -> Iterator[None]:
     except ClearmlUnavailableError as error:
         raise TrackerUnavailableError(f"ClearML: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        # Valid JSON of another shape than a ClearML server's.
+        # Valid JSON in another form than a ClearML server sends.
         raise TrackerUnavailableError(f"ClearML: not an answer of a ClearML server ({error!r})") from error
     except OSError as error:
         kind = TrackerRejectedError if refuse else TrackerUnavailableError

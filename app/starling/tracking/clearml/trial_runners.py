@@ -1,4 +1,4 @@
-"""Where a trial that is a ClearML task runs: in a process here, or on the agents of a queue."""
+"""Run a trial that is a ClearML task: in a process here, or on the agents of a queue."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from starling.tracking.clearml.client.api import ClearmlApi, ClearmlRefusedError
 from starling.tracking.clearml.client.tasks import TASK_VARIABLE, enqueue
 
 STOP_S = 30.0
-"""A training that is stopped may take so long to save."""
+"""Maximum seconds for a stopped training to save."""
 
 
 class TrialRunner(Protocol):
-    """Runs tasks; the server says how they fare."""
+    """Runs tasks; the server knows their state."""
 
     def start(self, task: str) -> None:
-        """Begin a task, or see that it will begin."""
+        """Start a task, or arrange that it will start."""
         ...
 
     def ended(self, task: str) -> int | None:
-        """Return the exit code of a task that has ended; None where it runs, or only the server can tell."""
+        """Return the exit code of an ended task; None while it runs, or if only the server knows."""
         ...
 
     def stop(self, task: str) -> None:
-        """End a task, wherever it is."""
+        """End a task, wherever it runs."""
         ...
 
     def conclude(self, task: str, *, reason: str = "") -> None:
-        """Set the state of a task whose process has ended; `reason` says why it failed."""
+        """Set the state of a task whose process has ended; `reason` is the reason of a failure."""
         ...
 
 
 class LocalRunner:
-    """Train in processes of this machine, as an agent would: the process is told the task, and asks it the rest."""
+    """Train in processes on this machine, as an agent does: a process gets the task's id, and reads its arguments."""
 
     def __init__(self, api: ClearmlApi, output: Path) -> None:
         self._api, self._output = api, output
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, task: str) -> None:
-        """Start a training for the task; what it prints goes to the task, and into a file."""
+        """Start a training for the task; its output goes to the task, and into a file."""
         make_folder(self._output)
         log = open_file(self.log_of(task), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, alone=True)
         with open(log, "wb") as output:
@@ -61,12 +61,12 @@ class LocalRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # A Ctrl-C is for the search, which ends its training itself.
+                # Ctrl-C is for the search, which ends its trainings itself.
                 start_new_session=True,
             )
 
     def log_of(self, task: str) -> Path:
-        """Return the file of what a trial printed."""
+        """Return the file with the output of a trial."""
         return self._output / f"{task}.log"
 
     def ended(self, task: str) -> int | None:
@@ -74,7 +74,7 @@ class LocalRunner:
         return self._processes[task].poll()
 
     def stop(self, task: str) -> None:
-        """End the training as a user would; kill one that does not end."""
+        """End the training with SIGTERM, as a user would; kill it if it does not end."""
         process = self._processes[task]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -104,11 +104,11 @@ class QueueRunner:
         enqueue(self._api, task, self._queue)
 
     def ended(self, task: str) -> int | None:
-        """Return None: the process runs where the agent is, and the server alone knows."""
+        """Return None: the process runs on the agent's machine, and only the server knows its state."""
         return None
 
     def stop(self, task: str) -> None:
-        """Take the task out of the queue, and tell an agent that runs it to end it."""
+        """Take the task out of the queue, and make an agent that runs it end it."""
         with contextlib.suppress(ClearmlRefusedError):
             self._api.call("tasks.dequeue", task=task)
         with contextlib.suppress(ClearmlRefusedError):

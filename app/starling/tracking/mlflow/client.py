@@ -1,6 +1,6 @@
-"""MLflow's client, kept from blocking: its limits, the time an upload may take, its errors in our words, and its login.
+"""MLflow's client with limits against blocking, a timeout for uploads, the protocol's errors, and a password file.
 
-The login comes from a file: a variable can be read by whoever may look at the container.
+The password comes from a file, because anyone who may inspect the container can read a variable.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ CLIENT_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    # A server may neither hold the client for as long as it likes nor send it elsewhere.
+    # A server may neither delay the client without limit nor redirect it.
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
-    # Nothing but the tracking server is spoken to.
+    # The client talks to the tracking server only.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-"""Settings of MLflow's client; by default it blocks for minutes when its server is gone. A user's own win."""
+"""Settings of MLflow's client, which otherwise blocks for minutes without a server. The user's take precedence."""
 
 _UPLOAD_TIMEOUT_S = 60
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
@@ -39,7 +39,7 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Allow an upload more time than a small request: a server may answer once it has stored the file."""
+    """Allow an upload more time than a small request, because a server may answer only after storing the file."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
     os.environ[name] = str(max(_UPLOAD_TIMEOUT_S, int(before or 0)))
@@ -53,7 +53,7 @@ def patient() -> Iterator[None]:
 
 @contextmanager
 def translated(*, refuse: bool = True) -> Iterator[None]:
-    """Turn what MLflow's client raises into the two errors of the protocol.
+    """Turn exceptions of MLflow's client into the two errors of the protocol.
 
     `refuse=False` treats a refusal like an outage: without its run, every later event would be lost.
     """
@@ -62,7 +62,7 @@ def translated(*, refuse: bool = True) -> Iterator[None]:
     except (StarlingError, LinkRefused, FileRefused):
         raise
     except Exception as error:
-        # Anything: the client passes on whatever its parsers raise when a server answers nonsense.
+        # Any exception: the client passes on the exceptions of its parsers if a server answers nonsense.
         lines = without_credentials(str(error)).strip().splitlines() or [""]
         message = f"MLflow: {type(error).__name__}: {lines[0][:300]}"
         if refuse and getattr(error, "error_code", "") in _REFUSALS:
@@ -75,10 +75,10 @@ _MOST_BYTES = 1 << 20
 
 
 def read_password(environment: Mapping[str, str], client: MutableMapping[str, str]) -> None:
-    """Give MLflow's client, which looks into `client`, the password in the file that the variable names.
+    """Copy the password in the file that the variable names to `client`, where MLflow's client reads it.
 
-    It is read again at every connection, so that a changed one is taken. Raises TrackerUnavailableError for a file
-    that cannot be read: it may come back.
+    The file is read at every connection, so that a changed password is used. Raises TrackerUnavailableError for an
+    unreadable file, because the error may be temporary.
     """
     named = environment.get(PASSWORD_FILE)
     if not named:

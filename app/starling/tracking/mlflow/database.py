@@ -1,6 +1,6 @@
-"""The embedded database: its address, whether its tables are this MLflow's, and their upgrade, with a copy kept.
+"""The embedded database: its address, a check that its tables match this MLflow, and their upgrade with a backup.
 
-MLflow itself adds tables to an older database without a word and without a copy, and calls a newer one out of date.
+MLflow itself adds tables to an older database without notice and without a copy, and reports a newer one as outdated.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from starling.core.files.safe_open import open_folder
 from starling.tracking.tracker import TrackerUnavailableError
 
 _LOCKED_S = 30
-"""So long another process may hold the database; SQLite's own 5 s are little beside many busy trainers on a slow disk."""
+"""Maximum seconds of waiting for a locked database; SQLite's 5 s are short for busy trainers on a slow disk."""
 
 
 FOLDER, DATABASE = "mlflow", "mlflow.db"
-"""The folder below the runs folder."""
+"""The folder below the runs folder, and the file in it."""
 _held: dict[Path, Folder] = {}
-"""Open until the process ends, since SQLite opens the database again and again, and MLflow keeps it by its path."""
+"""Kept open until the process ends, because SQLite opens the database repeatedly, and MLflow keeps the path."""
 
 
 def database_uri(runs: Path) -> str:
@@ -33,15 +33,15 @@ def database_uri(runs: Path) -> str:
 
 
 def uri_of(database: Path) -> str:
-    """Return the address of the embedded database at this path."""
+    """Return the address of the embedded database at a path."""
     return f"sqlite:///{database}?timeout={_LOCKED_S}"
 
 
 def held_database(runs: Path) -> Path:
-    """Return a path of the embedded database that stays in the folder which `<runs>/mlflow` is now.
+    """Return a path of the embedded database that stays valid if `<runs>/mlflow` is replaced.
 
-    The folder is made where it is missing, and held open. Raises LinkRefused where it, or a file of the database, is a
-    link, and FileRefused for a file that has a second name.
+    A missing folder is created; the folder is held open. Raises LinkRefused if it, or a file of the database, is
+    a link, and FileRefused for a file with a second name.
     """
     path = runs.absolute() / FOLDER
     folder = open_folder(path, create=True)
@@ -57,7 +57,7 @@ def held_database(runs: Path) -> Path:
 
 
 def _check_own(folder: Folder, name: str) -> None:
-    """Raise for what is no file of ours. It is not opened: closing it again would give up SQLite's locks on it."""
+    """Raise for a file that is a link or has a second name. Not opened: closing it would release SQLite's locks."""
     state = folder.stat(name)
     if stat.S_ISLNK(state.st_mode):
         raise LinkRefused(folder.path / name)
@@ -66,9 +66,9 @@ def _check_own(folder: Folder, name: str) -> None:
 
 
 def check_schema(database: Path) -> None:
-    """Raise TrackerUnavailableError, with the remedy, for a database whose tables are another MLflow's.
+    """Raise TrackerUnavailableError, with the remedy, for a database whose tables have the version of another MLflow.
 
-    A database that is not there, or that holds no experiment yet, is MLflow's to make or to finish.
+    MLflow itself creates or completes a database that is missing or has no experiment yet.
     """
     stored = _revision(database)
     if stored is None:
@@ -86,9 +86,9 @@ def check_schema(database: Path) -> None:
 
 
 def upgrade_schema(database: Path) -> Path | None:
-    """Bring the tables to this MLflow's version; return the copy of what they were, None where nothing had to be done.
+    """Upgrade the tables to this MLflow's version; return the backup, None if no upgrade was necessary.
 
-    An upgrade that fails puts everything back. Raises TrackerUnavailableError then, and for tables of a newer MLflow.
+    A failed upgrade restores everything and raises TrackerUnavailableError, as do tables of a newer MLflow.
     """
     from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db, create_sqlalchemy_engine
 
@@ -106,14 +106,14 @@ def upgrade_schema(database: Path) -> Path | None:
         engine.dispose()
         _copy(copy, database)
         if isinstance(error, Exception):
-            raise TrackerUnavailableError(f"{database}: {error}; the database is as it was") from error
+            raise TrackerUnavailableError(f"{database}: {error}; the database has been restored") from error
         raise
     engine.dispose()
     return copy
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a database as SQLite does, whole though others write to it."""
+    """Copy a database with SQLite's backup, which is consistent even while others write to it."""
     held = held_database(source.parents[1]).parent
     with (
         contextlib.closing(sqlite3.connect(held / source.name, timeout=_LOCKED_S)) as here,
@@ -123,7 +123,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _revision(database: Path) -> str | None:
-    """Return the version of a database's tables; None: there is none, or none that holds an experiment."""
+    """Return the version of a database's tables; None without a database or without an experiment in it."""
     if not database.is_file():
         return None
     address = f"file:{quote(str(held_database(database.parents[1])))}?mode=ro"
@@ -140,7 +140,7 @@ def _revision(database: Path) -> str | None:
 
 
 def _is_known(revision: str) -> bool:
-    """Return whether this MLflow knows a version of the tables: one that it does not is of a newer one."""
+    """Return whether this MLflow knows a version of the tables; an unknown version belongs to a newer MLflow."""
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError
     from mlflow.store.db.utils import _get_alembic_config

@@ -1,4 +1,4 @@
-"""Images by step, in the files that MLflow's page looks for in its image chart."""
+"""Images by step, in files with the names that MLflow's page expects for its image chart."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _THUMBNAIL_SIDE = 256
 
 
 def as_shown(path: Path, key: str, step: int, time: float, folder: Path) -> list[Path]:
-    """Write an image and its thumbnail into `folder`, named by key, step, time and what is in it; return both.
+    """Write an image and its thumbnail into `folder`, named by key, step, time and digest; return both paths.
 
-    Raises OSError for what is no image.
+    Raises OSError for a file that is no image.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""MLflow's registry: a run's best weights as a model that `mlflow models serve` answers with, and its promotion."""
+"""MLflow's registry: a run's best weights as a model for `mlflow models serve`, and the model's promotion."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ DIGEST_TAG = "starling.weights"
 _METRIC_TAG = "metric."
 _EXPORT_S = 900
 _PARAMETERS = {"confidence": 0.25, "iou": 0.45, "max_detections": 300}
-"""What a request may set, and what it is otherwise: as in `detect.py`."""
+"""Parameters of a request, and their defaults, as in `detect.py`."""
 _SERVED = ("mlflow", "numpy", "onnxruntime", "opencv-python-headless", "pandas")
 Upload = Callable[[Any, Path], None]
-"""Takes a logged model, and the folder with its files."""
+"""Takes a logged model and the folder with its files."""
 
 
 class NotPromotedError(StarlingError):
@@ -36,15 +36,15 @@ class NotPromotedError(StarlingError):
 
 
 def model_name(project: str) -> str:
-    """Return a project's name as the registry takes it."""
+    """Return a project's name in the form that the registry accepts."""
     return re.sub(r"[/:.\s]+", "-", project).strip("-") or "model"
 
 
 def offer(client: Any, run: Any, model: ModelFile, upload: Upload) -> str:
     """Register weights as a new version of the project's model, with the alias `candidate`; return the version.
 
-    Weights that are registered already are not registered again. `run` is MLflow's own record of the run.
-    Raises TrackerRejectedError where the weights cannot be exported.
+    Weights that are already registered are not registered again. `run` is MLflow's record of the run.
+    Raises TrackerRejectedError if the weights cannot be exported.
     """
     name = model_name(client.get_experiment(run.info.experiment_id).name)
     with open(model.path, "rb") as file:
@@ -72,7 +72,7 @@ def _register(client: Any, run: Any, model: ModelFile, name: str, digest: str, u
         )
         upload(logged, packed)
     client.finalize_logged_model(logged.model_id, "READY")
-    # The very points that the run has, told of the model too: to the run they are nothing new.
+    # The points that the run already has, sent again with the model's id: they add nothing to the run.
     points = [
         Metric(point.key, point.value, point.timestamp, point.step, model_id=logged.model_id, run_id=run_id)
         for key in values
@@ -100,7 +100,7 @@ def _register(client: Any, run: Any, model: ModelFile, name: str, digest: str, u
 
 
 def _pack(model: ModelFile, image_size: str, folder: Path) -> Path:
-    """Return a folder with the model as MLflow keeps it: ONNX by our exporter, and the code that answers."""
+    """Return a folder with the model in MLflow's format: ONNX from the project's exporter, and the serving code."""
     weights = folder / "model.pt"
     shutil.copyfile(model.path, weights)
     onnx = _export(weights, image_size)
@@ -115,7 +115,7 @@ def _pack(model: ModelFile, image_size: str, folder: Path) -> Path:
     signature = ModelSignature(inputs=Schema([ColSpec(DataType.string, "image")]), params=ParamSchema(params))
     packed = folder / "packed"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would like type hints, in place of which there is the signature
+        warnings.simplefilter("ignore")  # MLflow would prefer type hints, but the signature serves
         mlflow.pyfunc.save_model(
             str(packed),
             python_model=str(Path(__file__).with_name("served_model.py")),
@@ -127,7 +127,7 @@ def _pack(model: ModelFile, image_size: str, folder: Path) -> Path:
 
 
 def _export(weights: Path, image_size: str) -> Path:
-    """Return the ONNX file of weights, made by the project's exporter in a process of its own: it needs torch."""
+    """Return the ONNX file of weights, exported in a separate process because the exporter needs torch."""
     command = package.command("export", "--weights", str(weights), "--include", "onnx")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package.python_path({})}
     try:
@@ -159,15 +159,15 @@ def promote(
     better_than: str | None = None,
     alias: str = PRODUCTION,
 ) -> tuple[str, str, float]:
-    """Give a run's model the alias where it passes the gate; return its name, its version and what it reached.
+    """Give a run's model the alias if it passes the gate; return its name, its version and its value of the metric.
 
-    Raises NotPromotedError with both figures where it does not pass, UsageError where there is no model or metric.
+    Raises NotPromotedError with both figures if it does not pass, UsageError without such a model or metric.
     """
     found = client.search_model_versions(f"run_id='{run_id}'")
     if not found:
         raise UsageError(
-            f"run {run_id}: no model of it is registered; one is when a run finishes and the setting `register` is True "
-            "(starling track sync DIR sends what is left)"
+            f"run {run_id}: no model of this run is registered; a finished run registers one if the setting `register` "
+            "is True (starling track sync DIR sends unsent events)"
         )
     newest = max(found, key=lambda stored: int(stored.version))
     reached = _reached(newest, metric)
@@ -190,7 +190,7 @@ def promote(
 
 
 def _reached(stored: Any, metric: str) -> float:
-    """Return what a version reached in a metric, named whole or by its last part: `mAP_0.5:0.95`."""
+    """Return a version's value of a metric, named by its full name or its last part: `mAP_0.5:0.95`."""
     values = {
         key.removeprefix(_METRIC_TAG): value
         for key, value in stored.tags.items()
@@ -210,7 +210,7 @@ def _reached(stored: Any, metric: str) -> float:
 
 
 def run_uuid_of(directory: Path) -> str:
-    """Return the UUID of the run that a run directory is of; raises UsageError where it has no event log."""
+    """Return the UUID of the run in a run directory; raises UsageError if the directory has no event log."""
     logs = [directory / "events.jsonl", *sorted(directory.glob("workers/*/events.jsonl"))]
     for log in logs:
         events, _ = read_events(log)

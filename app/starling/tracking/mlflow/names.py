@@ -1,4 +1,4 @@
-"""Names and values as MLflow takes them, and addresses as anyone may read them."""
+"""Convert names and values to the forms that MLflow accepts, and tags of the end of a run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ VALUE_LENGTH = 6000
 TAG_LENGTH = 5000
 STATUS_TAG, REASON_TAG, PRUNED_TAG = "starling.status", "starling.reason", "starling.pruned"
 NOTE_TAG = "mlflow.note.content"
-"""The description of a run in MLflow's page, which people write too."""
+"""Tag with the description of a run on MLflow's page, which users may edit too."""
 
 
 def metric_key(name: str) -> str:
-    """Return `name` as MLflow takes it: `precision(B)` -> `precision_B`, `mAP_0.5:0.95` as it is."""
+    """Return `name` in MLflow's alphabet: `precision(B)` -> `precision_B`; `mAP_0.5:0.95` stays."""
     return _shortened(re.sub(r"[^/\w.\- :]+", "_", name).strip("_") or "_")
 
 
 def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested parameters as flat text (`hyp.lr0`), names and values cut to what MLflow takes."""
+    """Return nested parameters as flat text (`hyp.lr0`), with names and values cut to MLflow's limits."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         name = f"{prefix}{key}"
@@ -34,7 +34,7 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def end_tags(status: str, reason: str, stored: Mapping[str, str]) -> dict[str, str]:
-    """Return the tags that tell how a run ended, in our words: MLflow itself has no pruned one. A user's note stays."""
+    """Return the tags for the end of a run, because MLflow has no status `pruned`. A note of the user stays."""
     tags = {STATUS_TAG: status}
     if reason:
         tags[REASON_TAG] = reason[:TAG_LENGTH]
@@ -46,7 +46,7 @@ def end_tags(status: str, reason: str, stored: Mapping[str, str]) -> dict[str, s
 
 
 def outdated_tags(stored: Mapping[str, str]) -> list[str]:
-    """Return the names of the tags, in the order to delete them, that told an end of a run that goes on."""
+    """Return the names of the tags, in order of deletion, that recorded an end of a run that now continues."""
     note = [NOTE_TAG] if _is_our_note(stored) else []
     return note + [tag for tag in (REASON_TAG, PRUNED_TAG, STATUS_TAG) if tag in stored]
 
@@ -56,7 +56,7 @@ def _is_our_note(stored: Mapping[str, str]) -> bool:
 
 
 def _shortened(key: str) -> str:
-    """Cut a long name, with a digest in place of the rest, so that two long names stay two."""
+    """Shorten a long name, and append a digest, so that two long names stay different."""
     if len(key) <= KEY_LENGTH:
         return key
     return f"{key[: KEY_LENGTH - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

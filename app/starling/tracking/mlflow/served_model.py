@@ -1,6 +1,6 @@
 """The model behind `mlflow models serve`: images in, boxes out. MLflow copies this one file beside the ONNX file.
 
-So it imports nothing of this project, and nothing that a server without torch would lack.
+So this module imports nothing of this project, and nothing that a server without torch may lack.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import onnxruntime
 from mlflow.exceptions import MlflowException
 
 MAX_BYTES = 32 << 20
-"""Longest base64 text of an image."""
+"""Maximum length of an image in base64."""
 _FILL = 114
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,")
 
 
 class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Answer images (a column `image` of base64 text) with their detections.
+    """Return the detections of images (a column `image` of base64 text).
 
-    Parameters of a request: `confidence`, `iou`, `max_detections`; their defaults stand in the model's signature.
+    Parameters of a request: `confidence`, `iou`, `max_detections`; the model's signature has their defaults.
     """
 
     def load_context(self, context: Any) -> None:
@@ -47,11 +47,11 @@ class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.size_hw: tuple[int, int] = tuple(json.loads(metadata["imgsz"]))
         self.names = _names(metadata["names"])
 
-    # MLflow would take a type of `model_input` for the schema, which the signature gives.
+    # MLflow would take a type annotation of `model_input` for the schema, but the signature defines the schema.
     def predict(self, context: Any, model_input, params: Mapping[str, Any] | None = None) -> Any:  # type: ignore[no-untyped-def]
-        """Return one row an image: {"detections": [{"name", "class", "confidence", "box": [x1, y1, x2, y2]}]}.
+        """Return one row per image: {"detections": [{"name", "class", "confidence", "box": [x1, y1, x2, y2]}]}.
 
-        Boxes are in pixels of the image as it was sent. Raises MlflowException (a 400) naming the row that is no image.
+        Boxes are in pixels of the image as sent. Raises MlflowException (status 400) with the number of an invalid row.
         """
         asked = params or {}
         confidence, iou, most = asked["confidence"], asked["iou"], asked["max_detections"]
@@ -91,7 +91,7 @@ class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 
 def _decode(text: Any, row: int) -> np.ndarray:
-    """Return an image [H,W,3] BGR of its base64 text (or its bytes), upright."""
+    """Return an image [H,W,3] BGR, upright, from its base64 text or its bytes."""
     try:
         if isinstance(text, str):
             if len(text) > MAX_BYTES:
@@ -109,7 +109,7 @@ def _decode(text: Any, row: int) -> np.ndarray:
 
 
 def _check_chunks(content: bytes) -> None:
-    """Refuse a PNG with a chunk that claims more bytes than there are: OpenCV takes the memory before it looks."""
+    """Refuse a PNG with a chunk longer than the file: OpenCV allocates the memory before it checks the length."""
     at = 8 if content.startswith(b"\x89PNG") else len(content)
     while at + 8 <= len(content) and content[at + 4 : at + 8] != b"IEND":
         at += 12 + int.from_bytes(content[at : at + 4], "big")
@@ -118,7 +118,7 @@ def _check_chunks(content: bytes) -> None:
 
 
 def _letterbox(image: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, float, int, int]:
-    """Return the image fitted into the model's input [1,3,H,W] 0..1 RGB, its scale, and where it begins."""
+    """Return the image fitted into the model's input [1,3,H,W] 0..1 RGB, its scale, and its left and top offset."""
     height, width = size_hw
     ratio = min(height / image.shape[0], width / image.shape[1])
     new_h, new_w = max(round(image.shape[0] * ratio), 1), max(round(image.shape[1] * ratio), 1)
@@ -129,7 +129,7 @@ def _letterbox(image: np.ndarray, size_hw: Sequence[int]) -> tuple[np.ndarray, f
 
 
 def _names(text: str) -> list[str]:
-    """Return class names by number of the exporter's metadata, a mapping in Python's words."""
+    """Return class names by number from the exporter's metadata, the text of a Python dict."""
     import ast
 
     return [str(name) for _, name in sorted(ast.literal_eval(text).items())]

@@ -1,7 +1,7 @@
 """MLflow as a tracker: a server named by `MLFLOW_TRACKING_URI`, else a SQLite database under `<runs>/mlflow`.
 
-Measured with mlflow 3.17.2 on 2 cores: importing what is used here costs 1.6-2 s of CPU and 220 MB once, creating
-the database 0.7 s, an epoch of 13 values 4-12 ms. The library is imported at the first event, and only in the bridge.
+Measured with mlflow 3.17.2 on 2 cores: importing the parts used here costs 1.6-2 s of CPU and 220 MB once, creating
+the database 0.7 s, an epoch of 13 values 4-12 ms. Only the bridge imports the library, at the first event.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ UUID_TAG = "starling.run_uuid"
 PARENT_TAG = "mlflow.parentRunId"
 
 _LOCK_TIMEOUT_S = 120.0
-"""A bridge runs at low priority beside busy trainers; the first one may take a minute to create the database."""
+"""A bridge has low priority beside busy trainers; the first one may take a minute to create the database."""
 _MODEL_TIMEOUT_S = 1200.0
 _PROXIED = "mlflow-artifacts"
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
@@ -72,16 +72,16 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class MlflowTracker:
-    """Feed MLflow; see the `Tracker` protocol.
+    """Send runs to MLflow; see the `Tracker` protocol.
 
-    `environment` gives `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME` (else the run's project), `MLFLOW_RUN`
-    (else its name; of a search, the parent's), and `MLFLOW_KEEP_RUN_ACTIVE`.
+    `environment` gives `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME` (default: the run's project), `MLFLOW_RUN`
+    (default: the run's name; in a search, the name of the parent), and `MLFLOW_KEEP_RUN_ACTIVE`.
     """
 
     name = "mlflow"
 
     def __init__(self, runs: Path, environment: Mapping[str, str], *, register: bool = False) -> None:
-        """Feed the database of `runs`, or the server that the environment names; `register` the best models too."""
+        """Use the database of `runs`, or the server that the environment names; `register`: register best models."""
         self._register = register
         self._folder = runs.absolute() / FOLDER
         self._database = self._folder / "mlflow.db"
@@ -92,17 +92,17 @@ class MlflowTracker:
         self._experiments: dict[str, str] = {}
         self._connected: Any = None
         self._consoles: dict[str, Callable[[], str]] = {}
-        """Of the runs whose console has grown since it was sent: all of it."""
+        """Run -> function that returns its whole console, for runs whose console has grown since it was sent."""
         self._console_sent_at = -_CONSOLE_EVERY_S
 
     def destination(self, log_dir: Path) -> str:
-        """Name the database by its path seen from the log, or the server by its address without credentials."""
+        """Name the database by its path relative to the log, or the server by its address without credentials."""
         if self._is_embedded:
             return "embedded:" + os.path.relpath(self._folder, log_dir)
         return without_credentials(self._uri).partition("?")[0]
 
     def start_run(self, run: Run) -> str:
-        """Find or create the run, and its parent, by our UUID; a resumed run goes on as the same one."""
+        """Find or create the run, and its parent, by the run's UUID; a resumed run continues under the same id."""
         with translated(refuse=False), self._one_at_a_time():
             client = self._client()
             experiment = self._experiment(run.project)
@@ -127,7 +127,7 @@ class MlflowTracker:
         return run_id
 
     def log_metrics(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record values; MLflow takes the same value with the same time and step once."""
+        """Record values; MLflow stores a value with equal time and step once."""
         from mlflow.entities import Metric
 
         at = int(time * 1000)
@@ -136,7 +136,7 @@ class MlflowTracker:
             self._client().log_batch(run_id, metrics=metrics)
 
     def log_artifact(self, run_id: str, path: Path, folder: str, *, kind: str = "") -> None:
-        """Store a file. What the proxy of a server would serve goes straight to its folder when that is ours."""
+        """Store a file. If the server's proxy would serve it from a local folder, the file is copied there directly."""
         with translated(), patient():
             client = self._client()
             local = self._local_folder(str(client.get_run(run_id).info.artifact_uri))
@@ -146,7 +146,7 @@ class MlflowTracker:
                 client.log_artifact(run_id, str(path), folder or None)
 
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
-        """Record a dataset as an input of the run: its digest, where it lies, what is in it."""
+        """Record a dataset as an input of the run: digest, source, and content."""
         from mlflow.entities import Dataset, InputTag
         from mlflow.entities import DatasetInput as Input
 
@@ -163,7 +163,7 @@ class MlflowTracker:
             self._client().log_inputs(run_id, [Input(shown, [context])])
 
     def log_image(self, run_id: str, path: Path, name: str, *, step: int, time: float) -> None:
-        """Show an image in the page's image chart; its name there follows from what is in it, so it is stored once."""
+        """Show an image in the page's image chart; its file name contains a digest, so that it is stored once."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 files = as_shown(path, metric_key(name), step, time, Path(folder))
@@ -175,15 +175,15 @@ class MlflowTracker:
             self._client().set_tag(run_id, "mlflow.loggedImages", "True")
 
     def log_console(self, run_id: str, line: str, so_far: Callable[[], str], *, time: float) -> None:
-        """Keep the console for `flush`: MLflow has files only, so all of it is sent again."""
+        """Keep the console for `flush`: MLflow has only files, so that the whole console is sent again."""
         self._consoles[run_id] = so_far
 
     def log_system(self, run_id: str, values: Mapping[str, float], *, step: int, time: float) -> None:
-        """Record a sample among the metrics that the page shows as those of the system."""
+        """Record a sample among the metrics that the page shows as system metrics."""
         self.log_metrics(run_id, values, step=step, time=time)
 
     def flush(self, *, last: bool = False) -> None:
-        """Send consoles that have grown, every 20 seconds and at a run's end."""
+        """Send consoles that have grown, every 20 seconds and at the end of a run."""
         now = time_module.monotonic()
         if not self._consoles or not (last or now - self._console_sent_at >= _CONSOLE_EVERY_S):
             return
@@ -200,7 +200,7 @@ class MlflowTracker:
             del self._consoles[run_id]
 
     def log_model(self, run_id: str, model: ModelFile) -> None:
-        """Register the best weights of a finished run, ready to be served; others are artifacts only."""
+        """Register the best weights of a finished run, ready to be served; other weights are only artifacts."""
         if self._register and model.name == "best":
             from starling.tracking.mlflow.models import offer
 
@@ -210,7 +210,7 @@ class MlflowTracker:
                 offer(client, client.get_run(run_id), model, self._upload_model)
 
     def end_run(self, run_id: str, status: str, reason: str, *, time: float) -> None:
-        """Tell how the run ended, and end it unless it is to be kept active."""
+        """Record how the run ended, and end it unless it must be kept active."""
         keep = self._environment.get("MLFLOW_KEEP_RUN_ACTIVE", "").lower() in {"true", "1"}
         with translated():
             client = self._client()
@@ -219,22 +219,22 @@ class MlflowTracker:
                 client.set_terminated(run_id, _STATUSES[status], end_time=int(time * 1000))
 
     def close(self) -> None:
-        """Forget the client; its connections close with it."""
+        """Drop the client; its connections close with it."""
         self._connected = None
 
     @property
     def client(self) -> Any:
-        """MLflow's own client, with our limits; what it raises is MLflow's: see `errors_as_ours`."""
+        """MLflow's own client, with the limits of this project; for its exceptions see `errors_as_ours`."""
         with self.errors_as_ours():
             return self._client()
 
     @staticmethod
     def errors_as_ours() -> AbstractContextManager[None]:
-        """Turn what MLflow raises within the block into the errors of the protocol."""
+        """Turn exceptions of MLflow inside the block into the errors of the protocol."""
         return translated()
 
     def find_run(self, name: str) -> str:
-        """Return the id of a run by our UUID or by MLflow's id; raises UsageError where there is none."""
+        """Return the id of a run by its UUID or by MLflow's id; raises UsageError for an unknown run."""
         quoted = re.sub(r"[^\w.:-]", "", name)
         with self.errors_as_ours():
             client = self._client()
@@ -245,11 +245,11 @@ class MlflowTracker:
                     return str(found[0].info.run_id)
         raise UsageError(
             f"{name}: no such run at {without_credentials(self._uri)}; give a run directory, or the run's id in MLflow "
-            "(starling track sync DIR sends what is left)"
+            "(starling track sync DIR sends unsent events)"
         )
 
     def create_database(self) -> None:
-        """Create the embedded database if it does not exist; raises TrackerUnavailableError, also for another MLflow's."""
+        """Create the embedded database if it is missing; raises TrackerUnavailableError, also for another version."""
         with translated(refuse=False):
             if self._database.exists():
                 check_schema(self._database)
@@ -258,7 +258,7 @@ class MlflowTracker:
                     self._client()
 
     def upgrade_database(self) -> Path | None:
-        """Bring the embedded database to this MLflow's version; return the copy of the old one, None for a current one."""
+        """Upgrade the embedded database to this MLflow's version; return the backup, None if it is current."""
         with translated(refuse=False), self._one_at_a_time():
             return upgrade_schema(self._database)
 
@@ -281,14 +281,14 @@ class MlflowTracker:
 
             check_schema(self._database)
             uri = uri_of(held_database(self._folder.parent))
-            # Whoever opens an empty database creates its tables: the caller holds the lock.
+            # Opening an empty database creates its tables: the caller holds the lock.
             SqlAlchemyStore(uri, f"{_PROXIED}:/")
             return MlflowClient(tracking_uri=uri)
         return MlflowClient(tracking_uri=self._uri)
 
     @contextmanager
     def _one_at_a_time(self, name: str = ".lock", timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
-        """Keep the bridges of several containers from creating the same thing twice."""
+        """Keep the bridges of several containers from creating the same object twice."""
         try:
             with exclusive(self._folder / name, timeout_s):
                 yield
@@ -314,10 +314,10 @@ class MlflowTracker:
         return self._experiments[name]
 
     def _artifact_location(self, experiment: str) -> str | None:
-        """Return where a new experiment keeps artifacts; None lets the server choose.
+        """Return the artifact location of a new experiment; None lets the server choose.
 
-        In a database, a path would be true either in the container or on the host. The proxy's scheme is true
-        in both: `track ui` and this tracker both look for it under `<runs>/mlflow/artifacts`.
+        A path in the database would be valid either in the container or on the host. The proxy's scheme is valid
+        in both: `track ui` and this tracker resolve it to `<runs>/mlflow/artifacts`.
         """
         if urlsplit(self._uri).scheme.partition("+")[0] not in _DATABASES:
             return None
@@ -340,7 +340,7 @@ class MlflowTracker:
         return str(created.info.run_id)
 
     def _describe(self, run_id: str, run: Run, stored: Mapping[str, str]) -> None:
-        """Send parameters and tags; a parameter that a resume changed keeps its first value, and is named in a tag."""
+        """Send parameters and tags; a parameter that a resume changed keeps its first value, and a tag names it."""
         from mlflow.entities import Param
 
         params = flat_params(run.params)
@@ -367,10 +367,10 @@ class MlflowTracker:
         self._client().log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _local_folder(self, location: str) -> Path | None:
-        """Return the folder of ours that a place for artifacts means; None where the server takes them.
+        """Return the local folder of an artifact location; None if the server stores artifacts.
 
-        Raises TrackerRejectedError for a place that a server chose outside of itself: it may be a folder of this
-        machine, or a third party.
+        Raises TrackerRejectedError for a location outside of the server: it may be a folder of this machine or of a
+        third party.
         """
         parts = urlsplit(location)
         if urlsplit(self._uri).scheme in {"http", "https"}:

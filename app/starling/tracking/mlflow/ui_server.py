@@ -1,4 +1,4 @@
-"""MLflow's page on the embedded database: one server in the background, found again by its record file."""
+"""MLflow's page for the embedded database: one server in the background, which a record file identifies."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ STOP_S = 10.0
 
 
 class UiServerError(StarlingError):
-    """The MLflow server did not come up or does not stop."""
+    """The MLflow server did not start or does not stop."""
 
     exit_code = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UiServer:
-    """A server started by `start`, as its record file names it."""
+    """A server that `start` has started, as its record file describes it."""
 
     pid: int
     start: str
     host: str
-    """The machine (or container) it runs on."""
+    """The machine or container that the server runs on."""
     url: str
 
     @property
     def process(self) -> ProcessIdentity:
-        """The server's process, which leads its group."""
+        """The server's process, the leader of its process group."""
         return ProcessIdentity(self.pid, self.start)
 
     @property
     def is_here(self) -> bool:
-        """Whether it was started on this machine, so that its process id means something."""
+        """Whether the server was started on this machine, so that its process id is valid here."""
         return self.host == socket.gethostname()
 
 
 def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None) -> tuple[UiServer, bool]:
-    """Start the server and wait until it answers; returns it, and whether it was running already.
+    """Start the server and wait until it answers; return it, and whether it was already running.
 
-    Raises UsageError if the port is taken, UiServerError if the server ends or is not up in time.
+    Raises UsageError if the port is taken, UiServerError if the server ends or does not answer in time.
     """
     if (running := find(runs)) is not None:
         return running, True
@@ -75,15 +75,15 @@ def start(runs: Path, *, host: str, port: int, allowed_hosts: str | None = None)
     while not _is_healthy(url):
         if process.poll() is not None or time.monotonic() > deadline:
             stop(runs)
-            raise UiServerError(f"the MLflow server did not come up at {url}; see {_log(runs)}")
+            raise UiServerError(f"the MLflow server did not start at {url}; see {_log(runs)}")
         time.sleep(0.3)
     return server, False
 
 
 def stop(runs: Path) -> UiServer | None:
-    """End the server that `start` began, and no other; returns it, or None if there is none.
+    """End the server that `start` has started, and no other; return it, or None if there is none.
 
-    Raises UiServerError if it was started on another machine.
+    Raises UiServerError if the server was started on another machine.
     """
     server = _read(runs)
     if server is None:
@@ -121,7 +121,7 @@ def _spawn(runs: Path, host: str, port: int, allowed_hosts: str) -> subprocess.P
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment["MLFLOW_DISABLE_TELEMETRY"] = CLIENT_LIMITS["MLFLOW_DISABLE_TELEMETRY"]
     environment.pop("MLFLOW_TRACKING_URI", None)
-    held_database(runs)  # for what may be wrong with its folder
+    held_database(runs)  # raises if its folder is unsafe
     log = open_file(_log(runs), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, alone=True)
     with open(log, "wb") as output:
         return subprocess.Popen(
@@ -157,7 +157,7 @@ def _is_healthy(url: str) -> bool:
 
 
 def _end_group(process: ProcessIdentity) -> None:
-    """End the server and the workers it started, which are its process group."""
+    """End the server and its workers, which form its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_S

@@ -1,4 +1,4 @@
-"""The last steps of a finished training: say how it ended, copy its results, note that nothing is left to do."""
+"""The last steps of a finished training: report the result, copy the files to a bucket, mark the run as finished."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def deliver(
     *,
     again: bool = False,
 ) -> None:
-    """Say how a finished training ended, copy its results, and note that nothing is left to do.
+    """Report the result of a finished training, copy its files to `--bucket`, and mark the run as finished.
 
-    `again`: the results have been copied before.
+    `again`: an earlier call has copied the files, and this call only reports.
     """
     best = kept_row(rows)
     reached = f"best mAP50-95 {best.metrics[3]:.3f} (mAP50 {best.metrics[2]:.3f}) in epoch {best.epoch + 1}"
@@ -35,7 +35,7 @@ def deliver(
     delivered = again or upload_results(config, run.path)
     if config.json:
         print(json.dumps({**figures_of(rows, run), **read_account(run)}), flush=True)
-    if delivered and not again:  # a copy that failed is tried again by a resume
+    if delivered and not again:  # without the mark, a resume tries a failed copy again
         write_mark(run, rows, run_uuid)
 
 

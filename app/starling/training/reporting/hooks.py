@@ -1,4 +1,4 @@
-"""Functions of the user's that a training calls as it goes: to add a metric before it is logged, an artifact, a line.
+"""User functions that a training calls at its events: they add or change metrics, send artifacts, print lines.
 
     # my_hooks.py, given by `--hooks my_hooks.py` or by STARLING_HOOKS
     def on_fit_epoch_end(training):
@@ -8,7 +8,7 @@
     from starling.training.reporting import hooks
     hooks.add("on_train_end", lambda training: training.log_artifact("notes.txt"))
 
-A hook that raises costs one warning that names its file and line, never the training.
+If a hook raises, the training goes on and prints one warning with the file and line of the error.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ NAMES = (
     "on_train_end",
     "teardown",
 )
-"""In the order in which a training calls them. `on_fit_epoch_end` comes before the epoch's metrics are logged."""
+"""Events in the order of a training; `on_fit_epoch_end` comes before the epoch's metrics are logged."""
 
 VARIABLE = "STARLING_HOOKS"
 _FOLDER = "artifacts"
-"""Below the run directory: copies of files that a hook logs from elsewhere."""
+"""Subfolder of the run directory for copies of files that a hook logs from outside the run directory."""
 
 
 @dataclass(kw_only=True)
 class Training:
-    """What a hook sees of the training that calls it."""
+    """The argument of a hook: the state of the training that calls the hook."""
 
     args: TrainConfig
     hyp: Hyp
@@ -68,15 +68,15 @@ class Training:
     epoch: int = 0
     """Counted from 0."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """In `on_fit_epoch_end`: the epoch's row as it will be logged, to be added to or changed."""
+    """In `on_fit_epoch_end`: the metrics of the epoch before they are logged; a hook may add or change entries."""
     log: Callable[[Path], None] = lambda path: None
     """Takes a file below the run directory and sends it to the trackers."""
     say: Callable[[str], None] = print
-    """Prints a line, which trackers keep too."""
+    """Prints a line; the trackers record the line too."""
 
     @property
     def epochs(self) -> int:
-        """Epochs in all."""
+        """Total number of epochs."""
         return self.args.epochs
 
     @property
@@ -86,21 +86,21 @@ class Training:
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the highest fitness; it need not be there yet."""
+        """Path of the checkpoint with the highest fitness; the file may not exist yet."""
         return self.run.best
 
     @property
     def last(self) -> Path:
-        """The newest resumable checkpoint; it need not be there yet."""
+        """Path of the newest resumable checkpoint; the file may not exist yet."""
         return self.run.last
 
     @property
     def csv(self) -> Path:
-        """The table of metrics, one row an epoch."""
+        """Path of the table of metrics, one row per epoch."""
         return self.run.results_csv
 
     def log_artifact(self, path: str | Path) -> None:
-        """Send a file to the trackers. One that is not in the run directory is copied there first."""
+        """Send a file to the trackers. A file outside the run directory is first copied into it."""
         given = Path(path)
         source = (self.save_dir / given if not given.exists() else given).resolve(strict=True)
         if not source.is_relative_to(real_path(self.save_dir)):
@@ -116,9 +116,9 @@ _added: dict[str, list[Hook]] = {}
 
 
 def add(name: str, function: Hook) -> None:
-    """Call `function(training)` at each event `name` of the trainings that this process runs from now on.
+    """Call `function(training)` at each event `name` of the trainings that this process starts from now on.
 
-    Raises UsageError for a name that no training calls.
+    Raises UsageError for a name that is not in `NAMES`.
     """
     if name not in NAMES:
         raise UsageError(f"no hook is called {name!r}{suggest(name, NAMES)}; known: {', '.join(NAMES)}")
@@ -126,14 +126,14 @@ def add(name: str, function: Hook) -> None:
 
 
 def clear() -> None:
-    """Forget what `add` was given."""
+    """Forget all functions that `add` has registered."""
     _added.clear()
 
 
 def find_hooks(given: str, environment: Mapping[str, str] = os.environ) -> dict[str, list[Hook]]:
-    """Return the hooks of a file (`--hooks`, else `STARLING_HOOKS`), and those of `add`.
+    """Return the hooks registered by `add` and the hooks of a file (`--hooks`, else `STARLING_HOOKS`), by event.
 
-    Raises UsageError for a file that is not there, does not run, or defines no hook.
+    Raises UsageError if the file does not exist, raises an error, or defines no hook.
     """
     named = given or environment.get(VARIABLE, "")
     found = {name: list(functions) for name, functions in _added.items()}
@@ -162,16 +162,16 @@ def find_hooks(given: str, environment: Mapping[str, str] = os.environ) -> dict[
 
 
 class Hooks:
-    """Call the hooks of one training, and keep their mistakes from it."""
+    """Call the hooks of one training, and turn their exceptions into warnings."""
 
     def __init__(self, functions: Mapping[str, Sequence[Hook]]) -> None:
         self._functions = {name: tuple(own) for name, own in functions.items() if own}
         self._warned: set[int] = set()
         self.training: Training | None = None
-        """What they are called with; None: not yet."""
+        """The argument of every hook; no hook is called while it is None."""
 
     def fire(self, name: str, **changes: Any) -> None:
-        """Call every hook of this name, its view of the training brought up to date by `changes`."""
+        """Set the attributes in `changes` on `training`, then call every hook of this event."""
         functions = self._functions.get(name)
         if functions is None or self.training is None:
             return
@@ -186,12 +186,12 @@ class Hooks:
                     file = getattr(getattr(function, "__code__", None), "co_filename", "")
                     logger.warning(
                         f"warning: the hook {name} failed in {_place(error, file)}; training goes on, and further "
-                        "failures of this hook are not told"
+                        "failures of this hook are not reported"
                     )
 
 
 def _place(error: BaseException, file: str) -> str:
-    """Return `file, line N: what happened`: the innermost line of `file`, else the one that raised."""
+    """Return `file, line N: error`: the innermost line inside `file`, else the line that raised."""
     what = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {what}"

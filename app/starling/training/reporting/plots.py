@@ -1,4 +1,4 @@
-"""The plots of a run: which ones, under which names, from which figures. Drawing is starling.plots' work."""
+"""The plots of a run: which ones, under which file names, from which figures. `starling.plots` does the drawing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from starling.training.setup.data import TrainingData
 
 LABELS = ("labels.jpg", "labels_correlogram.jpg")
 BY_EPOCH = "val_batch0_pred"
-"""What the first batch of the validation shows as training goes on."""
+"""Name of the series of plots that shows the detections in the first validation batch, epoch by epoch."""
 BY_EPOCH_FOLDER = "epochs"
 SHOWN_EPOCHS = 10
-"""Epochs drawn of a training, about, where `--bbox_interval` does not say."""
+"""Approximate number of epochs drawn in a training if `--bbox_interval` is automatic."""
 
 
 def draw_labels(data: Dataset, folder: Path) -> None:
@@ -43,7 +43,7 @@ def draw_final(
     folder: Path,
     group: Group = SINGLE,
 ) -> Validation:
-    """Validate a finished `model` (in eval mode) on all ranks, draw what it finds, and return the figures."""
+    """Validate a finished `model` (in eval mode) on all ranks, draw detections and curves, return the validation."""
     worst = WorstImages()
     validation = validate(model, batches, None, compute, previews=PREVIEWS, on_image=worst.add, group=group)
     found = WorstImages.merged(group.gather(worst))
@@ -54,7 +54,7 @@ def draw_final(
 
 
 def is_shown(epoch: int, config: TrainConfig) -> bool:
-    """Return whether what is found after this epoch, counted from 0, is drawn: see `--bbox_interval`."""
+    """Return whether the detections after `epoch` (counted from 0) are drawn, as `--bbox_interval` asks."""
     every = config.bbox_interval
     if every == AUTO_INTERVAL:
         every = max(1, config.epochs // SHOWN_EPOCHS)
@@ -62,7 +62,7 @@ def is_shown(epoch: int, config: TrainConfig) -> bool:
 
 
 def draw_epoch(validation: Validation, data: Dataset, folder: Path, epoch: int) -> Path:
-    """Draw the first preview's detections into a file of the epoch's own, and return it."""
+    """Draw the detections of the first preview into a file named after the epoch, and return the file."""
     path = folder / BY_EPOCH_FOLDER / f"{BY_EPOCH}_epoch{epoch}.jpg"
     draw_detections(validation.previews[0], data, path)
     return path

@@ -1,4 +1,4 @@
-"""Where a run comes from: the code's commit and what was changed since, the image, the datasets."""
+"""The origin of a run: the commit of the code and the changes since, the container image, the datasets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starling.data.dataset.dataset import Dataset
 from starling.outputs.run_dir import RunDir
 
 IMAGE_COMMIT = "STARLING_COMMIT"
-"""The commit that an image was built of, with `-dirty` behind it where the tree had changes: `git describe` says so."""
+"""Variable with the commit that the image was built from; `-dirty` follows if the tree had changes (`git describe`)."""
 _DIFF_BYTES = 1 << 20
 _GIT_S = 5.0
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,23 +26,23 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The version of the code that trains; empty where neither a repository nor the image tells it."""
+    """The version of the training code; empty if neither a repository nor the image names it."""
 
     commit: str = ""
     diff: str = ""
     is_dirty: bool = False
-    """Whether it is changed since that commit, also where the changes themselves are not known."""
+    """Whether the code was changed since that commit; may be True with an empty `diff`."""
 
     def tags(self) -> dict[str, str]:
-        """Return what trackers show of it."""
+        """Return the version as tags for the trackers."""
         return {"git_commit": self.commit, "git_dirty": str(self.is_dirty)} if self.commit else {}
 
 
 @cache
 def code_version(folder: Path = _PACKAGE) -> Code:
-    """Return commit and uncommitted changes of the repository that `folder` is in; files git does not know are left out.
+    """Return commit and uncommitted changes of the repository that contains `folder`, without untracked files.
 
-    In an image there is none: its build says of which commit it is.
+    Without a repository, as in an image, the commit comes from `STARLING_COMMIT`.
     """
     commit = _git(folder, "rev-parse", "HEAD").strip()
     if not commit:
@@ -54,7 +54,7 @@ def code_version(folder: Path = _PACKAGE) -> Code:
 
 
 def keep_changes(run: RunDir) -> None:
-    """Write what the code has changed since its commit, if anything, into the run directory, without secrets."""
+    """Write the uncommitted changes of the code, if there are any, into the run directory, without secrets."""
     if diff := code_version().diff:
         write_atomic(run.diff, Redaction()(diff))
 
@@ -62,7 +62,7 @@ def keep_changes(run: RunDir) -> None:
 def origin_tags(
     config: TrainConfig, train: Dataset, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Return what a run, or a search on several machines, is made of: code, image (if the launcher named it), data, seed."""
+    """Return the origin of a run or a search as tags: code, image (if the launcher named one), data digest, seed."""
     image = environment.get("STARLING_IMAGE")
     return {
         "seed": str(config.seed),
@@ -73,13 +73,13 @@ def origin_tags(
 
 
 def place_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the machine's (or container's) name, and that of the replica, if it is one."""
+    """Return the name of the machine or container, and the name of the replica if this process runs in a replica."""
     replica = environment.get("STARLING_REPLICA")
     return {"host": platform.node(), **({"replica": replica} if replica else {})}
 
 
 def dataset_fields(config: TrainConfig, train: Dataset, val: Dataset) -> list[dict[str, Any]]:
-    """Return the fields of the events that tell which images and labels are used to train and to validate."""
+    """Return the fields of the `dataset` events: which images and labels are used for training and for validation."""
     return [
         {
             "role": role,
@@ -94,7 +94,7 @@ def dataset_fields(config: TrainConfig, train: Dataset, val: Dataset) -> list[di
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return what git prints, or an empty string: there is none, this is no repository, or it takes too long."""
+    """Return what git prints; an empty string without git, without a repository, or after a timeout."""
     try:
         ended = subprocess.run(
             ["git", "-C", str(folder), *arguments],

@@ -1,4 +1,4 @@
-"""Tell the world how a run goes: lines for people, a status file for the launcher, events for the trackers."""
+"""Report the progress of a run: lines for people, a status file for the launcher, events for the trackers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 2.0
 BEST_EVERY_S = 300.0
-"""Seconds between two sendings of a best.pt that gets better each epoch; the last one is sent in any case."""
+"""Minimum seconds between two uploads of best.pt; the last best.pt is uploaded in any case."""
 _PHASES = {"failed": "failed", "killed": "stopped", "pruned": "done"}
-"""How a run ended -> what its worker's status says."""
+"""How a run ended -> phase in the worker's status file."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunLabel:
-    """Who a run is, for trackers and people."""
+    """The identity of a run, for trackers and people."""
 
     uuid: str
     project: str
     name: str
     parent: Mapping[str, str] | None = None
-    """UUID and name of the search that this run is a candidate of."""
+    """UUID and name of the search, if this run is a candidate of a search."""
 
 
 class Reporter:
-    """Fan out what happens in one run, to as many as there are. Keeps monotonic time; holds no training state."""
+    """Report the events of one run to screen, status file, trackers and hooks. Holds no training state."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Reporter:
         self._epoch_started = clock()
         self._epoch_seconds: list[float] = []
         self._trained_s = 0.0
-        """Seconds into this epoch when its last iteration so far ended."""
+        """Seconds from the start of this epoch to the end of its latest iteration."""
         self._beyond = 0.0
-        """Seconds that the last epoch took beyond its iterations: validation and saves."""
+        """Seconds that validation and saves took in the last epoch, after its iterations."""
 
     def hook(self, name: str, **changes: Any) -> None:
-        """Call the user's hooks of this name; see `starling.training.reporting.hooks`."""
+        """Call the user's hooks of the event `name`; see `starling.training.reporting.hooks`."""
         self._hooks.fire(name, **changes)
 
     def offer_hooks(self, training: Training) -> None:
@@ -85,7 +85,7 @@ class Reporter:
     def started(
         self, params: dict[str, Any], tags: dict[str, str], datasets: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Tell that the run begins or goes on, and what data it reads."""
+        """Report that the run begins or is resumed, and which datasets it reads."""
         self._event("run_start", project=self.label.project, name=self.label.name, parent=self.label.parent,
                     params=params, tags=tags, dir=self._run_path)  # fmt: skip
         for dataset in datasets:
@@ -95,7 +95,7 @@ class Reporter:
         self._update(phase="starting", run_dir=str(self._run_path), message=None, lasting=None)
 
     def goes_on_after(self, row: EpochRow) -> None:
-        """Tell the figures of the last epoch before a resume, where a kill came before they were told."""
+        """Report the metrics of the last epoch before a resume, if a kill came before they were reported."""
         if self._events is not None and not tells_metrics(self._events.path, self.label.uuid, row.epoch):
             self._event("metrics", step=row.epoch, values=row.values())
 
@@ -104,18 +104,18 @@ class Reporter:
         self._epoch_started = self._clock()
 
     def appeared(self, *paths: Path) -> None:
-        """Send files as they appear, those that a run of this kind sends at all."""
+        """Send new files to the trackers, but only files that match a pattern of `artifacts`."""
         for path in paths:
             kind = self._kind(path)
             if kind is not None and self._events is not None and path.is_file():
                 self._events.announce_file(self._run_path, path, kind, run=self.label.uuid)
 
     def image(self, path: Path, name: str, epoch: int) -> None:
-        """Show an image as one of a series by epoch."""
+        """Send a plot to the trackers as the image of `epoch` in the series `name`."""
         self._event("picture", path=path.relative_to(self._run_path).as_posix(), name=name, step=epoch)
 
     def saved(self, row: EpochRow, kept: Path | None, best: Path | None) -> None:
-        """Tell of weights that an epoch left: those of `--save-period`, and the best so far."""
+        """Report the weights that an epoch saved: the file of `--save-period`, and the best file so far."""
         if kept is not None:
             self.appeared(kept)
             self._model(kept, kept.stem, row)
@@ -132,7 +132,7 @@ class Reporter:
         images: int,
         losses: Callable[[], tuple[float, ...]],
     ) -> None:
-        """Show progress within an epoch. `losses` is called, and a device read, only when a line is due."""
+        """Show progress within an epoch. `losses`, which reads the device, is called only when a line is due."""
         elapsed = max(self._clock() - self._epoch_started, 1e-9)
         whole = elapsed * total / done
         left = self._time_left(epochs - epoch - 1, whole + self._beyond, elapsed)
@@ -153,7 +153,7 @@ class Reporter:
                                 eta_s=_rounded(left))  # fmt: skip
 
     def epoch_ended(self, row: EpochRow, epochs: int, images: int, best: bool) -> None:
-        """Tell the figures of a finished epoch."""
+        """Report the metrics of a finished epoch."""
         seconds = max(self._clock() - self._epoch_started, 1e-9)
         self._epoch_seconds.append(seconds)
         self._beyond = seconds - min(self._trained_s, seconds)
@@ -178,10 +178,10 @@ class Reporter:
     def ended(
         self, status: str, reason: str = "", best: EpochRow | None = None, *, lasting: bool = False
     ) -> None:
-        """Tell why the run is over (finished, failed, killed or pruned), which files it leaves, and its model.
+        """Report the end of the run (`status`: finished, failed, killed or pruned), its files, and its model.
 
-        `best` is the row whose weights are the model; None: there is none to offer. `lasting` says of a failure that
-        it would come again.
+        `best` is the row of the epoch whose weights are the model; None if there is no model. `lasting`: the failure
+        would happen again if the run were repeated.
         """
         self.hook("teardown")
         if self._events is not None:
@@ -190,12 +190,12 @@ class Reporter:
             self._model(RunDir(self._run_path).best, "best", best)
         self._event("run_end", status=status, reason=reason)
         self.progress.listen(None)
-        # A candidate's end is not its worker's; a finished run is done when its results have been delivered.
+        # A worker goes on after the end of a candidate. A finished run is done only after its results are delivered.
         if self.label.parent is None and status != "finished":
             self._update(phase=_PHASES[status], message=reason or None, lasting=lasting or None)
 
     def done(self) -> None:
-        """Tell that nothing is left to do of a finished run."""
+        """Report that a finished run has been delivered too."""
         self._update(phase="done", run_dir=str(self._run_path), message=None, lasting=None)
 
     def _model(self, path: Path, name: str, row: EpochRow) -> None:
@@ -204,7 +204,7 @@ class Reporter:
             self._event("model", path=relative, name=name, step=row.epoch, values=row.values())
 
     def _kind(self, path: Path) -> str | None:
-        """Return what kind of artifact a file of the run directory is; None: a run of this kind does not send it."""
+        """Return the kind of artifact of a file in the run directory; None if this run does not send the file."""
         name = path.relative_to(self._run_path)
         for pattern, kind in self._artifacts.items():
             if len(name.parts) == len(Path(pattern).parts) and name.match(pattern):
@@ -216,7 +216,7 @@ class Reporter:
             self._events.announce_file(real_path(self._run_path), path, "artifact", run=self.label.uuid)
 
     def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Return the metrics that are numbers; a hook may have added what is none."""
+        """Return only the metrics that are numbers: a hook may have added values of other types."""
         numbers = {name: value for name, value in metrics.items() if isinstance(value, Real)}
         if len(numbers) < len(metrics):
             others = ", ".join(sorted(str(name) for name in metrics.keys() - numbers.keys()))
@@ -234,10 +234,10 @@ class Reporter:
             self._status.update(**fields)
 
     def _time_left(self, epochs_left: int, this_epoch: float, elapsed: float) -> float | None:
-        """Return the seconds left: the rest of this epoch, and the mean epoch for each to come.
+        """Return the seconds left: the rest of this epoch, plus the mean duration of an epoch for each later epoch.
 
-        None before this process has begun its second epoch. The first one also loads, compiles and fills caches, so it
-        counts in no mean.
+        None before this process has begun its second epoch. The mean leaves out the first epoch of this process,
+        because the first epoch also loads, compiles and fills caches.
         """
         if not self._epoch_seconds or (len(self._epoch_seconds) == 1 and this_epoch == elapsed):
             return None

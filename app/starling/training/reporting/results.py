@@ -1,4 +1,4 @@
-"""The row that every epoch adds to results.csv."""
+"""The rows of results.csv, one per epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("epoch", *TRAIN_LOSSES, *METRICS, *VAL_LOSSES, *RATES)
 
 
 def fitness(map50: float, map5095: float) -> float:
-    """Return what training and search maximise."""
+    """Return the fitness that training and search maximise: 0.1 mAP50 + 0.9 mAP50-95."""
     return 0.1 * map50 + 0.9 * map5095
 
 
@@ -35,7 +35,7 @@ class EpochRow:
 
     @property
     def fitness(self) -> float:
-        """What training and search maximise: 0.1 mAP50 + 0.9 mAP50-95; NaN without validation."""
+        """The value that training and search maximise: 0.1 mAP50 + 0.9 mAP50-95; NaN without validation."""
         return fitness(self.metrics[2], self.metrics[3])
 
     @property
@@ -44,23 +44,23 @@ class EpochRow:
         return not math.isnan(self.metrics[3])
 
     def values(self) -> dict[str, float]:
-        """Return the figures that exist by column name, without the epoch."""
+        """Return the values that are not NaN by column name, without the epoch."""
         flat = (*self.train_losses, *self.metrics, *self.val_losses, *self.rates)
         return {key: value for key, value in zip(COLUMNS[1:], flat, strict=True) if not math.isnan(value)}
 
     def as_list(self) -> list[float]:
-        """Return plain numbers in column order, as a checkpoint holds them."""
+        """Return the values in the order of `COLUMNS`, as a checkpoint stores them."""
         return [self.epoch, *self.train_losses, *self.metrics, *self.val_losses, *self.rates]
 
     @classmethod
     def from_list(cls, values: Sequence[float]) -> EpochRow:
-        """Build from `as_list()`'s numbers."""
+        """Build a row from the numbers that `as_list()` returns."""
         epoch, b, o, c, p, r, m50, m95, vb, vo, vc, x0, x1, x2 = values
         return cls(int(epoch), (b, o, c), (p, r, m50, m95), (vb, vo, vc), (x0, x1, x2))
 
 
 def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
-    """Replace results.csv by these rows; a figure that does not exist is an empty field."""
+    """Replace results.csv by these rows; NaN is written as an empty field."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

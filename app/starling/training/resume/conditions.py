@@ -1,7 +1,7 @@
-"""What the exactness of a resume depends on: where, with what, and on which files a training runs.
+"""The conditions that the exactness of a resume depends on: machine, libraries, code and data files.
 
-On the CPU a resumed training ends bit for bit like one left alone, as long as all of this is the same. The checkpoint
-records it, and a resume under other conditions says what has changed.
+On the CPU a resumed training ends bit for bit like an uninterrupted one, as long as the conditions are the same. The
+checkpoint records the conditions, and a resume under other conditions reports the differences.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from starling.training.setup.data import TrainingData
 logger = logging.getLogger(__name__)
 
 WHOLE_BYTES = 8 << 20
-"""Files up to this size are read whole, as nearly all images are: a byte in the middle may be a changed pixel."""
+"""Files up to this size are read whole; nearly all images are smaller."""
 _BLOCKS, _BLOCK = 64, 4096
-"""Of a larger file so many blocks of so many bytes are read, its beginning and its end among them."""
+"""Number and size in bytes of the blocks read of a larger file; the first and the last block are among them."""
 _CHUNK = 64
-"""Files that one task of the pool reads."""
+"""Number of files that one task of the pool reads."""
 SAVE_WAIT_S = 2.0
-"""Longest wait of a save for the digests: a container that is stopped has a short grace."""
+"""Longest time that a save waits for the digests: a stopped container has a short grace period."""
 NOT_EQUAL = "this resume is not bit-equal: "
 OTHER_DATA = "the figures and plots of the end are of other data than the training was: "
 _SPLITS = {"train": "training", "val": "validation"}
 
 
 class DataDigests:
-    """Digests of a training's files, worked out beside the training and waited for where they are needed."""
+    """Digests of a training's files, computed in threads while the training runs."""
 
     def __init__(self, data: TrainingData) -> None:
-        """Begin."""
+        """Start to compute the digests."""
         pool = ThreadPoolExecutor(min(container_cpu_count(), 8), "digests")
         self._parts: dict[str, tuple[Dataset, list[Future[list[int]]]]] = {
             name: (
@@ -65,7 +65,7 @@ class DataDigests:
     def tables(self, wait_s: float | None = None) -> dict[str, Tensor]:
         """Return by split an int64 table [N,3]: a digest of each image's name, of its file, and of its labels.
 
-        Nothing where they are not ready after `wait_s` seconds; None waits for them.
+        An empty mapping if the digests are not ready after `wait_s` seconds; None waits until they are ready.
         """
         if self._tables is None:
             pending = [future for _, futures in self._parts.values() for future in futures]
@@ -79,7 +79,7 @@ class DataDigests:
         return self._tables
 
     def cancel(self) -> None:
-        """Give up what has not begun: nobody needs it any more."""
+        """Cancel the digests whose computation has not begun."""
         for _, futures in self._parts.values():
             for future in futures:
                 future.cancel()
@@ -93,9 +93,9 @@ def conditions(
     digests: DataDigests,
     wait_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint records: plain words by their name, and the tables of the data.
+    """Return the conditions that a checkpoint records: `machine`, strings by name, and `data`, the digest tables.
 
-    The tables are waited for as `DataDigests.tables` does.
+    `wait_s` is how long to wait for the tables, as in `DataDigests.tables`.
     """
     code = code_version()
     machine = {
@@ -122,10 +122,10 @@ def conditions(
 
 
 def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exact_kernels: bool) -> list[str]:
-    """Return what keeps a resume from being bit-equal, each in a few words.
+    """Return the differences that keep a resume from being bit-equal, a few words for each.
 
-    `saved` is None for a checkpoint that records nothing; `exact_kernels` says whether the device gives the same
-    numbers in every run.
+    `saved` is None for a checkpoint without conditions; `exact_kernels`: the device computes the same numbers in
+    every run.
     """
     if not _is_record(saved):
         return ["the checkpoint does not record the conditions that it was made under"]
@@ -147,7 +147,7 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any], *, exac
 
 
 def _is_record(saved: object) -> bool:
-    """Return whether a checkpoint's entry is what `conditions` returns; it may come from anywhere."""
+    """Return whether a checkpoint's entry has the form that `conditions` returns; a checkpoint may be foreign."""
     if not isinstance(saved, Mapping) or not isinstance(saved.get("machine"), Mapping):
         return False
     tables = saved.get("data")
@@ -164,9 +164,9 @@ def notes_of_resume(
     exact_kernels: bool,
     trains: bool = True,
 ) -> list[str]:
-    """Say what keeps a resume from `state` from being bit-equal, and return the notes of all resumes of the run so far.
+    """Print what keeps a resume from `state` from being bit-equal; return the notes of all resumes of the run so far.
 
-    A resume that only finishes a run (not `trains`) leaves the weights as they are: there the data alone count.
+    A resume that only finishes a run (not `trains`) does not change the weights; only the data are compared.
     """
     notes = [str(note) for note in state.get("notes", ())]
     saved = state.get("conditions")
@@ -184,18 +184,18 @@ def notes_of_resume(
 
 
 def differences_of_moved(saved: Mapping[str, Any] | None, digests: DataDigests) -> list[str]:
-    """Return how the data differ from those that a checkpoint records; nothing where it records none."""
+    """Return how the data differ from the data that a checkpoint records; an empty list if it records no data."""
     tables = _tables_of(saved)
     return data_differences(tables, digests.tables()) if tables else []
 
 
 def _tables_of(saved: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
-    """Return the tables of the data that a checkpoint records; nothing where it records none."""
+    """Return the digest tables that a checkpoint records; an empty mapping if it records none."""
     return saved["data"] if saved is not None and _is_record(saved) else {}
 
 
 def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
-    """Return by split how many files have changed, were added or removed; nothing for the same images and labels."""
+    """Return for each split how many files were changed, added or removed; an empty list for equal data."""
     told = (
         _split_difference(saved[name], now[name], words) for name, words in _SPLITS.items() if name in saved
     )
@@ -204,11 +204,11 @@ def data_differences(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> 
 
 def _split_difference(saved: Tensor, now: Tensor, words: str) -> str:
     if torch.equal(saved[:, 1:], now[:, 1:]):
-        return ""  # the same content in the same order, wherever it lies
+        return ""  # the same content in the same order; the paths may differ
     before = {row[0]: (row[1], row[2]) for row in saved.tolist()}
     after = {row[0]: (row[1], row[2]) for row in now.tolist()}
     common = before.keys() & after.keys()
-    if not common:  # moved, and not the same: names do not tell which is which
+    if not common:  # moved, and with other content: names cannot match the files, only contents can
         contents = [Counter((row[1], row[2]) for row in table.tolist()) for table in (saved, now)]
         images = labels = 0
         removed, added = (contents[0] - contents[1]).total(), (contents[1] - contents[0]).total()
@@ -251,7 +251,7 @@ def _file_digests(paths: Sequence[Path]) -> list[int]:
 
 
 def _file_digest(path: Path) -> int:
-    """Return a digest of a file's content; 0 where it cannot be read, which the training will say."""
+    """Return a digest of a file's content; 0 if the file cannot be read: the training reports the error."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -269,7 +269,7 @@ def _hash(content: bytes = b"") -> hashlib.blake2b:
 
 
 def _number(content: bytes) -> int:
-    """Return a digest of `content` as a number that int64 holds."""
+    """Return a digest of `content` as a number that fits into int64."""
     return _as_number(_hash(content).digest())
 
 

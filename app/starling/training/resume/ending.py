@@ -1,4 +1,4 @@
-"""The end of a training: how much of it a run folder holds, and what is still to be done."""
+"""The end of a training: which of its last steps are done in a run folder, and which are still to do."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from starling.training.checkpoint import kept_row, out_of_patience, saved_row, u
 from starling.training.reporting.results import EpochRow
 
 SUMMARY = "summary.json"
-"""What a run reached, as `--json` prints it, and which files its end has made."""
+"""Name of the file with the figures of a run, as `--json` prints them, and the names of the run's final files."""
 MARK = ".finished"
-"""Written last of all, when the results have been delivered too."""
+"""Name of the file that is written last of all, after the results have been delivered."""
 _MADE = ("results.csv", "results.png", "confusion_matrix.*", "*_curve.png", "val_batch*.jpg", "worst.jpg")
-"""Files that the end of a training can make again."""
+"""Patterns of the files that the end of a training writes, and can write again."""
 
 
 class Ending(enum.Enum):
-    """What is left of a training."""
+    """The next step that a training still has to do."""
 
     TRAINING = "training"
-    """Epochs are left."""
+    """Epochs remain to be trained."""
     FINISHING = "finishing"
-    """All epochs are done; figures, plots or the last event are not there."""
+    """All epochs are done; figures, plots or the last event are missing."""
     DELIVERING = "delivering"
-    """Everything is made and told; it may not have been copied to `--bucket`."""
+    """All files and events are written; the copy to `--bucket` or to the trackers may be incomplete."""
     WHOLE = "whole"
-    """Nothing."""
+    """No step is left."""
 
 
 def is_over(rows: Sequence[EpochRow], epochs_done: int, config: TrainConfig) -> bool:
-    """Return whether no further epoch is to be trained: all are done, or patience has run out."""
+    """Return whether no further epoch is to be trained: all epochs are done, or patience has run out."""
     return epochs_done >= config.epochs or out_of_patience(rows, config.patience)
 
 
 def what_is_left(run: RunDir, state: Mapping[str, Any], config: TrainConfig) -> Ending:
-    """Return what is left of the run whose newest checkpoint is `state`, under the configuration of the resume."""
+    """Return the next step of the run whose newest checkpoint is `state`, under the configuration of the resume."""
     rows = [EpochRow.from_list(values) for values in state["rows"]]
     if not rows or not is_over(rows, state["epoch"], config):
         return Ending.TRAINING
@@ -63,7 +63,7 @@ def what_is_left(run: RunDir, state: Mapping[str, Any], config: TrainConfig) -> 
 
 
 def figures_of(rows: Sequence[EpochRow], run: RunDir) -> dict[str, Any]:
-    """Return what `--json` prints of the best epoch; a figure that is no number is None."""
+    """Return the figures of the best epoch that `--json` prints; None for a figure that is NaN."""
     best = kept_row(rows)
     precision, recall, map50, map5095 = (None if math.isnan(value) else value for value in best.metrics)
     return {
@@ -81,9 +81,9 @@ def figures_of(rows: Sequence[EpochRow], run: RunDir) -> dict[str, Any]:
 def write_summary(
     run: RunDir, rows: Sequence[EpochRow], run_uuid: str, notes: Sequence[str], **more: Any
 ) -> None:
-    """Write summary.json, when all else that the end makes is there; `notes` are those of the run's resumes.
+    """Write summary.json, after all other final files; `notes` are the notes of the run's resumes.
 
-    `more` is what else `--json` prints.
+    `more` holds further fields that `--json` prints.
     """
     made = sorted(path.name for pattern in _MADE for path in run.path.glob(pattern) if path.is_file())
     content = {
@@ -98,26 +98,26 @@ def write_summary(
 
 
 def read_summary(run: RunDir) -> dict[str, Any]:
-    """Return what `write_summary` wrote; an empty mapping where there is nothing, or something garbled."""
+    """Return what `write_summary` wrote; an empty mapping if the file is missing or garbled."""
     return _read(run.path / SUMMARY)
 
 
 def read_account(run: RunDir) -> dict[str, Any]:
-    """Return what summary.json adds to the figures: `notes`, `cut_list` and `left_out`, null where there is none.
+    """Return the fields `notes`, `cut_list` and `left_out` of summary.json; None for a missing field.
 
-    `notes` are that no epoch scored, and what kept resumes from being bit-equal.
+    `notes` say that no epoch scored, and what kept resumes from being bit-equal.
     """
     summary = read_summary(run)
     return {key: summary.get(key) for key in ("notes", "cut_list", "left_out")}
 
 
 def write_mark(run: RunDir, rows: Sequence[EpochRow], run_uuid: str) -> None:
-    """Note that nothing is left to do."""
+    """Write the mark of a run that is finished and delivered."""
     write_atomic(run.path / MARK, json.dumps({"run_uuid": run_uuid, "epochs_done": len(rows)}) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object of the run folder; an empty one for an absent or garbled file."""
+    """Return the JSON object in a file of the run folder; an empty mapping if the file is missing or garbled."""
     try:
         content = parse_json(read_file(path))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A replica that is started again, by its supervisor or by `launcher up`, goes on with the run that it left unfinished."""
+"""Resume the unfinished run of a replica that its supervisor or `launcher up` starts again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starling.progress import quiet
 logger = logging.getLogger(__name__)
 
 FREE = RESUMABLE - {"data"} | {"name"}
-"""Fields that may differ between the run and the command; a run's folder may be `name2` where `name` was taken."""
+"""Fields that may differ between the run and the command; a run's folder is `name2` if `name` was taken."""
 
 
 def go_on(
@@ -30,11 +30,11 @@ def go_on(
     hyp: Callable[[TrainConfig], Hyp],
     environment: Mapping[str, str] = os.environ,
 ) -> TrainCommand:
-    """Return the command that goes on with this replica's own run; the very command where there is none.
+    """Return a command that resumes this replica's own unfinished run; `command` itself if there is no such run.
 
-    Only the launcher's replicas (`$STARLING_REPLICA`) do so, and only with a run of the same command: by its seed it
-    ends with the same weights as a new one. A run whose epochs are all done is finished. A run without a checkpoint is
-    begun again in its folder.
+    Only replicas of the launcher (`$STARLING_REPLICA`) resume, and only a run of the same command: with the same seed
+    the resumed run ends with the weights of a new run. If all epochs are done, the resume only finishes the run. A run
+    without a checkpoint begins again in its folder.
     """
     replica = environment.get("STARLING_REPLICA")
     if not replica or command.config.resume or command.config.evolve:
@@ -61,7 +61,7 @@ def go_on(
 
 
 def _own_run(status: Path, config: TrainConfig, root: Path) -> RunDir | None:
-    """Return the run that the status file names, if it lies where this command's runs do."""
+    """Return the run that the status file names, if the run lies in the project folder of this command."""
     named = unfinished_run(status)
     if named is None:
         return None
@@ -75,7 +75,7 @@ def _own_run(status: Path, config: TrainConfig, root: Path) -> RunDir | None:
 
 
 def _is_same(state: Mapping[str, Any], config: TrainConfig, hyp: Callable[[TrainConfig], Hyp]) -> bool:
-    """Return whether the checkpoint is of the training that the command asks for."""
+    """Return whether the checkpoint belongs to the training that the command asks for."""
     try:
         saved = TrainConfig.from_mapping(state["config"])
         saved_hyp = Hyp.from_mapping(state["hyp"], "the checkpoint")

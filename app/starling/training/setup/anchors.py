@@ -1,4 +1,4 @@
-"""Anchors for a dataset, found once for each set of anchors that a training may start with."""
+"""Anchors for a dataset, fitted once for each set of anchors that a training starts with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnchorFitter:
-    """Fit anchors to the labels of a split as training shows them; a worker keeps it from candidate to candidate."""
+    """Fit anchors to the label sizes at the training's image size; a worker keeps one fitter for all its candidates."""
 
     def __init__(self, split: Dataset, *, image_size: int, anchor_t: float, seed: int) -> None:
         self._split, self._image_size = split, image_size
@@ -40,7 +40,7 @@ class AnchorFitter:
 
 
 def label_sizes(split: Dataset, image_size: int) -> np.ndarray[Any, Any]:
-    """Return [n,2] float32: every label's width and height in pixels, its image's long side being `image_size`."""
+    """Return [n,2] float32: width and height in pixels of every label, at a long image side of `image_size` pixels."""
     shapes_wh = split.shapes_hw[:, ::-1].astype(np.float32)
     scaled_wh = shapes_wh * (image_size / shapes_wh.max(axis=1, keepdims=True))
     sizes = [rows[:, 3:5] * wh for rows, wh in zip(split.labels, scaled_wh, strict=True)]

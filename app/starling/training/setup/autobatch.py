@@ -1,4 +1,4 @@
-"""Choose a batch size that fills a GPU: `--batch -1`."""
+"""Choose the batch size that fills a GPU's memory, for `--batch -1`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FALLBACK = 16
 
 
 def fit_batch(sizes: Sequence[int], used_bytes: Sequence[int], free_bytes: int) -> int:
-    """Return the batch that fills `SHARE` of the free memory, by a line through the measured sizes; at least 1.
+    """Return the batch size that fills `SHARE` of the free memory, by a line through the measured sizes; at least 1.
 
-    Falls back to 16 where fewer than two sizes could be measured, or memory does not grow with them.
+    Returns `FALLBACK` if fewer than two sizes could be measured, or if the memory does not grow with the size.
     """
     if len(sizes) < 2:
         return FALLBACK
     slope, start = np.polyfit(sizes, used_bytes, deg=1)
-    if slope < 1:  # under a byte an image: measured nothing
+    if slope < 1:  # less than a byte per image: the measurement failed
         return FALLBACK
     return max(int((free_bytes * SHARE - start) / slope), 1)
 

@@ -1,4 +1,4 @@
-"""`--compile`: the model as one compiled program, on GPUs replayed as a CUDA graph; as it is where that fails."""
+"""`--compile`: compile the model, and on GPUs replay it as a CUDA graph; if compiling fails, run it uncompiled."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Forward = Callable[[Tensor], Any]
 
 
 class CompiledForward:
-    """Call a model compiled for images of one shape; other shapes, such as an epoch's last batch, go as they are.
+    """Call a model compiled for one image shape; other shapes, such as an epoch's last batch, run uncompiled.
 
-    Compiling happens at the first call and takes from half a minute to some minutes. Where it fails, for want of a
-    compiler say, the model goes on as it is, and that is said once.
+    The first call compiles, which takes from half a minute to some minutes. If compiling fails, for example without a
+    C++ compiler, the model runs uncompiled, and one line says so.
     """
 
     def __init__(self, forward: Forward, compute: Compute) -> None:
@@ -53,7 +53,7 @@ class CompiledForward:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    """Return what torch raises where it cannot compile; not what the model itself raises."""
+    """Return the exceptions that torch raises if it cannot compile; exceptions of the model are not among them."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError
 

@@ -1,4 +1,4 @@
-"""A dataset ready to train on: both splits read, their decoded images at hand. Loaded once, kept by a worker."""
+"""The training and validation splits with their decoded images. A worker loads both once and keeps them."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ class TrainingData:
     val_images: ImageStore
     names: tuple[str, ...]
     train_painter: DevicePainter | None = None
-    """Paints training images on the GPU, where the images lie there."""
+    """Paints training images on the GPU; None if the decoded images are not on the GPU."""
     val_painter: DevicePainter | None = None
 
     @property
     def cut(self) -> str | None:
-        """What cuts the lists of detections that the validations of a training score."""
+        """The sentence that says how the validations' lists of detections are cut; None if they are complete."""
         return cut_list(self.val, CONFIDENCE, MAX_DETECTIONS)
 
     def account(self) -> dict[str, Any]:
-        """Return what `--json` says of the data: what both splits leave out, and whether figures are of a cut list."""
+        """Return the `--json` fields of the data: `left_out` for both splits, and `cut_list`."""
         splits = {"train": self.train, "val": self.val}
         left_out = {name: split.left_out.as_list() for name, split in splits.items()}
         return {"cut_list": self.cut, "left_out": left_out}
@@ -74,10 +74,10 @@ def load_data(
     *,
     device_free_bytes: int | None = None,
 ) -> TrainingData:
-    """Read the splits that `--data` describes; raises DataError or UsageError saying what and where.
+    """Read the splits that `--data` describes; raises DataError or UsageError with the file and the problem.
 
-    `processes` of this host divide its memory among themselves. `device_free_bytes` is what images may take of
-    the GPU's memory; None without a GPU.
+    `processes` on this host share its memory. `device_free_bytes` is how much of the GPU's memory decoded images may
+    take; None without a GPU.
     """
     description = _describe(config)
     train, val = (Dataset.load(description, split, strict=config.strict) for split in ("train", "val"))
@@ -194,7 +194,7 @@ def validation_loader(
 ) -> ValLoader:
     """Return this rank's part of the validation split in letterboxed batches.
 
-    They hold twice the images of training's, as nothing is kept to go back.
+    A validation batch has twice the training's batch size: without a backward pass, no activations are kept.
     """
     return ValLoader(
         data.val,

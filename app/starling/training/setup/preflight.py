@@ -1,4 +1,4 @@
-"""What can be found wrong with a training on this machine before anything is fetched for it."""
+"""Check a training on this machine before anything is downloaded for it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from starling.tracking.clearml import DATASET_SCHEME
 
 
 def check_before_fetching(config: TrainConfig) -> None:
-    """Raise what a training would raise anyway, before published weights are fetched.
+    """Raise the errors that a training would raise later, before published weights are fetched.
 
-    The bucket and the project are looked at in any case; where weights are to be fetched, so are device, dataset (unless it is to be
-    fetched too) and layout, as far as they are here.
+    Checks the bucket and the project always. If weights are to be fetched, also checks the device, the layout with
+    `--freeze`, and the dataset unless the dataset is to be fetched too.
     """
     check_driver(config.bucket)
     check_project(config.run_project, runs_root())
@@ -36,9 +36,9 @@ def check_before_fetching(config: TrainConfig) -> None:
 
 
 def check_dataset(data: str, *, single_cls: bool = False, fetched: bool = False) -> None:
-    """Read a description that is here, and look for an image of every split.
+    """Read a local dataset description, and look for an image of every split.
 
-    Raises a UsageError for what the description says wrongly; DataError for what is not there, unless it is `fetched`.
+    Raises UsageError for an error in the description; DataError for missing files, unless they are to be `fetched`.
     """
     if data.startswith(DATASET_SCHEME):
         return

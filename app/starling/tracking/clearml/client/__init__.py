@@ -1,5 +1,5 @@
 """A ClearML server as this project uses it: bounded calls, tasks for trainings, datasets.
 
-ClearML's own SDK retries for hours, and a call of it can be ended only by SIGKILL; so nothing here imports it but
-`sdk_process`, which runs in a process of its own that can be killed.
+ClearML's own SDK retries for hours, and only SIGKILL ends a call; so only `sdk_process` imports the SDK, and runs in a
+separate process that can be killed.
 """

@@ -1,7 +1,7 @@
-"""Calls of ClearML's API that end: every one within seconds, with an answer or with one of two errors.
+"""Bounded calls of ClearML's API: every call ends within seconds, with an answer or with one of two errors.
 
-ClearML's SDK retries a refused connection 240 times, waits for ever on a 503, and follows redirects; here a call has a
-deadline, an answer a size limit, a redirect is a fault, and a token that ran out is renewed once.
+ClearML's SDK retries a refused connection 240 times, waits for ever after a 503, follows redirects. Here a call has a
+deadline, an answer has a size limit, a redirect is an error, and an expired token is renewed once.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from starling.tracking.clearml.client.credentials import Credentials
 
 CONNECT_S, READ_S = 3.0, 10.0
 UPLOAD_S, UPLOAD_BYTES_PER_S = 60.0, 50_000
-"""An upload may take as long as its size at this rate, and the first of these at least."""
+"""Maximum seconds of an upload: its size at this rate, but at least UPLOAD_S."""
 MAX_ANSWER_BYTES = 32 << 20
 _BUSY = {408, 429, 502, 503, 504}
-"""Answers that mean: later."""
+"""Status codes of a server that is busy."""
 _CHUNK_BYTES = 1 << 16
 
 Answer = dict[str, Any]
 
 
 class ClearmlUnavailableError(ServerError):
-    """The server does not answer, is busy, or answers what a ClearML server would not."""
+    """The server does not answer, is busy, or sends an answer that is not ClearML's."""
 
 
 class ClearmlRefusedError(ServerError):
-    """The server understood and said no; another try would get the same answer."""
+    """The server refused the request; another attempt would get the same answer."""
 
     def __init__(self, message: str, *, status: int = 400, subcode: int = 0) -> None:
         super().__init__(message)
@@ -43,9 +43,9 @@ class ClearmlRefusedError(ServerError):
 
 
 class ClearmlApi:
-    """A server, spoken to as `api.call("tasks.create", name=…)`.
+    """A ClearML server; call it as `api.call("tasks.create", name=…)`.
 
-    `patience_s`: for so long a call that finds the server away is tried again; 0: the caller does that.
+    `patience_s`: seconds during which a call to an unreachable server is retried; with 0, the caller retries.
     """
 
     def __init__(
@@ -68,26 +68,26 @@ class ClearmlApi:
     def call(self, endpoint: str, /, **body: Any) -> Answer:
         """Return the `data` of the answer to `service.action`.
 
-        Raises ClearmlUnavailableError, or ClearmlRefusedError with the server's words.
+        Raises ClearmlUnavailableError, or ClearmlRefusedError with the server's message.
         """
         return self._patiently(lambda: self._call(endpoint, json.dumps(body).encode(), "application/json"))
 
     def send_events(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Send scalars, plots, images and console lines; raises as `call` does."""
+        """Send scalars, plots, images and console lines; raises the errors of `call`."""
         lines = "\n".join(json.dumps(event, allow_nan=False) for event in events)
         if lines:
             self._patiently(lambda: self._call("events.add_batch", lines.encode(), "application/json-lines"))
 
     def upload(self, path: Path, name: str) -> str:
-        """Store a file at the file server under `name` (`project/task/file`), and return its address."""
+        """Store a file on the file server under `name` (`project/task/file`), and return its address."""
         return self._patiently(lambda: self._authorised(lambda token: self._upload(token, path, name)))
 
     def page(self, path: str) -> str:
-        """Return the address of a page for people."""
+        """Return the address of a page in the web interface."""
         return f"{self.credentials.web_host}/{path}"
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         self._session.close()
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
@@ -105,14 +105,14 @@ class ClearmlApi:
         return self._authorised(lambda token: self._post(endpoint, body, {"Content-Type": kind, **token}))
 
     def _authorised(self, action: Callable[[Mapping[str, str]], Any]) -> Any:
-        """Do `action` with a header that says who we are, and once more where the token was refused."""
+        """Call `action` with the header that authenticates, and again after a new login if the token was refused."""
         if self._token:
             try:
                 return action({"Authorization": f"Bearer {self._token}"})
             except ClearmlRefusedError as error:
                 if error.status != 401:
                     raise
-        # The token ran out, or the server has been set up anew.
+        # The token has expired, or the server has been reinstalled.
         self._log_in()
         return action({"Authorization": f"Bearer {self._token}"})
 
@@ -159,7 +159,7 @@ class ClearmlApi:
 
     @contextmanager
     def _answered(self, url: str, *, timeout: float, **request: Any) -> Iterator[tuple[int, bytes]]:
-        """Send a request and yield status and body; a redirect, a huge answer and silence are unavailability."""
+        """Send a request, yield status and body; a redirect, a huge answer or a timeout is an unavailable server."""
         import requests
 
         deadline = time.monotonic() + timeout + CONNECT_S
@@ -187,7 +187,7 @@ class ClearmlApi:
 
 
 class _Multipart:
-    """A form with one file, read as it is sent: weights can be larger than the memory that is free."""
+    """A form with one file, read while it is sent: weights may be larger than the free memory."""
 
     def __init__(self, file: IO[bytes], size: int, name: str) -> None:
         boundary = uuid.uuid4().hex
@@ -206,11 +206,11 @@ class _Multipart:
         return self._size
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes of the form, none at its end."""
+        """Return the next bytes of the form; empty at its end."""
         if len(self._parts) == 2:
             return self._parts.pop(0)
         if self._left > 0:
-            # A file that grew meanwhile is sent as long as it was, one that shrank is padded by the error below.
+            # A file that has grown is sent in its old length; a file that has shrunk raises the error below.
             chunk = self._file.read(min(self._left, size if size > 0 else _CHUNK_BYTES))
             if not chunk:
                 raise OSError("the file became shorter while it was sent")
@@ -227,7 +227,7 @@ def _is_clearml(raw: bytes) -> bool:
 
 
 def _data(url: str, status: int, raw: bytes) -> Answer:
-    """Return the answer's data; raises for what is none, and for a refusal."""
+    """Return the data of the answer; raises an error for an invalid answer and for a refusal."""
     try:
         answer = parse_json(raw)
         meta, data = answer["meta"], answer.get("data") or {}
@@ -247,7 +247,7 @@ def _data(url: str, status: int, raw: bytes) -> Answer:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost reason in one line; requests wraps it several times."""
+    """Return the innermost reason in one line; requests wraps exceptions several times."""
     reason: Any = error
     while (
         isinstance(getattr(reason, "args", None), tuple)

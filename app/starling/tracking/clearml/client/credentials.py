@@ -1,4 +1,4 @@
-"""Where ClearML's server is and who we are there: from the environment, else from the file that `clearml-init` writes."""
+"""Addresses and credentials of a ClearML server, from the environment or from the file that `clearml-init` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starling.core.files.refusals import readable
 from starling.core.paths import at_home
 
 API_HOST, WEB_HOST, FILES_HOST = "https://api.clear.ml", "https://app.clear.ml", "https://files.clear.ml"
-"""ClearML's hosted service, which its SDK takes where credentials are given without addresses."""
+"""ClearML's hosted service, the SDK's default for credentials without addresses."""
 
 REMEDY = (
     "set CLEARML_API_HOST, CLEARML_WEB_HOST, CLEARML_FILES_HOST, CLEARML_API_ACCESS_KEY and "
@@ -30,29 +30,29 @@ class Credentials:
     access_key: str = field(repr=False)
     secret_key: str = field(repr=False)
     verify: bool | str = True
-    """Whether certificates are checked, or the bundle to check them by."""
+    """Whether certificates are checked, or the path of a certificate bundle."""
 
 
 def config_file(environment: Mapping[str, str]) -> Path:
-    """Return ClearML's configuration file, which need not exist."""
+    """Return the path of ClearML's configuration file, which need not exist."""
     given = environment.get("CLEARML_CONFIG_FILE")
     return at_home(given) if given else Path(environment.get("HOME") or Path.home()) / "clearml.conf"
 
 
 def is_configured(environment: Mapping[str, str]) -> bool:
-    """Return whether there is a key pair or a file that may hold one; cheap, and imports nothing."""
+    """Return whether there is a key pair, or a file that may hold one; fast, without imports."""
     keys = environment.get("CLEARML_API_ACCESS_KEY") and environment.get("CLEARML_API_SECRET_KEY")
     try:
         return bool(keys) or config_file(environment).is_file()
     except PermissionError:
-        return True  # whoever reads it says so
+        return True  # reading the file will report the error
 
 
 @readable(UsageError)
 def find_credentials(environment: Mapping[str, str]) -> Credentials | None:
-    """Return the credentials that the environment gives, the configuration file filling in; None without a key pair.
+    """Return the credentials of the environment, completed from the configuration file; None without a key pair.
 
-    Raises UsageError for a file that cannot be read.
+    Raises UsageError for an unreadable file.
     """
     complete = all(environment.get(f"CLEARML_API_{name}") for name in ("HOST", "ACCESS_KEY", "SECRET_KEY"))
     stored = _read_config(config_file(environment), needed=not complete)
@@ -87,7 +87,7 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _read_config(path: Path, *, needed: bool) -> Mapping[str, Any]:
-    """Return what the HOCON file holds; nothing where there is none, or it is not `needed` and no reader is installed."""
+    """Return the content of the HOCON file; empty without a file, or if not `needed` and no parser is installed."""
     if not path.is_file():
         return {}
     try:
@@ -100,6 +100,6 @@ def _read_config(path: Path, *, needed: bool) -> Mapping[str, Any]:
         if not needed:
             return {}
         raise UsageError(f"{path}: needs the package clearml to be read; install requirements.txt") from None
-    except Exception as error:  # the parser raises its own parser's errors
+    except Exception as error:  # the parser raises the exceptions of its own parser
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path}: not readable ({first[:200]}); run clearml-init again") from None

@@ -1,4 +1,4 @@
-"""The machine that a task runs on, as its page shows it."""
+"""The machine that a task runs on, for the task's page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the task's page shows of the machine, under the SDK's names."""
+    """Return the description of the machine for the task's page, under the SDK's names."""
     import psutil
 
     return {

@@ -1,4 +1,4 @@
-"""Trainings that an agent runs: put into a queue here, and taken over from the agent's task there."""
+"""Trainings that an agent runs: put them into a queue here, and read the agent's task there."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from starling.tracking.clearml.client.tasks import (
 )
 
 PATIENCE_S = 20.0
-"""A command tries so long to reach a server that is away."""
+"""Seconds during which a command tries to reach an unreachable server."""
 
 
 def connect(environment: Mapping[str, str] = os.environ) -> ClearmlApi:
-    """Return the server that the environment names; raises UsageError where it names none."""
+    """Return the server that the environment names; raises UsageError if it names none."""
     credentials = find_credentials(environment)
     if credentials is None:
         raise UsageError(f"ClearML is not configured: {REMEDY}")
@@ -41,15 +41,15 @@ def connect(environment: Mapping[str, str] = os.environ) -> ClearmlApi:
 
 
 def enqueue_training(config: TrainConfig) -> None:
-    """Make a task of the command, put it into the queue `--remote` names, and say where it can be watched.
+    """Create a task from the command, put it into the queue that `--remote` names, and print the address of its page.
 
-    Paths among the arguments are looked up by the agent, so they have to mean the same there.
+    The agent resolves paths in the arguments, so the paths must be valid on the agent's machine.
     """
     queue, config = config.remote, replace(config, remote="")
     hyp = Hyp.from_mapping(read_yaml(find_config("hyps", config.hyp)), config.hyp)
     params = {**config.as_dict(), **{f"{HYP_PREFIX}{key}": value for key, value in hyp.as_dict().items()}}
     api = connect()
-    queue = queue_id(api, queue)  # found before the task is made: a wrong name leaves nothing behind
+    queue = queue_id(api, queue)  # found before the task is created: a wrong name leaves nothing behind
     kind = "optimizer" if config.evolve else "training"
     task = create_task(
         api, name=config.run_name, project=project_name(config.run_project), params=params, kind=kind
@@ -65,9 +65,9 @@ def enqueue_training(config: TrainConfig) -> None:
 
 
 def arguments_of_task(environment: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Return the command line that the agent's task asks for, and make the task the run's own in `environment`.
+    """Return the command line that the agent's task asks for, and record the task in `environment` as the run's task.
 
-    The task's hyperparameters go into a file below the runs folder.
+    The task's hyperparameters are written to a file below the runs folder.
     """
     api = connect(environment)
     task = get_task(api, environment[TASK_VARIABLE])

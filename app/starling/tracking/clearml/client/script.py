@@ -1,4 +1,4 @@
-"""The code behind a task: where an agent finds it, at which commit, with which changes, and with which packages."""
+"""The code behind a task, for an agent: repository, commit, changes and packages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from starling.core import package
 from starling.core.redaction import Redaction
 
 ROOT = package.PARENT.parent
-"""The checkout, where there is one."""
+"""The checkout, if the code runs from one."""
 ENTRY = "app/train.py"
 DISTRIBUTION = "starling-detect"
-"""What pip calls this project: no requirement of itself."""
+"""Name of this project for pip, which is left out of the requirements."""
 MAX_DIFF_BYTES = 400_000
 _GIT_S = 10.0
 
@@ -35,13 +35,13 @@ except ImportError as error:
     sys.exit(f"{error}: this agent's Python does not hold the trainer; build its image on the trainer's (docs/clearml.md)")
 sys.exit(main([]))
 '''
-"""What an agent runs where the code came from no repository that it could clone: an image, say."""
+"""Script for an agent if the code comes from no repository that the agent can clone, for example from an image."""
 
 
 def describe_script(commit: str = "", diff: str = "") -> dict[str, Any]:
-    """Return the `script` part of a task, as `tasks.create` takes it.
+    """Return the `script` part of a task, for `tasks.create`.
 
-    `commit` and `diff` are what a run noted when it began, which may be long ago; without them it is what is here now.
+    `commit` and `diff` are what a run recorded at its start, maybe long ago; without them, the present code is used.
     """
     requirements = {"requirements": {"pip": _packages()}, "binary": f"python{platform.python_version()}"}
     repository = _address(_git("remote", "get-url", "origin"))
@@ -60,7 +60,7 @@ def describe_script(commit: str = "", diff: str = "") -> dict[str, Any]:
 
 @functools.cache
 def _packages() -> str:
-    """Return what is installed, in the form of a requirements file."""
+    """Return the installed packages in the format of a requirements file."""
     found = {
         (
             distribution.metadata["Name"] or ""
@@ -73,18 +73,18 @@ def _packages() -> str:
 
 
 def _diff() -> str:
-    """Return what is changed and not committed. Secrets in it are blotted out, even where it does not apply then."""
+    """Return the uncommitted changes. Secrets in them are redacted, even if the diff then no longer applies."""
     diff = _git("diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
     return f"{Redaction()(diff)}\n" if diff else ""
 
 
 def _applicable(diff: str) -> str:
-    """Return a diff that a page can show; one that would have to be cut would not apply, so it is left out."""
+    """Return a diff that a page can show; a longer one is left out, because a truncated diff would not apply."""
     return diff if len(diff.encode()) <= MAX_DIFF_BYTES else ""
 
 
 def _git(*words: str) -> str:
-    """Return what git says about the checkout that the code runs from; '' without git, or outside a checkout."""
+    """Return git's output about the checkout that the code runs from; '' without git, or outside a checkout."""
     if not (ROOT / ".git").exists():
         return ""
     try:
@@ -104,7 +104,7 @@ def _git(*words: str) -> str:
 
 
 def _address(url: str) -> str:
-    """Return an address an agent can clone from, without credentials; '' for a path of this machine."""
+    """Return an address that an agent can clone from, without credentials; '' for a path of this machine."""
     url = url.strip()
     if not re.match(r"(https?|ssh|git)://|[\w.-]+@[\w.-]+:", url):
         return ""

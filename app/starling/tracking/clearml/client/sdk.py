@@ -1,4 +1,4 @@
-"""Run ClearML's SDK in a process that ends, by itself or killed."""
+"""Run ClearML's SDK in a process that always ends, if necessary by a kill."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from starling.core.plain_json import parse_json
 from starling.errors import ServerError
 
 IDLE_S = 120.0
-"""So long nothing may move: neither what the SDK prints nor the folder that it works in."""
+"""Seconds without progress, in the SDK's output and in its folder, after which the SDK is killed."""
 CHUNK_BYTES = 512 << 20
-"""The SDK uploads archives of this size, and while one is under way nothing else moves."""
+"""Size of the archives that the SDK uploads; during the upload of an archive there is no other progress."""
 _POLL_S = 0.25
 
 
 class SdkError(ServerError):
-    """The SDK failed, or came to a stop and was killed."""
+    """The SDK failed, or was killed because it made no progress."""
 
 
 def run_sdk(
@@ -36,10 +36,10 @@ def run_sdk(
     idle_s: float = IDLE_S,
     show: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any]:
-    """Run `sdk_process` with these words and return what it answers.
+    """Run `sdk_process` with these words and return its answer.
 
-    `folder` is where it works: its cache and its temporary files are there, and it is to put what it makes there too, since
-    what grows there is how it is seen to be alive; `show` is told the bytes. Raises SdkError, and UsageError where the
+    `folder` is the SDK's working folder: its cache, its temporary files and its results go there, because growth of the
+    folder is the sign of progress; `show` gets the number of bytes. Raises SdkError, and UsageError if the
     package clearml is not installed.
     """
     import importlib.util
@@ -56,7 +56,7 @@ def run_sdk(
         "TMPDIR": str(temporary),
         "CLEARML_SUPPRESS_UPDATE_MESSAGE": "1",
     }
-    # In an agent the SDK would take the agent's task for the dataset's.
+    # Inside an agent, the SDK would use the agent's task for the dataset.
     for name in ("CLEARML_TASK_ID", "TRAINS_TASK_ID", "CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID"):
         inside.pop(name, None)
     with tempfile.TemporaryFile() as output:
@@ -68,7 +68,7 @@ def run_sdk(
             _watch(process, output.fileno(), folder, idle_s, show)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # nothing less ends the SDK's threads
+                os.killpg(process.pid, signal.SIGKILL)  # a weaker signal does not end the SDK's threads
             process.wait()
         output.seek(0)
         lines = output.read().decode("utf-8", "replace").strip().splitlines()
@@ -83,7 +83,7 @@ def run_sdk(
 def _watch(
     process: subprocess.Popen[bytes], output: int, folder: Path, idle_s: float, show: Callable[[int], None]
 ) -> None:
-    """Wait for the process as long as something moves; raises SdkError when nothing does."""
+    """Wait for the process while there is progress; raises SdkError when there is none."""
     seen, since = (-1, -1), time.monotonic()
     while process.poll() is None:
         time.sleep(_POLL_S)
@@ -96,7 +96,7 @@ def _watch(
 
 
 def bytes_below(folder: Path) -> int:
-    """Return the bytes of all files below a folder, links not followed."""
+    """Return the total bytes of all files below a folder; links are not followed."""
     total = 0
     for current, _, files in os.walk(folder):
         for name in files:
@@ -106,5 +106,5 @@ def bytes_below(folder: Path) -> int:
 
 
 def _reason(lines: list[str]) -> str:
-    """Return the last line that says something: of a traceback, the error."""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+    """Return the last line that is not empty: in a traceback, the error."""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "there was no output")

@@ -1,9 +1,9 @@
-"""ClearML's SDK in a process of its own, for what only it can do: the making and the fetching of datasets.
+"""ClearML's SDK in a separate process, for what only the SDK can do: create and fetch datasets.
 
     python -m starling.tracking.clearml.client.sdk_process fetch ID FOLDER
     python -m starling.tracking.clearml.client.sdk_process create FOLDER PROJECT NAME VERSION [PARENT ...]
 
-The last line it prints is JSON. Whoever starts it watches it, and kills it when nothing moves: its retries do not end.
+The last line of output is JSON. The caller watches the process, and kills it without progress: its retries never end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 
 def fetch(dataset_id: str, folder: str) -> dict[str, str]:
-    """Put the files of a dataset, and of those it goes back to, into an empty folder."""
+    """Put the files of a dataset, and of its parent datasets, into an empty folder."""
     from clearml import Dataset
 
     dataset = Dataset.get(dataset_id=dataset_id)
@@ -28,7 +28,7 @@ def fetch(dataset_id: str, folder: str) -> dict[str, str]:
 
 
 def create(folder: str, project: str, name: str, version: str, *parents: str) -> dict[str, str | int]:
-    """Make a version of a dataset that holds what the folder holds: create, sync, upload, close."""
+    """Create a version of a dataset with the content of the folder: create, sync, upload, close."""
     from clearml import Dataset
 
     dataset = Dataset.create(

@@ -1,4 +1,4 @@
-"""Tasks as trainings: arguments and hyperparameters that can be edited on a clone, and read back into a command line."""
+"""Tasks as trainings: arguments and hyperparameters can be edited on a clone, and read back into a command line."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from starling.tracking.clearml.client.api import Answer, ClearmlApi, ClearmlRefu
 from starling.tracking.clearml.client.script import describe_script
 
 ARGS, HYP, PROPERTIES = "Args", "Hyp", "properties"
-"""Sections of a task's hyperparameters; what stands in `properties` is shown as the user's own properties."""
+"""Sections of a task's hyperparameters; ClearML's page shows `properties` as the user's own properties."""
 MARK = "starling"
-"""System tag of every task of ours."""
+"""System tag of every task of this project."""
 TASK_VARIABLE = "CLEARML_TASK_ID"
-"""Set by an agent: the task that is to be run."""
+"""Set by an agent: the id of the task to run."""
 OWN_TASK_VARIABLE = "STARLING_CLEARML_TASK"
-"""Set by a trainer that runs what a task asks for: the task is its run's. One that a script of the user's starts with
-arguments has a task of its own, as the script's may go on."""
+"""Set by a trainer that takes its arguments from a task: the id of that task, which is the run's task. A training that
+a user's script starts with arguments gets a new task, because the script's own task may go on."""
 HYP_PREFIX = "hyp/"
 _HERE = frozenset({"remote", "local_rank", "debug", "json"})
-"""Settings of the command at hand, which are no part of the training."""
+"""Settings of the present command that are no part of the training."""
 _SIMPLE = {str, int, float, bool}
 
 
 def uuid_tag(uuid: str) -> str:
-    """Return the system tag by which a run's task is found again."""
+    """Return the system tag that identifies the task of a run."""
     plain = re.sub(r"[^\w.-]", "", uuid)
     return f"{MARK}-{plain}"
 
 
 def project_name(project: str) -> str:
-    """Return a project as ClearML names it: `/` makes a subproject; a path of this machine is no name."""
+    """Return a project's name in ClearML: `/` makes a subproject; parts of a local path are left out."""
     return (
         "/".join(part for part in project.removeprefix("runs/").split("/") if part not in ("", "."))
         or "train"
@@ -54,7 +54,7 @@ def project_id(api: ClearmlApi, name: str) -> str:
         return str(found[0]["id"])
     try:
         return str(api.call("projects.create", name=name, description="")["id"])
-    except ClearmlRefusedError:  # another process was faster
+    except ClearmlRefusedError:  # another process has created it
         found = api.call("projects.get_all", **wanted)["projects"]
         if not found:
             raise
@@ -62,7 +62,7 @@ def project_id(api: ClearmlApi, name: str) -> str:
 
 
 def hyper_params(section: str, values: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
-    """Return one section of hyperparameters as the API takes it."""
+    """Return one section of hyperparameters in the form of the API."""
     return {
         section: {
             key: {"section": section, "name": key, "value": _text(value), "type": type(value).__name__}
@@ -91,7 +91,7 @@ def create_task(
     parent: str | None = None,
     script: Mapping[str, Any] | None = None,
 ) -> str:
-    """Create a task that an agent can run, of the code that is here unless `script` tells another; return its id."""
+    """Create a task that an agent can run, with the present code unless `script` is given; return its id."""
     more = {"parent": parent} if parent else {}
     return str(
         api.call(
@@ -102,7 +102,7 @@ def create_task(
 
 
 def get_task(api: ClearmlApi, task: str) -> Answer:
-    """Return a task; raises UsageError for one that the server does not have."""
+    """Return a task; raises UsageError for an unknown id."""
     try:
         return dict(api.call("tasks.get_by_id", task=task)["task"])
     except ClearmlRefusedError as error:
@@ -119,7 +119,7 @@ def task_page(api: ClearmlApi, task: Answer) -> str:
 
 
 def queue_id(api: ClearmlApi, name: str) -> str:
-    """Return the id of a queue; raises UsageError, naming those there are, where there is no such queue."""
+    """Return the id of a queue; raises UsageError, with the names of the existing queues, for an unknown name."""
     found = api.call("queues.get_all", only_fields=["id", "name"])["queues"]
     queues = {str(item["name"]): str(item["id"]) for item in found}
     if name not in queues:
@@ -132,7 +132,7 @@ def queue_id(api: ClearmlApi, name: str) -> str:
 
 
 def enqueue(api: ClearmlApi, task: str, queue: str) -> None:
-    """Put a task into a queue, by their ids."""
+    """Put a task into a queue, both given by id."""
     api.call("tasks.enqueue", task=task, queue=queue)
 
 
@@ -143,9 +143,9 @@ def section_of(task: Answer, section: str) -> dict[str, str]:
 
 
 def command_line(task: Answer, folder: Path) -> list[str]:
-    """Return the arguments of `train.py` that a task asks for; its Hyp goes into a file in `folder`.
+    """Return the arguments of `train.py` that a task asks for; the task's Hyp is written to a file in `folder`.
 
-    What stands at its default is left out. Raises ConfigError for a name or a value that does not fit.
+    Arguments with default values are left out. Raises ConfigError for a wrong name or value.
     """
     words = _flags(section_of(task, ARGS))
     values = section_of(task, HYP)
@@ -183,7 +183,7 @@ def _flags(values: Mapping[str, str]) -> list[str]:
 
 
 def _parsed(name: str, text: str, default: Any) -> Any:
-    """Return the text of a task's argument as the type of its default."""
+    """Convert the text of a task's argument to the type of its default."""
     if type(default) not in _SIMPLE:
         try:
             found = parse_json(text)
