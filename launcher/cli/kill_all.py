@@ -18,7 +18,7 @@ from starling.core.errors import UsageError
 @shared
 @click.argument("names", nargs=-1)
 def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
-    """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    """Kill and remove your replicas, and no other containers. NAMES select replicas or fleets."""
     import json
 
     from launcher.errors import EngineError
