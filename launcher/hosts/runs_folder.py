@@ -1,4 +1,4 @@
-"""The one folder that replicas write: who owns it, and one `up` at a time on it."""
+"""The runs folder, the only folder that replicas write: its owner, and its lock for one `up` at a time."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from starling.core.handover import (
 from starling.core.lock import try_flock
 
 STRIP_S = 2.0
-"""How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
+"""The time limit of an ordinary user's `up` for finding set-id bits, which endanger only that user's account."""
 
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
-    """Return the `uid:gid` that replicas run as: what was asked, else the caller's own.
+    """Return the `uid:gid` that replicas run as: `asked`, else the caller's.
 
-    When root calls it is the owner of the runs folder; one that is root's, or is still to be made, is given to
-    NOBODYS_ID. Replicas are never root: a program of theirs with mode 4755 would make every user of the host root.
-    Raises UsageError for anything but UID:GID, and for root by any spelling.
+    If root calls, it is the owner of the runs folder. If root owns the runs folder, or the folder does not exist yet,
+    it is NOBODYS_ID. Replicas never run as root, because a program of theirs with mode 4755 would make every user of
+    the host root. Raises UsageError for anything but UID:GID, and for root in any spelling.
     """
     if asked is not None:
         uid, _, gid = asked.partition(":")
@@ -50,7 +50,7 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 
 def check_user(user: str) -> None:
-    """Raise UsageError for a `uid:gid` that no replica may have."""
+    """Raise UsageError for a `uid:gid` that replicas must not run as."""
     if not allowed_user(*map(int, user.split(":"))):
         raise UsageError(
             f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that a "
@@ -64,7 +64,7 @@ def _is_number(text: str) -> bool:
 
 
 def check_runs(runs: Path) -> None:
-    """Raise UsageError for a runs folder that cannot be one."""
+    """Raise UsageError for a path that cannot be the runs folder."""
     real = Path(os.path.realpath(runs))
     if is_the_systems((runs, real), Path.home()):
         leads = f", which leads to {real}" if real != runs else ""
@@ -86,11 +86,11 @@ def check_runs(runs: Path) -> None:
 
 @contextlib.contextmanager
 def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder, hold it against every other `up` on this host, and give it to `user` when root calls.
+    """Make the folder, lock it against every other `up` on this host, and, if root calls, change its owner to `user`.
 
-    Set-id bits below it are taken away. A folder made here is removed again when the block fails and left nothing in
-    it. Raises EngineError when another `up` holds it for too long, UsageError for a folder that cannot be made or given
-    away.
+    Set-id bits below the folder are removed. If the block fails, a folder made here is removed unless it has contents.
+    Raises EngineError if another `up` holds the folder for too long, UsageError if the folder cannot be made or its
+    owner cannot be changed.
     """
     with contextlib.ExitStack() as held:
         with _refused(runs):
@@ -110,9 +110,9 @@ def runs_folder(runs: Path, user: str, say: Callable[[str], None]) -> Iterator[N
 
 
 def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
-    """Make what is missing; return each folder made, by what holds it and its name, the deepest first.
+    """Make the missing folders; return each new folder as its parent and its name, the deepest first.
 
-    The runs folder is its user's alone; those above it are as the user's own `mkdir` makes them.
+    The runs folder has mode 0700; the folders above it have the modes of the user's own `mkdir`.
     """
     missing = [place for place in (runs, *runs.parents) if not os.path.lexists(place)]
     if not missing:
@@ -129,17 +129,17 @@ def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
 
 
 def _open(runs: Path) -> Folder:
-    """Open the folder, and look again at where its path has led."""
+    """Open the folder, and check again where its path leads."""
     top = open_top(runs, trusted=caller_ids()[:1]) if os.getuid() == 0 else Folder.resolve(runs)
     real = Path(os.readlink(top.proc_path))
     if is_the_systems((real,), Path.home()):
         top.close()
-        raise Refused(f"--runs {runs}: leads to {real}, which is the system's; give a folder of its own")
+        raise Refused(f"--runs {runs}: leads to the system's folder {real}; give a folder of its own")
     return top
 
 
 def _secure(top: Folder, user: str, *, made: bool, say: Callable[[str], None]) -> None:
-    """Hand the folder over when root calls, and take set-id bits away; say what was left alone."""
+    """Change the folder's owner if root calls, and remove set-id bits; says which files were left unchanged."""
     if os.getuid() != 0 or not user:
         account = strip_set_ids(top, STRIP_S if os.getuid() else None, say)
     else:
@@ -168,13 +168,13 @@ def _refused(runs: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(top: Folder, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock on the folder itself: no lock file to leave behind, and a dead holder's is released."""
+    """Lock the folder itself: there is no lock file to leave behind, and the kernel releases a dead holder's lock."""
 
     def take() -> bool:
         try:
             return try_flock(top.descriptor)
         except OSError:
-            return True  # a file system without locks; the engine's names still keep replicas single
+            return True  # a file system without locks; the engine's unique names still prevent duplicate replicas
 
     wait_for_lock(
         take,
