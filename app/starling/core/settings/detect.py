@@ -1,4 +1,4 @@
-"""What one `detect.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `detect.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class DetectConfig(Config):
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights or not all(self.weights):
             raise ConfigError("--weights", self.weights, "give the path of a .pt file")
         check_sides(self.imgsz)
@@ -97,7 +97,7 @@ class DetectConfig(Config):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Height and width asked for."""
+        """The height and width from --imgsz."""
         return self.imgsz[0], self.imgsz[-1]
 
 
@@ -124,5 +124,5 @@ COMMAND = Command(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> DetectConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return DetectConfig(**COMMAND.given(argv))

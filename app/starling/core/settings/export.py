@@ -1,4 +1,4 @@
-"""What one `export.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of an `export.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from starling.core.settings.values import check_sides
 Format = Literal["torchscript", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 OPSETS = (12, 20)
-"""First and last version of ONNX's operators that the exporter is held to."""
+"""The first and the last supported version of ONNX's operators."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig(Config):
-    """One export of one detector; the outputs lie beside its weights."""
+    """One export of one detector; the outputs are written beside its weights."""
 
     weights: str = setting(
         "yolov5s.pt", "weights to export; the files lie beside them", heading="what to export"
@@ -51,7 +51,7 @@ class ExportConfig(Config):
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights:
             raise ConfigError("--weights", self.weights, "give the path of a .pt file")
         check_sides(self.imgsz)
@@ -64,7 +64,7 @@ class ExportConfig(Config):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Height and width asked for."""
+        """The height and width from --imgsz."""
         return self.imgsz[0], self.imgsz[-1]
 
 
@@ -90,5 +90,5 @@ COMMAND = Command(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ExportConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return ExportConfig(**COMMAND.given(argv))

@@ -1,4 +1,4 @@
-"""What one `hpo.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of an `hpo.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class HpoConfig(Config):
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if self.parallel > 1 and not self.queue:
             raise ConfigError(
                 "--parallel", self.parallel, "needs agents: add --queue NAME; here, use train.py --evolve"
@@ -84,5 +84,5 @@ Without ClearML, and faster on the GPUs of one machine: python train.py --evolve
 
 
 def parse_args(argv: Sequence[str] | None = None) -> HpoConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return HpoConfig(**COMMAND.given(argv))

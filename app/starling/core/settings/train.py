@@ -1,4 +1,4 @@
-"""What one `train.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `train.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CACHES: tuple[Cache, ...] = get_args(Cache)
 Sampler = Literal["fast", "classic", "random", "qmc", "gp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 DEFAULT_SAMPLER: Sampler = "fast"
-"""What finds most for the same images through the model; see "Which sampler" in docs/performance.md."""
+"""The sampler with the best result for the same number of images; see "Which sampler" in docs/performance.md."""
 
 AUTO_BATCH = -1
 AUTO_FINALISTS = -1
@@ -32,7 +32,7 @@ DEFAULT_SEARCH_PROJECT = "runs/evolve"
 DEFAULT_NAME = "exp"
 
 _SEARCHING = "searching hyperparameters"
-"""The heading of what means nothing without `--evolve`."""
+"""The heading of the settings that need `--evolve`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +265,7 @@ class TrainConfig(Config):
     debug: bool = setting(False, "show tracebacks", resumable=True)
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together; a server is asked later."""
+        """Raise UsageError for values that exclude each other; servers are checked later."""
         if self.quad and self.batch_size % 4:
             raise ConfigError("--batch-size", self.batch_size, "must be a multiple of 4 with --quad")
         self._check_search()
@@ -280,7 +280,7 @@ class TrainConfig(Config):
             check_bucket(self.bucket)
 
     def _check_search(self) -> None:
-        """Refuse what only a search knows where there is none."""
+        """Raise UsageError for an invalid study, and for settings of a search without --evolve."""
         if self.study:
             parse_study_url(self.study)
         if self.study and self.allow_nfs:
@@ -291,7 +291,7 @@ class TrainConfig(Config):
                 raise UsageError(f"{declared.flag}: belongs to a search; add --evolve N, or leave it out")
 
     def _check_devices(self) -> None:
-        """Check a list of devices by itself; whether they exist is found out later."""
+        """Raise UsageError for an invalid list of devices; whether they exist is checked later."""
         devices = self.devices
         if len(devices) < 2:
             return
@@ -309,12 +309,12 @@ class TrainConfig(Config):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices asked for, one process each: `0,1` or `cpu,cpu`; none: the default one."""
+        """The devices from --device, one process each: `0,1` or `cpu,cpu`; empty: the default device."""
         names = (name.strip().lower().removeprefix("cuda:") for name in self.device.split(","))
         return tuple(name for name in names if name)
 
     def check_split(self, processes: int) -> None:
-        """Raise UsageError, naming the nearest batch that works, where so many processes cannot share the batch evenly."""
+        """Raise UsageError with the nearest batch that works if the batch cannot be split evenly."""
         if self.batch_size == AUTO_BATCH:
             raise UsageError(
                 f"--batch-size {AUTO_BATCH}: is measured on one device; give the batch of all {processes} processes together"
@@ -328,23 +328,23 @@ class TrainConfig(Config):
 
     @property
     def run_project(self) -> str:
-        """The project asked for, or the default of a training or of a search."""
+        """The value of --project, or the default for a training or a search."""
         return self.project or (DEFAULT_SEARCH_PROJECT if self.evolve else DEFAULT_PROJECT)
 
     @property
     def run_name(self) -> str:
-        """The name asked for, or `exp`."""
+        """The value of --name, or `exp`."""
         return self.name or DEFAULT_NAME
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as `opt.yaml` and checkpoints hold them."""
+        """Return plain values for `opt.yaml` and checkpoints."""
         values = asdict(self)
         values["freeze"] = list(self.freeze)
         return values
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> TrainConfig:
-        """Build from `as_dict()`'s values, as a checkpoint holds them."""
+        """Build a configuration from the values of `as_dict()` in a checkpoint; unknown keys are ignored."""
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in mapping.items() if key in known}
         values["freeze"] = tuple(values.get("freeze", (0,)))
@@ -367,24 +367,24 @@ COMMAND = Command(
 """,
 )
 RESUMABLE = frozenset(declared.field for declared in COMMAND.settings if declared.resumable)
-"""Fields that a resume may change; any other would make it a different training. Other `data` must hold the same images."""
+"""Fields that a resume may change without making it another training. A changed `data` must hold the same images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainCommand:
-    """A parsed command line: the configuration, and which of its fields were given."""
+    """A parsed command line: the configuration, and the names of the given fields."""
 
     config: TrainConfig
     given: frozenset[str]
     arguments: tuple[str, ...] = ()
-    """The words it was parsed from."""
+    """The words of the command line."""
     goes_on: bool = False
-    """Whether it resumes the run that its replica left, which the words do not say."""
+    """Whether the command resumes the unfinished run of its replica, without a --resume in the words."""
 
     def resumed(self, saved: TrainConfig) -> TrainConfig:
-        """Return the configuration of a resume: the saved one, with what was given now.
+        """Return the configuration of a resume: the saved one, changed by the given fields.
 
-        Raises UsageError for a flag that would change what is being trained.
+        Raises UsageError for a flag that would change the training.
         """
         changed = {key: getattr(self.config, key) for key in self.given}
         for key in sorted(changed.keys() - RESUMABLE):
@@ -397,7 +397,7 @@ class TrainCommand:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     given = COMMAND.given(arguments)
     given.pop("local_rank", None)

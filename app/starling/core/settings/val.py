@@ -1,4 +1,4 @@
-"""What one `val.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `val.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Task = Literal["val", "train", "test", "speed", "study"]
 DEFAULT_PROJECT = "runs/val"
 DEFAULT_NAME = "exp"
 SPEED_CONFIDENCE, SPEED_IOU = 0.25, 0.45
-"""Thresholds of `--task speed` where none are given: those of detection, so that NMS has its usual work."""
+"""Default thresholds of `--task speed`: those of detection, which give NMS its usual work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class ValConfig(Config):
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights or not all(self.weights):
             raise UsageError("--weights: name at least one weights file")
         if "," in self.device:
@@ -105,7 +105,7 @@ class ValConfig(Config):
 
     @property
     def writes_labels(self) -> bool:
-        """Whether labels/*.txt are asked for."""
+        """Whether labels/*.txt are written."""
         return self.save_txt or self.save_hybrid
 
 
@@ -125,7 +125,7 @@ COMMAND = Command(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ValConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     given = COMMAND.given(argv)
     if given.get("task") == "speed":
         given = {"conf_thres": SPEED_CONFIDENCE, "iou_thres": SPEED_IOU, **given}
