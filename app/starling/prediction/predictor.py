@@ -1,4 +1,4 @@
-"""From one image to its detections, in the image's own pixels."""
+"""Detect objects in single images; the boxes are in the image's own pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from starling.prediction.inference import Predictor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """What counts as a detection; see `non_max_suppression`."""
+    """The thresholds of detection; see `non_max_suppression`."""
 
     confidence: float = 0.25
     iou: float = 0.45
@@ -31,14 +31,14 @@ class Thresholds:
 
 @dataclass(slots=True)
 class Seconds:
-    """Time spent in each stage, over all images."""
+    """The seconds spent in each stage, over all images."""
 
     prepare: float = 0.0
     network: float = 0.0
     suppression: float = 0.0
 
     def describe(self, images: int) -> str:
-        """Return the mean of each stage in milliseconds an image."""
+        """Return the mean milliseconds per image of each stage."""
         prepare, network, suppression = (
             1e3 * seconds / max(images, 1) for seconds in (self.prepare, self.network, self.suppression)
         )
@@ -48,12 +48,12 @@ class Seconds:
 
 
 class ImageDetector:
-    """Run a model on images of any size, one at a time."""
+    """Runs a model on images of any size, one at a time."""
 
     def __init__(
         self, model: Predictor, compute: Compute, size_hw: tuple[int, int], thresholds: Thresholds
     ) -> None:
-        """Keep a model that is on its device; `size_hw` is what images are letterboxed into, in pixels."""
+        """Take a model on its device; images are letterboxed into `size_hw` pixels."""
         self._model = model
         self._stride = model.image_multiple
         self._compute = compute
@@ -63,7 +63,7 @@ class ImageDetector:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return [n,6] xyxy, confidence, class for an RGB image, uint8 [H,W,3]; the surest first."""
+        """Return [n,6] xyxy, confidence, class for an RGB image, uint8 [H,W,3]; the most confident first."""
         began = time.perf_counter()
         original_hw = (image.shape[0], image.shape[1])
         geometry = letterbox_geometry(original_hw, self._size_hw, stride=self._stride)
@@ -73,7 +73,9 @@ class ImageDetector:
         with self._compute.autocast():
             decoded = self._model(batch)[0].float()
         if not self._compute.on_cpu:
-            torch.cuda.synchronize(self._compute.device)  # else the network's time would be suppression's
+            torch.cuda.synchronize(
+                self._compute.device
+            )  # otherwise the network's time would count as suppression
         predicted = time.perf_counter()
         kept = self._thresholds
         found = non_max_suppression(
@@ -92,7 +94,7 @@ class ImageDetector:
 
 
 def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
-    """Return `size` rounded up to a multiple of `stride`, at least two of them."""
+    """Return `size` rounded up to a multiple of `stride`, at least twice the stride; says a change."""
     fitted = max(-(-size // stride), 2) * stride
     if fitted != size:
         say(f"--imgsz {size} is rounded up to {fitted}, a multiple of the layout's stride {stride}")
@@ -100,7 +102,7 @@ def fit_stride(size: int, stride: int, say: Callable[[str], None]) -> int:
 
 
 def fit_size(size_hw: tuple[int, int], stride: int, say: Callable[[str], None]) -> tuple[int, int]:
-    """Return height and width rounded up to multiples of `stride`, at least two of them, and say what changes."""
+    """Return height and width rounded up to multiples of `stride`, at least twice the stride; says changes."""
     height = fit_stride(size_hw[0], stride, say)
     return height, height if size_hw[1] == size_hw[0] else fit_stride(size_hw[1], stride, say)
 
@@ -108,7 +110,7 @@ def fit_size(size_hw: tuple[int, int], stride: int, say: Callable[[str], None]) 
 def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:
     """Return images [B,3,H,W] as 0..1 on the device, channels last, resized to `scaled_hw` if given.
 
-    uint8 becomes float32; what a painter has put there already stays as it is.
+    uint8 is converted to float32 and divided by 255; floating-point images are already 0..1 and stay unchanged.
     """
     pixels = images.to(compute.device, non_blocking=True)
     if images.dtype == torch.uint8:
