@@ -29,4 +29,4 @@ def confirmed(question: str, command: str) -> bool:
     try:
         return click.confirm(question)
     except click.Abort:
-        raise UsageError(f"{command} asks first and nobody answers here; give --yes") from None
+        raise UsageError(f"{command}: nobody can answer its question here; give --yes") from None

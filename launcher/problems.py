@@ -46,7 +46,7 @@ class Problems:
             self._keep([error])
         except PermissionError as error:
             self._keep(
-                [UsageError(f"{error.filename}: you may not look at it; ask its owner, or name another path")]
+                [UsageError(f"{error.filename}: you may not access it; ask its owner, or name another path")]
             )
         return None
 

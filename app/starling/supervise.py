@@ -71,13 +71,13 @@ class RestartPolicy:
         if end.code == 0 or end.stopped or end.code in (128 + number for number in STOPS):
             return ""
         if end.oom_killed:
-            return "out of memory, as it would be again: give it more --memory, or lower --batch or --workers"
+            return "out of memory, and a restart would be too: give it more --memory, or lower --batch or --workers"
         if end.lasting:
-            return "not started again: by its own account it would end in the same way"
+            return "not started again: it reported that it would fail again"
         if end.code in MISTAKES:
-            return f"not started again, which would not mend {MISTAKES[end.code]}"
+            return f"not started again, which would not correct {MISTAKES[end.code]}"
         if restarts == 0 and end.lasted_s < self.early_s:
-            return f"not started again, as it failed within {self.early_s:g} s"
+            return f"not started again, because it failed within {self.early_s:g} s"
         if restarts >= self.max_restarts:
             return (
                 f"given up after {restarts} restarts" if restarts else "not started again (--max-restarts 0)"

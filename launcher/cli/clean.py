@@ -45,7 +45,7 @@ def clean(
     results (weights, studies, plots), except those of a running fleet and folders whose lock is held.
     """
     if as_json and not (yes or dry_run):
-        raise UsageError("--json: nobody can be asked then; give --yes, or --dry-run to see the list")
+        raise UsageError("--json: asks for no confirmation; give --yes, or --dry-run to see the list")
     chosen = target.open_engine()
     found = _find(chosen, absolute(target.runs), names, runs_too=runs_too)
     if as_json:

@@ -67,7 +67,7 @@ def init(ctx: click.Context, file: Path) -> None:
             written.write(text)
     except FileExistsError:
         raise UsageError(
-            f"{file}: is there already and stays as it is; name another file: launcher init FILE"
+            f"{file}: exists already and is not overwritten; name another file: launcher init FILE"
         ) from None
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); check the folder") from None

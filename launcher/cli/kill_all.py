@@ -27,7 +27,7 @@ def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -
     from launcher.status.words import device_words, words_for
 
     if as_json and not yes:
-        raise UsageError("--json: nobody can be asked then; give --yes")
+        raise UsageError("--json: asks for no confirmation; give --yes")
     chosen = target.open_engine()
     states = select(chosen.list(), names)
     if not states and not as_json:

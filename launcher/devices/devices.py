@@ -132,7 +132,9 @@ def _expand(item: str, text: str) -> Sequence[str]:
     match = _RANGE.fullmatch(item)
     if not match:
         alone = (
-            "stands alone" if item.lower() == "all" or _FREE.fullmatch(item.lower()) else "is not a device"
+            "cannot be combined"
+            if item.lower() == "all" or _FREE.fullmatch(item.lower())
+            else "is not a device"
         )
         raise UsageError(f"--gpus {text}: {item or 'an empty item'!r} {alone}; {_REMEDY}")
     if match[2] and int(match[2]) < int(match[1]):

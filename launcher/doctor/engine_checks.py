@@ -122,7 +122,7 @@ def check_clock(about: Mapping[str, Any], before: float, after: float) -> Findin
     try:
         there = datetime.fromisoformat(str(about.get("SystemTime", ""))).timestamp()
     except ValueError:
-        return Finding("clock", "ok", "the engine does not tell its time")
+        return Finding("clock", "ok", "the engine does not report its time")
     skew = max(before - there, there - after, 0.0)
     if skew > MOST_SKEW_S:
         return Finding(
@@ -155,7 +155,7 @@ def check_docker_disk(about: Mapping[str, Any], *, remote: bool) -> Finding:
     """Check the free space of the engine's folder for images, containers and logs."""
     folder = Path(str(about.get("DockerRootDir") or "/var/lib/docker"))
     if remote:
-        return Finding("engine's disk", "ok", f"{folder} is on the other machine: not looked at")
+        return Finding("engine's disk", "ok", f"{folder} is on the other machine: not checked")
     return check_space("engine's disk", folder, "docker system prune removes what nothing uses")
 
 
@@ -164,7 +164,7 @@ def check_space(check: str, folder: Path, remedy: str) -> Finding:
     try:
         free = disk_space(folder)
     except OSError as error:
-        return Finding(check, "ok", f"{folder}: cannot be looked at ({error.strerror})")
+        return Finding(check, "ok", f"{folder}: cannot be read ({error.strerror})")
     return judge_space(check, folder, free.bytes, remedy)
 
 

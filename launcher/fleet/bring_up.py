@@ -103,7 +103,7 @@ def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
                 failed and engine.state(replica_id) is None
             ):  # `remove` kills before it removes
                 raise EngineError(
-                    f"replica {replica_id[:12]} vanished while it was starting; somebody removed it"
+                    f"replica {replica_id[:12]} disappeared during its start; another command removed it"
                 )
             if failed:
                 raise ReplicaFailed(

@@ -95,7 +95,7 @@ def _open(path: Path) -> int:
 
 def _in_the_way(path: Path, what: str) -> EngineError:
     return EngineError(
-        f"{path}: {what}, and the lock of `launcher up` is to be there; remove it: sudo rm {path}"
+        f"{path}: {what}, and the lock of `launcher up` belongs there; remove it: sudo rm {path}"
     )
 
 

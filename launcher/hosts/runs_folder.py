@@ -75,7 +75,7 @@ def check_runs(runs: Path) -> None:
     try:
         place = next(parent for parent in (runs, *runs.parents) if parent.exists())
     except PermissionError:
-        raise UsageError(f"--runs {runs}: you may not look there; give a folder of your own") from None
+        raise UsageError(f"--runs {runs}: you may not access it; give a folder of your own") from None
     if not place.is_dir():
         raise UsageError(f"--runs {runs}: {place} is a file; give a folder")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -68,7 +68,9 @@ def destination(url: str) -> list[str]:
     if parts.password is not None:
         raise UsageError("--host: holds a password; leave it out, and let ssh ask for it or use a key")
     if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise UsageError(f"--host {url}: only ssh://user@machine:port; Docker's socket is found by itself")
+        raise UsageError(
+            f"--host {url}: only ssh://user@machine:port; Docker's socket is found automatically"
+        )
     if not (_NAME.fullmatch(name) or re.fullmatch(r"[0-9a-fA-F:]+", name)):
         raise UsageError(f"--host {url}: {name!r} is no name of a machine")
     if user is not None and not _NAME.fullmatch(user):

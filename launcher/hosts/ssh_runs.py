@@ -106,7 +106,7 @@ def _hand_over(connection: SshConnection, runs: Path, user: str, say: Callable[[
         for line in lines:
             say(f"note: {line}")
         return
-    why = lines[-1] if lines else f"{runs} is root's, and to hand it over needs `python3` there, 3.8 or newer"
+    why = lines[-1] if lines else f"root owns {runs}, and handing it over needs `python3` there, 3.8 or newer"
     raise EngineError(
         f"{connection.name}: {why}; or log in as an ordinary user and name a folder of that user's"
     )
@@ -146,7 +146,7 @@ def remote_host_lock(connection: SshConnection, say: Callable[[str], None]) -> I
     )
     if wrong:
         raise EngineError(
-            f"{wrong} on {connection.name}: not a file, and the lock of `launcher up` is to be there; remove it: sudo rm {wrong}"
+            f"{wrong} on {connection.name}: not a file, and the lock of `launcher up` belongs there; remove it: sudo rm {wrong}"
         )
     try:
         _hold(connection, 8, found, ": one at a time on that machine", say)

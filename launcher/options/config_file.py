@@ -91,7 +91,7 @@ def root_option(command: Any) -> Any:
         type=click.Path(path_type=Path),
         expose_value=False,
         callback=keep,
-        help=f"Settings [{NAME}, where there is one].",
+        help=f"The file of settings [{NAME}, if it exists].",
     )(command)
 
 
@@ -103,7 +103,7 @@ def _file_option(others: Sequence[click.Parameter]) -> click.Option:
         is_eager=True,  # parsed before the parameters whose values it holds
         expose_value=False,
         callback=_load,
-        help=f"Settings [{NAME}, where there is one].",
+        help=f"The file of settings [{NAME}, if it exists].",
     )
 
 

@@ -67,7 +67,7 @@ class FileFinder:
             path = self._existing(setting, given)
         except PermissionError as error:
             raise MISSING[setting](
-                f"--{setting} {given}: you may not look at {error.filename}; ask its owner, or give another path"
+                f"--{setting} {given}: you may not access {error.filename}; ask its owner, or give another path"
             ) from None
         if path is None:
             return None

@@ -170,7 +170,7 @@ def check_device_argument(asked: str, device: Device) -> None:
     allowed = (device.inside,) if several or device.kind == "cpu" else ("0", "cuda:0")
     if asked and asked not in allowed:
         raise UsageError(
-            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
+            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} automatically; leave "
             "--device out and choose devices with `launcher up --gpus` or `--cpu`"
             + ("" if several or "," not in asked else ", and --ddp for one training on several")
         )

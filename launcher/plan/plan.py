@@ -69,7 +69,7 @@ def make_plan(request: Request, facts: Facts) -> Plan:
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
     if not request.args.command.config.evolve and len(devices) > 1:
         notes.append(
-            "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
+            "no --evolve: each replica trains its own model; add --evolve N to search together, or --ddp to train one model"
         )
     template = _template(request, facts, memory)
     replicas = tuple(

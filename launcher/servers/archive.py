@@ -132,7 +132,7 @@ def verify(path: Path, at: Path | None = None) -> Contents:
     with members(path, at) as found:
         for member in found:
             if manifest is not None:
-                raise DataError(f"{path}: goes on after its manifest; it is not a backup of these servers")
+                raise DataError(f"{path}: continues after its manifest; it is not a backup of these servers")
             if member.name == MANIFEST:
                 manifest = _read_manifest(path, member)
                 continue

@@ -376,7 +376,7 @@ def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World
     remover.start()
     # Whoever removes a replica kills it first, and may be seen between the two.
     with pytest.raises(
-        StarlingError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
+        StarlingError, match=r"disappeared during its start; another command removed it|killed \(137\)"
     ):
         bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
     remover.join()

@@ -115,8 +115,8 @@ def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
         real = os.readlink(top.proc_path)
         top.close()
         raise Refused(
-            f"{path}: a link of uid {min(strangers)} leads to {real}, which is root's, and root hands over no folder by "
-            "somebody else's link; name that folder itself, if it is meant"
+            f"{path}: a link of uid {min(strangers)} leads to {real}, which root owns, and root hands over no folder through "
+            "another user's link; if you mean that folder, name it directly"
         )
     return top
 
@@ -140,8 +140,8 @@ def hand_over(
     state = os.fstat(top.descriptor)
     if state.st_uid == 0 and state.st_mode & stat.S_ISVTX and state.st_mode & stat.S_IWOTH:
         raise Refused(
-            f"{_shown(top.path)}: is root's folder for everybody (mode {stat.S_IMODE(state.st_mode):o}), and its owner may "
-            "remove everybody's files in it; give a folder of its own below it"
+            f"{_shown(top.path)}: is a world-writable folder of root's (mode {stat.S_IMODE(state.st_mode):o}), and its owner could "
+            "remove all users' files in it; give a new folder below it"
         )
     giving = state.st_uid in (0, uid)
     account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
@@ -262,7 +262,7 @@ class _Keeper:
         if not self._gives(found) or self._is_record(folder, name):
             return
         if stat.S_ISREG(found.st_mode) and not _surely_roots(folder, found):
-            account.leave(path, "is root's, and somebody else may have put it there: it stays root's")
+            account.leave(path, "belongs to root, but another user may have put it there: its owner stays")
             return
         os.chown(place, self._uid, self._gid)
         account.handed += 1
@@ -364,8 +364,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if account.handed and user is None:
         sys.stderr.write(
-            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} alone now, as no trainer runs as root; "
-            "make the folder yourself beforehand, and results are yours\n"
+            f"starling: {_shown(path)} belonged to root and now belongs to {uid}:{gid} only, because trainers never run as root; "
+            "make the folder yourself beforehand to own the results\n"
         )
     for line in account.lines():
         _say(line)

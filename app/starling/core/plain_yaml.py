@@ -117,7 +117,7 @@ def _written(node: Any) -> Value:
         if not isinstance(key, yaml.ScalarNode):
             raise OtherYaml("a key must be a plain word", key_line)
         if key.value in fields:
-            raise OtherYaml(f"the key {shown(repr(key.value))} stands twice; keep one of them", key_line)
+            raise OtherYaml(f"the key {shown(repr(key.value))} appears twice; keep one of them", key_line)
         fields[key.value] = _written(value)
     return Value(line=line, fields=fields)
 
@@ -208,7 +208,7 @@ class _PlainLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise _Refused("a key must be a plain value", key_node.start_mark)
             if key in seen:
-                raise _Refused(f"the key {shown(repr(key))} stands twice", key_node.start_mark)
+                raise _Refused(f"the key {shown(repr(key))} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

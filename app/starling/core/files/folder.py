@@ -228,7 +228,9 @@ def link_to_nothing(path: Path) -> OSError | None:
     """Return the error for a path with a dangling link in it; None for any other path."""
     for place in (path, *path.parents):
         if os.path.islink(place) and not os.path.exists(place):
-            problem = f"is a symbolic link to {os.readlink(place)}, where nothing is (is that disk mounted?)"
+            problem = (
+                f"is a symbolic link to {os.readlink(place)}, which does not exist (is that disk mounted?)"
+            )
             return FileNotFoundError(errno.ENOENT, problem, str(place))
     return None
 

@@ -121,7 +121,7 @@ def read_file(path: Path) -> bytes:
     with open(open_file(path, os.O_RDONLY), "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise FileRefused(path, f"holds more than {MOST_BYTES >> 20} MiB, and is none of ours")
+        raise FileRefused(path, f"holds more than {MOST_BYTES >> 20} MiB, so it is not a file of ours")
     return content
 
 

@@ -22,7 +22,7 @@ class ExportConfig(Config):
     """One export of one detector; the outputs are written beside its weights."""
 
     weights: str = setting(
-        "yolov5s.pt", "weights to export; the files lie beside them", heading="what to export"
+        "yolov5s.pt", "weights to export; the files are written beside them", heading="what to export"
     )
     include: tuple[Format, ...] = setting(FORMATS, "formats: torchscript, onnx")
     imgsz: tuple[int, ...] = setting(
@@ -39,7 +39,7 @@ class ExportConfig(Config):
     )
     opset: int = setting(
         17,
-        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}; older runtimes want a lower one",
+        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}; older runtimes need a lower one",
         metavar="N",
         check=Check(
             holds=lambda version: OPSETS[0] <= version <= OPSETS[1],
@@ -74,7 +74,7 @@ COMMAND = Command(
     config=ExportConfig,
     refused={
         "--simplify": "nothing is left to simplify: normalisation and constants are folded already; leave the flag out",
-        "--optimize": "TorchScript is written as it is; leave the flag out",
+        "--optimize": "TorchScript is written without optimisation; leave the flag out",
         "--int8": "quantisation is not available; quantise best.onnx with the target's own tool",
         "--nms": "NMS is not part of the file; docs/export.md says what to do with its output",
     },
@@ -83,7 +83,7 @@ COMMAND = Command(
       python export.py --weights runs/train/exp/weights/best.pt
   one ONNX file for images of any size and batches of any length
       python export.py --weights best.pt --include onnx --dynamic
-  what a phone runs: small and of a fixed size
+  for a phone: small and of a fixed size
       python export.py --weights best.pt --include onnx --imgsz 320 --opset 13
 """,
 )

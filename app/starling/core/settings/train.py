@@ -51,11 +51,11 @@ class TrainConfig(Config):
     )
     data: str = setting("coco128.yaml", "dataset YAML, shipped name or path, or clearml://ID", resumable=True)
     download: bool = setting(
-        False, "fetch the dataset first, as its description says, unless it is there", resumable=True
+        False, "fetch the dataset first, as its description says, unless it exists", resumable=True
     )
     hyp: str = setting(
         "hyp.scratch-low.yaml",
-        "hyperparameter YAML, shipped name or path; what it leaves out keeps its default",
+        "hyperparameter YAML, shipped name or path; missing values keep their defaults",
     )
     single_cls: bool = setting(False, "treat every class as one")
     freeze: tuple[int, ...] = setting(
@@ -68,7 +68,7 @@ class TrainConfig(Config):
     epochs: int = setting(
         100,
         "epochs in all, those before a resume counted; more of them go on with a finished run",
-        heading="how long, how large",
+        heading="duration and size",
         check=at_least(1),
         resumable=True,
     )
@@ -123,29 +123,27 @@ class TrainConfig(Config):
     seed: int = setting(0, "seed of everything random")
     device: str = setting(
         "",
-        "cpu, or a GPU's number; 0,1: one training on both, a process each",
+        "cpu, or a GPU's number; 0,1: one training on both, one process per GPU",
         shown="the first GPU, else cpu",
         resumable=True,
     )
-    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of one training; GPUs only")
+    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of a training; GPUs only")
     local_rank: int = setting(
-        -1, "accepted and ignored: torchrun gives it by a variable", "--local_rank", metavar="N", shown=""
+        -1, "accepted and ignored: torchrun sets it in a variable", "--local_rank", metavar="N", shown=""
     )
     amp: Literal["auto", "on", "off"] = setting(
         "auto",
-        "bfloat16 autocast: auto (where the hardware has it, CPUs too), on, off; never float16",
+        "bfloat16 autocast: auto (if the hardware supports it, CPUs too), on, off; never float16",
     )
     compile: bool = setting(
         False,
         "compile the model first (minutes), replayed as a CUDA graph on GPUs, for faster iterations; needs g++",
         resumable=True,
     )
-    deterministic: bool = setting(
-        False, "GPU kernels that give the same numbers in every run, where there are some"
-    )
+    deterministic: bool = setting(False, "GPU kernels that give the same numbers in every run, if they exist")
     workers: int = setting(
         8,
-        "most loader threads: at most one a core, and one where the model runs on the CPU",
+        "most loader threads: at most one per core, and one if the model runs on the CPU",
         check=at_least(0, "must be 0 or more"),
         resumable=True,
     )
@@ -158,7 +156,7 @@ class TrainConfig(Config):
         resumable=True,
     )
     noautoanchor: bool = setting(
-        False, "keep the anchors of layout or weights, even where they do not fit the labels"
+        False, "keep the anchors of layout or weights, even if they do not fit the labels"
     )
     strict: bool = setting(
         False, "stop at the first unusable image or label; else they are left out, counted and named"
@@ -178,7 +176,7 @@ class TrainConfig(Config):
         "how candidates are proposed: fast, classic (the evolution step), random, qmc or gp; docs/search.md says "
         "when to take which",
     )
-    space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
+    space: str = setting("classic.yaml", "YAML of the search space, shipped name or path")
     prune: bool = setting(False, "end trainings that fall behind early; N is then what the search may cost")
     finalists: int = setting(
         AUTO_FINALISTS,
@@ -199,7 +197,7 @@ class TrainConfig(Config):
     )
     allow_nfs: bool = setting(
         False,
-        "keep the journal on a network file system: all workers run on this host, or its locks hold",
+        "keep the journal on a network file system: only if all workers run on this host, or its locks work across hosts",
     )
 
     remote: str = setting(
@@ -212,20 +210,20 @@ class TrainConfig(Config):
 
     project: str = setting(
         "",
-        "folder below runs/; an absolute path stands as it is",
+        "folder below runs/; an absolute path is used unchanged",
         heading="where results go",
         shown="train; evolve for a search",
     )
     name: str = setting("", "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder", resumable=True)
     nosave: bool = setting(
-        False, "write last.pt only at the end or on a stop; best.pt as ever", resumable=True
+        False, "write last.pt only at the end or on a stop; best.pt as usual", resumable=True
     )
     noval: bool = setting(False, "validate after the final epoch only")
     noplots: bool = setting(False, "draw no plots", resumable=True)
     bbox_interval: int = setting(
         AUTO_INTERVAL,
-        "draw what the validation finds every N epochs, into epochs/; 0: never",
+        "draw the detections of the validation every N epochs, into epochs/; 0: never",
         "--bbox_interval",
         "--bbox-interval",
         metavar="N",
@@ -245,7 +243,7 @@ class TrainConfig(Config):
     )
     save_minutes: float = setting(
         10.0,
-        "save after so many minutes within an epoch too; 0: after each step",
+        "also save every N minutes within an epoch; 0: after each step",
         metavar="N",
         check=at_least(0, "must be 0 (after each step) or more"),
         resumable=True,

@@ -29,7 +29,7 @@ class ValConfig(Config):
     )
     weights: tuple[str, ...] = setting(
         ("yolov5s.pt",),
-        "weights, a path with or without .pt; several make an ensemble, in a study a line each",
+        "weights, a path with or without .pt; several make an ensemble, or in a study one line each",
         metavar="PT",
     )
     task: Task = setting(
@@ -64,11 +64,11 @@ class ValConfig(Config):
     )
     max_det: int = setting(300, "most detections in an image", metavar="N", check=at_least(1))
     augment: bool = setting(False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67")
-    half: bool = setting(False, "bfloat16 where the hardware has it, else float32")
+    half: bool = setting(False, "bfloat16 if the hardware supports it, else float32")
     device: str = setting("", "cpu, or a GPU's number", shown="the first GPU, else cpu")
     workers: int = setting(
         8,
-        "most loader threads: at most one a core, and one where the model runs on the CPU",
+        "most loader threads: at most one per core, and one if the model runs on the CPU",
         check=at_least(0),
     )
     verbose: bool = setting(
@@ -77,15 +77,15 @@ class ValConfig(Config):
     json: bool = setting(False, "end with one line of JSON")
     save_txt: bool = setting(
         False,
-        "write labels/*.txt: class x y width height, divided by the image's size; empty where nothing is found",
+        "write labels/*.txt: class x y width height, divided by the image's size; empty without detections",
     )
     save_conf: bool = setting(False, "write the confidence as a sixth column")
     save_hybrid: bool = setting(
         False,
-        "write the labels, with confidence 1, and the detections that are not on one; the figures stay as they are",
+        "write the labels, with confidence 1, and the detections that overlap no label; the figures do not change",
     )
     save_json: bool = setting(False, "write detections as COCO JSON, and score them with pycocotools")
-    project: str = setting(DEFAULT_PROJECT, "folder below runs/; an absolute path stands as it is")
+    project: str = setting(DEFAULT_PROJECT, "folder below runs/; an absolute path is used unchanged")
     name: str = setting(DEFAULT_NAME, "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder")
     debug: bool = setting(False, "show tracebacks")

@@ -145,7 +145,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.symlink_to(tmp_path / "disk")
     with (
-        pytest.raises(UsageError, match=r"is a symbolic link to .*disk, where nothing is"),
+        pytest.raises(UsageError, match=r"is a symbolic link to .*disk, which does not exist"),
         runs_folder(runs, "10001:10001", print),
     ):
         pass

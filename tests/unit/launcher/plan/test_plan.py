@@ -402,7 +402,7 @@ def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> N
     assert spec.command[-2:] == ("--device", "0,1")
     for asked in ("2,3", "0", "cpu,cpu"):
         with pytest.raises(
-            UsageError, match=f"--device {asked}: each replica finds its own devices by itself"
+            UsageError, match=f"--device {asked}: each replica finds its own devices automatically"
         ):
             plan_for(tmp_path, [*TRAINING, "--device", asked], gpus="2-3", ddp=True)
     with pytest.raises(UsageError, match="and --ddp for one training on several"):
