@@ -45,7 +45,7 @@ Examples:
     "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
 )
 @click.option(
-    "--env", "env_names", multiple=True, metavar="NAME", help="Pass this variable of yours; repeatable."
+    "--env", "env_names", multiple=True, metavar="NAME", help="Pass this variable to replicas; repeatable."
 )
 @click.option(
     "--env-file",

@@ -113,7 +113,7 @@ def check_machine(about: Mapping[str, Any]) -> Finding:
     cores, memory = int(about.get("NCPU") or 0), int(about.get("MemTotal") or 0)
     text = f"{cores} cores, {format_size(memory)} of memory"
     if memory < 2 * GIB:
-        return Finding("machine", "warning", text, "a trainer wants 2 GB and more; use small images")
+        return Finding("machine", "warning", text, "a trainer needs 2 GB or more; use small images")
     return Finding("machine", "ok", text)
 
 
@@ -145,7 +145,7 @@ def check_gpu_runtime(about: Mapping[str, Any], gpus: tuple[Gpu, ...] | None) ->
             "GPU runtime", "ok", "the NVIDIA runtime" if runtime else "devices by CDI, of the NVIDIA toolkit"
         )
     if not gpus:
-        return Finding("GPU runtime", "ok", "none, and none is needed: no GPU here")
+        return Finding("GPU runtime", "ok", "none, and none is needed without a GPU")
     return Finding(
         "GPU runtime", "warning", "the engine lists none; the container below shows it", GPU_REMEDY
     )

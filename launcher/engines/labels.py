@@ -72,8 +72,8 @@ def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> s
     if owner is None:
         return None
     return (
-        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
-        "is: give the training another --name"
+        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays "
+        "unchanged: give the training another --name"
     )
 
 

@@ -53,8 +53,8 @@ def check_user(user: str) -> None:
     """Raise UsageError for a `uid:gid` that replicas must not run as."""
     if not allowed_user(*map(int, user.split(":"))):
         raise UsageError(
-            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that a "
-            "replica of root's leaves in the runs folder could make every user of the machine root; give another UID:GID, "
+            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that "
+            "root's replica leaves in the runs folder could make every user of the machine root; give another UID:GID, "
             "or leave --user out"
         )
 
@@ -69,8 +69,8 @@ def check_runs(runs: Path) -> None:
     if is_the_systems((runs, real), Path.home()):
         leads = f", which leads to {real}" if real != runs else ""
         raise UsageError(
-            f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "
-            f"its own, for example {Path.home() / 'runs'}"
+            f"--runs {runs}{leads}: replicas write there, so it must not be a folder of the system or a whole home; give "
+            f"a separate folder, for example {Path.home() / 'runs'}"
         )
     try:
         place = next(parent for parent in (runs, *runs.parents) if parent.exists())

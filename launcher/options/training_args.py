@@ -150,7 +150,7 @@ def _place_resume(
         raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
     if not path.is_relative_to(runs):
         raise UsageError(
-            f"--resume {given}: lies outside the runs folder {runs}; say --runs with the folder it is in"
+            f"--resume {given}: lies outside the runs folder {runs}; give its runs folder with --runs"
         )
     _refuse_link_out("--resume", path, runs, files)
     values.set("resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
@@ -163,7 +163,7 @@ def _project(values: TrainingWords, config: TrainConfig, runs: Path) -> str:
     if path.is_absolute():
         if not path.is_relative_to(runs) or path == runs:
             raise UsageError(
-                f"--project {given}: lies outside the runs folder {runs}; give a name, or say --runs"
+                f"--project {given}: lies outside the runs folder {runs}; give a name, or another --runs"
             )
         given = path.relative_to(runs).as_posix()
         values.set("project", given)
@@ -180,7 +180,7 @@ def _refuse_link_out(option: str, path: Path, runs: Path, files: HostFiles) -> N
     real = files.real(path)
     if real != path and not real.is_relative_to(files.real(runs)):
         raise UsageError(
-            f"{option}: {path} leads by a link to {real}, outside the runs folder; remove the link, or give another name"
+            f"{option}: {path} leads through a link to {real}, outside the runs folder; remove the link, or give another name"
         )
 
 

@@ -91,5 +91,5 @@ def _owner_words(state: PathState) -> str:
 
 def _reading_remedy(state: PathState, uid: int, needed: int) -> str:
     if state.mode >> 3 & needed == needed:
-        return f"give --user {uid}:{state.gid}, whose group may, or chmod -R o+rX {state.path}"
+        return f"give --user {uid}:{state.gid}, the group that may, or chmod -R o+rX {state.path}"
     return f"chmod -R o+rX {state.path}, or give --user {state.uid}:{state.gid}"

@@ -150,7 +150,7 @@ def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
     config = args.command.config
     if config.evolve:
         raise UsageError(
-            "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
+            "--ddp: a search trains different candidates on each device, which finishes more of them in the same time; "
             "leave out --ddp, or --evolve"
         )
     sliced = [item for device in devices for item in device.handles if ":" in item or item.startswith("MIG-")]

@@ -32,7 +32,7 @@ def words_for(state: ReplicaState) -> str:
         return ("paused" if state.phase == "paused" else "running") + flag
     code = state.exit_code
     if state.oom_killed:
-        ended = "exited 0 all the same" if code == 0 else f"exited {code}"
+        ended = "exited 0 nevertheless" if code == 0 else f"exited {code}"
         return f"OOM-KILLED{limit}" if code == 137 else f"a child was OOM-KILLED{limit}, {ended}"
     if code == 0:
         return "finished"

@@ -322,7 +322,7 @@ def test_a_fleet_of_another_user_is_named_with_its_user_before_anything_is_creat
         with pytest.raises(NameTaken) as caught:
             bring_up(world.engine, specs, settle_s=0)
         assert str(caught.value) == (
-            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays as it is: "
+            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays unchanged: "
             "give the training another --name"
         )
         assert caught.value.exit_code == 5

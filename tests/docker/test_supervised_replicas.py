@@ -115,7 +115,7 @@ def test_a_killed_child_behind_exit_code_0_is_never_called_success(cli: Cli) -> 
     wait_until(lambda: inspect(cli.replica, "{{.State.Status}}") == "exited")
     assert inspect(cli.replica, "{{.State.OOMKilled}} {{.State.ExitCode}}") == "true 0"
     [row], code = rows(cli)
-    assert row["state"] == "a child was OOM-KILLED at 128 MB, exited 0 all the same"
+    assert row["state"] == "a child was OOM-KILLED at 128 MB, exited 0 nevertheless"
     assert code == 1
 
 

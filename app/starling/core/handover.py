@@ -243,7 +243,7 @@ class _Keeper:
     ) -> None:
         path = folder.path / name
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            account.leave(path, "is a device node, which no run makes; look at it, and remove it")
+            account.leave(path, "is a device node, which no run makes; check it, and remove it")
             return
         place = f"/proc/self/fd/{descriptor}"  # the open file itself, whatever its names are now
         if stat.S_ISREG(found.st_mode):

@@ -32,7 +32,7 @@ def _for_data(path: Path, place: Place) -> str | None:
     if place.kind == "folder":
         return _folder_of_data(path)
     if place.kind == "archive":
-        return f"is {place.words}; unpack it, and give the dataset YAML that lies in it"
+        return f"is {place.words}; unpack it, and give the dataset YAML in it"
     if place.kind == "table":
         return (
             f"is {place.words}, not a dataset YAML; write a YAML with train:, val: and names:, and convert the "

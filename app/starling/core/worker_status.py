@@ -68,7 +68,7 @@ class WorkerStatus:
         except OSError as error:
             if self._warn is not None:
                 self._warn(
-                    f"status: {refusal(error, self.path) or error}; training goes on, `launcher status` lacks it"
+                    f"status: {refusal(error, self.path) or error}; training goes on, but `launcher status` does not show it"
                 )
             self._warn = None
 
@@ -154,7 +154,7 @@ class RestartRecord:
             write_atomic(path, json.dumps(fields))
         except OSError as error:
             if not self._warned:
-                self._warn(f"status: {refusal(error, path) or error}; `launcher status` lacks it")
+                self._warn(f"status: {refusal(error, path) or error}; `launcher status` does not show it")
             self._warned = True
 
 

@@ -295,6 +295,6 @@ def _run_folder(config: DetectConfig, sources: list[Source]) -> Path:
             continue
         if real_path(folder) in real_path(str(source.address)).parents:
             raise UsageError(
-                f"--exist-ok: {source.address} lies in the run folder {folder} and could be replaced; choose another --name"
+                f"--exist-ok: {source.address} is in the run folder {folder} and could be replaced; choose another --name"
             )
     return folder

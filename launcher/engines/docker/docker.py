@@ -323,7 +323,7 @@ class DockerEngine:
             else "another container"
         )
         return NameTaken(
-            f"{name}: this name is held by {holder}; it stays as it is: "
+            f"{name}: this name is held by {holder}, which stays unchanged: "
             "rename or remove it, or give the training another --name"
         )
 

@@ -37,7 +37,7 @@ class DetectConfig(Config):
     )
     vid_stride: int = setting(
         1,
-        "look at every N-th frame of a video; the annotated one keeps its length in seconds",
+        "use every N-th frame of a video; the annotated video keeps its duration",
         metavar="N",
         check=at_least(1),
     )

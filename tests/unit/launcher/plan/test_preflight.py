@@ -410,7 +410,7 @@ def test_a_file_that_training_does_not_open_is_nobodys_business(dataset: Path) -
 def test_a_group_that_may_read_is_offered(dataset: Path) -> None:
     images = dataset.parent / "images"
     images.chmod(0o750)
-    with pytest.raises(DataError, match=f"give --user 12345:{images.stat().st_gid}, whose group may"):
+    with pytest.raises(DataError, match=f"give --user 12345:{images.stat().st_gid}, the group that may"):
         check_dataset(dataset)
 
 
