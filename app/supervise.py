@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a trainer, and run it again when it crashes: the main process of every replica. Standard library only."""
+"""Run a trainer, and restart it after a crash: the main process of every replica. Standard library only."""
 
 import sys
 

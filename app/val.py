@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Validate a detector, or several as one: `python val.py --help`."""
+"""Validate a detector, or an ensemble: `python val.py --help`."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""The host's side: plan, start, watch and stop replicas. Of `starling` it imports `starling.core` only; never torch."""
+"""The host's side: plan, start, watch and stop replicas. Imports only `starling.core` of `starling`, never torch."""

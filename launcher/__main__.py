@@ -1,10 +1,10 @@
-"""The `launcher` command as a process: `python -m launcher`, and what pip installs under its name."""
+"""The entry point of the `launcher` command: `python -m launcher`, and the script that pip installs."""
 
 from __future__ import annotations
 
 import gc
 
-# A command lives for a moment: a quarter of it would go into looking for garbage among its own modules.
+# A command is short: the default threshold spends a quarter of its time on garbage collection during imports.
 gc.set_threshold(50_000)
 
 import atexit  # noqa: E402
@@ -16,7 +16,7 @@ from launcher.cli.main import main  # noqa: E402
 
 
 def run() -> None:
-    """Run the command and end the process, without taking the interpreter apart: that is a tenth of `kill-all`."""
+    """Run the command and end the process without the interpreter's cleanup, which takes a tenth of `kill-all`."""
     try:
         main()
     except SystemExit as end:
@@ -24,7 +24,7 @@ def run() -> None:
             raise
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the reader (`head`) has gone
+            with contextlib.suppress(OSError, ValueError):  # the reader (`head`) has closed the pipe
                 stream.flush()
         os._exit(end.code)
 

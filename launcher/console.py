@@ -1,4 +1,4 @@
-"""What a command says and asks, while it works."""
+"""The messages and questions of a running command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starling.core.errors import UsageError
 
 
 def say(line: str) -> None:
-    """Print one line now, even into a pipe; what is being done goes on when nobody reads there any more (`| head -1`)."""
+    """Print one line now, even into a pipe; if the reader has closed the pipe (`| head -1`), the command goes on."""
     try:
         click.echo(line)
         sys.stdout.flush()
@@ -20,13 +20,13 @@ def say(line: str) -> None:
 
 
 def drop_output() -> None:
-    """Let nothing more be said: also the interpreter must not try at its exit."""
+    """Send all further output to /dev/null, including what the interpreter flushes at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def confirmed(question: str, command: str) -> bool:
-    """Ask, and return the answer; raises UsageError where nobody can answer. `command` is what asks."""
+    """Ask, and return the answer; raises UsageError if nobody can answer. `command` names the asking command."""
     try:
         return click.confirm(question)
     except click.Abort:
-        raise UsageError(f"{command} asks first and nobody answers here; give --yes") from None
+        raise UsageError(f"{command}: nobody can answer its question here; give --yes") from None

@@ -1,4 +1,4 @@
-"""Do the same thing to several replicas at once."""
+"""Run one action on several replicas in parallel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 MOST_AT_ONCE = 16
-"""Threads, each with a connection of its own to the engine; an engine serialises more than that anyway."""
+"""The most threads, each with its own connection to the engine; an engine would serialise more requests anyway."""
 
 
 class Done(Generic[Item, Value]):
@@ -23,13 +23,13 @@ class Done(Generic[Item, Value]):
 
     @property
     def value(self) -> Value:
-        """What `act` returned; raises what it raised."""
+        """The value that `act` returned; raises the error that `act` raised."""
         if self.error is not None:
             raise self.error
         return self._values[0]
 
     def run(self, act: Callable[[Item], Value]) -> None:
-        """Do it, and keep how it ended."""
+        """Call `act` on the item, and keep its value or error."""
         try:
             self._values.append(act(self.item))
         except BaseException as error:
@@ -37,9 +37,9 @@ class Done(Generic[Item, Value]):
 
 
 def in_parallel(act: Callable[[Item], Value], items: Iterable[Item]) -> list[Done[Item, Value]]:
-    """Return the outcome of `act` on every item, in the items' order; each runs, whatever becomes of the others.
+    """Return the outcome of `act` on every item, in the items' order; an error of one does not stop the others.
 
-    Ctrl-C is raised only when those that had begun have ended, so that the caller knows all that was done.
+    KeyboardInterrupt is raised only after all started actions have ended, so the caller knows every outcome.
     """
     outcomes: list[Done[Item, Value]] = [Done(item) for item in items]
     if len(outcomes) == 1:

@@ -1,4 +1,4 @@
-"""Find everything that is wrong before saying so: independent checks, one refusal."""
+"""Collect the problems of independent checks, and raise them as one error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 MOST_SPECIFIC = tuple(
     kind.exit_code for kind in (DataError, CheckpointError, DiskFull, EngineError, UsageError)
 )
-"""Of several problems the one that is named first here gives the exit code: the user's file says more than a flag."""
+"""The exit code of several problems is the first of these: an error in the user's file says more than one in a flag."""
 
 
 class SeveralProblems(StarlingError):
@@ -28,15 +28,15 @@ class SeveralProblems(StarlingError):
 
 
 class Problems:
-    """Collects refusals of checks that do not depend on each other."""
+    """Collects the errors of independent checks."""
 
     def __init__(self) -> None:
         self.found: list[StarlingError] = []
 
     def check(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what `act` returns; None, with its refusal kept, when it raises a StarlingError.
+        """Return the value of `act`; if it raises a StarlingError, keep the error and return None.
 
-        A path that the caller may not even look at is a refusal too.
+        A PermissionError becomes a UsageError, and is kept too.
         """
         try:
             return act(*args, **kwargs)
@@ -46,31 +46,31 @@ class Problems:
             self._keep([error])
         except PermissionError as error:
             self._keep(
-                [UsageError(f"{error.filename}: you may not look at it; ask its owner, or name another path")]
+                [UsageError(f"{error.filename}: you may not access it; ask its owner, or name another path")]
             )
         return None
 
     def add(self, problem: StarlingError | None) -> None:
-        """Keep a refusal; None is none."""
+        """Keep an error; None means no error."""
         if problem is not None:
             self._keep([problem])
 
     def _keep(self, problems: Sequence[StarlingError]) -> None:
-        """Keep each in the order found; what two checks say in the same words is one problem."""
+        """Keep the problems in the order found; two with the same message count once."""
         said = {str(problem) for problem in self.found}
         self.found += {str(problem): problem for problem in problems if str(problem) not in said}.values()
 
     def raise_any(self) -> None:
-        """Raise what was found: the one problem itself, or all of them together."""
+        """Raise the problems found: a single one itself, several as SeveralProblems; return if there are none."""
         raise_all(self.found)
 
     def refuse(self) -> NoReturn:
-        """Raise what was found, of which there is something."""
+        """Raise the problems found, at least one."""
         raise _together(self.found)
 
 
 def raise_all(problems: Sequence[StarlingError]) -> None:
-    """Raise the one problem itself, or all of them together; nothing for none."""
+    """Raise a single problem itself, several as SeveralProblems; return if there are none."""
     if problems:
         raise _together(problems)
 
@@ -80,7 +80,7 @@ def _together(problems: Sequence[StarlingError]) -> StarlingError:
 
 
 def exit_code_of(problems: Sequence[StarlingError]) -> int:
-    """Return the exit code of the most telling problem; 0 for none."""
+    """Return the exit code of the first problem in the order of MOST_SPECIFIC; 0 without problems."""
     codes = {problem.exit_code for problem in problems}
     return next((code for code in MOST_SPECIFIC if code in codes), min(codes, default=0))
 

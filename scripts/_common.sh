@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What scripts/demo, scripts/test and scripts/image share. Sourced, never run.
+# Functions for scripts/demo, scripts/test and scripts/image. This file is sourced, never run.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck disable=SC2034 # used by the scripts that source this
 VENV="$ROOT/.venv"
 
-# stage TEXT...: name what begins, with the seconds since the script began.
+# stage TEXT...: print the name of the next stage, with the seconds since the script's start.
 stage() { printf '== [%4d s] %s\n' "$SECONDS" "$*"; }
 
-# fail CODE TEXT...: say what is wrong and leave. Codes as everywhere: 2 usage, 5 engine.
+# fail CODE TEXT...: print the problem and exit. Codes: 2 usage, 5 engine.
 fail() {
     local code="$1"
     shift
@@ -16,12 +16,12 @@ fail() {
     exit "$code"
 }
 
-# has_engine: true when a Docker engine answers.
+# has_engine: succeed if a Docker engine answers.
 has_engine() {
     [ "${STARLING_NO_DOCKER:-}" != 1 ] && command -v docker >/dev/null && timeout 20 docker info >/dev/null 2>&1
 }
 
-# find_python: print the command of a Python that is new enough and can make environments.
+# find_python: print the command of a Python that is new enough and can make virtual environments.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3 python3.11 python3.12 python3.13 python3.14 python; do
@@ -33,8 +33,8 @@ find_python() {
     fail 2 "needs Python 3.11 or newer with its venv module (Debian: apt-get install python3-venv); PYTHON=/path names one"
 }
 
-# ensure_environment LEVEL: make .venv with the packages of launcher, trainer or dev (each holds the one before).
-# Nothing is installed again while the requirements files stand as they were.
+# ensure_environment LEVEL: make .venv with the packages of launcher, trainer or dev (each includes the one before).
+# Packages are installed again only if a requirements file or pyproject.toml has changed.
 ensure_environment() {
     local level="$1" file stamp python packages digest
     case "$level" in
@@ -58,8 +58,8 @@ ensure_environment() {
     stage "environment: installing $file"
     "$VENV/bin/python" -m pip install --disable-pip-version-check -qq --progress-bar off -r "$ROOT/$file"
     "$VENV/bin/python" -m pip install --disable-pip-version-check -qq --no-deps --editable "$ROOT" \
-        --config-settings editable_mode=compat # a plain path: the finder of the default mode costs every start 10 ms
-    # That mode names one folder, and the packages lie in two.
+        --config-settings editable_mode=compat # a plain path: the default mode's finder delays every start by 10 ms
+    # That mode adds one folder, but the packages are in two.
     packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     printf '%s\n' "$ROOT/app" >"$packages/starling-checkout.pth"
     echo "$digest" >"$VENV/.starling-$level"

@@ -1,9 +1,9 @@
-"""The demo's eyes: wait for its fleet with a line of progress and the time left, then say what the search found.
+"""Report on the demo: print progress and the remaining time until its fleet has ended, then the search's result.
 
     python scripts/demo_report.py watch   --launcher COMMAND --fleet demo/search --budget 6
     python scripts/demo_report.py summary --search runs/demo/search
 
-Standard library only: beside Docker the host has no trainer's packages.
+Standard library only, because a host with Docker does not have the trainer's packages.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ POLL_S = 2.0
 SAY_EVERY_S = 15.0
 ENDED = {"exited", "dead", "created"}
 METRIC_COLUMNS = 7
-"""Columns of evolve.csv before the hyperparameters."""
+"""The number of columns of evolve.csv before the hyperparameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The fleet at one moment, from `launcher status --json`."""
+    """The state of the fleet from `launcher status --json`."""
 
     replicas: Sequence[Mapping[str, Any]]
 
     @property
     def live(self) -> bool:
-        """Whether any replica still works."""
+        """Whether any replica still runs."""
         return any(replica["phase"] not in ENDED for replica in self.replicas)
 
     @property
     def failed(self) -> list[str]:
-        """Replicas that ended badly, with the launcher's own words."""
+        """The failed replicas, with the launcher's message."""
         return [
             f"{replica['replica']}: {replica['state']}"
             for replica in self.replicas
@@ -48,12 +48,12 @@ class Progress:
 
     @property
     def finished(self) -> int:
-        """Trainings of the search that are done, as the best informed replica knows it."""
+        """The number of finished trainings of the search, from the most advanced report of a replica."""
         return max((replica["finished"] or 0 for replica in self.replicas), default=0)
 
     @property
     def work_done(self) -> float:
-        """Trainings done, those under way counted by their finished epochs."""
+        """The number of finished trainings; a running training counts as the fraction of its finished epochs."""
         under_way = [
             (replica["epoch"] - 1) / replica["epochs"]
             for replica in self.replicas
@@ -64,7 +64,7 @@ class Progress:
         return float(self.finished + sum(under_way))
 
     def line(self, elapsed_s: float, budget: int) -> str:
-        """Return one whole line: trainings done, best fitness, what each replica does, time left."""
+        """Return one line: finished trainings, best fitness, each replica's activity, remaining time."""
         known = [replica["best_fitness"] for replica in self.replicas if replica["best_fitness"] is not None]
         best = f"best fitness {max(known):.4f}" if known else "no fitness yet"
         doing = []
@@ -82,25 +82,25 @@ class Progress:
 
 
 def time_left_s(work_done: float, budget: int, elapsed_s: float) -> float | None:
-    """Return the seconds left at the pace so far, start-up included; None before any work is done."""
+    """Return the remaining seconds at the current pace, start-up included; None before any work is done."""
     if work_done <= 0:
         return None
     return max(budget - work_done, 0) * elapsed_s / work_done
 
 
 def read_progress(launcher: str, fleet: str) -> Progress:
-    """Ask the launcher; raises RuntimeError with its message when it does not answer."""
+    """Return the launcher's status; raises RuntimeError with its message if it fails."""
     answer = subprocess.run(
         [launcher, "status", "--json", fleet], capture_output=True, text=True, check=False
     )
     try:
         return Progress(json.loads(answer.stdout)["replicas"])
     except (ValueError, KeyError):
-        raise RuntimeError(answer.stderr.strip() or "launcher status said nothing") from None
+        raise RuntimeError(answer.stderr.strip() or "launcher status printed nothing") from None
 
 
 def watch(launcher: str, fleet: str, budget: int, limit_s: float) -> int:
-    """Print progress until every replica has ended; 0 when all ended well."""
+    """Print progress until every replica has ended; return 0 if all succeeded, else 1."""
     began = said = time.monotonic()
     before = -1
     while True:
@@ -129,9 +129,9 @@ def fitness(row: Mapping[str, str]) -> float:
 
 
 def summarise(search: Path) -> str:
-    """Return what the search found, from its evolve.csv: fitness before and after, and the best hyperparameters.
+    """Return the result of the search from its evolve.csv: fitness before and after, and the best hyperparameters.
 
-    Before is the seed, the hyperparameters as given, which is the first row; raises OSError without the file.
+    "Before" is the seed, the given hyperparameters, in the first row. Raises OSError without the file.
     """
     with open(search / "evolve.csv", newline="") as file:
         rows = [{name.strip(): value.strip() for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,6 +1,6 @@
 """Train YOLOv5-family detectors, search their hyperparameters, and track both. Never imports `launcher` or Docker.
 
-The names of API are loaded when they are asked for: `import starling` needs nothing but the standard library.
+The names in API are loaded at their first use: `import starling` needs only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 API = {"hooks": "starling.training.reporting.hooks", "settings": "starling.settings"}
-"""Each public name with the module that it stands for."""
+"""Each public name with its module."""
 
 __all__ = ["__version__", *API]
 

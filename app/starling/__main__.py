@@ -20,11 +20,11 @@ COMMANDS = {
     "search": "show a search, write its report, import older results, repair its journal",
     "data": "download, convert and version datasets; list the cache",
     "plots": "draw the progress of several runs in one plot",
-    "track": "MLflow's page, and what a tracking server missed",
-    "settings": "settings that outlive a command",
-    "completion": "the script that completes `starling` in bash, zsh or fish",
+    "track": "show MLflow's page, and send what a tracking server missed",
+    "settings": "show or change settings for all commands",
+    "completion": "print the completion script for bash, zsh or fish",
 }
-"""Each command, which is the module of its name in `starling.cli`, with its line in the help."""
+"""Each command, a module of the same name in `starling.cli`, with its line in the help."""
 
 EXAMPLES = """\
   starling train --data my.yaml --weights yolov5s.pt --epochs 100
@@ -36,7 +36,7 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names, and return its exit code."""
+    """Run the command named by the first word, and return its exit code."""
     if asked := os.environ.get("_STARLING_COMPLETE"):
         from starling.cli.completion import answer
 
@@ -60,22 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("starling", "launcher"):
             raise
-        remedy = (
-            "the launcher's installation has none of the trainer's packages: pip install -r requirements.txt"
-        )
+        remedy = "the launcher's installation does not include the trainer's packages: pip install -r requirements.txt"
         print(f"starling {name}: needs {error.name}, which is not installed; {remedy}", file=sys.stderr)
         return 2
     return code
 
 
 def run() -> None:
-    """Run the command and end the process; what pip installs as `starling`."""
+    """Run the command and end the process; the entry point of pip's script `starling`."""
     from starling.cli.command import leave
 
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader (`head`) has gone
+    except BrokenPipeError:  # the reader (`head`) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     leave(code)
@@ -88,7 +86,7 @@ def _help() -> str:
         "usage: starling COMMAND [options]\n\n"
         "Train YOLOv5-family detectors, search their hyperparameters, and track both.\n\n"
         f"commands:\n{rows}\n\nexamples:\n{EXAMPLES}\n\n"
-        "`starling COMMAND --help` tells more of each. `launcher` starts trainings on every GPU of a machine."
+        "`starling COMMAND --help` shows a command's options. `launcher` starts trainings on every GPU of a machine."
     )
 
 

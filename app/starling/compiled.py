@@ -1,4 +1,4 @@
-"""Functions that Numba compiles for the host's cores: its machine code is kept where it can be, and made anew elsewhere."""
+"""Compile functions with Numba for the host's cores; the machine code is stored if the disk allows it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(**options: Any) -> Callable[[Function], Function]:
-    """Compile the function below at its first call; other threads run on meanwhile, and while it runs.
+    """Return a decorator that compiles a function at its first call; the compiled function releases the GIL.
 
-    The code is kept beside the module or in the user's cache. Where neither can be written (a read-only home), Numba
-    refuses to keep it, and each process compiles for itself, in about two seconds.
+    The code is stored beside the module or in the user's cache. If neither can be written (a read-only home), Numba
+    refuses to store it, and each process compiles again, in about two seconds.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Choose the device, its number format and the threads, by what the container may use."""
+"""Choose the device, the number format and the number of threads, within the container's limits."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 MOST_THREADS = 4096
 OWN_LAUNCH = "STARLING_LAUNCHED"
-"""Set for the processes that `--device 0,1` starts by itself: what else their environment holds is the user's."""
+"""Set for the processes that `--device 0,1` starts: all other variables of their environment come from the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where and how a model runs."""
+    """The device and the number format of a model."""
 
     device: torch.device
     bfloat16: bool
     """Autocast of convolutions and matrix products to bfloat16; weights, statistics and loss stay float32."""
     cores: int
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
 
     @property
     def on_cpu(self) -> bool:
@@ -40,30 +40,30 @@ class Compute:
         return self.device.type == "cpu"
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which a forward pass runs."""
+        """Return the autocast context for a forward pass."""
         if not self.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def image_bytes(self, share: float) -> int | None:
-        """Return the bytes that decoded images may take of what is free on the GPU; None on the CPU."""
+        """Return a share of the GPU's free bytes, for decoded images; None on the CPU."""
         if self.on_cpu:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free * share)
 
     def loader_threads(self, asked: int) -> int:
-        """Return how many threads prepare batches: on the CPU one, as more would take the model's own cores."""
+        """Return the number of threads that prepare batches: one on the CPU, because more take the model's cores."""
         return min(asked, 1 if self.on_cpu else self.cores)
 
     def memory_bytes(self) -> int:
-        """Return the memory taken so far: the GPU's peak, or this process's on the CPU."""
+        """Return the bytes of memory used: the GPU's peak, or this process's resident memory on the CPU."""
         if self.on_cpu:
             return int(psutil.Process().memory_info().rss)
         return torch.cuda.max_memory_reserved(self.device)
 
     def describe(self) -> str:
-        """Say the device and the format in a few words."""
+        """Return the device and the number format in a few words."""
         number_format = "bfloat16 autocast" if self.bfloat16 else "float32"
         if self.on_cpu:
             return f"CPU, {torch.get_num_threads()} threads, {number_format}"
@@ -73,11 +73,10 @@ class Compute:
 def select_compute(device: str, amp: str, processes: int = 1, *, deterministic: bool = False) -> Compute:
     """Return the compute that `--device` and `--amp` ask for, threads set to the container's share of cores.
 
-    `processes` that train together on this host divide the cores among themselves; `OMP_NUM_THREADS` says how many threads
-    torch and OpenCV take in each of them. `deterministic` takes GPU
-    kernels that give the same numbers in every run, where there are some.
+    `processes` that train together on this host share the cores; `OMP_NUM_THREADS` sets the threads of torch and OpenCV
+    in each of them. `deterministic` selects GPU kernels that give the same numbers in every run, if they exist.
 
-    Raises UsageError naming what is there when the device is not.
+    Raises UsageError that names the available devices if the device does not exist.
     """
     chosen = _select_device(device.strip().lower().removeprefix("cuda:"))
     cores = max(container_cpu_count() // processes, 1)
@@ -87,10 +86,10 @@ def select_compute(device: str, amp: str, processes: int = 1, *, deterministic: 
         torch.set_num_threads(asked or cores)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # Shapes repeat, so the search for the fastest kernels pays; which ones win differs from run to run.
+        # Shapes repeat, so searching the fastest kernels pays off; the fastest may differ between runs.
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     has_bfloat16 = cpu_has_bfloat16() if chosen.type == "cpu" else torch.cuda.is_bf16_supported(False)
     if amp == "on" and not has_bfloat16:
@@ -101,11 +100,10 @@ def select_compute(device: str, amp: str, processes: int = 1, *, deterministic: 
 def asked_threads(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the threads of one process that `OMP_NUM_THREADS` asks for; None where nobody has set it.
 
-    `torchrun` sets it to 1 for several processes of a host, which then is nobody's wish; our own launch does not.
+    `torchrun` sets it to 1 for several processes of a host, which then is not the user's choice; Starling's own launch
+    does not.
     """
-    given = (
-        environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    )  # of nested levels, the outermost
+    given = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # the outermost of nested levels
     if not given:
         return None
     if not (given.isdecimal() and given.isascii() and 0 < int(given[:9]) <= MOST_THREADS):
@@ -118,7 +116,7 @@ def asked_threads(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def check_device(device: str) -> None:
-    """Raise UsageError where `--device` names what is not here."""
+    """Raise UsageError if `--device` names a device that does not exist here."""
     _select_device(device.strip().lower().removeprefix("cuda:"))
 
 

@@ -1,4 +1,4 @@
-"""The errors of training and of its files, and what a refused write or read means."""
+"""The errors of training, and the printing of errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stopped(StarlingError):
 
 
 class Pruned(StarlingError):
-    """A training of a search was ended before its last epoch, as it had fallen behind the others."""
+    """A training of a search was ended before its last epoch because it had fallen behind the others."""
 
     def __init__(self, reason: str, epoch: int) -> None:
         super().__init__(reason)
@@ -35,13 +35,13 @@ class Pruned(StarlingError):
 
 
 TOLD = "STARLING_TOLD"
-"""Environment variable: the file that one of several processes makes when it has said why they end."""
+"""Environment variable with a file that one of several processes makes after it has printed their error."""
 
 
 def print_error(line: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Print one line to stderr, and leave word that it was said; a stderr that takes none changes no exit code."""
+    """Print one line to stderr, and make the file of `$STARLING_TOLD`; a failing stderr is ignored."""
     with suppress(OSError):
-        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        # A name on the command line need not be UTF-8, and stderr may not encode it.
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
     if told := environment.get(TOLD):
         with suppress(OSError):
@@ -53,9 +53,9 @@ _CV2_NO_MEMORY = -4
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that device or host memory ran out, whatever raised it.
+    """Return whether an error of any library means that device or host memory ran out.
 
-    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU, OpenCV its one error with a code.
+    torch raises `OutOfMemoryError` on CUDA and a plain RuntimeError on the CPU; OpenCV raises `cv2.error` with a code.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

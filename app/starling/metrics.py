@@ -1,4 +1,4 @@
-"""Score detections: precision and recall, average precision, fitness, confusion."""
+"""Score detections: precision and recall, average precision, fitness, confusion matrix."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from starling.boxes.matching import IOU_THRESHOLDS, match_detections
 Floats = NDArray[np.float64]
 
 RECALL_POINTS = 101
-"""Points of COCO's interpolated precision."""
+"""The number of points of COCO's interpolated precision."""
 CURVE_POINTS = 1000
 F1_SMOOTHING = 0.1
-"""Part of the confidence axis that the box filter over F1 covers."""
+"""The part of the confidence axis that the box filter over F1 covers."""
 _EPS = 1e-16
 
 
 def find_mistakes(
     detections: Tensor, labels: Tensor, iou: float = IOU_THRESHOLDS[0]
 ) -> tuple[Tensor, Tensor]:
-    """Return which labels [n] bool are missed and which detections [m] bool are false, at one IoU.
+    """Return the missed labels [n] bool and the false detections [m] bool at one IoU threshold.
 
-    Takes what `match_detections` takes; a second box on a label that is found is false.
+    The arguments are those of `match_detections`; a second detection of the same label is false.
     """
     right = match_detections(detections, labels, (iou,))[:, 0]
     missed = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
@@ -40,10 +40,10 @@ def find_mistakes(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
-    """What the four curve plots draw; C classes, 1000 points."""
+    """The data of the four curve plots, for C classes and 1000 points."""
 
     confidence: Floats
-    """[1000] 0 to 1; the axis of precision, recall and F1."""
+    """[1000] from 0 to 1: the axis of precision, recall and F1."""
     precision: Floats
     """[C,1000]."""
     recall: Floats
@@ -51,16 +51,16 @@ class Curves:
     f1: Floats
     """[C,1000]."""
     precision_at_recall: Floats
-    """[C,1000] at IoU 0.5, against recall on `confidence`'s grid."""
+    """[C,1000] at IoU 0.5, over recall from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
-    """Scores of one evaluation. Arrays have one row for each class that has labels, named by `classes`."""
+    """Scores of one evaluation. Arrays have one row for each class with labels; `classes` are the class numbers."""
 
     classes: NDArray[np.int64]
     labels: NDArray[np.int64]
-    """[C] labels a class."""
+    """[C] the number of labels per class."""
     precision_by_class: Floats
     """[C] at `confidence`."""
     recall_by_class: Floats
@@ -68,22 +68,22 @@ class Metrics:
     ap: Floats
     """[C,10] average precision at IoU 0.50 to 0.95."""
     confidence: float
-    """Where the smoothed mean F1 is best."""
+    """The confidence at which the smoothed mean F1 is best."""
     curves: Curves
 
     @property
     def precision(self) -> float:
-        """Mean over classes at the best F1."""
+        """Mean precision over classes at `confidence`."""
         return _mean(self.precision_by_class)
 
     @property
     def recall(self) -> float:
-        """Mean over classes at the best F1."""
+        """Mean recall over classes at `confidence`."""
         return _mean(self.recall_by_class)
 
     @property
     def f1(self) -> float:
-        """Mean over classes at the best F1."""
+        """Mean F1 over classes at `confidence`."""
         return _mean(self.f1_by_class)
 
     @property
@@ -98,18 +98,18 @@ class Metrics:
 
     @property
     def fitness(self) -> float:
-        """See `fitness`."""
+        """The fitness of these scores, see the function `fitness`."""
         return fitness(self.map50, self.map5095)
 
     def map_by_class(self, nc: int) -> Floats:
-        """Return [nc] mAP50-95 of each class, the mean where a class has no labels."""
+        """Return [nc] mAP50-95 of each class; a class without labels gets the mean."""
         scores = np.full(nc, self.map5095)
         scores[self.classes] = self.ap.mean(1)
         return scores
 
 
 def fitness(map50: float, map5095: float) -> float:
-    """Return what training and search maximise: 0.1 mAP50 + 0.9 mAP50-95."""
+    """Return the score that training and search maximise: 0.1 mAP50 + 0.9 mAP50-95."""
     return 0.1 * map50 + 0.9 * map5095
 
 
@@ -122,7 +122,7 @@ def average_precision(
     """Score the detections of a whole dataset.
 
     `correct` [m,10] from `match_detections`, `confidence` [m], `predicted` [m] classes, `actual` [n] classes of all
-    labels. Interpolated at 101 recalls as COCO does. Without labels every mean is 0.
+    labels. Precision is interpolated at 101 recalls, as in COCO. Without labels every mean is 0.
     """
     order = np.argsort(-confidence, kind="stable")
     correct, confidence, predicted = correct[order], confidence[order], predicted[order]
@@ -164,7 +164,7 @@ def average_precision(
 def _area(recalls: Floats, precisions: Floats) -> tuple[float, tuple[Floats, Floats]]:
     """Return the area under the falling envelope of precision over recall, and the envelope (Everingham et al.).
 
-    Beyond the last recall the precision is 0, as COCO counts it: a label that no detection finds never scores.
+    Beyond the last recall the precision is 0, as in COCO: a label that no detection matches never scores.
     """
     x = np.concatenate(([0.0], recalls, [recalls[-1], 1.0]))
     y = np.concatenate(([1.0], precisions, [0.0, 0.0]))
@@ -174,7 +174,7 @@ def _area(recalls: Floats, precisions: Floats) -> tuple[float, tuple[Floats, Flo
 
 
 def _smooth(values: Floats, part: float) -> Floats:
-    """Return the running mean over `part` of the values, the ends held."""
+    """Return the running mean over `part` of the values; the ends are padded with the end values."""
     width = round(len(values) * part * 2) // 2 + 1
     ends = width // 2
     padded = np.concatenate((np.full(ends, values[0]), values, np.full(ends, values[-1])))
@@ -187,29 +187,29 @@ def _mean(values: Floats) -> float:
 
 @dataclass(slots=True)
 class ConfusionMatrix:
-    """Count which class was found as which; row predicted, column actual, the last of both is background."""
+    """Counts predicted and actual classes: rows are predicted, columns actual; the last of both is background."""
 
     nc: int
     confidence: float = 0.25
-    """Detections at or below it are left out."""
+    """Detections at or below this confidence are left out."""
     iou: float = 0.45
-    """A detection and a label meet above it."""
+    """A detection and a label can be paired above this IoU."""
     counts: NDArray[np.int64] = field(init=False)
     """[nc+1, nc+1]."""
 
     def __post_init__(self) -> None:
-        """Start at zero."""
+        """Set all counts to zero."""
         self.counts = np.zeros((self.nc + 1, self.nc + 1), dtype=np.int64)
 
     def add(self, detections: Tensor, labels: Tensor) -> None:
         """Count one image: `detections` [m,6] xyxy, confidence, class; `labels` [n,5] class, xyxy.
 
-        Pairs of any classes are made in the order of their overlap, each box in one pair at most.
+        Detections and labels of any classes are paired in falling order of overlap; each box is in at most one pair.
         """
         self.add_images(detections, torch.zeros(len(detections), dtype=torch.long), labels[None])
 
     def add_images(self, detections: Tensor, image: Tensor, labels: Tensor) -> None:
-        """Count several images; takes what `match_images` takes."""
+        """Count several images; the arguments are those of `match_images`."""
         sure = detections[:, 4] > self.confidence
         detections, image, labels = detections[sure].cpu(), image[sure.to(image.device)].cpu(), labels.cpu()
         found, actual = detections[:, 5].long().numpy(), labels[..., 0].long().numpy()

@@ -1,4 +1,4 @@
-"""Progress for people: a line that rewrites itself on a terminal, whole lines now and then in a log."""
+"""Progress for people: on a terminal a line that is rewritten, in a log a whole line from time to time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from starling.core.files.refusals import disk_write
 from starling.core.log_lines import lines_to
 
 _CONSOLE = Path("the console")
-"""What a message calls standard output, which may be a file on a full disk."""
+"""The name of standard output in messages; it may be a file on a full disk."""
 LINES_KEPT = 200
-"""Lines said while nobody listens, which the next listener is told."""
+"""The most lines kept for the next listener while there is none."""
 LOG_EVERY_S = 10.0
 TERMINAL_EVERY_S = 0.2
 
 
 class Progress:
-    """Say lines; show passing ones. Everything goes through one object so that lines never mix."""
+    """Prints permanent and temporary lines. One object prints all lines, so lines never mix."""
 
     def __init__(
         self, stream: TextIO | None = None, prefix: str = "", clock: Callable[[], float] = time.monotonic
@@ -42,7 +42,7 @@ class Progress:
         return self
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._write(f"{self.prefix}{line}", end="\n")
         self._shown_at = self._clock()
         if self._listener is None:
@@ -51,13 +51,13 @@ class Progress:
             self._listener(line)
 
     def listen(self, listener: Callable[[str], None] | None) -> None:
-        """Tell `listener` every line that is said from here on, and first those said while nobody listened."""
+        """Call `listener` with every later line, and first with the lines kept while there was no listener."""
         self._listener = listener
         while listener is not None and self._kept:
             listener(self._kept.popleft())
 
     def show(self, line: Callable[[], str]) -> None:
-        """Show a line that the next one replaces; in a log, print it if none was printed for a while."""
+        """Show a line that the next one replaces; in a log, print it if no line was printed for LOG_EVERY_S."""
         now = self._clock()
         if now - self._shown_at < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
@@ -75,7 +75,7 @@ class Progress:
 
 
 class Silence(Progress):
-    """Say and show nothing: of several processes that train together, one speaks."""
+    """Prints nothing: of several processes that train together, only one prints."""
 
     def __init__(self, aloud: Progress | None = None) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Settings that outlive a command; `starling settings` shows and changes them.
+"""Settings that apply to all commands; `starling settings` shows and changes them.
 
-They stand in `$STARLING_RUNS/settings.json` where that variable is set (so all replicas of a fleet share
-them), else in `$XDG_CONFIG_HOME/starling/settings.json`, by default `~/.config/starling/settings.json`.
+The file is `$STARLING_RUNS/settings.json` if that variable is set (all replicas of a fleet then share the settings),
+else `$XDG_CONFIG_HOME/starling/settings.json`, by default `~/.config/starling/settings.json`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Settings:
     """Send runs to MLflow: the server of `MLFLOW_TRACKING_URI`, else the database under `<runs>/mlflow`."""
 
     clearml: bool = True
-    """Send runs to ClearML, where credentials say which server; without any it is off."""
+    """Send runs to ClearML, to the server of its credentials; off without credentials."""
 
     tensorboard: bool = True
     """Write an event file for TensorBoard into each run directory."""
 
     register: bool = True
-    """Offer the best weights of a finished run in MLflow's registry, as a model that can be served."""
+    """Register the best weights of a finished run in MLflow's registry, as a model that can be served."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -53,7 +53,7 @@ def settings_path(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def read() -> Settings:
-    """Return the settings in force; raises ConfigError for a damaged file."""
+    """Return the current settings; raises ConfigError for a damaged file."""
     path = settings_path()
     try:
         stored = parse_json(read_file(path)) if is_below_top(path) else read_json(path)
@@ -69,9 +69,9 @@ def read() -> Settings:
 
 
 def update(changes: Mapping[str, Any]) -> Settings:
-    """Change the given settings, keep the others, and return all: `settings.update({"mlflow": False})`.
+    """Change the given settings, keep the others, and return all settings: `settings.update({"mlflow": False})`.
 
-    Raises ConfigError for an unknown name or a wrong value; then nothing is changed.
+    Raises ConfigError for an unknown name or a wrong value, and then changes nothing.
     """
     changed = _checked({**asdict(read()), **changes})
     _write(changed)
@@ -79,7 +79,7 @@ def update(changes: Mapping[str, Any]) -> Settings:
 
 
 def reset() -> Settings:
-    """Go back to the defaults and return them."""
+    """Restore the defaults and return them."""
     defaults = Settings()
     _write(defaults)
     return defaults

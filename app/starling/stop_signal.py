@@ -1,4 +1,4 @@
-"""SIGTERM and the first SIGINT ask for a stop after the step; a second SIGINT stops at once."""
+"""SIGTERM and the first SIGINT request a stop after the current step; a second SIGINT stops at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starling.errors import Stopped
 
 
 class StopSignal:
-    """Remember the signal that asked for a stop; a context manager that puts the old handlers back."""
+    """Records the signal that requested a stop; a context manager that restores the old handlers."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -30,15 +30,17 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum is not None:
-            os._exit(128 + signum)  # asked twice: no more saving, the checkpoint on disk is whole
+            os._exit(
+                128 + signum
+            )  # a second request: stop without saving; the checkpoint on disk is complete
         self.signum = signum
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self.signum is not None
 
     def raise_if_requested(self) -> None:
-        """Raise Stopped if a stop was asked for."""
+        """Raise Stopped if a stop was requested."""
         if self.signum is not None:
             raise Stopped(self.signum)

@@ -1,10 +1,10 @@
-"""Run a trainer, and run it again when it crashes: the main process of every replica.
+"""Run a trainer, and restart it after a crash: the main process of every replica.
 
     supervise.py [--max-restarts N] -- COMMAND…
 
-Docker's own restart policies cannot tell a crash from a mistake: only a crash is worth another try. A trainer takes
-its own last checkpoint up by itself, so it is started again with the same command. Signals are passed on; the exit
-code is the trainer's last. Standard library only, and asleep while the trainer works.
+Docker's restart policies cannot distinguish a crash from a user's mistake, and only a crash is worth a restart. A
+trainer resumes its last checkpoint by itself, so a restart uses the same command. Signals are passed to the trainer;
+the exit code is the trainer's last. Standard library only; the supervisor sleeps while the trainer works.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MISTAKES = {
     126: "the command",
     127: "the command",
 }
-"""Exit codes that the same command would end with again -> what to mend."""
+"""Exit codes that a restart would repeat -> what the user must correct."""
 
 STRIP_S = 5.0
-"""How long the end of a replica may take to look for set-id bits; a stop leaves it a minute in all."""
+"""The time limit for finding set-id bits at a replica's end; a stop leaves a minute for everything."""
 
 PR_SET_PDEATHSIG = 1
 KILLS_FILE = "STARLING_OOM_KILLS"
@@ -52,32 +52,32 @@ KILLS_FILE = "STARLING_OOM_KILLS"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestartPolicy:
-    """When a trainer that has ended is started again."""
+    """The rules for restarting a trainer that has ended."""
 
     max_restarts: int = 3
-    """In all; 0: never."""
+    """The most restarts in all; 0: never."""
     delay_s: float = 4.0
-    """Before the first restart; twice as long before each that follows."""
+    """The wait before the first restart; it doubles before each later one."""
     longest_delay_s: float = 300.0
     early_s: float = 5.0
-    """A trainer that fails sooner never got to work, which another try would not change; `up` is still watching."""
+    """A trainer that fails sooner has not started to train, and a restart would not help; `up` may still watch it."""
 
     def delay(self, restart: int) -> float:
         """Return the seconds to wait before restart number `restart`, from 1."""
         return float(min(self.delay_s * 2 ** (restart - 1), self.longest_delay_s))
 
     def refusal(self, end: End, restarts: int) -> str | None:
-        """Return why a trainer that ended in this way is left so; None where it is to be started again."""
+        """Return why a trainer with this end is not restarted; empty after a regular end, None for a restart."""
         if end.code == 0 or end.stopped or end.code in (128 + number for number in STOPS):
             return ""
         if end.oom_killed:
-            return "out of memory, as it would be again: give it more --memory, or lower --batch or --workers"
+            return "out of memory, and a restart would be too: give it more --memory, or lower --batch or --workers"
         if end.lasting:
-            return "not started again: by its own account it would end in the same way"
+            return "not started again: it reported that it would fail again"
         if end.code in MISTAKES:
-            return f"not started again, which would not mend {MISTAKES[end.code]}"
+            return f"not started again, which would not correct {MISTAKES[end.code]}"
         if restarts == 0 and end.lasted_s < self.early_s:
-            return f"not started again, as it failed within {self.early_s:g} s"
+            return f"not started again, because it failed within {self.early_s:g} s"
         if restarts >= self.max_restarts:
             return (
                 f"given up after {restarts} restarts" if restarts else "not started again (--max-restarts 0)"
@@ -87,31 +87,31 @@ class RestartPolicy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """How one attempt of the trainer ended."""
+    """The end of one attempt of the trainer."""
 
     code: int
-    """As a shell would tell it: 128 + N for signal N."""
+    """The exit code as in a shell: 128 + N for signal N."""
     lasted_s: float
     oom_killed: bool = False
-    """The kernel has killed a process of this replica for memory meanwhile."""
+    """Whether the kernel has killed a process of this replica for memory during the attempt."""
     stopped: bool = False
-    """It was asked to stop."""
+    """Whether the trainer was asked to stop."""
     lasting: bool = False
-    """It said itself that another try would end the same: a GPU out of memory, a loss that is no number twice."""
+    """Whether the trainer reported that a restart would fail again: a GPU out of memory, a loss of NaN twice."""
 
 
 class Supervisor:
-    """Start the command, wait for its end, and start it again as the policy says."""
+    """Starts the command, waits for its end, and restarts it as the policy says."""
 
     def __init__(
         self, command: Sequence[str], policy: RestartPolicy, record: RestartRecord | None = None
     ) -> None:
         self._command, self._policy, self._record = list(command), policy, record
         self._stop: int | None = None
-        """The signal that asked for a stop."""
+        """The signal that requested a stop."""
 
     def run(self) -> int:
-        """Return the exit code of the last attempt: 137 where the kernel killed it for memory."""
+        """Return the exit code of the last attempt: 137 if the kernel killed it for memory."""
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         if self._record is not None:
             self._record.begin()
@@ -148,7 +148,7 @@ class Supervisor:
         )
 
     def _await_end(self, child: int) -> int:
-        """Pass signals on until the child has ended, and return its exit code. Orphans are buried too."""
+        """Pass signals to the child until it has ended, and return its exit code. Orphans are reaped too."""
         while True:
             number = signal.sigwaitinfo(WATCHED).si_signo
             if number != signal.SIGCHLD:
@@ -160,7 +160,7 @@ class Supervisor:
                     return code
 
     def _wait(self, seconds: float) -> bool:
-        """Sleep, and return whether nobody asked for a stop meanwhile."""
+        """Sleep; return False if a stop was requested meanwhile, else True."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             came = signal.sigtimedwait(WATCHED, left)
@@ -183,14 +183,14 @@ class Supervisor:
 
 
 def start(command: Sequence[str]) -> int:
-    """Start the command with signals as usual and return its process id. It dies with this process."""
+    """Start the command with default signal handling and return its process id. It dies with this process."""
     prctl: Callable[[int, int], int] = ctypes.CDLL(None).prctl
     child = os.fork()
     if child:
         return child
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and that would outlive the exec
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and exec would keep that
             signal.signal(ignored, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
         os.execvp(command[0], list(command))
@@ -198,11 +198,11 @@ def start(command: Sequence[str]) -> int:
         say(f"{command[0]}: {error.strerror}")
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
     finally:
-        os._exit(1)  # whatever went wrong, there must not be two supervisors
+        os._exit(1)  # after any failure, the child must not continue as a second supervisor
 
 
 def ended_children() -> list[tuple[int, int]]:
-    """Bury every child that has ended, as process id and exit code."""
+    """Reap every child that has ended; return process ids and exit codes."""
     ended: list[tuple[int, int]] = []
     while True:
         try:
@@ -216,14 +216,14 @@ def ended_children() -> list[tuple[int, int]]:
 
 
 def oom_kills(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many of this replica's processes were killed for memory: by the kernel, or by an engine that tells."""
+    """Return the number of this replica's processes killed for memory: by the kernel, or as the engine reports."""
     return own_oom_kills() + told_kills(environment)
 
 
 def told_kills(environment: Mapping[str, str]) -> int:
     """Return the number in the file that `$STARLING_OOM_KILLS` names.
 
-    An engine that bounds memory by looking, where no control group can be made, counts there before it kills.
+    An engine that limits memory by watching, because no control group can be made, counts there before it kills.
     """
     try:
         return int(read_regular(environment[KILLS_FILE], 64))
@@ -240,7 +240,7 @@ def words_for(code: int) -> str:
 
 
 def say(line: str) -> None:
-    """Print one line to stderr, among the trainer's own."""
+    """Print one line to stderr, between the trainer's lines."""
     os.write(2, f"supervisor: {line}\n".encode())
 
 
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.
 
 
 def strip(runs: Path) -> None:
-    """Take set-id bits off what this replica may have left in the runs folder, where other users of the host reach it."""
+    """Remove set-id bits from this replica's files in the runs folder, which other users of the host can reach."""
     with contextlib.suppress(OSError), Folder.resolve(runs) as top:
         for line in strip_set_ids(top, STRIP_S).lines():
             say(f"{runs}: {line}")

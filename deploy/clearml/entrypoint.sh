@@ -1,8 +1,8 @@
 #!/bin/sh
-# Run the ClearML agent, or say once which settings it lacks and wait: ending would only make Docker start it again.
+# Run the ClearML agent. If settings are missing, name them once and wait: Docker would restart an ended container.
 set -eu
 
-# Compose passes an unset variable as an empty one, which the agent would take for a value.
+# Compose passes an unset variable as an empty one, which the agent would use as a value.
 missing=""
 for name in CLEARML_API_HOST CLEARML_API_ACCESS_KEY CLEARML_API_SECRET_KEY; do
     eval "value=\${$name:-}"
@@ -19,7 +19,7 @@ if [ -n "$missing" ]; then
     exec sleep infinity
 fi
 
-# In an image made from the trainer's, tasks use the trainer's Python as it is.
+# In an image made from the trainer's image, tasks use the trainer's Python.
 trainer="${CLEARML_AGENT_PYTHON:-/opt/venv/bin/python}"
 if [ -x "$trainer" ]; then
     export CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL=1 CLEARML_AGENT_SKIP_PIP_VENV_INSTALL="$trainer"
@@ -28,7 +28,7 @@ else
     python="an environment made for each task"
 fi
 
-# agent DEVICE_OPTION...: become one agent.
+# agent DEVICE_OPTION...: replace this process with one agent.
 agent() {
     exec /opt/agent/bin/clearml-agent daemon --foreground --queue "${CLEARML_QUEUE:-default}" --create-queue "$@"
 }
@@ -52,7 +52,7 @@ for gpu in $gpus; do
     agent --gpus "$gpu" &
     agents="$agents $!"
 done
-# A stop reaches all; when one dies the others end too, and Docker starts them all again.
+# A stop signal ends all agents. If one agent dies, the others end too, and Docker restarts the container.
 # shellcheck disable=SC2086 # several process numbers
 trap 'kill $agents 2>/dev/null; wait; exit 143' TERM INT
 while true; do

@@ -1,4 +1,4 @@
-"""Exit 0 when the MLflow server answers a trainer from its database; `/health` says yes with the database down."""
+"""Exit 0 if the MLflow server answers a trainer from its database; `/health` also succeeds without the database."""
 
 import base64
 import http.client
@@ -10,7 +10,7 @@ DEFAULT_EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 
 
 def main() -> int:
-    """Ask for the default experiment, which every database has, with a trainer's Host header and login."""
+    """Request the default experiment, which every database has, with a trainer's Host header and login."""
     headers = {"Host": "mlflow:5000"}
     try:
         if os.environ.get("MLFLOW_LOGIN") != "off":

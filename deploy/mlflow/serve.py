@@ -1,11 +1,12 @@
-"""Start the MLflow server of `docker compose`: PostgreSQL behind it, artifacts through it, a login before it.
+"""Start the MLflow server of `docker compose`, with PostgreSQL as its store, served artifacts, and a login.
 
-The database's address comes from DATABASE_HOST, DATABASE_NAME, DATABASE_USER, and every secret from a file, so that
-none stands in an argument or in `docker inspect`. Two users exist: `admin`, and `trainer`, who logs runs and may not
-delete what others made. MLFLOW_LOGIN=off leaves the login out, for a server that only this machine reaches.
+The database's address comes from DATABASE_HOST, DATABASE_NAME and DATABASE_USER. Every secret comes from a file,
+because arguments and variables are visible in `docker inspect`. Two users exist: `admin`, and `trainer`, who logs runs
+and may not delete the runs of others. MLFLOW_LOGIN=off leaves the login out, for a server that only this machine can
+reach.
 
-A database whose tables an older MLflow made is waited for, since they want a backup first; `serve.py upgrade` brings them
-up to date.
+If an older MLflow made the database's tables, the server waits, because the user should make a backup first;
+`serve.py upgrade` upgrades the tables.
 """
 
 import os
@@ -27,7 +28,7 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
 
 def secret(name: str) -> str:
-    """Return what the file that the variable NAME_FILE names holds."""
+    """Return the contents of the file that the variable NAME_FILE names."""
     return Path(os.environ[f"{name}_FILE"]).read_text().strip()
 
 
@@ -35,12 +36,12 @@ def database_uri() -> str:
     """Return the SQLAlchemy address of the database, with user and password escaped."""
     user = quote(os.environ["DATABASE_USER"], safe="")
     host, name = os.environ["DATABASE_HOST"], os.environ["DATABASE_NAME"]
-    # The driver stands in the address: SQLAlchemy 2.1 takes another one by default.
+    # Name the driver, because SQLAlchemy 2.1 uses another one by default.
     return f"postgresql+psycopg2://{user}:{quote(secret('DATABASE_PASSWORD'), safe='')}@{host}/{name}"
 
 
 def login_wanted() -> bool:
-    """Return whether users log in; ends the program where leaving it out would open the server to a network."""
+    """Return whether users log in; ends the program if a server without login would be open to a network."""
     choice, bind = os.environ.get("MLFLOW_LOGIN") or "on", os.environ.get("MLFLOW_BIND") or "127.0.0.1"
     if choice not in ("on", "off"):
         sys.exit(f"MLFLOW_LOGIN={choice}: must be on or off")
@@ -52,11 +53,11 @@ def login_wanted() -> bool:
 
 
 def prepare_login(environment: MutableMapping[str, str], uri: str) -> None:
-    """Point the server at its configuration, and give both users the passwords of their files.
+    """Write the server's configuration, and set the passwords of both users from their files.
 
-    MLflow itself takes an administrator's password once and never again, so a changed file would lock everybody out.
+    MLflow itself reads the administrator's password only once, so a changed file would otherwise lock all users out.
     """
-    # configparser takes a % for the start of a reference; the escaped password may hold some.
+    # configparser treats % as the start of a reference, and the escaped password may contain %.
     AUTH_CONFIG.unlink(missing_ok=True)
     AUTH_CONFIG.touch(mode=0o600)
     AUTH_CONFIG.write_text(
@@ -64,7 +65,7 @@ def prepare_login(environment: MutableMapping[str, str], uri: str) -> None:
         "default_permission = EDIT\n"
         f"database_uri = {uri.replace('%', '%%')}\n"
         f"admin_username = {ADMIN}\n"
-        # Without it every request hashes the password again, 160 ms.
+        # Without this cache every request hashes the password again, which takes 160 ms.
         "auth_cache_ttl_seconds = 60\n"
     )
     environment["MLFLOW_AUTH_CONFIG_PATH"] = str(AUTH_CONFIG)
@@ -83,7 +84,7 @@ def prepare_login(environment: MutableMapping[str, str], uri: str) -> None:
 
 
 def schema_problem(uri: str) -> str:
-    """Return what keeps this MLflow from the database's tables; an empty string: nothing, or there are none yet."""
+    """Return why this MLflow cannot use the database's tables; empty if it can, or if there are no tables yet."""
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError
@@ -108,7 +109,7 @@ def schema_problem(uri: str) -> str:
 
 
 def wait_for_schema(uri: str) -> None:
-    """Wait until the tables are this MLflow's, and say once what is to be done; MLflow would change them without a copy."""
+    """Wait until the tables fit this MLflow, and print the remedy once; MLflow would change them without a backup."""
     told = ""
     while problem := schema_problem(uri):
         if problem != told:
@@ -118,7 +119,7 @@ def wait_for_schema(uri: str) -> None:
 
 
 def upgrade(uri: str) -> None:
-    """Bring the tables of an older MLflow up to date; ends the program for those of a newer one."""
+    """Upgrade the tables of an older MLflow; ends the program if a newer MLflow made them."""
     from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
 
     problem = schema_problem(uri)
@@ -126,22 +127,22 @@ def upgrade(uri: str) -> None:
         sys.exit(problem)
     if problem:
         _upgrade_db(create_sqlalchemy_engine(uri))
-    print("the tables are this MLflow's")
+    print("the tables fit this MLflow")
 
 
 def main() -> None:
-    """Run the server in this process, whose imports are dear: it passes stop signals on."""
+    """Run the server in this process, which passes stop signals on; a new process would repeat the slow imports."""
     with_login = login_wanted()
     uri = database_uri()
     if sys.argv[1:] == ["upgrade"]:
         upgrade(uri)
         return
     wait_for_schema(uri)
-    # Job execution starts a dozen helper processes that a tracking server has no use for.
+    # Job execution starts a dozen helper processes that a tracking server does not need.
     os.environ |= {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     if with_login:
         prepare_login(os.environ, uri)
-    # Counters of processes that a restart has ended would be added to those of the living.
+    # Remove counters of processes before a restart, which would be added to the current ones.
     shutil.rmtree(METRICS, ignore_errors=True)
     extra_hosts = os.environ.get("MLFLOW_EXTRA_ALLOWED_HOSTS", "").strip(", ")
 
@@ -154,7 +155,7 @@ def main() -> None:
             "--serve-artifacts", "--artifacts-destination", os.environ.get("MLFLOW_ARTIFACTS") or ARTIFACTS,
             "--allowed-hosts", ",".join(filter(None, [ALLOWED_HOSTS, extra_hosts])),
             "--expose-prometheus", str(METRICS),
-            # The health check alone asks 17,000 times a day; the metrics count requests.
+            # The health check alone sends 17,000 requests a day; the metrics count requests.
             "--uvicorn-opts", "--no-access-log",
             *(["--app-name", "basic-auth"] if with_login else []),
         ],

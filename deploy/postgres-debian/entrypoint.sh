@@ -11,7 +11,7 @@ user="${POSTGRES_USER:-postgres}"
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
     initdb --username="$user" --pwfile="$POSTGRES_PASSWORD_FILE" --auth-local=trust --auth-host=scram-sha-256 >/dev/null
     echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
-    # Created through the local socket before the server listens for anyone else.
+    # Create the database through the local socket, before the server listens on the network.
     if [ "${POSTGRES_DB:-postgres}" != postgres ]; then
         pg_ctl --silent --wait --options="-c listen_addresses=''" start >/dev/null
         createdb --username="$user" "$POSTGRES_DB"

@@ -1,4 +1,4 @@
-"""`launcher attach NAME`: one replica's output, as it comes."""
+"""`launcher attach NAME`: follow one replica's output."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from launcher.options.config_file import ConfiguredCommand
 @shared
 @click.argument("name")
 def attach(target: Target, name: str) -> None:
-    """Watch one replica's output; Ctrl-C leaves, and the replica lives on.
+    """Watch one replica's output; Ctrl-C leaves, and the replica goes on.
 
-    Exits 0 when you leave or the replica ends well; 1 when it fails.
+    Exits 0 when you leave or the replica ends well; 1 when the replica fails.
     """
     from launcher.status import output
     from launcher.status.report import exit_code

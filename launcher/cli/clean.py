@@ -1,4 +1,4 @@
-"""`launcher clean`: remove what ended replicas have left; their results only when asked."""
+"""`launcher clean`: remove the containers and records of ended replicas, and their results with --runs-too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=ConfiguredCommand)
-@click.option("--runs-too", is_flag=True, help="Also what they wrote: the run folders of their fleets.")
+@click.option("--runs-too", is_flag=True, help="Also remove the run folders of their fleets.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only show the list.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; with --yes or --dry-run.")
@@ -41,12 +41,11 @@ def clean(
 ) -> None:
     """Remove the containers and records of replicas that have ended, after showing the list and asking.
 
-    NAMES narrow it to replicas, or fleets as project/name. Replicas that run stay. With --runs-too the fleets'
-    results are removed as well: weights, studies, plots; not those of a fleet that runs, nor a folder whose lock is
-    held.
+    NAMES select replicas, or fleets as project/name. Running replicas stay. --runs-too also removes the fleets'
+    results (weights, studies, plots), except those of a running fleet and folders whose lock is held.
     """
     if as_json and not (yes or dry_run):
-        raise UsageError("--json: nobody can be asked then; give --yes, or --dry-run to see the list")
+        raise UsageError("--json: asks for no confirmation; give --yes, or --dry-run to see the list")
     chosen = target.open_engine()
     found = _find(chosen, absolute(target.runs), names, runs_too=runs_too)
     if as_json:
@@ -70,12 +69,12 @@ def clean(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What is to be removed, and what stays."""
+    """The replicas and run folders to remove, and the running replicas that stay."""
 
     ended: Sequence[ReplicaState]
     live: Sequence[ReplicaState]
     folders: Sequence[tuple[Path, RunFolder]]
-    """Each with the runs folder that it lies in."""
+    """Pairs of the runs folder and a run folder in it."""
 
     def lines(self) -> list[str]:
         from launcher.status.words import words_for
@@ -113,7 +112,7 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
         )
     everyone = engine.list()
     known = {state.name for state in everyone} | {state.fleet for state in everyone}
-    # A fleet whose replicas are gone already may still have results.
+    # A fleet whose replicas are already removed may still have results.
     bare = [name for name in names if runs_too and name not in known and "/" in name]
     wanted = [name for name in names if name not in bare]
     states = select(everyone, wanted) if wanted or not bare else []
@@ -138,7 +137,7 @@ def _find(engine: Engine, runs: Path, names: Sequence[str], *, runs_too: bool) -
 
 
 def _remove(engine: Engine, found: _Found) -> None:
-    """Remove everything that was found; raises EngineError with all that resisted, after trying the rest."""
+    """Remove everything found; raises EngineError with every failure after all removals have been tried."""
     from launcher.fleet.end import discard
     from launcher.status.run_folders import delete, forget_workers, unused
 
@@ -146,7 +145,7 @@ def _remove(engine: Engine, found: _Found) -> None:
     failures = discard(engine, still)
     for runs, run in found.folders:
         try:
-            with unused(runs, run) as folder:  # again: the answer may have taken a while
+            with unused(runs, run) as folder:  # check again: the user may have answered late
                 delete(runs, run, folder)
         except StarlingError as error:
             failures.append(str(error))

@@ -1,4 +1,4 @@
-"""`launcher completion SHELL`: commands, flags and the names of replicas at the touch of a key."""
+"""`launcher completion SHELL`: shell completion of commands, flags and names of replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INSTALL = {
 }
 
 
-@click.command(epilog="\b\nTo have it always:\n  " + "\n  ".join(_INSTALL.values()))
+@click.command(epilog="\b\nTo install it:\n  " + "\n  ".join(_INSTALL.values()))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: the options that say where replicas run, and the engine that they mean."""
+"""Shared by the commands: the options that say where replicas run, and the engine that they select."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Target:
     engine: str
     """`docker`, `podman` or `local`."""
     host: str | None
-    """The address that `--host` or the file of settings gives; None: DOCKER_HOST, the Docker context, or this machine."""
+    """The address from `--host` or the file of settings; None: DOCKER_HOST, the Docker context, or this machine."""
     runs: Path
     host_is_typed: bool = False
-    """Whether the address stands on the command line."""
+    """Whether the command line gives the address."""
 
     def find_host(self) -> Host:
-        """Return the machine; connects to one behind ssh. Raises EngineError for one that cannot be reached."""
+        """Return the machine, connected if it is remote; raises EngineError if the machine cannot be reached."""
         from launcher.engines.opening import find_host
 
         return find_host(self.engine, self.host)
 
     def open_engine(self, host: Host | None = None) -> Engine:
-        """Return the engine of the machine, or of `host`; raises EngineError when it does not answer."""
+        """Return the engine of `host` or of the target's machine; raises EngineError if the engine does not answer."""
         from launcher.engines.opening import open_engine
 
         if self.engine == "local" and self.host_is_typed:
@@ -48,7 +48,7 @@ class Target:
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where replicas run; `command` gets them as a Target, its first argument."""
+    """Add the options that say where replicas run; `command` receives them as a Target, its first argument."""
     runs_option = click.option(
         "--runs",
         type=click.Path(path_type=Path),
@@ -86,9 +86,9 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Return the address that the command line or the file of settings gives; None for one of the environment.
+    """Return the address if the command line or the file of settings gives it; None if the environment does.
 
-    DOCKER_CONTEXT wins over the file, as variables do.
+    DOCKER_CONTEXT, like other variables, wins over the file.
     """
     source = ctx.get_parameter_source(param.name or "")
     overruled = source is ParameterSource.DEFAULT_MAP and bool(os.environ.get("DOCKER_CONTEXT"))
@@ -101,5 +101,5 @@ def _given_address(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 def count_words(states: Sequence[ReplicaState]) -> str:
-    """Return `1 replica`, or so many."""
+    """Return the number of replicas in words: `1 replica`, `2 replicas`."""
     return f"{len(states)} replica{'s' * (len(states) != 1)}"

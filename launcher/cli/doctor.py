@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def doctor(target: Target, image: str, gpu: str | None, as_json: bool) -> None:
     """Check everything that `up` needs: engine, image, GPUs, limits, disks, runs folder, tracking server.
 
-    One container is started as replicas are, on one GPU where there is any, and removed again; nothing else changes.
-    Exits 5 when a check failed; a warning stops nobody.
+    The check starts one container like a replica's, on a GPU if there is one, and removes it; nothing else changes.
+    Exits 5 when a check failed; warnings do not change the exit code.
     """
     from launcher.doctor.examine import examine_docker, examine_local
     from launcher.doctor.findings import as_document, as_lines, exit_code

@@ -1,4 +1,4 @@
-"""`launcher init`: a file of settings with every key in it, to be changed by hand."""
+"""`launcher init`: write a file of settings that lists every key, for editing by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXAMPLES = {
     "env-file": "[secrets.env]",
     "host": "ssh://me@gpu-machine",
 }
-"""Values to show for keys that have no default, where the type alone would say too little."""
+"""Example values for keys that have no default and whose type alone says too little."""
 
 _HEAD = """\
 # Settings of `launcher`, read from the folder that it is called in, or from `launcher -f FILE COMMAND`.
@@ -53,7 +53,7 @@ _TRAIN = f"""\
 def init(ctx: click.Context, file: Path) -> None:
     """Write a commented FILE of settings [starling.yaml] with every key; `-` prints it.
 
-    A file that is there is never overwritten.
+    An existing file is never overwritten.
     """
     root = ctx.find_root()
     up = root.command.get_command(root, "up") if isinstance(root.command, click.Group) else None
@@ -67,7 +67,7 @@ def init(ctx: click.Context, file: Path) -> None:
             written.write(text)
     except FileExistsError:
         raise UsageError(
-            f"{file}: is there already and stays as it is; name another file: launcher init FILE"
+            f"{file}: exists already and is not overwritten; name another file: launcher init FILE"
         ) from None
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); check the folder") from None
@@ -83,7 +83,7 @@ def _keys(up: click.Command) -> Iterator[str]:
 
 
 def example(key: str, option: click.Option) -> str:
-    """Return a value of the right type for a key: its default, where it has one."""
+    """Return an example value for a key: its default if it has one, else a value of its type."""
     if key in _EXAMPLES:
         return _EXAMPLES[key]
     if option.is_bool_flag:

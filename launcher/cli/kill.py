@@ -1,4 +1,4 @@
-"""`launcher kill NAMES…`: end replicas at once, and leave them listed."""
+"""`launcher kill NAMES…`: kill replicas at once, and keep them listed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from launcher.options.config_file import ConfiguredCommand
 def kill(target: Target, as_json: bool, names: tuple[str, ...]) -> None:
     """Kill the replicas NAMES at once (SIGKILL); NAMES are replicas, or fleets as project/name.
 
-    What they did since their last checkpoint is lost: `stop` saves first. They stay listed, and the same `up` resumes
-    them. Does not ask, since you name them.
+    Work since a replica's last checkpoint is lost: `stop` saves first. The replicas stay listed, and the same `up`
+    resumes them. `kill` does not ask, because you name the replicas.
     """
     from launcher.fleet.end import kill as kill_now
     from launcher.status.selection import select

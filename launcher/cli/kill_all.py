@@ -18,7 +18,7 @@ from starling.core.errors import UsageError
 @shared
 @click.argument("names", nargs=-1)
 def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -> None:
-    """Kill and remove your replicas, and nobody else's containers. NAMES narrow it to replicas or fleets."""
+    """Kill and remove your replicas, and no other containers. NAMES select replicas or fleets."""
     import json
 
     from launcher.errors import EngineError
@@ -27,7 +27,7 @@ def kill_all(target: Target, yes: bool, as_json: bool, names: tuple[str, ...]) -
     from launcher.status.words import device_words, words_for
 
     if as_json and not yes:
-        raise UsageError("--json: nobody can be asked then; give --yes")
+        raise UsageError("--json: asks for no confirmation; give --yes")
     chosen = target.open_engine()
     states = select(chosen.list(), names)
     if not states and not as_json:

@@ -1,6 +1,6 @@
-"""The `launcher` command. Arguments in, one call, an exit code out.
+"""The `launcher` command: parse the arguments, run one command, return its exit code.
 
-Everything but click is imported where it is needed, so that `--help` is quick.
+Each command imports what it needs when it runs, which keeps `--help` fast.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Exit codes: 0 done; 1 `status` with no replica, or one that failed; 2 usage;
 COMMANDS = (
     "attach", "clean", "completion", "doctor", "init", "kill", "kill-all", "logs", "status", "stop", "track", "up",
 )  # fmt: skip
-"""Each is a module of this folder that holds a command of its name, with `_` for `-`."""
+"""Each name is a module of this folder, with `_` for `-`; the module holds a command of that name."""
 
 _PROGRAM: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Launcher(click.Group):
-    """The commands, each imported when it is named."""
+    """The group of commands; a command's module is imported when the command is named."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all names, in the order of the alphabet."""
+        """Return all names, in alphabetical order."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -57,7 +57,7 @@ def cli(debug: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; every error made on purpose is one message and its exit code."""
+    """Run the command line; a StarlingError becomes one message and its exit code, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         problem = impossible(words)
@@ -71,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except StarlingError as error:
         if "--debug" in words[:1]:
             raise
-        # A name on the command line need not be UTF-8, and not every stream takes it then.
+        # A name on the command line need not be UTF-8, and stderr may not encode it.
         click.echo(f"error: {error}".encode("utf-8", "backslashreplace").decode(), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        drop_output()  # the reader (`head`) has gone
+        drop_output()  # the reader (`head`) has closed the pipe
         sys.exit(0)
     except OSError as error:
         full: StarlingError | None = disk_full(error)

@@ -1,4 +1,4 @@
-"""`launcher status`: replicas, their devices, states and progress."""
+"""`launcher status`: show replicas, their devices, states and progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.options.config_file import ConfiguredCommand
 def status(target: Target, watch: bool, interval: float, as_json: bool, names: tuple[str, ...]) -> None:
     """Show replicas, their devices, states and progress. NAMES: replicas, or fleets as project/name.
 
-    Exits 0 when every replica runs, has finished or was stopped; 1 when one has failed, or there is none.
+    Exits 0 when every replica runs, has finished or was stopped; 1 when a replica has failed, or there is no replica.
     """
     from launcher.status.watch import show_status, watch_status
 

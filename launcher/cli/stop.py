@@ -18,10 +18,10 @@ from launcher.options.config_file import ConfiguredCommand
 @shared
 @click.argument("names", nargs=-1)
 def stop(target: Target, grace: float, names: tuple[str, ...]) -> None:
-    """Ask replicas to save and end (SIGTERM), kill those that outlast the grace, and report.
+    """Ask replicas to save and end (SIGTERM), kill those that still run after the grace, and report.
 
-    Without NAMES: all of yours. They stay listed, and the same `up` resumes them. Exits 1 when one had to be killed,
-    or had failed.
+    Without NAMES: all of your replicas. Stopped replicas stay listed, and the same `up` resumes them. Exits 1 when a
+    replica had to be killed, or had failed.
     """
     from launcher.fleet.end import stop as stop_replicas
     from launcher.status.selection import select

@@ -1,4 +1,4 @@
-"""`launcher track`: the tracking servers of the compose file, up, down, seen, backed up and restored."""
+"""`launcher track`: start, stop, show, back up and restore the tracking servers of the compose file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _limit = click.option(
     show_default=True,
     type=click.FloatRange(min=1),
     metavar="SECONDS",
-    help="Wait no longer for healthy.",
+    help="Wait no longer for healthy servers.",
 )
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
@@ -43,20 +43,18 @@ def track() -> None:
 @_limit
 @_on_compose
 def up(compose_file: Path | None, profiles: tuple[str, ...], build: bool, limit: float) -> None:
-    """Start the servers, wait until they are healthy, and say where they are. Running ones stay as they are."""
+    """Start the servers, wait until they are healthy, and print their addresses. Running servers stay unchanged."""
     from launcher.servers import track as servers
 
     servers.bring_up(servers.open_compose(compose_file, profiles), build=build, limit_s=limit)
 
 
 @track.command()
-@click.option(
-    "--volumes", is_flag=True, help="Remove all that they keep as well: runs, artifacts, passwords."
-)
+@click.option("--volumes", is_flag=True, help="Also remove all stored data: runs, artifacts, passwords.")
 @_yes
 @_on_compose
 def down(compose_file: Path | None, profiles: tuple[str, ...], volumes: bool, yes: bool) -> None:
-    """Stop and remove the servers of this project, and nothing else. What they keep stays."""
+    """Stop and remove the servers of this project, and nothing else. The stored data stays."""
     from launcher.servers import track as servers
 
     servers.take_down(
@@ -67,7 +65,7 @@ def down(compose_file: Path | None, profiles: tuple[str, ...], volumes: bool, ye
 @track.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def status(as_json: bool) -> None:
-    """Show the servers and where they are. Exits 0 when all are well; 1 when one is not, or none is up."""
+    """Show the servers and their addresses. Exits 0 when all are healthy; 1 when one is not, or no server runs."""
     from launcher.servers.track import show_status
 
     sys.exit(show_status(as_json=as_json))
@@ -86,7 +84,7 @@ def password(user: str) -> None:
 @_on_compose
 @click.argument("file", type=click.Path(path_type=Path))
 def backup(compose_file: Path | None, profiles: tuple[str, ...], file: Path) -> None:
-    """Write the databases and the artifacts into FILE, a tar, while the servers run. It holds no password."""
+    """Write the databases and the artifacts into FILE, a tar, while the servers run. FILE holds no password."""
     from launcher.servers.backup import back_up
     from launcher.servers.track import open_compose
 
@@ -101,9 +99,9 @@ def backup(compose_file: Path | None, profiles: tuple[str, ...], file: Path) -> 
 def restore(
     compose_file: Path | None, profiles: tuple[str, ...], file: Path, yes: bool, limit: float
 ) -> None:
-    """Put the contents of FILE in place of what the servers keep, and bring them up.
+    """Replace the servers' stored data with the contents of FILE, and start the servers.
 
-    A file that is damaged, or does not load, changes nothing.
+    If FILE is damaged or does not load, nothing changes.
     """
     from launcher.servers.restore import restore as put_back
     from launcher.servers.track import open_compose

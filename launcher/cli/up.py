@@ -1,4 +1,4 @@
-"""`launcher up`: start one replica a device."""
+"""`launcher up`: start one replica per device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Examples:
     "--cpu", "cpus", type=int, metavar="N", help="N replicas without a GPU, each with its own cores."
 )
 @click.option("--ddp", is_flag=True, help="One training on all of the devices, in one replica.")
-@click.option("--force", is_flag=True, help="Take GPUs that others hold.")
+@click.option("--force", is_flag=True, help="Share GPUs that others hold.")
 @click.option(
     "--memory", metavar="SIZE", help="Limit for each device, swap included [90 % of the machine's, shared]."
 )
@@ -45,7 +45,7 @@ Examples:
     "--user", metavar="UID:GID", help="Who replicas run as [you; for root: the owner of the runs folder]."
 )
 @click.option(
-    "--env", "env_names", multiple=True, metavar="NAME", help="Pass this variable of yours; repeatable."
+    "--env", "env_names", multiple=True, metavar="NAME", help="Pass this variable to replicas; repeatable."
 )
 @click.option(
     "--env-file",
@@ -60,26 +60,28 @@ Examples:
     show_default=True,
     type=click.IntRange(min=0),
     metavar="N",
-    help="Start a crashed trainer again so often.",
+    help="Restart a crashed trainer at most N times.",
 )
-@click.option("--recreate", is_flag=True, help="Stop a fleet that differs, and start it as given now.")
+@click.option(
+    "--recreate", is_flag=True, help="Stop a fleet whose command differs, and start it with this command."
+)
 @click.option(
     "--settle",
     default=0.0,
     show_default=True,
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="Watch the replicas for so long; one that fails by then takes all of this `up` back.",
+    help="Watch the replicas for this time; if one fails, remove everything that this `up` started.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would start, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @shared
 @click.argument("training_args", nargs=-1, type=TrainingWord(), metavar="-- TRAINING ARGUMENTS…")
 def up(target: Target, **options: Any) -> None:
-    """Start one replica a device, all running the same training arguments (those after `--`).
+    """Start one replica per device. All replicas run the same training arguments (those after `--`).
 
-    The same `up` again changes nothing; dead replicas are started again and resume. Trackers' variables
-    (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_RUN, CLEARML_*) are passed on by themselves.
+    The same `up` again changes nothing, except that dead replicas start again and resume. The trackers' variables
+    (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_RUN, CLEARML_*) are passed on automatically.
     """
     from launcher.cli.up_steps import run_up
 

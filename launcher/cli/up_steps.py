@@ -1,4 +1,4 @@
-"""`launcher up`, step by step: read, look, plan, check; then show the plan, or act on it."""
+"""The steps of `launcher up`: read, inspect, plan, check; then show the plan, or act on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def run_up(target: Target, options: Mapping[str, Any]) -> None:
-    """Do what `launcher up` asks for; raises StarlingError with nothing started."""
+    """Run `launcher up`; raises StarlingError with nothing started."""
     _check_options(target.engine, options)
     host = target.find_host()
     request, engine = _read(target, host, options)
@@ -54,7 +54,7 @@ def run_up(target: Target, options: Mapping[str, Any]) -> None:
 
 
 def _check_options(engine: str, options: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that exclude each other."""
     if options["as_json"] and not options["dry_run"]:
         raise UsageError("--json: goes with --dry-run; `launcher status --json` reports what runs")
     if options["build"] and engine == "local":
@@ -67,7 +67,7 @@ def _check_options(engine: str, options: Mapping[str, Any]) -> None:
 
 
 def _read(target: Target, host: Host, options: Mapping[str, Any]) -> tuple[Request, Engine]:
-    """Return the request and the engine; raises all that is wrong with either, also a missing image."""
+    """Return the request and the engine; raises every problem of either together, a missing image included."""
     runs = host.files.expand(host.files.start, str(target.runs))
     entrypoint = Entrypoint.of(target.engine, runs)
     own_flags = {flag for option in click.get_current_context().command.params for flag in option.opts}
@@ -82,9 +82,9 @@ def _read(target: Target, host: Host, options: Mapping[str, Any]) -> tuple[Reque
 
 
 def _join_servers(request: Request, engine: Engine, address: str | None) -> Request:
-    """Return the request for replicas that log to the tracking servers; raises EngineError unless those are up.
+    """Return the request for replicas that log to the tracking servers; raises EngineError if the servers are down.
 
-    `address` is that of the Docker engine, where `--host` gives one.
+    `address` is the Docker engine's, if `--host` gives one.
     """
     from launcher.engines.docker.docker import DockerEngine
     from launcher.engines.opening import find_host, open_docker
@@ -98,7 +98,7 @@ def _join_servers(request: Request, engine: Engine, address: str | None) -> Requ
 
 
 def _rehearse(request: Request, engine: Engine, *, as_json: bool) -> int:
-    """Print the plan and what would stop it, and return the exit code that `up` would end with now."""
+    """Print the plan and its problems, and return the exit code that `up` would end with now."""
     facts = inspect(request, engine)
     plan = make_plan(request, facts)
     problems = check(plan, facts)
@@ -112,7 +112,7 @@ def _rehearse(request: Request, engine: Engine, *, as_json: bool) -> int:
 
 
 def _build(request: Request, host: Host) -> Request:
-    """Build the image, and return the request with nothing left to build."""
+    """Build the image, and return the request with `build` switched off."""
     from launcher.fleet.build import build_image
 
     build_image(request.image, Path.cwd(), host.environment)
@@ -120,7 +120,7 @@ def _build(request: Request, host: Host) -> Request:
 
 
 def _tell(plan: Plan, engine: Engine) -> None:
-    """Say what happened, and how to watch it."""
+    """Say what was started, and how to watch it."""
     changes = plan.changes
     if changes.running:
         say(f"already running: {', '.join(changes.running)}")
@@ -139,11 +139,11 @@ def _tell(plan: Plan, engine: Engine) -> None:
 
 
 def _end_like_interrupt() -> None:
-    """Make SIGTERM, and a terminal that goes, undo a half-started fleet, as Ctrl-C does."""
+    """Make SIGTERM and SIGHUP (a closed terminal) undo a half-started fleet, as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks for
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             signal.signal(number, interrupt)

@@ -1,4 +1,4 @@
-"""What `--gpus` and `--cpu` mean: the grammar, checked against the GPUs that NVML reports."""
+"""The grammar of `--gpus` and `--cpu`, checked against the GPUs that NVML reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starling.core.errors import UsageError
 from starling.core.sizes import format_cores
 
 MOST_DEVICES = 256
-"""More than any machine has; a typing error such as `1-50000` stops here."""
+"""More than any machine has; this limit catches a typing error such as `1-50000`."""
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z/_-]{4,80}")
 _SLICE = re.compile(r"(\d{1,6}):(\d{1,6})", re.ASCII)
@@ -23,20 +23,20 @@ _REMEDY = "write --gpus all, free, free:2, 3, 1-5, 0,2-4, or UUIDs as `nvidia-sm
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What one replica runs on: a GPU, a slice of one, several GPUs, or a CPU replica's number.
+    """The device of one replica: a GPU, a MIG slice of a GPU, several GPUs, or a CPU replica's number.
 
-    `id` is what people read and write: `3`, `3:0` (the first slice of GPU 3), `0-3` or `0,2-3` (several), or a UUID
-    where NVML does not answer.
+    `id` is the form that people read and write: `3`, `3:0` (the first slice of GPU 3), `0-3` or `0,2-3` (several), or
+    a UUID if NVML does not answer.
     """
 
     kind: Literal["gpu", "cpu"]
     id: str
     uuids: tuple[str, ...] = ()
-    """NVML's names of its GPUs, which stay the same when numbers change; empty where NVML does not answer."""
+    """The UUIDs of its GPUs, which stay the same when indices change; empty if NVML does not answer."""
 
     @property
     def label(self) -> str:
-        """The form that labels and records hold: `gpu:3`, `gpu:0-3`, `cpu:0`."""
+        """The form in labels and records: `gpu:3`, `gpu:0-3`, `cpu:0`."""
         return f"{self.kind}:{self.id}"
 
     @property
@@ -50,33 +50,33 @@ class Device:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The devices it consists of, one id each."""
+        """The ids of the single devices that this device consists of."""
         return expand_ids(self.id)
 
     @property
     def handles(self) -> tuple[str, ...]:
-        """What an engine asks the GPU runtime for: UUIDs where they are known, else the ids."""
+        """The names that an engine gives to the GPU runtime: UUIDs if they are known, else the ids."""
         return self.uuids or self.members
 
     @property
     def inside(self) -> str:
-        """The trainer's `--device`: GPUs count from 0 within a replica, and a CPU is named once a process."""
+        """The trainer's `--device`: GPUs count from 0 within a replica, and `cpu` appears once per process."""
         count = len(self.members)
         return ",".join(["cpu"] * count if self.kind == "cpu" else map(str, range(count)))
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What `--gpus` asks for: `all`, some that are free, or those of these ids."""
+    """The devices that `--gpus` asks for: `all`, free GPUs, or the GPUs with these ids."""
 
     kind: Literal["all", "free", "ids"]
     ids: tuple[str, ...] = ()
     count: int | None = None
-    """How many of the free ones; None for all of them."""
+    """The number of free GPUs wanted; None for all free GPUs."""
 
 
 def parse_gpus(text: str) -> Selection:
-    """Return what `--gpus` asks for, ids in the order given.
+    """Return the selection that `--gpus` asks for, ids in the order given.
 
     Raises UsageError for anything outside the grammar: `all`, `free`, `free:N`, or a comma-separated list of indices,
     ranges, slices as GPU:SLICE, and UUIDs.
@@ -104,7 +104,7 @@ def parse_gpus(text: str) -> Selection:
 
 
 def expand_ids(text: str) -> tuple[str, ...]:
-    """Return the ids that a device's `id` stands for: `0,2-3` is 0, 2 and 3; a slice or a UUID is itself."""
+    """Return the ids that a device's `id` stands for: `0,2-3` is 0, 2 and 3; a slice or a UUID stays as given."""
     ids: list[str] = []
     for item in text.split(","):
         if match := _RANGE.fullmatch(item):
@@ -116,7 +116,7 @@ def expand_ids(text: str) -> tuple[str, ...]:
 
 
 def replica_gpus(label: str, plan: Mapping[str, object]) -> tuple[str, ...]:
-    """Return a replica's GPUs: the UUIDs of its plan, or else the ids of its label; none for a CPU replica."""
+    """Return a replica's GPUs: the UUIDs of its plan, else the ids of its label; empty for a CPU replica."""
     kind, _, text = label.partition(":")
     uuids = plan.get("uuids")
     if kind != "gpu":
@@ -132,7 +132,9 @@ def _expand(item: str, text: str) -> Sequence[str]:
     match = _RANGE.fullmatch(item)
     if not match:
         alone = (
-            "stands alone" if item.lower() == "all" or _FREE.fullmatch(item.lower()) else "is not a device"
+            "cannot be combined"
+            if item.lower() == "all" or _FREE.fullmatch(item.lower())
+            else "is not a device"
         )
         raise UsageError(f"--gpus {text}: {item or 'an empty item'!r} {alone}; {_REMEDY}")
     if match[2] and int(match[2]) < int(match[1]):
@@ -141,11 +143,11 @@ def _expand(item: str, text: str) -> Sequence[str]:
 
 
 def resolve_ids(ids: Sequence[str], text: str, gpus: Sequence[Gpu] | None) -> tuple[Device, ...]:
-    """Return the devices of these ids, which `--gpus text` names.
+    """Return the devices with these ids, which `--gpus text` names.
 
-    `gpus` is NVML's list, or None where NVML does not answer (a remote engine): ids then stand as given, and
-    the engine is the judge of them at the start. A device named by UUID takes its index, so that one device has one
-    name. Raises UsageError for a device that is not there, or cannot be used.
+    `gpus` is NVML's list, or None if NVML does not answer (a remote engine): ids then stay as given, and the engine
+    checks them when replicas start. A device given by UUID is named by its index, since one device has one name.
+    Raises UsageError for a device that does not exist or cannot be used.
     """
     if gpus is None:
         return tuple(Device("gpu", item) for item in ids)
@@ -156,7 +158,7 @@ def resolve_ids(ids: Sequence[str], text: str, gpus: Sequence[Gpu] | None) -> tu
 
 
 def every_device(gpus: Sequence[Gpu]) -> tuple[Device, ...]:
-    """Return all that can be handed out: whole GPUs, and the slices of those in MIG mode."""
+    """Return all devices that replicas can use: whole GPUs, and the slices of GPUs in MIG mode."""
     devices = []
     for gpu in gpus:
         if gpu.mig:
@@ -167,7 +169,7 @@ def every_device(gpus: Sequence[Gpu]) -> tuple[Device, ...]:
 
 
 def all_gpus(text: str, gpus: Sequence[Gpu] | None) -> tuple[Device, ...]:
-    """Return what `all` means; raises UsageError where there is none, or one that cannot be used."""
+    """Return the devices of `all`; raises UsageError if there is no GPU, or if a GPU cannot be used."""
     if gpus is None:
         raise UsageError(
             f"--gpus {text}: NVML does not answer here, so GPUs cannot be counted; name them: --gpus 0-3"
@@ -197,7 +199,7 @@ def _find(item: str, text: str, gpus: Sequence[Gpu]) -> Device:
 
 
 def _refuse(gpu: Gpu, text: str) -> None:
-    """Raise UsageError for a GPU that cannot be taken, or not whole."""
+    """Raise UsageError for a GPU that cannot be used, or cannot be used whole."""
     if gpu.problem:
         raise UsageError(
             f"--gpus {text}: GPU {gpu.index} cannot be used ({gpu.problem}); name others, or see `nvidia-smi`"
@@ -221,7 +223,7 @@ def _slices(gpu: Gpu) -> str:
 
 
 def join_devices(devices: Sequence[Device]) -> Device:
-    """Return the device that is all of these together, for one training on several."""
+    """Return one device made of all of these, for one training on several devices."""
     ids = [device.id for device in devices]
     whole = all(item.isdigit() for item in ids)
     together = format_cores([int(item) for item in ids]) if whole else ",".join(ids)
@@ -230,7 +232,7 @@ def join_devices(devices: Sequence[Device]) -> Device:
 
 
 def split_cores(cores: Sequence[int], replicas: int) -> tuple[tuple[int, ...], ...]:
-    """Return each CPU replica's own cores: contiguous, none shared, sizes differing by one at most.
+    """Return each CPU replica's own cores: contiguous and disjoint, with sizes that differ by at most one.
 
     Raises UsageError when there are fewer cores than replicas.
     """

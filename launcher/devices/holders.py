@@ -1,4 +1,4 @@
-"""Who holds which GPU, and what `--gpus` may take then. Pure: the holders come in as an argument."""
+"""Which GPUs are held by whom, and which GPUs `--gpus` may use. Pure: the holders come in as an argument."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ EVERY = "all"
 
 @dataclass(frozen=True, slots=True)
 class GpuHolder:
-    """A container, a replica or a process that was given GPUs of this machine, or computes on them."""
+    """A container, a replica or a process that has GPUs of this machine assigned, or computes on them."""
 
     name: str
-    """Who, in words that follow "held by"."""
+    """The holder, in words that follow "held by"."""
     gpus: tuple[str, ...]
-    """Indices, UUIDs, slices as GPU:SLICE, or `all`; nothing for a container without a GPU."""
+    """Indices, UUIDs, slices as GPU:SLICE, or `all`; empty for a container without a GPU."""
     id: str = ""
-    """The container's or the replica's; empty for a process of neither."""
+    """The id of the container or the replica; empty for a process outside both."""
     remedy: str = ""
-    """The command that ends it, where that is the caller's to give."""
+    """The command that ends the holder; empty if the user may not end it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """What is taken by others, and what the fleet itself has already."""
+    """The holders of GPUs outside the fleet, and the GPUs that the fleet already has."""
 
     holders: tuple[GpuHolder, ...] = ()
     own: tuple[str, ...] = ()
     """The GPUs of the fleet's existing replicas, as UUIDs or ids."""
     settled: tuple[str, ...] = ()
-    """Those of them whose replicas run, or have finished, and will not be started: other holders do not matter."""
+    """The GPUs in `own` whose replicas run or have finished; `up` ignores other holders of these GPUs."""
 
 
 NOBODY = Occupancy()
@@ -50,17 +50,17 @@ NOBODY = Occupancy()
 
 @dataclass(frozen=True, slots=True)
 class GpuChoice:
-    """The devices that `--gpus` means, and who else holds some of them."""
+    """The devices that `--gpus` selects, and the other holders of these devices."""
 
     devices: tuple[Device, ...]
     held: Mapping[Device, tuple[GpuHolder, ...]] = field(default_factory=dict)
 
     def shared_notes(self) -> list[str]:
-        """Return a note for each device that is shared with its holders."""
+        """Return a note for each device that the fleet shares with other holders."""
         return [f"{_held(device, found)}; shared as --force says" for device, found in self.held.items()]
 
     def check_free(self, text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy) -> None:
-        """Raise UsageError, with the holders and the remedies, where others hold a device."""
+        """Raise UsageError with the holders and the remedies if others hold a device."""
         if self.held:
             raise UsageError(_busy(text, gpus, self.held, occupancy))
 
@@ -69,10 +69,10 @@ NO_DEVICE = GpuChoice(())
 
 
 def choose_gpus(text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy = NOBODY) -> GpuChoice:
-    """Return the devices that `--gpus` means.
+    """Return the devices that `--gpus` selects.
 
-    `gpus` is NVML's list, None where it does not answer. A fleet that exists keeps the devices it has, so `free` means
-    the same at the second call as at the first. Raises UsageError for devices that are not there, or are not free.
+    `gpus` is NVML's list, or None if NVML does not answer. A fleet that exists keeps its devices, so a second call
+    with `free` selects the same devices as the first. Raises UsageError for devices that do not exist or are not free.
     """
     selection = parse_gpus(text)
     if selection.kind == "all":
@@ -94,13 +94,13 @@ def choose_gpus(text: str, gpus: Sequence[Gpu] | None, occupancy: Occupancy = NO
 def holders_of(
     device: Device, gpus: Sequence[Gpu] | None, holders: Iterable[GpuHolder]
 ) -> tuple[GpuHolder, ...]:
-    """Return those of the holders that hold the device, or a part of it."""
+    """Return the holders of the device, or of a part of the device."""
     wanted = _parts(device.handles, gpus)
     return tuple(holder for holder in holders if EVERY in holder.gpus or wanted & _parts(holder.gpus, gpus))
 
 
 def _parts(ids: Iterable[str], gpus: Sequence[Gpu] | None) -> set[str]:
-    """Return what ids stand for in UUIDs that never overlap by halves: a GPU stands for itself and all its slices."""
+    """Return the UUIDs that the ids cover: a GPU covers itself and all its slices, so any overlap is a shared UUID."""
     parts: set[str] = set()
     for item in ids:
         known = set()
@@ -143,7 +143,7 @@ def _busy(
     held: Mapping[Device, tuple[GpuHolder, ...]],
     occupancy: Occupancy,
 ) -> str:
-    """Return the message that names each holder, and what to do about it."""
+    """Return the message that names each holder and the remedies."""
     lines = [_held(device, found) for device, found in held.items()]
     free = [device for device in every_device(gpus or ()) if not holders_of(device, gpus, occupancy.holders)]
     ends = dict.fromkeys(holder.remedy for found in held.values() for holder in found if holder.remedy)

@@ -1,4 +1,4 @@
-"""What the machine has: GPUs and their slices as NVML lists them, cores and memory as the engine sees them."""
+"""The machine's inventory: GPUs and slices from NVML, cores and memory from the engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 DESKTOP_BYTES = 1024**3
-"""A process that draws as well as computes, and takes less than this of a GPU, is the desktop's."""
+"""A process that draws as well as computes, and uses less GPU memory than this, belongs to the desktop."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process that computes on a GPU; `memory_bytes` is None where the driver does not tell."""
+    """A process that computes on a GPU; `memory_bytes` is None if the driver does not report it."""
 
     pid: int
     memory_bytes: int | None = None
@@ -20,7 +20,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class MigSlice:
-    """A MIG instance: a part of a GPU, handed out like a GPU. `index` counts within its GPU."""
+    """A MIG instance: a part of a GPU that a replica can use like a GPU. `index` counts within the GPU."""
 
     index: int
     uuid: str
@@ -31,28 +31,28 @@ class MigSlice:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One whole GPU. `index` is NVML's, in PCI bus order, which is what container runtimes count by."""
+    """One whole GPU. `index` is NVML's, in PCI bus order, as container runtimes count GPUs."""
 
     index: int
     uuid: str
     name: str
     memory_bytes: int
     mig: bool = False
-    """In MIG mode: only its slices can be handed out."""
+    """Whether the GPU is in MIG mode: replicas can then use its slices only."""
     slices: tuple[MigSlice, ...] = ()
     processes: tuple[GpuProcess, ...] = ()
     problem: str = ""
-    """Why it cannot be used, in the driver's words; its other fields may then be empty."""
+    """Why the GPU cannot be used, in the driver's words; the other fields may then be empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What an engine can hand out: the numbers of its cores, and its memory in bytes."""
+    """What an engine can give to replicas: the numbers of its cores, and its memory in bytes."""
 
     cores: tuple[int, ...]
     memory_bytes: int
     maps_users: bool = False
-    """Whether user ids inside a replica are other ids on the host, so that permissions cannot be judged from here."""
+    """Whether user ids inside a replica differ from those on the host; `up` can then not check permissions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Driver:
 
 
 def read_gpus() -> tuple[Gpu, ...] | None:
-    """Return this host's GPUs, or None where NVML does not answer (no driver, or no NVML)."""
+    """Return this host's GPUs, or None if NVML does not answer (no driver, or no NVML)."""
     try:
         import pynvml
 
@@ -81,7 +81,7 @@ def read_gpus() -> tuple[Gpu, ...] | None:
 
 
 def _read_gpu(nvml: Any, index: int) -> Gpu:
-    """Return one GPU; one that has fallen off the bus must not hide the others."""
+    """Return one GPU; an error of NVML goes into `problem`, so a GPU off the bus does not hide the others."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         mig = _mig_mode(nvml, handle)
@@ -92,7 +92,7 @@ def _read_gpu(nvml: Any, index: int) -> Gpu:
             memory_bytes=_memory(nvml, handle),
             mig=mig,
             slices=_read_slices(nvml, handle) if mig else (),
-            # A slice's processes are asked of the slice: of the whole, only root gets an answer.
+            # Processes are read from each slice: in MIG mode NVML lists the whole GPU's processes to root only.
             processes=() if mig else _processes(nvml, handle),
         )
     except nvml.NVMLError as error:
@@ -112,7 +112,7 @@ def _read_slices(nvml: Any, gpu: Any) -> tuple[MigSlice, ...]:
         try:
             handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
         except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-            continue  # numbers without a slice
+            continue  # no slice has this index
         slices.append(
             MigSlice(
                 index=index,
@@ -133,7 +133,7 @@ def _memory(nvml: Any, handle: Any) -> int:
 
 
 def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    """Return the processes that compute on a device; those that only draw (a desktop) hold nothing back."""
+    """Return the processes that compute on a device, without those that only draw (a desktop)."""
     drawing = {process.pid for process in _running(nvml, handle, "Graphics")}
     return tuple(
         GpuProcess(int(process.pid), process.usedGpuMemory)
@@ -143,7 +143,7 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
 
 
 def _running(nvml: Any, handle: Any, kind: str) -> list[Any]:
-    """Return NVML's list of processes; an older driver has only the second form of the call, some have none."""
+    """Return NVML's list of processes; an older driver has only version 2 of the call, or no version."""
     for version in ("", "_v2"):
         with contextlib.suppress(nvml.NVMLError, nvml.NVMLLibraryMismatchError):
             return list(getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses{version}")(handle))
@@ -151,7 +151,7 @@ def _running(nvml: Any, handle: Any, kind: str) -> list[Any]:
 
 
 def read_driver() -> Driver | None:
-    """Return this host's NVIDIA driver, or None where NVML does not answer."""
+    """Return this host's NVIDIA driver, or None if NVML does not answer."""
     try:
         import pynvml
 

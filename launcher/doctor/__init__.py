@@ -1,1 +1,1 @@
-"""`launcher doctor`: one look at everything that `up` will need, each finding with its remedy."""
+"""`launcher doctor`: check everything that `up` needs; each finding names its remedy."""

@@ -1,4 +1,4 @@
-"""Checks of the Docker engine: its socket, its version, and what it says that it can do."""
+"""Checks of the Docker engine: its socket, its version, and the features that it reports."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DEFAULT_SOCKET = "/var/run/docker.sock"
 
 
 def socket_path(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the socket that Docker is asked by; None where it is asked over the network."""
+    """Return the path of Docker's socket; None if Docker is reached over the network."""
     host = environment.get("DOCKER_HOST") or f"unix://{DEFAULT_SOCKET}"
     return Path(host.removeprefix("unix://")) if host.startswith("unix://") else None
 
 
 def check_socket(path: Path) -> Finding:
-    """Look at who may use the socket; whoever may is root on the machine."""
+    """Check who may use the socket: every user of the socket can become root on the machine."""
     try:
         about = path.stat()
     except PermissionError:
@@ -57,7 +57,7 @@ def check_socket(path: Path) -> Finding:
         return Finding(
             "socket",
             "warning",
-            f"{path}: open to every user, who is thereby root on this machine",
+            f"{path}: open to every user, so every user can become root on this machine",
             f"sudo chmod o-rw {path}",
         )
     return Finding("socket", "ok", f"{path}, for group {group}")
@@ -71,7 +71,7 @@ def _group(gid: int) -> str:
 
 
 def check_version(version: Mapping[str, Any]) -> Finding:
-    """Compare the engine's version with the oldest that is tested."""
+    """Compare the engine's version with the oldest tested version."""
     said = str(version.get("Version", ""))
     found = re.match(r"(\d+)\.(\d+)", said)
     text = f"{_product(version)} {said}, API {version.get('ApiVersion')}"
@@ -88,7 +88,7 @@ def _product(version: Mapping[str, Any]) -> str:
 
 
 def check_limits(about: Mapping[str, Any]) -> Finding:
-    """Look at which limits the kernel's cgroups can hold."""
+    """Check which limits the kernel's cgroups can enforce."""
     lacking = [
         words
         for key, words in (("MemoryLimit", "memory"), ("PidsLimit", "processes"), ("CPUSet", "cores"))
@@ -109,20 +109,20 @@ def check_limits(about: Mapping[str, Any]) -> Finding:
 
 
 def check_machine(about: Mapping[str, Any]) -> Finding:
-    """Say what there is to share out."""
+    """Report the engine's cores and memory."""
     cores, memory = int(about.get("NCPU") or 0), int(about.get("MemTotal") or 0)
     text = f"{cores} cores, {format_size(memory)} of memory"
     if memory < 2 * GIB:
-        return Finding("machine", "warning", text, "a trainer wants 2 GB and more; use small images")
+        return Finding("machine", "warning", text, "a trainer needs 2 GB or more; use small images")
     return Finding("machine", "ok", text)
 
 
 def check_clock(about: Mapping[str, Any], before: float, after: float) -> Finding:
-    """Compare the engine's clock with this one; `before` and `after` are Unix seconds around the question."""
+    """Compare the engine's clock with this machine's; `before` and `after` are Unix seconds around the request."""
     try:
         there = datetime.fromisoformat(str(about.get("SystemTime", ""))).timestamp()
     except ValueError:
-        return Finding("clock", "ok", "the engine does not tell its time")
+        return Finding("clock", "ok", "the engine does not report its time")
     skew = max(before - there, there - after, 0.0)
     if skew > MOST_SKEW_S:
         return Finding(
@@ -135,7 +135,7 @@ def check_clock(about: Mapping[str, Any], before: float, after: float) -> Findin
 
 
 def check_gpu_runtime(about: Mapping[str, Any], gpus: tuple[Gpu, ...] | None) -> Finding:
-    """Look for what hands GPUs to containers."""
+    """Check for the NVIDIA runtime or CDI devices, which give GPUs to containers."""
     runtime = "nvidia" in (about.get("Runtimes") or {})
     cdi = any(
         str(device.get("ID", "")).startswith("nvidia.com/") for device in about.get("DiscoveredDevices") or []
@@ -145,38 +145,38 @@ def check_gpu_runtime(about: Mapping[str, Any], gpus: tuple[Gpu, ...] | None) ->
             "GPU runtime", "ok", "the NVIDIA runtime" if runtime else "devices by CDI, of the NVIDIA toolkit"
         )
     if not gpus:
-        return Finding("GPU runtime", "ok", "none, and none is needed: no GPU here")
+        return Finding("GPU runtime", "ok", "none, and none is needed without a GPU")
     return Finding(
         "GPU runtime", "warning", "the engine lists none; the container below shows it", GPU_REMEDY
     )
 
 
 def check_docker_disk(about: Mapping[str, Any], *, remote: bool) -> Finding:
-    """Look at the space where the engine keeps images, containers and logs."""
+    """Check the free space of the engine's folder for images, containers and logs."""
     folder = Path(str(about.get("DockerRootDir") or "/var/lib/docker"))
     if remote:
-        return Finding("engine's disk", "ok", f"{folder} is on the other machine: not looked at")
+        return Finding("engine's disk", "ok", f"{folder} is on the other machine: not checked")
     return check_space("engine's disk", folder, "docker system prune removes what nothing uses")
 
 
 def check_space(check: str, folder: Path, remedy: str) -> Finding:
-    """Look at the free space below a folder that is there, or will be."""
+    """Check the free space at a folder, which need not exist yet."""
     try:
         free = disk_space(folder)
     except OSError as error:
-        return Finding(check, "ok", f"{folder}: cannot be looked at ({error.strerror})")
+        return Finding(check, "ok", f"{folder}: cannot be read ({error.strerror})")
     return judge_space(check, folder, free.bytes, remedy)
 
 
 def judge_space(check: str, folder: Path, free: int, remedy: str) -> Finding:
-    """Return what that much free space means."""
+    """Return the finding for a folder with `free` bytes of free space."""
     text = f"{folder}: {format_size(free)} free"
     status = "failure" if free < NO_DISK else "warning" if free < LITTLE_DISK else "ok"
     return Finding(check, status, text, remedy)  # type: ignore[arg-type]
 
 
 def check_compose() -> Finding:
-    """Look for the Compose plugin, which the tracking servers are started by."""
+    """Check for the Compose plugin, which starts the tracking servers."""
     remedy = "install docker-compose-plugin (or docker-compose-v2); only the tracking servers need it"
     try:
         done = subprocess.run(

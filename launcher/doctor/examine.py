@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are told; those that wait do so at the same time."""
+"""Run all checks, slow ones in parallel, and return the findings in the order of the report."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Check = Callable[[], list[Finding]]
 
 
 class ContainerEngine(Engine, Protocol):
-    """An engine of containers, which knows itself."""
+    """An engine of containers that also reports about itself."""
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return its `info` and its `version`."""
+        """Return the engine's `info` and `version`."""
 
 
 def examine_docker(
     open_engine: Callable[[], ContainerEngine], host: Host, runs: Path, image: str, gpu: str | None
 ) -> list[Finding]:
-    """Look at a Docker engine and its machine; `gpu` is the id to try, else the first that the driver lists."""
+    """Check a Docker engine and its machine; `gpu` is the id of the GPU to try, None: the first one of the driver."""
     path = None if host.address else engine_checks.socket_path(host.environment)
     socket = [] if path is None else [engine_checks.check_socket(path)]
     try:
@@ -52,7 +52,7 @@ def examine_docker(
 
 
 def examine_local(runs: Path) -> list[Finding]:
-    """Look at this machine as the local engine uses it."""
+    """Check this machine for the local engine."""
     return _together(
         [
             _trainer,
@@ -73,7 +73,7 @@ def _host(host: Host, runs: Path) -> list[Check]:
 
 
 def _about(engine: ContainerEngine, gpus: tuple[Gpu, ...] | None, *, remote: bool) -> list[Finding]:
-    """Ask the engine about itself; `engine` is a handle of this thread's own."""
+    """Check what the engine reports about itself; no other thread may use `engine`."""
     try:
         before = time.time()
         about, version = engine.about()
@@ -103,7 +103,7 @@ def _in_container(engine: Engine, runs: Path, image: str, gpu: str | None) -> li
 
 
 def _is_ready(host: Host, runs: Path, user: str) -> bool:
-    """Return whether the runs folder is there as `up` leaves it: root's own is handed to the replicas' user first."""
+    """Return whether replicas can use the runs folder: it exists, and if root runs `up`, the replicas' user owns it."""
     owner = None if host.remote and not host.address else host.owner_of(runs)
     return owner is not None and (host.uid != 0 or owner == int(user.split(":")[0]))
 

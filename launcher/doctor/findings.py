@@ -1,4 +1,4 @@
-"""What a check has found, in words, as JSON, and as an exit code."""
+"""The finding of a check, in words, as JSON, and as an exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: how it went, what was seen, and what to do about it."""
+    """The result of one check: its status, what was found, and the remedy."""
 
     check: str
     status: Status
@@ -26,7 +26,7 @@ class Finding:
 
     @classmethod
     def of_error(cls, check: str, error: StarlingError, where: str = "") -> Finding:
-        """Return the failure that an error tells of: what, and after the semicolon the remedy."""
+        """Return the failure that an error describes; the remedy follows the first semicolon of its message."""
         text, _, remedy = str(error).partition("; ")
         return cls(check, "failure", where + text, remedy)
 
@@ -36,7 +36,7 @@ class Finding:
 
 
 def as_lines(findings: Sequence[Finding]) -> list[str]:
-    """Return a line a finding, its remedy below it where it is not well, and a line that sums up."""
+    """Return a line per finding, with the remedy below each warning or failure, and a last line with the counts."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:
@@ -55,5 +55,5 @@ def as_document(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Return 5 where a check failed, 0 otherwise: a warning stops nobody."""
+    """Return 5 if a check failed, else 0, also with warnings."""
     return 5 if any(finding.status == "failure" for finding in findings) else 0

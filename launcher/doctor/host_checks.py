@@ -1,4 +1,4 @@
-"""Checks of the machine: its GPUs, the runs folder and what it lies on, the tracking server."""
+"""Checks of the machine: its GPUs, the runs folder and its file system, the tracking server."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _NETWORK = (
     "fuse.sshfs",
     "ocfs2",
 )
-"""How the types of file systems begin that several machines can mount at once."""
+"""Prefixes of the types of file systems that several machines can mount at once."""
 
 _PCI = Path("/sys/bus/pci/devices")
 
 
 def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) -> Finding:
-    """Tell which GPUs the driver lists; a card whose driver does not answer is not the same as none."""
+    """Report the GPUs that the driver lists; an NVIDIA card whose driver does not answer is a failure."""
     broken = [f"{gpu.index}: {gpu.problem}" for gpu in gpus or () if gpu.problem]
     if broken:
         remedy = (
@@ -72,7 +72,7 @@ def check_gpus(gpus: tuple[Gpu, ...] | None, *, remote: bool, pci: Path = _PCI) 
 
 
 def check_driver_for(image: Image, driver: Driver | None) -> list[Finding]:
-    """Compare the driver with the CUDA in the image; nothing where there is no driver, which the GPUs tell."""
+    """Compare the driver with the CUDA in the image; empty without a driver, which `check_gpus` reports."""
     if driver is None:
         return []
     try:
@@ -86,7 +86,7 @@ def check_driver_for(image: Image, driver: Driver | None) -> list[Finding]:
 
 
 def first_usable(gpus: Sequence[Gpu]) -> str | None:
-    """Return the UUID of the first GPU, or MIG slice, that can be handed out."""
+    """Return the UUID of the first usable GPU or MIG slice."""
     for gpu in gpus:
         if gpu.mig and gpu.slices:
             return gpu.slices[0].uuid
@@ -96,7 +96,7 @@ def first_usable(gpus: Sequence[Gpu]) -> str | None:
 
 
 def _nvidia_cards(pci: Path) -> int:
-    """Return how many display or 3D controllers of NVIDIA are on the bus."""
+    """Return the number of NVIDIA's display and 3D controllers on the bus."""
     count = 0
     for place in pci.glob("*"):
         try:
@@ -108,7 +108,7 @@ def _nvidia_cards(pci: Path) -> int:
 
 
 def check_runs_folder(host: Host, runs: Path) -> list[Finding]:
-    """Look at whether the folder can be written and locked, what it lies on, and how much room there is."""
+    """Check that the folder can be written and locked, and check its file system and free space."""
     try:
         host.check_runs(runs)
         if host.address:
@@ -124,7 +124,7 @@ def check_runs_folder(host: Host, runs: Path) -> list[Finding]:
 
 
 def check_locks(runs: Path) -> Finding:
-    """Write and lock a file in the folder, as trainers will."""
+    """Write and lock a file in the folder, as trainers do."""
     try:
         with Folder.resolve(runs) as folder:
             name = f".doctor-{secrets.token_hex(8)}"
@@ -145,7 +145,7 @@ def check_locks(runs: Path) -> Finding:
 
 
 def check_file_system(runs: Path, mounts: Mapping[str, str]) -> Finding:
-    """Judge the file system of the folder; `mounts` are types by mount point."""
+    """Check the file system of the folder; `mounts` maps mount points to types."""
     real = real_path(runs)
     point = max(
         (point for point in mounts if real.is_relative_to(point)),
@@ -170,7 +170,7 @@ def _mounts() -> dict[str, str]:
 
 
 def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Ask the MLflow server that replicas will be told of."""
+    """Check that the MLflow server in MLFLOW_TRACKING_URI answers."""
     address = environment.get("MLFLOW_TRACKING_URI", "")
     shown = masked(address)
     parts = urlsplit(address)
@@ -184,7 +184,7 @@ def check_tracking(environment: Mapping[str, str] = os.environ) -> Finding:
         return Finding(
             "MLflow",
             "warning",
-            f"{shown}: {parts.hostname} is no name here; replicas know it only on its Docker network",
+            f"{shown}: {parts.hostname} cannot be resolved here; replicas can resolve it only on its Docker network",
             "give that network: launcher up --network starling",
         )
     try:

@@ -1,4 +1,4 @@
-"""A container as replicas are, for a moment: what does it see of GPU, memory and the runs folder?"""
+"""Start a container like a replica's, and check what it sees of the GPU, the memory and the runs folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ exit 0
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What the container saw."""
+    """What the container reported."""
 
     trainer: bool
     runs: bool
@@ -40,9 +40,9 @@ class Sight:
 
 
 def probe(engine: Engine, image: str, runs: Path | None, user: str, gpu: str | None) -> list[Finding]:
-    """Run the container and judge what it saw; it is removed again, whatever happens.
+    """Run the container, judge its report, and always remove the container.
 
-    `runs` is the folder to mount, None where it is still to be made; `gpu` the id of the GPU to ask for.
+    `runs` is the folder to mount, None if it does not exist yet; `gpu` is the id of the GPU to ask for.
     """
     label = f"GPU {gpu}" if gpu is not None else "CPU"
     try:

@@ -1,4 +1,4 @@
-"""The one seam to whatever runs replicas: what an engine is asked, and what it answers."""
+"""The interface of engines, which run replicas: the protocol, and the types of its arguments and results."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ class Mount:
     """A path of the host, or a volume of the engine, inside a replica."""
 
     source: str
-    """The path; a volume's name."""
+    """The path, or the volume's name."""
     target: str
     read_only: bool = True
     kind: Literal["bind", "volume"] = "bind"
 
     def public(self) -> dict[str, Any]:
-        """Return the mount as plain values; a path's as they always were, so that no digest changes."""
+        """Return the mount as plain values; a path has no `kind`, which keeps the digests of earlier releases valid."""
         values = {"source": self.source, "target": self.target, "read_only": self.read_only}
         return values if self.kind == "bind" else {"kind": self.kind, **values}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
-    """A present image, and what it says of itself."""
+    """An image that the engine has, and what its labels say."""
 
     name: str = ""
-    """As the user named it; empty on the local engine."""
+    """The name that the user gave; empty on the local engine."""
     id: str = ""
     trainer: bool = False
-    """Whether its label says that our trainer is in it."""
+    """Whether its label says that it contains Starling's trainer."""
     cuda: str | None = None
-    """The CUDA that its torch was built for, `13.0`; None where it does not say."""
+    """The CUDA version that its torch was built for, such as `13.0`; None if no label says it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaSpec:
-    """Everything that one replica is; two equal specs run the same thing in the same place."""
+    """The complete description of one replica; two equal specs run the same command on the same device."""
 
     name: str
     fleet: str
     device: Device
     image: str
-    """The image as the user named it; empty on the local engine."""
+    """The image's name as the user gave it; empty on the local engine."""
     image_id: str
-    """What that name meant when the plan was made: a rebuilt image is a changed spec."""
+    """The id of the image when the plan was made: a rebuilt image changes the spec."""
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    """Set by the launcher; nothing in it is secret."""
+    """Variables that the launcher sets; none is secret."""
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """The user's own variables. Only their names are ever shown, labelled or hashed."""
+    """The user's variables. Only their names are shown, labelled or hashed."""
     mounts: tuple[Mount, ...] = ()
     runs: Path
     """The host's runs folder."""
     user: str = ""
     """`uid:gid`."""
     cores: tuple[int, ...] = ()
-    """The cores it is pinned to; empty: all."""
+    """The cores that the replica is pinned to; empty: all."""
     memory_bytes: int = 0
     shm_bytes: int = 0
     tmp_bytes: int = 0
@@ -80,7 +80,7 @@ class ReplicaSpec:
     network: str = "bridge"
 
     def public(self) -> dict[str, Any]:
-        """Return the spec as plain values without a secret: what is shown, labelled, hashed and compared."""
+        """Return the spec as plain values without secrets, to be shown, labelled, hashed and compared."""
         from starling.core.redaction import masked
 
         return {
@@ -105,7 +105,7 @@ class ReplicaSpec:
         }
 
     def public_json(self) -> str:
-        """Return `public()` in its one canonical spelling."""
+        """Return `public()` as canonical JSON."""
         return json.dumps(self.public(), sort_keys=True, separators=(",", ":"))
 
     @property
@@ -116,7 +116,7 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaState:
-    """What an engine says of one of our replicas."""
+    """The state of one of our replicas, as the engine reports it."""
 
     id: str
     name: str
@@ -124,15 +124,15 @@ class ReplicaState:
     device: str
     phase: Phase
     exit_code: int | None = None
-    """None unless exited, or when nobody saw the end."""
+    """None unless exited, or if the exit code was lost."""
     oom_killed: bool = False
     memory_bytes: int = 0
     started_at: float | None = None
     """Unix seconds."""
     pid: int = 0
-    """Of its first process while it runs, as the engine's machine counts; 0: unknown."""
+    """The PID of the running replica's first process on the engine's machine; 0: unknown."""
     plan: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The `public()` spec it was created from."""
+    """The `public()` spec that the replica was created from."""
 
     @property
     def runs(self) -> Path:
@@ -141,42 +141,42 @@ class ReplicaState:
 
     @property
     def live(self) -> bool:
-        """Whether it holds its device now."""
+        """Whether the replica holds its device now."""
         return self.phase in ("running", "paused")
 
     @property
     def stopped(self) -> bool:
-        """Whether it ended because it was asked to, after saving: the same `up` goes on with it."""
+        """Whether the replica saved and ended on request: the same `up` resumes it."""
         return self.phase == "exited" and self.exit_code in (130, 143) and not self.oom_killed
 
     @property
     def well(self) -> bool:
-        """Whether it is as it should be: at work, done, or stopped by its owner."""
+        """Whether the replica runs, has finished, or was stopped by its owner."""
         return self.phase == "running" or self.finished or self.stopped
 
     @property
     def finished(self) -> bool:
-        """Whether it ended well: an out-of-memory kill of a child leaves exit code 0 behind and is no success."""
+        """Whether the replica succeeded: exit code 0 does not count if a child was killed for lack of memory."""
         return self.phase == "exited" and self.exit_code == 0 and not self.oom_killed
 
 
 class LogLine(str):
-    """A line of a replica's output, and when it was said; a plain string to whoever does not ask."""
+    """A line of a replica's output with its time; callers that ignore the time use it as a plain string."""
 
     at: float | None
-    """Unix seconds by the engine's clock; None where it does not tell."""
+    """Unix seconds by the engine's clock; None if the engine does not report a time."""
 
     def __new__(cls, text: str, at: float | None = None) -> LogLine:
-        """Return the line without its end."""
+        """Return the line without its line end."""
         line = super().__new__(cls, text)
         line.at = at
         return line
 
 
 class Engine(Protocol):
-    """Create, start, watch and end replicas. Every method raises EngineError for an engine that fails.
+    """Create, start, watch and end replicas. Every method raises EngineError if the engine fails.
 
-    Ids are the engine's own and never reused. Asking for the end of something that has vanished is fine.
+    The engine makes the ids and never reuses an id. To end a replica that no longer exists is no error.
     """
 
     name: str
@@ -189,47 +189,47 @@ class Engine(Protocol):
         """Return the cores and the memory that replicas can have."""
 
     def resolve_image(self, image: str) -> Image:
-        """Return a present image; never fetches one."""
+        """Return an image that the engine has; never pulls an image."""
 
     def check_trainer(self, image: Image, script: str) -> None:
-        """Raise unless our trainer, whose command is `script`, is in the image."""
+        """Raise unless the image contains our trainer, whose command is `script`."""
 
     def check_gpu_runtime(self, image: Image) -> None:
-        """Raise when the engine cannot hand a GPU to a replica of this image."""
+        """Raise if the engine cannot give a GPU to a replica of this image."""
 
     def check_network(self, network: str) -> None:
-        """Raise unless the network is there."""
+        """Raise unless the network exists."""
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise NameTaken when something that is not ours holds one of these names."""
+        """Raise NameTaken if a container or process that is not ours has one of these names."""
 
     def create(self, spec: ReplicaSpec) -> str:
-        """Make a replica that does not run yet and return its id; raises NameTaken."""
+        """Create a replica without starting it, and return its id; raises NameTaken."""
 
     def start(self, replica_id: str) -> None:
         """Run a created replica."""
 
     def list(self) -> list[ReplicaState]:
-        """Return our replicas and nobody else's, by name."""
+        """Return our replicas only, sorted by name."""
 
     def gpu_holders(self) -> Sequence[GpuHolder]:
-        """Return who was given which GPUs by this engine: everybody, not only us."""
+        """Return all holders of GPUs of this engine, other users' included."""
 
     def state(self, replica_id: str) -> ReplicaState | None:
-        """Return one of our replicas; None when it has vanished."""
+        """Return one of our replicas; None if it no longer exists."""
 
     def environment(self, replica_id: str) -> Mapping[str, str] | None:
-        """Return the environment a replica was started with; None when that cannot be known any more."""
+        """Return the environment that a replica was started with; None if it is no longer known."""
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
-        """Return by id what running replicas use now; those that nothing is known of are left out."""
+        """Return the current usage of running replicas by id; replicas without figures are missing."""
 
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
     ) -> Iterator[LogLine]:
-        """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs it.
+        """Yield lines of output; with `follow`, until the replica ends. Reading never disturbs the replica.
 
-        `since` is Unix seconds: only lines that were said from then on; of these, `tail` takes the last.
+        `since` (Unix seconds) selects lines from that time on; `tail` takes the last of these lines.
         """
 
     def terminate(self, replica_id: str) -> None:
@@ -239,7 +239,7 @@ class Engine(Protocol):
         """Send SIGKILL."""
 
     def remove(self, replica_id: str) -> None:
-        """Kill it if it runs, and leave nothing of it behind."""
+        """Kill the replica if it runs, and remove all of its traces from the engine."""
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
-        """Return a plain file of at most `most_bytes`, as a replica sees it; empty for anything else, also a link."""
+        """Return a plain file of at most `most_bytes`, as a replica sees it; empty for a link or anything else."""

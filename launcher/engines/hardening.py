@@ -1,4 +1,4 @@
-"""What bounds every replica's container: one list, which docker-py, Podman and the lines of a dry run each spell their way."""
+"""The limits of every replica's container: one list, translated for docker-py, Podman and the commands of a dry run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NO_PRIVILEGES = ("no-new-privileges:true",)
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One bound, and its three spellings; one without a value is not asked for."""
+    """One limit and its three spellings; an empty value means no limit."""
 
     value: bool | int | str | tuple[str, ...]
     flag: str
-    """Of `docker run` and of `podman run`."""
+    """The flag of `docker run` and of `podman run`."""
     docker: str
-    """The argument of docker-py's `create_container`; `host_config.` leads into the HostConfig."""
+    """The argument of docker-py's `create_container`; the prefix `host_config.` marks an argument of HostConfig."""
     podman: str
-    """The place in the body of Podman's own `create`."""
+    """The path in the body of Podman's `create` request."""
     podman_value: bool | None = None
-    """What Podman's body says in place of the value."""
+    """The value in Podman's body, if it differs from `value`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Where the output goes, and the most that it takes on the host's disk."""
+    """The log driver, and the options that limit its size on the host's disk."""
 
     driver: str
     options: Mapping[str, str]
 
 
 def bounds(spec: ReplicaSpec) -> tuple[Bound, ...]:
-    """Return a replica's bounds, alike for both kinds of engine."""
+    """Return a replica's limits, the same for both kinds of engine."""
     memory, pids = spec.memory_bytes, "resource_limits.pids.limit"
     return (
         Bound(True, "--init", "host_config.init", "init"),
@@ -65,7 +65,7 @@ def bounds(spec: ReplicaSpec) -> tuple[Bound, ...]:
 
 
 def scratch(spec: ReplicaSpec, kind: Kind) -> tuple[Scratch, ...]:
-    """Return the writable folders; Podman makes two of its own, which get a bound."""
+    """Return the writable folders; Podman adds two of its own, whose size is limited too."""
     # Compiled kernels are loaded from /tmp, so it must allow execution.
     places = [("/tmp", "exec", spec.tmp_bytes)]
     if kind == "podman":
@@ -77,14 +77,14 @@ def scratch(spec: ReplicaSpec, kind: Kind) -> tuple[Scratch, ...]:
 
 
 def log(kind: Kind) -> Log:
-    """Return how the output is kept: Podman has one file, and starts it anew when it is full."""
+    """Return how the output is kept; Podman keeps one file and truncates it when it is full."""
     if kind == "podman":
         return Log("k8s-file", {"max-size": str(LOG_BYTES)})
     return Log("json-file", {"max-size": LOG_FILE_SIZE, "max-file": str(LOG_FILES)})
 
 
 def words(spec: ReplicaSpec, kind: Kind) -> list[str]:
-    """Return the bounds as options of `docker run` or `podman run`."""
+    """Return the limits as options of `docker run` or `podman run`."""
     found: list[str] = []
     for bound in _asked(spec):
         if bound.value is True:
@@ -102,12 +102,12 @@ def words(spec: ReplicaSpec, kind: Kind) -> list[str]:
 
 
 def docker_arguments(spec: ReplicaSpec) -> dict[str, Any]:
-    """Return the bounds as arguments of docker-py's `create_container`, those of its HostConfig as a dictionary."""
+    """Return the limits as arguments of docker-py's `create_container`, those of HostConfig as a dictionary."""
     return _nested((bound.docker, bound.value) for bound in _asked(spec))
 
 
 def podman_body(spec: ReplicaSpec) -> dict[str, Any]:
-    """Return the bounds as a part of the body of Podman's own `create`."""
+    """Return the limits as part of the body of Podman's `create` request."""
     return _nested(
         (bound.podman, bound.value if bound.podman_value is None else bound.podman_value)
         for bound in _asked(spec)

@@ -1,4 +1,4 @@
-"""Whose is a container? Labels carry everything, and only an exact set of them makes one ours."""
+"""The labels of replicas' containers. A container is ours only if all labels match exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAN_LABEL = "starling.plan"
 
 
 def labels(spec: ReplicaSpec, owner: int) -> dict[str, str]:
-    """Return the labels that make a container ours. None holds a secret."""
+    """Return the labels of a replica's container. No label holds a secret."""
     return {
         FORMAT_LABEL: FORMAT,
         OWNER_LABEL: str(owner),
@@ -35,15 +35,15 @@ def labels(spec: ReplicaSpec, owner: int) -> dict[str, str]:
 
 
 def is_ours(found: Mapping[str, str], name: str, owner: int) -> bool:
-    """Return whether labels and name are exactly those that this owner's launcher gives."""
+    """Return whether the labels and the name are exactly those of a replica of this owner."""
     return owner_of(found, name) == owner
 
 
 def owner_of(found: Mapping[str, str], name: str) -> int | None:
-    """Return whose replica labels and name make it; None unless they are exactly those that a launcher gives.
+    """Return the owner's uid; None unless the labels and the name are exactly those of a replica.
 
-    Some of the labels are not enough, nor are copied ones on a container of another name (an image made by
-    `docker commit` hands its labels to every container): the name and the digest of the plan must agree too.
+    The name and the digest of the plan must agree too, because labels can be copied: an image made by `docker commit`
+    passes its labels to every container.
     """
     plan = plan_of(found)
     owner = found.get(OWNER_LABEL, "")
@@ -59,7 +59,7 @@ def owner_of(found: Mapping[str, str], name: str) -> int | None:
 
 
 def user_words(uid: int, *, remote: bool = False) -> str:
-    """Return `user bob (uid 1001)`; the number alone for one whom this machine does not know."""
+    """Return `user bob (uid 1001)`; only `uid 1001` if this machine does not know the user."""
     from launcher.hosts.processes import user_name
 
     name = f"uid {uid}" if remote else user_name(uid)
@@ -67,18 +67,18 @@ def user_words(uid: int, *, remote: bool = False) -> str:
 
 
 def in_use_by(found: Mapping[str, str], name: str, *, remote: bool = False) -> str | None:
-    """Say that a fleet's name is in use by somebody else; None for labels that no launcher gave."""
+    """Return a message that another user's fleet has this name; None if the labels are not those of a replica."""
     owner = owner_of(found, name)
     if owner is None:
         return None
     return (
-        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays as it "
-        "is: give the training another --name"
+        f"fleet {printable(found[FLEET_LABEL])} is in use by {user_words(owner, remote=remote)}, whose replica {name} stays "
+        "unchanged: give the training another --name"
     )
 
 
 def plan_of(found: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the plan in the labels; None unless it is whole and has the digest it claims."""
+    """Return the plan in the labels; None unless it is complete and matches its digest."""
     text = found.get(PLAN_LABEL, "")
     if hashlib.sha256(text.encode()).hexdigest() != found.get(SPEC_LABEL):
         return None

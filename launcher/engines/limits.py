@@ -1,17 +1,17 @@
-"""Bounds that every engine keeps."""
+"""Limits that every engine applies."""
 
 STOP_GRACE_S = 60
-"""How long a trainer may take to save when it is asked to end: by `launcher stop`, by `docker stop`, or by an engine that goes
-down with its machine. A large model on a slow disk takes a while."""
+"""Time for a trainer to save after SIGTERM from `launcher stop`, `docker stop`, or an engine that shuts down. A large
+model on a slow disk takes a while."""
 
 LOG_FILES, LOG_FILE_SIZE = 3, "10m"
-"""Rotation: the most that one container's output takes on the host's disk."""
+"""Log rotation, which limits the space of one container's output on the host's disk."""
 
 LOG_BYTES = 30 * 1024**2
-"""The same for Podman, which keeps one file and starts it anew when it is full."""
+"""The same limit for Podman, which keeps one file and truncates it when it is full."""
 
 SCRATCH_BYTES = 1024**2
-"""What Podman's own writable folders besides /tmp may hold."""
+"""The size limit of Podman's own writable folders besides /tmp."""
 
 CDI_GPU = "nvidia.com/gpu={}"
 """A GPU's name in the Container Device Interface, by index, UUID or MIG id."""

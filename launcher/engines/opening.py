@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def find_host(engine: str, given: str | None = None, environment: Mapping[str, str] = os.environ) -> Host:
-    """Return the machine on which the engine of this name runs replicas; connects to one behind ssh.
+    """Return the machine on which the engine of this name runs replicas; connects to an `ssh://` address.
 
-    `given` is the address from `--host`. Raises EngineError for a Docker context that does not exist, and with the
-    words of ssh for a machine that cannot be reached.
+    `given` is the address from `--host`. Raises EngineError if the Docker context does not exist, or if the machine
+    cannot be reached; the message then is ssh's.
     """
     if engine == "local":
         return ThisMachine(environment)
@@ -40,7 +40,7 @@ def find_host(engine: str, given: str | None = None, environment: Mapping[str, s
 
 
 def open_engine(engine: str, host: Host, runs: Path) -> Engine:
-    """Return the engine that `--engine` names; raises EngineError when it does not answer."""
+    """Return the engine that `--engine` names; raises EngineError if it does not answer."""
     if engine == "local":
         from launcher.engines.local.local import LocalEngine
 
@@ -53,7 +53,7 @@ def open_engine(engine: str, host: Host, runs: Path) -> Engine:
 
 
 def open_docker(host: Host) -> DockerEngine:
-    """Return the engine at Docker's address, which on this machine may be Podman; raises EngineError without one."""
+    """Return the engine at Docker's address, which may be Podman on this machine; raises EngineError without one."""
     from launcher.engines.docker.docker import DockerEngine
 
     engine = DockerEngine(host.owner, host)

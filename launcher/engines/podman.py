@@ -1,7 +1,7 @@
-"""Replicas as Podman's containers, through its Docker-compatible socket; only what Podman does otherwise stands here.
+"""Replicas as Podman's containers, through its Docker-compatible socket. Only the differences to Docker are here.
 
-A container is made by Podman's own interface on the same socket: Docker's, as Podman 4 speaks it, leaves a GPU that
-was asked for out without a word, and has no place for the log's bound and a rootless user's mapping.
+Containers are created through Podman's own API on the same socket. Podman 4's version of Docker's API silently drops a
+requested GPU, and has no field for the log's size limit or a rootless user's mapping.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from launcher.errors import EngineError
 from launcher.hosts.host import Host
 
 DOCKER_API, NATIVE_API = "1.41", "v4.0.0"
-"""Podman 4 and 5 answer to both; to tell which it speaks, it starts several programs."""
+"""Podman 4 and 5 support both versions; asking Podman for its version makes it start several programs."""
 
 LOCK_TIMEOUT_S = 20.0
-"""A question about a container waits while Podman acts on it; that the service is there was asked with less patience."""
+"""A request about a container waits while Podman acts on it; the first ping of the service has a shorter limit."""
 
 GPU_REMEDY = (
     "describe this machine's GPUs to Podman: sudo nvidia-ctk cdi generate --device-name-strategy=uuid "
@@ -38,7 +38,7 @@ GPU_REMEDY = (
 class PodmanEngine(DockerEngine):
     """The Podman service of a host.
 
-    Raises EngineError at once when it does not answer, or when it is not Podman that does.
+    Raises EngineError at once if it does not answer, or if another engine answers.
     """
 
     name = "podman"
@@ -54,10 +54,10 @@ class PodmanEngine(DockerEngine):
         self._rootless: bool | None = None
         super().__init__(owner, host)
         if not self.is_podman:
-            raise EngineError(f"{host.engine_address}: not Podman answers there; use --engine docker")
+            raise EngineError(f"{host.engine_address}: the engine there is not Podman; use --engine docker")
 
     def resolve_image(self, image: str) -> Image:
-        """Return a present image; never pulls."""
+        """Return an image that the engine has; never pulls an image."""
         try:
             return super().resolve_image(image)
         except EngineError as error:
@@ -69,15 +69,15 @@ class PodmanEngine(DockerEngine):
         )
 
     def check_gpu_runtime(self, image: Image) -> None:
-        """Take it: Podman looks a device up when it starts a container with it, and no sooner."""
+        """Accept every image: Podman looks a device up only when it starts a container."""
 
     def check_network(self, network: str) -> None:
-        """Raise EngineError unless the engine has the network; `bridge` is what Podman takes by itself."""
+        """Raise EngineError unless the engine has the network; `bridge` is Podman's default."""
         if network not in ("", "bridge", "host", "none"):
             super().check_network(network)
 
     def create(self, spec: ReplicaSpec) -> str:
-        """Create the container with all of engine-side hardening; raises NameTaken."""
+        """Create the container with all hardening options; raises NameTaken."""
         client = self._to.client
         with self._to.translated(spec.name):
             try:
@@ -92,7 +92,7 @@ class PodmanEngine(DockerEngine):
         return str(made["Id"])
 
     def start(self, replica_id: str) -> None:
-        """Start a container; a failure leaves it created, for the caller to remove."""
+        """Start a container; after a failure it stays in `created`, and the caller removes it."""
         try:
             super().start(replica_id)
         except EngineError as error:
@@ -101,14 +101,14 @@ class PodmanEngine(DockerEngine):
             raise
 
     def remove(self, replica_id: str) -> None:
-        """Kill and remove a container; by itself Podman's forced removal asks first, and waits ten seconds."""
+        """Kill and remove a container; Podman's forced removal alone sends SIGTERM first and waits ten seconds."""
         self.kill(replica_id)
         super().remove(replica_id)
 
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
     ) -> Iterator[LogLine]:
-        """Yield whole lines. Podman's own `tail` joins an unfinished last line to the one before it."""
+        """Yield whole lines. `tail` is applied here: Podman's joins an unfinished last line to the line before."""
         if follow or tail is None:
             return super().logs(replica_id, follow=follow, tail=tail, since=since)
         return iter(deque(super().logs(replica_id, since=since), maxlen=tail))
@@ -126,7 +126,7 @@ class PodmanEngine(DockerEngine):
 
 
 def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) -> dict[str, Any]:
-    """Return the body of Podman's own `create`, with the same bounds as `container_options`."""
+    """Return the body of Podman's `create` request, with the same limits as `container_options`."""
     kept = log("podman")
     body: dict[str, Any] = {
         **podman_body(spec),
@@ -144,14 +144,14 @@ def container_specification(spec: ReplicaSpec, owner: int, *, rootless: bool) ->
     if spec.device.kind == "gpu":
         body["devices"] = [{"path": CDI_GPU.format(handle)} for handle in spec.device.handles]
     if rootless:
-        # Without it the user inside is somebody else outside, and results would belong to nobody.
+        # Without keep-id, the user inside maps to another id outside, and no known user would own the results.
         body["userns"] = {"nsmode": "keep-id"}
     return body
 
 
 def _network(network: str) -> dict[str, Any]:
     if network in ("", "bridge"):
-        return {}  # root's bridge, or what a rootless user has in its place
+        return {}  # root's default bridge, or a rootless user's default network
     if network in ("host", "none"):
         return {"netns": {"nsmode": network}}
     return {"netns": {"nsmode": "bridge"}, "networks": {network: {}}}

@@ -1,4 +1,4 @@
-"""Act on a plan: bring a fleet up whole, or not at all."""
+"""Carry out a plan: start all replicas of a fleet, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starling.core.errors import StarlingError
 logger = logging.getLogger(__name__)
 
 LAST_WORDS = 15
-"""Lines of a failed replica's output that are shown."""
+"""The number of lines of a failed replica's output in the message."""
 
 
 def bring_up(
@@ -29,10 +29,10 @@ def bring_up(
     settle_s: float = 0.0,
     started: Callable[[], None] = lambda: None,
 ) -> None:
-    """Change the fleet: end what is to be ended, then create all, start all and verify all, or undo all of it.
+    """Change the fleet: stop and remove old replicas, then create, start and verify all new ones, or undo all of it.
 
-    On any failure, or Ctrl-C, everything created here is removed, in whatever state, and the error passes on.
-    `started` is called when all have started, before the watch over them for `settle_s` seconds.
+    On any failure or Ctrl-C, all replicas created here are removed in any state, and the error is raised again.
+    `started` is called after all have started, before they are watched for `settle_s` seconds.
     """
     if changes.stop:
         stop(engine, changes.stop)
@@ -46,7 +46,7 @@ def bring_up(
 def _start_all(
     engine: Engine, specs: Sequence[ReplicaSpec], settle_s: float, started: Callable[[], None]
 ) -> None:
-    """Create all at once, then start all at once, then verify all."""
+    """Create all in parallel, then start all in parallel, then verify all."""
     if not specs:
         return
     before = {state.id for state in engine.list()}
@@ -73,9 +73,9 @@ def _start_all(
 
 
 def _raise_failures(ended: Sequence[Done[ReplicaSpec, None]], *, named: bool = False) -> None:
-    """Raise what went wrong, once for all replicas that failed in the same words; anything unexpected as it is.
+    """Raise the failures, one for all replicas with the same message; raise an unexpected error unchanged.
 
-    `named` puts the replicas' names before the words, which do not have them yet.
+    `named` puts the replicas' names before the message, which does not contain them yet.
     """
     failed: dict[str, tuple[StarlingError, list[str]]] = {}
     for done in ended:
@@ -93,16 +93,18 @@ def _raise_failures(ended: Sequence[Done[ReplicaSpec, None]], *, named: bool = F
 
 
 def _verify(engine: Engine, ids: Sequence[str], settle_s: float) -> None:
-    """Watch the replicas for a moment; raise ReplicaFailed with its last words when one ends in error."""
+    """Watch the replicas for `settle_s` seconds; raises ReplicaFailed with the last lines of a replica that fails."""
     deadline = time.monotonic() + settle_s
     while ids:
         for replica_id in ids:
             state = engine.state(replica_id)
             failed = state is not None and state.phase == "exited" and not state.finished
             last = "\n  ".join(engine.logs(replica_id, tail=LAST_WORDS)) if failed else ""
-            if state is None or (failed and engine.state(replica_id) is None):  # killed first, then removed
+            if state is None or (
+                failed and engine.state(replica_id) is None
+            ):  # `remove` kills before it removes
                 raise EngineError(
-                    f"replica {replica_id[:12]} vanished while it was starting; somebody removed it"
+                    f"replica {replica_id[:12]} disappeared during its start; another command removed it"
                 )
             if failed:
                 raise ReplicaFailed(
@@ -121,9 +123,9 @@ def _roll_back(
     *,
     wrote: bool,
 ) -> None:
-    """Remove what was created here, also a replica whose creation was interrupted before it told its id.
+    """Remove the replicas created here, also a replica whose creation was interrupted before it returned an id.
 
-    `wrote` says that all had started, and may have written results.
+    `wrote` means that all had started and may have written results.
     """
     wanted = {spec.name: spec.public() for spec in specs}
     ids = dict.fromkeys(created)

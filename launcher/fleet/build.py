@@ -1,4 +1,4 @@
-"""`launcher up --build`: make the trainer's image from the project's folder, with a line a step."""
+"""`launcher up --build`: build the trainer's image from the project's folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ BUILDER = Path("scripts/image")
 
 
 def build_image(tag: str, start: Path, environment: Mapping[str, str]) -> None:
-    """Run the project's own build script for `tag`; its output is the user's to see.
+    """Run the project's build script for `tag`, and show its output to the user.
 
-    `environment` leads Docker's client to the engine. The script names its base image before it pulls one. Raises UsageError where there is no project
-    folder at or above `start`, nor around this package; EngineError when the build fails.
+    `environment` selects the engine for Docker's client. The script names its base image before it pulls one. Raises
+    UsageError if neither this package's folder nor `start` nor a folder above it is a project; EngineError if the build
+    fails.
     """
     project = project_folder(start)
     if shutil.which("docker") is None:
@@ -32,7 +33,7 @@ def build_image(tag: str, start: Path, environment: Mapping[str, str]) -> None:
 
 
 def project_folder(start: Path) -> Path:
-    """Return the folder with the Dockerfile: the package's own, else the nearest at or above `start`."""
+    """Return the folder with the Dockerfile: this package's, else the nearest one from `start` upwards."""
     for folder in (Path(__file__).resolve().parents[2], start, *start.parents):
         if (folder / BUILDER).is_file() and (folder / "Dockerfile").is_file():
             return folder

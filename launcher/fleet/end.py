@@ -1,4 +1,4 @@
-"""End replicas: gently, at once, or for good."""
+"""End replicas: stop, kill, or kill and remove."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S, KILL_POLL_S = 0.25, 0.1
 KILL_S = 10.0
-"""A kernel that has not ended a killed process by then is waiting for a disk or a driver."""
+"""The time to wait for killed processes; if one still exists then, the kernel waits for a disk or a driver."""
 
 
 def stop(
@@ -26,7 +26,7 @@ def stop(
     *,
     grace_s: float = STOP_GRACE_S,
 ) -> list[ReplicaState]:
-    """Send SIGTERM to all, wait for all, SIGKILL those that outlast the grace; return how they ended."""
+    """Send SIGTERM to all, wait, send SIGKILL to those that still run after the grace; return the final states."""
     live = [state for state in states if state.live]
     _raise_any(in_parallel(lambda state: engine.terminate(state.id), live))
     deadline = time.monotonic() + grace_s
@@ -45,7 +45,7 @@ def stop(
 
 
 def kill(engine: Engine, states: Sequence[ReplicaState]) -> list[ReplicaState]:
-    """Send SIGKILL to all that live, wait for their ends, and return how all of them are now."""
+    """Send SIGKILL to all live replicas, wait for their ends, and return the states of all."""
     _raise_any(in_parallel(lambda state: engine.kill(state.id), [state for state in states if state.live]))
     deadline = time.monotonic() + KILL_S
     while True:
@@ -66,7 +66,7 @@ def _raise_any(ended: Iterable[Done[Any, None]]) -> None:
 
 
 def discard(engine: Engine, states: Iterable[ReplicaState]) -> list[str]:
-    """Kill and remove replicas by id; return a line for each that resisted. One that has vanished is fine."""
+    """Kill and remove replicas by id; return a line for each failure. A replica that no longer exists is no failure."""
     failures = []
     for done in in_parallel(lambda state: engine.remove(state.id), states):
         if isinstance(done.error, StarlingError):

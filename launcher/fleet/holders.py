@@ -1,4 +1,4 @@
-"""Find who holds this machine's GPUs: replicas of any fleet and user, other containers, processes of neither."""
+"""Find the holders of this machine's GPUs: replicas of any fleet and user, other containers, other processes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from starling.core.sizes import format_size
 from starling.core.words import printable
 
 _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")
-"""Its path on a command line, of this version and of those before it."""
+"""The supervisor's path on a command line, in this version and in earlier ones."""
 
 
 def find_holders(
     engine: Engine, gpus: Sequence[Gpu] | None, own: Collection[str], *, proc: Path = PROC
 ) -> tuple[GpuHolder, ...]:
-    """Return who holds GPUs, but for the replicas whose ids are among `own`.
+    """Return the holders of GPUs, without the replicas whose ids are in `own`.
 
-    Asked are the engine's containers or replicas; where the engine is this machine's, also the local replicas of all
-    its users, Docker's containers beside the local engine, and the processes that compute on `gpus`.
+    Holders are the engine's containers or replicas. If the engine is on this machine, holders are also all users' local
+    replicas, Docker's containers beside the local engine, and the processes that compute on `gpus`.
     """
     holders = list(engine.gpu_holders())
     if not engine.host.remote:
@@ -46,7 +46,7 @@ def find_holders(
 
 
 def local_replicas(proc: Path = PROC) -> dict[int, GpuHolder]:
-    """Return the local engine's replicas by the pid of their supervisor: every user's, in any runs folder."""
+    """Return the local engine's replicas of all users and runs folders, by the pid of their supervisor."""
     found = {}
     for folder in proc.iterdir():
         if folder.name.isdecimal() and (holder := _supervised(folder)):
@@ -55,7 +55,7 @@ def local_replicas(proc: Path = PROC) -> dict[int, GpuHolder]:
 
 
 def _supervised(folder: Path) -> GpuHolder | None:
-    """Return the replica of a supervisor, by its folder in `/proc`; its GPUs are known where its record can be read."""
+    """Return a supervisor's replica, given its folder in `/proc`; its GPUs are known only if its record can be read."""
     words = command_words(folder)
     found = [at for at, word in enumerate(words[:4]) if _SUPERVISOR.search(word)]
     if not found or len(words) <= found[0] + 1 or "python" not in Path(words[0]).name:
@@ -81,7 +81,7 @@ def _supervised(folder: Path) -> GpuHolder | None:
 
 
 def _labels_and_plan(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Return what a record says; no plan unless it is whole, as somebody else's file may hold anything."""
+    """Return a record's labels and plan; the plan is None unless valid, since the file may come from another user."""
     found = record.get("labels")
     labels = (
         {key: text for key, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
@@ -93,7 +93,7 @@ def _labels_and_plan(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[st
 
 
 def _containers(owner: int) -> Sequence[GpuHolder]:
-    """Return Docker's containers, where there is a Docker beside the local engine that answers."""
+    """Return Docker's containers; empty if no Docker beside the local engine answers."""
     try:
         socket = socket_path(engine_address())
         if socket is None or not os.path.exists(socket):
@@ -108,7 +108,7 @@ def _containers(owner: int) -> Sequence[GpuHolder]:
 def _processes(
     gpus: Sequence[Gpu], holders: Sequence[GpuHolder], supervised: Mapping[int, GpuHolder], proc: Path
 ) -> Iterator[GpuHolder]:
-    """Yield a holder for each process on a GPU, under the name of the container or replica that it belongs to."""
+    """Yield a holder for each process on a GPU, named after the container or replica that it belongs to."""
     containers = {holder.id: holder for holder in holders if holder.id}
     for gpu in gpus:
         parts: tuple[Gpu | MigSlice, ...] = (gpu, *gpu.slices)

@@ -1,4 +1,4 @@
-"""Look at everything that `up` has to know before it decides, and return it as a value."""
+"""Collect all facts that `up` decides on, and return them as a value."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from launcher.plan.plan import CLEARML_FILE, make_plan
 from starling.core.errors import StarlingError
 
 PASSWORD_FILES = ("STARLING_STUDY_PASSWORD_FILE", "MLFLOW_TRACKING_PASSWORD_FILE")
-"""Variables that name a file with a password, which replicas find at its own path."""
+"""Variables that name a file with a password; replicas see the file at the same path."""
 
 P = ParamSpec("P")
 
 
 def inspect(request: Request, engine: Engine) -> Facts:
-    """Return what a plan for the request depends on; raises EngineError where the engine fails."""
+    """Return the facts that the plan for the request depends on; raises EngineError if the engine fails."""
     facts = inspect_again(Facts(machine=engine.machine()), request, engine)
     host, isolated = engine.host, request.entrypoint.isolated
     judged = isolated and not host.remote and not facts.machine.maps_users
@@ -43,10 +43,10 @@ def inspect(request: Request, engine: Engine) -> Facts:
 
 
 def inspect_again(facts: Facts, request: Request, engine: Engine) -> Facts:
-    """Return the facts with what another `up` may have changed since: devices, their holders, and replicas."""
+    """Return the facts with devices, their holders and replicas read again: another `up` may have changed them."""
     gpus = engine.host.gpus()
     if gpus is None and not request.entrypoint.isolated:
-        gpus = ()  # processes use this very machine's GPUs, and it has none
+        gpus = ()  # processes use this machine's GPUs, and it has none
     replicas = engine.list()
     existing = tuple(state for state in replicas if state.fleet == request.args.fleet)
     others = tuple(state for state in replicas if state.fleet != request.args.fleet)
@@ -66,7 +66,7 @@ def inspect_again(facts: Facts, request: Request, engine: Engine) -> Facts:
 
 
 def _ask_engine(facts: Facts, request: Request, engine: Engine) -> Facts:
-    """Return the facts with what the engine says of the network, the image, and the GPU runtime for it."""
+    """Return the facts with the engine's answers about the network, the image, and the image's GPU runtime."""
     refusals = replace(facts.refusals, network=_refusal(engine.check_network, request.network))
     try:
         image = engine.resolve_image(request.image)
@@ -84,7 +84,7 @@ def _ask_engine(facts: Facts, request: Request, engine: Engine) -> Facts:
 
 
 def _refusal(ask: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> StarlingError | None:
-    """Return what the engine refuses when it is asked; None where it refuses nothing."""
+    """Return the error that the engine's check raises; None if it raises none."""
     try:
         ask(*args, **kwargs)
     except StarlingError as refusal:
@@ -93,7 +93,7 @@ def _refusal(ask: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Sta
 
 
 def look_at_secrets(request: Request, files: HostFiles, *, judged: bool) -> Iterator[SecretFile]:
-    """Yield the files that the user's variables name; `judged` asks for their permissions."""
+    """Yield the files that the user's variables name; with `judged`, also their permissions."""
     for variable in (*PASSWORD_FILES, CLEARML_FILE):
         if named := request.passed.get(variable):
             path = files.expand(files.start, named) if variable == CLEARML_FILE else Path(named)

@@ -1,4 +1,4 @@
-"""Look at who may read the data of a training and write its runs folder: by owner, mode and access control list."""
+"""Read who may use the data and the runs folder of a training: owner, mode and access control list of each path."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from starling.core.errors import StarlingError
 from starling.core.files.kinds import IMAGE_SUFFIXES, is_hidden, suffix_of
 
 MOST_OF_A_FOLDER = 20
-"""A sample: permissions rarely differ from file to file, and a dataset may hold a million."""
+"""The size of a sample: permissions rarely differ between files, and a dataset may hold a million files."""
 IMAGES_AND_LABELS = IMAGE_SUFFIXES | {".txt"}
 
 
 @dataclass(frozen=True, slots=True)
 class PathState:
-    """Who may do what with a path of this machine."""
+    """Owner, mode and links of a path of this machine."""
 
     path: Path
     uid: int
     gid: int
     mode: int
     has_list: bool = False
-    """Whether an access control list is set on it, which mode and owner do not tell."""
+    """Whether the path has an access control list, which owner and mode do not show."""
     leads_to: Path | None = None
-    """Where it leads, for a link to a folder."""
+    """The target, if the path is a link to a folder."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder, links followed."""
+        """Whether the path is a folder, links followed."""
         return stat.S_ISDIR(self.mode)
 
 
@@ -41,15 +41,15 @@ class ReadPath:
     """A file or a folder that a training opens."""
 
     error: type[StarlingError]
-    """The error that the lack of it is."""
+    """The error to raise if the path is missing."""
     root: Path
-    """The mount through which replicas see it."""
+    """The mount through which replicas see the path."""
     states: tuple[PathState, ...]
-    """The way from the mount, the path itself, and some of what is in it."""
+    """The folders from the mount to the path, the path, and a sample of its contents."""
 
 
 def state_of(path: Path) -> PathState | None:
-    """Return the state of a path, links followed; None for one that is gone, or a link to nowhere."""
+    """Return the state of a path, links followed; None if the path does not exist or is a dangling link."""
     try:
         found = path.stat()
         is_link = stat.S_ISDIR(found.st_mode) and path.is_symlink()
@@ -60,9 +60,9 @@ def state_of(path: Path) -> PathState | None:
 
 
 def look_at_reads(reads: Mapping[Path, type[StarlingError]], shown: Sequence[Path]) -> tuple[ReadPath, ...]:
-    """Return the states of what a training opens; `shown` is mounted.
+    """Return the states of the paths that a training opens; the paths in `shown` are mounted.
 
-    Docker itself follows the path to what it mounts, so only what is mounted counts, not the folders above it.
+    Docker resolves the path to a mount as root, so the permissions of the folders above the mount do not matter.
     """
     found = []
     for path, error in reads.items():
@@ -74,7 +74,7 @@ def look_at_reads(reads: Mapping[Path, type[StarlingError]], shown: Sequence[Pat
 
 
 def look_at_runs(runs: Path, fleet: str) -> tuple[PathState, ...]:
-    """Return the states of the runs folder and of the fleet's own folders in it, as far as they are there."""
+    """Return the states of the runs folder and of the fleet's folders in it, as far as they exist."""
     below = PurePath(fleet).parts
     folders = (runs, runs / ".workers", *(runs.joinpath(*below[:n]) for n in range(1, len(below) + 1)))
     return tuple(state for path in folders if os.path.isdir(path) and (state := state_of(path)))
@@ -89,7 +89,7 @@ def _look_at(path: Path, error: type[StarlingError], shown: Sequence[Path]) -> R
 
 
 def _sample(path: Path) -> Iterator[Path]:
-    """Yield some folders, images and labels in a folder; nothing for a file, or a folder that cannot be listed."""
+    """Yield a sample of the folders, images and labels in a folder; nothing for a file or an unreadable folder."""
     try:
         with os.scandir(path) as entries:
             wanted = (
@@ -104,7 +104,7 @@ def _sample(path: Path) -> Iterator[Path]:
 
 
 def _label_folder(path: Path) -> Path | None:
-    """Return where the labels of a folder of images are: `labels` in place of the last `images`."""
+    """Return the folder of labels for a folder of images: `labels` replaces the last `images` in the path."""
     parts = list(path.parts)
     if "images" not in parts:
         return None

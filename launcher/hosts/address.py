@@ -1,4 +1,4 @@
-"""The address of an engine: what `--host` gives, else DOCKER_HOST, else the current Docker context."""
+"""The address of an engine: from `--host`, else from DOCKER_HOST, else from the current Docker context."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEMES = ("ssh", "tcp", "http", "https", "unix")
 
 
 def check_address(url: str) -> None:
-    """Raise UsageError for a `--host` that is no address."""
+    """Raise UsageError if the value of `--host` is no address."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES or not (parts.netloc or parts.path):
         raise UsageError(f"--host {url}: must be ssh://user@machine, tcp://machine:port or unix:///socket")
@@ -31,12 +31,12 @@ def check_address(url: str) -> None:
 
 
 def engine_address(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the URL of the Docker engine; raises EngineError for a Docker context that does not exist."""
+    """Return the URL of the Docker engine; raises EngineError if the Docker context does not exist."""
     return environment.get("DOCKER_HOST") or _context_address(environment) or DEFAULT_ADDRESS
 
 
 def podman_address(environment: Mapping[str, str], uid: int) -> str:
-    """Return the URL of Podman's socket: CONTAINER_HOST or DOCKER_HOST, else the place of this user's own service."""
+    """Return the URL of Podman's socket: CONTAINER_HOST or DOCKER_HOST, else the default socket of this user."""
     named = environment.get("CONTAINER_HOST") or environment.get("DOCKER_HOST")
     if named:
         return named
@@ -45,21 +45,21 @@ def podman_address(environment: Mapping[str, str], uid: int) -> str:
 
 
 def is_behind_ssh(given: str | None, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the Docker engine is reached by ssh, so that paths are those of its machine."""
+    """Return whether the Docker engine is reached by ssh; paths then are paths of its machine."""
     return (given or engine_address(environment)).startswith("ssh://")
 
 
 def socket_path(address: str) -> str | None:
-    """Return the path of an address that is a unix socket; None for any other address."""
+    """Return the path of a unix socket's address; None for any other address."""
     parts = urlsplit(address)
     return "/" + f"{parts.netloc}{parts.path}".lstrip("/") if parts.scheme == "unix" else None
 
 
 def _context_address(environment: Mapping[str, str]) -> str | None:
-    """Return the address in the current Docker context; None for the default one.
+    """Return the address in the current Docker context; None for the default context.
 
-    Read here, since docker-py takes a context that it does not find for the default one, which is another machine.
-    Raises EngineError for a context that does not exist.
+    docker-py falls back to the default context, another machine, if it does not find a context; this function raises
+    EngineError instead.
     """
     folder = Path(environment.get("DOCKER_CONFIG") or at_home("~/.docker"))
     name = environment.get("DOCKER_CONTEXT")
@@ -73,5 +73,5 @@ def _context_address(environment: Mapping[str, str]) -> str | None:
         return str(read_json(meta)["Endpoints"]["docker"]["Host"])
     except (OSError, ValueError, KeyError, TypeError):
         raise EngineError(
-            f"Docker context {name}: is not there, or names no engine; `docker context ls` lists those that are"
+            f"Docker context {name}: does not exist, or names no engine; `docker context ls` lists the contexts"
         ) from None

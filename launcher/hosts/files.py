@@ -25,7 +25,7 @@ _NEVER_EXACTLY = (
     "/var",
     "/var/lib",
 )
-"""Mounted at their own path, these would hide the image's files or show a replica the whole host."""
+"""Folders that must not be mounted at the same path: they would hide the image's files or expose the whole host."""
 
 _NEVER_BELOW = (
     "/bin",
@@ -47,26 +47,26 @@ _NEVER_BELOW = (
     "/var/lib/docker",
     "/var/run",
 )
-"""Nothing below these is a dataset or a place for results; the engines' sockets and stores live there."""
+"""Folders without datasets or results below them; the engines' sockets and stores are there."""
 
 _ALLOWED = "/dev/shm"
-"""Memory as a disk, which some keep data in."""
+"""A file system in memory, which some users keep data in."""
 
 
 class HostFiles(Files, Protocol):
-    """Questions about paths, asked before a replica is given them."""
+    """Checks of paths before a replica gets them."""
 
     @property
     def remote(self) -> bool:
-        """Whether they are those of another machine."""
+        """Whether the files are on another machine."""
 
     @property
     def home(self) -> Path:
-        """The user's home folder there."""
+        """The user's home folder on that machine."""
 
     @property
     def start(self) -> Path:
-        """Where relative paths start."""
+        """The folder that relative paths start at."""
 
     def is_file(self, path: Path) -> bool:
         """Return whether the path is a file that the user may read; links are followed."""
@@ -116,21 +116,21 @@ LOCAL = LocalFiles()
 
 @dataclass(frozen=True, slots=True)
 class DiskSpace:
-    """What a disk still takes."""
+    """The free space of a disk."""
 
     bytes: int
     files: int | None = None
-    """None where the file system has no such bound, or does not tell."""
+    """The number of files that can still be made; None if the file system has no limit or does not report it."""
 
 
 def disk_space(path: Path) -> DiskSpace:
-    """Return the free space of the disk that a path is on, or would be; raises OSError."""
+    """Return the free space of the disk of a path, which need not exist yet; raises OSError."""
     disk = os.statvfs(next((parent for parent in (path, *path.parents) if parent.exists()), Path("/")))
     return DiskSpace(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None)
 
 
 def read_below(path: Path, most_bytes: int) -> bytes:
-    """Return the head of `<top>/<folder>/<file>`, following no link below `<top>`; empty for what is no plain file."""
+    """Return the head of `<top>/<folder>/<file>` without following links below `<top>`; empty if not a plain file."""
     try:
         with Folder.resolve(path.parent.parent) as top, top.folder(path.parent.name) as folder:
             return read_plain(folder, path.name, most_bytes)
@@ -141,18 +141,18 @@ def read_below(path: Path, most_bytes: int) -> bytes:
 def read_plain(folder: Folder, file: str, most_bytes: int) -> bytes:
     """Return the head of a regular file of a folder; empty for a link, a pipe or a device.
 
-    Raises OSError, and ValueError for what is no name of a file.
+    Raises OSError, or ValueError for an invalid file name.
     """
     if not stat.S_ISREG(folder.stat(file).st_mode):
-        return b""  # a device would not be opened without effect
+        return b""  # opening a device may have side effects
     with os.fdopen(folder.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
         return opened.read(most_bytes) if stat.S_ISREG(os.fstat(opened.fileno()).st_mode) else b""
 
 
 def is_the_systems(places: Iterable[PurePath], home: PurePath) -> bool:
-    """Return whether a folder is the system's or a whole home: no replica may see it or write there.
+    """Return whether a folder belongs to the system or is a whole home folder; replicas must not use such a folder.
 
-    `places` are its path, and the path that links lead to.
+    `places` are the folder's path and its resolved path.
     """
     never = {*_NEVER_EXACTLY, str(home), _ALLOWED}
     for place in places:

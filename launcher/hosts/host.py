@@ -1,4 +1,4 @@
-"""What the launcher asks of a machine that replicas run on, wherever that machine is."""
+"""The interface of a machine that replicas run on, this one or another."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """A machine that replicas run on: its files, its lock, its devices, and the way to its engine.
+    """A machine that replicas run on: its files, its lock, its devices, and the address of its engine.
 
-    Every method may raise EngineError where the machine is reached over a connection.
+    Every method may raise EngineError if the machine is reached over a connection.
     """
 
     @property
     def address(self) -> str:
-        """The URL that `--host` names it by; empty where its files are those of this machine."""
+        """The URL from `--host`; empty if the host's files are this machine's."""
 
     @property
     def name(self) -> str:
-        """Its name in messages; empty where its files are those of this machine."""
+        """The name in messages; empty if the host's files are this machine's."""
 
     @property
     def remote(self) -> bool:
-        """Whether it is another machine, whose processes and devices are not to be seen from here."""
+        """Whether the host is another machine, whose processes and devices cannot be read from here."""
 
     @property
     def uid(self) -> int:
-        """The uid that the launcher acts under there."""
+        """The launcher's uid on the host."""
 
     @property
     def owner(self) -> int:
-        """The uid of the user whose replicas they are: behind `sudo`, of the user who typed it."""
+        """The uid of the replicas' owner: under `sudo`, the uid of the user who called `sudo`."""
 
     @property
     def files(self) -> HostFiles:
-        """Its files."""
+        """The host's files."""
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The variables under which Docker's own client, and docker-py, reach its engine."""
+        """The environment variables with which Docker's client and docker-py reach the host's engine."""
 
     @property
     def engine_address(self) -> str:
-        """The URL of its engine; raises EngineError for a Docker context that does not exist."""
+        """The URL of the host's engine; raises EngineError if the Docker context does not exist."""
 
     def gpus(self) -> tuple[Gpu, ...] | None:
-        """Return its GPUs; None where they cannot be listed."""
+        """Return the host's GPUs; None if they cannot be listed."""
 
     def driver(self) -> Driver | None:
-        """Return its NVIDIA driver; None where that is not known."""
+        """Return the host's NVIDIA driver; None if unknown."""
 
     def disk_space(self, path: Path) -> DiskSpace | None:
-        """Return the free space at a path that need not exist yet; None where that is not known."""
+        """Return the free space at a path that need not exist yet; None if unknown."""
 
     def owner_of(self, path: Path) -> int | None:
-        """Return the uid of the owner of a folder, links followed; None where there is no folder."""
+        """Return the uid of the owner of a folder, links followed; None if there is no folder."""
 
     def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
-        """Return what containers use, by id, as far as the kernel there tells; `pids` are their first processes."""
+        """Return the usage of containers by id, as far as the kernel reports it; `pids` are their first processes."""
 
     def read_status(self, paths: Sequence[Path], most_bytes: int) -> Mapping[Path, bytes] | None:
-        """Return the heads of files `<runs>/<folder>/<file>` that replicas write, following no link below `<runs>`.
+        """Return the heads of files `<runs>/<folder>/<file>`, which replicas write; follows no link below `<runs>`.
 
-        A file that is absent, or is no regular file, reads as empty. None where files there cannot be read safely.
+        A missing file, or one that is not regular, reads as empty. None if the host's files cannot be read safely.
         """
 
     def check_runs(self, runs: Path) -> None:
         """Raise UsageError for a path that cannot be the runs folder."""
 
     def replica_user(self, runs: Path, asked: str | None) -> str:
-        """Return the `uid:gid` that replicas run as: what was asked, else what suits the runs folder."""
+        """Return the `uid:gid` that replicas run as: `asked`, else chosen by the caller and the runs folder."""
 
     def hold(self, runs: Path, user: str) -> AbstractContextManager[Callable[[], None]]:
         """Make the runs folder, and hold it and the machine against every other `up`.
 
-        Gives the function that releases the machine before the block ends; the runs folder stays held.
+        Yields a function that unlocks the machine before the block ends; the runs folder stays locked.
         """
 
     def lost(self) -> ConnectionLost | None:
-        """Return the error that tells why the connection has ended; None while there is one, or none is needed."""
+        """Return the error that says why the connection has ended; None if it is open, or if none is needed."""

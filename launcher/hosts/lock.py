@@ -1,7 +1,7 @@
-"""One `up` at a time on this machine, whoever calls it and whichever runs folder it is for.
+"""One `up` at a time on this machine, for all users and all runs folders.
 
-The lock is the kernel's, on an empty file that all users share: it ends with its holder, and a file left behind means
-nothing. Nobody writes the file, so it does not matter whose it is.
+The kernel holds the lock on an empty file that all users share. The lock ends with its holder, so a leftover file has
+no effect. Nobody writes the file, so any user may own it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "starling-launcher.lock"
 FOLDERS = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
-"""Where every user can make a file and only its owner can remove it; the first that is so on this machine."""
+"""Candidates; the lock is in the first folder where every user can make files and only a file's owner can remove it."""
 
 LOCK_WAIT_S, POLL_S = 120.0, 0.1
 
@@ -31,13 +31,13 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class HostLock:
-    """A held lock, which may be given back before its block ends."""
+    """A held lock, which can be released before its block ends."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let the next one go on; what was started is there to be seen."""
+        """Release the lock once the new replicas exist: the next `up` can then see them."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -56,11 +56,11 @@ def host_lock(*, folders: Sequence[Path] = FOLDERS, wait_s: float = LOCK_WAIT_S)
 
 
 def lock_path(folders: Sequence[Path] = FOLDERS) -> Path:
-    """Return where the lock is: the same place for every user of the machine."""
+    """Return the path of the lock's file, the same for every user of the machine."""
     for folder in folders:
         with contextlib.suppress(OSError):
             found = folder.lstat()
-            # World-writable and sticky; /tmp as a link, or a folder of one user's own, would be another place for others.
+            # World-writable and sticky. A /tmp that is a link, or a user's private folder, may differ between users.
             if stat.S_ISDIR(found.st_mode) and found.st_mode & 0o1002 == 0o1002:
                 return folder / NAME
     raise EngineError(
@@ -70,9 +70,9 @@ def lock_path(folders: Sequence[Path] = FOLDERS) -> Path:
 
 
 def _open(path: Path) -> int:
-    """Open the file, made where it is not there; raises EngineError for something in its place."""
+    """Open the file, or create it; raises EngineError if something else has its path."""
     for _ in range(50):
-        # Only a new file is opened with O_CREAT: Linux refuses that for another user's file in a sticky folder.
+        # O_CREAT is for a new file only: Linux refuses it for another user's existing file in a sticky folder.
         try:
             descriptor = os.open(path, _OPEN)
         except FileNotFoundError:
@@ -82,7 +82,7 @@ def _open(path: Path) -> int:
                 return descriptor
             continue
         except PermissionError:
-            time.sleep(0.02)  # its maker is just about to let everybody read it
+            time.sleep(0.02)  # its creator is about to make it readable for all
             continue
         except OSError as error:
             raise _in_the_way(path, "a link" if error.errno == errno.ELOOP else str(error.strerror)) from None
@@ -95,7 +95,7 @@ def _open(path: Path) -> int:
 
 def _in_the_way(path: Path, what: str) -> EngineError:
     return EngineError(
-        f"{path}: {what}, and the lock of `launcher up` is to be there; remove it: sudo rm {path}"
+        f"{path}: {what}, and the lock of `launcher up` belongs there; remove it: sudo rm {path}"
     )
 
 
@@ -113,7 +113,7 @@ def _acquire(descriptor: int, path: Path, wait_s: float) -> bool:
 
 
 def _holder(descriptor: int, proc: Path = PROC) -> tuple[str, int]:
-    """Return who holds the lock, in words and by pid, as far as the kernel tells: pid 0 where it does not."""
+    """Return the holder of the lock, in words and by pid; pid 0 if the kernel does not report it."""
     found = os.fstat(descriptor)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def wait_for_lock(
 ) -> None:
     """Return once `take` has the lock; logs the words of `wait` the first time that it has not.
 
-    Raises EngineError with the words of `give_up` after `limit_s`.
+    Raises EngineError with the message of `give_up` after `limit_s`.
     """
     if not wait_for(take, limit_s=limit_s, tell=lambda: logger.info(wait()), poll_s=poll_s):
         raise EngineError(give_up())

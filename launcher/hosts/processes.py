@@ -1,4 +1,4 @@
-"""Who is a process of this machine: its user, its command, its container, the replica that started it."""
+"""Describe a process of this machine: its user, its command, its containers and its ancestors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _CONTAINER = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process as `/proc` shows it to every user."""
+    """What `/proc` shows every user about a process."""
 
     pid: int
     user: str
     command: str
-    """Its command line, cut short, with passwords in URLs hidden."""
+    """The command line, shortened, with passwords in URLs hidden."""
     containers: tuple[str, ...]
-    """Ids of the containers it runs in, the outermost first; none on the host itself."""
+    """Ids of the containers that the process runs in, outermost first; empty on the host itself."""
     ancestors: tuple[int, ...]
-    """Its parent, the parent's parent, and so on."""
+    """The pids of the parent, the parent's parent, and so on."""
 
 
 def find_process(pid: int, proc: Path = PROC) -> Process | None:
-    """Return a process; None for one that has ended, or that another pid namespace hides."""
+    """Return a process; None if it has ended, or if another pid namespace hides it."""
     folder = proc / str(pid)
     uid = user_id(folder)
     if uid is None:
@@ -49,7 +49,7 @@ def find_process(pid: int, proc: Path = PROC) -> Process | None:
 
 
 def caller_ids(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return the uid and gid of the person calling: behind `sudo`, those of the one who typed it."""
+    """Return the caller's uid and gid: under `sudo`, those of the user who called `sudo`."""
     uid, gid = os.getuid(), os.getgid()
     sudo_uid, sudo_gid = environment.get("SUDO_UID", ""), environment.get("SUDO_GID", "")
     if uid == 0 and sudo_uid.isdigit() and sudo_gid.isdigit():
@@ -58,9 +58,9 @@ def caller_ids(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def user_id(folder: Path) -> int | None:
-    """Return whose process it is, by its folder in `/proc`; None when it has ended."""
+    """Return the uid of a process, given its folder in `/proc`; None if the process has ended."""
     try:
-        # The folder itself is root's where a process has changed its user.
+        # Root owns the folder itself if the process has changed its user.
         status = (folder / "status").read_text(errors="replace")
         return int(status.split("\nUid:", 1)[1].split(maxsplit=1)[0])
     except (OSError, IndexError, ValueError):
@@ -68,7 +68,7 @@ def user_id(folder: Path) -> int | None:
 
 
 def user_name(uid: int) -> str:
-    """Return a user's name, or `uid 1234` for one without."""
+    """Return a user's name, or `uid 1234` if the user has no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
@@ -76,7 +76,7 @@ def user_name(uid: int) -> str:
 
 
 def command_words(folder: Path) -> tuple[str, ...]:
-    """Return the words of a process's command line; none when it has ended."""
+    """Return the words of a process's command line; empty if the process has ended."""
     try:
         raw = (folder / "cmdline").read_bytes()
     except OSError:
@@ -93,7 +93,7 @@ def _containers(folder: Path) -> tuple[str, ...]:
     """Return the container ids in a process's cgroup paths.
 
     Docker writes `/docker/ID` (cgroupfs) or `docker-ID.scope` (systemd), Podman `libpod-ID.scope`, Kubernetes
-    `cri-containerd-ID.scope`; cgroup v1 has a line a controller, v2 one line. A container in a container has both ids.
+    `cri-containerd-ID.scope`; cgroup v1 has one line per controller, v2 one line. A nested container has both ids.
     """
     try:
         lines = (folder / "cgroup").read_text(errors="replace").splitlines()

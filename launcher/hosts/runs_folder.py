@@ -1,4 +1,4 @@
-"""The one folder that replicas write: who owns it, and one `up` at a time on it."""
+"""The runs folder, the only folder that replicas write: its owner, and its lock for one `up` at a time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from starling.core.lock import try_flock
 logger = logging.getLogger(__name__)
 
 STRIP_S = 2.0
-"""How long an ordinary user's `up` looks for set-id bits: they could give away nobody but that user."""
+"""The time limit of an ordinary user's `up` for finding set-id bits, which endanger only that user's account."""
 
 
 def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
-    """Return the `uid:gid` that replicas run as: what was asked, else the caller's own.
+    """Return the `uid:gid` that replicas run as: `asked`, else the caller's.
 
-    When root calls it is the owner of the runs folder; one that is root's, or is still to be made, is given to
-    NOBODYS_ID. Replicas are never root: a program of theirs with mode 4755 would make every user of the host root.
-    Raises UsageError for anything but UID:GID, and for root by any spelling.
+    If root calls, it is the owner of the runs folder. If root owns the runs folder, or the folder does not exist yet,
+    it is NOBODYS_ID. Replicas never run as root, because a program of theirs with mode 4755 would make every user of
+    the host root. Raises UsageError for anything but UID:GID, and for root in any spelling.
     """
     if asked is not None:
         uid, _, gid = asked.partition(":")
@@ -53,11 +53,11 @@ def replica_user(runs: Path, caller: tuple[int, int], asked: str | None) -> str:
 
 
 def check_user(user: str) -> None:
-    """Raise UsageError for a `uid:gid` that no replica may have."""
+    """Raise UsageError for a `uid:gid` that replicas must not run as."""
     if not allowed_user(*map(int, user.split(":"))):
         raise UsageError(
-            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that a "
-            "replica of root's leaves in the runs folder could make every user of the machine root; give another UID:GID, "
+            f"--user {user}: replicas never run as root or in root's group, and ids end at {2**31 - 1}: a program that "
+            "root's replica leaves in the runs folder could make every user of the machine root; give another UID:GID, "
             "or leave --user out"
         )
 
@@ -67,18 +67,18 @@ def _is_number(text: str) -> bool:
 
 
 def check_runs(runs: Path) -> None:
-    """Raise UsageError for a runs folder that cannot be one."""
+    """Raise UsageError for a path that cannot be the runs folder."""
     real = Path(os.path.realpath(runs))
     if is_the_systems((runs, real), Path.home()):
         leads = f", which leads to {real}" if real != runs else ""
         raise UsageError(
-            f"--runs {runs}{leads}: replicas write there, so not a folder of the system's or a whole home; give one of "
-            f"its own, for example {Path.home() / 'runs'}"
+            f"--runs {runs}{leads}: replicas write there, so it must not be a folder of the system or a whole home; give "
+            f"a separate folder, for example {Path.home() / 'runs'}"
         )
     try:
         place = next(parent for parent in (runs, *runs.parents) if parent.exists())
     except PermissionError:
-        raise UsageError(f"--runs {runs}: you may not look there; give a folder of your own") from None
+        raise UsageError(f"--runs {runs}: you may not access it; give a folder of your own") from None
     if not place.is_dir():
         raise UsageError(f"--runs {runs}: {place} is a file; give a folder")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -91,9 +91,9 @@ def check_runs(runs: Path) -> None:
 def runs_folder(runs: Path, user: str) -> Iterator[None]:
     """Make the folder, hold it against every other `up` on this host, and give it to `user` when root calls.
 
-    Set-id bits below it are taken away. A folder made here is removed again when the block fails and left nothing in
-    it. Raises EngineError when another `up` holds it for too long, UsageError for a folder that cannot be made or given
-    away.
+    Set-id bits below the folder are removed. If the block fails, a folder made here is removed unless it has contents.
+    Raises EngineError if another `up` holds the folder for too long, UsageError if the folder cannot be made or its
+    owner cannot be changed.
     """
     with contextlib.ExitStack() as held:
         with _refused(runs):
@@ -113,9 +113,9 @@ def runs_folder(runs: Path, user: str) -> Iterator[None]:
 
 
 def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
-    """Make what is missing; return each folder made, by what holds it and its name, the deepest first.
+    """Make the missing folders; return each new folder as its parent and its name, the deepest first.
 
-    The runs folder is its user's alone; those above it are as the user's own `mkdir` makes them.
+    The runs folder has mode 0700; the folders above it have the modes of the user's own `mkdir`.
     """
     missing = [place for place in (runs, *runs.parents) if not os.path.lexists(place)]
     if not missing:
@@ -132,12 +132,12 @@ def _make(runs: Path, held: contextlib.ExitStack) -> list[tuple[Folder, str]]:
 
 
 def _open(runs: Path) -> Folder:
-    """Open the folder, and look again at where its path has led."""
+    """Open the folder, and check again where its path leads."""
     top = open_top(runs, trusted=caller_ids()[:1]) if os.getuid() == 0 else Folder.resolve(runs)
     real = Path(os.readlink(top.proc_path))
     if is_the_systems((real,), Path.home()):
         top.close()
-        raise Refused(f"--runs {runs}: leads to {real}, which is the system's; give a folder of its own")
+        raise Refused(f"--runs {runs}: leads to the system's folder {real}; give a folder of its own")
     return top
 
 
@@ -177,7 +177,7 @@ def _locked(top: Folder) -> Iterator[None]:
         try:
             return try_flock(top.descriptor)
         except OSError:
-            return True  # a file system without locks; the engine's names still keep replicas single
+            return True  # a file system without locks; the engine's unique names still prevent duplicate replicas
 
     wait_for_lock(
         take,

@@ -1,9 +1,9 @@
-"""One connection to a machine by the system's ssh client: a shell for questions, and the engine's socket.
+"""One connection to a machine by the system's ssh client: a shell for commands, and the engine's socket.
 
-So `~/.ssh/config`, keys, agents and jump hosts work as they do by hand. The shell is the control master: what else is
-needed goes over its connection. A socket here leads to the engine's: forwarded by ssh, which costs a connection nothing
-but a round trip; or, where that cannot be had, by a `docker system dial-stdio` each, as Docker's own client does it.
-(docker-py has an ssh transport of its own, which needs paramiko even to call the ssh client, and a new login each time.)
+`~/.ssh/config`, keys, agents and jump hosts therefore work as in a terminal. The shell is the control master, and all
+other sessions share its connection. A local socket leads to the engine's socket. ssh forwards it, which costs each
+connection one round trip. If ssh cannot forward it, each connection runs `docker system dial-stdio`, as Docker's own
+client does. (docker-py's ssh transport needs paramiko even to call the ssh client, and a new login each time.)
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from launcher.errors import ConnectionLost, EngineError
 from starling.core.errors import UsageError
 
 CONNECT_S = 10
-"""For the connection itself; whoever is asked for a password has longer."""
+"""Seconds to connect; PASSWORD_S applies if the user may be asked for a password."""
 PASSWORD_S = 120
 ANSWER_S = 20.0
 MOST_ANSWER_BYTES = 4 * 1024**2
 
 _PLAIN = ("-T", "-a", "-x", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes")
-"""What a user's settings for sessions by hand may ask for, and a conversation between programs must not have."""
+"""Options that override a user's settings for interactive sessions, which would disturb a session between programs."""
 
 _FIND_SOCKET = """
 host=$DOCKER_HOST
@@ -52,13 +52,13 @@ printf '%s\\n' "$path"
 stat -L -c %G -- "$path"
 [ -S "$path" ]
 """
-"""Prints the path of the engine's socket there, whether the user may use it, and its group."""
+"""A script that prints the path of the engine's socket on the host, whether the user may use it, and its group."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def destination(url: str) -> list[str]:
-    """Return ssh's words for `ssh://user@machine:port`; raises UsageError for what could be read as an option."""
+    """Return ssh's arguments for `ssh://user@machine:port`; raises UsageError for what ssh could read as an option."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -68,7 +68,9 @@ def destination(url: str) -> list[str]:
     if parts.password is not None:
         raise UsageError("--host: holds a password; leave it out, and let ssh ask for it or use a key")
     if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise UsageError(f"--host {url}: only ssh://user@machine:port; Docker's socket is found by itself")
+        raise UsageError(
+            f"--host {url}: only ssh://user@machine:port; Docker's socket is found automatically"
+        )
     if not (_NAME.fullmatch(name) or re.fullmatch(r"[0-9a-fA-F:]+", name)):
         raise UsageError(f"--host {url}: {name!r} is no name of a machine")
     if user is not None and not _NAME.fullmatch(user):
@@ -78,7 +80,7 @@ def destination(url: str) -> list[str]:
 
 
 class SshConnection:
-    """One connection to a machine: a shell for questions, and the engine's socket. Ends with this process."""
+    """One connection to a machine: a shell for commands, and the engine's socket. Ends with this process."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -91,7 +93,7 @@ class SshConnection:
         self._control = self._folder / "control"
         self._errors = (self._folder / "errors").open("w+b")
         self._lock = threading.Lock()
-        # The control master is the shell itself: when this process dies its input ends, and so does all of it.
+        # The shell is the control master: when this process dies, the shell's input ends, and with it the connection.
         self._shell = subprocess.Popen(
             ["ssh", *_PLAIN, "-M", "-S", str(self._control), "-o", f"ConnectTimeout={CONNECT_S}", "-o",
              "ControlPersist=no", "-o", "ServerAliveInterval=15", *self._destination, "exec sh"],
@@ -108,7 +110,7 @@ class SshConnection:
             raise EngineError(f"{self.name}: has no POSIX shell behind ssh; use a login that has")
         self.home = Path(lines[0])
         self.ids = (int(lines[1]), int(lines[2]))
-        """uid and gid of the user there."""
+        """uid and gid of the user on the host."""
         self.docker_socket = self._folder / "docker.sock"
         if not self._forward_socket():
             self._listener = socket.socket(socket.AF_UNIX)
@@ -119,10 +121,10 @@ class SshConnection:
     def ask(
         self, script: str, limit_s: float = ANSWER_S, heard: Callable[[str], None] | None = None
     ) -> tuple[int, str]:
-        """Run lines in the shell there and return their exit code and output; its state (open files) stays.
+        """Run lines in the host's shell and return their exit code and output; the shell keeps its state (open files).
 
-        `heard` gets each line of the output as it comes, and the limit then is one of silence. Raises EngineError when
-        the connection is lost, or there is no answer in time.
+        With `heard`, which receives each line of output at once, the limit applies to the time without output. Raises
+        EngineError if the connection is lost, or if there is no answer in time.
         """
         mark = f"answer-{secrets.token_hex(8)}"
         with self._lock:
@@ -164,7 +166,7 @@ class SshConnection:
 
     @property
     def ended(self) -> bool:
-        """Whether the connection is gone, or about to be: its sockets go a moment before its process."""
+        """Whether the connection has ended or is ending: its sockets close a moment before its process ends."""
         try:
             self._shell.wait(0.5)
         except subprocess.TimeoutExpired:
@@ -172,7 +174,7 @@ class SshConnection:
         return True
 
     def lost(self) -> ConnectionLost:
-        """Return the error that tells of a connection that is gone, in ssh's own words."""
+        """Return the error for a lost connection, with ssh's own message."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._shell.wait(2)
         self._errors.seek(0)
@@ -184,10 +186,10 @@ class SshConnection:
         )
 
     def _forward_socket(self) -> bool:
-        """Have ssh lead the local socket to the engine's own; return whether the engine answers through it.
+        """Let ssh forward the local socket to the engine's socket; return whether the engine answers through it.
 
-        It does not where the engine there is at no socket, or sshd forwards none. Raises EngineError for a socket that
-        the user there may not use.
+        The engine does not answer if it has no socket, or if sshd does not forward sockets. Raises EngineError if the
+        user on the host may not use the socket.
         """
         code, text = self.ask(_FIND_SOCKET)
         words = text.split("\n")
@@ -199,7 +201,7 @@ class SshConnection:
                 f"sudo usermod -aG {words[2]} {self._user()}, there, and log in again"
             )
         done = subprocess.run(
-            # Without the user's settings, whose own forwards would be asked for as well.
+            # Without the user's settings, because ssh would also request their forwards.
             ["ssh", "-F", "/dev/null", "-S", str(self._control), "-O", "forward", "-L",
              f"{self.docker_socket}:{words[0]}", *self._destination],
             stdin=subprocess.DEVNULL,
@@ -216,16 +218,16 @@ class SshConnection:
         return urlsplit(self.url).username or "$USER"
 
     def _dial_for_each(self) -> None:
-        """Give each connection to the local socket an end at the engine there."""
+        """Connect each connection to the local socket with the host's engine."""
         ends: list[subprocess.Popen[bytes]] = []
         while True:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            ends = [end for end in ends if end.poll() is None]  # reaps those that are over
+            ends = [end for end in ends if end.poll() is None]  # reaps ended processes
             with connection:
-                # In a session of its own: Ctrl-C ends a wait here, and not the conversation with the engine.
+                # In its own session: Ctrl-C ends a wait here, but not the connection to the engine.
                 end = subprocess.Popen(
                     [
                         "ssh",
@@ -243,7 +245,7 @@ class SshConnection:
             ends.append(end)
 
     def close(self) -> None:
-        """End the connection and everything that went over it."""
+        """End the connection and all sessions over it."""
         with contextlib.suppress(AttributeError, OSError):
             self._listener.close()
         with contextlib.suppress(AttributeError, OSError):
@@ -255,7 +257,7 @@ class SshConnection:
 
 
 def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the launcher, which still has things to undo there."""
+    """Ignore Ctrl-C in ssh: the launcher handles it, and may still have to undo changes on the host."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""A host behind ssh: every question is put to the one shell that is open there."""
+"""A host reached by ssh: one open shell on the host runs all commands."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from launcher.hosts.ssh_connection import SshConnection
 
 MOST_STATUS_FILES, MOST_KERNEL_FILES = 24, 1000
-"""Files a question, of those that replicas write and of the kernel's: the longest answer is still accepted."""
+"""The most status files and kernel files per command; the longest answer stays below MOST_ANSWER_BYTES."""
 
 _MARK = "=next="
 _UNFOLLOWED = "iflag=nofollow,nonblock"
-"""Replicas write their status: `dd` follows no link, and waits for no pipe."""
+"""Flags of `dd`: follow no link and do not block on a pipe, because replicas write the files."""
 
 _GPU_FIELDS = "index,uuid,name,memory.total"
 _OTHER_ENGINES = ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-"""Variables that would lead a client elsewhere, or ask for a certificate of a socket."""
+"""Variables that would lead a client to another engine, or make it expect a certificate from a socket."""
 
 
 class Shell(Protocol):
-    """What is asked of a connection."""
+    """The part of a connection that these functions need."""
 
     def ask(self, script: str) -> tuple[int, str]:
-        """Run lines in the shell there and return their exit code and output."""
+        """Run lines in the host's shell and return their exit code and output."""
 
 
 class SshHost:
-    """A machine behind ssh. Its engine's socket is led to a socket of this machine."""
+    """A machine reached by ssh. A socket of this machine forwards to its engine's socket."""
 
     remote = True
 
@@ -53,14 +53,14 @@ class SshHost:
         self.environment: Mapping[str, str] = {**kept, "DOCKER_HOST": self.engine_address}
 
     def gpus(self) -> tuple[Gpu, ...] | None:
-        """Return the GPUs that `nvidia-smi` lists there; None where it does not answer."""
+        """Return the GPUs that the host's `nvidia-smi` lists; None if it fails."""
         code, text = self._connection.ask(
             f"nvidia-smi --query-gpu={_GPU_FIELDS} --format=csv,noheader,nounits"
         )
         return parse_gpus_csv(text) if code == 0 else None
 
     def driver(self) -> None:
-        """Return None: the driver there is not asked about."""
+        """Return None: the host's driver is not checked."""
         return None
 
     def disk_space(self, path: Path) -> DiskSpace | None:
@@ -73,26 +73,26 @@ class SshHost:
         )
 
     def owner_of(self, path: Path) -> int | None:
-        """Return the uid of the owner of a folder there; None where there is no folder."""
+        """Return the uid of the owner of a folder on the host; None if there is no folder."""
         code, uid = self._connection.ask(f"[ -d {_quote(path)} ] && stat -L -c %u -- {_quote(path)}")
         return int(uid) if code == 0 and uid.strip().isdigit() else None
 
     def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
-        """Return what containers use, read from their control groups there."""
+        """Return the usage of containers from their control groups on the host."""
         return read_usage_there(self._connection, pids)
 
     def read_status(self, paths: Sequence[Path], most_bytes: int) -> Mapping[Path, bytes] | None:
-        """Return the heads of files `<runs>/<folder>/<file>`; None where `dd` there would follow links."""
+        """Return the heads of files `<runs>/<folder>/<file>`; None if the host's `dd` would follow links."""
         return read_files_there(self._connection, paths, most_bytes)
 
     def check_runs(self, runs: Path) -> None:
-        """Raise UsageError for a path that cannot be the runs folder there."""
+        """Raise UsageError for a path that cannot be the runs folder on the host."""
         from launcher.hosts.ssh_runs import check_remote_runs
 
         check_remote_runs(self._connection, runs)
 
     def replica_user(self, runs: Path, asked: str | None) -> str:
-        """Return the `uid:gid` that replicas run as there."""
+        """Return the `uid:gid` that replicas run as on the host."""
         from launcher.hosts.ssh_runs import remote_replica_user
 
         return remote_replica_user(self._connection, runs, asked)
@@ -109,12 +109,12 @@ class SshHost:
             yield release
 
     def lost(self) -> ConnectionLost | None:
-        """Return the error that tells, in the words of ssh, why the connection has ended; None while there is one."""
+        """Return the error that says, with ssh's message, why the connection has ended; None if it is open."""
         return self._connection.lost() if self._connection.ended else None
 
 
 class SshFiles:
-    """Files of a machine behind ssh; as with scp, relative paths start in the home folder."""
+    """Files of a machine reached by ssh; as with scp, relative paths start in the home folder."""
 
     remote = True
 
@@ -135,14 +135,14 @@ class SshFiles:
         return self.is_dir(path) or self.is_file(path)
 
     def expand(self, base: Path, given: str) -> Path:
-        """Return `given` below `base`, or by itself where it is absolute, its `~` replaced and its links kept."""
+        """Return `given` below `base`, or `given` if it is absolute, with `~` replaced and links kept."""
         path = Path(given)
         if path.parts and path.parts[0] == "~":
             path = self.home.joinpath(*path.parts[1:])
         return Path(os.path.normpath(base / path))
 
     def real(self, path: Path) -> Path:
-        """Return the path with every link followed; the path itself where the machine cannot tell."""
+        """Return the path with every link followed; the unchanged path if the machine cannot resolve it."""
         code, text = self._connection.ask(f"readlink -f -- {_quote(path)}")
         return Path(text.removesuffix("\n")) if code == 0 and text.startswith("/") else path
 
@@ -160,7 +160,7 @@ class SshFiles:
 
 
 def read_files_there(shell: Shell, paths: Sequence[Path], most_bytes: int) -> dict[Path, bytes] | None:
-    """Return the heads of files there, empty for what is no file; None where `dd` there cannot leave links alone."""
+    """Return the heads of the host's files, empty if not a file; None if the host's `dd` cannot refuse links."""
     if shell.ask(f"dd if=/dev/null {_UNFOLLOWED}")[0]:
         return None
     commands = [
@@ -172,9 +172,9 @@ def read_files_there(shell: Shell, paths: Sequence[Path], most_bytes: int) -> di
 
 
 def read_usage_there(shell: Shell, pids: Mapping[str, int]) -> dict[str, Usage]:
-    """Return by id what containers there use, from the control groups of their first processes.
+    """Return the usage of the host's containers by id, from the control groups of their first processes.
 
-    The engine would have to be asked about each container, and takes a second to tell what one uses.
+    The engine needs one request per container, and a second to answer each.
     """
     known = {key: pid for key, pid in pids.items() if pid}
     groups = _outputs(shell, [f"cat {PROC}/{pid:d}/cgroup" for pid in known.values()], MOST_KERNEL_FILES)
@@ -208,7 +208,7 @@ def parse_gpus_csv(text: str) -> tuple[Gpu, ...] | None:
 
 
 def _outputs(shell: Shell, commands: Sequence[str], at_once: int) -> list[str]:
-    """Return what each command prints."""
+    """Return the output of each command."""
     texts: list[str] = []
     for start in range(0, len(commands), at_once):
         lines = [f"printf '%s\\n' {_MARK}; {command}" for command in commands[start : start + at_once]]
@@ -217,9 +217,9 @@ def _outputs(shell: Shell, commands: Sequence[str], at_once: int) -> list[str]:
 
 
 def _enter(folder: Path) -> str:
-    """Return the words that make a folder the working directory, unless its own name is a link by then.
+    """Return shell commands that enter a folder, and fail if the folder itself is a link.
 
-    A working directory stays what it is, whatever is renamed meanwhile; the kernel tells its real path.
+    A rename does not change the working directory once it is entered; `pwd -P` prints its real path.
     """
     above, name = _quote(folder.parent), _quote(Path(folder.name))
     return (

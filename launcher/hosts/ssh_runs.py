@@ -1,4 +1,4 @@
-"""The runs folder, the lock and the GPUs of a machine behind ssh, as `runs_folder` and `lock` have them for this one."""
+"""The runs folder and the lock of a machine reached by ssh, as `runs_folder` and `lock` handle them on this machine."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _SENT = {
     "starling.core.files.folder": starling.core.files.folder,
     "starling.core.handover": starling.core.handover,
 }
-"""What is sent to a machine where root logs in, in the order in which each needs those before."""
+"""Modules sent to a host where the user is root; each imports only those before it."""
 
 
 def check_remote_runs(connection: SshConnection, runs: Path) -> None:
-    """Raise UsageError for a folder that cannot be the runs folder there."""
+    """Raise UsageError for a folder that cannot be the runs folder on the host."""
     if is_the_systems((runs,), connection.home):
         raise UsageError(
             f"--runs {runs}: replicas write there; give a folder of its own, for example {runs / 'runs'}"
         )
-    # The nearest parent that is there must be a folder that the user may write.
+    # The nearest existing parent must be a folder that the user may write.
     code, place = connection.ask(
         f'p={shlex.quote(str(runs))}; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; printf %s "$p"; '
         '[ -d "$p" ] && [ -w "$p" ] && [ -x "$p" ]'
@@ -48,7 +48,7 @@ def check_remote_runs(connection: SshConnection, runs: Path) -> None:
 
 
 def remote_replica_user(connection: SshConnection, runs: Path, asked: str | None) -> str:
-    """Return the `uid:gid` that replicas run as there, as `replica_user` chooses it here."""
+    """Return the `uid:gid` that replicas run as on the host, chosen as `replica_user` does on this machine."""
     if asked is not None or connection.ids[0] != 0:
         return replica_user(runs, connection.ids, asked)
     code, owner = connection.ask(f"stat -L -c %u:%g -- {shlex.quote(str(runs))}")
@@ -62,8 +62,8 @@ def remote_replica_user(connection: SshConnection, runs: Path, asked: str | None
 def remote_runs_folder(connection: SshConnection, runs: Path, user: str) -> Iterator[None]:
     """Make the folder there, give it to `user` when root calls, and hold it against every other `up` there.
 
-    A folder made here is removed again when the block fails and left nothing in it. Raises EngineError when it cannot
-    be made or given away, or another `up` holds it for too long.
+    If the block fails, a folder made here is removed unless it has contents. Raises EngineError if the folder cannot be
+    made, if its owner cannot be changed, or if another `up` holds it for too long.
     """
     quoted = shlex.quote(str(runs))
     new = connection.ask(f"[ -e {quoted} ]")[0] != 0
@@ -87,7 +87,7 @@ def remote_runs_folder(connection: SshConnection, runs: Path, user: str) -> Iter
 def _hand_over(connection: SshConnection, runs: Path, user: str) -> None:
     """Give root's files below the folder to the replicas' user, as `hand_over` does it here, by a Python there.
 
-    No tool of a shell's does it: each names files by their paths, which replicas can swap meanwhile.
+    No shell tool is safe here: each names files by paths, which replicas can swap meanwhile.
     """
     words = " ".join(map(shlex.quote, (str(runs), user)))
     script = base64.b64encode(handover_program().encode()).decode()
@@ -109,7 +109,7 @@ def _hand_over(connection: SshConnection, runs: Path, user: str) -> None:
         for line in lines:
             logger.info(f"note: {line}")
         return
-    why = lines[-1] if lines else f"{runs} is root's, and to hand it over needs `python3` there, 3.8 or newer"
+    why = lines[-1] if lines else f"root owns {runs}, and handing it over needs `python3` there, 3.8 or newer"
     raise EngineError(
         f"{connection.name}: {why}; or log in as an ordinary user and name a folder of that user's"
     )
@@ -120,7 +120,7 @@ def _is_roots(connection: SshConnection, runs: Path) -> bool:
 
 
 def handover_program() -> str:
-    """Return a program for the standard input of a Python elsewhere: this version's own way to hand a folder over."""
+    """Return a program for the standard input of another Python: this version's code that hands a folder over."""
     sources = {name: Path(module.__file__ or "").read_text() for name, module in _SENT.items()}
     return (
         f"import sys, types\nsources = {sources!r}\n"
@@ -149,7 +149,7 @@ def remote_host_lock(connection: SshConnection) -> Iterator[Callable[[], None]]:
     )
     if wrong:
         raise EngineError(
-            f"{wrong} on {connection.name}: not a file, and the lock of `launcher up` is to be there; remove it: sudo rm {wrong}"
+            f"{wrong} on {connection.name}: not a file, and the lock of `launcher up` belongs there; remove it: sudo rm {wrong}"
         )
     try:
         _hold(connection, 8, found, ": one at a time on that machine")
@@ -161,7 +161,7 @@ def remote_host_lock(connection: SshConnection) -> Iterator[Callable[[], None]]:
 def _hold(connection: SshConnection, descriptor: int, opening: str, what: str) -> None:
     """Lock what `opening` opens in the shell there: the lock ends with the connection."""
     if connection.ask(f"command -v flock >/dev/null && {{ {opening}; }}")[0]:
-        return  # no `flock` there, or nothing to lock; the engine's names still keep replicas single
+        return  # no `flock`, or no file to lock; the engine's unique names still prevent duplicate replicas
     wait_for_lock(
         lambda: connection.ask(f"flock -n {descriptor}")[0] != 1,
         wait=lambda: f"waiting for another `launcher up`{what}",
@@ -171,5 +171,5 @@ def _hold(connection: SshConnection, descriptor: int, opening: str, what: str) -
 
 
 def _let_go(connection: SshConnection, descriptor: int) -> None:
-    with contextlib.suppress(EngineError):  # a lost connection has let go already
+    with contextlib.suppress(EngineError):  # a lost connection has released the lock
         connection.ask(f"exec {descriptor}<&-")

@@ -1,4 +1,4 @@
-"""Hosts whose files are those of this machine: this machine itself, and one of which only the engine answers."""
+"""Hosts that use this machine's files: this machine, and a machine whose engine is reached over the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ThisMachine:
-    """This machine. Its engine, if one is used, is where `environment` leads Docker's own client."""
+    """This machine. `environment` gives the address of its engine, as for Docker's own client."""
 
     address = name = ""
     remote = False
@@ -34,22 +34,22 @@ class ThisMachine:
 
     @property
     def owner(self) -> int:
-        """The uid of the caller: behind `sudo`, of the user who typed it."""
+        """The uid of the caller: under `sudo`, the uid of the user who called `sudo`."""
         return caller_ids()[0]
 
     @property
     def engine_address(self) -> str:
-        """The URL of the engine; raises EngineError for a Docker context that does not exist."""
+        """The URL of the engine; raises EngineError if the Docker context does not exist."""
         return engine_address(self.environment)
 
     def gpus(self) -> tuple[Gpu, ...] | None:
-        """Return the GPUs that NVML lists; None where it does not answer."""
+        """Return the GPUs that NVML lists; None if NVML does not answer."""
         from launcher.devices.inventory import read_gpus
 
         return read_gpus()
 
     def driver(self) -> Driver | None:
-        """Return the NVIDIA driver; None where NVML does not answer."""
+        """Return the NVIDIA driver; None if NVML does not answer."""
         from launcher.devices.inventory import read_driver
 
         return read_driver()
@@ -59,18 +59,18 @@ class ThisMachine:
         return disk_space(path)
 
     def owner_of(self, path: Path) -> int | None:
-        """Return the uid of the owner of a folder; None where there is no folder."""
+        """Return the uid of the owner of a folder; None if there is no folder."""
         return path.stat().st_uid if os.path.isdir(path) else None
 
     def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
-        """Return what containers use, read from their control groups."""
+        """Return the usage of containers from their control groups."""
         from launcher.hosts.usage import read_usage
 
         read = {key: read_usage(pid, key) for key, pid in pids.items()}
         return {key: usage for key, usage in read.items() if usage is not None}
 
     def read_status(self, paths: Sequence[Path], most_bytes: int) -> Mapping[Path, bytes] | None:
-        """Return the heads of files `<runs>/<folder>/<file>`, following no link below `<runs>`."""
+        """Return the heads of files `<runs>/<folder>/<file>` without following links below `<runs>`."""
         return {path: read_below(path, most_bytes) for path in paths}
 
     def check_runs(self, runs: Path) -> None:
@@ -100,7 +100,7 @@ class ThisMachine:
 
 
 class TcpHost(ThisMachine):
-    """A machine of which only the engine answers, over the network; its files are taken to be those of this machine."""
+    """A machine whose engine is reached over the network; its files are assumed to be the same as this machine's."""
 
     remote = True
 
@@ -109,13 +109,13 @@ class TcpHost(ThisMachine):
         return None
 
     def driver(self) -> None:
-        """Return None: an engine does not tell of drivers."""
+        """Return None: an engine does not report drivers."""
         return None
 
     def usage(self, pids: Mapping[str, int]) -> dict[str, Usage]:
-        """Return nothing: the control groups there are out of reach."""
+        """Return an empty dict: the host's control groups cannot be read."""
         return {}
 
     def read_status(self, paths: Sequence[Path], most_bytes: int) -> None:
-        """Return None: only the engine can tell what its containers write."""
+        """Return None: only the engine can read what its containers write."""
         return None

@@ -1,4 +1,4 @@
-"""What a replica uses, as the kernel tells: of a container by its control group, of a local replica by its session.
+"""The usage of replicas from the kernel: a container's from its control group, a local replica's from its session.
 
 The kernel answers in microseconds; an engine takes a second.
 """
@@ -19,16 +19,16 @@ PROC, ROOT = Path("/proc"), MOUNT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What a replica uses of the machine; None for what could not be read."""
+    """A replica's usage of the machine; a value that could not be read is None."""
 
     memory_bytes: int | None
-    """Without cached files that the kernel would drop first."""
+    """Memory without cached files, which the kernel would drop first."""
     cpu_s: float | None
-    """CPU time since its start, over all cores: two readings make a rate."""
+    """CPU seconds since the start, summed over all cores: two readings give a rate."""
     at: float
     """Monotonic seconds of the reading."""
     clock: float | None = None
-    """Seconds of the reading by the clock of another machine, where that tells: a rate is then free of the way there."""
+    """Time of the reading by the other machine's clock, if known: a rate then excludes delays of the network."""
 
 
 Read = Callable[[Path], str]
@@ -38,8 +38,8 @@ Read = Callable[[Path], str]
 def read_usage(pid: int, name: str, proc: Path = PROC, root: Path = ROOT) -> Usage | None:
     """Return the memory and the CPU time of the control group that holds process `pid` of this machine.
 
-    None unless its path has `name`, the container's id, in it: a number that comes from another machine, or another
-    namespace, means some other process here.
+    None unless the group's path contains `name`, the container's id: a pid from another machine or namespace is another
+    process here.
     """
     try:
         groups = (proc / str(pid) / "cgroup").read_text()
@@ -49,7 +49,7 @@ def read_usage(pid: int, name: str, proc: Path = PROC, root: Path = ROOT) -> Usa
 
 
 def usage_in(groups: str, name: str, read: Read, root: Path = ROOT) -> Usage | None:
-    """Return what the groups use that a process's `cgroup` file lists, as far as they have `name` in their path."""
+    """Return the usage of the groups in a process's `cgroup` file whose paths contain `name`."""
     memory = cpu = None
     for group in _named(groups, name, "memory", root):
         if group.version == 1:
@@ -67,7 +67,7 @@ def usage_in(groups: str, name: str, read: Read, root: Path = ROOT) -> Usage | N
 
 
 def files_of(groups: str, name: str, root: Path = ROOT) -> list[Path]:
-    """Return the files that `usage_in` may read, for a machine whose files are fetched all at once."""
+    """Return the files that `usage_in` may read, for a machine whose files are fetched in one request."""
     files: list[Path] = []
     for group in _named(groups, name, "memory", root):
         used = "memory.usage_in_bytes" if group.version == 1 else "memory.current"
@@ -78,9 +78,9 @@ def files_of(groups: str, name: str, root: Path = ROOT) -> list[Path]:
 
 
 def read_sessions(sessions: Collection[int], proc: Path = PROC) -> dict[int, Usage]:
-    """Return the resident memory and the CPU time of each session's processes, in one walk over all processes.
+    """Return the resident memory and the CPU time of each session's processes, in one pass over all processes.
 
-    Pages that several processes share are counted for each of them.
+    Pages that several processes share count once for each process.
     """
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     memory = dict.fromkeys(sessions, 0)
@@ -98,12 +98,12 @@ def read_sessions(sessions: Collection[int], proc: Path = PROC) -> dict[int, Usa
 
 
 def _named(text: str, name: str, controller: str, root: Path) -> Iterator[CGroup]:
-    """Yield the groups for a controller that have `name` in their path."""
+    """Yield a controller's groups whose paths contain `name`."""
     return (group for group in groups_of(text, controller, root) if name in str(group.folder))
 
 
 def _without_cache(folder: Path, total: str, cache: str, read: Read) -> int | None:
-    """Return what is used, less the cached files that the kernel would drop first: as `docker stats` counts."""
+    """Return the memory in use without cached files, which the kernel would drop first, as `docker stats` does."""
     try:
         used = int(read(folder / total))
         cached = dict(_pairs(read(folder / "memory.stat"))).get(cache, 0)
@@ -122,7 +122,7 @@ def _cpu_v1(group: CGroup, read: Read) -> float | None:
 
 
 def _cpu_files_v1(group: CGroup) -> list[Path]:
-    """Return where the file may be: some machines mount the hierarchy under all its controllers' names."""
+    """Return the possible paths of the file: some machines mount the hierarchy under all its controllers' names."""
     below = group.folder.relative_to(group.base)
     return [base / below / "cpuacct.usage" for base in (group.base, group.base.parent / group.controllers)]
 

@@ -1,4 +1,4 @@
-"""Types of click's that a shell completes: names of replicas and fleets, and training arguments."""
+"""Types of click parameters with shell completion: names of replicas and fleets, and training arguments."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 ANSWER_S = 1.0
-"""Nobody waits longer for a suggestion."""
+"""The longest wait for suggestions."""
 
 
 class ReplicaName(click.types.StringParamType):
-    """A replica's name, or a fleet's as project/name; whether it is there is the command's to find out."""
+    """A replica's name, or a fleet's as project/name; the command checks whether it exists."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Suggest names that begin with `incomplete` and are not typed yet; none in any trouble."""
+        """Suggest names that begin with `incomplete` and are not typed yet; no names after an error."""
         from click.shell_completion import CompletionItem
 
         typed: Sequence[str] = ctx.params.get(param.name or "") or ()
@@ -35,7 +35,7 @@ class ReplicaName(click.types.StringParamType):
 
 def _names_in_time(ctx: click.Context) -> list[str]:
     found: list[str] = []
-    # Its end is not waited for: a hung engine must not hold the shell.
+    # A daemon thread with a time limit: a hung engine must not block the shell.
     asking = threading.Thread(target=lambda: found.extend(_names(ctx)), daemon=True)
     asking.start()
     asking.join(ANSWER_S)
@@ -50,7 +50,7 @@ def _names(ctx: click.Context) -> list[str]:
     engine, given = ctx.params.get("engine") or "docker", ctx.params.get("host")
     try:
         if engine == "docker" and is_behind_ssh(given):
-            return []  # a connection by ssh takes too long for a key, and may ask for a password
+            return []  # an ssh connection takes too long for completion, and may ask for a password
         states = open_engine(engine, find_host(engine, given), ctx.params.get("runs") or Path("runs")).list()
     except StarlingError:
         return []
@@ -58,7 +58,7 @@ def _names(ctx: click.Context) -> list[str]:
 
 
 class TrainingWord(click.types.UnprocessedParamType):
-    """A word of the training arguments; the trainer's own declarations tell what a shell may offer."""
+    """A word of the training arguments; the suggestions come from the trainer's declared settings."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -1,7 +1,7 @@
-"""Settings from `starling.yaml`: what the flags of `up` say, said in a file. Flags win, then variables, then the file.
+"""Settings from `starling.yaml`: the flags of `up` in a file. Flags win over variables, variables over the file.
 
-The keys are those of click's own parameters, so a new flag is a new key. Values come in as click's default map and are
-checked as flags are; the file cannot say more than a command line can.
+The keys are the names of click's parameters, so a new flag is a new key. Values enter through click's default map and
+are checked like flags; the file can express nothing that a command line cannot.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 NAME = "starling.yaml"
 TRAIN = "train"
-"""The one key that is no flag: the training arguments."""
+"""The key of the training arguments, the only key that is no flag."""
 
 SHARED = frozenset({"engine", "runs", "host", "image"})
-"""The parameters that every command that has them takes from the file; the others are those of `up` alone."""
+"""Parameters that every command takes from the file; only `up` takes the others."""
 
 _EXCLUSIVE = (("gpus", "cpus"),)
-"""Parameters of which one on the command line puts aside the other in the file."""
+"""Pairs of parameters: if the command line gives one, the file's value of the other is ignored."""
 
 _GIVEN, _SETTINGS = f"{__name__}.given", f"{__name__}.settings"
 
 
 class FileSettings(NamedTuple):
-    """What a file says, checked: values by click's parameter names, and the training arguments as words."""
+    """The checked contents of a file: values by click's parameter names, and the training arguments as words."""
 
     path: Path
     values: Mapping[str, Any]
@@ -46,12 +46,12 @@ class FileSettings(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where the file's relative paths start."""
+        """The folder that the file's relative paths start at."""
         return self.path.parent
 
 
 class ConfiguredCommand(click.Command):
-    """A command that takes what its flags leave open from the file of settings, and completes names."""
+    """A command that takes missing flags from the file of settings, and completes names."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,7 +62,7 @@ class ConfiguredCommand(click.Command):
                 param.type = ReplicaName()
 
     def make_parser(self, ctx: click.Context) -> Any:
-        """Make click's parser, with a `--no-X` for each flag X of `up`, to take back an `X: true` of the file."""
+        """Make click's parser, with a `--no-X` for each flag X of `up`, which overrides `X: true` in the file."""
         parser = super().make_parser(ctx)
         for option in keys_of(self).values() if self.name == "up" else ():
             if option.is_bool_flag and not option.secondary_opts:
@@ -71,7 +71,7 @@ class ConfiguredCommand(click.Command):
         return parser
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words, and complete them by the file's settings."""
+        """Parse the words, and add the file's settings."""
         rest = super().parse_args(ctx, args)
         settings = ctx.meta.get(_SETTINGS)
         if settings is not None and not ctx.resilient_parsing:
@@ -80,7 +80,7 @@ class ConfiguredCommand(click.Command):
 
 
 def root_option(command: Any) -> Any:
-    """Add `-f FILE` to the group, where it stands for every command."""
+    """Add `-f FILE` to the group, for all commands."""
 
     def keep(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
         ctx.meta[_GIVEN] = value
@@ -91,7 +91,7 @@ def root_option(command: Any) -> Any:
         type=click.Path(path_type=Path),
         expose_value=False,
         callback=keep,
-        help=f"Settings [{NAME}, where there is one].",
+        help=f"The file of settings [{NAME}, if it exists].",
     )(command)
 
 
@@ -100,10 +100,10 @@ def _file_option(others: Sequence[click.Parameter]) -> click.Option:
     return click.Option(
         ["--file"] if "-f" in taken else ["-f", "--file"],
         type=click.Path(path_type=Path),
-        is_eager=True,  # before the parameters whose values it holds
+        is_eager=True,  # parsed before the parameters whose values it holds
         expose_value=False,
         callback=_load,
-        help=f"Settings [{NAME}, where there is one].",
+        help=f"The file of settings [{NAME}, if it exists].",
     )
 
 
@@ -127,7 +127,7 @@ def _up(ctx: click.Context) -> click.Command | None:
 
 
 def _found(path: Path) -> Path | None:
-    """Return the file in the working directory, if there is one that may be read unasked."""
+    """Return the file in the working directory, or None; raises UsageError if another user owns the file."""
     try:
         owner = path.stat().st_uid
     except OSError:
@@ -143,7 +143,7 @@ def _found(path: Path) -> Path | None:
 
 
 def keys_of(command: click.Command) -> dict[str, click.Option]:
-    """Return the keys of the file that mean flags of `command`: their names without the dashes."""
+    """Return the keys of the file for the flags of `command`: the flags' names without the dashes."""
     keys: dict[str, click.Option] = {}
     for param in command.params:
         if isinstance(param, click.Option) and param.name != "file":
@@ -154,9 +154,9 @@ def keys_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def read_settings(path: Path, up: click.Command) -> FileSettings:
-    """Return what the file says, checked against the flags of `up`; relative paths in it start at its folder.
+    """Return the contents of the file, checked against the flags of `up`; relative paths start at the file's folder.
 
-    Raises UsageError with file and line: an unknown key with a suggestion, a value that its flag does not take.
+    Raises UsageError with file and line for an unknown key, with a suggestion, or for a value that its flag rejects.
     """
     keys = keys_of(up)
     values: dict[str, Any] = {}
@@ -171,17 +171,17 @@ def read_settings(path: Path, up: click.Command) -> FileSettings:
             hint = suggest(key, known) or f"; the keys are {', '.join(sorted(known))}"
             raise UsageError(f"{at}: unknown key {key!r}{hint}")
         elif option.name in values:
-            raise UsageError(f"{at}: {key} says what another key has said; keep one of them")
+            raise UsageError(f"{at}: {key} sets the same flag as another key; keep one of them")
         elif not value.empty:
             values[option.name] = _flag_value(option, key, value, at)
     return FileSettings(path=path, values=values, train=train)
 
 
 def read_mapping(path: Path) -> dict[str, Value]:
-    """Return the mapping that a YAML file holds; an empty one for a file of comments only.
+    """Return the mapping in a YAML file; an empty mapping for a file of comments only.
 
     Raises UsageError with file and line for a file that cannot be read or is too large, for anything but one
-    document with a mapping, and for tags, anchors, aliases and keys that stand twice.
+    document with a mapping, and for tags, anchors, aliases and duplicate keys.
     """
     from starling.core.budget import BudgetExceeded
     from starling.core.files.regular import read_regular
@@ -204,7 +204,7 @@ def read_mapping(path: Path) -> dict[str, Value]:
 
 
 def _flag_value(option: click.Option, key: str, value: Value, at: str) -> Any:
-    """Return the value for click's default map; raises UsageError where the flag would not take it."""
+    """Return the value for click's default map; raises UsageError if the flag rejects the value."""
     if option.is_bool_flag:
         if value.boolean is None:
             raise UsageError(f"{at}: {key}: must be true or false, found {shown(value.text or value.kind)!r}")
@@ -237,7 +237,7 @@ def _told_at(where: str) -> Iterator[None]:
 
 
 def _texts(value: Value, where: str, remedy: str) -> list[str]:
-    """Return a list of texts; one text is a list of one."""
+    """Return a list of texts; a single text becomes a list with one element."""
     items = (value,) if value.items is None else value.items
     if any(item.text is None for item in items):
         raise UsageError(f"{where}: found {value.kind}, but one of plain values is needed; {remedy}")
@@ -245,7 +245,7 @@ def _texts(value: Value, where: str, remedy: str) -> list[str]:
 
 
 def _train_words(value: Value, where: str) -> tuple[str, ...]:
-    """Return training arguments as words, from a mapping of flags, a list of words, or a line of them."""
+    """Return training arguments as words, from a mapping of flags, a list of words, or a line of words."""
     if value.empty:
         return ()
     if value.text is not None:
@@ -264,14 +264,14 @@ def _train_words(value: Value, where: str) -> tuple[str, ...]:
             words.append(flag)
             continue
         texts = _texts(item, f"{where}.{key}", f"write {key}: VALUE, or {key}: [ONE, TWO]")
-        # `--flag=-x` keeps a value with a dash from being read as a flag.
+        # `--flag=-x`: a separate value with a dash would be read as a flag.
         dashed = len(texts) == 1 and texts[0].startswith("-")
         words += [f"{flag}={texts[0]}"] if dashed else [flag, *texts]
     return tuple(words)
 
 
 def _training_flag(key: str, where: str) -> str:
-    """Return the flag of `train.py` that a key means; raises UsageError where there is none."""
+    """Return the flag of `train.py` for a key; raises UsageError if there is none."""
     from starling.core.settings.train import COMMAND
 
     name = key.removeprefix("--")
@@ -285,7 +285,7 @@ def _training_flag(key: str, where: str) -> str:
 
 
 def _complete(ctx: click.Context, settings: FileSettings) -> None:
-    """Make the file's relative paths absolute, and put its training arguments before those typed."""
+    """Make the file's relative paths absolute, and put its training arguments before the typed arguments."""
     from launcher.hosts.address import is_behind_ssh
     from launcher.options.training_words import relative_to, without_overridden
 

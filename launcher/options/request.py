@@ -1,4 +1,4 @@
-"""What the user asks of `launcher up`: the options and the training arguments, read and checked without an engine."""
+"""The request to `launcher up`: the options and the training arguments, read and checked without an engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SUPERVISOR_IN_IMAGE = ("python", "-S", "/usr/src/app/supervise.py")
 
 PASSED_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN", "STARLING_STUDY_PASSWORD_FILE")
 PASSED_PREFIXES = ("CLEARML_", "MLFLOW_TRACKING_")
-"""Variables of the caller that trackers and a study's database need; they reach replicas without being asked for."""
+"""The caller's variables for trackers and the study's database; replicas always get them."""
 
 _MOST_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -46,14 +46,14 @@ class Entrypoint:
     trainer: tuple[str, ...]
     runs_inside: str
     isolated: bool
-    """Replicas see only what is mounted, and their limits are enforced."""
+    """Whether replicas see only mounted paths, and their limits are enforced."""
     supervisor: tuple[str, ...] = ()
-    """The command that starts the trainer, and starts it again when it crashes; empty: nothing does."""
+    """The command that starts the trainer and restarts it after a crash; empty: no restarts."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: str, runs: Path) -> Entrypoint:
-        """Return the entrypoint for the engine of this name; raises UsageError where the trainer is not installed."""
+        """Return the entrypoint for the engine of this name; raises UsageError if the trainer is not installed."""
         if engine != "local":
             return cls(
                 trainer=TRAINER_IN_IMAGE,
@@ -81,7 +81,7 @@ class EnvFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the user asked of `up`: parsed, its paths resolved, and not yet compared with the machine."""
+    """The user's request to `up`, parsed and with resolved paths, but not yet compared with the machine."""
 
     args: TrainingArgs
     runs: Path
@@ -89,11 +89,11 @@ class Request:
     gpus: str | None = None
     cpus: int | None = None
     ddp: bool = False
-    """One training on all of the devices."""
+    """Run one training on all devices."""
     force: bool = False
-    """Take devices that others hold."""
+    """Use devices that others hold too."""
     recreate: bool = False
-    """Start a fleet that exists anew."""
+    """Stop an existing fleet and start it again."""
     build: bool = False
     """Build the image first."""
     memory_bytes: int | None = None
@@ -104,23 +104,23 @@ class Request:
     max_restarts: int = 3
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
     env_files: tuple[EnvFile, ...] = ()
-    """The files that `--env-file` names; their variables are among those passed."""
+    """The files of `--env-file`; `passed` includes their variables."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Variables for the trainer that are no secret."""
+    """Variables for the trainer that are not secret."""
     volumes: tuple[Mount, ...] = ()
-    """Mounts beside the paths that the training arguments name: volumes of the engine, and files with secrets."""
+    """Mounts besides the paths of the training arguments: volumes of the engine, and files with secrets."""
 
     def wants_gpus(self, gpus: Sequence[Gpu] | None) -> bool:
-        """Return whether replicas get GPUs: they are asked for, or there are some and nothing else is asked for."""
+        """Return whether replicas get GPUs: `--gpus` is given, or the machine has GPUs and `--cpu` is not given."""
         return self.gpus is not None or (self.cpus is None and bool(gpus))
 
 
 def read_request(
     options: Mapping[str, Any], host: Host, runs: Path, entrypoint: Entrypoint, own_flags: Collection[str]
 ) -> Request:
-    """Return the options of `up` as a request; `own_flags` are the launcher's, which a trainer must not get.
+    """Return the options of `up` as a request; `own_flags` are the launcher's flags, which a trainer must not get.
 
-    Raises everything that is wrong at once.
+    Raises all problems together.
     """
     problems = Problems()
     problems.check(host.check_runs, runs)
@@ -160,9 +160,9 @@ def _read_training(
     words: Sequence[str], host: Host, runs: Path, entrypoint: Entrypoint, own_flags: Collection[str]
 ) -> TrainingArgs:
     wrong = [word for word in words if word.split("=", 1)[0] in own_flags and setting_of(word) is None]
-    if wrong:  # `--dry-run` there would start a training
+    if wrong:  # with `--dry-run` after `--`, a training would start
         raise UsageError(
-            f"{', '.join(wrong)}: after `--`, where the trainer would get it; write what is the launcher's before `--`"
+            f"{', '.join(wrong)}: after `--`, where the trainer would get it; write the launcher's flags before `--`"
         )
     return prepare_args(
         words,
@@ -179,9 +179,9 @@ def passed_variables(
     names: Sequence[str] = (),
     env_files: Sequence[EnvFile] = (),
 ) -> dict[str, str]:
-    """Return the user's own variables for replicas: trackers' by themselves, others by name or from files.
+    """Return the user's variables for replicas: the trackers' always, others by name or from files.
 
-    Raises UsageError for a name asked for that is not set.
+    Raises UsageError if a variable in `names` is not set.
     """
     passed = {
         name: value
@@ -203,7 +203,7 @@ def passed_variables(
 
 
 def read_env_file(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables in a file of `NAME=value` lines, as `docker run --env-file` reads it.
+    """Return the variables in a file of `NAME=value` lines, read as `docker run --env-file` does.
 
     A bare NAME takes the value from `environment`. Raises UsageError with the line; values are never shown.
     """

@@ -1,4 +1,4 @@
-"""Read a training command line as far as the host must: which run it is, and which paths it names."""
+"""Read from a training command line what the host needs: the run's project and name, and the paths."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from starling.core.words import shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingArgs:
-    """A training command line, made to mean the same inside a replica."""
+    """A training command line, rewritten to work inside a replica."""
 
     words: tuple[str, ...]
     command: TrainCommand
-    """What the trainer makes of the words."""
+    """The words, parsed as the trainer parses them."""
     mounts: tuple[Mount, ...]
     project: str
     name: str
     reads: Mapping[Path, type[StarlingError]] = field(default_factory=dict)
-    """The files and the folders of images that the training opens, each with the error that the lack of it is."""
+    """The files and folders of images that the training opens, each with the error to raise if it is missing."""
     start: Path | None = None
-    """The folder in which the dataset's root was found, where the YAML alone does not tell."""
+    """The folder in which the dataset's root was found, if the YAML alone does not determine it."""
 
     @property
     def fleet(self) -> str:
-        """`project/name`: every worker of one search names the same two."""
+        """`project/name`, the same for every worker of one search."""
         return f"{self.project}/{self.name}"
 
 
@@ -49,11 +49,11 @@ def prepare_args(
     isolated: bool,
     files: HostFiles = LOCAL,
 ) -> TrainingArgs:
-    """Expand and check the paths that a training command names, and list the mounts they need.
+    """Expand and check the paths that a training command names, and list the mounts for them.
 
-    `runs_inside` is the runs folder as replicas see it; `isolated` says that replicas see only what is mounted; `files`
-    are those of the machine that they run on.
-    Raises DataError, CheckpointError or UsageError for something that is not there.
+    `runs_inside` is the runs folder inside replicas; `isolated` means that replicas see only mounted paths; `files`
+    are the files of the replicas' machine.
+    Raises DataError, CheckpointError or UsageError for a path that does not exist.
     """
     if not words:
         raise UsageError(
@@ -86,7 +86,7 @@ def prepare_args(
 
 @dataclass(slots=True)
 class _Found:
-    """What the files of a command line ask for."""
+    """The mounts and read paths of the files of a command line, and the folder for the dataset's root."""
 
     mounts: list[Mount] = field(default_factory=list)
     reads: dict[Path, type[StarlingError]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class _Found:
 
 
 def _find_files(values: TrainingWords, finder: FileFinder) -> _Found:
-    """Find every file that a setting names, and make its path absolute in the words; raises all refusals together."""
+    """Find every file that a setting names, and make its path absolute in the words; raises all problems together."""
     found, problems = _Found(), Problems()
     for setting, error in MISSING.items():
         given = values.get(setting)
@@ -112,17 +112,17 @@ def _find_files(values: TrainingWords, finder: FileFinder) -> _Found:
 
 
 def _refuse_password(values: TrainingWords) -> None:
-    """Refuse a URL with a password before it stands in a container's command, where `docker inspect` shows it."""
+    """Raise UsageError for a URL with a password: `docker inspect` would show it in the container's command."""
     study = values.get("study") or ""
     if re.search(r"^\w+://[^/?#]*:[^/?#]*@|[?&][^=&]*pass[^=&]*=", study, re.IGNORECASE):
         raise UsageError(
-            "--study: holds a password, which would stand in the container's command; take it out of the URL and give "
-            "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas get by themselves, or by --env PGPASSWORD"
+            "--study: holds a password, which would appear in the container's command; take it out of the URL and give "
+            "it by STARLING_STUDY_PASSWORD_FILE=FILE, which replicas always get, or by --env PGPASSWORD"
         )
 
 
 def _refuse_queue(queue: str) -> None:
-    """Refuse what puts one training into a queue: each replica would put its own, and train nothing."""
+    """Raise UsageError for `--remote`: each replica would put one training into the queue, and train nothing itself."""
     if queue:
         raise UsageError(
             f"--remote {queue}: puts a training into a ClearML queue for an agent, and each replica would put one more; "
@@ -131,7 +131,7 @@ def _refuse_queue(queue: str) -> None:
 
 
 def check_local_trainer() -> None:
-    """Raise UsageError where the packages of the trainer are not installed beside the launcher."""
+    """Raise UsageError if the packages of the trainer are not installed in the launcher's Python."""
     if importlib.util.find_spec("torch") is None:
         raise UsageError(
             "--engine local: the trainer's packages are not installed here (there is no torch); "
@@ -142,7 +142,7 @@ def check_local_trainer() -> None:
 def _place_resume(
     values: TrainingWords, given: str, cwd: Path, runs: Path, runs_inside: str, files: HostFiles
 ) -> None:
-    """Point `--resume PATH` at the writable runs folder, where the run goes on."""
+    """Rewrite `--resume PATH` to the path inside replicas, in the writable runs folder, where the run goes on."""
     if given in ("", "latest"):
         return
     path = files.expand(cwd, given)
@@ -150,20 +150,20 @@ def _place_resume(
         raise CheckpointError(f"--resume {given}: no such checkpoint; give a last.pt below {runs}")
     if not path.is_relative_to(runs):
         raise UsageError(
-            f"--resume {given}: lies outside the runs folder {runs}; say --runs with the folder it is in"
+            f"--resume {given}: lies outside the runs folder {runs}; give its runs folder with --runs"
         )
     _refuse_link_out("--resume", path, runs, files)
     values.set("resume", str(PurePosixPath(runs_inside) / path.relative_to(runs).as_posix()))
 
 
 def _project(values: TrainingWords, config: TrainConfig, runs: Path) -> str:
-    """Return the project below the runs folder, and rewrite an absolute one to be relative to it."""
+    """Return the project relative to the runs folder; an absolute `--project` is also rewritten in the words."""
     given = config.run_project
     path = at_home(given)
     if path.is_absolute():
         if not path.is_relative_to(runs) or path == runs:
             raise UsageError(
-                f"--project {given}: lies outside the runs folder {runs}; give a name, or say --runs"
+                f"--project {given}: lies outside the runs folder {runs}; give a name, or another --runs"
             )
         given = path.relative_to(runs).as_posix()
         values.set("project", given)
@@ -176,16 +176,16 @@ def _project(values: TrainingWords, config: TrainConfig, runs: Path) -> str:
 
 
 def _refuse_link_out(option: str, path: Path, runs: Path, files: HostFiles) -> None:
-    """Raise UsageError for a path below the runs folder that a link on the way takes out of it."""
+    """Raise UsageError if a link leads a path below the runs folder out of the runs folder."""
     real = files.real(path)
     if real != path and not real.is_relative_to(files.real(runs)):
         raise UsageError(
-            f"{option}: {path} leads by a link to {real}, outside the runs folder; remove the link, or give another name"
+            f"{option}: {path} leads through a link to {real}, outside the runs folder; remove the link, or give another name"
         )
 
 
 def _outermost(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
-    """Return the mounts without those that another one already covers."""
+    """Return the mounts without those that another mount covers."""
     kept: list[Mount] = []
     for mount in sorted(set(mounts), key=lambda item: (len(PurePosixPath(item.source).parts), item.source)):
         if not any(PurePosixPath(mount.source).is_relative_to(other.source) for other in kept):

@@ -1,4 +1,4 @@
-"""The files and folders of the host that training arguments name, and which of them a replica may see."""
+"""Find the files and folders of the host that training arguments name, and check which of them a replica may see."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MISSING: dict[str, type[StarlingError]] = {
     "space": UsageError,
     "hooks": UsageError,
 }
-"""The settings whose values are files, and the error that the lack of each is."""
+"""The settings whose values are files, and the error for a missing file."""
 
 _SHIPPED_FOLDER = {"cfg": "layouts", "data": "datasets", "hyp": "hyps", "space": "spaces"}
 _PUBLISHED = re.compile(r"yolov5[nsmlx]6?(\.pt)?")
 """Bare names of weights that the trainer can fetch."""
 _IMAGE_ROOT = PurePosixPath("/usr/src")
-"""Paths below it are the image's own; the host has no say in them."""
+"""Paths below this folder belong to the image, and are not looked up on the host."""
 _REMEDIES = {
     "data": "give the path of a dataset YAML",
     "weights": "give the path of a checkpoint, or --weights '' to train from scratch",
@@ -39,35 +39,35 @@ _REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A file that a setting names, and what the file names in turn."""
+    """A file that a setting names, and the paths that the file names."""
 
     path: Path
     shown: tuple[Path, ...] = ()
-    """What replicas must see besides."""
+    """Further paths that replicas must see."""
     opened: tuple[Path, ...] = ()
-    """What of that the training opens."""
+    """Those further paths that the training opens."""
     start: Path | None = None
-    """The folder in which a dataset's root was found, where the YAML alone does not tell."""
+    """The folder in which a dataset's root was found, if the YAML alone does not determine it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileFinder:
-    """Finds the host's files for a training that is asked for in `cwd`; `isolated` replicas see only what is mounted."""
+    """Finds the host's files for a training called in `cwd`; `isolated` replicas see only mounted paths."""
 
     cwd: Path
     files: HostFiles
     isolated: bool
 
     def find(self, setting: str, given: str) -> NamedFile | None:
-        """Return the host's file that a setting names; None for a file that the trainer brings or fetches.
+        """Return the host's file that a setting names; None for a file that the trainer ships or fetches.
 
-        Raises the error of the setting for a file that is not there, or may not be looked at.
+        Raises the error of the setting if the file does not exist or the user may not access it.
         """
         try:
             path = self._existing(setting, given)
         except PermissionError as error:
             raise MISSING[setting](
-                f"--{setting} {given}: you may not look at {error.filename}; ask its owner, or give another path"
+                f"--{setting} {given}: you may not access {error.filename}; ask its owner, or give another path"
             ) from None
         if path is None:
             return None
@@ -101,12 +101,12 @@ class FileFinder:
         raise MISSING[setting](f"--{setting} {given}: no such file{where}{suggest(name, known)}; {remedy}")
 
     def _refuse_misplaced(self, setting: str, given: str, path: Path) -> None:
-        """Raise the error of the setting for something else in place of the file, where that can be looked at."""
+        """Raise the error of the setting if the path holds another kind of file; checks files of this machine only."""
         if setting != "hooks" and not self.files.remote and (wrong := misplaced(f"--{setting}", path)):
             raise MISSING[setting](f"--{setting} {given}: {wrong}")
 
     def _kept_weights(self, given: str) -> Path:
-        """Return published weights as the trainer keeps them on the host; replicas have no folder to keep them in."""
+        """Return published weights from the trainer's folder of weights on the host; replicas have no such folder."""
         name = given if given.endswith(".pt") else f"{given}.pt"
         folder = self.files.home / ".cache" / "starling" / "weights"
         if not self.files.remote:
@@ -122,7 +122,7 @@ class FileFinder:
 
 
 def _shipped(setting: str) -> list[str]:
-    """Return the names of the YAML files that the trainer carries for this setting."""
+    """Return the names of the YAML files that the trainer ships for this setting."""
     if setting not in _SHIPPED_FOLDER:
         return []
     return [path.name for path in _shipped_folder(setting).glob("*.yaml")]
@@ -133,9 +133,9 @@ def _shipped_folder(setting: str) -> Path:
 
 
 def start_of_shipped_dataset(given: str, start: Path) -> Path | None:
-    """Return `start` where the dataset that the trainer carries under this name has its images there.
+    """Return `start` if the images of the shipped dataset of this name are found from `start` only.
 
-    None where they may be anywhere, and for a name of no such dataset.
+    None if the images are found without `start`, or if no dataset of this name is shipped.
     """
     name = PurePosixPath(given).name
     path = _shipped_folder("data") / (name if name in _shipped("data") else f"{name}.yaml")
@@ -148,24 +148,24 @@ def start_of_shipped_dataset(given: str, start: Path) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class DatasetPaths:
-    """Where a dataset's images are: its root, and the folder or list of each split."""
+    """The paths of a dataset's images: its root, and the folder or list of each split."""
 
     root: Path
     splits: tuple[Path, ...]
     start: Path | None = None
-    """The folder in which the root was found, where the YAML alone does not tell: a replica has to be told."""
+    """The folder in which the root was found, if the YAML alone does not determine it; replicas then need it too."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders that hold all of it: the root, and splits that lie outside the root."""
+        """The folders that hold the dataset: the root, and the splits outside the root."""
         return (self.root, *(path for path in self.splits if not path.is_relative_to(self.root)))
 
 
 def read_dataset(yaml_path: Path, files: HostFiles = LOCAL, start: Path | None = None) -> DatasetPaths:
-    """Return the paths that a dataset's YAML names, as the trainer finds them when it is called in `start`.
+    """Return the paths that a dataset's YAML names, as the trainer finds them if it is called in `start`.
 
-    Raises DataError for a file that cannot be read or that no trainer takes, a root or a split that is not there, or a
-    folder that no replica may see.
+    Raises DataError if the YAML cannot be read or is invalid, if the root or a split does not exist, or if replicas
+    must not see a folder.
     """
     named = _read(yaml_path, files)
     root = named.find_root(files, start)
@@ -189,7 +189,7 @@ def _start_needed(named: NamedPlaces, root: Path, files: HostFiles, start: Path 
 
 
 def _find_split(root: Path, entry: str, yaml_path: Path, split: str, files: HostFiles) -> Path | None:
-    """Return where a split's folder or list is; None for an absent test split, which training does without."""
+    """Return the path of a split's folder or list; None for a missing test split, which training does not need."""
     found = find_entry(root, entry, files)
     if found is not None or split == "test":
         return found
@@ -217,7 +217,7 @@ def _read(path: Path, files: HostFiles) -> NamedPlaces:
 
 
 def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:
-    """Return `folder` unless mounting it would show a replica more than a dataset (links are followed)."""
+    """Return `folder`; raises DataError if its mount would show replicas more than a dataset (links are followed)."""
     real = files.real(folder)
     if is_the_systems((folder, real), files.home):
         raise DataError(
@@ -228,9 +228,9 @@ def _allowed(folder: Path, yaml_path: Path, files: HostFiles) -> Path:
 
 
 def space_layouts(yaml_path: Path, files: HostFiles = LOCAL) -> tuple[Path, ...]:
-    """Return the layouts that a search space names below `cfg`, relative paths beside the YAML, as the trainer reads them.
+    """Return the layouts that a search space names below `cfg`; relative paths start at the YAML's folder.
 
-    What is wrong with the space is the trainer's to tell: a file that cannot be read names nothing.
+    The trainer reports errors in the space: a file that cannot be read counts as naming no layouts.
     """
     from starling.core.plain_yaml import MOST_BYTES, NotYaml, load_mapping
 

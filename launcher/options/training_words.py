@@ -1,4 +1,4 @@
-"""The words of a training command line: which setting each is a flag of, and the value that a setting has."""
+"""The words of a training command line: the setting of each flag, and the value of each setting."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ PATH_SETTINGS = ("data", "weights", "hyp", "cfg", "space", "hooks", "resume")
 
 
 class TrainingWords:
-    """A command line whose settings can be read and replaced; the last of two words for one setting counts."""
+    """A command line whose settings can be read and replaced; of two flags for one setting, the last counts."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = list(words)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words as they are now."""
+        """The current words."""
         return tuple(self._words)
 
     def get(self, setting: str) -> str | None:
-        """Return the value given for a setting; None where there is none."""
+        """Return the value given for a setting; None if there is none."""
         at = self._find(setting)
         if at is None:
             return None
@@ -33,7 +33,7 @@ class TrainingWords:
         return None if following is None or following.startswith("--") else following
 
     def set(self, setting: str, value: str) -> None:
-        """Replace the value given for a setting; a setting without a value stays without one."""
+        """Replace the value given for a setting; a setting that is not given stays absent."""
         at = self._find(setting)
         if at is None:
             return
@@ -43,19 +43,19 @@ class TrainingWords:
             self._words[at + 1] = value
 
     def _find(self, setting: str) -> int | None:
-        """Return the index of the last word that is a flag of the setting, by whatever spelling or prefix."""
+        """Return the index of the last word that is a flag of the setting, in any spelling or as any prefix."""
         found = [at for at, word in enumerate(self._words) if setting_of(word) == setting]
         return found[-1] if found else None
 
 
 def setting_of(word: str) -> str | None:
-    """Return the setting of a training that a word is a flag of; None for a value and for an unknown flag."""
+    """Return the setting whose flag a word is; None for a value or an unknown flag."""
     declared = COMMAND.setting_of(word.split("=", 1)[0])
     return None if declared is None else declared.field
 
 
 def relative_to(words: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Make relative paths among training arguments start at `folder`; names of files that the trainer brings stay."""
+    """Make relative paths in training arguments start at `folder`; names of files that the trainer ships stay."""
     values = TrainingWords(words)
     for setting in PATH_SETTINGS:
         given = values.get(setting)
@@ -67,7 +67,7 @@ def relative_to(words: Sequence[str], folder: Path) -> tuple[str, ...]:
 
 
 def without_overridden(words: Sequence[str], winners: Sequence[str]) -> tuple[str, ...]:
-    """Return `words` less the flags, with their values, of settings that `winners` give too."""
+    """Return `words` without the flags, and their values, of settings that `winners` also give."""
     given = {setting_of(word) for word in winners if word.startswith("--")} - {None}
     kept: list[str] = []
     dropping = False

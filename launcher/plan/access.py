@@ -1,6 +1,6 @@
-"""Judge whether the user that replicas run as may read the data and write the runs folder.
+"""Check whether the replicas' user may read the data and write the runs folder.
 
-Inside a container that user has no other group and no capability, root included.
+Inside a container the user, even root, has no other group and no capability.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ READ, WRITE, ENTER = 4, 2, 1
 
 
 def check_data(reads: Sequence[ReadPath], shown: Sequence[Path], user: str) -> None:
-    """Raise the errors of what `user` could not read or see inside a replica; `shown` is mounted."""
+    """Raise an error for each path that `user` could not read or see inside a replica; `shown` are the mounts."""
     uid, gid = map(int, user.split(":"))
     problems = Problems()
     for read in reads:
@@ -42,7 +42,7 @@ def _check_read(read: ReadPath, shown: Sequence[Path], uid: int, gid: int) -> No
 
 
 def check_secret_file(state: PathState, variable: str, user: str) -> None:
-    """Raise UsageError when `user` could not read the file with a password or keys that `variable` names."""
+    """Raise UsageError if `user` could not read the file with a password or keys that `variable` names."""
     uid, gid = map(int, user.split(":"))
     if not may(state, uid, gid, READ):
         raise UsageError(
@@ -52,10 +52,10 @@ def check_secret_file(state: PathState, variable: str, user: str) -> None:
 
 
 def check_runs_access(runs: Path, folders: Sequence[PathState], user: str, caller: int) -> None:
-    """Raise UsageError when `user` could not write the runs folder, or the fleet's own folders in it.
+    """Raise UsageError if `user` could not write the runs folder, or the fleet's folders in it.
 
-    `folders` are those that are there, the runs folder first. `caller` is the uid of the launcher: folders made by it
-    are its own, and root gives its own to `user`.
+    `folders` are the existing ones, the runs folder first. `caller` is the launcher's uid: the launcher owns folders
+    that it makes, and if root calls, `user` becomes the owner of root's folders.
     """
     uid, gid = map(int, user.split(":"))
     if not folders:
@@ -75,7 +75,7 @@ def check_runs_access(runs: Path, folders: Sequence[PathState], user: str, calle
 
 
 def may(state: PathState, uid: int, gid: int, needed: int) -> bool:
-    """Return whether mode and owner allow it; an access control list on the path is given the benefit of the doubt."""
+    """Return whether owner and mode grant `needed`; a path with an access control list is assumed to grant it."""
     if state.uid == uid:
         granted = state.mode >> 6
     elif state.gid == gid:
@@ -91,5 +91,5 @@ def _owner_words(state: PathState) -> str:
 
 def _reading_remedy(state: PathState, uid: int, needed: int) -> str:
     if state.mode >> 3 & needed == needed:
-        return f"give --user {uid}:{state.gid}, whose group may, or chmod -R o+rX {state.path}"
+        return f"give --user {uid}:{state.gid}, the group that may, or chmod -R o+rX {state.path}"
     return f"chmod -R o+rX {state.path}, or give --user {state.uid}:{state.gid}"

@@ -1,4 +1,4 @@
-"""What `up` does to a fleet that exists: which replicas it leaves, ends and starts, and how a changed `up` differs."""
+"""The changes of `up` to an existing fleet: replicas to keep, stop and start, and differences to the old command."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from starling.core.sizes import format_size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
-    """What `up` does to a fleet, in this order."""
+    """The actions of `up` on a fleet, in this order."""
 
     stop: tuple[ReplicaState, ...] = ()
-    """Replicas of a fleet that is to be started anew: stopped, then removed."""
+    """Replicas of a fleet to recreate: stopped, then removed."""
     dead: tuple[ReplicaState, ...] = ()
-    """Replicas that have failed or were stopped: removed, and started again."""
+    """Replicas that have failed or were stopped: removed, then started again."""
     keep: tuple[ReplicaState, ...] = ()
-    """Replicas that run or have finished: left as they are."""
+    """Replicas that run or have finished: unchanged."""
     start: tuple[ReplicaSpec, ...] = ()
 
     @property
     def running(self) -> tuple[str, ...]:
-        """The names of the replicas that run already."""
+        """The names of the replicas that already run."""
         return tuple(state.name for state in self.keep if state.live)
 
     @property
     def finished(self) -> tuple[str, ...]:
-        """The names of the replicas that have finished already."""
+        """The names of the replicas that have already finished."""
         return tuple(state.name for state in self.keep if state.finished)
 
 
@@ -39,7 +39,7 @@ NO_CHANGES = Changes()
 def plan_changes(
     specs: Sequence[ReplicaSpec], existing: Sequence[ReplicaState], *, recreate: bool
 ) -> Changes:
-    """Return what makes the fleet of `specs` out of the replicas that exist."""
+    """Return the changes that turn the existing replicas into the fleet of `specs`."""
     if recreate:
         return Changes(stop=tuple(existing), start=tuple(specs))
     keep = tuple(state for state in existing if state.live or state.finished)
@@ -56,9 +56,9 @@ def differences(
     existing: Sequence[ReplicaState],
     environments: Mapping[str, Mapping[str, str]],
 ) -> list[str]:
-    """Return what a changed `up` would change, a line each; empty for the same fleet, or for none.
+    """Return the differences to the existing fleet, one line each; empty if there are none, or no fleet.
 
-    `environments` are the variables that living replicas were started with, by id; they are named, never shown.
+    `environments` are the variables that live replicas were started with, by id; the lines show names, never values.
     """
     if not existing:
         return []
@@ -97,13 +97,13 @@ def _changed_value(key: str, old: Any, new: Any) -> list[str]:
 def _changed_size(key: str, old: Any, new: Any) -> list[str]:
     """Return sizes as they are written on the command line: `memory: 20 GB -> 10 GB`."""
     words = [format_size(size) if isinstance(size, int) else _plain(size) for size in (old, new)]
-    # Two sizes that read the same are told apart by their bytes.
+    # Two sizes that round to the same text are shown in bytes.
     words = words if words[0] != words[1] else [f"{size} bytes" for size in (old, new)]
     return [f"{key.removesuffix('_bytes')}: {words[0]} -> {words[1]}"]
 
 
 def _changed_image(key: str, old: Any, new: Any) -> list[str]:
-    """Return that the name means another image now: it was built again, or another was tagged with it."""
+    """Return the line for a name that now means another image: rebuilt, or tagged anew."""
     return [f"image: built again or tagged anew, {_short(old)} -> {_short(new)}"]
 
 
@@ -116,7 +116,7 @@ def _changed_environment(key: str, old: Any, new: Any) -> list[str]:
 
 
 def _changed_names(key: str, old: Any, new: Any) -> list[str]:
-    """Return variables that are passed now and were not, or no longer are."""
+    """Return a line for each variable that is newly passed or no longer passed."""
     lines = [f"{name}: passed now" for name in new if name not in (old or [])]
     return lines + [f"{name}: no longer passed" for name in old or [] if name not in new]
 
@@ -142,7 +142,7 @@ def _changed_words(key: str, old: Any, new: Any) -> list[str]:
     tail = 0
     while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
         tail += 1
-    # The option before a changed value says what the value is.
+    # Include the option before a changed value, because it names the value.
     if head and head < len(new) - tail and not new[head].startswith("--") and new[head - 1].startswith("--"):
         head -= 1
     cut = [" ".join(words[head : len(words) - tail]) or "(nothing)" for words in (old, new)]
@@ -167,4 +167,4 @@ _WORDS: Mapping[str, Callable[[str, Any, Any], list[str]]] = {
     "shm_bytes": _changed_size,
     "tmp_bytes": _changed_size,
 }
-"""How a field is told; any other by its two values."""
+"""The formatter of each field; `_changed_value` formats the others."""

@@ -1,4 +1,4 @@
-"""Judge a plan before anything starts: everything that would stop it, each refusal with its remedy."""
+"""Check a plan before anything starts; each problem names its remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from starling.core.errors import StarlingError, UsageError
 from starling.core.sizes import GIB, MIB, format_size
 
 LEAST_FREE_BYTES = GIB
-"""Below this a search does not come far: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""
+"""Too little for a search: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""
 LEAST_FREE_FILES = 1000
 
 DRIVER_FOR_CUDA = {11: "450", 12: "525", 13: "580"}
@@ -38,7 +38,7 @@ DRIVER_FOR_CUDA = {11: "450", 12: "525", 13: "580"}
 
 
 def check(plan: Plan, facts: Facts) -> tuple[StarlingError, ...]:
-    """Return everything that would stop the plan; empty where nothing would."""
+    """Return all problems that would stop the plan; empty if there are none."""
     problems = Problems()
     problems.check(_check_secrets, facts)
     if not plan.request.build:
@@ -49,14 +49,14 @@ def check(plan: Plan, facts: Facts) -> tuple[StarlingError, ...]:
     _check_engine(facts, problems)
     _check_paths(plan, facts, problems)
     problems.add(facts.refusals.names)
-    # Without an image a fleet that exists cannot be told from the one asked for.
+    # Without the image's id, the existing fleet cannot be compared with the requested one.
     if plan.replicas and not (facts.refusals.names or facts.image is None or plan.request.recreate):
         problems.check(check_fleet, plan.replicas, facts.existing, facts.environments)
     return tuple(problems.found)
 
 
 def _check_devices(plan: Plan, facts: Facts, problems: Problems) -> None:
-    """Check the devices, and what is asked of each."""
+    """Check the devices, and the memory and options for each."""
     request, count = plan.request, len(plan.choice.devices)
     if not request.force:
         problems.check(plan.choice.check_free, gpu_words(request), facts.gpus, occupancy(request, facts))
@@ -70,7 +70,7 @@ def _check_devices(plan: Plan, facts: Facts, problems: Problems) -> None:
 
 
 def _check_engine(facts: Facts, problems: Problems) -> None:
-    """Check what the engine has: network, trainer, GPU runtime and driver."""
+    """Check the engine's network, trainer, GPU runtime and driver."""
     problems.add(facts.refusals.network)
     problems.add(facts.refusals.trainer)
     problems.add(facts.refusals.gpu_runtime)
@@ -79,7 +79,7 @@ def _check_engine(facts: Facts, problems: Problems) -> None:
 
 
 def _check_paths(plan: Plan, facts: Facts, problems: Problems) -> None:
-    """Check the disk, the study's address, and who may read and write what."""
+    """Check the disk, the study's address, and the permissions of the paths."""
     request = plan.request
     if facts.disk is not None:
         problems.check(check_disk, request.runs, facts.disk)
@@ -99,7 +99,7 @@ def _check_access(request: Request, facts: Facts, access: Access, problems: Prob
 
 
 def _check_secrets(facts: Facts) -> None:
-    """Raise UsageError for a password's file that is not there; a missing file of ClearML's is a note."""
+    """Raise UsageError for a missing password file; a missing ClearML file is only a note."""
     for secret in facts.secrets:
         if not secret.is_file and secret.variable != CLEARML_FILE:
             where = " on the remote machine" if facts.behind_ssh else ""
@@ -113,7 +113,7 @@ def check_fleet(
     existing: Sequence[ReplicaState],
     environments: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Raise UsageError, with the differences, for a fleet that exists and is not the one of `specs`."""
+    """Raise UsageError with the differences if the existing fleet differs from `specs`."""
     changed = differences(specs, existing, environments)
     if changed:
         raise UsageError(
@@ -123,7 +123,7 @@ def check_fleet(
 
 
 def check_memory(request: Request, machine: Machine, devices: int) -> None:
-    """Raise UsageError when the replicas together may take more memory than the machine has."""
+    """Raise UsageError if the replicas together may use more memory than the machine has."""
     if request.memory_bytes is None or request.memory_bytes * devices <= machine.memory_bytes:
         return
     several = devices != 1
@@ -137,7 +137,7 @@ def check_memory(request: Request, machine: Machine, devices: int) -> None:
 
 
 def check_shm(shm: int | None, memory: int) -> None:
-    """Refuse a /dev/shm that could never be filled; within the memory of each, the sum fits where that of memory does."""
+    """Raise UsageError if /dev/shm is larger than `memory`, against which it counts; `check_memory` checks the sum."""
     if shm is not None and shm > memory:
         raise UsageError(
             f"--shm {format_size(shm)}: what a replica keeps there counts against --memory, {format_size(memory)} here; "
@@ -146,11 +146,11 @@ def check_shm(shm: int | None, memory: int) -> None:
 
 
 def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
-    """Raise UsageError for devices, or a training, that cannot be one training on all of them."""
+    """Raise UsageError if the devices or the training do not allow one training on all devices."""
     config = args.command.config
     if config.evolve:
         raise UsageError(
-            "--ddp: a search gives each device candidates of its own, which finishes more of them in the same time; "
+            "--ddp: a search trains different candidates on each device, which finishes more of them in the same time; "
             "leave out --ddp, or --evolve"
         )
     sliced = [item for device in devices for item in device.handles if ":" in item or item.startswith("MIG-")]
@@ -159,25 +159,25 @@ def check_together(args: TrainingArgs, devices: Sequence[Device]) -> None:
             f"--ddp: {', '.join(device.id for device in devices)}: CUDA gives a program one MIG slice and no more; "
             "name whole GPUs, or leave out --ddp"
         )
-    # A resumed training has the batch of its checkpoint, which the host does not read.
+    # A resumed training takes its batch from the checkpoint, which the host does not read.
     if len(devices) > 1 and ("batch_size" in args.command.given or not config.resume):
         config.check_split(len(devices))
 
 
 def check_device_argument(asked: str, device: Device) -> None:
-    """Refuse a training `--device` that the replica does not have: inside, GPUs count from 0."""
+    """Raise UsageError for a `--device` that the replica does not have: inside, GPUs count from 0."""
     several = len(device.members) > 1
     allowed = (device.inside,) if several or device.kind == "cpu" else ("0", "cuda:0")
     if asked and asked not in allowed:
         raise UsageError(
-            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} by itself; leave "
+            f"--device {asked}: each replica finds its own {'devices' if several else 'device'} automatically; leave "
             "--device out and choose devices with `launcher up --gpus` or `--cpu`"
             + ("" if several or "," not in asked else ", and --ddp for one training on several")
         )
 
 
 def check_driver(image: Image, driver: Driver | None) -> None:
-    """Raise EngineError for a driver older than the CUDA in the image; what is not known is not judged."""
+    """Raise EngineError if the driver is older than the CUDA in the image; accepts unknown versions."""
     major = (image.cuda or "").split(".")[0]
     if driver is None or not major.isdigit() or driver.cuda[0] >= int(major):
         return
@@ -190,7 +190,7 @@ def check_driver(image: Image, driver: Driver | None) -> None:
 
 
 def check_disk(runs: Path, space: DiskSpace) -> None:
-    """Raise UsageError when the disk of the runs folder is all but full, in bytes or in files."""
+    """Raise UsageError if the disk of the runs folder is nearly full, in bytes or in files."""
     if space.bytes < LEAST_FREE_BYTES:
         raise UsageError(
             f"--runs {runs}: {format_size(space.bytes)} free on its disk, and checkpoints need at least "
@@ -203,7 +203,7 @@ def check_disk(runs: Path, space: DiskSpace) -> None:
 
 
 def check_study_address(study: str, network: str) -> None:
-    """Raise UsageError for a study's database at an address that means the container itself."""
+    """Raise UsageError if the address of the study's database means the container itself."""
     where = loopback(study)
     if where and network != "host":
         raise UsageError(

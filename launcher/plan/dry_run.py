@@ -1,4 +1,4 @@
-"""Show a plan without acting: a table, and the commands a person would type for the same."""
+"""Show a plan without acting: a table, and the equivalent shell commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from starling.core.sizes import format_cores, format_size
 
 
 def document(plan: Plan, problems: Sequence[StarlingError]) -> dict[str, Any]:
-    """Return the plan, and what would stop it, as plain values without a secret."""
+    """Return the plan and its problems as plain values without secrets."""
     return {
         "engine": plan.engine,
         "fleet": plan.fleet,
@@ -36,7 +36,7 @@ def document(plan: Plan, problems: Sequence[StarlingError]) -> dict[str, Any]:
 
 
 def describe(plan: Plan, facts: Facts, problems: Sequence[StarlingError]) -> list[str]:
-    """Return the plan as lines: a table of replicas, below it what a person would type for the same, and what to know."""
+    """Return the plan as lines: a table of replicas, the equivalent shell commands, notes and problems."""
     commands = _commands(plan, facts)
     if any(masked(word) != word for spec in plan.replicas for word in spec.command):
         commands.insert(
@@ -76,7 +76,7 @@ def _commands(plan: Plan, facts: Facts) -> list[str]:
 
 
 def _rehearsal_notes(plan: Plan) -> list[str]:
-    """Return what `up` would do first, and with the replicas that the fleet has already."""
+    """Return notes on what `up` would do first, and what it would do with the fleet's existing replicas."""
     changes, notes = plan.changes, []
     if changes.stop:
         count = f"{len(changes.stop)} replica{'s' * (len(changes.stop) != 1)}"
@@ -91,22 +91,22 @@ def _rehearsal_notes(plan: Plan) -> list[str]:
 
 
 def make_runs(runs: Path, user: str, facts: Facts) -> list[str]:
-    """Return the line that makes the runs folder, or gives root's files in it to the replicas' user, where `up` would."""
+    """Return the command that makes the runs folder or changes the owner of root's files in it, if `up` would do so."""
     uid, _, gid = user.partition(":")
     as_root = facts.uid == 0 and uid not in ("", "0")
     if facts.runs_owner is None:
         owner = ["-o", uid, "-g", gid] if as_root else []
         return [shlex.join(["install", "-d", "-m", "700", *owner, str(runs)])]
     if as_root and facts.runs_owner == 0:
-        # `chown -R` looks names up anew, and would hand over hard links to files of the system's.
+        # `chown -R` resolves names again, and would also change hard links to system files.
         return [shlex.join([sys.executable, "-I", str(starling.core.handover.__file__), str(runs), user])]
     return []
 
 
 def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ()) -> str:
-    """Return the `docker run` line that makes the same container, with our labels, so that it is a replica of ours.
+    """Return the `docker run` line that makes the same container, with our labels, which make it a replica.
 
-    Variables of the user's appear by name only, or as the file that they came from.
+    The user's variables appear only by name, or as the file that they came from.
     """
     own = ["--network", spec.network]
     if spec.device.kind == "gpu":  # the client itself adds the capability `gpu`
@@ -116,9 +116,9 @@ def docker_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ())
 
 
 def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ()) -> str:
-    """Return the `podman run` line that makes the same container, as `docker_run` does."""
+    """Return the `podman run` line that makes the same container, with our labels."""
     own = [] if spec.network == "bridge" else ["--network", spec.network]
-    own += ["--userns", "keep-id"] if owner else []  # a user's own Podman is rootless
+    own += ["--userns", "keep-id"] if owner else []  # an ordinary user's Podman is rootless
     for handle in spec.device.handles if spec.device.kind == "gpu" else ():
         own += ["--device", CDI_GPU.format(handle)]
     return _run("podman", spec, owner, env_files, own)
@@ -127,7 +127,7 @@ def podman_run(spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile] = ())
 def _run(
     kind: hardening.Kind, spec: ReplicaSpec, owner: int, env_files: Sequence[EnvFile], own: Sequence[str]
 ) -> str:
-    """Return what both have in common, around each one's own options."""
+    """Return the `run` line of Docker or Podman, with the engine's `own` options."""
     words = [kind, "run", "--detach", "--name", spec.name, *own]
     for name, value in labels(spec, owner).items():
         words += ["--label", f"{name}={value}"]
@@ -139,14 +139,14 @@ def _run(
 
 
 def _process(spec: ReplicaSpec) -> str:
-    """Return the shell line that runs the same process in a session of its own."""
+    """Return the shell line that runs the same process in its own session."""
     pin = ["taskset", "-c", format_cores(spec.cores)] if spec.cores else []
     settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
     return shlex.join(["setsid", "env", *settings, *pin, *map(masked, spec.command)])
 
 
 def _environment(spec: ReplicaSpec, env_files: Sequence[EnvFile]) -> list[str]:
-    """Return the options that set a container's variables; Docker lets --env win over --env-file, as `up` does."""
+    """Return the options that set a container's variables; for Docker and `up`, --env wins over --env-file."""
     words = [word for file in env_files for word in ("--env-file", str(file.path))]
     from_files: dict[str, str] = {}
     for file in env_files:
@@ -160,7 +160,7 @@ def _environment(spec: ReplicaSpec, env_files: Sequence[EnvFile]) -> list[str]:
 
 
 def _mount(mount: Mount) -> str:
-    """Return a --mount value: a CSV row, so that a comma in a path is quoted."""
+    """Return a --mount value: a CSV row, which quotes a comma in a path."""
     fields = [f"type={mount.kind}", f"source={mount.source}", f"target={mount.target}"]
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([*fields, "readonly"] if mount.read_only else fields)

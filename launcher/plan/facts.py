@@ -1,4 +1,4 @@
-"""What `up` has found out before it decides: a value, which a test can write down."""
+"""The facts that `up` decides on, as a plain value that tests can construct."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ from starling.core.errors import StarlingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusals:
-    """What the engine refuses or lacks, in its own words; None for what is as it should be, or was not asked."""
+    """What the engine refuses or lacks, as its errors; None if the check passed or was not made."""
 
     image: StarlingError | None = None
     network: StarlingError | None = None
     trainer: StarlingError | None = None
     gpu_runtime: StarlingError | None = None
     names: StarlingError | None = None
-    """Something that is not a replica of ours has the name of one."""
+    """The error if a container that is not our replica has a replica's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecretFile:
-    """A file with a password or keys that a variable of the user names. Nobody here reads it."""
+    """A file with a password or keys that a variable of the user names. The launcher never reads the file."""
 
     variable: str
     path: Path
     is_file: bool
     state: PathState | None = None
-    """None where permissions are not judged."""
+    """None if permissions are not checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """Who may read the data and write the runs folder."""
+    """The permissions of the data and the runs folder."""
 
     reads: tuple[ReadPath, ...] = ()
     runs: tuple[PathState, ...] = ()
-    """The runs folder and the fleet's folders in it, as far as they are there."""
+    """The runs folder and the fleet's folders in it, as far as they exist."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """The machine, its devices and who holds them, its engine, the replicas that are there, and the host's paths."""
+    """The machine, its devices and their holders, its engine, the existing replicas, and the host's paths."""
 
     machine: Machine
     engine: str = "docker"
     """The name of the engine that answers."""
     behind_ssh: bool = False
-    """Whether paths are those of another machine."""
+    """Whether paths are on another machine."""
     uid: int = 0
-    """The uid that the launcher acts under on the machine."""
+    """The launcher's uid on the machine."""
     owner: int = 0
-    """The uid of the user whose replicas they will be."""
+    """The uid of the replicas' owner."""
     gpus: tuple[Gpu, ...] | None = None
-    """None where they cannot be listed."""
+    """None if they cannot be listed."""
     driver: Driver | None = None
-    """None where it is not known, or does not matter."""
+    """None if unknown or not needed."""
     holders: tuple[GpuHolder, ...] = ()
-    """Who holds GPUs, but for the fleet's own replicas."""
+    """The holders of GPUs, without the fleet's own replicas."""
     existing: tuple[ReplicaState, ...] = ()
-    """The fleet's replicas that are there."""
+    """The fleet's existing replicas."""
     others: tuple[ReplicaState, ...] = ()
     """The replicas of the caller's other fleets."""
     environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
-    """The variables that the fleet's living replicas were started with, by id."""
+    """The variables that the fleet's live replicas were started with, by id."""
     image: Image | None = None
-    """None where the image is missing."""
+    """None if the image is missing."""
     refusals: Refusals = Refusals()
     secrets: tuple[SecretFile, ...] = ()
     runs_owner: int | None = None
-    """The uid of the owner of the runs folder; None where there is no such folder yet."""
+    """The uid of the owner of the runs folder; None if the folder does not exist yet."""
     disk: DiskSpace | None = None
-    """The free space of the disk of the runs folder; None where it is not judged."""
+    """The free space of the disk of the runs folder; None if it is not checked."""
     access: Access | None = None
-    """None where permissions are not judged: on another machine, or where the engine maps user ids."""
+    """None if permissions are not checked: on another machine, or if the engine maps user ids."""

@@ -1,4 +1,4 @@
-"""Decide what `up` starts: request and facts in, plan out, nothing touched."""
+"""Decide what `up` starts: turn a request and facts into a plan, without side effects."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from starling.core.errors import UsageError
 from starling.core.sizes import GIB, MIB, format_size
 
 SHARE_OF_MEMORY = 0.9
-"""Without --memory, replicas share this much of the machine's memory evenly; the rest is the host's."""
+"""Without --memory, replicas share this part of the machine's memory evenly; the rest is left to the host."""
 
 CLEARML_FILE = "CLEARML_CONFIG_FILE"
-"""Names the file with ClearML's keys that `clearml-init` writes."""
+"""The variable that names the file with ClearML's keys, which `clearml-init` writes."""
 
 _PRIVATE_ENVIRONMENT = {
     "HOME": "/tmp",  # the root file system is read-only and the user has no home in the image
@@ -34,19 +34,19 @@ _PRIVATE_ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What one `up` starts, and what becomes of the replicas that are there."""
+    """What one `up` starts, and what it does with the existing replicas."""
 
     request: Request
-    """With the variables and mounts of secret files filled in."""
+    """The request, with the variables and mounts of secret files filled in."""
     engine: str
     choice: GpuChoice = NO_DEVICE
-    """The devices, before --ddp joins them, and who else holds some of them."""
+    """The devices, before --ddp joins them, and their other holders."""
     replicas: tuple[ReplicaSpec, ...] = ()
     changes: Changes = NO_CHANGES
     notes: tuple[str, ...] = ()
-    """What is worth knowing and stops nothing."""
+    """Remarks for the user that stop nothing."""
     refusal: UsageError | None = None
-    """Why no device could be chosen; there are no replicas then."""
+    """Why no device could be chosen; the plan then has no replicas."""
 
     @property
     def fleet(self) -> str:
@@ -55,7 +55,7 @@ class Plan:
 
 
 def make_plan(request: Request, facts: Facts) -> Plan:
-    """Return the plan; what is wrong with it is for `check` to tell."""
+    """Return the plan; `check` reports its problems."""
     request = _with_secrets(request, facts)
     try:
         choice, shares, notes = _choose_devices(request, facts)
@@ -69,7 +69,7 @@ def make_plan(request: Request, facts: Facts) -> Plan:
         devices, shares = (join_devices(devices),), (tuple(core for own in shares for core in own),)
     if not request.args.command.config.evolve and len(devices) > 1:
         notes.append(
-            "no --evolve: each replica trains by itself; add --evolve N to search together, or --ddp to train one model"
+            "no --evolve: each replica trains its own model; add --evolve N to search together, or --ddp to train one model"
         )
     template = _template(request, facts, memory)
     replicas = tuple(
@@ -87,15 +87,15 @@ def make_plan(request: Request, facts: Facts) -> Plan:
 
 
 def occupancy(request: Request, facts: Facts) -> Occupancy:
-    """Return what others hold, and what the fleet's own replicas have."""
+    """Return the GPUs that others hold, and the GPUs of the fleet's own replicas."""
     settled = [state for state in facts.existing if state.live or (state.finished and not request.recreate)]
     return Occupancy(facts.holders, own=_gpus_of(facts.existing), settled=_gpus_of(settled))
 
 
 def device_memory(request: Request, machine: Machine, devices: int) -> int:
-    """Return the memory for each device: what was asked for, else an even share of the machine's."""
+    """Return the bytes of memory for each device: --memory, else an even share of the machine's."""
     share = int(machine.memory_bytes * SHARE_OF_MEMORY / devices)
-    # A round figure stays the same from one call to the next.
+    # Rounding keeps the share the same if the machine's memory differs slightly at the next call.
     return request.memory_bytes or share - share % (64 * MIB)
 
 
@@ -104,15 +104,15 @@ def _gpus_of(states: Sequence[ReplicaState]) -> tuple[str, ...]:
 
 
 def _with_secrets(request: Request, facts: Facts) -> Request:
-    """Return the request with the files that its variables name, for replicas that see only what is mounted.
+    """Return the request with mounts for the files that its variables name, for replicas that see only mounted paths.
 
-    A file of ClearML's that is not there stays a mere variable: it means no configuration inside as it does here.
+    A missing ClearML file keeps its variable without a mount: inside, as here, it means no configuration.
     """
     there = [secret for secret in facts.secrets if secret.is_file]
     passed, settings = dict(request.passed), dict(request.settings)
     for secret in there:
         if secret.variable == CLEARML_FILE:
-            settings[CLEARML_FILE] = str(secret.path)  # absolute, and no secret itself
+            settings[CLEARML_FILE] = str(secret.path)  # an absolute path, not secret
             del passed[CLEARML_FILE]
     paths = dict.fromkeys(str(secret.path) for secret in there)
     mounts = tuple(Mount(source=path, target=path) for path in paths)
@@ -122,7 +122,7 @@ def _with_secrets(request: Request, facts: Facts) -> Request:
 def _choose_devices(
     request: Request, facts: Facts
 ) -> tuple[GpuChoice, tuple[tuple[int, ...], ...], list[str]]:
-    """Return the devices, the cores that each is pinned to (none for GPU replicas), and notes."""
+    """Return the devices, the cores that each is pinned to (empty for GPU replicas), and notes."""
     if request.gpus is not None and request.cpus is not None:
         raise UsageError("--gpus and --cpu exclude each other; start two fleets to use both")
     if request.wants_gpus(facts.gpus):
@@ -134,12 +134,12 @@ def _choose_devices(
 
 
 def gpu_words(request: Request) -> str:
-    """Return what `--gpus` says, or would say."""
+    """Return the value of `--gpus`, or `all` without it."""
     return request.gpus if request.gpus is not None else "all"
 
 
 def _template(request: Request, facts: Facts, memory: int) -> ReplicaSpec:
-    """Return what all replicas have in common; `memory` and what follows from it are a device's share."""
+    """Return the spec that all replicas share; `memory`, and the sizes derived from it, are one device's."""
     entrypoint = request.entrypoint
     isolated, image_id = entrypoint.isolated, facts.image.id if facts.image else ""
     runs = Mount(source=str(request.runs), target=entrypoint.runs_inside, read_only=False)
@@ -176,7 +176,7 @@ def _supervision(request: Request) -> tuple[str, ...]:
 
 
 def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], threads: int) -> ReplicaSpec:
-    """Return one device's replica, or the one of several devices, which gets the sum of their shares."""
+    """Return the replica of a device; a device of several gets the sum of their shares."""
     name = replica_name(template.fleet, device)
     count = len(device.members)
     command = template.command
@@ -203,23 +203,23 @@ def _replica(template: ReplicaSpec, device: Device, cores: tuple[int, ...], thre
 
 
 def _visible_devices(device: Device, *, isolated: bool) -> dict[str, str]:
-    """Return the variables that show a replica its own GPUs and no others."""
+    """Return the variables that limit a replica to its own GPUs."""
     if device.kind == "gpu":
         own = {} if isolated else {"CUDA_VISIBLE_DEVICES": ",".join(device.handles)}
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **own}
-    # An image's own NVIDIA_VISIBLE_DEVICES=all must not give GPUs to a CPU replica.
+    # NVIDIA_VISIBLE_DEVICES=all in the image must not give GPUs to a CPU replica.
     return {"NVIDIA_VISIBLE_DEVICES": "void"} if isolated else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def replica_name(fleet: str, device: Device) -> str:
-    """Return a container's name: the fleet in the letters that names may have, and the device."""
+    """Return a container's name: the fleet in the characters that names may have, and the device."""
     project, name = PurePosixPath(fleet).parent.as_posix(), PurePosixPath(fleet).name
     words = [re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-._") or "run" for part in (project, name)]
     return "-".join([*words, device.slug])[-120:].lstrip("-._")
 
 
 def _notes(request: Request, replicas: Sequence[ReplicaSpec], facts: Facts) -> list[str]:
-    """Return what is worth knowing of trackers and memory."""
+    """Return notes on trackers and memory."""
     notes = []
     if request.entrypoint.isolated:
         notes += _unreachable_trackers(request.passed, request.network)
@@ -240,7 +240,7 @@ def _notes(request: Request, replicas: Sequence[ReplicaSpec], facts: Facts) -> l
 
 
 def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
-    """Return a note for each server that the user's variables name and that cannot be reached inside a container."""
+    """Return a note for each server in the user's variables that cannot be reached inside a container."""
     if network == "host":
         return []
     return [
@@ -252,10 +252,10 @@ def _unreachable_trackers(passed: Mapping[str, str], network: str) -> list[str]:
 
 
 def loopback(url: str) -> str:
-    """Return `host:port` of a URL that leads to the machine it is used on, without user and password; else nothing."""
+    """Return `host:port` of a loopback URL, without user and password; empty for any other URL."""
     if "://" not in url:
         return ""
-    from ipaddress import ip_address  # not for every `up`
+    from ipaddress import ip_address  # not needed by every `up`
 
     try:
         parts = urlsplit(url)

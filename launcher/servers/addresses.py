@@ -1,4 +1,4 @@
-"""The tracking servers as replicas and people reach them: where they are, and how one logs in."""
+"""The addresses and logins of the tracking servers, for replicas and for people."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starling.core.errors import UsageError
 
 PORT = 5000
 URI_INSIDE = f"http://mlflow:{PORT}"
-"""The server's name on its network."""
+"""The server's address on its Docker network."""
 
 ADMIN, TRAINER = "admin", "trainer"
 SECRETS = "/run/starling"
@@ -25,13 +25,13 @@ PASSWORD_FILES = {ADMIN: f"{SECRETS}/mlflow_admin_password", TRAINER: f"{TRAINER
 URI, USER = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME"
 PASSWORD, PASSWORD_FILE = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD_FILE"
 OWN_PREFIX = "MLFLOW_TRACKING_"
-"""Of the user's variables that the servers' own take the place of."""
+"""The prefix of the user's variables that `--tracking` replaces."""
 DEFAULT_NETWORK = "bridge"
 MOST_SECRET_BYTES = 4096
 
 
 class ServersEngine(Protocol):
-    """What is asked of the engine that the servers run on."""
+    """The part of an engine that these functions need."""
 
     def services(self, project: str) -> Sequence[Service]: ...
     def environment(self, replica_id: str) -> Mapping[str, str] | None: ...
@@ -40,33 +40,33 @@ class ServersEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
-    """What a replica needs to log to the servers."""
+    """The network, variables and mounts with which a replica logs to the servers."""
 
     network: str
     environment: Mapping[str, str]
     passed: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """A secret that only a variable can carry: to a process of this machine, which mounts nothing."""
+    """Secrets in variables, for processes of this machine, which mount nothing."""
     mounts: tuple[Mount, ...] = ()
 
 
 def find_mlflow(engine: ServersEngine, project: str | None = None) -> Service | None:
-    """Return the MLflow server's container; None when there is none."""
+    """Return the MLflow server's container; None if there is none."""
     found = engine.services(project or project_name())
     return next((service for service in found if service.name == "mlflow"), None)
 
 
 def has_login(engine: ServersEngine, mlflow: Service) -> bool:
-    """Return whether the server asks who one is."""
+    """Return whether the server requires a login."""
     return (engine.environment(mlflow.id) or {}).get("MLFLOW_LOGIN", "on") != "off"
 
 
 def read_password(engine: ServersEngine, mlflow: Service, user: str) -> str:
-    """Return a user's password from the server's secrets; raises EngineError when it holds none."""
+    """Return a user's password from the server's secrets; raises EngineError if there is none."""
     return read_secret(engine, mlflow, PASSWORD_FILES[user])
 
 
 def read_secret(engine: ServersEngine, service: Service, path: str) -> str:
-    """Return a secret from a file of a service's container; raises EngineError when it is not there."""
+    """Return a secret from a file of a service's container; raises EngineError if the file does not exist."""
     secret = engine.read_file(service.id, path, MOST_SECRET_BYTES).decode().strip()
     if not secret:
         raise EngineError(f"{service.name} holds no {path}; bring it up again: launcher track up")
@@ -74,15 +74,15 @@ def read_secret(engine: ServersEngine, service: Service, path: str) -> str:
 
 
 def loopback_uri(mlflow: Service) -> str:
-    """Return the address on the server's own machine; empty when nothing is published."""
+    """Return the address on the server's machine; empty if the server publishes no port."""
     return f"http://{mlflow.ports[PORT]}" if PORT in mlflow.ports else ""
 
 
 def join(engine: ServersEngine, *, isolated: bool) -> Tracking:
-    """Return how replicas log to the servers; raises EngineError, with the remedy, unless they are up.
+    """Return how replicas log to the servers; raises EngineError with the remedy if the servers are down.
 
-    Containers join the network and mount the volume with the trainer's password, read-only: it is in no variable,
-    argument or label. Processes call the loopback port.
+    Containers join the network and mount the volume with the trainer's password read-only: the password is in no
+    variable, argument or label. Processes use the loopback port.
     """
     mlflow = find_mlflow(engine)
     if mlflow is None or mlflow.state in ("created", "exited"):
@@ -110,7 +110,7 @@ def join(engine: ServersEngine, *, isolated: bool) -> Tracking:
 
 
 def with_servers(request: Request, engine: ServersEngine) -> Request:
-    """Return the request for replicas that log to the servers; raises EngineError unless they are up."""
+    """Return the request for replicas that log to the servers; raises EngineError if the servers are down."""
     isolated = request.entrypoint.isolated
     tracking = join(engine, isolated=isolated)
     if isolated:
@@ -126,7 +126,7 @@ def with_servers(request: Request, engine: ServersEngine) -> Request:
 
 
 def check_network_choice(asked: str, tracking: Tracking) -> None:
-    """Refuse a network besides the servers' own: a replica is in one."""
+    """Raise UsageError for a network other than the servers': a replica joins one network only."""
     if asked not in (DEFAULT_NETWORK, tracking.network):
         raise UsageError(
             f"--network {asked}: --tracking joins the servers' network {tracking.network}; leave out one of the two"

@@ -1,7 +1,7 @@
-"""The file of `launcher track backup`: a tar of database dumps and artifacts, closed by a manifest of digests.
+"""The file of `launcher track backup`: a tar of database dumps and artifacts, with a manifest of digests at its end.
 
-The manifest is the last member, so a file that was cut short has none. Passwords are in no part of it: the servers
-keep the ones they have.
+The manifest is the last member, so a truncated file has none. The file holds no passwords: a restore keeps the
+servers' passwords.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from starling.core.words import shown
 FORMAT = 1
 MANIFEST = "manifest.json"
 DATABASES = {"mlflow": "mlflow", "starling": "starling"}
-"""Each database and the role that owns it: MLflow's with its users, and the studies of searches."""
+"""Each database and its owner's role: MLflow's database, with its users, and the database of studies."""
 
 ARTIFACTS = "artifacts/"
 STAGED, REPLACED = ".restored", ".replaced"
-"""Folders of a restore beside the artifacts: what is to take their place, and what they were."""
+"""Folders of a restore beside the artifacts: the new artifacts before the swap, and the old ones after it."""
 MOST_FILES = 2_000_000
-"""Files in one backup: the names and digests of so many take some 600 MB, of the writer's and of the reader's memory."""
+"""The most files in one backup: their names and digests take some 600 MB of memory when writing and when reading."""
 _T = TypeVar("_T")
 _MOST_MANIFEST = 512 * 1024**2
 _CHUNK = 1024 * 1024
@@ -44,7 +44,7 @@ _CHUNK = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What a verified backup holds."""
+    """The contents of a verified backup."""
 
     created: str
     has_artifacts: bool
@@ -52,25 +52,25 @@ class Contents:
 
 
 class Digested(io.RawIOBase):
-    """A reader that digests what passes."""
+    """A reader that computes the digest of the data read through it."""
 
     def __init__(self, source: IO[bytes]) -> None:
         self._source = source
         self.sha256 = hashlib.sha256()
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Read and digest."""
+        """Read `size` bytes, and add them to the digest."""
         data = self._source.read(size)
         self.sha256.update(data)
         return data
 
 
 class ArchiveWriter:
-    """Add members to a new tar, the manifest last."""
+    """Adds members to a new tar, the manifest last."""
 
     def __init__(self, archive: tarfile.TarFile, about: Mapping[str, Any]) -> None:
         self._tar = archive
@@ -106,9 +106,9 @@ def database_member(database: str) -> str:
 
 @contextmanager
 def held(path: Path) -> Iterator[Path]:
-    """Hold a backup open, and give a path to this very file: its own may lead to another one by the next look.
+    """Keep a backup open, and yield a path to the open file: the file at `path` may be replaced meanwhile.
 
-    Raises DataError for what is no file, or cannot be read.
+    Raises DataError if `path` is not a regular file or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -123,16 +123,16 @@ def held(path: Path) -> Iterator[Path]:
 
 
 def verify(path: Path, at: Path | None = None) -> Contents:
-    """Read the whole file and return what it holds; raises DataError for one that is not whole or not ours.
+    """Read the whole file and return its contents; raises DataError if it is incomplete or not a backup of ours.
 
-    `at` is where to read it, where `path` is but its name for messages.
+    `at` is the path to read; `path` then is only the name in messages.
     """
     digests: dict[str, str] = {}
     manifest: dict[str, Any] | None = None
     with members(path, at) as found:
         for member in found:
             if manifest is not None:
-                raise DataError(f"{path}: goes on after its manifest; it is not a backup of these servers")
+                raise DataError(f"{path}: continues after its manifest; it is not a backup of these servers")
             if member.name == MANIFEST:
                 manifest = _read_manifest(path, member)
                 continue
@@ -157,7 +157,7 @@ def verify(path: Path, at: Path | None = None) -> Contents:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One file of a backup; `content` is to be read before the next member is asked for."""
+    """One file of a backup; read `content` before requesting the next member."""
 
     name: str
     size: int
@@ -167,9 +167,9 @@ class Member:
 
 @contextmanager
 def members(path: Path, at: Path | None = None) -> Iterator[Iterator[Member]]:
-    """Open a backup and give its members in turn.
+    """Open a backup and yield an iterator over its members.
 
-    Asking for them and reading them raises DataError for what is no tar, breaks off, or holds what no backup has.
+    Iterating and reading raise DataError if the file is no tar, is truncated, or holds a member that no backup has.
     """
     with contextlib.closing(_open(path, at)) as file:
         yield _known_members(path, TarReader(file))
@@ -188,7 +188,7 @@ def _open(path: Path, at: Path | None) -> IO[bytes]:
 
 
 def _translated(path: Path, items: Iterator[_T]) -> Iterator[_T]:
-    """Yield the items; raise DataError for what reading them raises, and leave alone what their user raises."""
+    """Yield the items; an error in reading them becomes DataError, an error of the consumer passes unchanged."""
     try:
         yield from items
     except OSError as error:
@@ -202,7 +202,7 @@ def _translated(path: Path, items: Iterator[_T]) -> Iterator[_T]:
 
 
 def is_left_over(name: str) -> bool:
-    """Return whether an artifact, by its path in their folder, is what a restore that was killed has left there."""
+    """Return whether an artifact, given its path in the folder of artifacts, is a leftover of a killed restore."""
     return PurePosixPath(name).parts[:1] in ((STAGED,), (REPLACED,))
 
 

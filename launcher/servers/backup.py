@@ -1,6 +1,6 @@
 """`launcher track backup`: dump the databases, then copy the artifacts, while the servers run.
 
-In that order everything that a dumped run names is there: artifacts are only ever added.
+In this order the backup holds every artifact that a dumped run names, because artifacts are only ever added.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from starling.core.sizes import format_size
 
 FOLDER = "/mlflow/artifacts"
 _TAR_CHANGED = 1
-"""GNU tar's exit code when a file changed while it was read; what it wrote is whole."""
+"""GNU tar's exit code for a file that changed during the read; the archive is complete."""
 
 
 def back_up(compose: Compose, file: Path) -> None:
-    """Write FILE, whole or not at all; raises UsageError for one that exists, EngineError when the servers are down."""
+    """Write FILE atomically; raises UsageError if FILE exists, EngineError if the servers are down."""
     file = absolute(file)
     if file.exists():
         raise UsageError(f"{file}: exists; name a new file")
@@ -62,7 +62,7 @@ def back_up(compose: Compose, file: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(file: Path) -> Iterator[IO[bytes]]:
-    """Give a new file beside FILE that takes its name once it is whole and on the disk."""
+    """Yield a new file beside FILE, which is renamed to FILE once it is complete and synced."""
     name = ""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
@@ -109,7 +109,7 @@ def _add_database(
 
 
 def _add_artifacts(writer: ArchiveWriter, compose: Compose, mlflow: Service) -> None:
-    """Copy every file of the artifacts' volume as a stream: it may be larger than what is free here twice."""
+    """Stream every file of the artifacts' volume into the archive: the disk may have no room for a second copy."""
     words = ["tar", "--create", "--hard-dereference", "--directory", FOLDER, "--file=-", "."]
     with tempfile.TemporaryFile() as said:
         with subprocess.Popen(

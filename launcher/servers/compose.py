@@ -1,4 +1,4 @@
-"""Docker Compose, by its command line: the project's file, and the few commands that the tracking servers need."""
+"""Docker Compose by its command line: find the project's file, and run the commands for the tracking servers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from starling.core.paths import at_home
 FILE_NAME = "docker-compose.yml"
 FILE_VARIABLE = "STARLING_COMPOSE_FILE"
 PROJECT = "starling"
-"""The `name:` of the file; COMPOSE_PROJECT_NAME overrides it, for Compose and so for us."""
+"""The `name:` in the file; COMPOSE_PROJECT_NAME overrides it, for Compose and for the launcher."""
 
 
 def project_name(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the compose project that the servers run as."""
+    """Return the name of the servers' compose project."""
     return environment.get("COMPOSE_PROJECT_NAME") or PROJECT
 
 
 def find_compose_file(given: Path | None, cwd: Path | None = None) -> Path:
-    """Return the compose file: the one given, the one beside the launcher's package, or the one in this folder.
+    """Return the compose file: the given file, else the file beside the launcher's package, else the file in `cwd`.
 
-    Raises UsageError when there is none.
+    Raises UsageError if there is none.
     """
     if given is not None:
         path = at_home(given).absolute()
@@ -61,12 +61,12 @@ def _begins(path: Path, words: bytes) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compose:
-    """One compose file with the profiles that are wanted. Every method raises EngineError for what Docker refuses."""
+    """A compose file with the selected profiles. Every method raises EngineError if the command fails."""
 
     file: Path
     profiles: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-    """The variables under which Docker's client reaches the engine."""
+    """The environment variables with which Docker's client reaches the engine."""
 
     def words(self, *words: str) -> list[str]:
         """Return the whole command line."""
@@ -74,26 +74,26 @@ class Compose:
         return ["docker", "compose", "--file", str(self.file), "--ansi", "never", *profiles, *words]
 
     def read(self, *words: str) -> bytes:
-        """Run a command of Compose and return what it prints."""
+        """Run a command of Compose and return its output."""
         return run(self.words(*words), self.environment)
 
     def docker(self, *words: str) -> str:
-        """Run another command of Docker's client and return what it prints."""
+        """Run another command of Docker's client and return its output."""
         return run(["docker", *words], self.environment).decode()
 
     def show(self, *words: str) -> None:
-        """Run a command whose output the user wants to see."""
+        """Run a command of Compose, and show its output to the user."""
         if _call(self.words(*words), env=self.environment, stdin=subprocess.DEVNULL).returncode:
-            raise EngineError(f"docker compose {words[0]} failed; its own words stand above")
+            raise EngineError(f"docker compose {words[0]} failed; its messages are above")
 
     def config(self) -> dict[str, Any]:
-        """Return the file as Compose understands it, settings filled in."""
+        """Return the file as Compose reads it, with settings filled in."""
         config: dict[str, Any] = json.loads(self.read("config", "--format", "json"))
         return config
 
 
 def run(words: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | None = None) -> bytes:
-    """Run a command and return what it prints; raises EngineError with its last words."""
+    """Run a command and return its output; raises EngineError with the last lines of its messages."""
     done = _call(
         words,
         env=environment,
@@ -107,9 +107,9 @@ def run(words: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] |
 
 
 def last_words(stderr: bytes) -> str:
-    """Return the end of what a failed command said, on one line."""
+    """Return the last lines of a failed command's messages, on one line."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    return "; ".join(lines[-3:]) or "failed without a word"
+    return "; ".join(lines[-3:]) or "failed without a message"
 
 
 def _call(words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[bytes]:

@@ -1,7 +1,7 @@
-"""`launcher track restore`: put a backup in place of what the servers keep.
+"""`launcher track restore`: replace the servers' stored data with a backup.
 
-Everything is loaded beside the old first, and takes its place at the very end: a backup that does not load changes
-nothing.
+Everything is first loaded beside the old data, and replaces it at the very end. If the backup does not load, nothing
+changes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _FIRST_START_S = 60.0
 
 
 def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
-    """Replace what the servers keep by what FILE holds, and bring them up; raises DataError for a damaged file."""
+    """Replace the servers' stored data with the contents of FILE, and start the servers; raises DataError."""
     file = absolute(file)
     with held(file) as at:
         contents = verify(file, at)
@@ -56,7 +56,7 @@ def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
         config = compose.config()
         say(f"{file}: whole; {contents.files} files of {contents.created or 'an unknown time'}")
         if not yes and not confirmed(
-            f"put them in place of all that project {config['name']} keeps?", "restore"
+            f"replace all stored data of project {config['name']} with them?", "restore"
         ):
             raise UsageError("nothing changed")
         provide_images(compose, config, engine, build=False)
@@ -77,14 +77,14 @@ def restore(compose: Compose, file: Path, *, yes: bool, limit_s: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Servers:
-    """The two servers that keep data. Every method raises EngineError with the last words of what failed."""
+    """The two servers that store data. Every method raises EngineError with the last lines of the failed command."""
 
     compose: Compose
     postgres: Service
     mlflow: Service
 
     def psql(self, statements: str) -> bytes:
-        """Run SQL as the administrator of PostgreSQL and return what it prints."""
+        """Run SQL as the administrator of PostgreSQL and return the output."""
         words = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
         words += ["--username=mlflow", "--dbname=postgres"]
         with tempfile.TemporaryFile() as script:
@@ -94,19 +94,19 @@ class _Servers:
             return run(command, self.compose.environment, stdin=script)
 
     def in_artifacts(self, script: str, send: Callable[[IO[bytes]], None] = lambda sink: None) -> None:
-        """Run a shell script in a container that has the artifacts' volume, and no network; it reads what `send` writes."""
+        """Run a shell script in a container with the artifacts' volume and no network; `send` writes to its stdin."""
         words = ["docker", "run", "--rm", "--interactive", "--network=none", "--cap-drop=ALL"]
         volumes = f"--volumes-from={self.mlflow.id}"
         self.feed([*words, volumes, "--entrypoint=sh", self.mlflow.image, "-ec", script], send, "artifacts")
 
     def feed(self, words: list[str], send: Callable[[IO[bytes]], None], what: str) -> None:
-        """Run a command that reads what `send` writes; `what` begins the message where it fails."""
+        """Run a command whose stdin `send` writes; `what` begins the message of an EngineError."""
         with tempfile.TemporaryFile() as said:
             with subprocess.Popen(
                 words, env=self.compose.environment, stdin=subprocess.PIPE, stdout=said, stderr=said
             ) as receiver:
                 assert receiver.stdin is not None
-                with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+                with contextlib.suppress(BrokenPipeError):  # the command has ended, and its output says why
                     send(receiver.stdin)
                     receiver.stdin.close()
             said.seek(0)
@@ -115,7 +115,7 @@ class _Servers:
 
 
 def _database_up(compose: Compose, config: dict[str, Any], engine: DockerEngine) -> _Servers:
-    """Create what is missing, start PostgreSQL alone, and wait until its databases are there."""
+    """Create missing containers and volumes, start only PostgreSQL, and wait until its databases exist."""
     compose.read("up", "--no-start", "--no-build", "--pull", "never")
     compose.read("up", "--detach", "--no-build", "--pull", "never", "--wait", "postgres")
     services = {service.name: service for service in engine.services(config["name"])}
@@ -144,7 +144,7 @@ def _stage(file: Path, at: Path, contents: Contents, servers: _Servers) -> None:
 
 
 def _discard_stage(servers: _Servers) -> None:
-    """Remove what was loaded so far; the next restore would do it too."""
+    """Remove the staged databases and artifacts; the next restore would also remove them."""
     with contextlib.suppress(EngineError):
         for database in DATABASES:
             servers.psql(f"DROP DATABASE IF EXISTS {database}_restored WITH (FORCE)")
@@ -166,7 +166,7 @@ def _load_database(servers: _Servers, database: str, role: str, dump: IO[bytes])
 
 
 def _swap_databases(servers: _Servers) -> None:
-    """Put the restored databases in place of the old; where that fails, the old ones serve on."""
+    """Replace the old databases with the restored ones; if that fails, the old ones go on."""
     servers.compose.read("stop", "--timeout", "30", "mlflow")
     try:
         servers.psql(_swap_statements())
@@ -179,7 +179,7 @@ def _swap_databases(servers: _Servers) -> None:
 
 
 def _swap_statements() -> str:
-    """Return the SQL that puts the restored databases in place of the old, all of them or none."""
+    """Return the SQL that replaces the old databases with the restored ones, all of them or none."""
     shut = [f"ALTER DATABASE {name} ALLOW_CONNECTIONS false;" for name in DATABASES]
     names = ", ".join(f"'{name}'" for name in DATABASES)
     end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ({names});"
@@ -192,7 +192,7 @@ def _swap_statements() -> str:
 
 
 def _send_artifacts(file: Path, at: Path, sink: IO[bytes]) -> None:
-    """Write the artifacts of a backup to `sink` as a tar of their own."""
+    """Write the artifacts of a backup to `sink` as a separate tar."""
     with (
         members(file, at) as found,
         tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as out,

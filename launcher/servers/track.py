@@ -1,4 +1,4 @@
-"""What `launcher track` does: bring the servers up and wait until they are healthy, take them down, show them."""
+"""The actions of `launcher track`: start the servers and wait until they are healthy, remove them, show them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from starling.core.errors import UsageError
 
 POLL_S = 0.5
 CRASHING_S = 20.0
-"""A server that still crashes so long after its first crash will go on crashing."""
+"""A server that still crashes this long after its first crash counts as failed."""
 
 LAST_LINES = 15
-"""Of the log of a server that does not become healthy."""
+"""The number of log lines shown of a server that does not become healthy."""
 
 MAP_COUNT, MAP_COUNT_NEEDED = Path("/proc/sys/vm/max_map_count"), 262144
 CLEARML_PASSWORD = "/opt/clearml/config/password"
@@ -43,28 +43,28 @@ CLEARML_WEB_PORT = 80
 
 
 def open_compose(file: Path | None, profiles: Iterable[str] = ()) -> Compose:
-    """Return the project's compose file; raises UsageError when it cannot be found."""
+    """Return the project's compose file; raises UsageError if it cannot be found."""
     return Compose(file=find_compose_file(file), profiles=tuple(profiles))
 
 
 def open_servers_engine() -> DockerEngine:
-    """Return the engine that the servers run on; raises EngineError when it does not answer."""
+    """Return the engine that the servers run on; raises EngineError if it does not answer."""
     return open_docker(find_host("docker"))
 
 
 def connect(compose: Compose) -> tuple[Compose, DockerEngine]:
-    """Return the engine that the servers run on, and the compose file for it; raises EngineError without an engine."""
+    """Return the compose file and the engine that the servers run on; raises EngineError without an engine."""
     engine = open_servers_engine()
     return replace(compose, environment=engine.host.environment), engine
 
 
 def bring_up(compose: Compose, *, build: bool, limit_s: float) -> None:
-    """Start every service, wait for all to be well, and print where they are; raises EngineError with the remedy."""
+    """Start every service, wait until all are healthy, and print the addresses; raises EngineError with the remedy."""
     start_all(*connect(compose), build=build, limit_s=limit_s)
 
 
 def start_all(compose: Compose, engine: DockerEngine, *, build: bool, limit_s: float) -> None:
-    """Start every service, as `bring_up` does, on an engine that is open already."""
+    """Start every service, as `bring_up` does, on an engine that is already open."""
     config = compose.config()
     _check_map_count(config, engine)
     provide_images(compose, config, engine, build=build)
@@ -82,7 +82,7 @@ def start_all(compose: Compose, engine: DockerEngine, *, build: bool, limit_s: f
 
 
 def provide_images(compose: Compose, config: Mapping[str, Any], engine: DockerEngine, *, build: bool) -> None:
-    """Build or fetch images that are missing; raises EngineError naming them unless that was asked for."""
+    """Build or fetch missing images; without `build`, raises EngineError that names them."""
     missing = {
         name: service
         for name, service in config["services"].items()
@@ -104,7 +104,7 @@ def provide_images(compose: Compose, config: Mapping[str, Any], engine: DockerEn
 
 
 def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
-    """Stop and remove the project's containers, and its volumes where asked and confirmed."""
+    """Stop and remove the project's containers, and with `volumes`, after a confirmation, its volumes."""
     compose, engine = connect(compose)
     config = compose.config()
     kept = _volumes(compose, config)
@@ -122,7 +122,7 @@ def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
     try:
         compose.read("down", "--timeout", "30", *(["--volumes"] if volumes else []))
     except EngineError as error:
-        # Compose fails for a network or a volume that others use, once all else is removed.
+        # Compose removes everything else, then fails for a network or a volume that others use.
         failure = error
     left = _volumes(compose, config) if volumes else []
     if failure and (engine.services(config["name"]) or not (guests or left)):
@@ -143,7 +143,7 @@ def take_down(compose: Compose, *, volumes: bool, yes: bool) -> None:
 
 
 def show_status(*, as_json: bool) -> int:
-    """Print the servers and where they are; return 0 when all are well, else 1."""
+    """Print the servers and their addresses; return 0 if all are healthy, else 1."""
     engine, project = open_servers_engine(), project_name()
     services = engine.services(project)
     well = bool(services) and all(service.well for service in services)
@@ -173,7 +173,7 @@ def words_for(engine: DockerEngine, service: Service) -> str:
 
 
 def whereabouts(engine: DockerEngine, project: str) -> list[str]:
-    """Return where people and trainers reach the servers, a line each; none for servers that are not up."""
+    """Return the addresses of the servers for people and trainers, one line each; empty if MLflow is down."""
     mlflow = find_mlflow(engine, project)
     if mlflow is None or not mlflow.up:
         return []
@@ -190,7 +190,7 @@ def whereabouts(engine: DockerEngine, project: str) -> list[str]:
 
 
 def show_password(user: str) -> None:
-    """Print a user's password alone, so that it can be piped; raises EngineError when there is none to read."""
+    """Print only a user's password, for use in a pipe; raises EngineError if there is no password."""
     engine = open_servers_engine()
     if user in PASSWORD_FILES:
         mlflow = find_mlflow(engine)
@@ -216,7 +216,7 @@ def _wait_until_well(
     said: IO[bytes],
     limit_s: float,
 ) -> None:
-    """Say each change of a service's state until all are well; raises EngineError with the log of one that is not."""
+    """Say each change of a service's state until all are healthy; raises EngineError with the log of a failed one."""
     began = time.monotonic()
     shown: dict[str, str] = {}
     crashed_at: dict[str, float] = {}
@@ -264,7 +264,7 @@ def _has_image(engine: DockerEngine, image: str) -> bool:
 
 
 def _check_map_count(config: Mapping[str, Any], engine: DockerEngine) -> None:
-    """Refuse to start Elasticsearch where it is known to end at once."""
+    """Raise EngineError if vm.max_map_count is too low for Elasticsearch, which would end at once."""
     if "clearml-elasticsearch" not in config["services"] or engine.host.remote:
         return
     try:
@@ -289,7 +289,7 @@ def _names(compose: Compose, *filters: str) -> list[str]:
 
 
 def _guests(compose: Compose, config: Mapping[str, Any]) -> list[str]:
-    """Return the names of containers in the project's network that are not of the project."""
+    """Return the names of containers in the project's network that do not belong to the project."""
     found = []
     for network in config.get("networks", {}).values():
         own = f"label=com.docker.compose.project={config['name']}"

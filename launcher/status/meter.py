@@ -1,4 +1,4 @@
-"""How hard replicas work now: CPU from two readings, memory, and their GPUs' own word."""
+"""The current usage of replicas: CPU from two readings, memory, and GPU utilisation from NVML."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from launcher.hosts.usage import Usage
 from launcher.status.report import Figures
 
 WINDOW_S = 0.05
-"""The least time between two readings: a scheduler's accounts lag some milliseconds behind."""
+"""The least time between two readings: the kernel's CPU accounts lag some milliseconds behind."""
 SLOW_S = 0.3
-"""A reading that takes longer is not waited for twice before anything is shown."""
+"""If the first reading takes longer than this, the first report does not wait for a second one."""
 
 
 class Meter:
-    """Read what replicas use, again and again; a rate needs the reading before."""
+    """Reads the usage of replicas repeatedly; a CPU rate needs the previous reading."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Meter:
         self._is_slow = False
 
     def begin(self, states: Sequence[ReplicaState]) -> None:
-        """Take the first reading, so that `read` has one to compare with."""
+        """Take the first reading, which `read` compares with."""
         begun = self._clock()
         self._before = dict(self._engine.usage(states))
         self._is_slow = self._clock() - begun > SLOW_S
@@ -43,7 +43,7 @@ class Meter:
     def read(self, states: Sequence[ReplicaState]) -> dict[str, Figures]:
         """Return the figures of running replicas by id; waits until the last reading is `WINDOW_S` old.
 
-        Of an engine that took long over the first reading, that one is all for now: the next `read` has rates.
+        If the first reading was slow, the first `read` returns it without rates; the next `read` has rates.
         """
         live = [state for state in states if state.live]
         if not live:
@@ -70,7 +70,7 @@ class Meter:
 
 
 def _rate(before: Usage | None, now: Usage | None) -> float | None:
-    """Return the CPU's use in percent of one core; None where two readings do not make one."""
+    """Return the CPU usage in percent of one core; None if the two readings do not give a rate."""
     if before is None or now is None or before.cpu_s is None or now.cpu_s is None:
         return None
     by_clock = before.clock is not None and now.clock is not None
@@ -80,14 +80,14 @@ def _rate(before: Usage | None, now: Usage | None) -> float | None:
 
 
 class GpuMeter:
-    """NVML, opened when the first GPU replica is seen, and kept; silent where it does not answer."""
+    """Reads GPU utilisation; NVML is opened for the first GPU replica and kept open. No figures if NVML fails."""
 
     def __init__(self, nvml: Any = None) -> None:
         self._nvml = nvml
         self._opened = False
 
     def read(self, states: Sequence[ReplicaState]) -> dict[str, float]:
-        """Return by replica id how busy its GPUs are, in percent, on average."""
+        """Return the mean utilisation of each replica's GPUs in percent, by replica id."""
         with_gpus = [state for state in states if state.device.startswith("gpu:")]
         if not with_gpus or not self._open():
             return {}
@@ -115,7 +115,7 @@ class GpuMeter:
         return self._nvml is not None
 
     def _busy(self, device: str) -> float | None:
-        with contextlib.suppress(Exception):  # a slice, or a GPU that has fallen off the bus, has no figure
+        with contextlib.suppress(Exception):  # a MIG slice, or a GPU off the bus, has no figure
             by_name = device.startswith(("GPU-", "MIG-"))
             find = self._nvml.nvmlDeviceGetHandleByUUID if by_name else self._nvml.nvmlDeviceGetHandleByIndex
             handle = find(device if by_name else int(device))

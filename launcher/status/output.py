@@ -1,4 +1,4 @@
-"""The output of replicas: of one as it is; of several with a name before each line, in the order of time."""
+"""Print the output of replicas: of one unchanged; of several in order of time, with the name before each line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_
 
 
 def choose(engine: Engine, names: Sequence[str]) -> list[ReplicaState]:
-    """Return the replicas that `names` mean; raises UsageError when there are none."""
+    """Return the replicas that `names` select; raises UsageError if there are none."""
     states = select(engine.list(), names)
     if not states:
         raise UsageError("none: no replica has any output; start some with `launcher up`")
@@ -33,7 +33,7 @@ def print_logs(
     tail: int | None = None,
     since: float | None = None,
 ) -> None:
-    """Print the replicas' output; with `follow`, of all at once, each as it comes."""
+    """Print the replicas' output; with `follow`, print lines of all replicas as they arrive."""
     states = choose(engine, names)
     if len(states) == 1:
         for line in engine.logs(states[0].id, follow=follow, tail=tail, since=since):
@@ -51,9 +51,9 @@ def print_logs(
 
 
 def attach(engine: Engine, name: str, begin: Callable[[], None] = lambda: None) -> ReplicaState | None:
-    """Print one replica's output until it ends, or Ctrl-C; return how it is then. `begin` is called if it is alive.
+    """Print one replica's output until its end or Ctrl-C; return its state then. Calls `begin` if the replica is live.
 
-    Raises UsageError when the name means none, or several.
+    Raises UsageError if the name selects no replica, or several.
     """
     states = choose(engine, (name,))
     if len(states) > 1:
@@ -66,7 +66,7 @@ def attach(engine: Engine, name: str, begin: Callable[[], None] = lambda: None) 
 
 
 def _stamped(lines: Iterator[LogLine], prefix: str) -> Iterator[tuple[float, str, LogLine]]:
-    """Yield (when, prefix, line); a line without a time belongs to the one before."""
+    """Yield (time, prefix, line); a line without a time gets the time of the line before."""
     at = 0.0
     for line in lines:
         at = at if line.at is None else line.at
@@ -100,7 +100,7 @@ def _follow_all(
         except StarlingError as error:
             click.echo(f"{prefixes[state.id]}{error}", err=True)
 
-    # Daemon threads: Ctrl-C must not wait for a replica to say something.
+    # Daemon threads: Ctrl-C must not wait for a replica's next line.
     threads = [threading.Thread(target=copy, args=(state,), daemon=True) for state in states]
     for thread in threads:
         thread.start()
@@ -112,6 +112,6 @@ def _follow_all(
 
 
 def _print(line: str) -> None:
-    """Write the line in one piece, so that lines of several replicas never mix."""
+    """Write the line with one call, which keeps lines of several replicas apart."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

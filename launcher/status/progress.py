@@ -1,6 +1,6 @@
-"""Read what a replica says of itself: its trainer in `<runs>/.workers/<replica>.json`, its supervisor beside it.
+"""Read the status files of a replica: `<runs>/.workers/<replica>.json` of its trainer, and its supervisor's beside it.
 
-Data from inside a replica, so not trusted.
+The data comes from inside a replica and is not trusted.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ MOST_BYTES = 65536
 
 
 def read_progress(runs: Path, replica: str) -> TrainerStatus:
-    """Return the replica's progress; an empty one for a file that is absent or foreign.
+    """Return the replica's progress; an empty status if the file is missing or invalid.
 
-    What an earlier replica of this name said has been put away by the supervisor, so no clock decides. Links and pipes
-    are not followed or waited for: replicas can put them there.
+    The supervisor has moved away the file of an earlier replica of this name, so no times are compared. Links are not
+    followed and pipes do not block, because replicas can place them there.
     """
     return progress_in(_parse(read_below(runs / FOLDER / status_file(replica), MOST_BYTES)))
 
 
 def read_restarts(runs: Path, replica: str) -> Restarts:
-    """Return what the replica's supervisor says; an empty account for a file that is absent or foreign."""
+    """Return the restarts that the replica's supervisor reports; empty if the file is missing or invalid."""
     return restarts_in(_parse(read_below(runs / FOLDER / restarts_file(replica), MOST_BYTES)))
 
 
 Told = tuple[TrainerStatus, Restarts]
 Read = Callable[["ReplicaState", str], Mapping[str, Any]]
-"""Returns what a replica's file of a name in `<runs>/.workers` holds; nothing for one that is absent or foreign."""
+"""Returns the contents of a replica's named file in `<runs>/.workers`; empty if the file is missing or invalid."""
 
 
 def told_by(engine: Engine, states: Sequence[ReplicaState]) -> list[Told]:
-    """Return what each replica's trainer and its supervisor say: from the runs folder, else by way of the engine."""
+    """Return the reports of each replica's trainer and supervisor, from the runs folder or else through the engine."""
     if not states:
         return []
     paths = [state.runs / FOLDER / file for state in states for file in _files_of(state)]
@@ -65,7 +65,7 @@ def told_by(engine: Engine, states: Sequence[ReplicaState]) -> list[Told]:
 
 def _told(state: ReplicaState, read: Read) -> Told:
     if state.phase == "created":
-        return TrainerStatus(), Restarts()  # what lies there is an earlier replica's
+        return TrainerStatus(), Restarts()  # existing files are an earlier replica's
     trainer, supervisor = (read(state, file) for file in _files_of(state))
     return progress_in(trainer), restarts_in(supervisor)
 
@@ -81,7 +81,7 @@ def _ask_engine(engine: Engine, state: ReplicaState, file: str) -> dict[str, Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that others may have put there; an empty one for anything else."""
+    """Return the JSON object in an untrusted file; an empty dict for anything else."""
     try:
         with Folder.resolve(path.parent) as folder:
             return _parse(read_plain(folder, path.name, MOST_BYTES))
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_below(top: Folder, folder: str, file: str) -> dict[str, Any]:
-    """Return the JSON object in `<top>/<folder>/<file>`, following no link; an empty one for anything else."""
+    """Return the JSON object in `<top>/<folder>/<file>` without following links; an empty dict for anything else."""
     try:
         with top.folder(folder) as below:
             return _parse(read_plain(below, file, MOST_BYTES))

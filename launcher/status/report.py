@@ -21,18 +21,18 @@ COLUMNS = (
 )
 
 _LONGEST_REASON = 240
-"""Characters of a trainer's own words in a line; `--json` has them all."""
+"""The most characters of a trainer's message in a line; `--json` has the whole message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What a running replica uses now; None for what is not known."""
+    """The current usage of a running replica; unknown values are None."""
 
     memory_bytes: int | None = None
     cpu_percent: float | None = None
-    """Of one core."""
+    """Percent of one core."""
     gpu_percent: float | None = None
-    """Of the time that its GPUs compute at all, on average over them."""
+    """Percent of time in which a GPU computes, averaged over the replica's GPUs."""
 
 
 NOTHING_SAID, NOTHING_READ = Restarts(), Figures()
@@ -40,7 +40,7 @@ NOTHING_SAID, NOTHING_READ = Restarts(), Figures()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One replica: what the engine says of it, what it says of itself, and what it uses."""
+    """One replica: its state from the engine, its own progress report, and its usage."""
 
     state: ReplicaState
     progress: TrainerStatus
@@ -48,7 +48,7 @@ class Row:
     figures: Figures = NOTHING_READ
 
     def cells(self, now: float | None = None) -> tuple[str, ...]:
-        """Return the texts of `COLUMNS`, the reason of a failure left out; a dash for what is not known."""
+        """Return the texts of `COLUMNS` without the reason of a failure; unknown values are dashes."""
         progress, figures, live = self.progress, self.figures, self.state.live
         epoch = "-" if progress.epoch is None else str(progress.epoch)
         if progress.epoch is not None and progress.epochs is not None:
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def reason(self) -> str:
-        """Why it failed, in the trainer's own words; empty where it has not, or gave none."""
+        """The trainer's message about its failure; empty if it has not failed, or without a message."""
         progress = self.progress
         failed = self.state.phase == "exited" and not self.state.well and progress.phase == "failed"
         return (
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def waits(self) -> bool:
-        """Whether its trainer has crashed and is about to be started again."""
+        """Whether the trainer has crashed and is about to restart."""
         return self.state.phase == "running" and self.restarts.restart_at is not None
 
     @property
     def known_state(self) -> ReplicaState:
-        """The engine's state; where the engine does not know of kills for memory, as the supervisor saw it."""
+        """The engine's state; the supervisor's report of a kill for memory counts if the engine has none."""
         killed = self.state.exit_code == 137 and self.restarts.oom_killed
         return replace(self.state, oom_killed=True) if killed else self.state
 
@@ -131,15 +131,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One search, as its replicas tell of it: each knows what it last saw, so the one who has seen most is believed."""
+    """One search, as its replicas report it: each reports what it last saw, and the most advanced report counts."""
 
     fleet: str
     finished: int
-    """The generation: finished trainings of the budget."""
+    """The number of finished trainings."""
     budget: int
     best_fitness: float | None
     ends_at: float | None
-    """Unix seconds, expected; None where nobody trains, or too little is known."""
+    """The expected end in Unix seconds; None if no replica trains, or too little is known."""
 
     def words(self, now: float) -> str:
         """Return `blood/search: 12/60 finished, best fitness 0.5123, about 2h05m left`."""
@@ -162,7 +162,7 @@ class Search:
 
 
 def searches_of(rows: Sequence[Row]) -> list[Search]:
-    """Return the searches that replicas work on, one a fleet, in the order of the rows."""
+    """Return the searches that replicas work on, one per fleet, in the order of the rows."""
     fleets: dict[str, list[Row]] = {}
     for row in rows:
         if row.progress.finished is not None and row.progress.budget is not None:
@@ -185,7 +185,7 @@ def _search(fleet: str, rows: Sequence[Row]) -> Search:
 
 
 def _state_words(row: Row, now: float) -> str:
-    """Return the state: what the trainer does while it runs, and how often it was tried where it failed."""
+    """Return the state in words: the phase of a running trainer, or the number of restarts of a failed one."""
     phase, restarts = row.progress.phase, row.restarts
     words = words_for(row.known_state)
     wait = restarts.wait_s(now)
@@ -199,7 +199,7 @@ def _state_words(row: Row, now: float) -> str:
 
 
 def exit_code(states: Sequence[ReplicaState]) -> int:
-    """Return `status`'s exit code: 0 when all run, have finished or were stopped; 1 when one failed, or there is none."""
+    """Return `status`'s exit code: 0 if all run, have finished or were stopped; 1 if one failed, or there is none."""
     return 0 if states and all(state.well for state in states) else 1
 
 

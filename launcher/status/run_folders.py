@@ -1,7 +1,7 @@
-"""Run folders below `runs/`, for `clean`: which are a fleet's, whether anybody works in them, and their removal.
+"""Run folders below `runs/`, for `clean`: find those of a fleet, check that no process uses them, and remove them.
 
-Replicas write there, at any moment, so nothing found is trusted: folders are held open by descriptors, links are never
-followed, and only `<runs>/<project>/<name>` with a run's own files in it is ever removed, and only that very folder.
+Replicas write there at any moment, so no contents are trusted: folders are held open by descriptors, links are never
+followed, and `clean` removes only a folder `<runs>/<project>/<name>` with a run's files that it has checked before.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ _SIGNS = (
     "evolve.csv",
     "weights",
 )
-"""A folder without any of these is no run's."""
+"""A folder without any of these entries is no run folder."""
 
 _LEASES = "leases"
 _MOST_HELD = 200
-"""Locks that are held at once; a replica may have left any number of files that look like locks."""
+"""The most locks held at once; a replica may have left any number of files that look like locks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of a run, and what is in it."""
+    """The folder of a run, with the number and size of its files."""
 
     path: Path
     fleet: str
     files: int
     bytes: int
     identity: tuple[int, int] = (0, 0)
-    """Device and inode: the folder that was looked at, whatever has its name by now."""
+    """Device and inode of the checked folder, which another folder may have replaced since."""
 
 
 def run_folders(runs: Path, fleet: str, replicas: Iterable[str]) -> list[RunFolder]:
-    """Return the folders that the runs of a fleet have left.
+    """Return the folders of a fleet's runs.
 
-    They are `<runs>/<project>/<name>`, and the `name2`, `name3`, … that the fleet's replicas say they wrote. Raises
-    UsageError for a fleet whose name would lead out of the runs folder, also through a link.
+    They are `<runs>/<project>/<name>`, and each `name2`, `name3`, … that a replica of the fleet reports. Raises
+    UsageError if the fleet's name leads out of the runs folder, also through a link.
     """
     project, name = PurePosixPath(fleet).parent, PurePosixPath(fleet).name
     if fleet.startswith("/") or ".." in PurePosixPath(fleet).parts or not name or not project.parts:
@@ -75,13 +75,13 @@ def run_folders(runs: Path, fleet: str, replicas: Iterable[str]) -> list[RunFold
 
 
 def _said_folder(top: Folder, replica: str) -> str:
-    """Return the run folder in a replica's status file; an empty text for anything else."""
+    """Return the run folder in a replica's status file; an empty string if there is none."""
     said = read_json_below(top, WORKERS, f"{replica}.json").get("run_dir")
     return said if isinstance(said, str) and "\0" not in said else ""
 
 
 def _look(top: Folder, parts: Sequence[str], fleet: str) -> RunFolder | None:
-    """Return the folder at `parts`, or None where there is none; raises UsageError for what is no run's folder."""
+    """Return the folder at `parts`, or None if it does not exist; raises UsageError if it is no run folder."""
     path = top.path.joinpath(*parts)
     no_run = f"{path}: holds no run ({', '.join(_SIGNS[:4])}, …), so it stays; remove it by hand"
     try:
@@ -112,7 +112,7 @@ def _identity(folder: Folder) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def unused(runs: Path, run: RunFolder) -> Iterator[Folder]:
-    """Hold every lock in the folder, and give the folder; raises UsageError naming the first that somebody else holds."""
+    """Take every lock in the folder, and yield the folder; raises UsageError that names a lock held by others."""
     with contextlib.ExitStack() as held, Folder.resolve(runs) as top:
         try:
             folder = held.enter_context(top.folder(*run.path.relative_to(runs).parts))
@@ -126,12 +126,12 @@ def unused(runs: Path, run: RunFolder) -> Iterator[Folder]:
                 with contextlib.ExitStack() as lock:
                     _lock(run, holder, name, lock)
                     count += 1
-                    if count <= _MOST_HELD:  # the others are only looked at
+                    if count <= _MOST_HELD:  # the others are only tried
                         held.enter_context(lock.pop_all())
-        with contextlib.suppress(OSError):  # a file system that locks no folders
+        with contextlib.suppress(OSError):  # the file system cannot lock folders
             if not try_flock(
                 folder.descriptor
-            ):  # a trainer's second lock, should somebody remove the file of the first
+            ):  # a trainer also locks the folder, in case its lock file is removed
                 raise UsageError(
                     f"{run.path}: is in use (a process holds the folder), so it stays; end that first"
                 )
@@ -139,7 +139,7 @@ def unused(runs: Path, run: RunFolder) -> Iterator[Folder]:
 
 
 def _lock(run: RunFolder, holder: Folder, name: str, held: contextlib.ExitStack) -> None:
-    """Take one lock for as long as `held` lasts."""
+    """Take one lock until `held` closes."""
     try:
         descriptor = holder.open(name, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -161,17 +161,17 @@ def _lock(run: RunFolder, holder: Folder, name: str, held: contextlib.ExitStack)
 
 def _changed(run: RunFolder) -> UsageError:
     return UsageError(
-        f"{run.path}: is not the folder that was listed, somebody has put another in its place; nothing was removed there: "
+        f"{run.path}: another folder has replaced the listed one; nothing was removed there: "
         "look at it, and call `launcher clean` again"
     )
 
 
 def delete(runs: Path, run: RunFolder, folder: Folder) -> None:
-    """Remove a run's folder, held open as `folder`, and its project's once that is empty; never what links lead to.
+    """Remove a run's folder, held open as `folder`, and its project's folder once empty; never the targets of links.
 
-    It is first renamed, so that an interrupted removal leaves nothing that looks like a whole run; and what was renamed
-    is removed only if it is the folder that was looked at. Raises EngineError for what the disk refuses, UsageError for
-    another folder in its place.
+    The folder is first renamed, so an interrupted removal leaves nothing that looks like a complete run. The renamed
+    folder is removed only if it is the checked one. Raises EngineError if the removal fails, UsageError if another
+    folder has replaced it.
     """
     parts = run.path.relative_to(runs).parts
     aside = f".removing-{secrets.token_hex(6)}"
@@ -201,20 +201,20 @@ def delete(runs: Path, run: RunFolder, folder: Folder) -> None:
 
 
 def _is(top: Folder, name: str, folder: Folder) -> bool:
-    """Return whether an entry of `top` is this very folder, and no link to it."""
+    """Return whether an entry of `top` is this folder itself, not a link to it."""
     with contextlib.suppress(OSError):
         return os.path.samestat(top.stat(name), os.fstat(folder.descriptor))
     return False
 
 
 def _whole(run: RunFolder, error: OSError) -> str:
-    """Return the path that an error is about; a system call with a descriptor knows a name only."""
+    """Return the path of an error; system calls with a directory descriptor report only a name."""
     named = str(error.filename or "")
     return named if named.startswith("/") else str(run.path)
 
 
 def forget_workers(runs: Path, replicas: Iterable[str]) -> None:
-    """Remove what the trainers and supervisors of replicas that are gone have told."""
+    """Remove the status files of removed replicas' trainers and supervisors."""
     for replica in filter(lambda name: "/" not in name, replicas):
         for file in (f"{replica}.json", f"{replica}.restarts.json"):
             with (

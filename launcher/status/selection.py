@@ -1,4 +1,4 @@
-"""Which replicas a command means."""
+"""Select the replicas that a command names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from starling.core.errors import UsageError
 
 
 def select(states: Sequence[ReplicaState], names: Sequence[str]) -> list[ReplicaState]:
-    """Return the replicas that `names` mean, each a replica, or a fleet as `project/name`; all for no names.
+    """Return the replicas that `names` select, each a replica, or a fleet as `project/name`; all without names.
 
-    Raises UsageError for a name that means none.
+    Raises UsageError for a name that selects none.
     """
     if not names:
         return list(states)

@@ -1,4 +1,4 @@
-"""Rows as aligned lines: whole in a pipe; on a terminal as wide as it is, with fewer columns where it is narrow."""
+"""Format rows as aligned lines: complete in a pipe, fitted to the width of a terminal by leaving columns out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GAP = "  "
 INDENT = "    "
 STATE = COLUMNS.index("state")
 STATE_WIDTH = 12
-"""On a terminal of 120 columns, at most; longer words go on below."""
+"""The width on a terminal of 120 columns; longer texts wrap."""
 DISPENSABLE = tuple(
     COLUMNS.index(name)
     for name in (
@@ -20,19 +20,19 @@ DISPENSABLE = tuple(
         *("memory", "GPU", "time left", "epoch", "device"),
     )
 )
-"""Which columns give way on a narrow terminal, the first one first."""
+"""The columns to leave out on a narrow terminal, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the report, and the colour that it is worth."""
+    """A line of the report, and its colour."""
 
     text: str
     colour: str | None = None
 
 
 def lay_out(rows: Sequence[Row], now: float, width: int | None = None) -> list[Line]:
-    """Return a heading, and a line or more a row; `width` is a terminal's, None where lines may be of any length."""
+    """Return a heading, and at least one line per row; `width` is a terminal's, None for lines of any length."""
     cells: list[Sequence[str]] = [COLUMNS, *(row.cells(now) for row in rows)]
     if width is None:
         cells = [COLUMNS, *(_with_reason(texts, row) for texts, row in zip(cells[1:], rows, strict=True))]
@@ -55,7 +55,7 @@ def _with_reason(texts: Sequence[str], row: Row) -> tuple[str, ...]:
 
 
 def _fit(cells: Sequence[Sequence[str]], widths: list[int], width: int) -> list[int]:
-    """Choose the columns for a terminal, and give the state what is left over."""
+    """Choose the columns for a terminal, and give the remaining width to the state."""
     shown = [
         column
         for column in range(len(COLUMNS))

@@ -1,4 +1,4 @@
-"""Whether to paint, in which colours, and how wide: https://no-color.org and what has grown beside it."""
+"""The terminal's colours and width; NO_COLOR as https://no-color.org defines it, and FORCE_COLOR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 
 def coloured() -> bool:
-    """Return whether output is painted: on a terminal, unless NO_COLOR; FORCE_COLOR does so in a pipe too."""
+    """Return whether output is coloured: on a terminal unless NO_COLOR is set, and always if FORCE_COLOR is set."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR", "") not in ("", "0"):

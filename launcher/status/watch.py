@@ -1,4 +1,4 @@
-"""What a user looks at while replicas work: their status, once or again and again."""
+"""Show the status of replicas, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.status.terminal import coloured, paint, width
 
 
 class WatchView:
-    """Look at the replicas that `names` mean, as often as asked."""
+    """Reads the status of the replicas that `names` select, repeatedly."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self._engine, self._names = engine, names
@@ -29,12 +29,12 @@ class WatchView:
         self._begun = False
 
     def rows(self) -> list[report.Row]:
-        """Return what is known of them now."""
+        """Return a row for each replica."""
         states = select(self._engine.list(), self._names)
         if not self._begun:
             self._begun = True
             self._meter.begin(states)
-        # Before the second reading of figures, to make use of the time between the two.
+        # Read the reports between the two readings of figures, which uses the waiting time.
         told = told_by(self._engine, states)
         figures = self._meter.read(states)
         return [
@@ -59,7 +59,7 @@ def show_status(engine: Engine, names: Sequence[str], *, as_json: bool = False) 
 
 
 def describe(rows: Sequence[report.Row], columns: int | None) -> list[Line]:
-    """Return the whole report: the table, and a line a search."""
+    """Return the whole report: the table, and a line per search."""
     if not rows:
         return [Line("none")]
     now = time.time()
@@ -68,9 +68,9 @@ def describe(rows: Sequence[report.Row], columns: int | None) -> list[Line]:
 
 
 def watch_status(engine: Engine, names: Sequence[str], interval_s: float) -> None:
-    """Show the report again and again until Ctrl-C; without a terminal, as whole lines.
+    """Show the report repeatedly until Ctrl-C; without a terminal, as complete lines.
 
-    An engine that stops answering is waited for: it may be about to be started again.
+    If the engine stops answering, the watch goes on, because the engine may restart.
     """
     view = WatchView(engine, names)
     try:

@@ -21,8 +21,8 @@ _EXITS = {
 def words_for(state: ReplicaState) -> str:
     """Return a replica's state in words.
 
-    Out of memory is the engine's own flag and never guessed from 137, which any `docker kill` gives too. The flag
-    also stands when only a child was killed, with whatever exit code PID 1 then had.
+    Out of memory is taken from the engine's flag, never guessed from exit code 137, which `docker kill` also gives.
+    The flag is also set if only a child was killed, with any exit code of PID 1.
     """
     limit = f" at {format_size(state.memory_bytes)}" if state.memory_bytes else ""
     if state.phase == "created":
@@ -32,7 +32,7 @@ def words_for(state: ReplicaState) -> str:
         return ("paused" if state.phase == "paused" else "running") + flag
     code = state.exit_code
     if state.oom_killed:
-        ended = "exited 0 all the same" if code == 0 else f"exited {code}"
+        ended = "exited 0 nevertheless" if code == 0 else f"exited {code}"
         return f"OOM-KILLED{limit}" if code == 137 else f"a child was OOM-KILLED{limit}, {ended}"
     if code == 0:
         return "finished"

@@ -321,7 +321,7 @@ def test_a_fleet_of_another_user_is_named_with_its_user_before_anything_is_creat
         with pytest.raises(NameTaken) as caught:
             bring_up(world.engine, specs, settle_s=0)
         assert str(caught.value) == (
-            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays as it is: "
+            f"fleet {world.fleet} is in use by user nobody (uid 65534), whose replica {specs[1].name} stays unchanged: "
             "give the training another --name"
         )
         assert caught.value.exit_code == 5
@@ -374,7 +374,7 @@ def test_a_replica_that_vanishes_while_the_start_is_watched_is_told(world: World
     remover.start()
     # Whoever removes a replica kills it first, and may be seen between the two.
     with pytest.raises(
-        StarlingError, match=r"vanished while it was starting; somebody removed it|killed \(137\)"
+        StarlingError, match=r"disappeared during its start; another command removed it|killed \(137\)"
     ):
         bring_up(world.reopen(), [world.spec(SLEEP)], settle_s=20)
     remover.join()

@@ -104,7 +104,7 @@ def test_a_trainer_out_of_memory_is_told_with_the_limit_not_tried_again_and_spar
     assert (killed["state"], killed["restarts"]) == ("OOM-KILLED at 128 MB", 0)
     assert (sibling["state"], sibling["oom_killed"]) == ("running", False)
     assert code == 1
-    assert "out of memory, as it would be again: give it more --memory" in said(cli)[-1]
+    assert "out of memory, and a restart would be too: give it more --memory" in said(cli)[-1]
     restarts = json.loads((cli.folder / f"runs/.workers/{cli.replica}.restarts.json").read_text())
     assert restarts["oom_killed"] is True, "the supervisor reads the same counter as the engine"
 
@@ -115,7 +115,7 @@ def test_a_killed_child_behind_exit_code_0_is_never_called_success(cli: Cli) -> 
     wait_until(lambda: inspect(cli.replica, "{{.State.Status}}") == "exited")
     assert inspect(cli.replica, "{{.State.OOMKilled}} {{.State.ExitCode}}") == "true 0"
     [row], code = rows(cli)
-    assert row["state"] == "a child was OOM-KILLED at 128 MB, exited 0 all the same"
+    assert row["state"] == "a child was OOM-KILLED at 128 MB, exited 0 nevertheless"
     assert code == 1
 
 

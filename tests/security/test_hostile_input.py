@@ -32,7 +32,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
 HOSTILE_YAML = {
     "object tag": ("lr0: !!python/object/apply:os.system ['touch SENTINEL']", "tag"),
     "alias bomb": (BOMB, "aliases"),
-    "duplicate key": ("lr0: .1\nlr0: .2", "stands twice"),
+    "duplicate key": ("lr0: .1\nlr0: .2", "appears twice"),
     "unknown key": ("momentun: .9", "did you mean 'momentum'"),
     "deep nest": ("a: " + "[" * 10_000, "nested"),
     "huge": ("# long\n" * 1_000_000, "larger than"),

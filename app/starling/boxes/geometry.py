@@ -1,6 +1,7 @@
-"""Boxes: frames and overlap.
+"""Convert boxes between frames, and compute their overlap.
 
-A suffix says the frame: `_xyxy` two corners, `_xywh` centre and size, both in pixels; `_xywhn` a fraction of the image.
+A suffix names the frame: `_xyxy` two corners, `_xywh` centre and size, both in pixels; `_xywhn` centre and size as
+fractions of the image.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def xyxy_to_xywhn(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 
 def iou_aligned_xywh(a_xywh: Tensor, b_xywh: Tensor, kind: IouKind = "iou") -> Tensor:
-    """Return the overlap of boxes in pairs: [...,4] and [...,4] -> [...].
+    """Return the pairwise overlap of boxes: [...,4] and [...,4] -> [...].
 
-    GIoU: Rezatofighi et al. 2019; DIoU and CIoU: Zheng et al. 2020, the aspect's weight without gradient.
+    GIoU: Rezatofighi et al. 2019; DIoU and CIoU: Zheng et al. 2020, with no gradient through the aspect's weight.
     """
     a_xy, a_wh = a_xywh[..., :2], a_xywh[..., 2:4]
     b_xy, b_wh = b_xywh[..., :2], b_xywh[..., 2:4]

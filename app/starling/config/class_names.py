@@ -1,4 +1,4 @@
-"""Class names that a description gives by number."""
+"""Read class names that a description maps from numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def names_by_number(names: Mapping[object, object]) -> list[object] | None:
-    """Return the names of `0: a, 1: b` in their order; None unless the keys are 0, 1, 2, … without gaps.
+    """Return the names of `0: a, 1: b` in order of the numbers; None unless the keys are 0, 1, 2, … without gaps.
 
     The keys may be quoted, as some exporters write them.
     """

@@ -1,4 +1,4 @@
-"""Hyperparameters: what a search may change from one candidate to the next."""
+"""Hyperparameters: the values that a search may change between candidates."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LATER = (
 )
 _SETTING = "a setting of Ultralytics' later trainers, not a hyperparameter; remove the line, and see --help for its flag"
 FOREIGN_KEYS = {
-    "giou": "the name of 2020 for today's `box`, with the same meaning; write box in its place",
-    **dict.fromkeys(("xy", "wh"), "a gain of a loss of 2019; `box` is today's, remove the line"),
+    "giou": "the name of `box` in 2020, with the same meaning; write box instead",
+    **dict.fromkeys(("xy", "wh"), "a gain of a loss of 2019, replaced by `box`; remove the line"),
     **dict.fromkeys(("loss_ota", "paste_in", "anchor_ota", "cls_pw_ota"), _YOLOV7),
     **dict.fromkeys(
         (
@@ -114,10 +114,10 @@ FOREIGN_KEYS = {
         _SETTING,
     ),
 }
-"""Keys of other trainers' files, and what to do about them."""
+"""Keys of other trainers' files, each with its meaning and the remedy."""
 
 _LARGEST = 10**300
-"""A whole number in a YAML may be longer than any float."""
+"""The largest integer; an integer in YAML may exceed every float."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,11 +149,11 @@ class Hyp:
     obj_pw: float = 1.0
     """Weight of positives in the objectness loss."""
     iou_t: float = 0.2
-    """Kept for old files; nothing reads it."""
+    """Unused; accepted for old files."""
     anchor_t: float = 4.0
-    """Largest ratio of sides at which an anchor takes a label."""
+    """Largest ratio of sides at which an anchor matches a label."""
     anchors: float | None = None
-    """Anchors a level, found by AutoAnchor; None keeps the layout's own."""
+    """Anchors per level, found by AutoAnchor; None keeps the layout's anchors."""
     fl_gamma: float = 0.0
     """Focal loss gamma; 0 is plain BCE."""
     hsv_h: float = 0.015
@@ -177,7 +177,7 @@ class Hyp:
     fliplr: float = 0.5
     """Probability of a left-right flip."""
     mosaic: float = 1.0
-    """Probability of a mosaic of four."""
+    """Probability of a mosaic of four images."""
     mixup: float = 0.0
     """Probability of blending with a second mosaic."""
     copy_paste: float = 0.0
@@ -186,7 +186,7 @@ class Hyp:
     """Epsilon of class targets: 1 - e/2 and e/2."""
 
     def __post_init__(self) -> None:
-        """Check that every value is finite and in the range where training makes sense."""
+        """Raise ConfigError unless every value is finite and in its valid range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None:
@@ -200,7 +200,7 @@ class Hyp:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "hyp") -> Self:
-        """Build from a YAML mapping; raises UsageError naming `source` for an unknown key or a bad value."""
+        """Build from a YAML mapping; raises UsageError that names `source` for an unknown key or an invalid value."""
         known = [field.name for field in fields(cls)]
         values: dict[str, float | None] = {}
         for key, value in mapping.items():
@@ -221,5 +221,5 @@ class Hyp:
             raise UsageError(f"{source}: {error}") from None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the values that are set, in the file's order."""
+        """Return the values that are not None, in the order of the fields."""
         return {key: value for key, value in asdict(self).items() if value is not None}

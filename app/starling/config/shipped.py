@@ -1,4 +1,4 @@
-"""Find a layout, hyperparameter file, dataset description or search space: the user's file first, else the shipped one."""
+"""Find a layout, hyperparameter file, dataset description or search space: the user's file, else the shipped one."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ CLASSIC_FOLDERS: dict[Kind, tuple[str, ...]] = {
     "datasets": ("data",),
     "spaces": (),
 }
-"""Where guides for the classic trainer say these files are, relative to its root."""
+"""Folders of these files in guides for the classic trainer, relative to its root."""
 
 DATASETS_FOLDER = Path("../datasets")
-"""Where datasets go: next to the current folder, as the classic trainer keeps them."""
+"""The folder of datasets: beside the current folder, as for the classic trainer."""
 
 CLASSIC_ROOT = "/usr/src/app"
-"""The classic image's root; `/usr/src/app/data/hyps/hyp.finetune.yaml` is a path that users paste."""
+"""The root in the classic image; users paste paths such as `/usr/src/app/data/hyps/hyp.finetune.yaml`."""
 
 _OPTION = {"layouts": "--cfg", "hyps": "--hyp", "datasets": "--data", "spaces": "--space"}
 
 
 def find_config(kind: Kind, name: str) -> Path:
-    """Return the path of the YAML file that `name` means.
+    """Return the path of the YAML file called `name`.
 
-    A file that exists is taken as it is. Otherwise a bare name (`yolov5n.yaml`, or `yolov5n`), or one in the
-    classic trainer's own folders (`data/hyps/hyp.finetune.yaml`), means the shipped file of that name.
+    An existing file is used. Otherwise a bare name (`yolov5n.yaml`, or `yolov5n`), or one in the classic trainer's
+    folders (`data/hyps/hyp.finetune.yaml`), means the shipped file of that name.
 
-    Raises UsageError, for a dataset DataError, listing what is shipped.
+    Raises UsageError, or DataError for a dataset, with the list of shipped files.
     """
     given = at_home(name)
     error = DataError if kind == "datasets" else UsageError

@@ -1,4 +1,4 @@
-"""Read YAML as plain data, strictly: no objects, no aliases, no duplicate keys, bounded size and depth."""
+"""Read YAML strictly as plain data: no objects, no aliases, no duplicate keys, limited size and depth."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from starling.core.words import printable
 
 
 def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[str, Any]:
-    """Return the mapping that the YAML file holds.
+    """Return the mapping in the YAML file.
 
-    Raises `unreadable` for a file that is not there or cannot be read, and UsageError naming file and line for an
-    oversized or malformed one, object tags, aliases, duplicate keys, or anything but a mapping with text keys at the top.
+    Raises `unreadable` if the file does not exist or cannot be read, and UsageError with file and line for a file that
+    is too large or malformed, for object tags, aliases, duplicate keys, or anything but a mapping with text keys.
     """
     try:
         with readable(unreadable):
@@ -39,6 +39,6 @@ def read_yaml(path: Path, unreadable: type[StarlingError] = UsageError) -> dict[
 
 
 def write_yaml(path: Path, mapping: Mapping[str, Any], *, comment: str = "") -> None:
-    """Replace `path` by the mapping as YAML, keys in their order, under an optional comment."""
+    """Replace `path` with the mapping as YAML, with keys in order, after an optional comment."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     write_atomic(path, head + yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True))

@@ -1,1 +1,1 @@
-"""The ground floor: what the trainer and the launcher both need. Imports the standard library and PyYAML only."""
+"""The ground floor: code for both the trainer and the launcher. Imports the standard library and PyYAML only."""

@@ -1,7 +1,7 @@
-"""What a reader may use on bytes that nobody vouches for: time, memory and counts, and one way to say what ran out.
+"""Limits of time, memory and counts for reading untrusted data, with a common message for an exceeded limit.
 
-A budget is for one unit that a stranger may have made: an image, a label file, one header of an archive. Long honest
-work (an archive of 50 GB, a million label files) has no total limit; `Pace` ends it only where the work stands still.
+A budget is for one untrusted unit: an image, a label file, one header of an archive. Long legitimate work (an archive
+of 50 GB, a million label files) has no total limit; `Pace` ends it only if it makes no progress.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import time
 from collections.abc import Callable
 
 SECONDS = 20.0
-"""The longest that one unit may take; real ones take less than a second, and a user still waits for 20."""
+"""The time limit for one unit; real units take less than a second, and a user still waits for 20."""
 MEMORY_BYTES = 1 << 30
-"""The most memory that one unit may take above the idle process; a replica of 2 GiB survives it."""
+"""The memory limit for one unit, on top of the idle process; a replica of 2 GiB survives it."""
 PACE_SECONDS = 60.0
-"""The time over which a transfer must bring bytes; longer than a proxy or a busy disk stays silent."""
+"""The period in which a transfer must bring bytes; longer than the pauses of a proxy or a busy disk."""
 PACE_BYTES_PER_S = 1
-"""The slowest transfer that counts as alive; a server that sends less holds the reader on purpose or by a fault."""
+"""The slowest acceptable transfer; a slower server is faulty, or delays the reader on purpose."""
 
 
 class BudgetExceeded(Exception):
-    """Bytes that nobody vouches for wanted more than a reader gives; the message says more of what than how much."""
+    """Untrusted data exceeds a limit; the message names the limit: `more than 64 MiB`."""
 
 
 class Budget:
-    """What one untrusted unit may still use: seconds, and the most of each thing that the reader names and counts.
+    """The remaining budget of one untrusted unit: seconds, and a limit for each quantity that the reader counts.
 
     `Budget(bytes=64 << 20, rows=100_000)` allows 64 MiB and 100,000 rows within SECONDS. Names that end in `bytes`
-    are shown in MiB. A reader calls `spend` before it builds what it spends on.
+    are shown in MiB. A reader calls `spend` before it allocates.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Budget:
         self._spent = dict.fromkeys(limits, 0)
 
     def spend(self, **amounts: int) -> None:
-        """Count what is used now, and look at the clock. Raises BudgetExceeded for the first thing that ran out."""
+        """Count `amounts` and check the time; raises BudgetExceeded for the first exceeded limit."""
         for name, amount in amounts.items():
             self._spent[name] += amount
             if self._spent[name] > self._limits[name]:
@@ -46,13 +46,13 @@ class Budget:
         self.check_time()
 
     def check_time(self) -> None:
-        """Raise BudgetExceeded where the seconds are over."""
+        """Raise BudgetExceeded if the time is over."""
         if self._clock() > self._ends:
             raise BudgetExceeded(f"more than {self._seconds:g} s")
 
 
 class Pace:
-    """Ends a transfer that stands still: PACE_SECONDS without a byte, or fewer than PACE_BYTES_PER_S in that time."""
+    """Ends a stalled transfer: one that brings fewer than PACE_BYTES_PER_S over PACE_SECONDS."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -60,7 +60,7 @@ class Pace:
         self._bytes = 0
 
     def step(self, count: int) -> None:
-        """Count bytes that came. Raises BudgetExceeded where the last PACE_SECONDS brought too few."""
+        """Count received bytes; raises BudgetExceeded if the last PACE_SECONDS brought too few."""
         self._bytes += count
         passed = self._clock() - self._since
         if passed < PACE_SECONDS:

@@ -1,4 +1,4 @@
-"""Control groups of either version: where a process's own are, and what the container may use."""
+"""Control groups of version 1 and 2: the groups of a process, and the limits of the container."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ MOUNT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/")
 _UNLIMITED = 1 << 60
-"""Cgroup v1 writes a number near 2**63 where there is no limit."""
+"""Values from here on mean no limit: cgroup v1 then writes a number near 2**63."""
 
 
 class CGroup(NamedTuple):
-    """A group that a process is in, below the mount of its hierarchy."""
+    """A control group of a process, below the mount of its hierarchy."""
 
     version: int
-    """1 or 2; of version 2 there is one hierarchy for all controllers."""
+    """1 or 2; version 2 has one hierarchy for all controllers."""
     base: Path
     """The root of the hierarchy."""
     folder: Path
     controllers: str
-    """As they are written, with commas; empty in version 2."""
+    """The controllers, separated by commas; empty in version 2."""
 
 
 def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[CGroup]:
-    """Yield the groups for a controller that a process's `cgroup` file lists: of version 1, and the one of version 2.
+    """Yield a controller's groups in a process's `cgroup` file, of version 1 and version 2.
 
-    A path that leads out of the mount, as one from another namespace does, is left out.
+    A path that leads out of the mount, as one from another namespace can, is left out.
     """
     for line in text.splitlines():
         _, _, rest = line.partition(":")
@@ -45,7 +45,7 @@ def groups_of(text: str, controller: str, mount: Path = MOUNT) -> Iterator[CGrou
 
 
 def count_oom_kills(folder: Path) -> int | None:
-    """Return how many processes of a group the kernel has killed for memory; None where nothing tells."""
+    """Return the number of processes of a group that the kernel has killed for memory; None if unknown."""
     for name in ("memory.oom_control", "memory.events"):
         for line in _read_text(folder / name).splitlines():
             key, _, value = line.partition(" ")
@@ -55,9 +55,9 @@ def count_oom_kills(folder: Path) -> int | None:
 
 
 def own_oom_kills(own: Path = OWN, mount: Path = MOUNT) -> int:
-    """Return how many processes of this process's group the kernel has killed for memory; 0 where nothing tells.
+    """Return the number of processes of this process's group that the kernel has killed for memory; 0 if unknown.
 
-    In a container the group's own files lie at the mount's root, whatever path the process is told (version 1).
+    In a container the group's files are at the mount's root, even if /proc names another path (version 1).
     """
     folders = [group.folder for group in groups_of(_read_text(own), "memory", mount)]
     counts = map(count_oom_kills, (*folders, mount / "memory", mount))
@@ -65,14 +65,14 @@ def own_oom_kills(own: Path = OWN, mount: Path = MOUNT) -> int:
 
 
 def container_memory_limit(root: Path = _ROOT) -> int:
-    """Return the bytes this container may use: the smallest of its cgroup limit and the machine's memory."""
+    """Return the bytes that this container may use: the smallest of its cgroup limits and the machine's memory."""
     limits = [_read_int(path) for path in _candidates(root, "memory", "memory.max", "memory.limit_in_bytes")]
     limits.append(_machine_memory(root))
     return min((limit for limit in limits if limit is not None and 0 < limit < _UNLIMITED), default=1 << 30)
 
 
 def container_memory_used(root: Path = _ROOT) -> int:
-    """Return the bytes charged to this container that are not files' pages, which give way; 0 if unknown."""
+    """Return the bytes charged to this container without reclaimable pages of files; 0 if unknown."""
     for path in _candidates(root, "memory", "memory.current", "memory.usage_in_bytes"):
         used = _read_int(path)
         if used is not None:
@@ -81,7 +81,7 @@ def container_memory_used(root: Path = _ROOT) -> int:
 
 
 def container_cpu_count(root: Path = _ROOT) -> int:
-    """Return how many processors this container may keep busy, at least 1: its quota and affinity."""
+    """Return the number of processors that this container may use, by quota and affinity; at least 1."""
     counts = [len(os.sched_getaffinity(0))]
     for path in _candidates(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
         quota = _quota(path)
@@ -91,9 +91,9 @@ def container_cpu_count(root: Path = _ROOT) -> int:
 
 
 def _candidates(root: Path, controller: str, v2_name: str, v1_name: str) -> list[Path]:
-    """Return the files that may hold a limit, from this process's own group up to the mounted root.
+    """Return the files that may hold a limit, from this process's group up to the mounted root.
 
-    Inside a container the mount point is its own group; outside, /proc/self/cgroup names the group.
+    Inside a container the mount point is the container's group; outside, /proc/self/cgroup names the group.
     """
     mount = root / "sys/fs/cgroup"
     paths: list[Path] = []
@@ -120,13 +120,13 @@ def _quota(path: Path) -> float | None:
 
 
 def _reclaimable(stat: Path) -> int:
-    """Return the bytes of files, mapped ones too: a shared image cache is charged to whoever touched it first."""
+    """Return the bytes of file pages, mapped ones included: a shared image cache is charged to its first reader."""
     values: dict[str, int] = {}
     for line in _read_text(stat).splitlines():
         name, _, number = line.partition(" ")
         if number.isdigit():
             values[name] = int(number)
-    prefix = "total_" if "total_inactive_file" in values else ""  # cgroup v1: groups below included
+    prefix = "total_" if "total_inactive_file" in values else ""  # cgroup v1: with the groups below
     return values.get(f"{prefix}inactive_file", 0) + values.get(f"{prefix}active_file", 0)
 
 

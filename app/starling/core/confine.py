@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Let a program write in a few folders only, by the kernel's Landlock, and become it.
+"""Restrict a program's writes to a few folders by the kernel's Landlock, and execute the program.
 
     confine.py RUNS COMMAND…
 
-For a trainer that keeps the one capability which reads a folder of root's that is closed to others, such as root's
-home: it also writes there, and that is what is taken away. Standard library only.
+For a trainer with the capability that it needs to read private folders of root, such as root's home. That capability
+also allows writing there, which Landlock takes away. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterable, Sequence
 
 NEEDED_VERSION = 3
-"""Of Landlock: from there on (Linux 6.2) it also keeps files from being cut."""
+"""The Landlock version (Linux 6.2) from which it also prevents truncating files."""
 
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
 _VERSION_FLAG, _BENEATH = 1, 1
 _WRITE_FILE = 1 << 1
 _WRITES = _WRITE_FILE | sum(1 << bit for bit in range(4, 15))
-"""To write, cut, make, remove, link and move, of all kinds of files."""
+"""The rights to write, truncate, make, remove, link and move all kinds of files."""
 
 _ALWAYS = ("/tmp", "/var/tmp", "/dev", "/proc")
 
@@ -41,14 +41,14 @@ def _call(number: int, *words: object) -> int:
 
 
 def landlock_version() -> int:
-    """Return the version of Landlock that the kernel offers; 0 or less where it offers none."""
+    """Return the kernel's version of Landlock; 0 or less if the kernel has no Landlock."""
     return _call(_CREATE, None, 0, _VERSION_FLAG)
 
 
 def confine(folders: Iterable[str]) -> None:
-    """Take from this process, and all that it starts, the right to write anywhere but below the folders.
+    """Restrict the writes of this process and its children to the folders.
 
-    It needs no_new_privs. Raises OSError where the kernel refuses.
+    Requires no_new_privs. Raises OSError if the kernel refuses.
     """
     attributes = _Ruleset(_WRITES)
     ruleset = _checked(_call(_CREATE, ctypes.byref(attributes), ctypes.sizeof(attributes), 0))
@@ -72,7 +72,7 @@ def _checked(result: int) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Confine this process and become the command."""
+    """Confine this process and execute the command."""
     runs, *command = argv
     try:
         confine((runs, *_ALWAYS))

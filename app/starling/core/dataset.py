@@ -1,4 +1,4 @@
-"""Which folders and lists a dataset's YAML names: one rule for the trainer that reads them, and the launcher that shows them."""
+"""Find the folders and lists that a dataset's YAML names, by the same rules for the trainer and the launcher."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from starling.core.paths import at_home, spellings
 
 SPLITS = ("train", "val", "test")
 START = "STARLING_START"
-"""Environment variable: the folder that a replica was asked for in, where its own working folder is another one."""
+"""Environment variable with the folder that the user called the launcher in, if a replica's working folder differs."""
 
 
 class BadDescription(Exception):
-    """A value of a description that cannot work: its key, the value, and the problem in words."""
+    """An invalid value in a description: its key, the value, and the problem in words."""
 
     def __init__(self, key: str | None, value: object, problem: str) -> None:
         super().__init__(problem)
@@ -28,28 +28,28 @@ class Files(Protocol):
     """The files of the machine that the dataset is on."""
 
     def is_dir(self, path: Path) -> bool:
-        """Return whether a folder is there."""
+        """Return whether the path is a folder."""
 
     def exists(self, path: Path) -> bool:
-        """Return whether anything is there."""
+        """Return whether the path exists."""
 
     def expand(self, base: Path, given: str) -> Path:
-        """Return `given` below `base`, or by itself where it is absolute, its `~` replaced and its links kept."""
+        """Return `given` below `base`, or `given` if it is absolute, with `~` replaced and links kept."""
 
 
 class OwnFiles:
     """The files of this machine."""
 
     def is_dir(self, path: Path) -> bool:
-        """Return whether a folder is there."""
+        """Return whether the path is a folder."""
         return is_folder(path)
 
     def exists(self, path: Path) -> bool:
-        """Return whether anything is there."""
+        """Return whether the path exists."""
         return exists(path)
 
     def expand(self, base: Path, given: str) -> Path:
-        """Return `given` below `base`, or by itself where it is absolute, its `~` replaced and its links kept."""
+        """Return `given` below `base`, or `given` if it is absolute, with `~` replaced and links kept."""
         return Path(os.path.normpath(base / at_home(given)))
 
 
@@ -57,22 +57,22 @@ OWN = OwnFiles()
 
 
 def start_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return where the command was given: a replica's launcher names it, else it is the working folder."""
+    """Return the folder that the user called the command in: $STARLING_START in a replica, else the working folder."""
     return Path(environment.get(START) or Path.cwd())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedPlaces:
-    """The root and the entries of the splits, as a description at `yaml_path` writes them."""
+    """The root and the entries of the splits, as written in the description at `yaml_path`."""
 
     yaml_path: Path
     root: str
     entries: Mapping[str, tuple[str, ...]]
-    """Split name -> one entry or more; no split that the description leaves out."""
+    """Split name -> one or more entries; missing splits have no key."""
 
     @classmethod
     def of(cls, yaml_path: Path, description: Mapping[str, Any]) -> Self:
-        """Return what a description says; raises BadDescription."""
+        """Return the root and the entries of a description; raises BadDescription."""
         entries = {split: _entries(split, description[split]) for split in SPLITS if description.get(split)}
         if not entries:
             raise BadDescription(None, None, "names no images; give `train:` and `val:`")
@@ -82,9 +82,9 @@ class NamedPlaces:
         return cls(yaml_path=yaml_path, root=root or ".", entries=entries)
 
     def roots(self, files: Files, start: Path | None) -> list[Path]:
-        """Return where the root may be, the likeliest first.
+        """Return the possible paths of the root, the likeliest first.
 
-        A relative one is looked for in the YAML's folder, in `start` and, as the classic trainer keeps them, in the folder
+        A relative root is below the YAML's folder, below `start` or, as for the classic trainer, below the folder
         `datasets` beside `start`.
         """
         bases = [self.yaml_path.parent, *((start, start.parent / "datasets") if start else ())]
@@ -92,14 +92,14 @@ class NamedPlaces:
         return list(dict.fromkeys(files.expand(base, name) for name in spelled for base in bases))
 
     def find_root(self, files: Files, start: Path | None) -> Path | None:
-        """Return the first of the roots that holds the first split, else the first that is there, else None."""
+        """Return the first of the roots that holds the first split, else the first that exists, else None."""
         first = next(iter(self.entries.values()))[0]
         there = [root for root in self.roots(files, start) if files.is_dir(root)]
         return next((root for root in there if find_entry(root, first, files)), there[0] if there else None)
 
 
 def find_entry(root: Path, entry: str, files: Files) -> Path | None:
-    """Return the path that an entry of a split means, in the first of its spellings that is there."""
+    """Return the path of a split's entry, in the first of its spellings that exists; None if none exists."""
     places = (files.expand(root, spelling) for spelling in spellings(entry))
     return next((place for place in places if files.exists(place)), None)
 

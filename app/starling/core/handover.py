@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Give a runs folder to the user that replicas run as, and take set-user-id bits away in it.
+"""Change the owner of a runs folder to the replicas' user, and remove set-user-id bits in it.
 
-    handover.py RUNS [UID:GID]      as root: make the folder where it is missing, hand over what is root's, print UID:GID
+    handover.py RUNS [UID:GID]      as root: make a missing folder, hand over root's files, print UID:GID
 
-Who may write the folder may swap names in it at any moment. So whatever is changed is held by a descriptor first,
-judged by what the descriptor says, and changed through the descriptor. The image's entry point runs this file by its
-path, and `launcher up` sends it to a machine behind ssh: standard library only, of Python 3.8 or newer.
+Users who may write the folder can swap names in it at any moment. Each file is therefore opened first, and then checked
+and changed through its descriptor. The image's entry point runs this file by its path, and `launcher up` sends it to
+machines reached by ssh: standard library of Python 3.8 or newer only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # run by its path: what is importable is the package, not the folder's inside
+if __package__ in (None, ""):  # run by its path: import the package, not the modules beside this file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from starling.core.files.folder import Folder, link_to_nothing, mount_of
@@ -28,7 +28,7 @@ from starling.core.log_lines import lines_to
 logger = logging.getLogger("starling.core.handover")  # its name also where the file is run by its path
 
 NOBODYS_ID = 10001
-"""The uid and gid of replicas of a runs folder that is root's: no person's, so that results are given to no stranger."""
+"""The uid and gid of replicas if root owns the runs folder; no user has this id, so results go to no stranger."""
 
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
 _EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
@@ -37,57 +37,57 @@ _CAPABILITY = "security.capability"
 _MOST_LINKS = 40
 _MOST_TOLD = 5
 FIRST_S, EACH_S = 2.0, 10.0
-"""When a walk first says how far it is, and how often from then on."""
+"""Seconds until a walk first reports its progress, and between later reports."""
 STILL = "still looking through"
-"""How such a line begins."""
+"""The beginning of a line of progress."""
 
 
 class Refused(Exception):
-    """The folder cannot be handed over; the words say why, and what to do."""
+    """The folder cannot be handed over; the message says why, and names the remedy."""
 
 
 class Account:
-    """What was done in a runs folder, and what was left alone."""
+    """The changes in a runs folder, and the entries left unchanged."""
 
     def __init__(self) -> None:
         self.handed = self.stripped = self.left_count = 0
         self.left: list[str] = []
 
     def leave(self, path: Path, why: str) -> None:
-        """Note what stays as it is; the first few by name."""
+        """Note an unchanged entry; only the first few are kept by name."""
         self.left_count += 1
         if len(self.left) < _MOST_TOLD:
             self.left.append(f"{_shown(path)}: {why}")
 
     def lines(self) -> list[str]:
-        """Return what somebody should know, a line each."""
+        """Return remarks for the user, one per line."""
         lines = [f"{self.stripped} files lost their set-user-id or set-group-id bit"] if self.stripped else []
         more = self.left_count - len(self.left)
         return [*lines, *self.left, *([f"… and {more} more such entries"] if more else [])]
 
 
 def _shown(path: Path) -> str:
-    """Return a path for a terminal, which no name in it can steer."""
+    """Return a path for a terminal, without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(path))
 
 
 def allowed_user(uid: int, gid: int) -> bool:
-    """Return whether replicas may run as this user: never as root, nor in root's group."""
+    """Return whether replicas may run as this user: neither root nor in root's group."""
     return 0 < uid < 2**31 and 0 < gid < 2**31
 
 
 def user_for(state: os.stat_result) -> tuple[int, int]:
-    """Return the uid and gid that replicas of a folder run as: its owner's, and NOBODYS_ID for root's."""
+    """Return the uid and gid of a folder's replicas: the owner's, or NOBODYS_ID if root owns the folder."""
     if state.st_uid == 0:
         return NOBODYS_ID, NOBODYS_ID
     return state.st_uid, state.st_gid or state.st_uid
 
 
 def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
-    """Open a runs folder for root, following links in `path` this once.
+    """Open a runs folder for root; only here, links in `path` are followed.
 
-    Raises Refused where a link leads to a folder of root's and neither root nor a `trusted` user has made the link:
-    else anybody could have any folder of root's handed over.
+    Raises Refused if a link leads to a folder that root owns and neither root nor a `trusted` user made the link:
+    otherwise any user could get any of root's folders handed over.
     """
     at, todo = os.open("/", os.O_PATH), list(reversed(path.absolute().parts[1:]))
     makers: list[int] = []
@@ -119,8 +119,8 @@ def open_top(path: Path, trusted: Sequence[int] = (0,)) -> Folder:
         real = os.readlink(top.proc_path)
         top.close()
         raise Refused(
-            f"{path}: a link of uid {min(strangers)} leads to {real}, which is root's, and root hands over no folder by "
-            "somebody else's link; name that folder itself, if it is meant"
+            f"{path}: a link of uid {min(strangers)} leads to {real}, which root owns, and root hands over no folder through "
+            "another user's link; if you mean that folder, name it directly"
         )
     return top
 
@@ -131,7 +131,7 @@ def hand_over(
     gid: int,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Account:
-    """Give root's files and folders below `top`, and then `top`, to a user; those of anybody else stay theirs.
+    """Change the owner of root's files and folders below `top`, and then of `top`, to a user; other owners stay.
 
     `top` must belong to root or to that user; in any other folder only set-id bits are taken away. Of root's files that
     somebody else may have put there, by a hard link or a rename, only those that everybody may read anyway, and that
@@ -143,8 +143,8 @@ def hand_over(
     state = os.fstat(top.descriptor)
     if state.st_uid == 0 and state.st_mode & stat.S_ISVTX and state.st_mode & stat.S_IWOTH:
         raise Refused(
-            f"{_shown(top.path)}: is root's folder for everybody (mode {stat.S_IMODE(state.st_mode):o}), and its owner may "
-            "remove everybody's files in it; give a folder of its own below it"
+            f"{_shown(top.path)}: is a world-writable folder of root's (mode {stat.S_IMODE(state.st_mode):o}), and its owner could "
+            "remove all users' files in it; give a new folder below it"
         )
     giving = state.st_uid in (0, uid)
     account, keeper = Account(), _Keeper(top, uid, gid if giving else -1)
@@ -157,10 +157,10 @@ def hand_over(
 
 
 def _hand_top(top: Folder, uid: int, gid: int, account: Account) -> None:
-    """Hand over the folder itself: at the very end, so that an interrupted call starts all over again.
+    """Hand over the folder itself at the very end: after an interruption, the next call starts from the beginning.
 
-    It becomes its user's alone, so that nobody on the host reaches what replicas leave in it; one that others may write
-    is shared on purpose, and stays so.
+    Access for other users is removed, because nobody on the host should reach files of replicas. If others may write
+    the folder, it is shared on purpose, and its mode stays.
     """
     state = os.fstat(top.descriptor)
     if state.st_uid == uid:
@@ -190,9 +190,9 @@ def strip_set_ids(
     limit_s: float | None = None,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Account:
-    """Take the set-user-id and set-group-id bits off the files below `top` that this process may change.
+    """Remove the set-user-id and set-group-id bits of the files below `top` that this process may change.
 
-    Stops without a word after `limit_s` seconds: who may write the folder can make it endless.
+    Stops silently after `limit_s` seconds: a user who may write the folder can make it endless.
     """
     account, keeper = Account(), _Keeper(top, os.geteuid(), -1)
     until = None if limit_s is None else time.monotonic() + limit_s
@@ -205,7 +205,7 @@ def strip_set_ids(
 
 
 class _Keeper:
-    """What to do with an entry of a runs folder whose replicas run as `uid`; nothing is handed over with gid -1."""
+    """Changes entries of a runs folder whose replicas run as `uid`; gid -1 means that no owner changes."""
 
     def __init__(self, top: Folder, uid: int, gid: int) -> None:
         self._uid, self._gid, self._me = uid, gid, os.geteuid()
@@ -213,7 +213,7 @@ class _Keeper:
         self._records = top.path / ".launcher"
 
     def look(self, folder: Folder, name: str, state: os.stat_result, account: Account) -> None:
-        """Judge an entry by what the walk saw; only one that wants a change is opened, and judged again."""
+        """Check an entry by its state in the walk; if it needs a change, open it, check again, and change it."""
         if not self._wants_change(state):
             return
         with contextlib.suppress(FileNotFoundError), _held(folder, name) as descriptor:
@@ -223,7 +223,7 @@ class _Keeper:
                     self._change(folder, name, descriptor, found, account)
 
     def _wants_change(self, state: os.stat_result) -> bool:
-        """Return whether bits or the owner of a file or folder may have to change."""
+        """Return whether the mode or the owner of an entry may have to change."""
         if stat.S_ISREG(state.st_mode):
             own = self._me in (0, state.st_uid)
             bits = (own and state.st_mode & _SET_IDS) or (self._me == 0 and state.st_mode & _EXECUTABLE)
@@ -233,7 +233,7 @@ class _Keeper:
         return stat.S_ISDIR(state.st_mode) and self._gives(state)
 
     def _is_record(self, folder: Folder, name: str) -> bool:
-        """Return whether an entry is the local engine's: its records count only while they are root's."""
+        """Return whether an entry is a record of the local engine, which is valid only while root owns it."""
         return folder.path == self._records or folder.path / name == self._records
 
     def _gives(self, state: os.stat_result) -> bool:
@@ -244,13 +244,11 @@ class _Keeper:
     ) -> None:
         path = folder.path / name
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            account.leave(path, "is a device node, which no run makes; look at it, and remove it")
+            account.leave(path, "is a device node, which no run makes; check it, and remove it")
             return
-        place = (
-            f"/proc/self/fd/{descriptor}"  # leads to the very file that is held, whatever its names are now
-        )
+        place = f"/proc/self/fd/{descriptor}"  # the open file itself, whatever its names are now
         if stat.S_ISREG(found.st_mode):
-            # The names of a replica's own file are its own too; a name of anybody else's may be a program of the system's.
+            # All names of a replica's own file are the replica's; another user's file may also be a system program.
             alone = found.st_nlink == 1 or found.st_uid in {self._uid, self._me} - {0}
             armed = bool(found.st_mode & _SET_IDS) or (self._me == 0 and _has_capabilities(place))
             if armed and not alone:
@@ -265,14 +263,14 @@ class _Keeper:
         if not self._gives(found) or self._is_record(folder, name):
             return
         if stat.S_ISREG(found.st_mode) and not _surely_roots(folder, found):
-            account.leave(path, "is root's, and somebody else may have put it there: it stays root's")
+            account.leave(path, "belongs to root, but another user may have put it there: its owner stays")
             return
         os.chown(place, self._uid, self._gid)
         account.handed += 1
 
 
 def _surely_roots(folder: Folder, state: os.stat_result) -> bool:
-    """Return whether a file may be given away: it has one name, and root put it here or everybody may read it."""
+    """Return whether a file may be handed over: it has one name, and root put it here or it is world-readable."""
     holder = os.fstat(folder.descriptor)
     private = holder.st_uid == 0 and not holder.st_mode & _OTHERS_WRITE
     return state.st_nlink == 1 and (private or bool(state.st_mode & stat.S_IROTH))
@@ -293,7 +291,7 @@ def _has_capabilities(place: str) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Folder, name: str) -> Iterator[int]:
-    """Hold an entry without opening what it stands for: to open a device or a pipe has effects."""
+    """Hold an entry with O_PATH: opening a device or a pipe itself would have side effects."""
     descriptor = folder.open(name, os.O_PATH)
     try:
         yield descriptor
@@ -315,7 +313,7 @@ def _explained(path: Path, uid: int, gid: int) -> Iterator[None]:
 
 
 def _person_behind_root() -> int:
-    """Return the uid outside that is root in this user namespace alone, as a rootless engine maps its user; else 0."""
+    """Return the outside uid that only root maps to in this user namespace, as in a rootless engine; else 0."""
     with contextlib.suppress(OSError, ValueError), open("/proc/self/uid_map") as file:
         for line in file:
             inside, outside, count = map(int, line.split())
@@ -327,8 +325,8 @@ def _person_behind_root() -> int:
 def take(path: Path, user: tuple[int, int] | None) -> tuple[tuple[int, int], Account]:
     """Make the folder where it is missing, hand it over, and return the uid and gid that replicas run as.
 
-    Without `user` it is the folder's owner, and a folder that is not root's is left as it is. Raises Refused and
-    OSError.
+    Without `user`, replicas run as the folder's owner, and a folder that root does not own stays unchanged. Raises
+    Refused and OSError.
     """
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +351,7 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Hand a folder over as the words say, print `UID GID`, and return the exit code."""
+    """Hand a folder over as the arguments say, print `UID GID`, and return the exit code."""
     path = Path(argv[0])
     try:
         user = tuple(map(int, argv[1].split(":"))) if len(argv) > 1 else None
@@ -366,8 +364,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if account.handed and user is None:
         sys.stderr.write(
-            f"starling: {_shown(path)} was root's and belongs to {uid}:{gid} alone now, as no trainer runs as root; "
-            "make the folder yourself beforehand, and results are yours\n"
+            f"starling: {_shown(path)} belonged to root and now belongs to {uid}:{gid} only, because trainers never run as root; "
+            "make the folder yourself beforehand to own the results\n"
         )
     for line in account.lines():
         _say(line)
@@ -376,9 +374,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _reach(uid: int, gid: int) -> str:
-    """Return ` closed` where a mounted folder of root's has to be read by root's power, ` open` where there is none.
+    """Return ` closed` if only a capability of root's can read a mounted folder of root's, ` open` if none is needed.
 
-    That power also writes; so it is only kept where the kernel can take the writing away.
+    That capability also allows writing, so it is kept only if the kernel's Landlock can prevent the writing.
     """
     from starling.core.confine import NEEDED_VERSION, landlock_version
 
@@ -395,7 +393,7 @@ def _reach(uid: int, gid: int) -> str:
 
 
 def _mounted_folders() -> Iterator[str]:
-    """Yield the folders that were mounted into this container from outside."""
+    """Yield the folders that are mounted into this container from outside."""
     with open("/proc/self/mountinfo") as file:
         for line in file:
             place = line.split()[4].encode().decode("unicode_escape")

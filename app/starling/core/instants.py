@@ -1,4 +1,4 @@
-"""Points and spans of time, as people and engines write them."""
+"""Parse and format points and spans of time, in the forms of people and engines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)"
 
 
 def parse_since(text: str, now: float, option: str = "--since") -> float:
-    """Return Unix seconds for `90s`, `10m`, `1h30m`, `2d` before `now`, or for a date or time (local without a zone).
+    """Return Unix seconds for a span before `now` (`90s`, `10m`, `1h30m`, `2d`), or for a date or time.
 
-    Raises UsageError for anything else.
+    A time without a zone is local. Raises UsageError for anything else.
     """
     spans = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
     if spans and "".join(number + unit for number, unit in spans) == text:
@@ -38,7 +38,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_stamp(text: str) -> float | None:
-    """Return Unix seconds for an engine's time stamp; None for none, and for Docker's zero in the year 1."""
+    """Return Unix seconds for an engine's time stamp; None for any other text, and for Docker's zero in the year 1."""
     match = _STAMP.fullmatch(text)
     if not match or text.startswith("0001"):
         return None

@@ -1,8 +1,8 @@
-"""The locks of the project: the kernel's, on files and folders; they end with their holder.
+"""The project's locks: kernel locks (`flock`) on files and folders, which end with their holder.
 
-Who gets one has the file that its path names, even where somebody removed it meanwhile: a `flock` belongs to an open
-file, not to a name. Whoever waits for the lock of a file that is removed, and then gets it, would share it with nobody:
-others make a new file of that name and lock that one.
+A `flock` belongs to an open file, not to a name. If the file is removed while a process waits, the process would lock
+a file without a name, while others lock a new file of that name. `take` therefore checks that the locked file still
+has its path, and else starts again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 POLL_S = 0.05
 _FIRST_PAUSE_S = 0.001
 _ROUNDS = 100
-"""So often is a lock begun anew whose file has gone; more is a volume that cannot tell files apart."""
+"""The most attempts if the lock's file keeps disappearing; a volume that needs more cannot tell files apart."""
 _NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 Open = Callable[[], int]
@@ -26,7 +26,7 @@ Take = Callable[[int], bool]
 
 
 def try_flock(descriptor: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file if nobody else has it; return whether. A `shared` one goes with others of its kind."""
+    """Lock an open file if it is free, and return whether that worked; several processes can hold a `shared` lock."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -35,7 +35,7 @@ def try_flock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def lock_own(descriptor: int) -> None:
-    """Lock a file that this process has just made. Raises OSError where its file system has no locks, or another was quicker."""
+    """Lock a file that this process has just made; raises OSError without locks, or if another process was faster."""
     if not try_flock(descriptor):
         raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it")
 
@@ -49,9 +49,9 @@ def wait_for(
     again_s: float | None = None,
     poll_s: float = POLL_S,
 ) -> bool:
-    """Try `take` until it has the lock, at most every `poll_s`; return whether it got it within `limit_s` (None: no limit).
+    """Try `take` at least every `poll_s` until it has the lock; return False after `limit_s` (None: no limit).
 
-    Who waits for longer than `patience_s` hears of it by `tell`: once, or again after each `again_s`.
+    After `patience_s`, calls `tell`: once, or again after each `again_s`.
     """
     began, pause = time.monotonic(), min(_FIRST_PAUSE_S, poll_s)
     tell_at: float | None = began + patience_s
@@ -68,7 +68,7 @@ def wait_for(
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Return whether the open file is still the one of that name."""
+    """Return whether the open file still has this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -76,10 +76,10 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def take(path: Path, open_file: Open, acquire: Take = try_flock) -> tuple[int, bool]:
-    """Open the lock's file, lock it, and return the descriptor, and whether the lock was got.
+    """Open the lock's file, lock it, and return the descriptor and whether the lock was taken.
 
-    `open_file` returns a new descriptor of `path`; `acquire` locks one, or returns False where another process has
-    it. The caller closes the descriptor, which ends the lock. Raises OSError where the file vanishes again and again.
+    `open_file` returns a new descriptor of `path`; `acquire` locks it, or returns False if another process has the
+    lock. The caller closes the descriptor, which ends the lock. Raises OSError if the file keeps disappearing.
     """
     for _ in range(_ROUNDS):
         descriptor = open_file()
@@ -90,15 +90,15 @@ def take(path: Path, open_file: Open, acquire: Take = try_flock) -> tuple[int, b
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the file was removed while this process waited, and others lock a new one
+        os.close(descriptor)  # the file was removed during the wait, and others lock a new file
     raise OSError(errno.ESTALE, "its file is replaced again and again", str(path))
 
 
 def take_folder(open_folder: Open, acquire: Take = try_flock) -> tuple[int, bool]:
-    """Lock a folder itself, as a second lock beside a file in it which somebody might remove.
+    """Lock a folder itself, as a second lock in case a user removes the lock file in it.
 
-    `open_folder` returns a new descriptor of the folder. Returns a descriptor, and whether the lock was got. On a volume
-    that locks no folders (NFS) it counts as got: there the file is the only lock.
+    `open_folder` returns a new descriptor of the folder. Returns a descriptor and whether the lock was taken. On a
+    volume that cannot lock folders (NFS) the lock counts as taken: there the file is the only lock.
     """
     descriptor = open_folder()
     try:
@@ -116,7 +116,7 @@ def take_folder(open_folder: Open, acquire: Take = try_flock) -> tuple[int, bool
 
 @contextlib.contextmanager
 def held(path: Path, open_file: Open, acquire: Take = try_flock) -> Iterator[bool]:
-    """Hold what `take` takes while the block runs; yields whether the lock was got."""
+    """Hold the lock of `take` during the block; yields whether the lock was taken."""
     descriptor, got = take(path, open_file, acquire)
     try:
         yield got

@@ -1,4 +1,4 @@
-"""What to say of a path that is there and is not what an option asks for: a folder for a file, an export for weights."""
+"""Messages for an existing path of the wrong kind for an option: a folder for a file, an export for weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MOST_NAMED = 5
 
 
 def misplaced(option: str, path: Path) -> str | None:
-    """Return what lies at `path` in place of what `option` (`--data`, `--weights`, `--hyp`, …) asks for, and what to do.
+    """Return the problem and the remedy if `path` is of the wrong kind for `option` (`--data`, `--weights`, …).
 
-    None where nothing is there, or where it may be what is asked for.
+    None if the path does not exist, or if its kind may be right.
     """
     place = look_at(path)
     if place is None:
@@ -32,7 +32,7 @@ def _for_data(path: Path, place: Place) -> str | None:
     if place.kind == "folder":
         return _folder_of_data(path)
     if place.kind == "archive":
-        return f"is {place.words}; unpack it, and give the dataset YAML that lies in it"
+        return f"is {place.words}; unpack it, and give the dataset YAML in it"
     if place.kind == "table":
         return (
             f"is {place.words}, not a dataset YAML; write a YAML with train:, val: and names:, and convert the "

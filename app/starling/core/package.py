@@ -1,4 +1,4 @@
-"""This package: its version, where it lies, and how another process of it is started."""
+"""This package's version and path, and the command line that starts it in another process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VERSION = "0.1.0"
-"""Of both packages."""
+"""The version of both packages."""
 PARENT = Path(__file__).resolve().parents[2]
 """The folder that holds the package: `app/` of a checkout or an image, or an installation's site-packages."""
 
@@ -19,5 +19,5 @@ def command(*words: str) -> list[str]:
 
 
 def python_path(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the PYTHONPATH with which a new process finds this package before any other of its name."""
+    """Return the PYTHONPATH with which a new process finds this package before any other of the same name."""
     return os.pathsep.join(filter(None, (str(PARENT), environment.get("PYTHONPATH", ""))))

@@ -1,7 +1,7 @@
-"""Paths that a user or a file gives.
+"""Paths from users and files.
 
-Impossible ones are found at the edge, before any system call meets them. Those in descriptions and lists of images may
-have the separators and roots of another machine.
+Impossible paths are refused before any system call gets them. Paths in descriptions and lists of images may have the
+separators and roots of another machine.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _QUOTES = ("'", '"')
 
 
 def at_home(path: str | Path) -> Path:
-    """Return the path with `~` replaced by the home folder; a `~somebody` without a home stays as it is."""
+    """Return the path with `~` replaced by the home folder; `~name` stays unchanged if that user has no home."""
     return Path(os.path.expanduser(path))
 
 
 def real_path(path: str | Path) -> Path:
-    """Return the path with its links followed as far as they lead somewhere; a loop of links stays in it.
+    """Return the path with its links followed as far as possible; a loop of links stays in the path.
 
-    `Path.resolve` ends with RuntimeError at a loop, which anybody can make in a folder that others may write.
+    `Path.resolve` raises RuntimeError at a loop, which any user can make in a folder that others may write.
     """
     return Path(os.path.realpath(path))
 
 
 def lost_folder() -> str | None:
-    """Return what is wrong with a current folder that somebody has removed; None where it is there."""
+    """Return the problem if the current folder has been removed; None if it exists."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def lost_folder() -> str | None:
 
 
 def impossible(words: Iterable[str]) -> str | None:
-    """Return what is wrong with the first word of a command line that no path can be; None where all can.
+    """Return the problem of the first word of a command line that cannot be a path; None if all words can.
 
     Addresses (`https://…`) and lists (`0,1,2`) may be longer than a path.
     """
@@ -59,7 +59,7 @@ def impossible(words: Iterable[str]) -> str | None:
 
 
 def path_problem(value: str) -> str | None:
-    """Return what makes `value` no path of a file in any file system; None where it may be one."""
+    """Return why `value` cannot be a path of a file in any file system; None if it can."""
     if "\0" in value:
         return "holds a NUL, which no path can"
     if value.startswith("~") and os.path.expanduser(value).startswith("~"):
@@ -72,14 +72,14 @@ def path_problem(value: str) -> str | None:
 
 
 def absolute(path: Path) -> Path:
-    """Return `path` expanded and absolute, its links kept as they are."""
+    """Return `path` expanded and absolute, with links kept."""
     return Path(os.path.abspath(at_home(path)))
 
 
 def written(entry: str) -> tuple[str, ...]:
-    r"""Return what an entry may mean, the likeliest first: as it stands, `\` read as `/`, without quotes around it.
+    r"""Return the possible meanings of an entry, the likeliest first: unchanged, without quotes, with `/` for `\`.
 
-    Each also in the other encodings of its accents.
+    Each is also returned in the other encodings of its accents.
     """
     bare = entry[1:-1] if len(entry) > 2 and entry[0] == entry[-1] and entry[0] in _QUOTES else entry
     spelled = (entry, bare, bare.replace("\\", "/"))
@@ -87,14 +87,14 @@ def written(entry: str) -> tuple[str, ...]:
 
 
 def encodings(name: str) -> tuple[str, ...]:
-    """Return a name as it is, and with its accents composed (NFC) and taken apart (NFD), as macOS writes them."""
+    """Return a name unchanged, with composed accents (NFC), and with decomposed accents (NFD), as macOS writes them."""
     if name.isascii():
         return (name,)
     return tuple(dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))))
 
 
 def spellings(entry: str) -> tuple[str, ...]:
-    r"""Return what an entry of a description may mean, the likeliest first: all of `written`, then without a leading `../`.
+    r"""Return the possible paths of a description's entry, the likeliest first: `written`, then those without `../`.
 
     Some exporters write `../train/images` for a folder beside the description.
     """
@@ -103,7 +103,7 @@ def spellings(entry: str) -> tuple[str, ...]:
 
 
 def parts_of(entry: str) -> list[str]:
-    r"""Return the names in a path, whatever its separators; `.`, `..`, the root and a drive (`C:`) are left off."""
+    r"""Return the names in a path with any separators, without `.`, `..`, the root and a drive (`C:`)."""
     parts = entry.replace("\\", "/").split("/")
     if parts and _DRIVE.fullmatch(parts[0]):
         parts = parts[1:]
@@ -111,6 +111,6 @@ def parts_of(entry: str) -> list[str]:
 
 
 def tails(entry: str) -> list[str]:
-    """Return the paths that an entry ends in, the longest first: `a/b/c`, `b/c`, `c`."""
+    """Return the trailing paths of an entry, the longest first: `a/b/c`, `b/c`, `c`."""
     parts = parts_of(entry)
     return ["/".join(parts[drop:]) for drop in range(len(parts))]

@@ -1,4 +1,4 @@
-"""What lies at a path that was given for something else: a folder, an archive, a model, a table."""
+"""Find out the kind of a path: a folder, an archive, a model, a table."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ _TABLES = {".csv": "CSV table", ".json": "JSON file", ".xml": "XML file", ".parq
 
 
 class Place(NamedTuple):
-    """What lies at a path."""
+    """The kind of a path, and its description."""
 
     kind: PlaceKind
     words: str
-    """With its article: `a folder`."""
+    """The description, with an article: `a folder`."""
 
 
 def look_at(path: Path) -> Place | None:
-    """Return what lies at `path`, by its first bytes and its suffix; None where nothing does. Links are followed."""
+    """Return the kind of `path`, by its first bytes and its suffix; None if it does not exist. Links are followed."""
     try:
         state = found(path)
-    except OSError:  # it cannot be known
+    except OSError:  # not accessible
         return None
     if state is None:
         return None
@@ -90,7 +90,7 @@ def _with_article(words: str) -> str:
 
 
 def names_in(folder: Path, suffixes: tuple[str, ...], most: int) -> list[str]:
-    """Return up to `most` names of files with these suffixes in a folder, sorted; none where it cannot be listed."""
+    """Return up to `most` names of files with these suffixes in a folder, sorted; empty if it cannot be listed."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:

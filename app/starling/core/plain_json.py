@@ -1,7 +1,7 @@
-"""JSON of others as plain data: bounded size, depth and numbers, and one kind of error.
+"""Read untrusted JSON as plain data, with limits on size, depth and numbers, and one kind of error.
 
-The standard reader raises RecursionError for 2,000 nested lists, ValueError for whole numbers of 5,000 digits, and makes
-numbers that no float holds, which fail far from the file.
+The standard reader raises RecursionError for 2,000 nested lists and ValueError for integers of 5,000 digits, and it
+makes integers that no float can hold, which fail later.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 
 MAX_BYTES = 64 << 20
-"""Room for a COCO file of 500,000 boxes; notes of ours are below 100 KB."""
+"""Room for a COCO file of 500,000 boxes; Starling's own files are below 100 KB."""
 MAX_LEVELS = 64
 _MOST_BITS = 64
 
 
 class NotJson(ValueError):
-    """Content that is no JSON, or more of it than a reader takes; the message says which."""
+    """The content is no JSON, or exceeds a limit; the message says which."""
 
 
 def parse_json(content: bytes | str, *, levels: int = MAX_LEVELS) -> Any:
-    """Return the value. NaN and infinities pass, as Python writes them. Raises NotJson."""
+    """Return the value; accepts NaN and Infinity, as Python writes them. Raises NotJson."""
     try:
         text = text_of(content, "FILE") if isinstance(content, bytes) else content
         value = json.loads(text.removeprefix("\ufeff"))
@@ -41,7 +41,7 @@ def parse_json(content: bytes | str, *, levels: int = MAX_LEVELS) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Any:
-    """Return what a file of JSON holds. Raises OSError where there is no regular file, and NotJson."""
+    """Return the value in a file of JSON; raises OSError if it is not a readable regular file, and NotJson."""
     try:
         return parse_json(read_regular(path, most_bytes))
     except BudgetExceeded as error:
@@ -49,7 +49,7 @@ def read_json(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Any:
 
 
 def _check(value: Any, levels: int) -> None:
-    """Raise NotJson for lists and mappings too deep in each other, and for numbers that no reader needs."""
+    """Raise NotJson for lists and mappings nested too deep, and for integers that are too large."""
     layer = [value]
     for _ in range(levels + 1):
         for item in layer:

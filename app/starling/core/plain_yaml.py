@@ -1,7 +1,7 @@
-"""YAML of others as plain data: no objects, no aliases, no duplicate keys, bounded depth, and one kind of error.
+"""Read untrusted YAML as plain data: no objects, no aliases, no duplicate keys, limited depth, and one kind of error.
 
-PyYAML raises nearly anything for a value that its tag does not fit (`!!timestamp x`), builds whole numbers of any
-length, and lets merge keys and aliases unfold without end. Both packages read through the functions here.
+PyYAML may raise any exception for a value that does not fit its tag (`!!timestamp x`), builds integers of any length,
+and expands merge keys and aliases without limit. Both packages read YAML with the functions here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from starling.core.utf8 import NotUtf8, text_of
 from starling.core.words import shown
 
 MOST_BYTES = 256 * 1024
-"""Real files of settings and descriptions stay below 40 KB; what is larger is something else."""
+"""The largest file; real files of settings and descriptions stay below 40 KB."""
 MAX_LEVELS = 32
 _MOST_WRITTEN_LEVELS = 16
 _MOST_WHOLE_BITS = 64
 _MOST_WHOLE_CHARACTERS = 80
-"""64 binary digits with their underscores; a conversion takes time with the square of the length."""
+"""64 binary digits with underscores; a conversion takes time quadratic in the length."""
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class NotYaml(Exception):
-    """Content that is no plain YAML: the problem in words, and the line (from 1) where it is known."""
+    """The content is no plain YAML; has the problem in words, and the line (from 1) if known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -37,19 +37,19 @@ class NotYaml(Exception):
 
     @property
     def place(self) -> str:
-        """The line as it follows a path: `:7`, or nothing."""
+        """The line as a suffix of a path: `:7`; empty if unknown."""
         return "" if self.line is None else f":{self.line}"
 
 
 class OtherYaml(NotYaml):
-    """YAML that is read well, and is not what was asked for."""
+    """The content is valid YAML, but not of the expected form."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """A value as it is written: a text, a list, a mapping, or nothing.
+    """A value as written in the file: a text, a list, a mapping, or nothing.
 
-    Texts are never turned into numbers or dates here: what `1000:1000` or `1e-3` means is its reader's to say.
+    Texts are not converted to numbers or dates; the caller decides what `1000:1000` or `1e-3` means.
     """
 
     line: int
@@ -60,7 +60,7 @@ class Value:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is said: `key:` or `key: null`."""
+        """Whether the value is missing: `key:` or `key: null`."""
         return (
             self.items is None
             and self.fields is None
@@ -70,19 +70,19 @@ class Value:
 
     @property
     def boolean(self) -> bool | None:
-        """The truth that a plain `true` or `false` says; None for anything else."""
+        """The value of a plain `true` or `false`; None for anything else."""
         if self.quoted or self.text is None:
             return None
         return {"true": True, "false": False}.get(self.text.lower())
 
     @property
     def kind(self) -> str:
-        """What it is, for messages."""
+        """The kind of the value, for messages."""
         return "a list" if self.items is not None else "a mapping" if self.fields is not None else "a text"
 
 
 def load_mapping(content: bytes, path: Path | str = "FILE") -> dict[str, Any]:
-    """Return the mapping with text keys that a file of at most MOST_BYTES holds. Raises NotYaml."""
+    """Return the mapping in a file of at most MOST_BYTES; all keys are text. Raises NotYaml."""
     if len(content) > MOST_BYTES:
         raise OtherYaml(f"larger than {MOST_BYTES // 1024} KiB, so not a configuration; check the path")
     value = load_yaml(content, path)
@@ -95,7 +95,7 @@ def load_mapping(content: bytes, path: Path | str = "FILE") -> dict[str, Any]:
 
 
 def written_mapping(content: bytes, path: Path | str = "FILE") -> dict[str, Value]:
-    """Return the mapping that a file holds as it is written, with its lines; an empty one for comments only. Raises NotYaml."""
+    """Return the mapping in a file as written, with line numbers; empty for comments only. Raises NotYaml."""
     node = compose_yaml(content, path, _MOST_WRITTEN_LEVELS)
     value = None if node is None else _written(node)
     if value is None or value.empty:
@@ -117,18 +117,18 @@ def _written(node: Any) -> Value:
         if not isinstance(key, yaml.ScalarNode):
             raise OtherYaml("a key must be a plain word", key_line)
         if key.value in fields:
-            raise OtherYaml(f"the key {shown(repr(key.value))} stands twice; keep one of them", key_line)
+            raise OtherYaml(f"the key {shown(repr(key.value))} appears twice; keep one of them", key_line)
         fields[key.value] = _written(value)
     return Value(line=line, fields=fields)
 
 
 def load_yaml(content: bytes, path: Path | str = "FILE") -> Any:
-    """Return the value of the one document of a file; true, false and 1e-3 mean what they do in YAML 1.2. Raises NotYaml."""
+    """Return the value of a file with one document; booleans and floats are read as in YAML 1.2. Raises NotYaml."""
     return _read(content, path, _PlainLoader, lambda loader: loader.get_single_data())
 
 
 def compose_yaml(content: bytes, path: Path | str = "FILE", levels: int = MAX_LEVELS) -> Any:
-    """Return PyYAML's nodes of the one document, or None; no tag and no anchor is accepted. Raises NotYaml."""
+    """Return PyYAML's root node of a single document, or None; accepts no tags and no anchors. Raises NotYaml."""
 
     def compose(loader: _BareLoader) -> Any:
         loader.most_levels = levels
@@ -148,7 +148,9 @@ def _read(content: bytes, path: Path | str, kind: type[Any], take: Any) -> Any:
         if "escape" in words:
             words += r"; write / in place of \, or single quotes"
         raise NotYaml(words, mark.line + 1 if mark else None) from None
-    except Exception as error:  # PyYAML lets nearly anything through: of escapes like "\UFFFFFFFF", of depth
+    except (
+        Exception
+    ) as error:  # PyYAML lets other exceptions through: for escapes like "\UFFFFFFFF", for depth
         raise NotYaml(f"not readable as YAML: {shown(error)}") from None
 
 
@@ -158,13 +160,13 @@ class _Refused(yaml.constructor.ConstructorError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 booleans and floats, and without aliases or duplicate keys."""
+    """SafeLoader with YAML 1.2 booleans and floats, without aliases and duplicate keys."""
 
     level = 0
     most_levels = MAX_LEVELS
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node, refusing aliases and deep nesting before anything is built."""
+        """Compose one node; refuses aliases and deep nesting before it builds a value."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         self._look_at(event)
         if self.level >= self.most_levels:
@@ -181,7 +183,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise _Refused("aliases (*name) are not accepted; write the value out", event.start_mark)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Construct one value; what does not fit its tag is refused with its line."""
+        """Construct one value; refuses a value that does not fit its tag, with its line."""
         try:
             value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
         except yaml.YAMLError:
@@ -193,33 +195,33 @@ class _PlainLoader(yaml.SafeLoader):
         return value
 
     def construct_yaml_int(self, node: Any) -> Any:
-        """Construct a whole number, unless it is longer than any that fits."""
+        """Construct an integer; refuses one with too many characters."""
         if isinstance(node, yaml.ScalarNode) and len(node.value) > _MOST_WHOLE_CHARACTERS:
             _refuse(node, f"is a whole number beyond the limit of {_MOST_WHOLE_BITS} bits")
         return super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        """Construct a mapping, refusing a key that stands twice."""
+        """Construct a mapping; refuses duplicate keys."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise _Refused("a key must be a plain value", key_node.start_mark)
             if key in seen:
-                raise _Refused(f"the key {shown(repr(key))} stands twice", key_node.start_mark)
+                raise _Refused(f"the key {shown(repr(key))} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _refuse(node: Any, problem: str) -> NoReturn:
-    """Raise an error that quotes the line: the value alone does not tell which key it belongs to."""
+    """Raise an error that quotes the line, because the value alone does not show its key."""
     mark = node.start_mark
     line = str(mark.buffer)[mark.pointer - mark.column :] if mark.buffer else node.value
     raise _Refused(f"`{shown(line.rstrip(chr(0)), 40)}` {problem}", mark)
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
-# YAML 1.1 reads `no` as False and `1e-3` as text; class names and learning rates mean what they say here.
+# YAML 1.1 reads `no` as False and `1e-3` as text, which breaks class names and learning rates.
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -237,7 +239,7 @@ _PlainLoader.add_implicit_resolver(
 
 
 class _BareLoader(_PlainLoader):
-    """The same without anchors and tags, for a reader that wants texts as they are written."""
+    """The same loader without anchors and tags, for callers that need texts as written."""
 
     def _look_at(self, event: Any) -> None:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):

@@ -1,4 +1,4 @@
-"""Processes as the kernel shows them in `/proc`, and which start of the machine they belong to."""
+"""Read processes from `/proc`, and the id of the current boot."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ PROC = "/proc"
 
 
 class Stat(NamedTuple):
-    """What `/proc/PID/stat` says of a process."""
+    """The fields of `/proc/PID/stat`."""
 
     state: str
     parent: int
     session: int
     ticks: int
-    """Of processors' time, in the machine's clock ticks: its own, and that of the children it has buried."""
+    """CPU time in clock ticks: the process's own, and its reaped children's."""
     start: int
-    """Clock ticks from the machine's start to the process's: with the pid, it names one process and no later one."""
+    """Clock ticks from the boot to the process's start; together with the pid, it identifies the process."""
     resident_pages: int
 
     @property
     def ended(self) -> bool:
-        """Whether it only waits to be buried."""
+        """Whether the process has ended and only waits to be reaped (a zombie)."""
         return self.state in ("Z", "X")
 
 
 def stat_of(pid: int, proc: str | os.PathLike[str] = PROC) -> Stat | None:
-    """Return what the kernel says of a process; None for one that has gone, or that nobody shows."""
+    """Return the kernel's fields of a process; None if the process does not exist or is hidden."""
     try:
         with open(os.path.join(proc, str(pid), "stat"), "rb") as file:
             # The command's name, in brackets, may itself hold spaces and brackets.
@@ -46,7 +46,7 @@ def stat_of(pid: int, proc: str | os.PathLike[str] = PROC) -> Stat | None:
 
 
 def all_stats(proc: str | os.PathLike[str] = PROC) -> Iterator[tuple[int, Stat]]:
-    """Yield each process that is there, by its id."""
+    """Yield the pid and the fields of each process."""
     for name in os.listdir(proc):
         stat = stat_of(int(name), proc) if name.isdigit() else None
         if stat is not None:

@@ -1,4 +1,4 @@
-"""Keep credentials out of what is written down and sent."""
+"""Remove credentials from texts that are written or sent."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _IN_QUERY = re.compile(
 _NAMES_ALONE = re.compile(
     r"(?i)\b(?:postgres|postgresql|mysql|mariadb|ssh|sftp|ftp|tcp|rtsp)(?:\+\w{1,20})?:$"
 )
-"""Schemes whose `user@` is a mere name; with others it may be a token."""
+"""Schemes in which `user@` is only a name; in other schemes it may be a token."""
 _LONGEST_SCHEME = 40
 _NO_PASSWORD = frozenset({"", "x-oauth-basic"})
-"""What stands after the colon where the name before it is the token."""
+"""Values after the colon that mean that the name before it is the token."""
 _SECRET_NAME = re.compile(r"(PASSWORD|SECRET|TOKEN|ACCESS_KEY|API_KEY)")
 _SHORTEST = 6
-"""Shorter values of variables are no secrets, and would blot out ordinary words."""
+"""The shortest secret; hiding shorter values of variables would also hide ordinary words."""
 
 
 def without_credentials(text: str) -> str:
-    """Return `text` with the `user:password@` of every address in it left out, and secrets of its query blotted out."""
+    """Return `text` without the `user:password@` of its addresses, and with `***` for the secrets in their queries."""
     return _without(text, lambda found: "")
 
 
 def masked(text: str) -> str:
-    """Return `text` with `***` for every secret that `without_credentials` leaves out, so that its place is seen.
+    """Return `text` with `***` in the place of every secret that `without_credentials` removes.
 
-    Names of users stay where they cannot be tokens.
+    Names of users stay if they cannot be tokens.
     """
     return _without(text, _mask)
 
@@ -51,7 +51,7 @@ def _mask(found: re.Match[str]) -> str:
 
 
 class Redaction:
-    """Blot out the values that the environment holds under names such as MLFLOW_TRACKING_PASSWORD."""
+    """Hides the values of environment variables with names such as MLFLOW_TRACKING_PASSWORD."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         values = {
@@ -62,7 +62,7 @@ class Redaction:
         self._secrets = sorted(values, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
-        """Return `text` as anyone may read it."""
+        """Return `text` without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return without_credentials(text)

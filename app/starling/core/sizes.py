@@ -1,4 +1,4 @@
-"""Amounts of memory and sets of cores, as Docker writes them: `20g` is 20 x 1024^3 bytes."""
+"""Parse and format amounts of memory and sets of cores in Docker's notation: `20g` is 20 x 1024^3 bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GIB = 1024**3
 
 _UNITS = {"": 1, "b": 1, "k": 1024, "m": MIB, "g": GIB, "t": 1024**4}
 _MINIMUM = 6 * MIB
-"""Docker refuses a container below this."""
+"""Docker's least memory for a container."""
 
 
 def parse_size(text: str, option: str = "--memory") -> int:
-    """Return the bytes that `20g`, `512m`, `1.5g`, `20gb` or `20GiB` mean; raises UsageError."""
+    """Return the bytes of `20g`, `512m`, `1.5g`, `20gb` or `20GiB`; raises UsageError."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([bkmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
         raise UsageError(f"{option} {text}: not an amount of memory; write it as 20g or 512m")
@@ -36,12 +36,12 @@ def format_size(amount: int) -> str:
 
 
 def format_gib(amount: int) -> str:
-    """Return bytes as `1.50 GiB`, for amounts that are compared with each other."""
+    """Return bytes as `1.50 GiB`, for amounts that a reader compares."""
     return f"{amount / GIB:.2f} GiB"
 
 
 def format_share(used: int | None, limit: int) -> str:
-    """Return `1.2/20 GB`: what is used of a limit, in the limit's unit; `1.2 GB` where there is none."""
+    """Return the used part of a limit, in the limit's unit: `1.2/20 GB`; `1.2 GB` without a limit."""
     if used is None:
         return "-"
     if not limit:

@@ -1,6 +1,6 @@
-"""Text that people wrote: UTF-8, and where it is not, what it is and the command that rewrites it.
+"""Decode text files as UTF-8; for another encoding, name it and the command that converts the file.
 
-Notepad of Windows and PowerShell's `>` write UTF-16, which looks right in every editor.
+Notepad of Windows and PowerShell's `>` write UTF-16, which editors show correctly.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 from starling.core.words import printable
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # begins as UTF-16 does, so it is looked for first
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # checked first, because it begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 HEAD_BYTES = 512
-"""What `check_utf8` looks at."""
+"""The number of bytes that `check_utf8` examines."""
 _FEW = 8
-"""Bytes below which NULs do not tell an encoding without a mark."""
+"""Fewer bytes are too few to guess an encoding from NULs."""
 
 
 class NotUtf8(ValueError):
-    """Text in another encoding: what it is, and the remedy."""
+    """The text has another encoding; the message names the problem and the remedy."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}; {remedy}")
@@ -41,7 +41,7 @@ def text_of(content: bytes, path: Path | str) -> str:
 
 
 def check_utf8(head: bytes, path: Path | str) -> None:
-    """Raise NotUtf8 where a file's first bytes are UTF-16 or UTF-32; what else they may be is not looked at."""
+    """Raise NotUtf8 if a file's first bytes are UTF-16 or UTF-32; other encodings are not checked."""
     encoding = _encoding_of(head)
     if encoding is None:
         return
@@ -54,7 +54,7 @@ def check_utf8(head: bytes, path: Path | str) -> None:
 
 
 def _encoding_of(head: bytes) -> str | None:
-    """Return the encoding that a mark tells, or, without one, the NULs beside letters of English; else None."""
+    """Return the encoding by its byte order mark, or else by the NULs between ASCII letters; None if unknown."""
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if marked or len(head) < _FEW:
         return marked

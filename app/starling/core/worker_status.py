@@ -1,6 +1,6 @@
-"""What a worker and its supervisor tell while they work, and how `launcher status` reads it: two small JSON files.
+"""The status files of a worker and its supervisor, two small JSON files: the trainer writes, `launcher status` reads.
 
-Writers and readers stand side by side, so that they agree. What is read comes from inside a replica and is not trusted.
+Writers and readers are in one module to stay consistent. The data comes from inside a replica and is not trusted.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from starling.core.plain_json import parse_json
 from starling.core.words import printable
 
 FOLDER = ".workers"
-"""Below the runs folder; the launcher reads `<runs>/.workers/<replica>.json`."""
+"""The folder below the runs folder; the launcher reads `<runs>/.workers/<replica>.json`."""
 
 
 def status_file(worker: str) -> str:
-    """Return the name of the file in which a worker tells where it is."""
+    """Return the name of a worker's status file."""
     return f"{worker}.json"
 
 
 def restarts_file(replica: str) -> str:
-    """Return the name of the file in which a replica's supervisor tells of crashes."""
+    """Return the name of the file in which a replica's supervisor records restarts."""
     return f"{replica}.restarts.json"
 
 
@@ -41,16 +41,17 @@ def print_warning(line: str) -> None:
 
 
 def worker_name(environment: Mapping[str, str] = os.environ) -> str:
-    """Return this worker's name: the replica's (`$STARLING_REPLICA`), else host and process id."""
+    """Return this worker's name: the replica's name (`$STARLING_REPLICA`), else host and process id."""
     return environment.get("STARLING_REPLICA") or f"{socket.gethostname()}-{os.getpid()}"
 
 
 class WorkerStatus:
-    """Write what this worker is doing. A failure to write is never a reason to stop training: `warn` is told once.
+    """Writes this worker's status. A failed write does not stop the training: `warn` is called once.
 
     Fields: worker, pid, phase (starting, training, validating, waiting, done, failed, stopped), run_dir,
-    candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message, lasting (of a
-    failure: it would come again); Unix seconds: search_ends_at (expected), updated. Fields not known yet are absent; NaN and infinity are written as null.
+    candidate, epoch, epochs, images_per_s, fitness, best_fitness, finished, budget, eta_s, message, lasting (the
+    failure would happen again); Unix seconds: search_ends_at (expected), updated. Unknown fields are missing; NaN and
+    infinity are written as null.
     """
 
     def __init__(self, root: Path, worker: str, warn: Callable[[str], None] = print_warning) -> None:
@@ -67,23 +68,23 @@ class WorkerStatus:
         except OSError as error:
             if self._warn is not None:
                 self._warn(
-                    f"status: {refusal(error, self.path) or error}; training goes on, `launcher status` lacks it"
+                    f"status: {refusal(error, self.path) or error}; training goes on, but `launcher status` does not show it"
                 )
             self._warn = None
 
 
 def tell_failure(root: Path, worker: str, message: str) -> None:
-    """Add why this process has failed to what the worker's file tells, where its run has not told that itself."""
+    """Write this process's failure into the worker's status file, unless its run has already done so."""
     told = read_status(root / FOLDER / status_file(worker))
     if told.get("pid") == os.getpid() and told.get("phase") == "failed":
         return
     status = WorkerStatus(root, worker)
-    run = {"run_dir": told["run_dir"]} if "run_dir" in told else {}  # what another try goes on with
+    run = {"run_dir": told["run_dir"]} if "run_dir" in told else {}  # the run that the next attempt resumes
     status.update(phase="failed", message=message, **run)
 
 
 def read_status(path: Path) -> dict[str, object]:
-    """Return what a worker's file tells; nothing for one that is absent or garbled."""
+    """Return the contents of a worker's status file; empty if the file is missing or invalid."""
     try:
         values = parse_json(read_file(path))
     except (OSError, ValueError, RecursionError):
@@ -96,10 +97,10 @@ def _finite(value: object) -> object:
 
 
 class RestartRecord:
-    """Write `<runs>/.workers/<replica>.restarts.json`. A failure to write is never a reason to stop: it is told once.
+    """Writes `<runs>/.workers/<replica>.restarts.json`. A failed write stops nothing: `warn` is called once.
 
     Fields: restarts (so far), max_restarts, exit_code (the last attempt's), oom_killed (the kernel killed one of the
-    replica's processes for memory), delay_s (of the wait that goes on); Unix seconds: restart_at (when it ends),
+    replica's processes for memory), delay_s (of the current wait); Unix seconds: restart_at (the end of the wait),
     updated. Fields that do not apply are null.
     """
 
@@ -116,14 +117,14 @@ class RestartRecord:
         self._max_restarts = max_restarts
 
     def begin(self) -> None:
-        """Forget what was told of an earlier replica of this name, but for the run that it left unfinished."""
+        """Reset the files of an earlier replica of this name; keep only the run that it left unfinished."""
         self.tell(0)
         run = unfinished_run(self._status)
         known: dict[str, object] = {} if run is None else {"run_dir": run}
         self._write(self._status, {"updated": time.time(), **known})
 
     def failure_lasts(self) -> bool:
-        """Return whether the trainer said of its failure that it would come again."""
+        """Return whether the trainer reported that its failure would happen again."""
         told = read_status(self._status)
         return told.get("phase") == "failed" and told.get("lasting") is True
 
@@ -153,19 +154,19 @@ class RestartRecord:
             write_atomic(path, json.dumps(fields))
         except OSError as error:
             if not self._warned:
-                self._warn(f"status: {refusal(error, path) or error}; `launcher status` lacks it")
+                self._warn(f"status: {refusal(error, path) or error}; `launcher status` does not show it")
             self._warned = True
 
 
 def unfinished_run(status: Path) -> str | None:
-    """Return the run folder in a worker's status file; None for a run that is done, no such file, or a garbled one."""
+    """Return the run folder in a worker's status file; None if the run is done, or the file is missing or invalid."""
     told = read_status(status)
     run = told.get("run_dir")
     return run if isinstance(run, str) and run and told.get("phase") != "done" else None
 
 
 class TrainerStatus(NamedTuple):
-    """A trainer's own account of where it is; None for what it has not said."""
+    """A trainer's own report of its progress; a value that it has not reported is None."""
 
     phase: str | None = None
     candidate: str | None = None
@@ -177,25 +178,25 @@ class TrainerStatus(NamedTuple):
     budget: int | None = None
     eta_s: float | None = None
     search_ends_at: float | None = None
-    """Unix seconds: when the search as a whole is expected to end."""
+    """The expected end of the whole search in Unix seconds."""
     message: str | None = None
     updated: float | None = None
 
 
 class Restarts(NamedTuple):
-    """A supervisor's account of its trainer's crashes; None for what it has not said."""
+    """A supervisor's report of its trainer's restarts; a value that it has not reported is None."""
 
     done: int | None = None
     most: int | None = None
     restart_at: float | None = None
-    """Unix seconds: when the wait for the next try ends; None while the trainer is there."""
+    """The end of the wait for the next attempt in Unix seconds; None while the trainer runs."""
     delay_s: float | None = None
-    """How long that wait is in all."""
+    """The length of the whole wait."""
     oom_killed: bool = False
-    """The kernel has killed one of the replica's processes for memory."""
+    """Whether the kernel has killed one of the replica's processes for memory."""
 
     def wait_s(self, now: float) -> float | None:
-        """Return the seconds until the next try, whatever was done to the clock meanwhile; None for none."""
+        """Return the seconds until the next attempt, at most `delay_s` (the clock may change); None without a wait."""
         if self.restart_at is None:
             return None
         return min(max(self.restart_at - now, 0.0), self.delay_s or 0.0)
@@ -220,7 +221,7 @@ def progress_in(values: Mapping[str, Any]) -> TrainerStatus:
 
 
 def restarts_in(values: Mapping[str, Any]) -> Restarts:
-    """Return the account in a supervisor's file."""
+    """Return the report in a supervisor's file."""
     return Restarts(
         done=_whole(values.get("restarts")),
         most=_whole(values.get("max_restarts")),
@@ -245,7 +246,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _text(value: Any) -> str | None:
-    """Return a short text without control characters, which could otherwise steer the user's terminal."""
+    """Return a short text without control characters, which could control the user's terminal."""
     if value is None or isinstance(value, (dict, list)):
         return None
     return printable(str(value)[:200])

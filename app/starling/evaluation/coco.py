@@ -1,4 +1,4 @@
-"""Detections in COCO's JSON format, and COCO's own scoring of them."""
+"""Write detections in COCO's JSON format, and score them with pycocotools."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from starling.data.dataset.dataset import Dataset
 from starling.evaluation.validator import ScoredImage
 
 _IOU_50 = 0
-"""Row of IoU 0.5 in COCO's precisions."""
+"""The row of IoU 0.5 in COCO's precisions."""
 
 
 def image_ids(stems: Sequence[str]) -> list[int | str]:
-    """Return how COCO files name images, all different: the number that a file is called, else its name.
+    """Return unique ids of images for COCO files: the number if the file's name is a number, else the name.
 
     Of `1` and `0001` only the shorter is a number.
     """
@@ -37,18 +37,18 @@ def _is_number(stem: str) -> bool:
 
 
 class CocoPredictions:
-    """Collect detections; `add` is a sink for `validate`. Categories are class numbers, from 0."""
+    """Collects detections; `add` is a sink for `validate`. Categories are class numbers, from 0."""
 
     def __init__(self, data: Dataset, stems: Sequence[str] = ()) -> None:
-        """Call the images of `data` by `stems`, or by the names of their files."""
+        """Name the images of `data` by `stems`, or by their file names."""
         self._data = data
         self._ids = image_ids(stems or [path.stem for path in data.images])
         self._rows: list[dict[str, Any]] = []
         self._positions: list[int] = []
-        """Of each row, its image's position in the dataset."""
+        """The position of each row's image in the dataset."""
 
     def add(self, image: ScoredImage) -> None:
-        """Take one image's detections; boxes become [left, top, width, height] in pixels."""
+        """Add one image's detections; boxes become [left, top, width, height] in pixels."""
         for box, (confidence, kind) in zip(
             _left_top_size(image.detections[:, :4]), image.detections[:, 4:].tolist(), strict=True
         ):
@@ -63,13 +63,13 @@ class CocoPredictions:
             self._positions.append(image.index)
 
     def write(self, path: Path) -> None:
-        """Replace `path` by the detections."""
+        """Replace `path` with the detections."""
         write_atomic(path, json.dumps(self._rows))
 
     def score(self, max_detections: int) -> tuple[float, float]:
-        """Return mAP50 and mAP50-95 by pycocotools, with our labels as the truth.
+        """Return mAP50 and mAP50-95 by pycocotools, with the dataset's labels as ground truth.
 
-        Raises StarlingError where pycocotools is not installed.
+        Raises StarlingError if pycocotools is not installed.
         """
         try:
             from pycocotools.coco import COCO
@@ -80,9 +80,9 @@ class CocoPredictions:
             ) from None
         if not self._rows:
             return 0.0, 0.0
-        # Positions stand for the images here: two folders may hold images of one name.
+        # Images are identified by position here, because two folders may hold images of the same name.
         found = [{**row, "image_id": at} for row, at in zip(self._rows, self._positions, strict=True)]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and its own table
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
             truth = COCO()
             truth.dataset = _annotations(self._data)
             truth.createIndex()
@@ -97,7 +97,7 @@ class CocoPredictions:
 
 
 def _annotations(data: Dataset) -> dict[str, Any]:
-    """Return the dataset's labels as the content of a COCO annotation file, images numbered by position."""
+    """Return the dataset's labels as the content of a COCO annotation file, with images numbered by position."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for position, (labels, (height, width)) in enumerate(
@@ -107,7 +107,7 @@ def _annotations(data: Dataset) -> dict[str, Any]:
         for kind, x, y, w, h in labels.tolist():
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would read as "matched nothing"
+                    "id": len(annotations) + 1,  # pycocotools treats the id 0 as "no match"
                     "image_id": position,
                     "category_id": int(kind),
                     "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height],
@@ -127,6 +127,6 @@ def _left_top_size(boxes_xyxy: Tensor) -> list[list[float]]:
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Return the mean over what has labels; COCO marks the rest with -1."""
+    """Return the mean over classes with labels; pycocotools marks the others with -1."""
     known = precision[precision > -1]
     return float(known.mean()) if known.size else 0.0

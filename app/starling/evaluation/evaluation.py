@@ -1,6 +1,6 @@
-"""Validations from a command line to their files: one of a split, or a study over image sizes.
+"""Validate for a command line and write the files: one validation of a split, or a study over image sizes.
 
-Figures of a list of detections that was cut short say so: recall that the list does not reach counts as not found.
+If the list of detections is truncated, the report says so, because the figures are then too low.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from starling.progress import Progress, console
 logger = logging.getLogger(__name__)
 
 TIMED = (PRE_PROCESS, INFERENCE, SUPPRESSION)
-"""Stages whose time is told."""
+"""The stages whose time is reported."""
 STUDY_SIZES: tuple[int, ...] = tuple(range(256, 1536 + 1, 128))
-"""Image sides of a study; pixels."""
+"""Image sides of a study in pixels."""
 LISTED_CLASSES = 50
-"""Without --verbose, classes are printed up to so many."""
+"""The most classes that are printed without --verbose."""
 
 Sink = Callable[[ScoredImage], None]
 
 
 class Stopwatch:
-    """Add up the seconds of each stage, waiting for the device so that its work counts where it belongs."""
+    """Adds up the seconds of each stage; synchronises with the device, so its work counts for the right stage."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._clock = device, clock
@@ -67,7 +67,7 @@ class Stopwatch:
         self._at = clock()
 
     def __call__(self, stage: str) -> None:
-        """End a stage; the next one begins."""
+        """End a stage and begin the next one."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = self._clock()
@@ -75,25 +75,25 @@ class Stopwatch:
         self._at = now
 
     def milliseconds(self, images: int) -> dict[str, float]:
-        """Return the time of each told stage for one image."""
+        """Return the milliseconds per image of each reported stage."""
         return {stage: self.seconds.get(stage, 0.0) / images * 1000 for stage in TIMED}
 
 
 class LabelFiles:
-    """Write detections as label files, one an image, empty where nothing was found; `add` is a sink."""
+    """Writes detections as label files, one per image, empty without detections; `add` is a sink."""
 
     def __init__(
         self, folder: Path, stems: Sequence[str], *, confidence: bool, hybrid_iou: float | None
     ) -> None:
-        """Write into `folder`, image by image under `stems`.
+        """Write into `folder`, with the names `stems`, one per image.
 
-        With `hybrid_iou` the labels are written too, and no detection that overlaps one by more.
+        With `hybrid_iou`, the labels are written too, and detections that overlap a label by more are left out.
         """
         self._folder, self._stems = folder, stems
         self._confidence, self._hybrid_iou = confidence, hybrid_iou
 
     def add(self, image: ScoredImage) -> None:
-        """Write one image's file: class, x, y, width, height divided by the image's size, confidence."""
+        """Write one image's file: class, then x, y, width and height divided by the image's size, then confidence."""
         found = image.detections
         if self._hybrid_iou is not None:
             found = _with_labels(image, self._hybrid_iou)
@@ -106,7 +106,7 @@ class LabelFiles:
 
 
 def _with_labels(image: ScoredImage, iou: float) -> Tensor:
-    """Return the labels, as sure detections, and those detections that are not on one of their class."""
+    """Return the labels as detections of confidence 1, and the detections that overlap no label of their class."""
     labels, found = image.labels, image.detections
     sure = torch.cat((labels[:, 1:], torch.ones(len(labels), 1), labels[:, :1]), dim=1)
     same_class = found[:, 5:6] == labels[:, 0][None]
@@ -116,7 +116,7 @@ def _with_labels(image: ScoredImage, iou: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """What validations of one command share."""
+    """The objects that all validations of one command share."""
 
     config: ValConfig
     compute: Compute
@@ -132,14 +132,14 @@ class _Bench:
 
     @property
     def cut(self) -> str | None:
-        """What cuts the lists of detections that are scored."""
+        """The sentence that says why the list of detections is truncated; None if it is not."""
         return cut_list(self.data, self.config.conf_thres, self.config.max_det)
 
     def loader(self, model: Predictor, size: int) -> ValLoader:
-        """Return the split in letterboxed batches; squares, all of one shape, where speed is asked for."""
+        """Return the split in letterboxed batches; `--task speed` uses squares of one shape."""
         return ValLoader(
             self.data,
-            ImageStore(self.data, size, "off"),  # one pass: nothing is kept
+            ImageStore(self.data, size, "off"),  # a single pass needs no cache
             image_size=size,
             batch_size=self.config.batch_size,
             stride=model.image_multiple,
@@ -151,7 +151,7 @@ class _Bench:
     def validate(
         self, model: Predictor, size: int, *, previews: int = 0, sinks: Sequence[Sink] = ()
     ) -> tuple[Validation, dict[str, float]]:
-        """Return what one pass over the split says, and milliseconds an image of each stage."""
+        """Return the result of one pass over the split, and the milliseconds per image of each stage."""
         batches, total = self.loader(model, size), len(self.data)
         self._warm_up(model, batches)
         watch = Stopwatch(self.compute.device)
@@ -169,7 +169,7 @@ class _Bench:
 
     @torch.no_grad()
     def _warm_up(self, model: Predictor, batches: ValLoader) -> None:
-        """Let kernels load and be chosen before the clock runs."""
+        """Run one forward pass before the timing, which loads and selects kernels."""
         indices, (height, width) = batches.batches[0]
         number = len(indices) if self.config.task == "speed" else 1
         with self.compute.autocast():
@@ -197,7 +197,7 @@ def _open_bench(config: ValConfig) -> _Bench:
 
 
 def evaluate(config: ValConfig) -> dict[str, Any]:
-    """Validate once, write what was asked for, and return the figures for `--json`."""
+    """Validate once, write the requested files, and return the figures for `--json`."""
     bench = _open_bench(config)
     data = bench.data
     model = bench.model(config.weights)
@@ -249,7 +249,7 @@ def evaluate(config: ValConfig) -> dict[str, Any]:
 
 
 def _name_outputs(config: ValConfig, data: Dataset, folder: Path) -> tuple[Register | None, list[str]]:
-    """Return the name of each image's outputs, written down in the run folder if there are to be any."""
+    """Return the name of each image's outputs, and write the register; None and no names without outputs."""
     if not (config.writes_labels or config.save_json):
         return None, []
     subjects = subjects_of(data.images)
@@ -301,7 +301,9 @@ def study(config: ValConfig) -> dict[str, Any]:
                     "ms_per_image": _rounded(milliseconds),
                 }
             )
-            write_atomic(table, _study_table(weights, rows))  # now: the largest sizes may be more than fits
+            write_atomic(
+                table, _study_table(weights, rows)
+            )  # write now, because the largest sizes may run out of memory
             total = sum(milliseconds.values())
             logger.info(
                 f"{label}  {fitted:4d} px  mAP50-95 {figures['mAP50_95']:.3f}  {total:.1f} ms an image"
@@ -321,7 +323,7 @@ def study(config: ValConfig) -> dict[str, Any]:
 
 
 def _study_table(weights: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows of one model as text in columns, which numpy.loadtxt reads."""
+    """Return the rows of one model as a text table that numpy.loadtxt can read."""
     lines = [
         f"# {weights}",
         f"#{'imgsz':>5} {'P':>9} {'R':>9} {'mAP50':>9} {'mAP50-95':>9}  ms an image: {', '.join(TIMED)}",
@@ -334,7 +336,7 @@ def _study_table(weights: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _labels(weights: Sequence[str]) -> list[str]:
-    """Return a short name for each weights file, all different: its own, with a number where it was taken."""
+    """Return a unique short name for each weights file: its stem, with a number if another file has it."""
     labels: list[str] = []
     for path in map(Path, weights):
         stem, number = path.stem, 2
@@ -359,15 +361,15 @@ def _rounded_figure(value: Any) -> Any:
 
 
 WHOLE_UP_TO = 0.01
-"""A least confidence up to this one hardly cuts the curve of precision over recall."""
+"""A confidence threshold up to this value hardly truncates the curve of precision over recall."""
 
 
 def cut_list(data: Dataset, confidence: float, max_detections: int) -> str | None:
-    """Return in one sentence what cuts the list of detections that figures are made of; None for nothing."""
+    """Return a sentence that says why the list of scored detections is truncated; None if it is not."""
     reasons = []
     if confidence > WHOLE_UP_TO:
         reasons.append(
-            f"no detection below confidence {confidence:g} (--conf-thres; whole up to {WHOLE_UP_TO:g})"
+            f"no detection below confidence {confidence:g} (--conf-thres; complete up to {WHOLE_UP_TO:g})"
         )
     crowded = sum(len(rows) > max_detections for rows in data.labels)
     if crowded:

@@ -1,4 +1,4 @@
-"""The validation images that a model gets most wrong, and a plot of them."""
+"""Find and draw the validation images with the most mistakes of a model."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from starling.evaluation.validator import ScoredImage
 from starling.metrics import find_mistakes
 
 SHOWN = 9
-"""Images in the mosaic; more, and their boxes could not be told apart."""
+"""The number of images in the mosaic; with more images, the boxes would be too small."""
 CONFIDENCE = 0.25
-"""Detections below it are not counted, as in the confusion matrix."""
+"""Detections below this confidence are ignored, as in the confusion matrix."""
 TILE = 640
-"""Longest side in pixels of an image in the mosaic."""
+"""The longest side of an image in the mosaic in pixels."""
 KINDS = ("missed", "false")
 
 
 @dataclass(frozen=True, slots=True)
 class Mistakes:
-    """What is wrong in one image, in its own pixels."""
+    """The wrong boxes of one image, in the image's own pixels."""
 
     index: int
     missed: Tensor
-    """[n,5] class, xyxy of the labels that no detection meets."""
+    """[n,5] class, xyxy of the labels that no detection matches."""
     false: Tensor
-    """[m,6] xyxy, confidence, class of the detections that meet no label."""
+    """[m,6] xyxy, confidence, class of the detections that match no label."""
 
     @property
     def count(self) -> int:
-        """Boxes that are wrong."""
+        """The number of wrong boxes."""
         return len(self.missed) + len(self.false)
 
 
 class WorstImages:
-    """Keep the images with the most missed and false boxes; `add` is a sink for `validate`."""
+    """Keeps the images with the most missed and false boxes; `add` is a sink for `validate`."""
 
     def __init__(self, limit: int = SHOWN) -> None:
         self._limit = limit
         self._heap: list[tuple[int, int, Mistakes]] = []
 
     def add(self, image: ScoredImage) -> None:
-        """Look at one image."""
+        """Add one image."""
         detections = image.detections[image.detections[:, 4] >= CONFIDENCE]
         missed, false = find_mistakes(detections, image.labels)
         self._keep(Mistakes(image.index, image.labels[missed], detections[false]))
 
     @classmethod
     def merged(cls, parts: Iterable[Self]) -> Self:
-        """Return the worst of all that several have kept."""
+        """Return the worst images of several collections."""
         whole = cls()
         for part in parts:
             for mistakes in part.images:
@@ -74,12 +74,12 @@ class WorstImages:
 
     @property
     def images(self) -> list[Mistakes]:
-        """The images kept, the worst first, the first of equals first."""
+        """The kept images, the worst first; equal ones in order of the dataset."""
         return [mistakes for _, _, mistakes in sorted(self._heap, key=lambda item: item[:2], reverse=True)]
 
 
 def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path) -> None:
-    """Draw a mosaic of the worst images with only their wrong boxes; nothing where there is none."""
+    """Draw a mosaic of the worst images with only their wrong boxes; draws nothing without mistakes."""
     from starling.plots.batches import plot_batch
 
     found = worst.images
@@ -103,7 +103,7 @@ def draw_worst(worst: WorstImages, data: Dataset, store: ImageStore, path: Path)
 
 
 def _fitted(image: np.ndarray) -> np.ndarray:
-    """Return an image whose longest side is TILE, so that every tile is as large as can be."""
+    """Return the image scaled to a longest side of TILE."""
     height, width = image.shape[:2]
     scale = TILE / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))

@@ -1,4 +1,4 @@
-"""Plots of a validation: its first batches, the confusion matrix, and the curves."""
+"""Draw the plots of a validation: its first batches, the confusion matrix, and the curves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from starling.evaluation.validator import Preview, Validation
 
 SHOWN_CONFIDENCE = 0.25
 PREVIEWS = 3
-"""Batches drawn of each kind."""
+"""The number of batches drawn with labels and with detections."""
 
 
 def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None:
-    """Draw val_batch*_{labels,pred}.jpg, the confusion matrix (its counts too) and the curves of the final validation."""
+    """Draw val_batch*_{labels,pred}.jpg, the confusion matrix and the curves, and write the matrix's counts."""
     from starling.plots.curves import plot_confidence_curve, plot_confusion_matrix, plot_pr_curve
 
     for number, preview in enumerate(validation.previews):
@@ -27,7 +27,7 @@ def draw_validation(validation: Validation, data: Dataset, folder: Path) -> None
         draw_detections(preview, data, folder / f"val_batch{number}_pred.jpg")
     counts, distinct = validation.confusion.counts, data.distinct_names
     matrix = {"names": [*distinct, BACKGROUND], "counts": counts.tolist()}
-    # Before the plot: trackers are told of that one, and look for the counts beside it.
+    # Write the counts before the plot, because trackers read them beside the plot.
     write_atomic(folder / "confusion_matrix.json", json.dumps(matrix))
     plot_confusion_matrix(counts, distinct, folder / "confusion_matrix.png")
     metrics = validation.metrics

@@ -36,12 +36,12 @@ LOADING, PRE_PROCESS, INFERENCE, LOSS, SUPPRESSION, SCORING = (
     "NMS",
     "scoring",
 )
-"""Stages of a batch; the last part of its scoring comes after the next one's loss."""
+"""The stages of a batch; the last part of its scoring runs after the next batch's loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One batch to draw, in its letterboxed frame: images and both kinds of boxes."""
+    """One batch to draw, in letterboxed pixels: images, labels and detections."""
 
     indices: tuple[int, ...]
     images: np.ndarray
@@ -49,12 +49,12 @@ class Preview:
     targets: np.ndarray
     """[n,6] image, class, xywhn."""
     detections: list[np.ndarray]
-    """[m,6] xyxy pixels, confidence, class; one array an image."""
+    """[m,6] xyxy pixels, confidence, class; one array per image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What one pass over a split says."""
+    """The result of one pass over a split."""
 
     metrics: Metrics
     losses: tuple[float, float, float]
@@ -66,10 +66,10 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class ScoredImage:
-    """What was found in one image and what is there, in the image's own pixels."""
+    """The detections and labels of one image, in the image's own pixels."""
 
     index: int
-    """Position in the dataset."""
+    """The position in the dataset."""
     original_hw: tuple[int, int]
     labels: Tensor
     """[n,5] class, xyxy."""
@@ -82,7 +82,7 @@ class _Matched:
     """One image's detections and labels, matched."""
 
     position: tuple[int, int]
-    """Number of the batch, place in it: the order of one process, whichever rank did it."""
+    """The batch's number and the place in it: the order of a single process, independent of the rank."""
     correct: np.ndarray
     """[m,10] bool."""
     scored: np.ndarray
@@ -109,13 +109,13 @@ def validate(
 ) -> Validation:
     """Return metrics of `model` (in eval mode) over `batches`, matched in each image's own pixels.
 
-    `loss` None leaves the losses NaN. `after_batch` is told the number of images done so far, `on_image` each
-    image's boxes, `lap` the name of each stage as it ends. The ranks of a `group` each do their part of every
-    batch; all get the figures of the whole, while `on_image` and the previews are of the rank's own images.
+    Without `loss` the losses are NaN. `after_batch` receives the number of images done so far, `on_image` each image's
+    boxes, `lap` the name of each stage at its end. Each rank of a `group` processes its part of every batch; all ranks
+    return the figures of the whole, but `on_image` and the previews cover only the rank's own images.
     """
     started = time.monotonic()
     scores = _Scores(ConfusionMatrix(model.nc), previews, on_image)
-    # A detector hands its images to a convolution, for which autocast would round them in the same way.
+    # A detector's first layer is a convolution, for which autocast would round the images in the same way.
     inputs = _Inputs(compute, rounded=compute.bfloat16 and isinstance(model, Detector))
     loss_sum = torch.zeros(3, device=compute.device)
     done = iterations = 0
@@ -141,7 +141,7 @@ def validate(
             targets = batch.targets.to(compute.device, non_blocking=True)
             loss_sum += loss(raw, targets, group.share(batch))[1]
         lap(LOSS)
-        score()  # the last batch: the host's work, while a GPU has this one's forward pass to do
+        score()  # score the previous batch on the host while the GPU runs this batch's forward pass
         detections = []
         if not batch.padding:
             detections = non_max_suppression(
@@ -169,25 +169,25 @@ def validate(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was found in one batch, all images in one table, on the host."""
+    """The detections of one batch on the host, all images in one table."""
 
     batch: Batch
     positions: list[tuple[int, int]]
-    """Of each image, see `_Matched`."""
+    """The position of each image, see `_Matched`."""
     boxed: list[Tensor]
-    """[m,6] in letterboxed pixels, one an image, on the device."""
+    """[m,6] in letterboxed pixels, one tensor per image, on the device."""
     detections: Tensor
-    """[m,6] in pixels of the images as they are on disk."""
+    """[m,6] in pixels of the images on disk."""
     image: Tensor
-    """[m] whose they are."""
+    """[m] the index of each detection's image."""
     correct: Tensor
     """[m,10] bool."""
     labels: Tensor
-    """[B,n,5] class, xyxy in the same pixels; class -1 where an image has fewer."""
+    """[B,n,5] class, xyxy in the same pixels; padded with class -1."""
 
     @classmethod
     def of(cls, batch: Batch, boxed: list[Tensor], positions: list[tuple[int, int]]) -> _Found:
-        """Match detections with labels, on the device, and bring over what is needed of them."""
+        """Match detections with labels on the device, and copy the result to the host."""
         if not boxed:
             nothing = torch.zeros(0)
             return cls(batch, [], [], nothing, nothing, nothing, nothing)
@@ -203,7 +203,7 @@ class _Found:
 
 @dataclass(slots=True)
 class _Scores:
-    """What the images of one process say, added up."""
+    """The accumulated scores of one process's images."""
 
     confusion: ConfusionMatrix
     previews: int
@@ -212,7 +212,7 @@ class _Scores:
     drawn: list[Preview] = field(default_factory=list)
 
     def add(self, found: _Found) -> None:
-        """Count one batch; nothing here waits for the device but a preview."""
+        """Add one batch; only a preview waits for the device."""
         if not found.boxed:
             return
         self.confusion.add_images(found.detections, found.image, found.labels)
@@ -234,7 +234,7 @@ class _Scores:
 
 
 def _score(images: list[_Matched]) -> Metrics:
-    """Return the metrics of all images; in one process's order, so that equal confidences rank alike."""
+    """Return the metrics of all images, in the order of a single process, so equal confidences rank the same."""
     images = sorted(images, key=lambda image: image.position)
     confidence, predicted = np.concatenate([image.scored for image in images]).T
     correct = np.concatenate([image.correct for image in images])
@@ -243,7 +243,7 @@ def _score(images: list[_Matched]) -> Metrics:
 
 
 def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True) -> list[str]:
-    """Return lines with the figures of all classes together, and with `classes` of each; `-` without labels."""
+    """Return lines with the figures of all classes together, and with `classes` of each class; `-` without labels."""
     rows: list[tuple[str, int, tuple[float, ...] | None]] = [
         (
             "all",
@@ -270,7 +270,7 @@ def class_table(metrics: Metrics, names: Sequence[str], *, classes: bool = True)
 
 
 def class_figures(metrics: Metrics, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return number, name, labels and the four figures of each class; None for the figures of one without labels."""
+    """Return number, name, labels and the four figures of each class; without labels, the figures are None."""
     rows = {int(index): row for row, index in enumerate(metrics.classes)}
     figures: list[dict[str, Any]] = []
     for index, name in enumerate(names):
@@ -288,14 +288,14 @@ def class_figures(metrics: Metrics, names: Sequence[str]) -> list[dict[str, Any]
 
 
 class _Inputs:
-    """Inputs of one batch after another, on a CPU in the same memory: fresh pages cost several times the work."""
+    """Converts batches to model inputs; on a CPU it reuses memory, because new pages cost several times the work."""
 
     def __init__(self, compute: Compute, *, rounded: bool = False) -> None:
         self._compute = compute
         self._memory = torch.empty(0, dtype=torch.bfloat16 if rounded else torch.float32)
 
     def of(self, images: Tensor) -> Tensor:
-        """Return what `to_input` does, on a CPU `rounded` to bfloat16 if asked for; the last batch's is overwritten."""
+        """Return the input as `to_input` does, on a CPU possibly in bfloat16; overwrites the previous batch's input."""
         if not self._compute.on_cpu or images.is_floating_point():
             return to_input(images, self._compute)
         if len(self._memory) < images.numel():
@@ -306,7 +306,7 @@ class _Inputs:
 
 
 def _frames(batch: Batch) -> Tensor:
-    """Return [B,5] of each image: padding x and y, ratio, and the width and height that it has on disk."""
+    """Return [B,5] of each image: padding x and y, ratio, and the width and height on disk."""
     assert batch.geometry is not None, "validation batches carry their letterbox"
     return torch.tensor([
         (*geometry.pad_wh, geometry.ratio, width, height)
@@ -315,7 +315,7 @@ def _frames(batch: Batch) -> Tensor:
 
 
 def _to_original(boxes_xyxy: Tensor, frames: Tensor) -> Tensor:
-    """Return boxes [n, 4 or more], each mapped from its letterbox to its image of [n,5]; see `boxes_to_original`."""
+    """Return boxes [n, 4 or more] mapped from the letterbox to the image, by frames [n,5]; see `boxes_to_original`."""
     pad, ratio, size_wh = frames[:, None, :2], frames[:, 2, None, None], frames[:, None, 3:]
     corners = (boxes_xyxy[:, :4].unflatten(1, (2, 2)) - pad) / ratio
     corners = torch.minimum(corners.clamp_(min=0), size_wh)
@@ -323,7 +323,7 @@ def _to_original(boxes_xyxy: Tensor, frames: Tensor) -> Tensor:
 
 
 def _labels(batch: Batch) -> Tensor:
-    """Return [B,n,5] class, xyxy in pixels of the images as they are on disk; class -1 where one has fewer."""
+    """Return [B,n,5] class, xyxy in pixels of the images on disk; padded with class -1."""
     height, width = batch.images.shape[2:]
     targets = batch.targets[batch.targets[:, 0].argsort(stable=True)]
     image = targets[:, 0].long()

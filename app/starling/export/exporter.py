@@ -1,4 +1,4 @@
-"""Write a detector as TorchScript and ONNX, and only after the written form has given the detector's own answers."""
+"""Write a detector as TorchScript and ONNX, after checking that each form gives the detector's outputs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from starling.prediction.predictor import fit_size
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference of a score; of a coordinate, as a share of its pixels where these are above 1."""
+"""The largest difference of a score, or of a coordinate, relative to its value if that is above 1."""
 HALF_TOLERANCE = 1e-2
-"""The same where the arithmetic is float16, which has three digits."""
+"""The same limit for float16, which has three digits."""
 INPUT, OUTPUT = "images", "output0"
 
 
 class _Decoded(nn.Module):
-    """A detector that returns its decoded predictions alone."""
+    """A detector that returns only its decoded predictions."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -46,18 +46,18 @@ class _Decoded(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How far a written form's answers lie from the detector's."""
+    """The differences between a written form's outputs and the detector's."""
 
     pixels: float
-    """Largest difference of a coordinate."""
+    """The largest difference of a coordinate."""
     scores: float
-    """Largest difference of an objectness or class score."""
+    """The largest difference of an objectness or class score."""
     worst: float
-    """Largest difference of all as `TOLERANCE` counts it."""
+    """The largest difference of all, in the measure of `TOLERANCE`."""
 
     @classmethod
     def of(cls, answer: np.ndarray, expected: np.ndarray) -> Difference:
-        """Compare two [B, anchors, 5+nc]; another shape is an infinite difference."""
+        """Compare two [B, anchors, 5+nc]; a different shape is an infinite difference."""
         if answer.shape != expected.shape or not np.isfinite(answer).all():
             return cls(pixels=float("inf"), scores=float("inf"), worst=float("inf"))
         apart = np.abs(answer.astype(np.float64) - expected)
@@ -71,7 +71,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """A detector ready to be written, and an image to try it on."""
+    """A detector to export, and images to check it with."""
 
     config: ExportConfig
     module: _Decoded
@@ -81,15 +81,15 @@ class _Job:
 
 
 def export(config: ExportConfig) -> None:
-    """Write the formats asked for beside the weights.
+    """Write the requested formats beside the weights.
 
-    Raises StarlingError, and writes nothing, where a form's answers differ from the detector's.
+    Raises StarlingError, without writing the form, if a form's outputs differ from the detector's.
     """
     compute = _select_compute(config)  # before weights are fetched
     weights = find_weights(config.weights)
     if not os.access(weights.absolute().parent, os.W_OK):
         raise UsageError(
-            f"{weights.absolute().parent}: not writable, and outputs lie beside the weights; copy {weights.name} elsewhere"
+            f"{weights.absolute().parent}: not writable, and outputs go beside the weights; copy {weights.name} elsewhere"
         )
     job = _prepare(config, compute)
     writers = {"torchscript": _torchscript, "onnx": _onnx}
@@ -97,7 +97,7 @@ def export(config: ExportConfig) -> None:
         content, difference, usage = writers[name](job)
         if difference.worst > job.tolerance:
             raise StarlingError(
-                f"{name}: its answers differ from the detector's by {difference.worst:.1e} "
+                f"{name}: its outputs differ from the detector's by {difference.worst:.1e} "
                 f"(at most {job.tolerance:.0e}), so it is not written; try another --opset, or --device cpu"
             )
         path = weights.with_suffix(f".{name}")
@@ -155,10 +155,12 @@ def _expected(job: _Job, images: Tensor) -> np.ndarray:
 
 
 def _torchscript(job: _Job) -> tuple[bytes, Difference, str]:
-    """Return the traced module's file, its difference after loading, and how to use it."""
+    """Return the traced module's file, the differences after loading, and an example of its use."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that tracing is old is known; that a shape is a constant is meant
+        warnings.simplefilter(
+            "ignore"
+        )  # ignore the deprecation of tracing, and warnings about constant shapes, which are intended
         traced = torch.jit.trace(job.module, job.images, strict=False)
         torch.jit.save(traced, buffer, _extra_files={"config.txt": json.dumps(job.metadata)})
         loaded = torch.jit.load(io.BytesIO(buffer.getvalue()), map_location=job.images.device)
@@ -168,20 +170,20 @@ def _torchscript(job: _Job) -> tuple[bytes, Difference, str]:
 
 
 def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
-    """Return the ONNX file, the difference of ONNX Runtime's answers, and how to use it."""
+    """Return the ONNX file, the differences of ONNX Runtime's outputs, and an example of its use."""
     import onnx
     import onnxruntime
 
     buffer = io.BytesIO()
     axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch", 1: "anchors"}}
     with warnings.catch_warnings(), torch.no_grad():
-        # The exporter that goes by TorchScript: the newer one writes no operator set below 18, which most runtimes
-        # of phones want, and takes five times as long.
+        # Use the TorchScript exporter: the newer one takes five times as long, and cannot write operator sets below
+        # 18, which most runtimes on phones need.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             job.module,
             (job.images,),
-            buffer,  # type: ignore[arg-type]  # by TorchScript it takes a file object
+            buffer,  # type: ignore[arg-type]  # the TorchScript exporter accepts a file object
             dynamo=False,
             opset_version=job.config.opset,
             input_names=[INPUT],
@@ -195,7 +197,9 @@ def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
     content = model.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()  # its own count knows no container
+    options.intra_op_num_threads = (
+        torch.get_num_threads()
+    )  # ONNX Runtime's default ignores the container's limit
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def compare(images: Tensor) -> Difference:
@@ -203,7 +207,7 @@ def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
         return Difference.of(np.asarray(answer), _expected(job, images))
 
     trials = [job.images]
-    if job.config.dynamic:  # another batch and another shape than the one it was made with
+    if job.config.dynamic:  # also try another batch size and shape
         stride = int(job.metadata["stride"])
         trials.append(F.pad(job.images, (0, stride)).repeat(2, 1, 1, 1))
     worst = max((compare(images) for images in trials), key=lambda difference: difference.worst)

@@ -1,4 +1,4 @@
-"""Copy a run's results to object storage at its end. Never worth a run: what goes wrong is one line."""
+"""Copy a run's results to object storage at its end. A failure does not fail the run, but is reported in one line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TEMPORARY = (".part", ".lock", ".tmp")
 
 
 def check_driver(url: str) -> None:
-    """Raise UsageError where the package that speaks the bucket's scheme is not installed; an empty `url` needs none."""
+    """Raise UsageError if the package for the bucket's scheme is not installed; an empty `url` needs none."""
     package = BUCKET_DRIVERS[check_bucket(url)] if url else None
     if package is not None and importlib.util.find_spec(package) is None:
         raise UsageError(f"--bucket {url}: needs a package that is not installed: pip install {package}")
 
 
 def result_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a run that are results: its own files and `weights/*.pt`, without locks and leftovers."""
+    """Yield the result files of a run: files in its folder and `weights/*.pt`, without locks and temporary files."""
     for path in sorted([*folder.glob("*"), *folder.glob("weights/*.pt")]):
         hidden = path.name.startswith(".") or path.name.endswith(_TEMPORARY)
         if path.is_file() and not path.is_symlink() and not hidden:
@@ -36,11 +36,11 @@ def result_files(folder: Path) -> Iterator[Path]:
 def upload(folder: Path, url: str) -> bool:
     """Copy the results in `folder` below `url`, replacing older ones; return whether all went well.
 
-    Says one line, whichever way it goes, and raises nothing but an interrupt.
+    Says one line on success and on failure, and raises only KeyboardInterrupt and SystemExit.
     """
     copied = 0
     try:
-        import fsspec  # its drivers are slow to import, and most runs need none
+        import fsspec  # slow to import, and most runs do not need it
 
         filesystem, root = fsspec.core.url_to_fs(url)
         for path in result_files(folder):
@@ -48,10 +48,10 @@ def upload(folder: Path, url: str) -> bool:
             filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             if url.startswith("file://"):
                 _copy(path, Path(target))
-            else:  # an object is there when it is whole
+            else:  # an object appears only when it is complete
                 filesystem.put_file(str(path), target)
             copied += 1
-    except Exception as error:  # a driver may raise anything; the run is done and its files are here
+    except Exception as error:  # a driver may raise any exception; the run is done and its files are local
         reason = (str(error).splitlines() or [""])[0][:300]
         logger.warning(
             f"--bucket {url}: {copied} files copied, then {type(error).__name__}: {reason}; the results are in {folder}"
@@ -62,9 +62,9 @@ def upload(folder: Path, url: str) -> bool:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Replace `target` by a copy, whole at any moment: a reader of a shared folder sees files as they grow.
+    """Replace `target` with a copy atomically, because readers of a shared folder would see a growing file.
 
-    The temporary name is always the same, so that the next copy replaces what a kill has left.
+    The temporary name is always the same: the next copy replaces a killed copy's leftover.
     """
     temporary = target.with_name(f".{target.name}.part")
     try:

@@ -1,8 +1,8 @@
-"""One name for all that a command writes of one source: images, films, label files and crops.
+"""Choose one name for all output files of one source: images, films, label files and crops.
 
-A source is called by its file name without suffix, which is what scripts expect: `labels/a.txt`, `crops/<class>/a.jpg`,
-`film_0.txt` for frame 0 of a film. A source whose files would meet another's gets an addition, six digits of the SHA-256
-of its path: which one, and whatever the order of the sources, depends on the paths alone.
+The name is the source's file name without suffix, as scripts expect: `labels/a.txt`, `crops/<class>/a.jpg`,
+`film_0.txt` for frame 0 of a film. If two sources' files would have the same name, one gets an addition, six digits of
+the SHA-256 of its path. The names depend on the paths only, not on the order of the sources.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import NamedTuple
 from starling.core.files.file_system import NAME_MAX
 
 DIGITS = 6
-"""Hexadecimal digits of an addition; more where six are taken."""
+"""Hexadecimal digits of an addition; more if the name with six is taken."""
 ROOM = 25
-"""Bytes that a name leaves for the frame, the number of a crop and the suffix: `_12345678-1234.jpeg` and an addition."""
+"""Bytes reserved after a name for frame, number of a crop, suffix (`_12345678-1234.jpeg`) and an addition."""
 
 _FRAME = re.compile(r"(.+)_(?:0|[1-9]\d*)", re.DOTALL | re.ASCII)
 _NUMBER = re.compile(r"(.+)-(?:[2-9]|[1-9]\d+)", re.DOTALL | re.ASCII)
 
 
 class Key(NamedTuple):
-    """What tells named sources apart: a film `a` writes `a_0.txt`, an image `a` writes `a.txt`."""
+    """The identity of a name: a film `a` writes `a_0.txt`, an image `a` writes `a.txt`."""
 
     film: bool
     base: str
@@ -37,14 +37,14 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A source, as far as its files' names depend on it."""
+    """The properties of a source that determine the names of its files."""
 
     identity: str
-    """Absolute path, or the address without user and password."""
+    """The absolute path, or the address without user and password."""
     file_name: str
-    """One path component; its suffix, if any, is left out of the names."""
+    """One path component; the names omit its suffix."""
     film: bool = False
-    """Several frames, each with files of its own."""
+    """Whether the source has several frames, each with its own files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +54,10 @@ class Named:
     base: str
     film: bool
     addition: str = ""
-    """Stands before the number of a second crop where `BASE-2` is another source's."""
+    """Text before the number of a second crop, if `BASE-2` is the name of another source."""
 
     def stem(self, frame: int) -> str:
-        """Return the name of an image's files, or of those of one frame, without suffix."""
+        """Return the name, without suffix, of the files of an image or of one frame."""
         return f"{self.base}_{frame}" if self.film else self.base
 
     def crop(self, frame: int, number: int) -> str:
@@ -67,12 +67,12 @@ class Named:
 
 
 def subjects_of(paths: Iterable[Path]) -> list[Subject]:
-    """Return image files as sources; one that is named twice counts as two."""
+    """Return image files as sources; a file that is given twice counts as two."""
     return numbered([Subject(identity=os.path.abspath(path), file_name=path.name) for path in paths])
 
 
 def numbered(subjects: Sequence[Subject]) -> list[Subject]:
-    """Return the same sources, the second of one identity told from the first."""
+    """Return the sources with distinct identities: a repeated identity gets a number."""
     seen: dict[str, int] = {}
     result = []
     for one in subjects:
@@ -84,34 +84,34 @@ def numbered(subjects: Sequence[Subject]) -> list[Subject]:
 
 @dataclass(slots=True)
 class Names:
-    """Give each source a name that no other has; names given before are kept."""
+    """Gives each source a unique name; names given before are kept."""
 
     longest: int = NAME_MAX
-    """Bytes of a file name that the file system takes."""
+    """The longest file name of the file system in bytes."""
     folds: bool = False
-    """Whether the file system takes `A` and `a` for one name."""
+    """Whether the file system treats `A` and `a` as the same name."""
     given: dict[str, Named] = field(default_factory=dict)
-    """By identity."""
+    """The names given, by identity."""
     _keys: dict[Key, str | None] = field(default_factory=dict)
-    """Names in use, with the addition of their second crops; None: not known yet, or no source's."""
+    """Names in use, with the addition of their second crops; None: not known yet, or not of a source."""
     _framed: set[str] = field(default_factory=set)
-    """Names that a film may not have, as an image is called like one of its frames."""
+    """Names that a film must not have, because an image is named like one of its frames."""
     _numbered: set[Key] = field(default_factory=set)
-    """Names whose second crop would be called like another image."""
+    """Names whose second crop would have the name of another image."""
 
     def reserve(self, stem: str, *, film: bool = False) -> None:
-        """Keep a name from being given: a file of it, of no known source, is there."""
+        """Reserve a name, because a file of an unknown source has it."""
         self._take(Key(film, self._fold(stem)), None)
 
     def record(self, identity: str, named: Named) -> None:
-        """Take a name that was given before; one that meets another's is not kept."""
+        """Keep a name that an earlier run gave, unless it conflicts with another name."""
         key = Key(named.film, self._fold(named.base))
         if identity not in self.given and self._is_free(key):
             self._take(key, named.addition)
             self.given[identity] = named
 
     def give(self, subjects: Iterable[Subject]) -> None:
-        """Name sources of different identities; those whose plain name is free get it before any addition is made."""
+        """Name sources of different identities; all sources with a free plain name get it before additions are made."""
         wanted = sorted((one for one in subjects if one.identity not in self.given), key=_order)
         late = []
         chosen: list[tuple[Subject, str]] = []
@@ -131,18 +131,18 @@ class Names:
             self.given[one.identity] = Named(base=base, film=one.film, addition=addition)
 
     def owner(self, stem: str) -> Key | None:
-        """Return the name in use whose source writes files called `stem`, if there is one."""
+        """Return the key of the source that writes files called `stem`; None if there is none."""
         for key, addition in self._readings(self._fold(stem)):
             if key in self._keys and (addition is None or addition == self._keys[key]):
                 return key
         return None
 
     def has(self, key: Key) -> bool:
-        """Return whether a source of that name is known."""
+        """Return whether a source has this key."""
         return key in self._keys
 
     def key(self, named: Named) -> Key:
-        """Return what `owner` returns for the files of `named`."""
+        """Return the key of `named`."""
         return Key(named.film, self._fold(named.base))
 
     def _plain(self, subject: Subject) -> str:
@@ -184,7 +184,7 @@ class Names:
         self._numbered.update(other for other, crop in self._readings(key.base) if crop == "")
 
     def _readings(self, stem: str) -> Iterator[tuple[Key, str | None]]:
-        """Yield the sources that may write a file called `stem`, with the addition they would need (None: any)."""
+        """Yield the keys of sources that may write a file called `stem`, each with the addition needed (None: any)."""
         yield from ((key, None) for key in _bare(stem))
         if number := _NUMBER.fullmatch(stem):
             yield from ((key, "") for key in _bare(number[1]))
@@ -203,9 +203,9 @@ def distinct(
     fold: Callable[[str], str] = str,
     reserved: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Return class names that all differ: those of equal or reserved names get the number of their class.
+    """Return unique class names: an equal or reserved name is followed by the number of its class.
 
-    `numbers` are the classes' numbers, where they are not those of the positions.
+    `numbers` are the numbers of the classes, if they differ from the positions.
     """
     counts = Counter(map(fold, names))
     counts.update(map(fold, reserved))
@@ -222,7 +222,7 @@ def distinct(
 
 
 def folded(text: str) -> str:
-    """Return what names that such a file system does not tell apart have in common."""
+    """Return the common form of names that a case-insensitive file system treats as equal."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
@@ -241,7 +241,7 @@ def _digest(text: str) -> str:
 
 
 def cut(text: str, size: int) -> str:
-    """Return the beginning of a name in at most `size` bytes, no letter cut in two."""
+    """Return the beginning of a name in at most `size` bytes, made of whole characters."""
     if len(os.fsencode(text)) <= size:
         return text
     while len(os.fsencode(text)) > size:

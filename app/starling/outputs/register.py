@@ -1,4 +1,4 @@
-"""Which files of a run folder are whose: `outputs.json`, and what lies there from earlier runs."""
+"""The register of a run folder, `outputs.json`: it maps sources to the names of their files, also of earlier runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starling.outputs.names import Key, Named, Names, Subject, folded
 
 REGISTER = "outputs.json"
 MAX_BYTES = 256 << 20
-"""A larger register is not read."""
+"""The largest register that is read."""
 ANNOTATED = frozenset((".jpg", ".jpeg", ".png", ".mp4"))
 """Suffixes of annotated images and films."""
 
@@ -23,18 +23,18 @@ Kind = Literal["labels", "crops", "annotated", "downloads"]
 
 
 class Register:
-    """The names of all sources of a run folder. Names given by an earlier run into the same folder hold."""
+    """The names of all sources of a run folder. Names from an earlier run into the same folder are kept."""
 
     def __init__(self, folder: Path, subjects: Sequence[Subject]) -> None:
-        """Name `subjects`, and look at what is in `folder`; nothing is written.
+        """Name `subjects` after reading the contents of `folder`; writes nothing.
 
-        Raises OSError where the folder cannot be read.
+        Raises OSError if the folder cannot be read.
         """
         self.path = folder / REGISTER
         recorded = _read(self.path)
         files = list(_files(folder))
         self.folds = _folds(folder, (subjects, recorded, files))
-        """Whether the file system takes `A` and `a` for one name."""
+        """Whether the file system treats `A` and `a` as the same name."""
         self._names = Names(longest=longest_name(folder), folds=self.folds)
         for identity, named in recorded.items():
             self._names.record(identity, named)
@@ -51,7 +51,7 @@ class Register:
         return self._names.given[subject.identity]
 
     def write(self) -> None:
-        """Replace the folder's `outputs.json`: every source, of this run and of earlier ones, with its name."""
+        """Replace the folder's `outputs.json`, which lists every source of this and earlier runs with its name."""
         rows = [
             {"source": identity, "name": named.base, "film": named.film, "crop_addition": named.addition}
             for identity, named in sorted(self._names.given.items())
@@ -59,18 +59,18 @@ class Register:
         write_atomic(self.path, json.dumps({"sources": rows}, indent=1))
 
     def remove_earlier(self, named: Named, kinds: Iterable[Kind]) -> None:
-        """Remove the files of these kinds that an earlier run into this folder wrote of the same source."""
+        """Remove files of these kinds that an earlier run into this folder wrote for the same source."""
         for kind in kinds:
             for path in self._earlier.pop((kind, self._names.key(named)), ()):
                 path.unlink(missing_ok=True)
 
     def is_of_this_run(self, stem: str) -> bool:
-        """Return whether a file called `stem` is one of this run's sources'."""
+        """Return whether a file called `stem` belongs to a source of this run."""
         return self._names.owner(stem) in self._current
 
     @property
     def renamed(self) -> list[dict[str, str]]:
-        """Sources of this run that are not called by their plain file names, and what they are called."""
+        """The sources of this run whose names differ from their plain file names, with these names."""
         return [
             {"source": identity, "name": self._names.given[identity].base}
             for identity, subject in self._subjects.items()
@@ -78,10 +78,10 @@ class Register:
         ]
 
     def _is_known(self, kind: Kind, path: Path) -> bool:
-        """Take a file for that of a source that is recorded; return False if it is of none."""
+        """Assign a file to a recorded source; return False if it belongs to none."""
         if kind in ("labels", "crops"):
             owner = self._names.owner(path.stem)
-        else:  # one a source, so without numbers
+        else:  # one file per source, so names have no numbers
             films = {"annotated": (path.suffix == ".mp4",), "downloads": (False, True)}[kind]
             keys = (self._names.key(Named(base=path.stem, film=film)) for film in films)
             owner = next(filter(self._names.has, keys), None)
@@ -91,7 +91,7 @@ class Register:
 
 
 def _folds(folder: Path, known: tuple[Sequence[Subject], dict[str, Named], list[tuple[Kind, Path]]]) -> bool:
-    """Ask the file system only where names differ by nothing else."""
+    """Return whether the file system ignores case; tests it only if some names differ in nothing else."""
     subjects, recorded, files = known
     stems = {Path(one.file_name).stem for one in subjects} | {one.base for one in recorded.values()}
     stems |= {path.stem for _, path in files}
@@ -120,7 +120,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Named]:
-    """Return the names that a register holds; one that cannot be read, or is no register, holds none."""
+    """Return the names in a register; empty if it cannot be read or is invalid."""
     try:
         content = read_json(path, MAX_BYTES)
         return dict(_record(row) for row in content["sources"])

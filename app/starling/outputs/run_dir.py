@@ -1,6 +1,6 @@
-"""Where a run's files go: `<runs>/<project>/<name>`, whatever the current directory is called.
+"""The folder of a run, `<runs>/<project>/<name>`, independent of the current directory's name.
 
-One trainer works in a run directory: it holds a lock that ends with its process.
+One trainer at a time works in a run directory: it holds a lock that ends with its process.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DIFF = "uncommitted.diff"
 def project_dir(project: str, root: Path) -> Path:
     """Return the folder of a project.
 
-    An absolute `project` stands as it is, and no link below it is followed. Any other lands below `root`, with one
-    leading `runs/` taken off, so that `--project runs/train` and `--project train` name the same folder.
+    An absolute `project` is used unchanged, and no link below it is followed. Any other is below `root`, without a
+    leading `runs/`: `--project runs/train` and `--project train` name the same folder.
 
-    Raises UsageError for a project that would climb out of `root`, by its name or through a link.
+    Raises UsageError for a project that leads out of `root`, by its name or through a link.
     """
     if PurePosixPath(project).is_absolute():
         name_top(Path(project))
@@ -47,7 +47,7 @@ def project_dir(project: str, root: Path) -> Path:
 
 
 def check_project(project: str, root: Path) -> None:
-    """Raise UsageError for a project in which no run can be made; makes nothing. For before any data is read."""
+    """Raise UsageError for a project in which no run can be made; makes nothing. Called before data is read."""
     folder = project_dir(project, root)
     with _written_in(folder):
         try:
@@ -61,9 +61,9 @@ def check_project(project: str, root: Path) -> None:
 
 
 def folder_below(parent: Path, *parts: str) -> Path:
-    """Return `parent/…` with `parts`, a link among them replaced by the folder in `parent` that it leads to.
+    """Return `parent` joined with `parts`, with links among them resolved.
 
-    Raises UsageError where it leads out of `parent`.
+    Raises UsageError if a link leads out of `parent`.
     """
     path, top = parent.joinpath(*parts), real_path(parent)
     real = real_path(path)
@@ -76,9 +76,9 @@ def folder_below(parent: Path, *parts: str) -> Path:
 
 
 def next_free_dir(parent: Path, name: str) -> Path:
-    """Create and return `parent/name`, or the `name2`, `name3`, … after the highest that exists.
+    """Create and return `parent/name`, or the next of `name2`, `name3`, … after the highest existing number.
 
-    Safe among processes that ask at once: the creation itself decides.
+    Safe for concurrent processes, because creating the folder is atomic.
     """
     with open_folder(parent, create=True) as folder:
         number = max((_suffix(other, name) for other in folder.names()), default=0) + 1
@@ -92,9 +92,9 @@ def next_free_dir(parent: Path, name: str) -> Path:
 
 
 def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = False) -> Path:
-    """Create and return the folder of a new run; with `exist_ok` the one of that name, there or not.
+    """Create and return the folder of a new run; with `exist_ok`, an existing folder of that name is used.
 
-    Raises UsageError where the project leaves `root` or cannot be written, DiskFull where there is no room.
+    Raises UsageError if the project leads out of `root` or cannot be written, DiskFull if the disk is full.
     """
     parent = project_dir(project, root)
     if exist_ok:
@@ -106,7 +106,7 @@ def create_run_dir(project: str, name: str, root: Path, *, exist_ok: bool = Fals
 
 
 def make_run_dir(path: Path) -> Path:
-    """Make the folder of a run where it is missing, and return it. Raises as `create_run_dir` does."""
+    """Make the folder of a run if it is missing, and return it; raises like `create_run_dir`."""
     with _written_in(path.parent):
         make_folder(path)
     name_top(path)
@@ -115,7 +115,7 @@ def make_run_dir(path: Path) -> Path:
 
 @contextmanager
 def _written_in(parent: Path) -> Iterator[None]:
-    """Say which folder results cannot be written in, and why."""
+    """Turn an OSError into the user's error that names the folder and the reason."""
     try:
         yield
     except OSError as error:
@@ -135,7 +135,7 @@ def _suffix(folder: str, name: str) -> int:
 
 
 def previous_of(last: Path) -> Path:
-    """Return where the checkpoint before `last` is kept: `last.previous.pt` beside `last.pt`."""
+    """Return the path of the checkpoint before `last`: `last.previous.pt` beside `last.pt`."""
     return last.with_name(f"{last.stem}.previous{last.suffix}")
 
 
@@ -157,7 +157,7 @@ class RunDir:
 
     @property
     def previous(self) -> Path:
-        """The resumable checkpoint before the newest, should that one be damaged."""
+        """The resumable checkpoint before the newest, for use if the newest is damaged."""
         return previous_of(self.last)
 
     @property
@@ -167,12 +167,12 @@ class RunDir:
 
     @property
     def results_csv(self) -> Path:
-        """One row an epoch."""
+        """The results, one row per epoch."""
         return self.path / "results.csv"
 
     @property
     def diff(self) -> Path:
-        """What the working tree of the code had changed since its commit, if it had."""
+        """The changes of the code's working tree since its commit, if there are any."""
         return self.path / DIFF
 
     @property
@@ -186,12 +186,12 @@ LOCK = ".lock"
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the run directory; raises UsageError naming the holder when another trainer has it.
+    """Lock the run directory; raises UsageError that names the holder if another trainer has locked it.
 
     The kernel releases the lock when its holder dies, so there is nothing to clean up.
     """
     with ExitStack() as stack:
-        # Two locks: the file tells who holds it, the folder's holds though somebody removes the file.
+        # Two locks: the file names the holder; the folder's lock holds even if the file is removed.
         descriptor, free = take(folder / LOCK, lambda: _open(folder / LOCK))
         file = stack.enter_context(open(descriptor, "a+"))
         if free:
@@ -203,16 +203,14 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"{folder}: already in use by {holder}; wait for it, stop it, or choose another --name"
             )
-        with disk_write(
-            folder / LOCK
-        ):  # by the descriptor: what a buffer holds would be tried again at the close
+        with disk_write(folder / LOCK):  # unbuffered: the close would write a buffer again after a failure
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
 def _open(path: Path) -> int:
-    """Open the lock's file, which is about to be emptied: a link, or a second name of another file, is refused."""
+    """Open the lock's file, which is then truncated; refuses a link, and a file with a second name."""
     try:
         make_folder(path.parent)
         return open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, alone=True)

@@ -1,4 +1,4 @@
-"""Plots of a batch: images in a grid with their labels or detections drawn on them."""
+"""Draw a batch: images in a grid with their labels or detections."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from starling.plots.drawing import Pen, draw_boxes
 GAP = 6
 """Black pixels between tiles and around them."""
 EMPTY = 114
-"""Grey of a cell without an image: that of letterbox borders."""
+"""The grey of a cell without an image, as in letterbox borders."""
 SMALLEST_TILE = 320
-"""Images below this longest side are enlarged, else no label could be read."""
+"""Images with a shorter longest side are enlarged to keep labels readable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
-    """Where the tiles are on the canvas; pixels."""
+    """The layout of the tiles on the canvas, in pixels."""
 
     columns: int
     rows: int
@@ -61,13 +61,14 @@ def plot_batch(
     max_images: int = 16,
     max_side: int = 1920,
 ) -> None:
-    """Draw a grid of a batch's images with boxes, and replace `path` (.jpg or .png).
+    """Draw a grid of a batch's images with boxes, and replace `path` (.jpg or .png) with it.
 
-    `images` is uint8 RGB, [B,H,W,3] or [B,3,H,W]. `boxes_xyxy`, `classes` and `scores` have one array an image:
-    [n,4] in pixels of the image as given, [n], [n]. Without `scores` they are labels, else detections. `titles`
-    are written above the images, `texts` at the boxes in place of class and score. The first `max_images` are drawn; no side exceeds `max_side` pixels.
+    `images` is uint8 RGB, [B,H,W,3] or [B,3,H,W]. `boxes_xyxy`, `classes` and `scores` have one array per image:
+    [n,4] in pixels of the given image, [n], [n]. Without `scores`, boxes are labels, else detections. `titles` are
+    written above the images, `texts` at the boxes instead of class and score. The first `max_images` are drawn; no
+    side exceeds `max_side` pixels.
 
-    Raises ValueError for a batch that is empty or of another shape.
+    Raises ValueError if the batch is empty or has another shape.
     """
     tiles = _channels_last(images)[:max_images]
     grid = _arrange(len(tiles), tiles.shape[1:3], max_side, with_titles=titles is not None)
@@ -118,12 +119,12 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
 
 
 def _text_size(grid: _Grid) -> int:
-    """Return a text size in pixels that suits the tiles."""
+    """Return a text size in pixels for the tiles."""
     return int(np.clip(round(min(grid.tile_hw) / 36), 11, 18))
 
 
 def _arrange(number: int, image_hw: tuple[int, ...], max_side: int, *, with_titles: bool) -> _Grid:
-    """Return the grid with the largest tiles, and of those the one nearest to a square."""
+    """Return the grid with the largest tiles; of equal ones, the grid nearest to a square."""
     height, width = image_hw
     most = max(1.0, SMALLEST_TILE / max(height, width))
     header, footer = (22 if with_titles else 0), 28
@@ -147,7 +148,7 @@ def _arrange(number: int, image_hw: tuple[int, ...], max_side: int, *, with_titl
 
 
 def _legend(canvas: np.ndarray, classes: Sequence[int], names: Sequence[str], pen: Pen, grid: _Grid) -> None:
-    """Write the colours of the classes seen below the tiles, as many as fit on one line."""
+    """Write the colours of the drawn classes below the tiles, as many as fit on one line."""
     x, y = GAP, canvas.shape[0] - grid.footer + (grid.footer - GAP - pen.height) // 2 + 1
     for place, index in enumerate(classes):
         text = style.class_name(names, index, longest=20)

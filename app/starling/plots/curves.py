@@ -1,4 +1,4 @@
-"""Plots of an evaluation: precision, recall and F1 against each other and the confidence; the confusion matrix; a study."""
+"""Draw the curves of precision, recall and F1, the confusion matrix, and the plot of a study."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 CurveKind = Literal["F1", "P", "R"]
 CURVES: dict[str, str] = {"F1": "F1", "P": "Precision", "R": "Recall"}
 MOST_ANNOTATED = 30
-"""From this many classes on, numbers in the cells of a confusion matrix cannot be read."""
+"""From this number of classes on, the cells of a confusion matrix are too small for numbers."""
 MOST_NAMED = 100
 UPRIGHT_FROM = 6
-"""With more columns than this, their names stand upright."""
+"""With more columns than this, their names are vertical."""
 
 
 def plot_pr_curve(
@@ -32,13 +32,13 @@ def plot_pr_curve(
     *,
     classes: Sequence[int] | None = None,
 ) -> None:
-    """Draw `PR_curve.png`: precision against recall at IoU 0.5, a line a class and their mean.
+    """Draw `PR_curve.png`: precision over recall at IoU 0.5, one line per class and their mean.
 
     `px` [points] is the recall, `py` [rows, points] the precision, `ap` [rows] or [rows, IoUs] the average
     precision, IoU 0.5 first. `names` has each row's name; `classes` [rows] each row's class, for its colour (by
     default the row's number). Rows of NaN are left out.
 
-    Raises ValueError where the shapes disagree.
+    Raises ValueError if the shapes disagree.
     """
     ap50 = np.asarray(ap, np.float64)
     ap50 = ap50[:, 0] if ap50.ndim == 2 else ap50
@@ -59,12 +59,12 @@ def plot_confidence_curve(
     *,
     classes: Sequence[int] | None = None,
 ) -> None:
-    """Draw `F1_curve.png`, `P_curve.png` or `R_curve.png`: a value against the confidence threshold.
+    """Draw `F1_curve.png`, `P_curve.png` or `R_curve.png`: a value over the confidence threshold.
 
     `px` [points] is the confidence, `py` [rows, points] the value; `names` and `classes` as for
-    `plot_pr_curve`. The legend tells where the mean of the classes is highest.
+    `plot_pr_curve`. The legend gives the confidence at which the mean over classes is highest.
 
-    Raises ValueError where the shapes disagree.
+    Raises ValueError if the shapes disagree.
     """
     px, py, rows = _checked(px, py, names, classes)
     what = CURVES[kind]
@@ -79,7 +79,7 @@ def plot_confidence_curve(
 
 
 def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draw `confusion_matrix.png`: of each true class (column), the share predicted as each class (row).
+    """Draw `confusion_matrix.png`: the share of each true class (column) predicted as each class (row).
 
     `matrix` [nc+1, nc+1] has counts, predicted in rows, true in columns, the background last in both.
     """
@@ -95,7 +95,7 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
     figure = style.new_figure(width, height)
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
     style.dress(axes, "Confusion matrix: share of each true class", "True", "Predicted", grid=False)
-    # Nothing is nothing: a cell without an instance stays white.
+    # A cell without an instance stays white.
     shown = np.ma.masked_equal(shares, 0)
     image = axes.imshow(shown, cmap=style.share_map(), vmin=0, vmax=1, interpolation="nearest")
     named = [names[i] if i < len(names) else "" for i in range(number - 1)]
@@ -113,7 +113,7 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
 
 
 def _class_ticks(axes: Axes, labels: Sequence[str], side: float) -> None:
-    """Name rows and columns; every k-th where there are more than can be read."""
+    """Label rows and columns; if there are too many, only every k-th."""
     number = len(labels)
     places = range(0, number, -(-number // MOST_NAMED))
     size = float(np.clip(side * 72 / number * 0.7, 4.5, style.LABEL_SIZE))
@@ -127,7 +127,7 @@ def _class_ticks(axes: Axes, labels: Sequence[str], side: float) -> None:
 
 
 def _annotate(axes: Axes, shares: np.ndarray, counts: np.ndarray, side: float) -> None:
-    """Write in each cell the share, and the count where there is room."""
+    """Write the share into each cell, and the count if there is room."""
     cell = side * 72 / len(shares)  # points
     with_counts = cell > 36
     size = float(np.clip(cell / 3.6, 4.5, 11))
@@ -152,7 +152,7 @@ def _checked(
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean of the finite values; 0 where there is none."""
+    """Return the mean of the finite values; 0 if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else 0.0
 
@@ -167,7 +167,7 @@ def _curves(
     texts: tuple[str, str, str],
     path: Path,
 ) -> None:
-    """Draw a line a row and their thick mean; `notes` follow the classes' names in the legend."""
+    """Draw one line per row and their mean as a thick line; `notes` follow the classes' names in the legend."""
     known = [i for i in range(len(py)) if np.isfinite(py[i]).all()]
     figure = style.new_figure(9, 6)
     named = len(known) <= style.LEGEND_LIMIT
@@ -176,7 +176,7 @@ def _curves(
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     if known:
-        above = 3 if len(known) > 1 else 1  # the mean of one class would hide it
+        above = 3 if len(known) > 1 else 1  # the mean of a single class would hide its line
         axes.plot(px, py[known].mean(axis=0), color="black", linewidth=3, label=overall, zorder=above)
     labels = style.figure_names(names, longest=22, classes=classes) if named else []
     for i in known:
@@ -195,18 +195,18 @@ def _curves(
 
 @dataclass(frozen=True, slots=True)
 class StudyLine:
-    """One model over image sizes; the three sequences have one length."""
+    """One model over image sizes; the three sequences have the same length."""
 
     label: str
     sizes: Sequence[int]
     """Image sides in pixels."""
     map5095: Sequence[float]
     milliseconds: Sequence[float]
-    """For one image: pre-process, inference and NMS."""
+    """The time per image: pre-process, inference and NMS."""
 
 
 def plot_study(lines: Sequence[StudyLine], path: Path, *, place: str = "") -> None:
-    """Draw mAP50-95 against image size and against time, a line a model; `place` says where it was timed."""
+    """Draw mAP50-95 over image size and over time, one line per model; `place` names the hardware of the timing."""
     figure = style.new_figure(12, 5)
     by_size, by_time = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.115, wspace=0.08)

@@ -1,4 +1,4 @@
-"""Boxes and their texts on an image, the same in a grid of images and on a single image."""
+"""Draw boxes and their texts on an image, in a grid of images or alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHT = 600
 
 
 class Pen:
-    """Text of one size; a font face is not shared between threads, so each image has its own."""
+    """Writes text of one size; each image needs its own pen, because threads must not share a font face."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -36,7 +36,7 @@ class Pen:
         return style.shorten(text, longest)
 
     def write(self, image: np.ndarray, text: str, x: int, y: int, colour: Rgb) -> None:
-        """Write in a line whose top left is (x, y)."""
+        """Write a line of text whose top left corner is (x, y)."""
         baseline = y + round(self.size * 1.02)
         cv2.putText(image, text, (x, baseline), colour, self._face, self.size, WEIGHT)
 
@@ -54,10 +54,10 @@ def draw_boxes(
     with_text: bool = True,
     with_scores: bool = True,
 ) -> set[int]:
-    """Draw boxes on `image` in place, then their texts above all boxes; return the classes drawn.
+    """Draw boxes on `image` in place, then their texts on top of all boxes; return the drawn classes.
 
-    `image` is uint8 [H,W,3], `boxes_xyxy` [n,4] its pixels. Without `scores` they are labels, else detections, the
-    surest on top. `texts` stand at the boxes in place of class and score; one that finds no free place is left out.
+    `image` is uint8 [H,W,3], `boxes_xyxy` [n,4] in its pixels. Without `scores`, boxes are labels, else detections,
+    with the most confident on top. `texts` replace class and score; a text without a free place is left out.
     """
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     kinds = np.asarray(classes, np.float64).reshape(-1)
@@ -69,7 +69,7 @@ def draw_boxes(
     height, width = image.shape[:2]
     limits = np.array([width, height, width, height]) - 1
     corners = np.clip(np.round(np.nan_to_num(boxes)), 0, limits).astype(int)
-    for i in order:  # the surest last, on top
+    for i in order:  # the most confident last, on top
         start, end = tuple(corners[i, :2].tolist()), tuple(corners[i, 2:].tolist())
         cv2.rectangle(image, start, end, style.class_colour(int(kinds[i])), thickness, cv2.LINE_AA)
     taken: list[tuple[int, int, int, int]] = []
@@ -83,7 +83,7 @@ def draw_boxes(
         size = (pen.width(text) + 6, pen.height)
         place = free_place(corners[i].tolist(), size, (width, height), taken)
         if place is None:
-            continue  # its colour and the legend tell the class; a text upon a text tells nothing
+            continue  # overlapping texts are unreadable; the colour and the legend still show the class
         taken.append((*place, place[0] + size[0], place[1] + size[1]))
         colour = style.class_colour(kind)
         cv2.rectangle(image, place, (place[0] + size[0] - 1, place[1] + size[1] - 1), colour, cv2.FILLED)
@@ -97,7 +97,7 @@ def free_place(
     limits: tuple[int, int],
     taken: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int] | None:
-    """Return the top left for a box's text: above, inside or below it, where no other text is; else None."""
+    """Return the top left corner of a free place for a box's text: above, inside or below the box; None without one."""
     left, top, right, bottom = box
     width, height = size
     for x, y in (
@@ -125,8 +125,8 @@ def draw_detections(
     with_text: bool = True,
     with_scores: bool = True,
 ) -> None:
-    """Draw [n,6] xyxy, confidence, class on `image` (uint8 [H,W,3] RGB) in place, at its own size."""
-    # Text grows with the image, so that it reads the same once the whole image fits a screen.
+    """Draw [n,6] xyxy, confidence, class on `image` (uint8 [H,W,3] RGB) in place."""
+    # Text scales with the image, so it has the same size once the image is scaled to a screen.
     pen = Pen(int(np.clip(round(min(image.shape[:2]) / 32), 11, 72)))
     draw_boxes(
         image,

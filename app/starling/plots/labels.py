@@ -1,4 +1,4 @@
-"""Plots of a dataset's labels: how many of each class, where the boxes lie, how large they are."""
+"""Draw a dataset's labels: the number per class, the positions and the sizes of the boxes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_OVERLAID = 1000
-"""Boxes in the overlay; more make it a grey square."""
+"""The most boxes in the overlay; more would make it a solid square."""
 MOST_NAMED, MOST_COUNTED = 100, 100
-"""Classes whose names, and counts, fit along the bars."""
+"""The most classes whose names, and whose counts, fit beside the bars."""
 UPRIGHT_FROM = 20
-"""With more classes than this, names and counts stand upright."""
+"""With more classes than this, names and counts are vertical."""
 
 
 def plot_labels(labels: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draw `labels.jpg`: instances of each class, all boxes centred, density of centres and of sizes.
+    """Draw `labels.jpg`: instances per class, all boxes centred, density of centres and of sizes.
 
-    `labels` is [n,5]: class, xywhn (centre and size, as shares of the image). n may be 0.
+    `labels` is [n,5]: class, xywhn (centre and size as fractions of the image). n may be 0.
     """
     labels = _clean(labels)
     hspace = 0.42 if len(names) > UPRIGHT_FROM else 0.3
@@ -46,13 +46,13 @@ def plot_labels(labels: np.ndarray, names: Sequence[str], path: Path) -> None:
     style.dress(centres, "Box centres", "x (share of image width)", "y (share of image height)", grid=False)
     style.dress(sizes, "Box sizes", "width (share of image)", "height (share of image)", grid=False)
     _density(centres, labels[:, 1], labels[:, 2], 1.0, 1.0)
-    centres.invert_yaxis()  # as in the image: y grows downwards
+    centres.invert_yaxis()  # y grows downwards, as in the image
     _density(sizes, labels[:, 3], labels[:, 4], _reach(labels[:, 3]), _reach(labels[:, 4]))
     style.save_figure(figure, path)
 
 
 def plot_labels_correlogram(labels: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draw `labels_correlogram.jpg`: x, y, width and height of the boxes, each alone and against each other.
+    """Draw `labels_correlogram.jpg`: histograms of the boxes' x, y, width and height, and their pairwise densities.
 
     `labels` as for `plot_labels`.
     """
@@ -71,7 +71,7 @@ def plot_labels_correlogram(labels: np.ndarray, names: Sequence[str], path: Path
                 _histogram(axes, labels[:, 1 + row], limits[row])
             else:
                 _density(axes, labels[:, 1 + column], labels[:, 1 + row], limits[column], limits[row])
-            # Without the highest tick: it would touch the first one of the next panel.
+            # Drop the highest tick, which would touch the first one of the next panel.
             axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
             if row != column:
                 axes.yaxis.set_major_locator(MaxNLocator(5, prune="upper"))
@@ -104,12 +104,12 @@ def _clean(labels: np.ndarray) -> np.ndarray:
 
 
 def _reach(values: np.ndarray) -> float:
-    """Return the end of an axis that starts at 0: small boxes are not to huddle in a corner."""
+    """Return the end of an axis from 0, adapted to the values, because small boxes would all be in a corner."""
     return float(np.clip(np.max(values, initial=0.0) * 1.05, 0.05, 1.0)) if len(values) else 1.0
 
 
 def _bars(axes: Axes, classes: np.ndarray, names: Sequence[str]) -> None:
-    """Draw one bar a class with its count above it."""
+    """Draw one bar per class with its count above."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     number = max(len(names), int(classes.max(initial=-1)) + 1, 1)
@@ -127,7 +127,7 @@ def _bars(axes: Axes, classes: np.ndarray, names: Sequence[str]) -> None:
     )
     axes.set_xlim(-0.6, number - 0.4)
     upright = number > UPRIGHT_FROM
-    # Room above the highest bar for its count.
+    # Leave room for the count above the highest bar.
     axes.set_ylim(0, max(int(counts.max()), 1) * (1.25 if upright else 1.1))
     if number <= MOST_NAMED:
         longest = 14 if upright else max(4, 150 // number)
@@ -149,12 +149,12 @@ def _bars(axes: Axes, classes: np.ndarray, names: Sequence[str]) -> None:
                 va="bottom",
                 rotation=90 if upright else 0,
                 fontsize=5.5 if upright else style.TICK_SIZE,
-                color=style.INK if count else style.ACCENT,  # a class without one label deserves a look
+                color=style.INK if count else style.ACCENT,  # highlight a class without labels
             )
 
 
 def _overlay(axes: Axes, labels: np.ndarray) -> None:
-    """Draw boxes on one centre, in class colours; evenly picked where there are too many."""
+    """Draw boxes on one centre, in class colours; an evenly spaced selection if there are too many."""
     from matplotlib.collections import LineCollection
 
     picked = (
@@ -169,7 +169,7 @@ def _overlay(axes: Axes, labels: np.ndarray) -> None:
     if not len(picked):
         style.say_nothing_to_show(axes, "no labels")
         return
-    picked = picked[np.argsort(-picked[:, 3] * picked[:, 4], kind="stable")]  # the small ones on top
+    picked = picked[np.argsort(-picked[:, 3] * picked[:, 4], kind="stable")]  # small boxes on top
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]) / 2
     outlines = corners[None] * picked[:, None, 3:5]
     colours = [style.line_style(max(int(c), 0))[0] for c in picked[:, 0]]
@@ -180,11 +180,11 @@ def _overlay(axes: Axes, labels: np.ndarray) -> None:
 
 
 def _density(axes: Axes, x: np.ndarray, y: np.ndarray, x_end: float, y_end: float) -> None:
-    """Draw how many boxes fall in each cell; empty cells stay white."""
+    """Draw the number of boxes per cell; empty cells stay white."""
     if not len(x):
         style.say_nothing_to_show(axes, "no labels")
         return
-    bins = int(np.clip((len(x) / 4) ** 0.5, 12, 50))  # about four boxes a cell, were they spread evenly
+    bins = int(np.clip((len(x) / 4) ** 0.5, 12, 50))  # about four boxes per cell for a uniform distribution
     counts, _, _ = np.histogram2d(x, y, bins=bins, range=((0, x_end), (0, y_end)))
     axes.imshow(
         np.ma.masked_equal(counts.T, 0),
@@ -197,7 +197,7 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray, x_end: float, y_end: floa
 
 
 def _histogram(axes: Axes, values: np.ndarray, end: float, bins: int = 50) -> None:
-    """Draw the counts of one coordinate."""
+    """Draw the histogram of one coordinate."""
     if not len(values):
         style.say_nothing_to_show(axes, "no labels")
         return

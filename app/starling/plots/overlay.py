@@ -1,4 +1,4 @@
-"""Several runs' progress in one plot, from their results.csv."""
+"""Draw the progress of several runs in one plot, from their results.csv."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def plot_results_overlay(runs: Sequence[Path], path: Path) -> None:
-    """Draw the ten panels of `results.png` with a line a run: as measured, faint, and smoothed.
+    """Draw the ten panels of `results.png` with two lines per run: the measured values, faint, and smoothed values.
 
-    `runs` are run folders, or results.csv files. Raises DataError where one cannot be read or has no rows.
+    `runs` are run folders, or results.csv files. Raises DataError if one cannot be read or has no rows.
     """
     tables = [read_results(run / "results.csv" if run.is_dir() else run) for run in runs]
     for run, table in zip(runs, tables, strict=True):
@@ -39,7 +39,7 @@ def plot_results_overlay(runs: Sequence[Path], path: Path) -> None:
 
 
 def run_labels(runs: Sequence[Path]) -> list[str]:
-    """Return for each run the shortest end of its path that tells it from the others."""
+    """Return for each run the shortest end of its path that differs from all others."""
     parts = [(run if run.is_dir() else run.parent).absolute().parts for run in runs]
     deepest = max(len(part) for part in parts)
     labels: list[str] = []
@@ -51,7 +51,7 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
 
 
 def _line(axes: Axes, table: dict[str, np.ndarray], column: str, index: int) -> bool:
-    """Draw one run's column against the epoch; return whether it has a value."""
+    """Draw one run's column over the epoch; return whether it has a finite value."""
     values = table.get(column, np.zeros(0))
     epochs = table.get("epoch", np.arange(len(values), dtype=np.float64)) + 1  # the CSV counts from 0
     known = np.isfinite(values) & np.isfinite(epochs[: len(values)])
@@ -68,7 +68,7 @@ def _line(axes: Axes, table: dict[str, np.ndarray], column: str, index: int) -> 
 
 
 def _key(figure: Figure, labels: Sequence[str]) -> None:
-    """Name the runs once, above the panels."""
+    """Draw the legend of the runs above the panels."""
     from matplotlib.lines import Line2D
 
     shown = labels[: style.LEGEND_LIMIT]

@@ -1,4 +1,4 @@
-"""The plot of a run's progress, from its results.csv."""
+"""Draw a run's progress, from its results.csv."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_BYTES = 8 << 20
-"""A results.csv of 10,000 epochs has 3 MB."""
+"""The size limit of a results.csv that is shown; 10,000 epochs have 3 MB."""
 PANELS = (
     ("train/box_loss", "train / box loss"),
     ("train/obj_loss", "train / objectness loss"),
@@ -34,9 +34,9 @@ PANELS = (
     ("metrics/mAP_0.5", "mAP@0.5"),
     ("metrics/mAP_0.5:0.95", "mAP@0.5:0.95"),
 )
-"""Column and title, in reading order of two rows of five."""
+"""Column and title of each panel, in reading order of two rows of five."""
 SMOOTHING = 3.0
-"""Standard deviation of the smoothing, in rows."""
+"""The standard deviation of the smoothing in rows."""
 
 
 _MOST_BYTES = 16 << 20
@@ -45,18 +45,18 @@ _MOST_COLUMNS = 1000
 
 
 def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -> None:
-    """Draw `results.png`: ten panels of the values as measured, a smoothed line, and the best epoch marked.
+    """Draw `results.png`: ten panels with the measured values, a smoothed line, and a mark at the best epoch.
 
-    `best_epoch` is in the CSV's counting; by default the row of highest fitness. Values that are not finite
-    are left out; columns may be missing.
+    `best_epoch` counts as the CSV does; by default it is the row of highest fitness. Values that are not finite are
+    left out; columns may be missing.
 
-    Raises DataError where `csv_path` cannot be read.
+    Raises DataError if `csv_path` cannot be read.
     """
     table = read_results(csv_path)
     rows = max((len(column) for column in table.values()), default=0)
     epochs = table.get("epoch", np.arange(rows, dtype=np.float64))
     best = _best_row(table, epochs) if best_epoch is None else _row_of(epochs, best_epoch)
-    epochs = epochs + 1  # the CSV counts from 0, people and the log from 1
+    epochs = epochs + 1  # the CSV counts from 0, the plot and the log from 1
     figure = style.new_figure(16, 6.4)
     panels = figure.subplots(2, 5).ravel()
     figure.subplots_adjust(left=0.035, right=0.99, top=0.89, bottom=0.075, wspace=0.24, hspace=0.34)
@@ -68,9 +68,9 @@ def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -
 
 
 def read_results(csv_path: Path) -> dict[str, np.ndarray]:
-    """Return the columns of a results.csv as float64 [rows]; what is not a number becomes NaN.
+    """Return the columns of a results.csv as float64 [rows]; a cell that is not a number becomes NaN.
 
-    Raises DataError where the file cannot be read.
+    Raises DataError if the file cannot be read.
     """
     try:
         text = text_of(read_regular(csv_path, _MOST_BYTES), csv_path)
@@ -100,18 +100,18 @@ def _number(text: str) -> float:
 
 
 def smooth(values: np.ndarray, deviation: float = SMOOTHING) -> np.ndarray:
-    """Return `values` [n] under a Gaussian window of `deviation` rows; gaps (NaN) have no weight and stay gaps."""
+    """Return `values` [n] smoothed by a Gaussian of `deviation` rows; NaN values have no weight and stay NaN."""
     reach = int(np.ceil(3 * deviation))
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     known = np.isfinite(values)
-    # "full" and a slice, as "same" would return the window's length for a series shorter than it.
+    # "full" and a slice: for a series shorter than the window, "same" would return the window's length.
     weight = np.convolve(known.astype(np.float64), window, "full")[reach : reach + len(values)]
     total = np.convolve(np.where(known, values, 0.0), window, "full")[reach : reach + len(values)]
     return np.where(known, total / np.where(known, weight, 1.0), np.nan)
 
 
 def _best_row(table: dict[str, np.ndarray], epochs: np.ndarray) -> int | None:
-    """Return the row of highest fitness, the newest of equals; None where nothing was measured."""
+    """Return the row of highest fitness, the last of equal ones; None without a measured fitness."""
     from starling.metrics import fitness
 
     if not {"metrics/mAP_0.5", "metrics/mAP_0.5:0.95"} <= table.keys():
@@ -130,7 +130,7 @@ def _row_of(epochs: np.ndarray, epoch: int) -> int | None:
 
 
 def _panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, best: int | None) -> None:
-    """Draw one column against the epoch."""
+    """Draw one column over the epoch."""
     from matplotlib.ticker import MaxNLocator
 
     known = np.isfinite(values) & np.isfinite(epochs)
@@ -164,7 +164,7 @@ def _panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, best: int | None)
 
 
 def _key(figure: Figure, epochs: np.ndarray, best: int | None) -> None:
-    """Write once, above the panels, what the lines mean."""
+    """Draw the legend of the lines above the panels."""
     from matplotlib.lines import Line2D
 
     handles = [

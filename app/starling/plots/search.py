@@ -1,4 +1,4 @@
-"""The plot of a search: fitness against every hyperparameter."""
+"""Draw a search: fitness over every hyperparameter."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 COLUMNS = 6
 _BOTTOM = 0.75
-"""Inches below the panels: tick labels, and the names of what was never changed."""
+"""Inches below the panels, for tick labels and the names of unchanged hyperparameters."""
 
 
 def plot_evolve(hyps: Mapping[str, Sequence[float]], fitness: Sequence[float], path: Path) -> None:
-    """Draw `evolve.png`: one panel a hyperparameter, a dot a finished candidate, the best one marked.
+    """Draw `evolve.png`: one panel per hyperparameter, one dot per finished candidate, the best one marked.
 
     `hyps` maps a name to its values [n]; `fitness` is [n], in the order of the candidates, which the colour shows
-    from dark (first) to light. Hyperparameters that were never changed are named below the panels, without one of
-    their own unless all are such. Collapsed trainings lie on the lower edge: they would flatten the others.
+    from dark (first) to light. Unchanged hyperparameters have no panel and are named below the panels, unless all are
+    unchanged. Collapsed trainings are drawn on the lower edge, because their real values would flatten the others.
     """
     scores = np.asarray(fitness, dtype=np.float64)
     best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else None
@@ -58,7 +58,7 @@ def plot_evolve(hyps: Mapping[str, Sequence[float]], fitness: Sequence[float], p
 def _panel(
     axes: Axes, name: str, values: np.ndarray, scores: np.ndarray, best: int | None, y_label: str
 ) -> PathCollection:
-    """Draw one hyperparameter; returns the dots."""
+    """Draw one hyperparameter and return the dots."""
     from matplotlib.ticker import MaxNLocator
 
     changed = bool(np.ptp(values) > 0) if len(values) else False
@@ -87,7 +87,7 @@ def _panel(
 
 
 def _key(figure: object, dots: PathCollection | None, count: int, best: float | None) -> None:
-    """Write once, above the panels, what dots, colours and the ring mean."""
+    """Draw the legend of dots, colours and the ring above the panels."""
     from matplotlib.lines import Line2D
 
     if dots is None:

@@ -1,7 +1,7 @@
-"""One look for every plot: palette, text sizes, resolution, and the way to disk.
+"""The common style of all plots: palette, text sizes, resolution, and writing to disk.
 
-Figures are built with matplotlib's objects (`Figure`, the Agg canvas) and never with pyplot, so there is no global
-state and any thread may draw. matplotlib is imported by the functions that draw, not by this module: it costs 0.4 s.
+Figures are built with matplotlib's objects (`Figure`, the Agg canvas), never with pyplot, so there is no global state
+and any thread may draw. Only functions that draw import matplotlib, because the import takes 0.4 s.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 Rgb = tuple[int, int, int]
 
 DPI = 200
-"""Pixels an inch of every figure."""
+"""Pixels per inch of every figure."""
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE, NOTE_SIZE = 11.0, 9.5, 8.5, 7.0
-"""Points."""
+"""Text sizes in points."""
 INK, FAINT, ACCENT = "#222222", "#d9d9d9", "#d55e00"
 DENSITY_MAP = "viridis"
 LEGEND_LIMIT = 20
-"""Classes a legend can name before it is unreadable."""
+"""The most classes in a readable legend."""
 JPEG_QUALITY, PNG_COMPRESSION = 92, 3
 
-# Okabe & Ito (2008) first, then the muted scheme of Paul Tol (2021): told apart with every common colour blindness.
-# Pure yellow is left out (invisible on white), and neighbours differ in lightness as well as in hue.
+# Okabe & Ito (2008), then the muted scheme of Paul Tol (2021): distinguishable with every common colour blindness.
+# Pure yellow is left out because it is invisible on white; neighbours differ in lightness and in hue.
 PALETTE: tuple[Rgb, ...] = (
     (0x00, 0x72, 0xB2),  # blue
     (0xE6, 0x9F, 0x00),  # orange
@@ -62,21 +62,21 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def class_colour(index: int) -> Rgb:
-    """Return the colour of a class, the same in every plot; 20 colours, then from the start again."""
+    """Return the colour of a class, the same in every plot; after 20 colours they repeat."""
     return PALETTE[index % len(PALETTE)]
 
 
 def line_style(index: int) -> tuple[str, str]:
-    """Return colour (hexadecimal) and dash pattern of a class's line; the dash changes where colours repeat."""
+    """Return colour (hexadecimal) and dash pattern of a class's line; the dash changes when colours repeat."""
     dash = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
     return "#{:02x}{:02x}{:02x}".format(*class_colour(index)), dash
 
 
 def ink_on(colour: Rgb) -> Rgb:
-    """Return black or white, whichever reads better on `colour` (relative luminance, WCAG 2.2)."""
+    """Return black or white, whichever has more contrast with `colour` (relative luminance, WCAG 2.2)."""
     channels = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     luminance = 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
-    # Where the contrast ratios with white and with black are equal: sqrt(1.05 * 0.05) - 0.05.
+    # The contrast ratios with white and with black are equal at sqrt(1.05 * 0.05) - 0.05.
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
@@ -89,15 +89,16 @@ def class_name(names: Sequence[str] | Mapping[int, str], index: int, *, longest:
 
 
 def shorten(text: str, longest: int) -> str:
-    """Return `text` in at most `longest` characters (two or more); names mostly differ at both ends."""
+    """Return `text` in at most `longest` characters (two or more), cut in the middle: names differ at the ends."""
     keep = longest - 1
     return text if len(text) <= longest else text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
 
 
 def figure_name(names: Sequence[str] | Mapping[int, str], index: int, *, longest: int = 28) -> str:
-    """Return a class's name as matplotlib can draw it; `class 7` where most of its letters have no glyph.
+    """Return a class's name for matplotlib; `class 7` if most of its characters have no glyph.
 
-    `$` is escaped, else matplotlib would read a formula. A leading `_` would hide it from legends.
+    `$` is escaped, because matplotlib would read a formula. A leading `_` is preceded by a hair space, because it
+    would hide the name from legends.
     """
     name = class_name(names, index, longest=longest)
     missing = [c for c in name if ord(c) not in _glyphs()]
@@ -110,10 +111,10 @@ def figure_name(names: Sequence[str] | Mapping[int, str], index: int, *, longest
 def figure_names(
     names: Sequence[str], *, longest: int = 28, classes: Sequence[int] | None = None
 ) -> list[str]:
-    """Return the names of several classes as matplotlib can draw them, all different.
+    """Return unique names of several classes for matplotlib.
 
-    `classes` are their numbers, where these are not the positions; names that are equal once shortened, or that cannot
-    be drawn, are told by them.
+    `classes` are their numbers, if they differ from the positions; the numbers distinguish names that are equal after
+    shortening, or that cannot be drawn.
     """
     numbers = list(classes) if classes is not None else list(range(len(names)))
     drawable = [
@@ -132,9 +133,9 @@ def _glyphs() -> frozenset[int]:
 
 
 def lower_end(fitness: Sequence[float]) -> float:
-    """Return where an axis of fitness [n > 0] begins, so that a few collapsed trainings do not flatten the others.
+    """Return the lower end of an axis of fitness [n > 0] at which a few collapsed trainings do not flatten the others.
 
-    Either the lowest value, or what lies as far below the lowest tenth as 1.5 times the way from the median up to the best.
+    It is the lowest value, or, if higher, the first decile minus 1.5 times the distance from the median to the best.
     """
     ordered = sorted(fitness)
     tenth, middle, best = ordered[len(ordered) // 10], ordered[len(ordered) // 2], ordered[-1]
@@ -142,7 +143,7 @@ def lower_end(fitness: Sequence[float]) -> float:
 
 
 def share_map() -> Colormap:
-    """Return blues from a tint that is told from white, for the smallest share, to dark for the whole."""
+    """Return blues from a tint that is visible on white, for the smallest share, to dark, for the whole."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -157,7 +158,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def dress(axes: Axes, title: str = "", x_label: str = "", y_label: str = "", *, grid: bool = True) -> None:
-    """Give one panel the common look: two thin spines, a faint grid behind the data, the common text sizes."""
+    """Apply the common style to one panel: two thin spines, a faint grid behind the data, the common text sizes."""
     axes.set_title(title, loc="left", fontsize=TITLE_SIZE, color=INK, pad=8)
     axes.set_xlabel(x_label, fontsize=LABEL_SIZE, color=INK)
     axes.set_ylabel(y_label, fontsize=LABEL_SIZE, color=INK)
@@ -172,7 +173,7 @@ def dress(axes: Axes, title: str = "", x_label: str = "", y_label: str = "", *, 
 
 
 def say_nothing_to_show(axes: Axes, reason: str) -> None:
-    """Write `reason` in the middle of an empty panel and take its ticks away."""
+    """Write `reason` in the middle of an empty panel and remove its ticks."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.text(
@@ -188,7 +189,7 @@ def say_nothing_to_show(axes: Axes, reason: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Render `figure` and replace `path`; the suffix, .png or .jpg, chooses the format."""
+    """Render `figure` and replace `path`; the suffix, .png or .jpg, selects the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -197,9 +198,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """Encode `image` (uint8 [H,W,3] RGB) in memory by the suffix of `path` and replace `path` atomically.
+    """Encode `image` (uint8 [H,W,3] RGB) in the format of the suffix of `path`, and replace `path` atomically.
 
-    Raises ValueError for a suffix that OpenCV cannot write; OSError where the disk refuses.
+    Raises ValueError for a suffix other than .png, .jpg and .jpeg, OSError if the disk refuses the write.
     """
     suffix = path.suffix.lower()
     options = {

@@ -39,20 +39,20 @@ from starling.stop_signal import StopSignal
 logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.csv"
-"""What was passed over, in the run folder."""
+"""The report in the run folder of sources and frames that were left out."""
 NAMED_CLASSES = 6
-"""Classes named in a line before it only counts them."""
+"""The most classes named in a line; the line only counts the others."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has seen and found."""
+    """The counts of a run."""
 
     sources: int
     left_out: LeftOut
-    """All that is passed over, these sources and films included."""
+    """Everything that was left out, unreadable sources and damaged films included."""
     done: int = 0
-    """Sources finished, unusable ones included."""
+    """The number of finished sources, unusable ones included."""
     frames: int = 0
     found: Counter[int] = field(default_factory=Counter)
     """Detections by class number."""
@@ -110,7 +110,7 @@ def detect(config: DetectConfig) -> None:
 
 
 class _Run:
-    """The loop over sources and frames, and what is said of it."""
+    """The loop over sources and frames, and its messages."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class _Run:
         self._began = time.monotonic()
 
     def look_at_all(self, sources: list[Source], stop: StopSignal) -> None:
-        """Look at each source; one that cannot be read is named and left out, as long as another can."""
+        """Process each source; an unreadable source is reported and left out, unless no source can be read."""
         for source in sources:
             if stop.requested:
                 return
@@ -171,7 +171,7 @@ class _Run:
                     return
 
     def _tell_damage(self, source: Source, read: int, listed: int | None) -> None:
-        """Say and count that a film has ended before its end."""
+        """Report and count a film that ends early."""
         part = f"{read} of {listed} frames" if listed else f"only the first {read} frames"
         logger.warning(f"{source.shown}: {part}: the file is damaged; copy it again, or convert it")
         self._tally.damaged.append({"source": source.shown, "frames": read, "listed": listed})
@@ -179,7 +179,7 @@ class _Run:
         self._tally.left_out.add(reason, source.shown, "replace the films", count=lost)
 
     def _show(self, source: Source, frame: Frame, place: int, found: Counter[int]) -> None:
-        """Show one line that the next replaces: where, what, how fast, and the time left if it can be known."""
+        """Show a temporary line: position, detections, speed, and the remaining time if known."""
         tally = self._tally
         seconds = max(time.monotonic() - self._began, 1e-9)
 
@@ -195,7 +195,7 @@ class _Run:
         self._progress.show(line)
 
     def tell(self, stop: StopSignal) -> None:
-        """Print what was found and where it is; raises Stopped if a signal ended the run."""
+        """Print the counts and the folder of the results; raises Stopped if a signal ended the run."""
         tally = self._tally
         seconds = max(time.monotonic() - self._began, 1e-9)
         logger.info(
@@ -235,7 +235,7 @@ class _Run:
 
 
 class _Window:
-    """A window that shows images, or one line that says why there is none."""
+    """A window that shows images; without a display, one line says why there is none."""
 
     def __init__(self) -> None:
         self._open = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
@@ -273,12 +273,12 @@ def _given_names(config: DetectConfig) -> tuple[str, ...]:
 
 
 def _names(config: DetectConfig, model: Predictor, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names, those of --data before those of the weights."""
+    """Return the class names of --data, else those of the weights; raises UsageError if their number is wrong."""
     if not config.data:
         return model.names
     if len(given) != model.nc:
         raise UsageError(
-            f"--data {config.data}: {len(given)} names, but the weights know {model.nc} classes; leave it out, or fix it"
+            f"--data {config.data}: {len(given)} names, but the weights have {model.nc} classes; leave it out, or fix it"
         )
     return given
 
@@ -286,17 +286,17 @@ def _names(config: DetectConfig, model: Predictor, given: tuple[str, ...]) -> tu
 def _check_classes(config: DetectConfig, names: tuple[str, ...]) -> None:
     for index in config.classes or ():
         if index >= len(names):
-            raise UsageError(f"--classes {index}: the weights know classes 0 to {len(names) - 1}")
+            raise UsageError(f"--classes {index}: the weights have classes 0 to {len(names) - 1}")
 
 
 def _run_folder(config: DetectConfig, sources: list[Source]) -> Path:
-    """Create the run folder; raises UsageError where outputs would replace what is looked at."""
+    """Create the run folder; raises UsageError if outputs would replace sources."""
     folder = create_run_dir(config.project, config.name, runs_root(), exist_ok=config.exist_ok)
     for source in sources:
         if source.remote or source.kind == "stream":
             continue
         if real_path(folder) in real_path(str(source.address)).parents:
             raise UsageError(
-                f"--exist-ok: {source.address} lies in the run folder {folder} and could be replaced; choose another --name"
+                f"--exist-ok: {source.address} is in the run folder {folder} and could be replaced; choose another --name"
             )
     return folder

@@ -1,4 +1,4 @@
-"""The files of a detection run: annotated images and videos, label rows, a CSV, crops."""
+"""Write the files of a detection run: annotated images and videos, label files, a CSV, crops."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from starling.plots.style import save_image
 CSV_COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2", "file")
 _MOST_CSV_BYTES = 256 << 20
 KEPT_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
-"""Kinds that an annotated image keeps; any other becomes a .jpg."""
+"""Suffixes that an annotated image keeps; any other becomes .jpg."""
 ROOM_FOR_NUMBER = 25
-"""Bytes that a class's folder name leaves for the numbers of classes of equal names."""
+"""Bytes reserved in a class's folder name for the number that distinguishes classes of equal names."""
 
 
 class DetectionFiles:
-    """Write what was found, one source at a time, below one run folder. Nothing is written outside it."""
+    """Writes detections, one source at a time, into one run folder and nowhere else."""
 
     def __init__(
         self, folder: Path, names: tuple[str, ...], config: DetectConfig, sources: Sequence[Source]
     ) -> None:
-        """Name the files of all `sources` and write down the names; files of other sources are kept."""
+        """Name the files of all `sources` and write the register of names; files of other sources are kept."""
         self.folder = folder
         self._names = names
         self._config = config
@@ -53,7 +53,7 @@ class DetectionFiles:
             id(source): self.register.of(subject) for source, subject in zip(sources, subjects, strict=True)
         }
         self.annotated: list[Path] = []
-        """Images and films written."""
+        """The written images and films."""
         self.labels: Path | None = folder / "labels" if config.save_txt else None
         self.csv: Path | None = folder / "predictions.csv" if config.save_csv else None
         self.crops: Path | None = folder / "crops" if config.save_crop else None
@@ -65,7 +65,7 @@ class DetectionFiles:
             write_atomic(self.csv, _kept_rows(self.csv, self.register, of_sources))
 
     def open(self, source: Source) -> SourceFiles:
-        """Return the writer of one source, to be closed; what an earlier run wrote of the source is removed."""
+        """Return the writer of one source, a context manager; removes an earlier run's files of the source."""
         named = self._named[id(source)]
         wanted: list[tuple[Kind, bool]] = [
             ("labels", self.labels is not None),
@@ -79,11 +79,11 @@ class DetectionFiles:
         return SourceFiles(self, source, named, path)
 
     def download(self, source: Source) -> Path:
-        """Return where a file behind a URL is fetched to."""
+        """Return the path that a source's URL is downloaded to."""
         return self.folder / "downloads" / f"{self._named[id(source)].base}{Path(source.file_name).suffix}"
 
     def write_csv(self, source: Source, stem: str, frame: Frame, detections: np.ndarray[Any, Any]) -> None:
-        """Append one row a detection, all of a frame in one write."""
+        """Append one row per detection, all rows of a frame in one write."""
         if self.csv is None or not len(detections):
             return
         text = io.StringIO()
@@ -96,7 +96,7 @@ class DetectionFiles:
         append_line(self.csv, text.getvalue())
 
     def write_labels(self, stem: str, image: np.ndarray[Any, Any], detections: np.ndarray[Any, Any]) -> None:
-        """Write class and normalised xywh, and the confidence if asked for; no file where nothing was found."""
+        """Write class and normalised xywh, and the confidence with --save-conf; no file without detections."""
         if self.labels is None or not len(detections):
             return
         height, width = image.shape[:2]
@@ -145,7 +145,7 @@ class SourceFiles:
     """The outputs of one source; a context manager that finishes its video."""
 
     def __init__(self, files: DetectionFiles, source: Source, named: Named, path: Path) -> None:
-        """Write for `source` under the names of `named`, the annotated image or film to `path`."""
+        """Write the files of `source` with the names of `named`, and the annotated image or film to `path`."""
         self._files = files
         self._source = source
         self._named = named
@@ -158,12 +158,12 @@ class SourceFiles:
 
     def __exit__(self, *error: Any) -> None:
         if self._video is None:
-            self._stack.__exit__(*error)  # a video that could not even be begun leaves nothing
+            self._stack.__exit__(*error)  # no video was started: remove its temporary file
         else:
-            self._stack.close()  # finished even on an error: half a film is better than none
+            self._stack.close()  # finish the video even on an error, because a part of it is useful
 
     def add(self, frame: Frame, detections: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> None:
-        """Write everything that was asked for of one image or frame."""
+        """Write all requested files of one image or frame."""
         stem = self._named.stem(frame.number)
         self._files.write_labels(stem, frame.image, detections)
         self._files.write_csv(self._source, stem, frame, detections)
@@ -184,11 +184,11 @@ class SourceFiles:
 
 
 class _VideoFile:
-    """An mp4 whose frames all have the size of the first."""
+    """An mp4 file; all frames are resized to the size of the first."""
 
     def __init__(self, path: Path, shown: Path, fps: float, hw: tuple[int, int]) -> None:
-        """Begin the file at `path`, which messages call `shown`."""
-        # MPEG-4 part 2: the encoder that every build of OpenCV carries.
+        """Start the file at `path`; messages name it `shown`. Raises DataError if OpenCV cannot write it."""
+        # MPEG-4 part 2: every build of OpenCV has this encoder.
         self._writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (hw[1], hw[0]))
         if not self._writer.isOpened():
             raise DataError(f"{shown.parent}: a video of {hw[1]} x {hw[0]} cannot be written; try --nosave")
@@ -203,7 +203,7 @@ class _VideoFile:
         self._frames += 1
 
     def close(self) -> None:
-        """Finish the file. Raises OSError where the disk has not taken all of it, which OpenCV does not say."""
+        """Finish the file; raises OSError if frames are missing on a full disk, which OpenCV does not report."""
         self._writer.release()
         written = cv2.VideoCapture(str(self._path))
         frames = written.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -213,9 +213,9 @@ class _VideoFile:
 
 
 def class_folders(names: Sequence[str], place: Path) -> tuple[str, ...]:
-    """Return one folder name for each class, all different in `place`; names come from files of anybody.
+    """Return a unique folder name in `place` for each class; class names are untrusted.
 
-    A name that is a folder name stays as it is. Classes whose names are equal, or become so, get their numbers.
+    A valid folder name stays unchanged. Classes with equal names, also after changes, get their numbers.
     """
     room = longest_name(place) - ROOM_FOR_NUMBER
     plain = [
@@ -227,7 +227,7 @@ def class_folders(names: Sequence[str], place: Path) -> tuple[str, ...]:
 
 
 def _folder_name(name: str) -> str:
-    """Return a class's name without what a folder's may not have, here or on Windows."""
+    """Return a class's name without characters that Linux or Windows does not allow in folder names."""
     return "".join(
         letter if letter.isprintable() and letter not in r'/\:*?"<>|' else "_" for letter in name.strip(" .")
     )
@@ -244,7 +244,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _kept_rows(path: Path, register: Register, of_sources: set[str]) -> bytes:
-    """Return the head of a CSV and the rows of sources that are not of this run, if it is there already."""
+    """Return the header of a CSV and, if the file exists, its rows of sources outside this run."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Models that answer like one detector: read from weights, several joined, seen at several scales, classes merged."""
+"""Models with the interface of one detector: loaded from weights, ensembles, test-time augmentation, merged classes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from starling.model.weights import load_weights
 logger = logging.getLogger(__name__)
 
 AUGMENTED_VIEWS: tuple[tuple[float, bool], ...] = ((1.0, False), (0.83, True), (0.67, False))
-"""Scale of each view of test-time augmentation, and whether it is mirrored."""
+"""The scale of each view of test-time augmentation, and whether the view is mirrored."""
 
 
 class Predictor(Protocol):
-    """What validation and detection ask of a model; a `Detector` in eval mode is one."""
+    """The interface of models for validation and detection; a `Detector` in eval mode has it."""
 
     names: tuple[str, ...]
     image_multiple: int
-    """What an image's sides must be multiples of."""
+    """The sides of images must be multiples of this number."""
 
     @property
     def nc(self) -> int:
@@ -41,7 +41,7 @@ class Predictor(Protocol):
 
 
 class _Wrapper(nn.Module):
-    """A predictor around others; classes and strides are theirs."""
+    """A predictor that wraps others, and has their classes and strides."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -56,18 +56,18 @@ class _Wrapper(nn.Module):
 
 
 class Ensemble(_Wrapper):
-    """Several detectors of the same classes: suppression chooses among the boxes of all of them."""
+    """Several detectors of the same classes: suppression runs on the boxes of all detectors."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Return the decoded predictions of all models, one after another, and no raw ones."""
+        """Return the concatenated decoded predictions of all models, and None for the raw ones."""
         return torch.cat([model(images)[0] for model in self.models], dim=1), None
 
 
 class Augmented(_Wrapper):
-    """Test-time augmentation: one model sees each image at several scales, one of them mirrored."""
+    """Test-time augmentation: one model processes each image at several scales, one of them mirrored."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Return the decoded predictions of all views in the frame of `images`, and no raw ones."""
+        """Return the decoded predictions of all views in pixels of `images`, and None for the raw ones."""
         decoded = []
         for scale, mirrored in AUGMENTED_VIEWS:
             seen = self.models[0](_view(images, scale, mirrored, self.image_multiple))[0].clone()
@@ -79,20 +79,20 @@ class Augmented(_Wrapper):
 
 
 class SingleClass(_Wrapper):
-    """A model of several classes, asked only where something is: the score of the best class is that of the one."""
+    """A model of several classes merged into one, whose score is that of the best class."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__(model)
         self.names = (name,)
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Return decoded predictions [B,n,6], and no raw ones."""
+        """Return decoded predictions [B,n,6], and None for the raw ones."""
         decoded = self.models[0](images)[0]
         return torch.cat((decoded[..., :5], decoded[..., 5:].amax(-1, keepdim=True)), dim=-1), None
 
 
 def _view(images: Tensor, scale: float, mirrored: bool, stride: int) -> Tensor:
-    """Return images scaled and padded with grey, right and below, to the next multiple of the stride."""
+    """Return scaled images, padded with grey at the right and bottom to the next multiple of the stride."""
     if mirrored:
         images = images.flip(3)
     if scale == 1:
@@ -120,13 +120,13 @@ def load_detector(name: str) -> Detector:
 def load_predictor(names: Sequence[str], compute: Compute, *, augment: bool = False) -> Predictor:
     """Return one model out of one or several weights files, on the device and in eval mode.
 
-    Raises CheckpointError for a file that cannot be used, or for several that know different classes.
+    Raises CheckpointError if a file cannot be used, or if several files have different classes.
     """
     detectors = [load_detector(name) for name in names]
     for name, detector in zip(names[1:], detectors[1:], strict=True):
         if detector.names != detectors[0].names:
             raise CheckpointError(
-                f"--weights {name}: knows the classes {_listed(detector.names)}, {names[0]} knows "
+                f"--weights {name}: has the classes {_listed(detector.names)}, {names[0]} has "
                 f"{_listed(detectors[0].names)}; an ensemble needs models of the same classes"
             )
     model: nn.Module = detectors[0] if len(detectors) == 1 else Ensemble(*detectors)
@@ -136,9 +136,9 @@ def load_predictor(names: Sequence[str], compute: Compute, *, augment: bool = Fa
 
 
 def fit_classes(model: Predictor, names: tuple[str, ...], *, single_cls: bool, source: str) -> Predictor:
-    """Return the model if it knows the dataset's classes; under `single_cls` any model, its classes merged.
+    """Return the model if it has the dataset's classes; with `single_cls` any model, with its classes merged.
 
-    Raises CheckpointError naming both lists where they differ.
+    Raises CheckpointError with both lists of classes if they differ.
     """
     if single_cls:
         return model if model.nc == 1 else SingleClass(model, names[0])  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def fit_classes(model: Predictor, names: tuple[str, ...], *, single_cls: bool, s
     if model.names == names or (unnamed and model.nc == len(names)):
         return model
     raise CheckpointError(
-        f"--weights {source}: knows {model.nc} classes ({_listed(model.names)}), the dataset has {len(names)} "
+        f"--weights {source}: has {model.nc} classes ({_listed(model.names)}), the dataset has {len(names)} "
         f"({_listed(names)}); validate on the dataset it was trained for, or with --single-cls to ignore classes"
     )
 

@@ -1,4 +1,4 @@
-"""From one image to its detections, in the image's own pixels."""
+"""Detect objects in single images; the boxes are in the image's own pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """What counts as a detection; see `non_max_suppression`."""
+    """The thresholds of detection; see `non_max_suppression`."""
 
     confidence: float = 0.25
     iou: float = 0.45
@@ -34,14 +34,14 @@ class Thresholds:
 
 @dataclass(slots=True)
 class Seconds:
-    """Time spent in each stage, over all images."""
+    """The seconds spent in each stage, over all images."""
 
     prepare: float = 0.0
     network: float = 0.0
     suppression: float = 0.0
 
     def describe(self, images: int) -> str:
-        """Return the mean of each stage in milliseconds an image."""
+        """Return the mean milliseconds per image of each stage."""
         prepare, network, suppression = (
             1e3 * seconds / max(images, 1) for seconds in (self.prepare, self.network, self.suppression)
         )
@@ -51,12 +51,12 @@ class Seconds:
 
 
 class ImageDetector:
-    """Run a model on images of any size, one at a time."""
+    """Runs a model on images of any size, one at a time."""
 
     def __init__(
         self, model: Predictor, compute: Compute, size_hw: tuple[int, int], thresholds: Thresholds
     ) -> None:
-        """Keep a model that is on its device; `size_hw` is what images are letterboxed into, in pixels."""
+        """Take a model on its device; images are letterboxed into `size_hw` pixels."""
         self._model = model
         self._stride = model.image_multiple
         self._compute = compute
@@ -66,7 +66,7 @@ class ImageDetector:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return [n,6] xyxy, confidence, class for an RGB image, uint8 [H,W,3]; the surest first."""
+        """Return [n,6] xyxy, confidence, class for an RGB image, uint8 [H,W,3]; the most confident first."""
         began = time.perf_counter()
         original_hw = (image.shape[0], image.shape[1])
         geometry = letterbox_geometry(original_hw, self._size_hw, stride=self._stride)
@@ -76,7 +76,9 @@ class ImageDetector:
         with self._compute.autocast():
             decoded = self._model(batch)[0].float()
         if not self._compute.on_cpu:
-            torch.cuda.synchronize(self._compute.device)  # else the network's time would be suppression's
+            torch.cuda.synchronize(
+                self._compute.device
+            )  # otherwise the network's time would count as suppression
         predicted = time.perf_counter()
         kept = self._thresholds
         found = non_max_suppression(
@@ -111,7 +113,7 @@ def fit_size(size_hw: tuple[int, int], stride: int) -> tuple[int, int]:
 def to_input(images: Tensor, compute: Compute, scaled_hw: Size | None = None) -> Tensor:
     """Return images [B,3,H,W] as 0..1 on the device, channels last, resized to `scaled_hw` if given.
 
-    uint8 becomes float32; what a painter has put there already stays as it is.
+    uint8 is converted to float32 and divided by 255; floating-point images are already 0..1 and stay unchanged.
     """
     pixels = images.to(compute.device, non_blocking=True)
     if images.dtype == torch.uint8:

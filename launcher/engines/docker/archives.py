@@ -1,4 +1,4 @@
-"""Files of containers, by the archives that an engine makes of them: no access to its machine's disk is needed."""
+"""Read files of containers from the archives that the engine makes, without access to its machine's disk."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from starling.core.budget import Budget, BudgetExceeded
 
 
 def read_archived_file(api: Any, container: str, path: str, most_bytes: int) -> bytes:
-    """Return a plain file of at most `most_bytes`; empty for anything else, also a link, and for a vanished container."""
+    """Return a plain file of at most `most_bytes`; empty for a link or anything else, or if the container is gone."""
     try:
         stream, about = api.get_archive(container, path)
     except docker.errors.NotFound:
         return b""
-    # Go's file mode: a plain file has none of the type's bits, which are the high ones.
+    # Go's file mode: the high bits give the type, and a plain file has none of them set.
     if about["mode"] >> 9 or about["size"] > most_bytes:
         stream.close()
         return b""

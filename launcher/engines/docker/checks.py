@@ -1,4 +1,4 @@
-"""What `up` asks a Docker engine before anything starts: the image, the GPU runtime, the socket's group."""
+"""Checks of a Docker engine before `up` starts anything: the image, the GPU runtime, the socket's group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.errors import EngineError
 
 TRAINER_LABEL = "starling.trainer"
 CUDA_LABEL = "starling.cuda"
-"""What our Dockerfile writes on the image."""
+"""Labels that our Dockerfile puts on the image."""
 
 GPU_REMEDY = (
     "install the NVIDIA container toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, restart Docker; "
@@ -31,7 +31,7 @@ _HOOK_PLACES = os.pathsep.join(("/usr/bin", "/usr/local/bin", "/usr/local/nvidia
 
 
 def find_image(client: Client, name: str) -> Image:
-    """Return a present image by name; raises EngineError with the way to get it."""
+    """Return an image that the engine has, by name; raises EngineError that says how to build it."""
     try:
         attributes: dict[str, Any] = client.inspect_image(name)
     except docker.errors.NotFound:
@@ -49,7 +49,7 @@ def find_image(client: Client, name: str) -> Image:
 
 
 def require_trainer(client: Client, image: Image, script: str) -> None:
-    """Raise EngineError unless our trainer is in the image: by its label, or by a look for its script."""
+    """Raise EngineError unless the image has the trainer's label or contains the trainer's script."""
     if image.trainer:
         return
     with _one_shot(client, image, ["true"]) as container:
@@ -64,10 +64,10 @@ def require_trainer(client: Client, image: Image, script: str) -> None:
 
 
 def require_gpu_runtime(client: Client, about: Mapping[str, Any], image: Image, *, remote: bool) -> None:
-    """Raise EngineError when the engine cannot hand out GPUs.
+    """Raise EngineError if the engine cannot give GPUs to containers.
 
-    It tells of NVIDIA's runtime, but not of a hook on its own PATH, nor whether it takes CDI for `--gpus`: where there is
-    no sign of either, a container that does nothing is started with a GPU driver asked for, and the engine's answer counts.
+    The engine reports NVIDIA's runtime, but neither a hook on its own PATH nor whether it uses CDI for `--gpus`. If
+    neither runtime nor hook is found, the engine's answer to the start of an idle container with a GPU driver decides.
     """
     hook = not remote and (shutil.which(_HOOK) or shutil.which(_HOOK, path=_HOOK_PLACES))
     if hook or "nvidia" in (about.get("Runtimes") or {}):
@@ -82,13 +82,13 @@ def require_gpu_runtime(client: Client, about: Mapping[str, Any], image: Image, 
 
 
 def maps_users(about: Mapping[str, Any]) -> bool:
-    """Return whether user ids inside containers are other ids outside: a rootless engine, or userns-remap."""
+    """Return whether user ids inside containers differ from those outside: a rootless engine, or userns-remap."""
     options = [str(option) for option in about.get("SecurityOptions") or []]
     return any(option.startswith(("name=rootless", "name=userns")) for option in options)
 
 
 def permission_words(path: str | None) -> str:
-    """Say whose socket it is that this user may not use, and how to become one who may."""
+    """Return a message with the group that may use the socket, and how this user gets access."""
     words = f"Docker's socket {path}: permission denied" if path else "Docker's socket: permission denied"
     group = ""
     with contextlib.suppress(OSError, KeyError, TypeError):
@@ -106,7 +106,7 @@ def permission_words(path: str | None) -> str:
 
 @contextlib.contextmanager
 def _one_shot(client: Client, image: Image, command: list[str], **host: Any) -> Iterator[str]:
-    """Create a container that is never anybody's replica, and remove it afterwards."""
+    """Create a container that is not listed as a replica, and remove it afterwards."""
     container: str = client.create_container(
         image.id,
         entrypoint=command,

@@ -1,4 +1,4 @@
-"""docker-py's client, as the launcher uses it: one of them, with one pool of connections, for all threads of a command."""
+"""The launcher's docker-py client: one client with one pool of connections serves all threads of a command."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from docker.utils import kwargs_from_env
 from launcher.parallel import MOST_AT_ONCE
 
 ACTION_TIMEOUT_S = 120.0
-"""Creating and starting may wait for disks and drivers."""
+"""Creating and starting a container may wait for disks and drivers."""
 
 
 class Client(APIClient):
-    """The engine to which `environment` leads Docker's own client, spoken to in one version of its interface.
+    """A client of the engine that Docker's own client would use under `environment`, with one version of the API.
 
-    A question (GET) is answered within `patience_s` or not at all; whatever acts has its own time. Every refusal raises
-    APIError, NotFound where there is no such thing, whatever its body is.
+    A GET times out after `patience_s`, every other request after ACTION_TIMEOUT_S. A response with a status of 400 or
+    more raises APIError, or NotFound for 404, whatever its body is.
     """
 
     def __init__(self, environment: Mapping[str, str], version: str, patience_s: float) -> None:
@@ -31,16 +31,16 @@ class Client(APIClient):
         if isinstance(adapter, UnixHTTPAdapter):
             place = f"http+unix://{adapter.socket_path}"
             self.trust_env = (
-                False  # a socket has no proxy, and no password in ~/.netrc to look for at each request
+                False  # a socket has no proxy, and requests would look for a password in ~/.netrc each time
             )
             self.mount(self.base_url, _OnePool(place, patience_s, max_pool_size=MOST_AT_ONCE))
 
     def speak(self, version: str) -> None:
-        """Use this version of the engine's interface from now on."""
+        """Use this version of the engine's API from now on."""
         self._version = version
 
     def request(self, method: str, url: str, **options: Any) -> Any:
-        """Send a request, as every method of docker-py does in the end."""
+        """Send a request; every method of docker-py calls this one."""
         if method != "GET":
             options["timeout"] = ACTION_TIMEOUT_S
         answer = super().request(method, url, **options)
@@ -50,14 +50,14 @@ class Client(APIClient):
 
 
 class _OnePool(UnixHTTPAdapter):
-    """A socket's connections, used again for whatever is asked next.
+    """An adapter that reuses a socket's connections for all requests.
 
-    docker-py itself has a pool for each URL, so that no container's connection serves another's; and where there are more
-    URLs than it keeps pools, one that a thread has just been given is closed by the others.
+    docker-py has one pool per URL, so no connection is reused for another container. If there are more URLs than pools,
+    other threads close a pool that a thread has just received.
     """
 
     def get_connection(self, url: str, proxies: Any = None) -> Any:
-        """Return the pool."""
+        """Return the pool, the same for every URL."""
         return super().get_connection("", proxies)
 
 

@@ -1,4 +1,4 @@
-"""The way to an engine: its address, how long it is waited for, and its troubles in plain words."""
+"""The connection to an engine: address, time limits, and errors in plain words."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from launcher.hosts.address import socket_path
 from launcher.hosts.host import Host
 
 OLDEST_API, OLDEST_ENGINE = "1.41", "20.10"
-"""Cgroup v2, `init` and device requests as they are used here."""
+"""The oldest versions with cgroup v2, `init` and device requests."""
 
 
 class Manner(NamedTuple):
-    """How one kind of engine is spoken to, and spoken of."""
+    """How to connect to one kind of engine, and what messages call it."""
 
     title: str
     remedy: str
-    """What to do when it does not answer."""
+    """What to do if the engine does not answer."""
     version: str | None = None
-    """The version of the interface; None: the engine's newest."""
+    """The version of the API; None: the engine's newest."""
     patience_s: float = ANSWER_TIMEOUT_S
-    """How long a question is waited for, once it is known that somebody answers."""
+    """The time limit for an answer, after the engine has answered the first ping."""
     has_group: bool = False
-    """Whether a group of users may use its socket."""
+    """Whether a group of users may use the engine's socket."""
 
 
 class Connection:
-    """An engine of a host that answers.
+    """The connection to an engine that answers.
 
-    Several threads may use it at once. Raises EngineError when nobody answers, or an engine that is too old.
+    Several threads may use it at once. Raises EngineError if no engine answers, or if the engine is too old.
     """
 
     def __init__(self, manner: Manner, host: Host) -> None:
@@ -57,16 +57,16 @@ class Connection:
                 self._refuse_old(newest)
                 self.client.speak(newest)
         self.is_podman = "Libpod-Api-Version" in hello
-        """Whether it is Podman that answers, at Docker's address too."""
+        """Whether Podman answers, possibly at Docker's address."""
 
     def containers(self, **filters: Sequence[str]) -> Sequence[dict[str, Any]]:
-        """Return the containers that pass all filters, whatever their state, in the short form of a list."""
+        """Return the containers that pass all filters, in any state, in the short form of a list."""
         found: Sequence[dict[str, Any]] = self.client.containers(all=True, filters=filters)
         return found
 
     @contextlib.contextmanager
     def translated(self, what: str = "") -> Iterator[None]:
-        """Turn the engine's and the transport's errors into EngineError; `what` was asked for when they came."""
+        """Turn the engine's and the transport's errors into EngineError; `what` names the subject of the request."""
         try:
             yield
         except EngineError:
@@ -80,7 +80,7 @@ class Connection:
             raise EngineError(self._silence(reason(error))) from error
 
     def _silence(self, why: str) -> str:
-        """Say that the engine does not answer, and what to do."""
+        """Return a message that the engine does not answer, with the remedy."""
         if why == DENIED and self._manner.has_group:
             from launcher.engines.docker.checks import permission_words
 
@@ -93,7 +93,7 @@ class Connection:
         return f"{self._manner.title}{where} does not answer ({why}); {self._manner.remedy}"
 
     def _greet(self) -> Mapping[str, str]:
-        """Return the headers with which the engine says what it is; soon, however patient the manner is later."""
+        """Return the headers of the engine's ping, which name the engine; always with the short time limit."""
         ping = f"{self.client.base_url}/_ping"
         headers: Mapping[str, str] = self.client.get(ping, timeout=ANSWER_TIMEOUT_S).headers
         return headers

@@ -1,4 +1,4 @@
-"""What a replica's spec asks of Docker, as docker-py's arguments."""
+"""Turn a replica's spec into docker-py's arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.engines.labels import labels
 def container_options(spec: ReplicaSpec, owner: int, version: str) -> dict[str, Any]:
     """Return the arguments of docker-py's `create_container` for a spec: detached, bounded, without a terminal.
 
-    Without a terminal Ctrl-C in `docker attach --sig-proxy=false` leaves the trainer alone. `version` is the API's.
+    Without a terminal, Ctrl-C in `docker attach --sig-proxy=false` does not end the trainer. `version` is the API's.
     """
     bounds = docker_arguments(spec)
     return {

@@ -1,4 +1,4 @@
-"""Replicas as containers. The engine's labels are the launcher's only database."""
+"""Replicas as Docker containers. The containers' labels are the launcher's only database."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from launcher.hosts.usage import Usage
 
 RETURN_S = 20.0
-"""How long an engine that is started again is waited for by those who follow a log."""
+"""How long a follower of a log waits for an engine that restarts."""
 
 _PHASES: dict[str, Phase] = {
     "created": "created",
@@ -53,7 +53,7 @@ _PHASES: dict[str, Phase] = {
 class DockerEngine:
     """The Docker engine of a host.
 
-    Raises EngineError at once when it does not answer. What only some commands need is imported where it is used.
+    Raises EngineError at once if it does not answer. Modules that only some commands need are imported in functions.
     """
 
     name = "docker"
@@ -72,7 +72,7 @@ class DockerEngine:
 
     @property
     def is_podman(self) -> bool:
-        """Whether it is Podman that answers at Docker's address."""
+        """Whether Podman answers at Docker's address."""
         return self._to.is_podman
 
     def machine(self) -> Machine:
@@ -88,28 +88,28 @@ class DockerEngine:
         )
 
     def _about(self) -> Mapping[str, Any]:
-        """Return what the engine says of itself and its host; asked once a command."""
+        """Return the engine's `info` about itself and its host; read once per command."""
         if self._told is None:
             with self._to.translated():
                 self._told = dict(self._to.client.info())
         return self._told
 
     def resolve_image(self, image: str) -> Image:
-        """Return a present image; never pulls."""
+        """Return an image that the engine has; never pulls an image."""
         from launcher.engines.docker.checks import find_image
 
         with self._to.translated(f"image {image}"):
             return find_image(self._to.client, image)
 
     def check_trainer(self, image: Image, script: str) -> None:
-        """Raise EngineError for an image without our trainer; looks for its script where no label tells."""
+        """Raise EngineError for an image without our trainer; looks for the trainer's script if there is no label."""
         from launcher.engines.docker.checks import require_trainer
 
         with self._to.translated(f"image {image.name}"):
             require_trainer(self._to.client, image, script)
 
     def check_gpu_runtime(self, image: Image) -> None:
-        """Raise EngineError when the engine has no runtime that hands out GPUs; asks by a start where it is not told."""
+        """Raise EngineError if the engine has no GPU runtime; starts a container to find out if `info` does not say."""
         from launcher.engines.docker.checks import require_gpu_runtime
 
         with self._to.translated("GPU runtime"):
@@ -123,10 +123,10 @@ class DockerEngine:
             raise EngineError(f"--network {network}: no such network; there are: {', '.join(names)}")
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise NameTaken when a container that is not this owner's replica has one of these names."""
+        """Raise NameTaken if a container that is not this owner's replica has one of these names."""
         wanted = set(names)
         with self._to.translated():
-            # The engine's own filter takes a name for a pattern, and finds parts of names too.
+            # The engine's filter treats a name as a pattern and also finds parts of names.
             found = self._to.containers(name=list(names)) if names else []
         for container in found:
             for name in wanted & {item.lstrip("/") for item in container.get("Names") or ()}:
@@ -134,7 +134,7 @@ class DockerEngine:
                     raise self._name_taken(name)
 
     def create(self, spec: ReplicaSpec) -> str:
-        """Create the container with all of engine-side hardening; raises NameTaken."""
+        """Create the container with all hardening options; raises NameTaken."""
         from launcher.engines.docker.container_options import container_options
 
         with self._to.translated(spec.name):
@@ -148,7 +148,7 @@ class DockerEngine:
         return str(made["Id"])
 
     def start(self, replica_id: str) -> None:
-        """Start a container; a failure leaves it in `created`, for the caller to remove."""
+        """Start a container; after a failure it stays in `created`, and the caller removes it."""
         with self._to.translated():
             try:
                 self._to.client.start(replica_id)
@@ -166,14 +166,14 @@ class DockerEngine:
                 raise
 
     def list(self) -> list[ReplicaState]:
-        """Return this owner's replicas, by name."""
+        """Return this owner's replicas, sorted by name."""
         with self._to.translated():
             found = self._to.containers(label=[f"{FORMAT_LABEL}={FORMAT}", f"{OWNER_LABEL}={self._owner}"])
         states = [done.value for done in in_parallel(self.state, [item["Id"] for item in found])]
         return sorted((state for state in states if state is not None), key=_natural)
 
     def gpu_holders(self) -> Sequence[GpuHolder]:
-        """Return which GPUs each container of this engine was given, whoever started it."""
+        """Return the GPUs of each container of this engine, other users' included."""
         from launcher.engines.docker.gpu_containers import HOLDING, container_holder
 
         with self._to.translated():
@@ -183,7 +183,7 @@ class DockerEngine:
         return [holder for item in inspected if (holder := container_holder(item, self._owner)) is not None]
 
     def state(self, replica_id: str) -> ReplicaState | None:
-        """Return a container of ours as the engine's inspect describes it now."""
+        """Return the current state of one of our containers; None for any other container."""
         inspected = self._inspect(replica_id)
         if inspected is None:
             return None
@@ -215,7 +215,7 @@ class DockerEngine:
         return dict(item.split("=", 1) for item in inspected["Config"].get("Env") or [] if "=" in item)
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
-        """Return what running containers use: read from their control groups, else as the engine tells."""
+        """Return the usage of running containers, from their control groups if readable, else from the engine."""
         live = {state.id: state.pid for state in states if state.live}
         found = self.host.usage(live)
         elsewhere = [replica_id for replica_id in live if replica_id not in found]
@@ -231,7 +231,7 @@ class DockerEngine:
     def logs(
         self, replica_id: str, *, follow: bool = False, tail: int | None = None, since: float | None = None
     ) -> Iterator[LogLine]:
-        """Yield whole lines, through restarts of the engine too."""
+        """Yield whole lines, also across restarts of the engine."""
         from launcher.engines.docker.logs import read_log
 
         yield from read_log(
@@ -243,7 +243,7 @@ class DockerEngine:
         )
 
     def _runs(self, replica_id: str) -> bool:
-        """Return whether the container runs; an engine that is just being started again is waited for."""
+        """Return whether the container runs; waits for an engine that restarts."""
         until = time.monotonic() + RETURN_S
         while True:
             try:
@@ -255,7 +255,7 @@ class DockerEngine:
                 time.sleep(0.25)
 
     def terminate(self, replica_id: str) -> None:
-        """Send SIGTERM to PID 1, which `init` passes on to the trainer."""
+        """Send SIGTERM to PID 1, `init`, which passes the signal to the trainer."""
         self._signal(replica_id, "SIGTERM")
 
     def kill(self, replica_id: str) -> None:
@@ -263,7 +263,7 @@ class DockerEngine:
         self._signal(replica_id, "SIGKILL")
 
     def remove(self, replica_id: str) -> None:
-        """Kill and remove a container; one that is gone, or going, is fine."""
+        """Kill and remove a container; no error if it is already removed or being removed."""
         with self._to.translated():
             try:
                 self._to.client.remove_container(replica_id, force=True, v=True)
@@ -272,19 +272,19 @@ class DockerEngine:
                     raise
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what the engine says of itself: its `info` and its `version`."""
+        """Return the engine's `info` and `version`."""
         with self._to.translated():
             return self._to.client.info(), self._to.client.version()
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
-        """Return a file of a container, running or not, out of the archive that the engine makes of it."""
+        """Return a file of a container, running or not, from the archive that the engine makes."""
         from launcher.engines.docker.archives import read_archived_file
 
         with self._to.translated():
             return read_archived_file(self._to.client, replica_id, path, most_bytes)
 
     def services(self, project: str) -> Sequence[Service]:
-        """Return the containers of a compose project, by service."""
+        """Return the containers of a compose project, sorted by service."""
         from launcher.engines.docker.services import labels_of, read_services
 
         with self._to.translated():
@@ -295,7 +295,7 @@ class DockerEngine:
             try:
                 self._to.client.kill(replica_id, signal)
             except APIError as error:
-                if not (is_idle(error) or is_gone(error)):  # else there is nothing left to end
+                if not (is_idle(error) or is_gone(error)):  # an ended container needs no signal
                     raise
 
     def _inspect(self, replica_id: str) -> dict[str, Any] | None:
@@ -308,7 +308,7 @@ class DockerEngine:
                 raise
 
     def _name_taken(self, name: str) -> NameTaken:
-        """Say who has this name: another user's fleet, or some other container."""
+        """Return the error that names the holder of this name: another user's fleet, or another container."""
         inspected: dict[str, Any] = {}
         with contextlib.suppress(EngineError):
             inspected = self._inspect(name) or {}
@@ -323,12 +323,12 @@ class DockerEngine:
             else "another container"
         )
         return NameTaken(
-            f"{name}: this name is held by {holder}; it stays as it is: "
+            f"{name}: this name is held by {holder}, which stays unchanged: "
             "rename or remove it, or give the training another --name"
         )
 
     def _log_frames(self, replica_id: str, follow: bool, options: Mapping[str, Any]) -> Iterator[bytes]:
-        """Yield the log's frames until the stream ends, however it ends."""
+        """Yield the log's frames until the stream ends or, with `follow`, breaks off."""
         with self._to.translated():
             try:
                 yield from self._to.client.logs(

@@ -1,4 +1,4 @@
-"""Which GPUs a container was given, read from the engine's inspect: whoever started it, and however."""
+"""The GPUs of any container, read from the engine's inspect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.hosts.processes import user_name
 from starling.core.words import printable
 
 HOLDING = ("running", "paused", "restarting")
-"""States in which a container has its devices; one of ours that was created only is about to."""
+"""States in which a container holds its devices; one of our replicas also counts in the state `created`."""
 
 _DRIVER_CAPABILITIES = {"compute", "compat32", "graphics", "utility", "video", "display", "ngx"}
 _CDI_NAME = re.compile(r"(?:[a-z.]*\.)?nvidia\.com/[\w.-]+=")
@@ -22,9 +22,9 @@ _DEVICE_FILE = re.compile(r"/dev/nvidia(\d+)", re.ASCII)
 
 
 def container_holder(inspected: Mapping[str, Any], caller: int) -> GpuHolder | None:
-    """Return who a container is and what it holds; None for one that holds nothing, being no replica and not running.
+    """Return a container as a holder of GPUs; None if the container is no replica and does not run.
 
-    A container without a GPU holds none, and is returned all the same, so that a process in it can be named.
+    A running container without a GPU is returned with no GPUs, because a process in it may need its name.
     """
     config = inspected["Config"]
     name, status = inspected["Name"].lstrip("/"), inspected["State"]["Status"]
@@ -37,7 +37,7 @@ def container_holder(inspected: Mapping[str, Any], caller: int) -> GpuHolder | N
         holder += " (created, never started)" if status == "created" else ""
         end = "kill-all" if status == "created" else "stop"
         remedy = f"launcher {end} {shlex.quote(fleet)}" if int(owner) == caller else ""
-        ids = ids or replica_gpus(found[DEVICE_LABEL], {})  # Podman tells of no GPU that was given by CDI
+        ids = ids or replica_gpus(found[DEVICE_LABEL], {})  # Podman's inspect omits GPUs from CDI
     elif status in HOLDING:
         holder, remedy = f"container {name} ({inspected['Id'][:12]}, image {printable(config['Image'])})", ""
     else:
@@ -64,7 +64,7 @@ def gpu_ids(inspected: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _requested(request: Mapping[str, Any]) -> Sequence[str]:
-    """Return what a device request (`--gpus`, `--device nvidia.com/gpu=…`) asks for."""
+    """Return the GPUs that a device request (`--gpus`, `--device nvidia.com/gpu=…`) asks for."""
     ids = [str(item) for item in request.get("DeviceIDs") or []]
     if request.get("Driver") == "cdi":
         return [_CDI_NAME.sub("", item) for item in ids if _CDI_NAME.match(item)]
@@ -76,10 +76,10 @@ def _requested(request: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _visible(runtime: str, value: str) -> list[str]:
-    """Return what NVIDIA_VISIBLE_DEVICES gives.
+    """Return the GPUs that NVIDIA_VISIBLE_DEVICES gives.
 
-    CUDA's images set it to `all` for every container, also for those without a GPU; so `all` counts only under NVIDIA's
-    own runtime, while a list was written on purpose (Podman's hook reads it under any runtime).
+    CUDA's images set it to `all` in every container, also in containers without a GPU; `all` therefore counts only
+    under NVIDIA's runtime. A list was written on purpose and always counts (Podman's hook reads it under any runtime).
     """
     items = [_CDI_NAME.sub("", item.strip()) for item in value.split(",")]
     items = [item for item in items if item not in ("", "void", "none")]
@@ -87,7 +87,7 @@ def _visible(runtime: str, value: str) -> list[str]:
 
 
 def _computes(request: Mapping[str, Any], variables: Mapping[str, str]) -> bool:
-    """Return whether the driver's compute part comes along; a monitor with `utility` alone holds nothing."""
+    """Return whether the request includes the driver's compute part; a monitor with only `utility` holds no GPU."""
     asked = {word for words in request.get("Capabilities") or [] for word in words} & _DRIVER_CAPABILITIES
     asked = asked or set(filter(None, variables.get("NVIDIA_DRIVER_CAPABILITIES", "").split(",")))
     return not asked or bool(asked & {"compute", "all"})

@@ -1,4 +1,4 @@
-"""A container's output as whole lines, each once, however often the stream to the engine breaks off."""
+"""Read a container's output as whole lines, each once, even if the stream from the engine breaks off."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from launcher.engines.base import LogLine
 from starling.core.instants import parse_stamp
 
 OVERLAP_S = 0.001
-"""A stream is taken up again a little before its last line: floats round, and what comes twice is recognised."""
+"""A reopened stream starts this much before the last line: floats round, and repeated lines are recognised."""
 
 Frames = Callable[[bool, Mapping[str, Any]], Iterable[bytes]]
-"""Opens the stream: follow or not, with `tail` and `since`; ends without a word where it breaks off."""
+"""Opens the stream, following or not, with the options `tail` and `since`; a broken stream ends without an error."""
 
 
 def read_log(
     open_frames: Frames, runs: Callable[[], bool], *, follow: bool, tail: int | None, since: float | None
 ) -> Iterator[LogLine]:
-    """Yield the lines from `since` on, the last `tail` of them, and with `follow` those to come.
+    """Yield the last `tail` lines from `since` on, and with `follow` all later lines.
 
-    A stream that broke looks like one that ended, so `runs` is asked; and after the end what is left is read.
+    A broken stream looks like an ended one. `runs` therefore tells whether to reopen the stream; after the replica's
+    end, the remaining lines are read once more.
     """
     options: dict[str, Any] = {"tail": "all" if tail is None else tail}
     if since is not None:
@@ -38,7 +39,7 @@ def read_log(
 
 
 class _Seen:
-    """The last line that was read: by its time stamp, and how many lines had that very stamp."""
+    """The time stamp of the last line read, and the number of lines with that same stamp."""
 
     def __init__(self) -> None:
         self.stamp = ""
@@ -47,7 +48,7 @@ class _Seen:
     def new(self, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """Yield the lines that were not read before.
 
-        Only at the head are stamps compared: a clock that was set back must not hide what is said from then on.
+        Stamps are compared only at the head of the stream: later lines count as new even if the clock was set back.
         """
         head, until, again = bool(self.stamp), self.stamp, self._alike
         for stamp, text in lines:
@@ -61,7 +62,7 @@ class _Seen:
 
 
 def split_lines(frames: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield (time stamp, line). A long line comes in parts, each with a stamp of its own and no end but the last."""
+    """Yield (time stamp, line). The engine splits a long line into stamped parts; only the last has a line end."""
     stamp, parts = "", b""
     for frame in frames:
         *whole, rest = frame.split(b"\n")

@@ -1,4 +1,4 @@
-"""The containers of a compose project, as Docker describes them: found by Compose's labels, never by name."""
+"""The containers of a compose project, found by Compose's labels, never by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
 ONE_OFF_LABEL = "com.docker.compose.oneoff"
 ONCE_LABEL = "starling.once"
-"""Of our compose file: the service does one thing and ends."""
+"""A label in our compose file: the service does one job and ends."""
 
 _EXITED = re.compile(r"Exited \((\d+)\)")
 _HEALTH = re.compile(r"\((?:health: )?(starting|healthy|unhealthy)\)")
@@ -23,55 +23,55 @@ class Service:
 
     id: str
     name: str
-    """The service's, not the container's."""
+    """The service's name, not the container's."""
     image: str
     state: str
-    """`running`, `exited`, `restarting`, …: Docker's word."""
+    """Docker's state: `running`, `exited`, `restarting`, …"""
     status: str
-    """What `docker ps` says: `Up 3 minutes (healthy)`."""
+    """The status of `docker ps`: `Up 3 minutes (healthy)`."""
     once: bool = False
-    """It is there for one job, and well when that is done."""
+    """Whether the service does one job and ends."""
     networks: tuple[str, ...] = ()
     volumes: Mapping[str, str] = field(default_factory=dict)
-    """Target to the volume's name."""
+    """Maps a target to the volume's name."""
     ports: Mapping[int, str] = field(default_factory=dict)
-    """Port inside to `address:port` outside."""
+    """Maps a port inside to `address:port` outside."""
 
     @property
     def health(self) -> str:
-        """`starting`, `healthy` or `unhealthy`; empty without a health check or when it does not run."""
+        """`starting`, `healthy` or `unhealthy`; empty without a health check or if the container does not run."""
         found = _HEALTH.search(self.status)
         return found[1] if found else ""
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended; None while it has not."""
+        """The exit code; None if the container has not ended."""
         found = _EXITED.match(self.status)
         return int(found[1]) if found else None
 
     @property
     def well(self) -> bool:
-        """Whether it does what it is for: runs, healthy where that is checked, or has done its one job."""
+        """Whether the service has done its one job, or runs and passes its health check if it has one."""
         return self.done or self.up
 
     @property
     def done(self) -> bool:
-        """Whether it has done its one job."""
+        """Whether the service has done its one job."""
         return self.once and self.exit_code == 0
 
     @property
     def up(self) -> bool:
-        """Whether it runs, and is healthy where that is checked."""
+        """Whether the service runs, and passes its health check if it has one."""
         return self.state == "running" and self.health in ("", "healthy")
 
 
 def labels_of(project: str) -> list[str]:
-    """Return the labels that a project's containers have; one-off ones (`compose run`) are none of them."""
+    """Return the labels of a project's containers, which exclude one-off containers (`compose run`)."""
     return [f"{PROJECT_LABEL}={project}", f"{ONE_OFF_LABEL}=False"]
 
 
 def read_services(containers: Iterable[Mapping[str, Any]]) -> Sequence[Service]:
-    """Return a project's containers, as Docker lists them, by service."""
+    """Return a project's containers from Docker's list, sorted by service."""
     return sorted(map(_service, containers), key=lambda service: service.name)
 
 

@@ -1,4 +1,4 @@
-"""What containers use, as the engine itself tells: for those of another machine, whose control groups are out of reach."""
+"""The usage of containers from the engine's statistics, for machines whose control groups cannot be read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from launcher.hosts.usage import Usage
 from starling.core.instants import parse_stamp
 
 PATIENCE_S = 2.8
-"""An engine that looks once a second has told by then; of others the figures are left out."""
+"""An engine that samples once a second answers within this time; figures of slower engines are left out."""
 
 
 def ask_usage(ask: Callable[[str], Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Usage]:
-    """Return what each container uses, all asked at once; `ask` returns the engine's `stats` of one, one reading."""
+    """Return the usage of each container, read in parallel; `ask` returns one reading of a container's `stats`."""
     found: dict[str, Usage] = {}
 
     def ask_one(replica_id: str) -> None:
         try:
             found[replica_id] = usage_in(ask(replica_id))
-        except Exception:  # it has ended, or the engine does not answer: a figure less, and no more
+        except Exception:  # the container has ended or the engine does not answer: leave its figures out
             return
 
-    # Daemon threads, and a bound on all of them: figures are no reason to wait for an engine that hangs.
+    # Daemon threads with one common deadline: usage figures must not delay the command if the engine hangs.
     threads = [threading.Thread(target=ask_one, args=(item,), daemon=True) for item in ids]
     for thread in threads:
         thread.start()
@@ -35,7 +35,7 @@ def ask_usage(ask: Callable[[str], Mapping[str, Any]], ids: Sequence[str]) -> di
 
 
 def usage_in(stats: Mapping[str, Any]) -> Usage:
-    """Return the memory without page cache, and the CPU time, with the engine's own time of the reading."""
+    """Return the memory without page cache, the CPU time, and the engine's time of the reading."""
     memory = stats.get("memory_stats") or {}
     detail = memory.get("stats") or {}
     cached = detail.get("total_inactive_file", detail.get("inactive_file", 0))

@@ -1,4 +1,4 @@
-"""docker-py's errors in plain words: what an engine refused, or why it could not be asked."""
+"""docker-py's errors in plain words: what an engine refused, or why it could not be reached."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import requests
 import urllib3.exceptions
 
 ANSWER_TIMEOUT_S = 3.0
-"""A socket that has not answered a question by then is hung; `status` must say so within 5 s."""
+"""A socket without an answer after this time counts as hung; `status` must report that within 5 s."""
 
 DENIED, NO_SOCKET = "permission denied", "no socket there"
 
 TRANSPORT = (OSError, docker.errors.DockerException, urllib3.exceptions.HTTPError)
-"""What means, where it is no refusal, that the engine could not be asked; requests' errors are OSErrors."""
+"""Errors that mean, unless they are a refusal, that the engine could not be reached; requests' errors are OSErrors."""
 
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (TimeoutError, f"no answer within {ANSWER_TIMEOUT_S:g} s"),
@@ -29,23 +29,23 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
 
 
 def refusal(error: docker.errors.APIError) -> str:
-    """Return the engine's own words."""
+    """Return the engine's own message."""
     return str(error.explanation)
 
 
 def is_gone(error: docker.errors.APIError) -> bool:
-    """Return whether there is no such container, or soon will be; Podman says 500 when it goes while it is asked about."""
+    """Return whether the container does not exist or is being removed; Podman then answers with status 500."""
     words = refusal(error).lower()
     return error.status_code == 404 or "no such container" in words or "marked for removal" in words
 
 
 def is_idle(error: docker.errors.APIError) -> bool:
-    """Return whether the container does not run, so that no signal can reach it: 409, or Podman's words for it."""
+    """Return whether no signal can reach the container because it does not run: status 409, or Podman's message."""
     return error.status_code == 409 or "container state improper" in refusal(error)
 
 
 def reason(error: BaseException) -> str:
-    """Return why the engine could not be asked: the innermost error tells, requests and urllib3 wrap it."""
+    """Return why the engine could not be reached, from the innermost error, which requests and urllib3 wrap."""
     causes = list(_causes(error))
     for kind, words in _REASONS:
         if any(isinstance(cause, kind) for cause in causes):

@@ -1,6 +1,6 @@
-"""Replicas as processes of this machine: the same plan where there is no Docker.
+"""Replicas as processes of this machine, for machines without Docker.
 
-Below the runs folder, `.launcher/<replica>.json` records a replica, `.exit.json` how it ended, `.log` what it said.
+Below the runs folder, `.launcher/<replica>.json` records a replica, `.exit.json` its exit code, `.log` its output.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MOST_RECORD_BYTES = 4 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What `.launcher/<replica>.json` holds."""
+    """The contents of `.launcher/<replica>.json`."""
 
     id: str
     labels: Mapping[str, str]
@@ -61,7 +61,7 @@ class _Record:
 
 
 class LocalEngine:
-    """Processes in sessions of their own, recorded by pid, start time and boot, so that a reused pid is never hit."""
+    """Replicas as processes, each in its own session. Records hold pid, start time and boot, to detect a reused pid."""
 
     name = "local"
 
@@ -76,30 +76,30 @@ class LocalEngine:
         self._specs: dict[str, ReplicaSpec] = {}
 
     def machine(self) -> Machine:
-        """Return the cores this process may use, and the machine's memory."""
+        """Return the cores that this process may use, and the machine's memory."""
         return Machine(
             cores=tuple(sorted(os.sched_getaffinity(0))), memory_bytes=psutil.virtual_memory().total
         )
 
     def resolve_image(self, image: str) -> Image:
-        """Return the empty image: processes need none."""
+        """Return the empty image: processes need no image."""
         return Image()
 
     def check_trainer(self, image: Image, script: str) -> None:
-        """Take it: `check_local_trainer` has found the trainer."""
+        """Accept every image: `check_local_trainer` has found the trainer."""
 
     def check_gpu_runtime(self, image: Image) -> None:
-        """Take it: processes reach GPUs without a runtime."""
+        """Accept every image: processes reach GPUs without a runtime."""
 
     def check_network(self, network: str) -> None:
-        """Raise UsageError for a network: processes are on the host's."""
+        """Raise UsageError for a network: processes use the host's network."""
         if network not in ("", "bridge"):
             raise UsageError(
                 f"--network {network}: only containers have networks; leave it out with --engine local"
             )
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise NameTaken when a record that is not this owner's has one of these names."""
+        """Raise NameTaken if another owner's record has one of these names."""
         with self._opened() as folder:
             for name in names:
                 record = self._own(folder, name)
@@ -107,12 +107,12 @@ class LocalEngine:
                     raise self._name_taken(name)
 
     def create(self, spec: ReplicaSpec) -> str:
-        """Record a replica; raises NameTaken when its record is there."""
+        """Record a replica; raises NameTaken if a record of this name exists."""
         record = _Record(id=self._new_id(), labels=labels(spec, self._owner), created=time.time())
         temporary = f".{spec.name}.{record.id}.part"
         with _translated(self._folder), self._written(temporary, _dump(record)) as folder:
             try:
-                # A link fails where a rename would replace: the name is taken by one creator only.
+                # A link fails if the name exists, unlike a rename: only one creator gets the name.
                 os.link(
                     temporary,
                     f"{spec.name}.json",
@@ -129,7 +129,7 @@ class LocalEngine:
         return record.id
 
     def start(self, replica_id: str) -> None:
-        """Run the replica under a supervisor that leaves this session; only its creator can."""
+        """Run the replica under a supervisor in a session of its own; only the engine object that created it can."""
         spec = self._specs.get(replica_id)
         record = self._find(replica_id)
         if spec is None or record is None:
@@ -174,24 +174,24 @@ class LocalEngine:
                 )
 
     def list(self) -> list[ReplicaState]:
-        """Return this owner's replicas below the runs folder."""
+        """Return this owner's replicas of the runs folder."""
         states = [self._describe(record) for record in self._records()]
         return sorted(states, key=lambda state: (state.fleet, len(state.device), state.device, state.name))
 
     def gpu_holders(self) -> Sequence[GpuHolder]:
-        """Return nothing: who runs shows in the machine's processes, whatever runs folder they are recorded in.
+        """Return no holders: running replicas are found among the machine's processes, for every runs folder.
 
-        A replica that was recorded and never started holds nothing, as only its creator can start it.
+        A replica that never started holds no GPU, because only its creator can start it.
         """
         return []
 
     def state(self, replica_id: str) -> ReplicaState | None:
-        """Return a replica as its record, its process and its exit file tell."""
+        """Return a replica's state from its record, its process and its exit file."""
         record = self._find(replica_id)
         return None if record is None else self._describe(record)
 
     def environment(self, replica_id: str) -> Mapping[str, str] | None:
-        """Return a running replica's environment; None afterwards."""
+        """Return a running replica's environment; None after its end."""
         record = self._find(replica_id)
         if record is None or not _alive(record):
             return None
@@ -202,7 +202,7 @@ class LocalEngine:
         return dict(item.split("=", 1) for item in os.fsdecode(raw).split("\0") if "=" in item)
 
     def usage(self, states: Sequence[ReplicaState]) -> Mapping[str, Usage]:
-        """Return what each running replica's session uses."""
+        """Return the usage of each running replica's session."""
         sessions = {state.pid: state.id for state in states if state.live and state.pid}
         return {sessions[pid]: usage for pid, usage in read_sessions(sessions).items()} if sessions else {}
 
@@ -216,16 +216,16 @@ class LocalEngine:
             yield from read_log(path, lambda: _alive(record), follow=follow, tail=tail, since=since)
 
     def terminate(self, replica_id: str) -> None:
-        """Send SIGTERM to the supervisor, which passes it on to the trainer."""
+        """Send SIGTERM to the supervisor, which passes the signal to the trainer."""
         record = self._find(replica_id)
         if record is not None and _alive(record):
             with _translated(self._folder), contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGTERM)
 
     def kill(self, replica_id: str) -> None:
-        """Send SIGKILL to the supervisor and all that it has started.
+        """Send SIGKILL to the supervisor and all of its descendants.
 
-        The processes of a training on several devices are in sessions of their own, where no signal to a group reaches.
+        A training on several devices runs each process in its own session, which a signal to the group does not reach.
         """
         record = self._find(replica_id)
         if record is not None and _alive(record):
@@ -237,7 +237,7 @@ class LocalEngine:
                     os.kill(pid, signal.SIGKILL)
 
     def remove(self, replica_id: str) -> None:
-        """Kill the replica, and delete its record and log; the folder too, once it is empty."""
+        """Kill the replica, and delete its record, its log, and the folder once it is empty."""
         record = self._find(replica_id)
         if record is None:
             return
@@ -248,7 +248,7 @@ class LocalEngine:
         if record.pid and (
             cgroup := memory_limit.find_cgroup(supervisor.cgroup_name(record.pid, record.start_time))
         ):
-            memory_limit.remove_cgroup(cgroup)  # a supervisor that was killed could not
+            memory_limit.remove_cgroup(cgroup)  # a killed supervisor could not remove it
         name = record.labels[REPLICA_LABEL]
         ending = f"{name}.exit.json"
         older = (f"{name}.log.{number}" for number in range(1, supervisor.LOG_FILES))
@@ -271,7 +271,7 @@ class LocalEngine:
         )
 
     def read_file(self, replica_id: str, path: str, most_bytes: int) -> bytes:
-        """Return a file of this machine, where processes see what everybody sees."""
+        """Return a file of this machine: processes see the host's files."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
@@ -290,9 +290,9 @@ class LocalEngine:
                         yield record
 
     def _own(self, folder: Folder | None, name: str) -> _Record | None:
-        """Return the record of this name if it is this owner's, by its labels and by who wrote the file.
+        """Return the record of this name if its labels and the file's owner show that it is this owner's.
 
-        Whoever may write the runs folder can put any record there, in anybody's name.
+        Every user with write access to the runs folder can forge a record in another user's name.
         """
         record = _load(folder, f"{name}.json", self._writers) if folder is not None else None
         return record if record and is_ours(record.labels, name, self._owner) else None
@@ -303,7 +303,7 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Folder | None]:
-        """Open the folder of records, following no link below the runs folder; None where there is none."""
+        """Open the folder of records without following links below the runs folder; None if it does not exist."""
         with contextlib.ExitStack() as held:
             folder = None
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -312,7 +312,7 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _written(self, file: str, text: str) -> Iterator[Folder]:
-        """Write a new file and give its folder, made as often as somebody who removes the last record takes it away."""
+        """Write a new file and yield its folder; retries if another command removes the empty folder meanwhile."""
         for attempt in range(10):
             with Folder.resolve(self._runs, create=True) as top, top.folder(FOLDER, create=True) as folder:
                 try:
@@ -330,7 +330,9 @@ class LocalEngine:
         return next((record for record in self._records() if record.id == replica_id), None)
 
     def _describe(self, record: _Record) -> ReplicaState:
-        alive = _alive(record)  # before the exit file: a supervisor writes that and then ends
+        alive = _alive(
+            record
+        )  # check this before reading the exit file, which the supervisor writes just before its end
         name = record.labels[REPLICA_LABEL]
         code, oom_killed = None, False
         if record.pid and not alive:
@@ -344,7 +346,7 @@ class LocalEngine:
             fleet=record.labels[FLEET_LABEL],
             device=record.labels[DEVICE_LABEL],
             phase="created" if not record.pid else "running" if alive else "exited",
-            # A supervisor that left no word was killed, and its child with it.
+            # A supervisor without an exit file was killed, and the kernel killed its child too.
             exit_code=None if not record.pid or alive else 137 if code is None else code,
             oom_killed=oom_killed,
             memory_bytes=int(plan.get("memory_bytes", 0)),
@@ -361,10 +363,10 @@ class LocalEngine:
 
 
 def _alive(record: _Record) -> bool:
-    """Return whether the very process that was started still runs: same boot, same pid, same start.
+    """Return whether the recorded process still runs: same boot, same pid, same start time.
 
-    It must be a supervisor too: replicas can write below the runs folder, and a forged record must not be able to
-    point at somebody else's process. A zombie has no command line, so it counts as ended.
+    The process must also be a supervisor: replicas can write below the runs folder, and a forged record must not point
+    at another process. A zombie has no command line, so it counts as ended.
     """
     if not record.pid or record.boot != boot_id():
         return False
@@ -381,7 +383,7 @@ def _dump(record: _Record) -> str:
 
 
 def _load(folder: Folder, file: str, writers: Collection[int] | None = None) -> _Record | None:
-    """Return the record in a file; None for anything else that may lie there, or that none of the `writers` has written."""
+    """Return the record in a file; None for a malformed file, or a file that belongs to none of the `writers`."""
     try:
         values: Any = parse_json(_read(folder, file, writers))
         record = _Record(**values)
@@ -399,7 +401,7 @@ def _load(folder: Folder, file: str, writers: Collection[int] | None = None) -> 
 
 
 def _read(folder: Folder, file: str, writers: Collection[int] | None) -> bytes:
-    """Return a regular file of bounded size; raises OSError, and ValueError for anything else."""
+    """Return the bytes of a regular file, up to a limit; raises OSError, or ValueError for anything else."""
     with open(folder.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
         state = os.fstat(opened.fileno())
         if not stat.S_ISREG(state.st_mode) or (writers is not None and state.st_uid not in writers):

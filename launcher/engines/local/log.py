@@ -1,4 +1,4 @@
-"""A local replica's log and its rotated predecessors, read as one: oldest first, and on as they grow and rotate."""
+"""Read a local replica's log and its rotated predecessors as one stream, oldest first, while they grow and rotate."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from starling.core.instants import parse_stamp
 
 POLL_S = 0.2
 MOST_OF_A_FILE = 32 << 20
-"""Bytes that are read of one file: the supervisor puts its log aside at 10 MiB, so a longer file is somebody else's."""
+"""The most bytes read of one file: the supervisor rotates its log at 10 MiB, so it did not write a longer file."""
 _CHUNK = 1 << 20
 
 
 def read_log(
     path: Path, alive: Callable[[], bool], *, follow: bool, tail: int | None, since: float | None
 ) -> Iterator[LogLine]:
-    """Yield the lines from `since` on, the last `tail` of them, and with `follow` those to come until the end."""
+    """Yield the last `tail` lines from `since` on, and with `follow` all later lines until the replica's end."""
     reader = LogReader(path)
     try:
         follow = follow and alive()
@@ -36,7 +36,7 @@ def read_log(
             kept = (line for line in kept if line.at is not None and line.at >= since)
         yield from kept if tail is None else deque(kept, maxlen=tail)
         while follow:
-            follow = alive()  # asked before reading, so that the last words are read too
+            follow = alive()  # check before reading, else the last lines could be missed
             before = reader.read_bytes
             yield from reader.available()
             if not follow:
@@ -53,7 +53,7 @@ def _chain(lines: Iterator[LogLine], reader: LogReader) -> Iterator[LogLine]:
 
 
 class LogReader:
-    """A place in the sequence FILE.2, FILE.1, FILE, which the writer shifts on while it is read."""
+    """A position in the sequence FILE.2, FILE.1, FILE, which the writer rotates during the reading."""
 
     def __init__(self, path: Path) -> None:
         self._names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, LOG_FILES))]
@@ -62,7 +62,7 @@ class LogReader:
         self.read_bytes = 0
 
     def available(self) -> Iterator[LogLine]:
-        """Yield every whole line that is there now and was not yielded before."""
+        """Yield every whole line that now exists and was not yielded before."""
         while True:
             if self._file is not None:
                 yield from self._read()
@@ -70,18 +70,18 @@ class LogReader:
             if following is None:
                 return
             if self._file is not None:
-                yield from self._read()  # what came before it was put aside, for nothing comes after
+                yield from self._read()  # lines written before the rotation; none follow
                 self._file.close()
             self._file = following
 
     def rest(self) -> Iterator[LogLine]:
-        """Yield the last line, if nothing ended it."""
+        """Yield the last line if it has no line end."""
         if self._pending:
             yield _line(self._pending)
             self._pending = b""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -93,7 +93,7 @@ class LogReader:
             yield from map(_line, lines)
 
     def _following(self) -> IO[bytes] | None:
-        """Open the file after the one that is being read: one name newer, or the oldest there is."""
+        """Open the next newer file than the current one, or the oldest file at the start; None if there is none."""
         own = None if self._file is None else os.fstat(self._file.fileno())
         newer: IO[bytes] | None = None
         for name in self._names:
@@ -111,7 +111,7 @@ class LogReader:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open a file of a folder that others may write: neither is a link, and a pipe is not waited for."""
+    """Open a file in a folder that others may write, without following a link and without blocking on a pipe."""
     with Folder.resolve(path.parent.parent) as above, above.folder(path.parent.name) as folder:
         if not stat.S_ISREG(folder.stat(path.name).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))

@@ -1,7 +1,8 @@
-"""Bound the memory of one local replica: by a cgroup where one can be made, else by looking at its processes.
+"""Limit the memory of one local replica: by a cgroup if one can be made, else by watching its processes.
 
-The supervisor loads it by path, so it needs the standard library and the ground floor only. A resource limit (`ulimit`) would be no bound on
-a replica: it counts each process by itself, and address space that torch and CUDA reserve and never touch.
+The supervisor loads this module by path, so it imports only the standard library and the ground floor. A resource
+limit (`ulimit`) cannot limit a replica: it counts each process alone, and it counts address space that torch and CUDA
+reserve and never touch.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from starling.core.process import all_stats
 
 CGROUPS = str(MOUNT)
 LOOK_S = 0.25
-"""Between two looks at a replica without a cgroup; what it takes in that time can exceed the limit."""
+"""Seconds between two looks at a replica without a cgroup; in between, the replica can exceed the limit."""
 
 
 class MemoryLimit:
-    """At most `limit` bytes for the processes of the session that this process leads; 0: no limit.
+    """A limit of `limit` bytes for the processes of the session that this process leads; 0: no limit.
 
-    As in a container, whoever exceeds it is killed, one process and not all, and `oom_killed` tells.
+    As in a container, exceeding the limit kills one process, not all, and sets `oom_killed`.
     """
 
     def __init__(self, name: str, limit: int, root: str = CGROUPS) -> None:
@@ -40,16 +41,16 @@ class MemoryLimit:
 
     @property
     def oom_killed(self) -> bool:
-        """Whether a process was killed for want of memory."""
+        """Whether a process was killed for lack of memory."""
         return self._killed + (count_oom_kills(Path(self._cgroup)) or 0 if self._cgroup else 0) > 0
 
     def enter(self) -> None:
-        """Put the calling process, and all that it will start, under the limit: between fork and exec."""
+        """Put the calling process and its future children under the limit; called between fork and exec."""
         if self._cgroup:
             _write(os.path.join(self._cgroup, "cgroup.procs"), "0")
 
     def look(self) -> None:
-        """Kill the largest process when all together exceed the limit; nothing to do where a cgroup sees to it."""
+        """Kill the largest process if all processes together exceed the limit; does nothing if a cgroup enforces it."""
         now = time.monotonic()
         if self._cgroup or not self._limit or now < self._looked + LOOK_S:
             return
@@ -62,7 +63,7 @@ class MemoryLimit:
                 self._killed += 1
 
     def close(self) -> None:
-        """End what the replica left running, as the end of a container does, and remove its cgroup."""
+        """Kill the processes that the replica left running, as the end of a container does, and remove its cgroup."""
         for pid in session_of(os.getpid()):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -71,7 +72,7 @@ class MemoryLimit:
 
 
 def make_cgroup(name: str, limit: int, root: str = CGROUPS) -> str | None:
-    """Return a new cgroup with the limit, within every limit that holds for this process; None where that cannot be."""
+    """Return a new cgroup with the limit, below every limit of this process; None if no such cgroup can be made."""
     for parent, limits in _places(root):
         path = os.path.join(parent, name)
         with contextlib.suppress(OSError):
@@ -89,14 +90,14 @@ def make_cgroup(name: str, limit: int, root: str = CGROUPS) -> str | None:
 
 
 def _places(root: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the folders in which a cgroup may be made, with the settings that make a limit there."""
+    """Yield the folders in which a cgroup may be made, with the files and values that set its limit."""
     for group in groups_of(_own_cgroups(), "memory", Path(root)):
         own = str(group.folder)
         if group.version == 1:
             yield own, {"memory.limit_in_bytes": "{}", "memory.memsw.limit_in_bytes": "{}"}
             continue
-        # With processes of its own a cgroup cannot limit its children, so a sibling it is: under the same limits
-        # but this process's own, and therefore only where there is none.
+        # A cgroup with processes cannot limit its children, so the new cgroup is a sibling. A sibling escapes the
+        # limit of this process's own cgroup, and is therefore made only if that cgroup has no limit.
         mounted = os.path.exists(os.path.join(root, "cgroup.controllers"))
         if mounted and _read(os.path.join(own, "memory.max")) in ("max", ""):
             parent = own if group.folder == group.base else os.path.dirname(own)
@@ -109,7 +110,7 @@ def _own_cgroups() -> str:
 
 
 def _can_enter(cgroup: str) -> bool:
-    """Return whether a child of this process may join; not every place that can be made can be entered."""
+    """Return whether a child of this process may join; the kernel may allow making a cgroup but not entering it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -121,11 +122,13 @@ def _can_enter(cgroup: str) -> bool:
 
 
 def remove_cgroup(cgroup: str, limit_s: float = 2.0) -> None:
-    """Kill the processes in a cgroup and remove it; one that is gone is fine."""
+    """Kill the processes in a cgroup and remove it; no error if the cgroup is already gone."""
     deadline = time.monotonic() + limit_s
     while os.path.isdir(cgroup) and time.monotonic() < deadline:
         for pid in map(int, _read(os.path.join(cgroup, "cgroup.procs")).split()):
-            if pid > 0:  # 0 is somebody outside this pid namespace; to kill(2) it would mean ourselves
+            if (
+                pid > 0
+            ):  # 0 is a process outside this pid namespace; kill(2) with 0 would hit this process's group
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
@@ -135,7 +138,7 @@ def remove_cgroup(cgroup: str, limit_s: float = 2.0) -> None:
 
 
 def find_cgroup(name: str, root: str = CGROUPS) -> str | None:
-    """Return the cgroup of this name that a killed supervisor has left behind, wherever it was made."""
+    """Return the cgroup of this name that a killed supervisor has left behind, from anywhere below `root`."""
     for hierarchy in (os.path.join(root, "memory"), root):
         for folder, folders, _ in os.walk(hierarchy):
             if name in folders:
@@ -144,7 +147,7 @@ def find_cgroup(name: str, root: str = CGROUPS) -> str | None:
 
 
 def session_of(leader: int) -> list[int]:
-    """Return the processes of the session that `leader` leads, and its descendants that have left it; not itself."""
+    """Return the processes of `leader`'s session and its descendants outside the session, without `leader`."""
     parents: dict[int, int] = {}
     found = set()
     for pid, stat in all_stats():
@@ -160,7 +163,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Return the bytes that only this process's end would free: anonymous, shared and swapped, no files' pages."""
+    """Return the process's anonymous, shared and swapped bytes; pages of files do not count."""
     total = 0
     for line in _read(f"/proc/{pid}/status").splitlines():
         if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):

@@ -1,9 +1,9 @@
-"""Stand over one local replica: own session, own cores, rotated log, its exit code on disk.
+"""Supervise one local replica: its own session and cores, a rotated log, and its exit code on disk.
 
-Run by path with `python -I`, so that it needs the standard library and the ground floor only, and starts in milliseconds:
+Run by path with `python -I`; imports only the standard library and the ground floor, and starts in milliseconds:
     supervisor.py EXIT_FILE LOG_FILE CORES MEMORY -- COMMAND…
-Prints `pid start-time` of the process that stays, and returns; that one has left the caller's session, so a logout
-does not reach it. Should it be killed, the kernel kills its child too.
+Prints `pid start-time` of the process that stays, and returns. That process has left the caller's session, so a logout
+does not end it. If it is killed, the kernel kills its child too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
-    """Fork the process that stays and tell who it is."""
+    """Fork the process that stays, and print its pid and start time."""
     exit_file, log_file, cores, memory = argv[:4]
     command = argv[5:]
     read_end, write_end = os.pipe()
     if os.fork():
-        # The start time is read by the process that stays: once it has answered, its identity is settled.
+        # The staying process reads its own start time: its answer proves that it runs.
         os.close(write_end)
         sys.stdout.write(os.read(read_end, 64).decode())
         return 0
@@ -59,32 +59,32 @@ def main(argv: list[str]) -> int:
 
 
 def unfinished(exit_file: str) -> str:
-    """Return the name that the exit file has until the command has ended."""
+    """Return the exit file's name before the command has ended."""
     return f"{exit_file}.part"
 
 
 def reserved(folder: int, name: str) -> int:
-    """Return a descriptor of a new file that has room for what is written at the end: a trainer may fill the disk."""
+    """Return a descriptor of a new file with reserved disk space for the exit code: a trainer may fill the disk."""
     descriptor = open_new(folder, name, os.O_WRONLY)
-    with contextlib.suppress(OSError):  # a file system that reserves nothing
+    with contextlib.suppress(OSError):  # the file system cannot reserve space
         os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
     return descriptor
 
 
 def open_folder(file: str) -> int:
-    """Open the folder that a file lies in: itself no link, whatever somebody who may write beside it puts there."""
+    """Open the folder of a file without following a link at the folder, which another user may have placed."""
     return os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def open_new(folder: int, name: str, flags: int) -> int:
-    """Open a file that nobody else has made: what has its name is removed first."""
+    """Create and open a new file, after removing any existing file of that name."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
     return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
 
 
 def memory_limit(limit: int) -> Any:
-    """Return a MemoryLimit; its module is loaded by path, since this one knows no package."""
+    """Return a MemoryLimit; its module is loaded by path, because this script runs outside its package."""
     module = os.path.join(os.path.dirname(os.path.abspath(__file__)), "memory_limit.py")
     return runpy.run_path(module)["MemoryLimit"](cgroup_name(os.getpid(), own_start()), limit)
 
@@ -95,7 +95,7 @@ def cgroup_name(pid: int, started: int) -> str:
 
 
 def supervise(command: list[str], log: RotatedLog, limit: Any) -> int:
-    """Run the command, pass SIGTERM and SIGINT on to it, copy its output; return its exit code."""
+    """Run the command, pass SIGTERM and SIGINT to it, copy its output, and return its exit code."""
     children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
 
@@ -136,7 +136,7 @@ def supervise(command: list[str], log: RotatedLog, limit: Any) -> int:
 
 
 def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog, limit: Any) -> None:
-    """Copy until the output ends, or the child has and nothing more comes (a grandchild may hold it open)."""
+    """Copy until the output ends, or the child has ended and no more comes (a grandchild may keep the pipe open)."""
     unfinished = b""
     while True:
         ready, _, _ = select.select([output], [], [], 0.25)
@@ -158,7 +158,7 @@ def copy_output(child: subprocess.Popen[bytes], output: int, log: RotatedLog, li
 
 
 def stamped(lines: bytes) -> bytes:
-    """Return the lines with the time of now before each, as Docker keeps them; an unfinished last one stays so."""
+    """Return the lines, each after the current time, as Docker keeps them; an unfinished last line gets no line end."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z "
     *whole, rest = lines.split(b"\n")
@@ -168,7 +168,7 @@ def stamped(lines: bytes) -> bytes:
 
 
 class RotatedLog:
-    """A log of bounded size: FILE, FILE.1, FILE.2. A full disk loses lines, never the training."""
+    """A log of limited size: FILE, FILE.1, FILE.2. A full disk loses lines, but does not stop the training."""
 
     def __init__(self, folder: int, name: str) -> None:
         self._folder, self._name = folder, name
@@ -190,7 +190,7 @@ class RotatedLog:
         self._file = self._open()
 
     def _open(self) -> int:
-        """Open the log to go on with it; a file that is somebody else's, or has another name, is not written to."""
+        """Open the log to append; replaces a file that another user owns or that has another hard link."""
         flags = os.O_WRONLY | os.O_APPEND
         try:
             found = os.open(
@@ -206,7 +206,7 @@ class RotatedLog:
 
 
 def own_start() -> int:
-    """Return when this process started: with its pid, it names it and no later one."""
+    """Return this process's start time, which with the pid identifies the process."""
     from starling.core.process import stat_of
 
     own = stat_of(os.getpid())
@@ -215,7 +215,7 @@ def own_start() -> int:
 
 
 def find_ground_floor() -> None:
-    """Let `starling.core` be found, which lies in `app` of a checkout, or beside this package."""
+    """Make `starling.core` importable from `app` of a checkout, or from the folder of this package."""
     root = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
     places = (os.path.join(root, "app"), root)
     sys.path += [place for place in places if os.path.isdir(os.path.join(place, "starling", "core"))][:1]

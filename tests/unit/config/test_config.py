@@ -28,7 +28,7 @@ def yaml_file(tmp_path: Path, content: str | bytes) -> Path:
     [
         ("a: !!python/object/apply:os.system ['true']", "tag"),
         ("a: &x [1]\nb: *x", "aliases"),
-        ("a: 1\na: 2", "file.yaml:2: the key 'a' stands twice"),
+        ("a: 1\na: 2", "file.yaml:2: the key 'a' appears twice"),
         ("- 1\n- 2", "key: value"),
         ("a: [1, 2", "file.yaml:"),
         (b"a: \xff\xfe", "UTF-8"),

@@ -152,7 +152,7 @@ def test_class_names_whose_keys_are_not_the_numbers_are_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("giou", "the name of 2020 for today's `box`, with the same meaning; write box in its place"),
+        ("giou", "the name of `box` in 2020, with the same meaning; write box instead"),
         ("loss_ota", "a key of YOLOv7"),
         ("paste_in", "a key of YOLOv7"),
         ("dfl", "YOLOv8 and on"),

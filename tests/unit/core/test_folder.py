@@ -57,7 +57,7 @@ def test_a_link_to_nothing_at_the_top_is_named_and_what_it_names_is_not_made(
 ) -> None:
     (tmp_path / link).symlink_to(tmp_path / "not mounted")
     with pytest.raises(
-        FileNotFoundError, match=r"is a symbolic link to .*not mounted, where nothing is"
+        FileNotFoundError, match=r"is a symbolic link to .*not mounted, which does not exist"
     ) as error:
         Folder.resolve(tmp_path / {"runs": "runs", "disk": "disk/runs"}[link], create=True)
     assert error.value.filename == str(tmp_path / link)

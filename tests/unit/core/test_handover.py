@@ -93,7 +93,7 @@ def test_a_folder_of_roots_becomes_its_users_alone_unless_it_is_shared_on_purpos
 @needs_root
 def test_a_folder_for_everybody_stays_roots(runs: Path) -> None:
     runs.chmod(0o1777)
-    with pytest.raises(Refused, match=r"folder for everybody.*a folder of its own below it"):
+    with pytest.raises(Refused, match=r"world-writable folder.*a new folder below it"):
         give(runs)
     assert owners(runs, runs / "train") == [0, 0]
 
@@ -215,7 +215,7 @@ def test_a_private_file_of_roots_that_a_replica_moved_into_its_own_folder_stays_
     (runs / "theirs/results.csv").touch(mode=0o644)
     account = give(runs)
     assert owners(runs / "theirs/moved", runs / "theirs/results.csv") == [0, USER]
-    assert "it stays root's" in account.lines()[0]
+    assert "its owner stays" in account.lines()[0]
 
 
 @needs_root

@@ -1,4 +1,4 @@
-"""Matching of all images in a few large steps, without a wait for the device."""
+"""Match the detections of all images with a few large operations and without synchronising with the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starling.boxes.geometry import iou_matrix
 
 
 def match(detections: Tensor, image: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
-    """Return [m,T] bool, see `match_images`; `limits` [T] float32 lie on the host, there is a detection and a label."""
+    """Return [m,T] bool, see `match_images`; `limits` [T] float32 is on the host, and no input is empty."""
     limits = limits.to(detections.device, non_blocking=True)
     theirs = labels[image]  # [m,n,5]
     same_class = detections[:, 5:6] == theirs[..., 0]

@@ -1,4 +1,4 @@
-"""Matching on a CPU, compiled by Numba (see `starling.boxes.nms.host`): detection after detection, nothing built between."""
+"""Match on a CPU, compiled by Numba (see `starling.boxes.nms.host`): one detection at a time, without large arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 
 def match(detections: Tensor, image: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
-    """Return [m,T] bool, see `match_images`; all on the host."""
+    """Return [m,T] bool, see `match_images`; all tensors are on the host."""
     found, actual = (values.detach().float().contiguous().numpy() for values in (detections, labels))
     return torch.from_numpy(_match(found, image.numpy(), actual, limits.numpy()))
 

@@ -1,7 +1,7 @@
-"""Non-maximum suppression: of boxes that overlap too much, the most confident stays.
+"""Non-maximum suppression: of boxes that overlap too much, only the most confident is kept.
 
-Two ways to the same boxes, to the bit. `host` takes image by image, on all cores of a CPU, and looks at no more
-candidates than it must. `device` takes all images in a few large steps, as a GPU wants them.
+Two implementations with bit-identical results. `host` runs image by image on all cores of a CPU, and examines as few
+candidates as possible. `device` processes all images with a few large operations, which suits a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def non_max_suppression(
     multi_label: bool = False,
     max_detections: int = 300,
 ) -> list[Tensor]:
-    """Keep the most confident of overlapping boxes: one [n,6] xyxy, confidence, class for each image.
+    """Keep the most confident of overlapping boxes; return [n,6] xyxy, confidence, class for each image.
 
-    `predictions` is decoded [B, anchors, 5+nc]: xywh in pixels, objectness, class scores. A box whose objectness and
-    whose objectness times class score exceed `conf` is a candidate: for its best class, or with `multi_label` for every
-    such class. Boxes of one class (`agnostic`: of any) that overlap a more confident one by more than `iou` go. Of
-    equal confidences the first in the order of `predictions` counts as the higher.
+    `predictions` is decoded [B, anchors, 5+nc]: xywh in pixels, objectness, class scores. A box is a candidate if its
+    objectness and its objectness times class score exceed `conf`: for its best class, or with `multi_label` for every
+    such class. A box is removed if it overlaps a more confident one of its class (`agnostic`: of any class) by more
+    than `iou`. Of equal confidences, the first in the order of `predictions` counts as higher.
     """
     rules = Rules(
         conf=conf,
@@ -38,7 +38,7 @@ def non_max_suppression(
         multi_label=multi_label,
         limit=max_detections,
     )
-    # The host's way is compiled when it is first imported, which a GPU has no use for.
+    # Import `host` only for a CPU, because its first import compiles it.
     if predictions.device.type == "cpu":
         from starling.boxes.nms.host import suppress
     else:

@@ -1,7 +1,7 @@
-"""Suppression in a few large steps over all images, as a GPU wants it; waits for the device a few times a block.
+"""Suppression with a few large operations over all images, for GPUs; synchronises a few times per block.
 
-A block of candidates is settled at a time: what one kept before overlaps is gone already, so most of a block stays,
-and what the block keeps is held against all that follow.
+Candidates are processed in blocks. Candidates that overlap an earlier kept box are already removed, so most of a block
+is kept; the kept boxes of the block are then compared with all later candidates.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from starling.boxes.geometry import xywh_to_xyxy
 from starling.boxes.nms.rules import MAX_CANDIDATES, Rules, below
 
 FIRST_HEAD = 2048
-"""So many of an image's candidates are sorted at first."""
+"""The number of an image's candidates that are sorted first."""
 GROWTH = 4
-"""What that number is multiplied by where these are not enough."""
+"""The factor by which that number grows if the candidates are not enough."""
 IMAGES_TOGETHER = 32
-"""Images that go through at once, for the memory that this needs; fewer where a head is larger."""
+"""The number of images processed at once, limited by memory; fewer for a larger head."""
 BLOCK = 512
 
 _AREA, _GROUP, _PLACE = 4, 5, 6
@@ -28,7 +28,7 @@ _AREA, _GROUP, _PLACE = 4, 5, 6
 
 
 def suppress(predictions: Tensor, rules: Rules) -> list[Tensor]:
-    """Return what stays of each image, [n,6] xyxy, confidence, class; `predictions` [B,anchors,5+nc] are float32."""
+    """Return the kept boxes of each image, [n,6] xyxy, confidence, class; `predictions` [B,anchors,5+nc] is float32."""
     found: list[Tensor] = []
     for part in predictions.split(IMAGES_TOGETHER):
         found += _Line(part, _scores(part, rules)).suppressed(rules)
@@ -36,7 +36,7 @@ def suppress(predictions: Tensor, rules: Rules) -> list[Tensor]:
 
 
 def _scores(predictions: Tensor, rules: Rules) -> Tensor:
-    """Return [B,anchors,nc] confidences, 0 where there is no candidate."""
+    """Return [B,anchors,nc] confidences; 0 means no candidate."""
     objectness = predictions[..., 4:5]
     scores = predictions[..., 5:] * objectness
     scores.masked_fill_(~((scores > rules.conf) & (objectness > rules.conf)), 0)
@@ -51,18 +51,18 @@ def _scores(predictions: Tensor, rules: Rules) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The candidates of some images, who line up by their confidence."""
+    """The candidates of some images, to be taken in falling order of confidence."""
 
     predictions: Tensor
     """[B,anchors,5+nc]."""
     scores: Tensor
-    """[B,anchors,nc], 0 where there is no candidate."""
+    """[B,anchors,nc]; 0 means no candidate."""
 
     def suppressed(self, rules: Rules) -> list[Tensor]:
-        """Return what stays of each line.
+        """Return the kept boxes of each image.
 
-        What is kept among the first k depends on these k alone, so a growing head of a line is suppressed until it
-        holds enough boxes: at low confidence that leaves most candidates untouched.
+        The kept boxes among the first k candidates depend on these k only. A growing head of the candidates is
+        therefore suppressed until enough boxes are kept; at low confidence, most candidates are never examined.
         """
         lengths = self.scores.count_nonzero((1, 2)).tolist()
         found: dict[int, Tensor] = {}
@@ -83,11 +83,11 @@ class _Line:
         return self if whole else _Line(self.predictions[images], self.scores[images])
 
     def head(self, size: int) -> Tensor:
-        """Return the first [B,n,6] xyxy, confidence, class, n at most `size`; confidence 0 where a line is shorter."""
+        """Return the first [B,n,6] xyxy, confidence, class; n is at most `size`, and confidence 0 is padding."""
         anchors, labels = self.scores.shape[1:]
         scores, rows = self.scores, torch.arange(anchors, device=self.scores.device)
         if size < anchors:
-            # A candidate among the first k is on one of the k anchors whose best candidates come first.
+            # The first k candidates are on the k anchors whose best candidates are highest.
             scores, rows = _highest(scores.amax(2), rows, size)
             scores = self.scores.gather(1, rows[..., None].expand(-1, -1, labels))
         places = rows[..., None] * labels + torch.arange(labels, device=rows.device)
@@ -98,9 +98,9 @@ class _Line:
 
 
 def _highest(scores: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the `size` highest of [B,n] scores, 0 and above, in falling order, and their ids; of equals the lowest.
+    """Return the `size` highest of [B,n] scores >= 0 in falling order, and their ids; equal scores by lowest id.
 
-    `ids` [n] or [B,n], below 2^32, become the lower half of the keys that are sorted, so no two keys are equal.
+    `ids` [n] or [B,n], below 2^32, are the lower halves of the sort keys, so no two keys are equal.
     """
     keys = (-scores.contiguous().view(torch.int32).long() << 32) | ids
     size = min(size, keys.shape[1])
@@ -109,19 +109,19 @@ def _highest(scores: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _keep(candidates: Tensor, rules: Rules) -> list[Tensor]:
-    """Return what stays of each image, [n,6].
+    """Return the kept boxes of each image, [n,6].
 
-    `candidates` [B,n,6] are xyxy, confidence, class in falling order of confidence, which is 0 where there is none.
+    `candidates` [B,n,6] is xyxy, confidence, class in falling order of confidence; confidence 0 is padding.
     """
     over, limit = below(rules.iou), rules.limit
     low_x, low_y, high_x, high_y, confidence, label = candidates.unbind(2)
     area = (high_x - low_x) * (high_y - low_y)
     group = torch.zeros_like(label) if rules.agnostic else label
     place = torch.arange(candidates.shape[1], device=candidates.device).expand_as(label)
-    # NaN, which equals nothing, is the group of a column that holds no candidate.
+    # A column without a candidate gets the group NaN, which equals no other group.
     group = group.where(confidence > 0, math.nan)
     rest = _picked(torch.stack((low_x, low_y, high_x, high_y, area, group, place), dim=1), confidence > 0)
-    found = candidates.new_zeros(len(candidates), limit + 1, 6)  # the last row takes what does not stay
+    found = candidates.new_zeros(len(candidates), limit + 1, 6)  # the last row collects removed boxes
     image = torch.arange(len(candidates), device=candidates.device)[:, None]
     count = torch.zeros_like(image)
     while rest.shape[2]:
@@ -138,7 +138,7 @@ def _keep(candidates: Tensor, rules: Rules) -> list[Tensor]:
 
 
 def _picked(table: Tensor, wanted: Tensor) -> Tensor:
-    """Return the `wanted` [B,n] columns of [B,7,n], moved together; those that hold no candidate go in any case."""
+    """Return the `wanted` [B,n] columns of [B,7,n], compacted; columns without a candidate are always dropped."""
     if not wanted.numel():
         return table
     wanted = wanted & ~table[:, _GROUP].isnan()
@@ -153,20 +153,20 @@ def _picked(table: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _beats(a: Tensor, b: Tensor, over: float) -> Tensor:
-    """Return [B,k,n] whether columns of [B,7,k] and [B,7,n] are of one group and overlap by more than `over`."""
+    """Return [B,k,n]: whether columns of [B,7,k] and [B,7,n] have the same group and overlap by more than `over`."""
     one, two = a.unsqueeze(3).unbind(1), b.unsqueeze(2).unbind(1)
     inter = torch.minimum(one[2], two[2]).sub_(torch.maximum(one[0], two[0])).clamp_(min=0)
     height = torch.minimum(one[3], two[3]).sub_(torch.maximum(one[1], two[1]))
-    inter.mul_(height)  # below 0 where the height is: not over anything
+    inter.mul_(height)  # negative for a negative height: never above `over`
     union = torch.add(one[_AREA], two[_AREA], out=height).sub_(inter)
     return (inter.div_(union) > over).logical_and_(one[_GROUP] == two[_GROUP])
 
 
 def _stays(block: Tensor, over: float) -> Tensor:
-    """Return [B,n] which columns stay when each that stays takes those after it that it overlaps.
+    """Return [B,n]: whether each column stays, if a staying column removes the later columns that it overlaps.
 
-    All are settled again and again from what stood before, each time at least one more for good; a few times are
-    enough, as chains of boxes that overlap are short.
+    Each iteration recomputes all columns from the previous result, and settles at least one more. A few iterations
+    are enough, because chains of overlapping boxes are short.
     """
     beats = _beats(block, block, over).triu_(1).float()
     there = ~block[:, _GROUP].isnan()

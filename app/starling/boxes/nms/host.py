@@ -1,7 +1,7 @@
-"""Suppression image by image on a CPU's cores, compiled: about a sixth of what NumPy or torchvision take of a core.
+"""Compiled suppression, image by image on a CPU's cores: about a sixth of the CPU time of NumPy or torchvision.
 
-The compiler is Numba's. It translates at the first call and keeps the machine code where this module's bytecode lies, or
-in the user's cache; where neither can be written each process translates for itself, in about two seconds.
+Numba compiles at the first call and stores the machine code beside this module's bytecode, or in the user's cache. If
+neither can be written, each process compiles again, in about two seconds.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from starling.boxes.nms.rules import MAX_CANDIDATES, Rules, below
 from starling.compiled import compiled
 
 HEAD = 2048
-"""Candidates of an image that are sorted at first; the rest only if these are not enough."""
+"""The number of an image's candidates that are sorted first; the rest is sorted only if these are not enough."""
 STRIDE = 16
-"""Kept boxes that a candidate is held against at once, in one vector register."""
+"""The number of kept boxes that a candidate is compared with at once, in one vector register."""
 
 Floats = NDArray[np.float32]
 Keys = NDArray[np.int64]
 
 
 def suppress(predictions: Tensor, rules: Rules) -> list[Tensor]:
-    """Return what stays of each image, [n,6] xyxy, confidence, class; `predictions` [B,anchors,5+nc] are float32."""
+    """Return the kept boxes of each image, [n,6] xyxy, confidence, class; `predictions` [B,anchors,5+nc] is float32."""
     images = predictions.detach().contiguous().numpy()
     wanted = np.array([rules.classes is None or c in rules.classes for c in range(images.shape[2] - 5)])
     one = partial(_suppress_image, wanted=wanted, rules=rules)
-    # Sorting and compiled code leave the interpreter free, so threads do.
+    # Sorting and compiled code release the GIL, so threads are enough.
     workers = min(torch.get_num_threads(), len(images), os.cpu_count() or 1)
     if workers < 2:
         return [torch.from_numpy(one(image)) for image in images]
@@ -41,11 +41,11 @@ def suppress(predictions: Tensor, rules: Rules) -> list[Tensor]:
 
 
 def _suppress_image(rows: Floats, wanted: NDArray[np.bool_], rules: Rules) -> Floats:
-    """Return what stays of one image's predictions [anchors,5+nc]."""
+    """Return the kept boxes of one image's predictions [anchors,5+nc]."""
     over, limit = np.float32(below(rules.iou)), rules.limit
     keys = _candidates(rows, np.float32(rules.conf), wanted, rules.multi_label)
     if len(keys) > HEAD:
-        # What is kept among the first k depends on these k alone.
+        # The kept boxes among the first k candidates depend on these k only.
         keys.partition(HEAD - 1)
         found = _keep(rows, np.sort(keys[:HEAD]), over, limit, rules.agnostic)
         if len(found) == limit:
@@ -56,9 +56,9 @@ def _suppress_image(rows: Floats, wanted: NDArray[np.bool_], rules: Rules) -> Fl
 
 @compiled()
 def _candidates(rows: Floats, conf: np.float32, wanted: NDArray[np.bool_], multi_label: bool) -> Keys:
-    """Return a key for each candidate: they sort by falling confidence, of equals by rising place.
+    """Return a key for each candidate; keys sort by falling confidence, then by rising place.
 
-    A place is row x nc + class. A positive float32 sorts as its bits do.
+    A place is row x nc + class. Positive float32 values sort like their bits.
     """
     nc = rows.shape[1] - 5
     keys = np.empty(rows.shape[0] * (nc if multi_label else 1), np.int64)
@@ -88,10 +88,10 @@ def _candidates(rows: Floats, conf: np.float32, wanted: NDArray[np.bool_], multi
 
 @compiled(error_model="numpy")
 def _keep(rows: Floats, keys: Keys, over: np.float32, limit: int, agnostic: bool) -> Floats:
-    """Return [n,6] xyxy, confidence, class of the sorted candidates that no kept one of their group overlaps."""
+    """Return [n,6] xyxy, confidence, class of the sorted candidates that no kept box of their group overlaps."""
     nc = rows.shape[1] - 5
     groups = 1 if agnostic else nc
-    kept = np.empty((groups, 5, limit), np.float32)  # corners and area; of a group only its own
+    kept = np.empty((groups, 5, limit), np.float32)  # corners and area, per group
     counts = np.zeros(groups, np.int64)
     bits = np.empty(1, np.int32)
     score = bits.view(np.float32)
@@ -114,14 +114,14 @@ def _keep(rows: Floats, keys: Keys, over: np.float32, limit: int, agnostic: bool
         begin = 0
         while overlaps == 0 and begin < count:
             end = min(begin + STRIDE, count)
-            for other in range(begin, end):  # without a way out, so that it becomes vector instructions
+            for other in range(begin, end):  # without a break, which lets the compiler vectorise
                 low_x = left if left > lefts[other] else lefts[other]
                 low_y = top if top > tops[other] else tops[other]
                 high_x = right if right < rights[other] else rights[other]
                 high_y = bottom if bottom < bottoms[other] else bottoms[other]
                 width = high_x - low_x if high_x > low_x else np.float32(0)
-                shared = width * (high_y - low_y)  # below 0 where the height is: not over anything
-                # A box without area shares nothing with another like it: 0 / 0 is over nothing.
+                shared = width * (high_y - low_y)  # negative for a negative height: never above `over`
+                # Two boxes without area: 0 / 0 is NaN, which is never above `over`.
                 overlaps += shared / (area + areas[other] - shared) > over
             begin = end
         if overlaps == 0:

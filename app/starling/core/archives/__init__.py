@@ -1,1 +1,1 @@
-"""Archives that strangers wrote: read with limits, and never unpacked where a name leads elsewhere."""
+"""Read untrusted archives with limits; no member is unpacked outside its folder."""

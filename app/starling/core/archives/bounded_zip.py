@@ -1,4 +1,4 @@
-"""A zip file that nobody vouches for, opened by the standard library in bounded memory."""
+"""Open an untrusted zip file with the standard library in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from starling.core.budget import BudgetExceeded
 def open_zip(file: IO[bytes], most_bytes: int) -> zipfile.ZipFile:
     """Open a zip file whose directory, its list of entries, has at most `most_bytes`.
 
-    Raises BudgetExceeded for a larger one, and for a damaged one nearly anything: BadZipFile, struct.error, OSError,
-    UnicodeDecodeError, NotImplementedError. Closing the result leaves `file` open.
+    Raises BudgetExceeded for a larger directory. A damaged file may raise BadZipFile, struct.error, OSError,
+    UnicodeDecodeError or NotImplementedError. Closing the result leaves `file` open.
     """
     directory = _ShortReads(file, most_bytes)
-    archive = zipfile.ZipFile(directory)  # type: ignore[call-overload]  # it needs read, seek and tell
+    archive = zipfile.ZipFile(directory)  # type: ignore[call-overload]  # zipfile needs read, seek and tell only
     directory.limit = None
     assert isinstance(archive, zipfile.ZipFile)
     return archive
 
 
 class _ShortReads:
-    """The file that a zip's directory is read from: zipfile reads the directory at once, however long it says it is."""
+    """A file with a limit on one read: zipfile reads the directory in one call, of the length that the file claims."""
 
     def __init__(self, file: IO[bytes], limit: int) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Read a tar file that nobody vouches for, from front to back: headers within a budget, plain members only."""
+"""Read an untrusted tar file from front to back: headers within a budget, plain members only."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from starling.core.archives.unpacked_stream import CHUNK, DamagedArchive, is_pac
 from starling.core.budget import Budget
 
 HEADER_BYTES = 1 << 20
-"""Of the headers of one member, long names and PAX records included; real ones have a few KiB."""
+"""The limit for the headers of one member, long names and PAX records included; real headers have a few KiB."""
 _MOST_GLOBALS = 1000
-"""PAX records that hold for all members, each of which gets a copy; real archives have one."""
+"""The most global PAX records, which tarfile copies to each member; real archives have one."""
 _BLOCK = 512
 _LONG_NUMBER = re.compile(rb"\d{21}")
-"""tarfile's search for PAX records takes the square of the length of a row of digits."""
+"""tarfile's search for PAX records takes time quadratic in the length of a run of digits."""
 
 
 class TarReader:
-    """The members of a tar file, packed by gzip, bzip2 or xz or not, in order.
+    """The members, in order, of a tar file, which may be packed by gzip, bzip2 or xz.
 
-    Reading raises DamagedArchive for a file that is cut or damaged, and BudgetExceeded for a header that is too large
-    or takes too long. `count` is called with the bytes that a packed file unpacks to, and may raise.
+    Reading raises DamagedArchive if the file is truncated or damaged, and BudgetExceeded if a header is too large or
+    takes too long. `count` is called with the number of bytes unpacked from a packed file, and may raise.
     """
 
     def __init__(self, file: IO[bytes], count: Callable[[int], None] = lambda n: None) -> None:
         self._stream = _Forward(unpacked(file, count))
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """Yield the header of each member; `chunks` reads its content, before the next one is asked for."""
+        """Yield the header of each member; read a member's content with `chunks` before requesting the next member."""
         tar: tarfile.TarFile | None = None
         while True:
             self._stream.budget = Budget(header_bytes=HEADER_BYTES)
@@ -44,7 +44,7 @@ class TarReader:
                 raise DamagedArchive("its headers are nested too deep") from None
             if member is None:
                 break
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, which for millions are gigabytes
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members: gigabytes for millions
             self._check(tar, member)
             yield member
         if not self._stream.at_end_mark():
@@ -77,7 +77,7 @@ def as_file(chunks: Iterator[bytes]) -> IO[bytes]:
 
 
 def is_tar(head: bytes) -> bool:
-    """Return whether a file that begins with `head`, 512 bytes, is surely a tar file, packed or not."""
+    """Return whether a file that begins with `head` (512 bytes) is packed, or has the mark of a tar file."""
     return is_packed(head) or head[257:262] == b"ustar"
 
 
@@ -98,7 +98,7 @@ class _Chunks(io.RawIOBase):
 
 
 class _Forward:
-    """The file object that tarfile sees: what it reads are headers, which have a budget; it goes forward only."""
+    """The file object for tarfile, which reads headers only: reads have a budget, and seeks only go forward."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._position, self._last = file, 0, b""
@@ -129,5 +129,5 @@ class _Forward:
                 raise DamagedArchive("it ends too early")
 
     def at_end_mark(self) -> bool:
-        """Return whether what was read last is a block of zeros."""
+        """Return whether the last block read consists of zeros."""
         return self._last == bytes(_BLOCK)

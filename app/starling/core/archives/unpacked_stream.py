@@ -1,4 +1,4 @@
-"""A gzip, bzip2 or xz file as a stream of what it unpacks to, in bounded memory, counted as it goes."""
+"""Unpack a gzip, bzip2 or xz file as a stream in bounded memory, and count the unpacked bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import IO, Any
 CHUNK = 1 << 20
 """Bytes read or unpacked at once."""
 DICTIONARY_BYTES = 256 << 20
-"""Memory that an xz file may ask for; `xz -9` asks for 65 MiB."""
+"""The most memory that an xz file may need; `xz -9` needs 65 MiB."""
 
 
 class DamagedArchive(Exception):
-    """An archive that is cut, damaged, or made to mislead; the message is the reason alone."""
+    """An archive is truncated, damaged, or made to mislead; the message is the reason only."""
 
 
 class _Gunzip:
-    """zlib's decompressor of gzip, with the interface of bz2's and lzma's."""
+    """zlib's decompressor for gzip, with the interface of the decompressors of bz2 and lzma."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -28,7 +28,7 @@ class _Gunzip:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         content = self._inflate.decompress(self._inflate.unconsumed_tail + data, max_length)
-        # All input may be taken while a part of what it stands for is still to come.
+        # zlib may have consumed all input and still hold unpacked data.
         self.needs_input = len(content) < max_length and not self._inflate.unconsumed_tail
         return content
 
@@ -54,10 +54,10 @@ _KINDS: dict[bytes, Callable[[], Any]] = {
 
 
 def unpacked(file: IO[bytes], count: Callable[[int], None]) -> IO[bytes]:
-    """Return the stream that `file` holds packed, or `file` itself where it is not packed.
+    """Return the unpacked stream of `file`, or `file` itself if it is not packed.
 
-    `count` is called with the bytes unpacked, before anyone gets them, and may raise. Reading the stream raises
-    DamagedArchive for what is cut or damaged, and for a dictionary of over DICTIONARY_BYTES.
+    `count` is called with the number of unpacked bytes before they are returned, and may raise. Reading the stream
+    raises DamagedArchive if the file is truncated or damaged, or needs a dictionary of over DICTIONARY_BYTES.
     """
     head = file.read(6)
     file.seek(0)
@@ -77,7 +77,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Unpack into the buffer, and return how many bytes; 0 at the end."""
+        """Unpack into the buffer, and return the number of bytes; 0 at the end."""
         while True:
             if self._unpack.eof and not self._next_member():
                 return 0
@@ -91,7 +91,7 @@ class _Unpacked(io.RawIOBase):
                 return len(content)
 
     def _next_member(self) -> bool:
-        """Go on with what follows the end of one packed stream; padding of zeros is none."""
+        """Start the next packed stream after one has ended, past zero padding; return False at the end of the file."""
         self._rest = self._unpack.unused_data or self._file.read(CHUNK)
         while self._rest and not self._rest.strip(b"\0"):
             self._rest = self._file.read(CHUNK)
@@ -102,7 +102,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def _decompress(unpack: Any, packed: bytes, most: int) -> bytes:
-    """Return the next bytes, at most `most`, of a decompressor. Raises DamagedArchive."""
+    """Return the next bytes of a decompressor, at most `most`; raises DamagedArchive."""
     try:
         content: bytes = unpack.decompress(packed, most)
     except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as error:

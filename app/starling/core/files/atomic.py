@@ -1,4 +1,4 @@
-"""The one door to disk: a file is either its old content or its new content, never a part of it."""
+"""Write files atomically: a file has either its old or its new content, never a part."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from starling.core.files.safe_open import open_file, open_folder
 TEMPORARY_SUFFIX = ".part"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _BEGINNING = 80
-"""Bytes of a file's name that its temporary name repeats."""
+"""The number of bytes of a file's name in its temporary name."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 def write_atomic(
     path: Path, payload: bytes | str | Callable[[IO[bytes]], None], *, previous: Path | None = None
 ) -> None:
-    """Replace `path` by `payload`: written to a temporary name beside it, fsynced, renamed.
+    """Replace `path` with `payload`: write a temporary file beside it, fsync, rename.
 
     `payload` is the content, or a function that writes it to an open binary file. `previous`, in the same folder,
-    gets what `path` was. On any error the old file is untouched and the temporary one is removed; the error
-    (OSError, DiskRefused of a full disk, LinkRefused of a folder that is a link, or the payload's own) passes on.
+    becomes the old file of `path`. On any error the old file is unchanged, the temporary file is removed, and the
+    error is raised again: OSError, DiskRefused for a full disk, LinkRefused for a linked folder, or the payload's own.
     """
     with open_folder(path.parent, create=True) as folder, disk_write(path):
         temporary = _temporary_name(path.name)
@@ -53,9 +53,10 @@ def write_atomic(
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`, of the same suffix, to a library that opens files by itself.
+    """Yield a temporary path in the folder of `path`, with the same suffix, for a library that opens files itself.
 
-    Renamed to `path` at the end, after a sync; removed on any error, and the old file is untouched then.
+    At the end the temporary file is synced and renamed to `path`; on any error it is removed, and the old file is
+    unchanged.
     """
     with open_folder(path.parent, create=True) as folder, disk_write(path):
         temporary = f".{_beginning(path.stem)}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}{path.suffix}"
@@ -74,10 +75,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed writers left in `directory`, if it is there; to be called by whoever alone writes there."""
+    """Remove temporary files of killed writers from `directory`, if it exists; only its single writer may call this."""
     with suppress(FileNotFoundError, NotADirectoryError), open_folder(directory) as folder:
         for name in folder.names():
-            # The names of write_atomic end so; in those of atomic_path the file's own suffix follows.
+            # Names of write_atomic end with the suffix; in names of atomic_path the file's own suffix follows.
             if name.startswith(".") and (name.endswith(TEMPORARY_SUFFIX) or f"{TEMPORARY_SUFFIX}." in name):
                 _remove(folder, name)
 
@@ -88,13 +89,13 @@ def _temporary_name(name: str) -> str:
 
 
 def _beginning(name: str) -> str:
-    """Return so much of a file's name that a temporary name, some 50 bytes longer, is not too long where it fits."""
+    """Return the beginning of a file's name, short enough for a temporary name that is some 50 bytes longer."""
     content = os.fsencode(name)
     return name if len(content) <= _BEGINNING else content[:_BEGINNING].decode("utf-8", "ignore")
 
 
 def _is_file(folder: Folder, name: str) -> bool:
-    """Return whether there is a file of that name, and no link."""
+    """Return whether `name` is a regular file, not a link."""
     return folder.has(name) and stat.S_ISREG(folder.stat(name).st_mode)
 
 
@@ -104,7 +105,7 @@ def _rename(folder: Folder, name: str, other: str) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        # By the file's own name: nobody knows the temporary one.
+        # Name the final file in the error, because the user does not know the temporary name.
         raise type(error)(error.errno, error.strerror, str(folder.path / other)) from None
 
 
@@ -114,7 +115,7 @@ def _remove(folder: Folder, name: str) -> None:
 
 
 def _link_over(folder: Folder, name: str, other: str) -> None:
-    """Make `other` a second name of the file `name`, which keeps its own: neither is ever missing."""
+    """Make `other` a second name of the file `name`: neither name is ever missing."""
     temporary, here = _temporary_name(other), folder.descriptor
     try:
         os.link(name, temporary, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
@@ -125,7 +126,7 @@ def _link_over(folder: Folder, name: str, other: str) -> None:
     try:
         _rename(folder, temporary, other)
     finally:
-        # Renaming a name of a file over another name of the same file does nothing, by POSIX.
+        # POSIX: a rename between two names of the same file does nothing and leaves both.
         _remove(folder, temporary)
 
 
@@ -144,12 +145,12 @@ def fsync_directory(directory: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that concurrent readers see whole lines only.
+    """Append one line in a single write: concurrent readers see whole lines only.
 
-    Raises OSError: DiskRefused where the disk takes less than the whole line, LinkRefused and FileRefused for a link
-    and for what may be a file of somebody else.
+    Raises OSError: DiskRefused if the disk does not take the whole line, LinkRefused for a link, FileRefused for a
+    file that may belong to another user.
     """
-    content = line.rstrip("\n").encode("utf-8", "surrogateescape") + b"\n"  # a file name may be no text
+    content = line.rstrip("\n").encode("utf-8", "surrogateescape") + b"\n"  # a file name may not be text
     with disk_write(path):
         descriptor = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, alone=True)
         try:

@@ -1,6 +1,6 @@
-"""Which kind of file system a folder lies on.
+"""Find the type of a folder's file system.
 
-On some, a lock taken on one host is not seen on the next; on some, `A` and `a` are one name.
+Some do not show one host's locks to other hosts; on some, `A` and `a` are the same name.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LOCAL_FUSE = frozenset(
      "fuse.mergerfs", "fuse.gocryptfs", "fuse.encfs", "fuse.cryfs", "fuse.lxcfs", "fuse.unionfs", "fuse.unionfs-fuse",
      "fuse.zfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.squashfuse", "fuse.snapfuse", "fuse.archivemount"}
 )  # fmt: skip
-"""FUSE file systems that lie on a disk of this machine; what others do with locks is unknown."""
+"""FUSE file systems on a local disk; the locks of other FUSE file systems may not work across hosts."""
 
 
 def network_file_system(path: Path, mounts: str | None = None) -> str | None:
     """Return the type of the file system below `path` if other machines may share it, else None.
 
-    `path` need not exist yet: its nearest parent counts. `mounts` is the text of /proc/self/mountinfo, read where it
-    is not given; where there is none nothing is known, and None is returned.
+    `path` need not exist yet: its nearest parent counts. `mounts` is the text of /proc/self/mountinfo, read if it is
+    not given; the result is None if there is no such file.
     """
     if mounts is None:
         try:
@@ -45,10 +45,10 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
 
 
 def file_system_type(path: Path, mounts: str) -> str:
-    """Return the type of the mount that holds the absolute `path`; empty where no line of `mounts` does.
+    """Return the type of the mount that holds the absolute `path`; empty if no line of `mounts` matches.
 
     A line reads `36 35 98:0 /root /mount/point options [optional...] - type source options`, with `\\040` for a space.
-    Of two mounts on one point the later hides the earlier.
+    Of two mounts on the same point, the later one counts.
     """
     deepest, found = -1, ""
     for line in mounts.splitlines():
@@ -63,11 +63,11 @@ def file_system_type(path: Path, mounts: str) -> str:
 
 
 NAME_MAX = 255
-"""Bytes of a file name where the file system does not say."""
+"""The longest file name in bytes if the file system does not report a limit."""
 
 
 def longest_name(folder: Path) -> int:
-    """Return how many bytes a file name may have in `folder`."""
+    """Return the longest file name in `folder`, in bytes."""
     try:
         return os.pathconf(folder, "PC_NAME_MAX")
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def longest_name(folder: Path) -> int:
 
 
 def folds_names(folder: Path) -> bool:
-    """Return whether `folder` takes names that differ by case only for one; writes a file there for a moment."""
+    """Return whether `folder` ignores case in file names; makes and removes a file there."""
     probe = folder / f".case-{uuid.uuid4().hex}"
     probe.touch()
     try:

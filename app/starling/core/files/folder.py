@@ -1,7 +1,7 @@
-"""Folders that somebody else may write, opened step by step from a descriptor so that no link is ever followed.
+"""Open folders that other users may write, part by part from a descriptor, without following links.
 
-A path is looked up anew by every system call: whoever may write one of its folders can swap a part of it for a link
-between a check and the use. A descriptor stays what it was when it was opened.
+Every system call resolves a path again: a user who may write one of its folders can replace a part with a link
+between the check and the use. A descriptor always refers to the folder that was opened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import TracebackType
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_PARTS = 64
-"""Of a path in messages; a hostile tree may be thousands of levels deep."""
+"""The most parts of a path in messages; a hostile tree may be thousands of levels deep."""
 _LINK_ERRORS = frozenset({errno.ELOOP, errno.ENOTDIR})
 
 
@@ -30,7 +30,7 @@ class LinkRefused(OSError):
 
 
 class _Level:
-    """A folder that a walk has entered: how it was named and found, and which folders of it are still to be entered."""
+    """A folder that a walk has entered: its name, path and state, and its subfolders that are still to be entered."""
 
     __slots__ = ("deep", "folders", "name", "path", "state")
 
@@ -40,22 +40,22 @@ class _Level:
 
 
 class Folder:
-    """A folder held open by its descriptor, and by the path that messages name it by.
+    """A folder held open by its descriptor; its path is for messages.
 
-    Names of entries are single path components; `folder` walks several, one at a time. Every method raises OSError as
-    the system call does, and LinkRefused in place of ELOOP or ENOTDIR where a symbolic link is the reason.
+    Names of entries are single path components; `folder` opens several, one at a time. Every method raises the OSError
+    of its system call, or LinkRefused instead of ELOOP or ENOTDIR if a symbolic link is the reason.
     """
 
     def __init__(self, descriptor: int, path: Path) -> None:
-        """Take over an open directory descriptor; `path` is what messages call the folder."""
+        """Take over an open directory descriptor; `path` is the folder's name in messages."""
         self.descriptor = descriptor
         self.path = path
 
     @classmethod
     def resolve(cls, path: Path, *, create: bool = False) -> Folder:
-        """Open the top of a tree: links in `path` itself are followed, this once. One that is made is its user's alone.
+        """Open the top of a tree; only here, links in `path` are followed. A new folder has mode 0700.
 
-        A link to nothing is never filled by making what it names: the disk that it leads to may not be mounted.
+        The target of a dangling link is never created, because the link's disk may not be mounted.
         """
         try:
             if create:
@@ -67,11 +67,11 @@ class Folder:
 
     @property
     def proc_path(self) -> Path:
-        """A path to this very folder, for a library that opens files by name; valid in this process while it is open."""
+        """A path to the open folder, for a library that opens files by name; valid in this process while it is open."""
         return Path(f"/proc/self/fd/{self.descriptor}")
 
     def folder(self, *parts: str, create: bool = False, mode: int = 0o777) -> Folder:
-        """Open the folder at `parts` below this one, making what is missing where `create` says so."""
+        """Open the folder at `parts` below this one; with `create`, make missing folders."""
         below = os.dup(self.descriptor)
         path = self.path
         for part in parts:
@@ -83,7 +83,7 @@ class Folder:
         return Folder(below, path)
 
     def open(self, name: str, flags: int, mode: int = 0o666) -> int:
-        """Open a file of this folder, never through a link, and return its descriptor."""
+        """Open a file of this folder without following a link, and return its descriptor."""
         try:
             return os.open(
                 _component(name), flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.descriptor
@@ -92,11 +92,11 @@ class Folder:
             raise self._named(error, name) from None
 
     def stat(self, name: str) -> os.stat_result:
-        """Return what `name` itself is, a link included."""
+        """Return the state of `name`, of a link itself if it is one."""
         return os.stat(_component(name), dir_fd=self.descriptor, follow_symlinks=False)
 
     def has(self, name: str) -> bool:
-        """Return whether there is anything of that name, a link to nowhere included."""
+        """Return whether `name` exists, also as a dangling link."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -108,11 +108,11 @@ class Folder:
         return sorted(os.listdir(self.descriptor))
 
     def tree(self, *, folders_last: bool = False) -> Iterator[tuple[Folder, str, os.stat_result]]:
-        """Yield every entry below, as its folder (open until the next step), its name and what it was found to be.
+        """Yield every entry below as its folder (open until the next step), its name and its state.
 
-        A folder is yielded before what it holds, or after it with `folders_last`. Entries that vanish meanwhile are
-        passed over, and so is what a folder holds that may not be entered, or on which something is mounted. However deep or large the tree is, three descriptors and the
-        names of the folders that are still to be entered are all that the walk holds.
+        A folder comes before its contents, or after them with `folders_last`. Vanished entries are skipped, and so are
+        the contents of folders that cannot be entered and of mount points. For any depth and size of the tree, the walk
+        holds only three descriptors and the names of the folders still to be entered.
         """
         levels: list[_Level] = []
         here, mount = self._again(), mount_of(self.descriptor)
@@ -145,10 +145,10 @@ class Folder:
             here.close()
 
     def empty(self, refused: Callable[[OSError], None] | None = None) -> None:
-        """Remove all that this folder holds; never what links in it lead to, nor what is mounted in it.
+        """Remove the contents of this folder, but neither the targets of links nor the contents of mounts.
 
-        Raises OSError for what cannot be removed, unless `refused` takes the error: then that alone stays, and what
-        holds it.
+        Raises OSError for an entry that cannot be removed; with `refused`, calls it with the error instead, and only
+        that entry and the folders above it stay.
         """
         for folder, name, state in self.tree(folders_last=True):
             remove = os.rmdir if stat.S_ISDIR(state.st_mode) else os.unlink
@@ -162,7 +162,7 @@ class Folder:
                 refused(folder._named(error, name))
 
     def remove(self, name: str) -> None:
-        """Remove a folder and all below it, as far as that can be; a link, a file and a mounted folder stay."""
+        """Remove a folder and its contents as far as possible; a link, a file and a mounted folder stay."""
         below = _enter(self, name, mount_of(self.descriptor))
         if below is not None:
             with below:
@@ -171,11 +171,11 @@ class Folder:
             os.rmdir(_component(name), dir_fd=self.descriptor)
 
     def _again(self) -> Folder:
-        """Return this folder opened once more: two readers of one descriptor would share their place in it."""
+        """Return this folder opened again: two readers of one descriptor would share a position."""
         return Folder(os.open(".", _DIRECTORY, dir_fd=self.descriptor), self.path)
 
     def _entries(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the entries of this folder, one at a time, in the order of the file system."""
+        """Yield the entries of this folder one at a time, in the file system's order."""
         with self._again() as own, os.scandir(own.descriptor) as entries:
             for entry in entries:
                 try:
@@ -184,10 +184,10 @@ class Folder:
                     continue
 
     def _back(self, left: Folder, levels: list[_Level]) -> Folder:
-        """Close `left` and return the folder of the last level, which held it when it was entered.
+        """Close `left` and return the folder of the last level, its parent when it was entered.
 
-        Where somebody has moved a part of the tree meanwhile, the way is taken again from the top; where that does not
-        lead there either, the walk goes on at the top, and `levels` are cut to that.
+        If a part of the tree was moved meanwhile, the folder is opened again from the top. If that fails too, the walk
+        continues at the top, and `levels` is cut to the first.
         """
         with left:
             for open_it in (lambda: left._parent(), lambda: self._at(levels)):
@@ -207,7 +207,7 @@ class Folder:
         return self.folder(*(level.name for level in levels[1:]))
 
     def close(self) -> None:
-        """Give the descriptor back; a second time does nothing."""
+        """Close the descriptor; a second call does nothing."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -225,22 +225,24 @@ class Folder:
 
 
 def link_to_nothing(path: Path) -> OSError | None:
-    """Return the error of a path that goes by a link to what is not there; None for any other."""
+    """Return the error for a path with a dangling link in it; None for any other path."""
     for place in (path, *path.parents):
         if os.path.islink(place) and not os.path.exists(place):
-            problem = f"is a symbolic link to {os.readlink(place)}, where nothing is (is that disk mounted?)"
+            problem = (
+                f"is a symbolic link to {os.readlink(place)}, which does not exist (is that disk mounted?)"
+            )
             return FileNotFoundError(errno.ENOENT, problem, str(place))
     return None
 
 
 def mount_of(descriptor: int) -> str:
-    """Return the mount that a descriptor is in: a bind mount lies on the same device, and is another all the same."""
+    """Return the mount of a descriptor: a bind mount has the same device, but is another mount."""
     with open(f"/proc/self/fdinfo/{descriptor}") as file:
         return next((line for line in file if line.startswith("mnt_id:")), "")
 
 
 def _enter(here: Folder, name: str, mount: str) -> Folder | None:
-    """Return a folder of this mount that can be entered and listed; None for any other."""
+    """Return a folder of this mount that can be entered and listed; None for any other folder."""
     with contextlib.suppress(OSError):
         below = here.folder(name)
         try:
@@ -254,7 +256,7 @@ def _enter(here: Folder, name: str, mount: str) -> Folder | None:
 
 
 def _path_below(path: Path, name: str) -> Path:
-    """Return what messages call an entry; of a path that nobody could read, the middle is left out."""
+    """Return an entry's path for messages; the middle of a very deep path is left out."""
     if len(path.parts) < _MOST_PARTS:
         return path / name
     return Path(*path.parts[: _MOST_PARTS - 2], "…", name)
@@ -271,7 +273,7 @@ def _open_directory(parent: int, name: str, path: Path, make_with: int | None) -
 
 
 def _refusal(error: OSError, parent: int, name: str, path: Path) -> OSError:
-    """Return the error with its whole path, and as LinkRefused where a link is the reason."""
+    """Return the error with its whole path, or LinkRefused if a link is the reason."""
     if error.errno in _LINK_ERRORS:
         with contextlib.suppress(OSError):
             if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):

@@ -1,4 +1,4 @@
-"""What a file of a dataset is by its name: an image, an image of a kind that is not read, or no data at all."""
+"""Classify a dataset's files by name: readable images, unreadable kinds of images, and files that are no data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 )
-"""Suffixes, in lower case, of the images that are read. `.jfif` and `.jpe` are JPEG."""
+"""Suffixes, in lower case, of readable images. `.jfif` and `.jpe` are JPEG."""
 
 UNREAD_IMAGE_SUFFIXES = frozenset(
     (
@@ -18,7 +18,7 @@ UNREAD_IMAGE_SUFFIXES = frozenset(
         *(".svgz", ".tga", ".wmf", ".xbm", ".xcf", ".xpm"),
     )
 )
-"""Suffixes of other images, which are named and counted where they lie in a dataset."""
+"""Suffixes of unreadable kinds of images, which are reported and counted in a dataset."""
 
 _SYSTEM_NAMES = frozenset(
     (
@@ -26,26 +26,26 @@ _SYSTEM_NAMES = frozenset(
         *("system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-"""Names, in lower case, of what operating systems, disk stations and editors leave in folders."""
+"""Names, in lower case, of files and folders that operating systems and network storage leave in folders."""
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a file's name in lower case, with its dot; empty where there is none."""
+    """Return the suffix of a file's name in lower case, with its dot; empty if there is none."""
     return os.path.splitext(name)[1].lower()
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name, found in a folder of data, is none of the data.
+    """Return whether a file or folder of this name in a folder of data does not belong to the data.
 
-    Hidden are names that begin with a dot (`._x.jpg`, `.ipynb_checkpoints`, `.DS_Store`) and what systems leave behind.
+    Hidden names begin with a dot (`._x.jpg`, `.ipynb_checkpoints`, `.DS_Store`) or are names of system files.
     """
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def is_hidden_copy(path: str) -> bool:
-    """Return whether a path that somebody wrote down leads to a hidden copy of a file: `._x.jpg`, `__MACOSX/x.jpg`.
+    """Return whether a path in a list leads to a hidden copy of a file: `._x.jpg`, `__MACOSX/x.jpg`.
 
-    Other names with a dot in front may be folders that the data lies in on purpose.
+    Other folders with a leading dot may hold data on purpose.
     """
     *folders, name = path.replace("\\", "/").split("/")
     return name.startswith("._") or any(

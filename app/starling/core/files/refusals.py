@@ -1,4 +1,4 @@
-"""What a refused read or write of a file means, in the words of the error tree."""
+"""Translate a refused read or write of a file into the errors of the error tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starling.core.words import shown
 
 
 class FileRefused(OSError):
-    """A file of ours that cannot be taken for one: a pipe, a device, or a second name of somebody else's file."""
+    """A path of our own file holds a pipe, a device, or a hard link to a file that may belong to another user."""
 
     def __init__(self, path: Path, problem: str, remedy: str = "remove it, and start again") -> None:
         super().__init__(errno.EINVAL, problem, str(path))
@@ -22,12 +22,12 @@ class FileRefused(OSError):
 
 
 class DiskRefused(OSError):
-    """A write, or its sync, that the disk refused."""
+    """The disk refused a write or a sync."""
 
 
 @contextmanager
 def disk_write(path: Path) -> Iterator[None]:
-    """Around a write to a file that may have no name: raise DiskRefused, with the path, where the disk refuses."""
+    """Raise DiskRefused with the path if the disk refuses a write in the block, whose own error may lack the path."""
     try:
         yield
     except OSError as error:
@@ -37,9 +37,9 @@ def disk_write(path: Path) -> Iterator[None]:
 
 
 def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | None:
-    """Return what a refused write means wherever it happens: a link or a full disk; None for any other error.
+    """Return the user's error for a refused write: a link, another kind of file, or a full disk; None for other errors.
 
-    `path` is where, for an error that does not say.
+    `path` is the place if the error does not name it.
     """
     where = error.filename or path
     place = f"{where}: " if where else ""
@@ -63,9 +63,9 @@ def refusal(error: OSError, path: Path | str | None = None) -> StarlingError | N
 
 @contextmanager
 def readable(kind: type[StarlingError]) -> Iterator[None]:
-    """Raise `kind`, with the path and the remedy, for a path of the user's that cannot be, or may not be looked at.
+    """Raise `kind`, with the path and the remedy, for a user's path that is too long or must not be accessed.
 
-    Around a block, or as a function's decorator.
+    For use around a block or as a decorator of a function.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Files that somebody else named: opened only if they are regular files, and read only up to a limit.
+"""Open files with untrusted names only if they are regular files, and read them only up to a limit.
 
-A path out of a list, a description or a shared folder may lead to a device that never ends, to a FIFO that nobody
-writes, or to no possible file at all. Every function here raises OSError for such a path, and nothing else.
+A path from a list, a description or a shared folder may lead to an endless device or to a FIFO without a writer, or
+may be no valid path. Every function here raises only OSError for such a path.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import IO
 from starling.core.budget import BudgetExceeded
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-"""O_NONBLOCK: the opening of a FIFO does not wait for its writer."""
+"""O_NONBLOCK: opening a FIFO does not wait for a writer."""
 _NO_SUCH_NAME = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EBADF, errno.EINVAL}
 )
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a regular file for reading. Raises OSError with the path for anything else, a NUL in the name included."""
+    """Open a regular file for reading; raises OSError with the path for anything else, also for a NUL in the name."""
     descriptor = _open(path)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -33,10 +33,10 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the bytes of a regular file. Raises OSError as open_regular, BudgetExceeded for over `limit` bytes."""
+    """Return the bytes of a regular file; raises OSError like open_regular, BudgetExceeded for over `limit` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # A file may grow while it is read, and files of /proc have no size: the limit counts, not what stat says.
+        # A file may grow during the read, and files of /proc have no size: check the limit, not the size in stat.
         content = file.read(min(size, limit) + 1)
         if size <= limit and len(content) > size:
             content += file.read(limit + 1 - len(content))
@@ -46,9 +46,9 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def found(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """Return what is at `path`, links followed; None where nothing is, or nothing can be by that name.
+    """Return the state of `path`, links followed; None if it does not exist, or is no valid path.
 
-    Raises OSError where it cannot be known: a folder that may not be looked into, a disk that fails.
+    Raises OSError if the state cannot be read: the folder is not accessible, or the disk fails.
     """
     try:
         return os.stat(path)
@@ -61,18 +61,18 @@ def found(path: str | os.PathLike[str]) -> os.stat_result | None:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Return whether anything is at `path`, as `found` sees it."""
+    """Return whether `path` exists; raises OSError like `found`."""
     return found(path) is not None
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is a regular file, as `found` sees it."""
+    """Return whether `path` is a regular file, links followed; raises OSError like `found`."""
     state = found(path)
     return state is not None and stat.S_ISREG(state.st_mode)
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is a folder, as `found` sees it."""
+    """Return whether `path` is a folder, links followed; raises OSError like `found`."""
     state = found(path)
     return state is not None and stat.S_ISDIR(state.st_mode)
 

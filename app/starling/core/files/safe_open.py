@@ -1,8 +1,8 @@
-"""The folders that outputs go to, opened step by step from their top: below it no link is followed.
+"""Open the folders of outputs part by part from their top folder; below the top no link is followed.
 
-The top is the runs folder, or the project that the user named outside it (`name_top`); links in its own path are
-followed, since people keep their runs on another disk. A path below no top was named by the user as it is: links in
-its folder are followed too, and only the file itself is never a link.
+The top is the runs folder, or a project that the user named outside it (`name_top`). Links in the top's own path are
+followed, because users keep runs on other disks. The user named a path outside every top: links in its folder are
+followed too, but the file itself must not be a link.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from starling.core.files.folder import Folder
 from starling.core.files.refusals import FileRefused
 
 MOST_BYTES = 16 << 20
-"""Of a file that is read whole: settings, a worker's status, a tracker's cursor."""
+"""The limit for a file that is read whole: settings, a worker's status, a tracker's cursor."""
 
 _named: list[Path] = []
 _settled: dict[Path, Path] = {}
-"""Top as it is named -> where it was when this process first used it: a link that is moved later moves no run."""
+"""Top as named -> its real path at the first use in this process: a link that changes later moves no run."""
 
 
 def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
@@ -30,9 +30,9 @@ def runs_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def name_top(folder: Path) -> None:
-    """Follow no link below `folder` from now on, unless it lies below a top, where none is followed anyway.
+    """Make `folder` a top, below which no link is followed, unless it is already below a top.
 
-    A folder that holds the user's home is no top: what else is in the home is the user's own to link.
+    A folder that contains the user's home becomes no top: users may have links in their home.
     """
     folder = folder.absolute()
     holds_home = Path(os.path.expanduser("~")).is_relative_to(folder)
@@ -41,7 +41,7 @@ def name_top(folder: Path) -> None:
 
 
 def top_of(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the top that `path` lies below, and the names that lead from there to it; the path itself below none."""
+    """Return the top of `path` and the names from the top to `path`; `path` itself and no names if it has no top."""
     path = path.absolute()
     for top in (runs_root(), *sorted(_named, key=lambda named: -len(named.parts))):
         for place in dict.fromkeys((top, _real(top))):
@@ -53,7 +53,7 @@ def top_of(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _real(top: Path) -> Path:
-    """Return where a top lies, resolved once; the top itself while there is nothing."""
+    """Return the real path of a top, resolved once; the top itself while it does not exist."""
     if top not in _settled and os.path.isdir(top):
         _settled[top] = Path(os.path.realpath(top))
     return _settled.get(top, top)
@@ -65,7 +65,7 @@ def is_below_top(path: Path) -> bool:
 
 
 def open_folder(path: Path, *, create: bool = False) -> Folder:
-    """Open a folder for outputs, made where `create` says so. Raises LinkRefused for a link below its top."""
+    """Open a folder for outputs, and make it with `create`; raises LinkRefused for a link below its top."""
     top, names = top_of(path)
     with Folder.resolve(_settled.get(top, top), create=create) as folder:
         folder.path = top
@@ -73,15 +73,15 @@ def open_folder(path: Path, *, create: bool = False) -> Folder:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, where they are missing."""
+    """Make a folder and the folders above it, if missing."""
     open_folder(path, create=True).close()
 
 
 def open_file(path: Path, flags: int, mode: int = 0o644, *, alone: bool = False) -> int:
-    """Open a regular file and return its descriptor; never through a link, and never waiting for a pipe's other end.
+    """Open a regular file and return its descriptor; follows no link, and does not block on a pipe.
 
-    With `alone`, for a file that is appended to or cut: it must have no other name, by which it may be somebody
-    else's. Raises OSError: FileRefused for what is no such file.
+    `alone` is for a file to append to or truncate: it must have no other hard link, because it may then belong to
+    another user. Raises OSError, or FileRefused for any other kind of file.
     """
     with open_folder(path.parent) as folder:
         try:
@@ -95,7 +95,7 @@ def open_file(path: Path, flags: int, mode: int = 0o644, *, alone: bool = False)
     except FileRefused:
         os.close(descriptor)
         raise
-    if flags & os.O_TRUNC:  # not at once: it may have been another's
+    if flags & os.O_TRUNC:  # only after the check: the file may have been another user's
         os.ftruncate(descriptor, 0)
     return descriptor
 
@@ -112,21 +112,21 @@ def _check(path: Path, state: os.stat_result, *, alone: bool) -> None:
 
 
 def _is_followed_or_plain(state: os.stat_result) -> bool:
-    """Return whether an error in opening has another reason than the kind of file: links have an error of their own."""
+    """Return whether an error of `open` has a reason other than the kind of file; links raise LinkRefused."""
     return stat.S_ISREG(state.st_mode) or stat.S_ISLNK(state.st_mode) or stat.S_ISDIR(state.st_mode)
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a small regular file of ours; raises OSError, FileRefused for what is none."""
+    """Return the content of a small regular file of ours; raises OSError, or FileRefused for any other file."""
     with open(open_file(path, os.O_RDONLY), "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise FileRefused(path, f"holds more than {MOST_BYTES >> 20} MiB, and is none of ours")
+        raise FileRefused(path, f"holds more than {MOST_BYTES >> 20} MiB, so it is not a file of ours")
     return content
 
 
 def state_of(path: Path) -> os.stat_result | None:
-    """Return what is at `path`, a link itself; None where there is nothing. Raises LinkRefused for a link on the way."""
+    """Return the state of `path` (of a link itself); None without one. Raises LinkRefused for a linked folder."""
     try:
         with open_folder(path.parent) as folder:
             return folder.stat(path.name)
@@ -135,13 +135,13 @@ def state_of(path: Path) -> os.stat_result | None:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether `path` is a regular file, and no link to one. Raises LinkRefused for a link on the way."""
+    """Return whether `path` is a regular file, not a link; raises LinkRefused for a linked folder on the path."""
     state = state_of(path)
     return state is not None and stat.S_ISREG(state.st_mode)
 
 
 def names_in(path: Path) -> list[str]:
-    """Return the names of a folder's entries, sorted; none where there is no folder. Raises LinkRefused."""
+    """Return the names of a folder's entries, sorted; empty if there is no folder. Raises LinkRefused."""
     try:
         with open_folder(path) as folder:
             return folder.names()
@@ -150,20 +150,20 @@ def names_in(path: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a link itself; nothing there is fine."""
+    """Remove a file, or a link itself; no error if it does not exist."""
     with contextlib.suppress(FileNotFoundError), open_folder(path.parent) as folder, _named_whole(path):
         os.unlink(path.name, dir_fd=folder.descriptor)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all below it, as far as that can be; a link, and what is mounted, is left alone."""
+    """Remove a folder and its contents as far as possible; a link and mounted folders stay."""
     with contextlib.suppress(FileNotFoundError), open_folder(path.parent) as folder:
         folder.remove(path.name)
 
 
 @contextlib.contextmanager
 def _named_whole(path: Path) -> Iterator[None]:
-    """Name the whole path in an error of a system call that was given a descriptor and the last part of the path."""
+    """Put the whole path into an error of a system call that got a descriptor and the last part of the path."""
     try:
         yield
     except OSError as error:
@@ -171,6 +171,6 @@ def _named_whole(path: Path) -> Iterator[None]:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name, replacing what has it."""
+    """Rename a file, replacing an existing `target`."""
     with open_folder(path.parent) as here, open_folder(target.parent) as there, _named_whole(target):
         os.replace(path.name, target.name, src_dir_fd=here.descriptor, dst_dir_fd=there.descriptor)

@@ -1,4 +1,4 @@
-"""What a shell may offer for the next word of a command line, from the command's parser."""
+"""Shell completion of the next word of a command line, from the command's parser."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Offers(NamedTuple):
-    """Words with their help, all of which begin as the incomplete word does; or the names of files."""
+    """Words with their help that begin with the incomplete word; or names of files."""
 
     words: tuple[tuple[str, str], ...] = ()
     files: bool = False
 
 
 def offers(parser: argparse.ArgumentParser, typed: Sequence[str], incomplete: str) -> Offers:
-    """Return what may stand after `typed`: subcommands, flags, a flag's choices, or names of files."""
-    typed = [word for word in typed if word != "="]  # bash takes --flag=value for three words
+    """Return the possible words after `typed`: subcommands, flags, a flag's choices, or names of files."""
+    typed = [word for word in typed if word != "="]  # bash splits --flag=value into three words
     while (commands := _subcommands(parser)) is not None:
         named = next((at for at, word in enumerate(typed) if word in commands.choices), None)
         if named is None:

@@ -1,8 +1,7 @@
-"""One declaration a setting: its flag, its check, its help and its row in the docs all come from it.
+"""One declaration per setting, the source of its flag, its check, its help and its row in the docs.
 
 A command's configuration is a frozen dataclass whose fields are made by `setting`. The command line, the check of a
-value, shell completion, docs/flags.md and the launcher's check of training arguments read the declarations; nothing
-repeats them.
+value, shell completion, docs/flags.md and the launcher's check of training arguments all read the declarations.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ _KEY = "setting"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A rule of one value: `holds` returns whether a value keeps it, `problem` says what the rule is."""
+    """A rule for one value: `holds` returns whether a value keeps the rule, `problem` describes the rule."""
 
     holds: Callable[[Any], bool]
     problem: str
 
 
 def at_least(least: float, words: str = "", *, besides: tuple[Any, ...] = ()) -> Check:
-    """Return the rule that a number is `least` or more, or one of `besides`; NaN is refused."""
+    """Return the rule that a number is at least `least`, or one of `besides`; NaN is refused."""
     return Check(
         holds=lambda value: value >= least or value in besides,
         problem=words or f"must be at least {least}",
@@ -38,7 +37,7 @@ UNIT = Check(holds=lambda value: 0 <= value <= 1, problem="must be from 0 to 1")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a field of a configuration declares, with what its name and its type add."""
+    """A field's declaration, completed by the field's name and type."""
 
     field: str
     flags: tuple[str, ...]
@@ -48,19 +47,19 @@ class Setting:
     """The heading that `--help` shows the setting under."""
     default: Any
     default_words: str
-    """The default as `--help` and the docs show it; empty: there is nothing to show."""
+    """The default in `--help` and the docs; empty: no default is shown."""
     kind: type
     """bool, int, float or str: the type of the value, or of each value of a list."""
     several: bool
     """Whether the flag takes a list of values."""
     choices: tuple[str, ...]
-    """The values that there are; empty: any."""
+    """The allowed values; empty: any."""
     metavar: str | None
     bare: Any
-    """The value of the flag alone; MISSING: the flag needs a value after it."""
+    """The value that the flag means without a value; MISSING: the flag needs a value."""
     checks: tuple[Check, ...]
     resumable: bool
-    """Whether a resumed training may be given another value."""
+    """Whether a resumed training may have another value."""
 
     @property
     def flag(self) -> str:
@@ -90,9 +89,9 @@ def setting(
 ) -> Any:
     """Declare a field of a configuration.
 
-    `flags` are its spellings where they are not the field's name with dashes alone; `heading` begins a part of
-    `--help`, and the fields after it stand under it too; `shown` is the default in words, where the value itself says
-    little; `bare` is what the flag means without a value.
+    `flags` are spellings besides the field's name with dashes; `heading` begins a part of `--help`, which also contains
+    the fields after it; `shown` is the default in words, if the value itself says little; `bare` is the value that the
+    flag means without a value.
     """
     declared = {
         "help": help,
@@ -109,18 +108,18 @@ def setting(
 
 
 class Config:
-    """Base of every configuration: checks each value by its declaration, and then what no value tells alone."""
+    """Base of every configuration: checks each value by its declaration, and then combinations of values."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise UsageError for what cannot work, as far as no file has to be looked at."""
+        """Raise UsageError for invalid values, as far as they can be checked without reading files."""
         for declared in settings_of(type(self)):
             declared.check(getattr(self, declared.field))
         self.check_together()
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
@@ -165,7 +164,7 @@ def _made(item: Field[Any], annotation: Any, heading: str) -> Setting:
 
 
 def _kind(annotation: Any) -> tuple[type, bool, tuple[str, ...]]:
-    """Return the type of one value, whether there are several, and the values of a Literal."""
+    """Return the type of one value, whether the setting is a list, and the values of a Literal."""
     parts = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
     if get_origin(annotation) is Literal:
         return str, False, tuple(parts)
@@ -176,7 +175,7 @@ def _kind(annotation: Any) -> tuple[type, bool, tuple[str, ...]]:
 
 
 def _words(default: Any) -> str:
-    """Return a default as people write it on a command line."""
+    """Return a default as written on a command line."""
     if default is None or isinstance(default, bool):
         return ""
     if isinstance(default, tuple):

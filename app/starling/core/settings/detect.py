@@ -1,4 +1,4 @@
-"""What one `detect.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `detect.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class DetectConfig(Config):
     weights: tuple[str, ...] = setting(
         ("yolov5s.pt",),
         "weights; several make an ensemble, of the same classes",
-        heading="what to look at, and with what",
+        heading="sources and weights",
         metavar="PT",
     )
     source: str = setting(
         "",
-        "image, video, folder, glob, URL, .txt list, webcam number, or rtsp:// stream; one stream a command",
+        "image, video, folder, glob, URL, .txt list, webcam number, or rtsp:// stream; one stream per command",
         shown="the images this project carries",
     )
     data: str = setting("", "dataset YAML, for its class names only", shown="the weights' own")
@@ -37,7 +37,7 @@ class DetectConfig(Config):
     )
     vid_stride: int = setting(
         1,
-        "look at every N-th frame of a video; the annotated one keeps its length in seconds",
+        "use every N-th frame of a video; the annotated video keeps its duration",
         metavar="N",
         check=at_least(1),
     )
@@ -56,18 +56,16 @@ class DetectConfig(Config):
     device: str = setting(
         "", "cpu, or a GPU's number", heading="where it runs", shown="the first GPU, else cpu"
     )
-    half: bool = setting(False, "bfloat16 where the hardware has it, else float32")
+    half: bool = setting(False, "bfloat16 if the hardware supports it, else float32")
     project: str = setting(
-        "runs/detect", "folder below runs/; an absolute path stands as it is", heading="what is written"
+        "runs/detect", "folder below runs/; an absolute path is used unchanged", heading="what is written"
     )
     name: str = setting("exp", "run folder below the project", shown="exp, exp2, …")
-    exist_ok: bool = setting(
-        False, "write into an existing run folder; refused where it holds what is looked at"
-    )
+    exist_ok: bool = setting(False, "write into an existing run folder; refused if it contains the sources")
     nosave: bool = setting(False, "write no annotated images and videos")
     save_txt: bool = setting(
         False,
-        "write labels/*.txt, one file an image or frame: class x y width height, divided by the image's size",
+        "write labels/*.txt, one file per image or frame: class x y width height, divided by the image's size",
     )
     save_conf: bool = setting(False, "add the confidence to label files; needs --save-txt")
     save_csv: bool = setting(False, "write predictions.csv, with corners in pixels")
@@ -80,12 +78,12 @@ class DetectConfig(Config):
     )
     hide_labels: bool = setting(False, "draw boxes without texts")
     hide_conf: bool = setting(False, "draw texts without confidences")
-    view_img: bool = setting(False, "show images in a window, where there is a display")
+    view_img: bool = setting(False, "show images in a window, if there is a display")
     json: bool = setting(False, "print counts and paths as one JSON object on the last line")
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights or not all(self.weights):
             raise ConfigError("--weights", self.weights, "give the path of a .pt file")
         check_sides(self.imgsz)
@@ -97,7 +95,7 @@ class DetectConfig(Config):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Height and width asked for."""
+        """The height and width from --imgsz."""
         return self.imgsz[0], self.imgsz[-1]
 
 
@@ -124,5 +122,5 @@ COMMAND = Command(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> DetectConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return DetectConfig(**COMMAND.given(argv))

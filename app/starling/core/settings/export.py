@@ -1,4 +1,4 @@
-"""What one `export.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of an `export.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from starling.core.settings.values import check_sides
 Format = Literal["torchscript", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 OPSETS = (12, 20)
-"""First and last version of ONNX's operators that the exporter is held to."""
+"""The first and the last supported version of ONNX's operators."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig(Config):
-    """One export of one detector; the outputs lie beside its weights."""
+    """One export of one detector; the outputs are written beside its weights."""
 
     weights: str = setting(
-        "yolov5s.pt", "weights to export; the files lie beside them", heading="what to export"
+        "yolov5s.pt", "weights to export; the files are written beside them", heading="what to export"
     )
     include: tuple[Format, ...] = setting(FORMATS, "formats: torchscript, onnx")
     imgsz: tuple[int, ...] = setting(
@@ -39,7 +39,7 @@ class ExportConfig(Config):
     )
     opset: int = setting(
         17,
-        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}; older runtimes want a lower one",
+        f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[1]}; older runtimes need a lower one",
         metavar="N",
         check=Check(
             holds=lambda version: OPSETS[0] <= version <= OPSETS[1],
@@ -51,7 +51,7 @@ class ExportConfig(Config):
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights:
             raise ConfigError("--weights", self.weights, "give the path of a .pt file")
         check_sides(self.imgsz)
@@ -64,7 +64,7 @@ class ExportConfig(Config):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Height and width asked for."""
+        """The height and width from --imgsz."""
         return self.imgsz[0], self.imgsz[-1]
 
 
@@ -74,7 +74,7 @@ COMMAND = Command(
     config=ExportConfig,
     refused={
         "--simplify": "nothing is left to simplify: normalisation and constants are folded already; leave the flag out",
-        "--optimize": "TorchScript is written as it is; leave the flag out",
+        "--optimize": "TorchScript is written without optimisation; leave the flag out",
         "--int8": "quantisation is not available; quantise best.onnx with the target's own tool",
         "--nms": "NMS is not part of the file; docs/export.md says what to do with its output",
     },
@@ -83,12 +83,12 @@ COMMAND = Command(
       python export.py --weights runs/train/exp/weights/best.pt
   one ONNX file for images of any size and batches of any length
       python export.py --weights best.pt --include onnx --dynamic
-  what a phone runs: small and of a fixed size
+  for a phone: small and of a fixed size
       python export.py --weights best.pt --include onnx --imgsz 320 --opset 13
 """,
 )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ExportConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return ExportConfig(**COMMAND.given(argv))

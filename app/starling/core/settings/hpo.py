@@ -1,4 +1,4 @@
-"""What one `hpo.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of an `hpo.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class HpoConfig(Config):
         metavar="ID",
         shown="the newest finished training that is no trial itself",
     )
-    space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
+    space: str = setting("classic.yaml", "YAML of the search space, shipped name or path")
     objective: str = setting(
         "metrics/mAP_0.5:0.95",
-        "the scalar whose highest value counts",
+        "the scalar to maximise",
         metavar="TITLE/SERIES",
         check=Check(holds=lambda name: "/" in name, problem="must be title/series, as metrics/mAP_0.5"),
     )
@@ -35,9 +35,12 @@ class HpoConfig(Config):
     sampler: Literal["optuna", "random"] = setting(
         "optuna", "how trials are proposed: optuna (by TPE) or random"
     )
-    seed: int = setting(0, "seed of what is proposed")
+    seed: int = setting(0, "seed of the proposals")
     queue: str = setting(
-        "", "queue whose agents run the trials", heading="where", shown="they run here, one after the other"
+        "",
+        "queue whose agents run the trials",
+        heading="where trials run",
+        shown="they run here, one after the other",
     )
     parallel: int = setting(1, "trials in the queue at once", metavar="N", check=at_least(1))
     trials: int = setting(
@@ -45,7 +48,7 @@ class HpoConfig(Config):
     )
     hours: float = setting(
         24.0,
-        "hours in all; what then still runs is stopped",
+        "hours in all; trials that still run then are stopped",
         metavar="H",
         check=Check(holds=lambda hours: hours > 0, problem="must be above 0: a search ends in any case"),
     )
@@ -56,12 +59,12 @@ class HpoConfig(Config):
         check=at_least(0, "must be 0 (all of --hours) or more"),
     )
     failures: int = setting(3, "failed trials after which the search ends", metavar="N", check=at_least(1))
-    name: str = setting("hpo", "name of the search's own task", heading="how it is told")
+    name: str = setting("hpo", "name of the search's own task", heading="output")
     json: bool = setting(False, "end with one JSON object")
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if self.parallel > 1 and not self.queue:
             raise ConfigError(
                 "--parallel", self.parallel, "needs agents: add --queue NAME; here, use train.py --evolve"
@@ -84,5 +87,5 @@ Without ClearML, and faster on the GPUs of one machine: python train.py --evolve
 
 
 def parse_args(argv: Sequence[str] | None = None) -> HpoConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     return HpoConfig(**COMMAND.given(argv))

@@ -1,4 +1,4 @@
-"""The command line of a configuration: a parser made from its declarations, whose errors are ours."""
+"""The command line of a configuration: a parser made from its declarations, which raises UsageError."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starling.core.paths import impossible
 from starling.core.settings.declaration import Config, Setting, settings_of
 
 CONSOLE = "starling "
-"""How `sys.argv[0]` begins where a command was called as `starling COMMAND`, not as `COMMAND.py`."""
+"""The beginning of `sys.argv[0]` if a command was called as `starling COMMAND`, not as `COMMAND.py`."""
 
 
 class PathParser(argparse.ArgumentParser):
-    """A parser that refuses words which no path can be, before anything looks for them."""
+    """A parser that refuses words that cannot be paths, before any file is accessed."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; a word that no path can be is an error of the command line."""
+        """Parse as argparse does; a word that cannot be a path is a usage error."""
         words = sys.argv[1:] if args is None else list(args)
         problem = impossible(words)
         if problem:
@@ -37,7 +37,7 @@ class Command:
     examples: str
     config: type[Config]
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Flags that users know from elsewhere, and why they are not here."""
+    """Flags of other trainers that this command does not have, with the reason."""
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -49,7 +49,7 @@ class Command:
         return CommandParser(self)
 
     def setting_of(self, flag: str) -> Setting | None:
-        """Return the setting that a flag means by one of its spellings or a prefix of them; None for any other word."""
+        """Return the setting of a flag, given in any spelling or as an unambiguous prefix; None for any other word."""
         if not flag.startswith("--"):
             return None
         begin = [item for item in self.settings if any(name.startswith(flag) for name in item.flags)]
@@ -57,9 +57,9 @@ class Command:
         return next(iter(exact or (begin if len(begin) == 1 else ())), None)
 
     def given(self, words: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return what the words [the process's own] set, by field; what they leave alone is absent.
+        """Return the values that the words [the process's arguments] set, by field; other fields are missing.
 
-        Raises UsageError for a flag that there is not, and for a value that is not of its flag's type.
+        Raises UsageError for an unknown flag, and for a value of the wrong type.
         """
         return {
             name: tuple(value) if isinstance(value, list) else value
@@ -68,7 +68,7 @@ class Command:
 
 
 class CommandParser(PathParser):
-    """A parser whose errors are ours: one message, with the flag that may have been meant."""
+    """A parser that raises UsageError: one message, with a suggestion for a misspelt flag."""
 
     def __init__(self, command: Command) -> None:
         super().__init__(
@@ -87,7 +87,7 @@ class CommandParser(PathParser):
             group.add_argument(*declared.flags, **_options(declared))
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError in place of printing the usage and exiting."""
+        """Raise UsageError instead of printing the usage and exiting."""
         flag = next((word.split("=", 1)[0] for word in message.split() if word.startswith("--")), "")
         if flag in self._command.refused and "unrecognized" in message:
             raise UsageError(f"{flag}: {self._command.refused[flag]}")
@@ -96,7 +96,7 @@ class CommandParser(PathParser):
 
 
 def _options(declared: Setting) -> dict[str, Any]:
-    """Return what argparse is told about a setting."""
+    """Return argparse's options for a setting."""
     options: dict[str, Any] = {"dest": declared.field, "help": help_line(declared).replace("%", "%%")}
     if declared.kind is bool:
         return {**options, "action": "store_true"}

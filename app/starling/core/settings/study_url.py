@@ -1,4 +1,4 @@
-"""Where a search's study lives on a server: `postgresql://user@host[:port]/database`, without a secret in it."""
+"""The address of a study in a database: `postgresql://user@host[:port]/database`, without secrets."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _SHAPE = "postgresql://user@host[:port]/database"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyUrl:
-    """A database that studies live in. Holds no password, so it may be shown."""
+    """A database that holds studies. It contains no password, so messages may show it."""
 
     user: str
     host: str
     port: int = DEFAULT_PORT
     database: str
     sslmode: str = "prefer"
-    """`prefer`: encrypted if the server can; `disable`; `require`; `verify-full`: its certificate is checked too."""
+    """`prefer`: encrypted if the server can; `disable`; `require`; `verify-full`: also checks the certificate."""
     sslrootcert: str = ""
-    """File of the authorities that `verify-full` trusts; empty: the system's."""
+    """File with the certificate authorities for `verify-full`; empty: the system's."""
 
     def __str__(self) -> str:
-        """Return the URL as messages show it."""
+        """Return the URL for messages."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"postgresql://{self.user}@{host}:{self.port}/{self.database}"
 
@@ -38,12 +38,12 @@ class StudyUrl:
 def parse_study_url(url: str) -> StudyUrl:
     """Return the database that `--study` names.
 
-    Raises UsageError for anything but a PostgreSQL URL with user, host and database, and for one that holds a
-    password; no message repeats what could be one.
+    Raises UsageError for anything but a PostgreSQL URL with user, host and database, and for a URL with a password; no
+    message repeats a possible password.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in SCHEMES:
-        # Of another kind of URL only the scheme is repeated: the rest may hold a password.
+        # The message repeats only the scheme of another kind of URL, because the rest may hold a password.
         shown = f"{scheme}://…" if re.fullmatch(r"[\w+.-]+", scheme) and separator else "this"
         hint = suggest(scheme, SCHEMES) if separator else ""
         raise UsageError(
@@ -58,7 +58,7 @@ def parse_study_url(url: str) -> StudyUrl:
         raise UsageError(f"--study: cannot be read as a URL; give {_SHAPE}") from None
     if parts.password is not None or any("pass" in name.lower() for name in options):
         raise UsageError(
-            "--study: holds a password, which would stand in container labels, process lists and logs; take it out of "
+            "--study: holds a password, which would appear in container labels, process lists and logs; take it out of "
             f"the URL, change it if it was real, and give it by {PASSWORD_FILE_VARIABLE}=FILE, PGPASSWORD or ~/.pgpass"
         )
     user, database = unquote(parts.username or ""), unquote(parts.path.removeprefix("/"))
@@ -72,7 +72,7 @@ def parse_study_url(url: str) -> StudyUrl:
 
 
 def _ssl_options(options: dict[str, str]) -> dict[str, str]:
-    """Return the options after the `?`, checked."""
+    """Return the checked options after the `?`; raises UsageError."""
     for name in options:
         if name not in _OPTIONS:
             raise UsageError(
@@ -84,5 +84,5 @@ def _ssl_options(options: dict[str, str]) -> dict[str, str]:
             f"--study: sslmode={mode}{suggest(mode, SSL_MODES)}; must be one of: {', '.join(SSL_MODES)}"
         )
     if options.get("sslrootcert") and mode != "verify-full":
-        raise UsageError("--study: sslrootcert is only looked at with sslmode=verify-full; give both")
+        raise UsageError("--study: sslrootcert is only used with sslmode=verify-full; give both")
     return options

@@ -1,4 +1,4 @@
-"""What one `train.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `train.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CACHES: tuple[Cache, ...] = get_args(Cache)
 Sampler = Literal["fast", "classic", "random", "qmc", "gp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 DEFAULT_SAMPLER: Sampler = "fast"
-"""What finds most for the same images through the model; see "Which sampler" in docs/performance.md."""
+"""The sampler with the best result for the same number of images; see "Which sampler" in docs/performance.md."""
 
 AUTO_BATCH = -1
 AUTO_FINALISTS = -1
@@ -32,7 +32,7 @@ DEFAULT_SEARCH_PROJECT = "runs/evolve"
 DEFAULT_NAME = "exp"
 
 _SEARCHING = "searching hyperparameters"
-"""The heading of what means nothing without `--evolve`."""
+"""The heading of the settings that need `--evolve`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +51,11 @@ class TrainConfig(Config):
     )
     data: str = setting("coco128.yaml", "dataset YAML, shipped name or path, or clearml://ID", resumable=True)
     download: bool = setting(
-        False, "fetch the dataset first, as its description says, unless it is there", resumable=True
+        False, "fetch the dataset first, as its description says, unless it exists", resumable=True
     )
     hyp: str = setting(
         "hyp.scratch-low.yaml",
-        "hyperparameter YAML, shipped name or path; what it leaves out keeps its default",
+        "hyperparameter YAML, shipped name or path; missing values keep their defaults",
     )
     single_cls: bool = setting(False, "treat every class as one")
     freeze: tuple[int, ...] = setting(
@@ -68,7 +68,7 @@ class TrainConfig(Config):
     epochs: int = setting(
         100,
         "epochs in all, those before a resume counted; more of them go on with a finished run",
-        heading="how long, how large",
+        heading="duration and size",
         check=at_least(1),
         resumable=True,
     )
@@ -123,29 +123,27 @@ class TrainConfig(Config):
     seed: int = setting(0, "seed of everything random")
     device: str = setting(
         "",
-        "cpu, or a GPU's number; 0,1: one training on both, a process each",
+        "cpu, or a GPU's number; 0,1: one training on both, one process per GPU",
         shown="the first GPU, else cpu",
         resumable=True,
     )
-    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of one training; GPUs only")
+    sync_bn: bool = setting(False, "BatchNorm over the images of all GPUs of a training; GPUs only")
     local_rank: int = setting(
-        -1, "accepted and ignored: torchrun gives it by a variable", "--local_rank", metavar="N", shown=""
+        -1, "accepted and ignored: torchrun sets it in a variable", "--local_rank", metavar="N", shown=""
     )
     amp: Literal["auto", "on", "off"] = setting(
         "auto",
-        "bfloat16 autocast: auto (where the hardware has it, CPUs too), on, off; never float16",
+        "bfloat16 autocast: auto (if the hardware supports it, CPUs too), on, off; never float16",
     )
     compile: bool = setting(
         False,
         "compile the model first (minutes), replayed as a CUDA graph on GPUs, for faster iterations; needs g++",
         resumable=True,
     )
-    deterministic: bool = setting(
-        False, "GPU kernels that give the same numbers in every run, where there are some"
-    )
+    deterministic: bool = setting(False, "GPU kernels that give the same numbers in every run, if they exist")
     workers: int = setting(
         8,
-        "most loader threads: at most one a core, and one where the model runs on the CPU",
+        "most loader threads: at most one per core, and one if the model runs on the CPU",
         check=at_least(0, "must be 0 or more"),
         resumable=True,
     )
@@ -158,7 +156,7 @@ class TrainConfig(Config):
         resumable=True,
     )
     noautoanchor: bool = setting(
-        False, "keep the anchors of layout or weights, even where they do not fit the labels"
+        False, "keep the anchors of layout or weights, even if they do not fit the labels"
     )
     strict: bool = setting(
         False, "stop at the first unusable image or label; else they are left out, counted and named"
@@ -178,7 +176,7 @@ class TrainConfig(Config):
         "how candidates are proposed: fast, classic (the evolution step), random, qmc or gp; docs/search.md says "
         "when to take which",
     )
-    space: str = setting("classic.yaml", "YAML of what is searched and how far, shipped name or path")
+    space: str = setting("classic.yaml", "YAML of the search space, shipped name or path")
     prune: bool = setting(False, "end trainings that fall behind early; N is then what the search may cost")
     finalists: int = setting(
         AUTO_FINALISTS,
@@ -199,7 +197,7 @@ class TrainConfig(Config):
     )
     allow_nfs: bool = setting(
         False,
-        "keep the journal on a network file system: all workers run on this host, or its locks hold",
+        "keep the journal on a network file system: only if all workers run on this host, or its locks work across hosts",
     )
 
     remote: str = setting(
@@ -212,20 +210,20 @@ class TrainConfig(Config):
 
     project: str = setting(
         "",
-        "folder below runs/; an absolute path stands as it is",
+        "folder below runs/; an absolute path is used unchanged",
         heading="where results go",
         shown="train; evolve for a search",
     )
     name: str = setting("", "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder", resumable=True)
     nosave: bool = setting(
-        False, "write last.pt only at the end or on a stop; best.pt as ever", resumable=True
+        False, "write last.pt only at the end or on a stop; best.pt as usual", resumable=True
     )
     noval: bool = setting(False, "validate after the final epoch only")
     noplots: bool = setting(False, "draw no plots", resumable=True)
     bbox_interval: int = setting(
         AUTO_INTERVAL,
-        "draw what the validation finds every N epochs, into epochs/; 0: never",
+        "draw the detections of the validation every N epochs, into epochs/; 0: never",
         "--bbox_interval",
         "--bbox-interval",
         metavar="N",
@@ -245,7 +243,7 @@ class TrainConfig(Config):
     )
     save_minutes: float = setting(
         10.0,
-        "save after so many minutes within an epoch too; 0: after each step",
+        "also save every N minutes within an epoch; 0: after each step",
         metavar="N",
         check=at_least(0, "must be 0 (after each step) or more"),
         resumable=True,
@@ -265,7 +263,7 @@ class TrainConfig(Config):
     debug: bool = setting(False, "show tracebacks", resumable=True)
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together; a server is asked later."""
+        """Raise UsageError for values that exclude each other; servers are checked later."""
         if self.quad and self.batch_size % 4:
             raise ConfigError("--batch-size", self.batch_size, "must be a multiple of 4 with --quad")
         self._check_search()
@@ -280,7 +278,7 @@ class TrainConfig(Config):
             check_bucket(self.bucket)
 
     def _check_search(self) -> None:
-        """Refuse what only a search knows where there is none."""
+        """Raise UsageError for an invalid study, and for settings of a search without --evolve."""
         if self.study:
             parse_study_url(self.study)
         if self.study and self.allow_nfs:
@@ -291,7 +289,7 @@ class TrainConfig(Config):
                 raise UsageError(f"{declared.flag}: belongs to a search; add --evolve N, or leave it out")
 
     def _check_devices(self) -> None:
-        """Check a list of devices by itself; whether they exist is found out later."""
+        """Raise UsageError for an invalid list of devices; whether they exist is checked later."""
         devices = self.devices
         if len(devices) < 2:
             return
@@ -309,12 +307,12 @@ class TrainConfig(Config):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices asked for, one process each: `0,1` or `cpu,cpu`; none: the default one."""
+        """The devices from --device, one process each: `0,1` or `cpu,cpu`; empty: the default device."""
         names = (name.strip().lower().removeprefix("cuda:") for name in self.device.split(","))
         return tuple(name for name in names if name)
 
     def check_split(self, processes: int) -> None:
-        """Raise UsageError, naming the nearest batch that works, where so many processes cannot share the batch evenly."""
+        """Raise UsageError with the nearest batch that works if the batch cannot be split evenly."""
         if self.batch_size == AUTO_BATCH:
             raise UsageError(
                 f"--batch-size {AUTO_BATCH}: is measured on one device; give the batch of all {processes} processes together"
@@ -328,23 +326,23 @@ class TrainConfig(Config):
 
     @property
     def run_project(self) -> str:
-        """The project asked for, or the default of a training or of a search."""
+        """The value of --project, or the default for a training or a search."""
         return self.project or (DEFAULT_SEARCH_PROJECT if self.evolve else DEFAULT_PROJECT)
 
     @property
     def run_name(self) -> str:
-        """The name asked for, or `exp`."""
+        """The value of --name, or `exp`."""
         return self.name or DEFAULT_NAME
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as `opt.yaml` and checkpoints hold them."""
+        """Return plain values for `opt.yaml` and checkpoints."""
         values = asdict(self)
         values["freeze"] = list(self.freeze)
         return values
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> TrainConfig:
-        """Build from `as_dict()`'s values, as a checkpoint holds them."""
+        """Build a configuration from the values of `as_dict()` in a checkpoint; unknown keys are ignored."""
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in mapping.items() if key in known}
         values["freeze"] = tuple(values.get("freeze", (0,)))
@@ -367,24 +365,24 @@ COMMAND = Command(
 """,
 )
 RESUMABLE = frozenset(declared.field for declared in COMMAND.settings if declared.resumable)
-"""Fields that a resume may change; any other would make it a different training. Other `data` must hold the same images."""
+"""Fields that a resume may change without making it another training. A changed `data` must hold the same images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainCommand:
-    """A parsed command line: the configuration, and which of its fields were given."""
+    """A parsed command line: the configuration, and the names of the given fields."""
 
     config: TrainConfig
     given: frozenset[str]
     arguments: tuple[str, ...] = ()
-    """The words it was parsed from."""
+    """The words of the command line."""
     goes_on: bool = False
-    """Whether it resumes the run that its replica left, which the words do not say."""
+    """Whether the command resumes the unfinished run of its replica, without a --resume in the words."""
 
     def resumed(self, saved: TrainConfig) -> TrainConfig:
-        """Return the configuration of a resume: the saved one, with what was given now.
+        """Return the configuration of a resume: the saved one, changed by the given fields.
 
-        Raises UsageError for a flag that would change what is being trained.
+        Raises UsageError for a flag that would change the training.
         """
         changed = {key: getattr(self.config, key) for key in self.given}
         for key in sorted(changed.keys() - RESUMABLE):
@@ -397,7 +395,7 @@ class TrainCommand:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainCommand:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     given = COMMAND.given(arguments)
     given.pop("local_rank", None)

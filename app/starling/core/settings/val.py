@@ -1,4 +1,4 @@
-"""What one `val.py` command asks for: parsed once, checked, frozen."""
+"""The configuration of a `val.py` command: parsed once, checked, frozen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Task = Literal["val", "train", "test", "speed", "study"]
 DEFAULT_PROJECT = "runs/val"
 DEFAULT_NAME = "exp"
 SPEED_CONFIDENCE, SPEED_IOU = 0.25, 0.45
-"""Thresholds of `--task speed` where none are given: those of detection, so that NMS has its usual work."""
+"""Default thresholds of `--task speed`: those of detection, which give NMS its usual work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class ValConfig(Config):
     )
     weights: tuple[str, ...] = setting(
         ("yolov5s.pt",),
-        "weights, a path with or without .pt; several make an ensemble, in a study a line each",
+        "weights, a path with or without .pt; several make an ensemble, or in a study one line each",
         metavar="PT",
     )
     task: Task = setting(
@@ -64,11 +64,11 @@ class ValConfig(Config):
     )
     max_det: int = setting(300, "most detections in an image", metavar="N", check=at_least(1))
     augment: bool = setting(False, "test-time augmentation: scales 1, 0.83 mirrored, 0.67")
-    half: bool = setting(False, "bfloat16 where the hardware has it, else float32")
+    half: bool = setting(False, "bfloat16 if the hardware supports it, else float32")
     device: str = setting("", "cpu, or a GPU's number", shown="the first GPU, else cpu")
     workers: int = setting(
         8,
-        "most loader threads: at most one a core, and one where the model runs on the CPU",
+        "most loader threads: at most one per core, and one if the model runs on the CPU",
         check=at_least(0),
     )
     verbose: bool = setting(
@@ -77,21 +77,21 @@ class ValConfig(Config):
     json: bool = setting(False, "end with one line of JSON")
     save_txt: bool = setting(
         False,
-        "write labels/*.txt: class x y width height, divided by the image's size; empty where nothing is found",
+        "write labels/*.txt: class x y width height, divided by the image's size; empty without detections",
     )
     save_conf: bool = setting(False, "write the confidence as a sixth column")
     save_hybrid: bool = setting(
         False,
-        "write the labels, with confidence 1, and the detections that are not on one; the figures stay as they are",
+        "write the labels, with confidence 1, and the detections that overlap no label; the figures do not change",
     )
     save_json: bool = setting(False, "write detections as COCO JSON, and score them with pycocotools")
-    project: str = setting(DEFAULT_PROJECT, "folder below runs/; an absolute path stands as it is")
+    project: str = setting(DEFAULT_PROJECT, "folder below runs/; an absolute path is used unchanged")
     name: str = setting(DEFAULT_NAME, "run folder below the project", shown="exp, exp2, …")
     exist_ok: bool = setting(False, "write into an existing run folder")
     debug: bool = setting(False, "show tracebacks")
 
     def check_together(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that exclude each other."""
         if not self.weights or not all(self.weights):
             raise UsageError("--weights: name at least one weights file")
         if "," in self.device:
@@ -105,7 +105,7 @@ class ValConfig(Config):
 
     @property
     def writes_labels(self) -> bool:
-        """Whether labels/*.txt are asked for."""
+        """Whether labels/*.txt are written."""
         return self.save_txt or self.save_hybrid
 
 
@@ -125,7 +125,7 @@ COMMAND = Command(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ValConfig:
-    """Return what the command line asks for; raises UsageError for what cannot work."""
+    """Return the configuration from the command line; raises UsageError for invalid values."""
     given = COMMAND.given(argv)
     if given.get("task") == "speed":
         given = {"conf_thres": SPEED_CONFIDENCE, "iou_thres": SPEED_IOU, **given}

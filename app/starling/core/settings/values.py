@@ -1,4 +1,4 @@
-"""Rules of values that several commands take."""
+"""Checks of values that several commands have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from starling.core.errors import ConfigError, UsageError, suggest
 
 LARGEST_SIDE = 16_384
-"""Pixels; what is larger is a slip of the keyboard and would only run out of memory."""
+"""The largest side in pixels; a larger value is a typing error and would run out of memory."""
 
 BUCKET_DRIVERS: dict[str, str | None] = {
     "gs": "gcsfs",
@@ -16,7 +16,7 @@ BUCKET_DRIVERS: dict[str, str | None] = {
     "file": None,
     "memory": None,
 }
-"""Scheme -> the package that speaks it; None where fsspec itself does. Credentials come from the environment."""
+"""Scheme -> the package that implements it; None: fsspec itself. Credentials come from the environment."""
 
 
 def check_sides(imgsz: tuple[int, ...]) -> None:
@@ -35,9 +35,9 @@ def check_name(name: str) -> str:
 
 
 def check_bucket(url: str) -> str:
-    """Return the scheme of `url` if results can go there, as far as the URL tells.
+    """Return the scheme of `url` if results can be copied there, as far as the URL shows.
 
-    Raises UsageError for another scheme, and for credentials in the URL, which would be logged with it.
+    Raises UsageError for another scheme, and for credentials in the URL, which logs would show.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BUCKET_DRIVERS or not rest.strip("/"):

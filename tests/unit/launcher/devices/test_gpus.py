@@ -77,8 +77,8 @@ def test_a_wrong_gpu_list_is_refused(text: str) -> None:
     ("text", "words"),
     [
         ("5-1", "5-1 runs backwards; write 1-5"),
-        ("all,3", "'all' stands alone"),
-        ("free:2,3", "'free:2' stands alone"),
+        ("all,3", "'all' cannot be combined"),
+        ("free:2,3", "'free:2' cannot be combined"),
         ("3,3:0", "names GPU 3 and its slice 3:0"),
         ("1-3,2", "names 2 twice"),
         ("free:0", "must ask for 1 to 256"),

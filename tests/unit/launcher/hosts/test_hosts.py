@@ -75,7 +75,7 @@ def test_processes_run_on_this_machine_whatever_the_variables_say() -> None:
 
 
 def test_a_docker_context_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(EngineError, match="Docker context gone: is not there"):
+    with pytest.raises(EngineError, match="Docker context gone: does not exist"):
         find_host("docker", None, {**NOWHERE, "DOCKER_CONTEXT": "gone"})
 
 

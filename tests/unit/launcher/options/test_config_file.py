@@ -110,7 +110,7 @@ def test_each_key_says_what_its_flag_says() -> None:
         ('recreate: "true"\n', 1, "must be true or false"),
         ("env: [TOKEN=s3cret]\n", 1, "names only"),
         ("env: {TOKEN: s3cret}\n", 1, "one of plain values"),
-        ("host: ssh://machine\nhost: ssh://other\n", 2, "stands twice"),
+        ("host: ssh://machine\nhost: ssh://other\n", 2, "appears twice"),
         ("env_file: a\nenv-file: b\n", 2, "keep one of them"),
         ("train: &a {epochs: 1}\n", 1, "anchors"),
         ("memory: *a\n", 1, "aliases"),
@@ -325,7 +325,7 @@ def test_init_writes_a_file_that_works_as_it_is_and_never_overwrites(here: Path)
     assert done.stdout.startswith("fleet blood/search on the local engine")
     again = launcher("init")
     assert again.returncode == 2
-    assert "starling.yaml: is there already" in again.stderr
+    assert "starling.yaml: exists already" in again.stderr
     assert Path("starling.yaml").read_text() == written
     assert launcher("init", "-").stdout == written
     assert launcher("init", "gone/x.yaml").returncode == 2

@@ -263,7 +263,7 @@ def test_a_checkpoint_to_resume_that_a_link_keeps_elsewhere_is_refused(tmp_path:
     (tmp_path / "runs").mkdir()
     (tmp_path / "last.pt").touch()
     (tmp_path / "runs" / "last.pt").symlink_to(tmp_path / "last.pt")
-    with pytest.raises(UsageError, match=r"--resume: .* leads by a link"):
+    with pytest.raises(UsageError, match=r"--resume: .* leads through a link"):
         prepare(["--resume", "runs/last.pt"], tmp_path)
 
 
@@ -360,7 +360,7 @@ def test_one_training_on_one_device_is_what_it_is_without_ddp_and_says_so(tmp_pa
 
 
 def test_a_search_is_not_one_training(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--ddp: a search gives each device candidates of its own"):
+    with pytest.raises(UsageError, match="--ddp: a search trains different candidates on each device"):
         plan_for(tmp_path, gpus="0-3", ddp=True)
 
 
@@ -402,7 +402,7 @@ def test_the_replicas_own_devices_may_be_said_and_no_others(tmp_path: Path) -> N
     assert spec.command[-2:] == ("--device", "0,1")
     for asked in ("2,3", "0", "cpu,cpu"):
         with pytest.raises(
-            UsageError, match=f"--device {asked}: each replica finds its own devices by itself"
+            UsageError, match=f"--device {asked}: each replica finds its own devices automatically"
         ):
             plan_for(tmp_path, [*TRAINING, "--device", asked], gpus="2-3", ddp=True)
     with pytest.raises(UsageError, match="and --ddp for one training on several"):

@@ -92,7 +92,7 @@ def test_all_problems_are_told_and_the_users_file_gives_the_exit_code() -> None:
 def test_a_path_that_the_caller_may_not_look_at_is_a_problem_like_any_other() -> None:
     problems = Problems()
     problems.check(refuse, PermissionError(13, "Permission denied", "/shut/x"))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"^/shut/x: you may not look at it; ask its owner"):
+    with pytest.raises(UsageError, match=r"^/shut/x: you may not access it; ask its owner"):
         problems.raise_any()
 
 
@@ -214,7 +214,7 @@ def test_paths_that_the_caller_may_not_look_at_are_told_and_no_traceback(tmp_pat
     tmp_path.chmod(0o700)
     runs = tmp_path / "runs"
     assert refused_as_nobody(lambda: check_runs(runs)).startswith(
-        f"UsageError: --runs {runs}: you may not look there"
+        f"UsageError: --runs {runs}: you may not access it"
     )
     for option, kind in (("--data", "DataError"), ("--weights", "CheckpointError"), ("--hyp", "UsageError")):
         words = [option, str(tmp_path / "x.pt")]
@@ -224,7 +224,7 @@ def test_paths_that_the_caller_may_not_look_at_are_told_and_no_traceback(tmp_pat
             )
         )
         assert said.startswith(
-            f"{kind}: {option} {tmp_path}/x.pt: you may not look at {tmp_path}/x.pt; ask its owner"
+            f"{kind}: {option} {tmp_path}/x.pt: you may not access {tmp_path}/x.pt; ask its owner"
         )
 
 
@@ -410,7 +410,7 @@ def test_a_file_that_training_does_not_open_is_nobodys_business(dataset: Path) -
 def test_a_group_that_may_read_is_offered(dataset: Path) -> None:
     images = dataset.parent / "images"
     images.chmod(0o750)
-    with pytest.raises(DataError, match=f"give --user 12345:{images.stat().st_gid}, whose group may"):
+    with pytest.raises(DataError, match=f"give --user 12345:{images.stat().st_gid}, the group that may"):
         check_dataset(dataset)
 
 

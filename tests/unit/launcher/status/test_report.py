@@ -49,7 +49,7 @@ def write(runs: Path, values: object) -> None:
         ({"phase": "running", "oom_killed": True}, "running, a child was OOM-KILLED at 20 GB"),
         ({"phase": "created"}, "created, never started"),
         ({"exit_code": 0}, "finished"),
-        ({"exit_code": 0, "oom_killed": True}, "a child was OOM-KILLED at 20 GB, exited 0 all the same"),
+        ({"exit_code": 0, "oom_killed": True}, "a child was OOM-KILLED at 20 GB, exited 0 nevertheless"),
         ({"exit_code": 137, "oom_killed": True}, "OOM-KILLED at 20 GB"),
         ({"exit_code": 137}, "killed (137)"),
         ({"exit_code": 3}, "exited 3: data error"),
