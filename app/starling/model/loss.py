@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,20 @@ class Share:
     """How much of them is here, 0 to 1."""
     pool: Callable[[Tensor], Tensor]
     """Sums a tensor over all processes."""
+
+
+class Loss(Protocol):
+    """What training and validation ask of a head's loss."""
+
+    def __call__(
+        self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (scalar loss times batch size, [3] the loss's parts after gains, detached).
+
+        `predictions` are the head's raw ones, one a level; `targets` [n,6] image in batch, class, xywhn, with an image
+        index below 0 for padding. With a `share`, both results are this process's addends.
+        """
+        ...
 
 
 class DetectionLoss(nn.Module):

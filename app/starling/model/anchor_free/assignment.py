@@ -129,12 +129,12 @@ def _metric(score: Tensor, overlap: Tensor) -> Tensor:
 
 def _better(best: _Best, overlap: Tensor, image: Tensor, first: int) -> _Best:
     """Return the best targets of each point after those whose `overlap` [m,N] is new; `first` is their first row."""
-    most = torch.full_like(best.overlap, -1.0).index_reduce_(0, image, overlap, "amax")
-    row = torch.arange(first, first + len(image), device=image.device)[:, None]
+    where = image[:, None].expand_as(overlap)
+    most = torch.full_like(best.overlap, -1.0).scatter_reduce_(0, where, overlap, "amax")
     last = first + len(image)
-    which = torch.full_like(best.target, last).index_reduce_(
-        0, image, torch.where(overlap == most[image], row, last), "amin"
-    )
+    row = torch.arange(first, last, device=image.device)[:, None]
+    claims = torch.where(overlap == most[image], row, last)
+    which = torch.full_like(best.target, last).scatter_reduce_(0, where, claims, "amin")
     better = most > best.overlap
     return _Best(torch.where(better, most, best.overlap), torch.where(better, which, best.target))
 
@@ -145,9 +145,7 @@ def _inside(points_xy: Tensor, targets_xyxy: Tensor, least_side: float) -> Tenso
     half = (targets_xyxy[:, 2:] - targets_xyxy[:, :2]).clamp(min=least_side) / 2
     x, y = points_xy.unbind(1)
     low, high = centre - half, centre + half
-    return (
-        (x > low[:, :1]) & (x < high[:, :1]) & (y > low[:, 1:]) & (y < high[:, 1:])
-    )
+    return (x > low[:, :1]) & (x < high[:, :1]) & (y > low[:, 1:]) & (y < high[:, 1:])
 
 
 def _ciou(targets_xyxy: Tensor, boxes_xyxy: Tensor, image: Tensor) -> Tensor:

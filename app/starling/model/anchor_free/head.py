@@ -8,61 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from starling.core.errors import UsageError
+from starling.model.anchor_free.loss import AnchorFreeGains, AnchorFreeLoss
+from starling.model.anchor_free.points import BINS, distances_of, grid
 from starling.model.blocks import Conv
+from starling.model.head import Head
 
-BINS = 16
-"""Distances of 0 to 15 cells, of which a side's distance is the expectation."""
 PRIOR_BOX_BIAS = 2.0
 PRIOR_OBJECTS = 5
 """Objects expected in a 640 px image before training; sets the bias of the class scores."""
-
-
-class Cells(NamedTuple):
-    """Points of a batch's images, the centres of the cells of all levels, row by row."""
-
-    points_xy: Tensor
-    """[N,2] pixels."""
-    stride: Tensor
-    """[N,1] pixels."""
-
-    def boxes_xyxy(self, distances: Tensor) -> Tensor:
-        """Return corners [...,N,4] in pixels of distances [...,N,4] left, top, right, bottom in cells."""
-        low, high = distances.split(2, dim=-1)
-        return torch.cat((self.points_xy - low * self.stride, self.points_xy + high * self.stride), dim=-1)
-
-    def distances(self, boxes_xyxy: Tensor) -> Tensor:
-        """Return distances [...,N,4] in cells of corners [...,N,4] in pixels."""
-        low, high = boxes_xyxy.split(2, dim=-1)
-        return torch.cat((self.points_xy - low, high - self.points_xy), dim=-1) / self.stride
-
-    def of(self, index: Tensor) -> Cells:
-        """Return the cells of the numbers `index` [K]."""
-        return Cells(self.points_xy[index], self.stride[index])
-
-
-def grid(sizes_hw: Sequence[Sequence[int]], strides: Sequence[float], device: torch.device) -> Cells:
-    """Return the cells of levels of these heights and widths."""
-    points, sides = [], []
-    for (height, width), stride in zip(sizes_hw, strides, strict=True):
-        y, x = torch.meshgrid(
-            torch.arange(height, device=device, dtype=torch.float32),
-            torch.arange(width, device=device, dtype=torch.float32),
-            indexing="ij",
-        )
-        points.append((torch.stack((x, y), dim=-1).view(-1, 2) + 0.5) * stride)
-        sides.append(torch.full((height * width, 1), float(stride), device=device))
-    return Cells(torch.cat(points), torch.cat(sides))
-
-
-def distances_of(logits: Tensor) -> Tensor:
-    """Return expected distances [...,4] in cells of logits [...,64]: left, top, right, bottom, BINS each."""
-    weights = logits.unflatten(-1, (4, BINS)).softmax(-1)
-    return weights @ torch.arange(BINS, dtype=weights.dtype, device=weights.device)
 
 
 class _Expectation(nn.Module):
@@ -74,8 +33,11 @@ class _Expectation(nn.Module):
         self.conv.weight.data.copy_(torch.arange(BINS, dtype=torch.float32).view(1, BINS, 1, 1))
 
 
-class AnchorFreeDetect(nn.Module):
+class AnchorFreeDetect(Head):
     """Predict a box and class scores for every point of every level."""
+
+    losses = ("box", "cls", "dfl")
+    anchors_px = None
 
     def __init__(self, nc: int, strides: Sequence[float], channels: Sequence[int]) -> None:
         """Build for `nc` classes; one level for each stride, with its number of input channels."""
@@ -115,6 +77,23 @@ class AnchorFreeDetect(nn.Module):
         low, high = corners.split(2, dim=2)
         scores = logits.sigmoid()
         return torch.cat(((low + high) / 2, high - low, torch.ones_like(scores[..., :1]), scores), dim=2)
+
+    def exported(self, decoded: Tensor) -> Tensor:
+        """Return [B, 4+nc, points]: xywh in pixels and class scores, without the objectness that is always 1."""
+        return torch.cat((decoded[..., :4], decoded[..., 5:]), dim=2).permute(0, 2, 1)
+
+    def describe_layout(self) -> dict[str, Any]:
+        """Return the number of classes."""
+        return {"nc": self.nc}
+
+    def build_loss(self, hyp: Any, image_size: int) -> AnchorFreeLoss:
+        """Return box, class and distribution loss; raises UsageError for hyperparameters of an anchor-based head."""
+        if hyp.dfl is None:
+            raise UsageError(
+                "the hyperparameters lack `dfl` and so are those of a layout with anchors, but this layout is anchor-free; "
+                "give --hyp hyp.u-scratch.yaml, or a file with box, cls and dfl as there"
+            )
+        return AnchorFreeLoss(self._strides, self.nc, AnchorFreeGains.of(hyp)).to(self.stride.device)
 
     @torch.no_grad()
     def _start_biases(self) -> None:

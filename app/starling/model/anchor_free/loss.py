@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from starling.boxes.geometry import iou_aligned_xywh, xywh_to_xyxy, xyxy_to_xywh
 from starling.core.errors import ConfigError
 from starling.model.anchor_free.assignment import assign
-from starling.model.anchor_free.head import BINS, distances_of, grid
+from starling.model.anchor_free.points import BINS, distances_of, grid
 from starling.model.loss import Share
 
 _LAST_BIN = BINS - 1 - 0.01

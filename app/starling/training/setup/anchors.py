@@ -11,6 +11,7 @@ import torch
 from starling.data.dataset.dataset import Dataset
 from starling.model.autoanchor import AutoAnchor, fit_anchors
 from starling.model.detector import Detector
+from starling.model.head import Detect
 
 
 class AnchorFitter:
@@ -23,8 +24,14 @@ class AnchorFitter:
         self._decided: dict[tuple[bytes, tuple[int, ...], bool], AutoAnchor] = {}
 
     def fit(self, detector: Detector, *, provisional: bool, say: Callable[[str], None]) -> None:
-        """Give the detector anchors that fit, where its own do not or are `provisional`, and say what was done."""
-        current = detector.anchors_px.cpu().numpy()
+        """Give the detector anchors that fit, where its own do not or are `provisional`, and say what was done.
+
+        A detector without anchors stays as it is.
+        """
+        head = detector.head
+        if not isinstance(head, Detect):
+            return
+        current = head.anchors_px.cpu().numpy()
         key = (current.tobytes(), current.shape, provisional)
         if key not in self._decided:
             self._decided[key] = fit_anchors(
@@ -34,7 +41,7 @@ class AnchorFitter:
             say(self._decided[key].report)
         decision = self._decided[key]
         if decision.changed:
-            detector.head.set_anchors(torch.from_numpy(decision.anchors_px))
+            head.set_anchors(torch.from_numpy(decision.anchors_px))
 
 
 def label_sizes(split: Dataset, image_size: int) -> np.ndarray[Any, Any]:

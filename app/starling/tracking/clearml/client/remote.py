@@ -8,10 +8,10 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 
 from starling.config.hyp import Hyp
-from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
+from starling.model.defaults import hyp_file
 from starling.outputs.run_dir import runs_root
 from starling.tracking.clearml.client.api import ClearmlApi
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
@@ -46,7 +46,7 @@ def enqueue_training(config: TrainConfig) -> None:
     Paths among the arguments are looked up by the agent, so they have to mean the same there.
     """
     queue, config = config.remote, replace(config, remote="")
-    hyp = Hyp.from_mapping(read_yaml(find_config("hyps", config.hyp)), config.hyp)
+    hyp = Hyp.from_mapping(read_yaml(hyp_file(config)), config.hyp)
     params = {**config.as_dict(), **{f"{HYP_PREFIX}{key}": value for key, value in hyp.as_dict().items()}}
     api = connect()
     queue = queue_id(api, queue)  # found before the task is made: a wrong name leaves nothing behind
