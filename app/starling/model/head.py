@@ -24,6 +24,10 @@ class Head(nn.Module, ABC):
 
     losses: ClassVar[tuple[str, str, str]]
     """Names of the parts of the loss, in the order of its answers and of the columns of results.csv."""
+    answer: ClassVar[str]
+    """The numbers of one prediction of `exported`, in words."""
+    answer_axis: ClassVar[int]
+    """The axis of `exported` along which these numbers lie; 1 or 2."""
     nc: int
     """Number of classes."""
     stride: Tensor
@@ -59,6 +63,8 @@ class Detect(Head):
     """Predict box, objectness and classes for every anchor of every cell of every level."""
 
     losses = ("box", "obj", "cls")
+    answer = "x, y, width, height in pixels, objectness, class scores"
+    answer_axis = 2
     anchors: Tensor
     """[levels, anchors, 2] width and height in stride units; part of the state dict."""
 

@@ -37,6 +37,8 @@ class AnchorFreeDetect(Head):
     """Predict a box and class scores for every point of every level."""
 
     losses = ("box", "cls", "dfl")
+    answer = "x, y, width, height in pixels, class scores"
+    answer_axis = 1
     anchors_px = None
 
     def __init__(self, nc: int, strides: Sequence[float], channels: Sequence[int]) -> None:
