@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from starling.boxes.geometry import iou_aligned_xywh, xywh_to_xyxy, xyxy_to_xywh
 from starling.core.errors import ConfigError
-from starling.model.anchor_free.assignment import assign
-from starling.model.anchor_free.points import BINS, distances_of, grid
+from starling.model.anchor_free.assignment import Assignment, assign
+from starling.model.anchor_free.points import BINS, Cells, distances_of, grid
 from starling.model.loss import Share
 
 _LAST_BIN = BINS - 1 - 0.01
@@ -77,49 +77,73 @@ class AnchorFreeLoss(nn.Module):
             images = predictions[0].shape[0] if share is None else share.images
             return parts.sum() * images, parts.detach()
 
+    def assign(self, flat: Flat, targets: Tensor) -> Assignment:
+        """Return which points learn which target [n,6], and how strongly; no gradient."""
+        return assign(
+            flat.cells.boxes_xyxy(distances_of(flat.distributions.detach())),
+            flat.logits.detach().sigmoid(),
+            flat.cells.points_xy,
+            targets,
+            flat.in_pixels(targets),
+            least_side=self.strides[min(1, len(self.strides) - 1)],
+        )
+
+    def target_scores(self, flat: Flat, assigned: Assignment, targets: Tensor) -> Tensor:
+        """Return [B,N,nc] what the class scores are to learn: each point's weight at the class of its target."""
+        kind = targets[:, 1].long().clamp(0, self.nc - 1)[assigned.target]
+        wanted = torch.zeros_like(flat.logits).flatten()
+        wanted.index_add_(0, assigned.point * self.nc + kind, assigned.weight)
+        return wanted.view_as(flat.logits)
+
     def _parts(
         self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        flat = torch.cat([level.flatten(2) for level in predictions], dim=2).float()
-        distributions, logits = flat.split((4 * BINS, self.nc), dim=1)
-        logits = logits.permute(0, 2, 1)  # [B,N,nc]
-        distributions = distributions.permute(0, 2, 1)  # [B,N,64]
-        cells = grid([level.shape[2:] for level in predictions], self.strides, flat.device)
-        height, width = (side * self.strides[0] for side in predictions[0].shape[2:])
-        targets_xyxy = _in_pixels(targets[:, 2:], height, width)
-
-        assigned = assign(
-            cells.boxes_xyxy(distances_of(distributions.detach())),
-            logits.detach().sigmoid(),
-            cells.points_xy,
-            targets,
-            targets_xyxy,
-            least_side=self.strides[1] if len(self.strides) > 1 else self.strides[0],
-        )
+        flat = Flat.of(predictions, self.strides, self.nc)
+        assigned = self.assign(flat, targets)
         total = assigned.weight.sum()
         total = (total if share is None else share.pool(total)).clamp(min=1)
+        wanted = self.target_scores(flat, assigned, targets).detach()
+        cls = F.binary_cross_entropy_with_logits(flat.logits, wanted, reduction="sum")
 
-        wanted = torch.zeros_like(logits).flatten()
-        kind = targets[:, 1].long().clamp(0, self.nc - 1)[assigned.target]
-        wanted = wanted.index_add(0, assigned.point * self.nc + kind, assigned.weight).view_as(logits)
-        cls = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / total
-
-        # Positives only: rows of weight 0 stay in place, so that shapes do not depend on values.
-        points = cells.points_xy.shape[0]
-        chosen = distributions.reshape(-1, 4 * BINS).index_select(0, assigned.point)
-        near = cells.of(assigned.point % points)
-        target_xyxy = targets_xyxy[assigned.target]
+        # Only points that may be positive; those that are not stay in place with weight 0.
+        chosen = flat.distributions.reshape(-1, 4 * BINS).index_select(0, assigned.point)
+        near = flat.cells.of(assigned.point % len(flat.cells.points_xy))
+        target_xyxy = flat.in_pixels(targets)[assigned.target]
         predicted = near.boxes_xyxy(distances_of(chosen))
         iou = iou_aligned_xywh(xyxy_to_xywh(predicted), xyxy_to_xywh(target_xyxy), kind="ciou")
-        box = ((1 - iou) * assigned.weight).sum() / total
-        dfl = (_distribution_loss(chosen, near.distances(target_xyxy)) * assigned.weight).sum() / total
-        return box, cls, dfl
+        box = ((1 - iou) * assigned.weight).sum()
+        dfl = (_distribution_loss(chosen, near.distances(target_xyxy)) * assigned.weight).sum()
+        return box / total, cls / total, dfl / total
 
 
-def _in_pixels(boxes_xywhn: Tensor, height: float, width: float) -> Tensor:
-    """Return corners [n,4] in pixels; sizes enter as numbers of the host, which costs no copy to the device."""
-    x, y, w, h = boxes_xywhn.unbind(1)
-    return xywh_to_xyxy(torch.stack((x * width, y * height, w * width, h * height), dim=1))
+class Flat(NamedTuple):
+    """Raw predictions of all levels in one row of points."""
+
+    distributions: Tensor
+    """[B,N,64] logits: left, top, right, bottom, BINS each."""
+    logits: Tensor
+    """[B,N,nc] of the class scores."""
+    cells: Cells
+    image_hw: tuple[float, float]
+    """Pixels of the input."""
+
+    @classmethod
+    def of(cls, predictions: Sequence[Tensor], strides: Sequence[float], nc: int) -> Flat:
+        """Join raw predictions, one [B, 64+nc, h, w] a level, in float32."""
+        flat = torch.cat([level.flatten(2) for level in predictions], dim=2).float().permute(0, 2, 1)
+        distributions, logits = flat.split((4 * BINS, nc), dim=2)
+        height, width = (side * strides[0] for side in predictions[0].shape[2:])
+        cells = grid([level.shape[2:] for level in predictions], strides, flat.device)
+        return cls(distributions, logits, cells, (height, width))
+
+    def in_pixels(self, targets: Tensor) -> Tensor:
+        """Return the corners [n,4] of targets [n,6] in pixels.
+
+        Sizes enter as numbers of the host: a tensor made of them would be copied to the device and waited for.
+        """
+        height, width = self.image_hw
+        x, y, w, h = targets[:, 2:].unbind(1)
+        return xywh_to_xyxy(torch.stack((x * width, y * height, w * width, h * height), dim=1))
 
 
 def _distribution_loss(logits: Tensor, distances: Tensor) -> Tensor:
