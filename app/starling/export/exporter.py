@@ -56,7 +56,7 @@ class Difference:
     """Largest difference of all as `TOLERANCE` counts it."""
 
     @classmethod
-    def of(cls, answer: np.ndarray, expected: np.ndarray, axis: int) -> Difference:
+    def of(cls, answer: np.ndarray, expected: np.ndarray, axis: int = 2) -> Difference:
         """Compare two answers [B, ..., ...], the numbers of a prediction along `axis`; another shape is infinitely far."""
         if answer.shape != expected.shape or not np.isfinite(answer).all():
             return cls(pixels=float("inf"), scores=float("inf"), worst=float("inf"))

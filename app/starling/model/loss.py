@@ -7,9 +7,10 @@ in place, so a new candidate of a search needs no new graph.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +97,11 @@ class Share:
     """Sums a tensor over all processes."""
 
 
-class Loss(Protocol):
+class Loss(nn.Module, ABC):
     """What training and validation ask of a head's loss."""
 
-    def __call__(
+    @abstractmethod
+    def forward(
         self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (scalar loss times batch size, [3] the loss's parts after gains, detached).
@@ -107,10 +109,9 @@ class Loss(Protocol):
         `predictions` are the head's raw ones, one a level; `targets` [n,6] image in batch, class, xywhn, with an image
         index below 0 for padding. With a `share`, both results are this process's addends.
         """
-        ...
 
 
-class DetectionLoss(nn.Module):
+class DetectionLoss(Loss):
     """Box, objectness and class loss of raw predictions against targets.
 
     `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are already scaled.

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from starling.boxes.geometry import iou_aligned_xywh, xywh_to_xyxy, xyxy_to_xywh
 from starling.core.errors import ConfigError
 from starling.model.anchor_free.assignment import Assignment, assign
 from starling.model.anchor_free.points import BINS, Cells, distances_of, grid
-from starling.model.loss import Share
+from starling.model.loss import Loss, Share
 
 _LAST_BIN = BINS - 1 - 0.01
 """The largest distance in cells that two neighbouring bins can express."""
@@ -45,7 +45,7 @@ class AnchorFreeGains:
         return cls(**{field.name: float(getattr(hyp, field.name)) for field in fields(cls)})
 
 
-class AnchorFreeLoss(nn.Module):
+class AnchorFreeLoss(Loss):
     """Box, class and distribution loss of raw predictions against targets.
 
     `strides` are those of the head. Hold it on the device of the predictions (`.to(device)`).

@@ -8,10 +8,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 
 from starling.config.hyp import Hyp
-from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
-from starling.model.defaults import hyp_file
 from starling.outputs.run_dir import runs_root
 from starling.tracking.clearml.client.api import ClearmlApi
 from starling.tracking.clearml.client.credentials import REMEDY, find_credentials
@@ -40,13 +38,12 @@ def connect(environment: Mapping[str, str] = os.environ) -> ClearmlApi:
     return ClearmlApi(credentials, patience_s=PATIENCE_S)
 
 
-def enqueue_training(config: TrainConfig) -> None:
+def enqueue_training(config: TrainConfig, hyp: Hyp) -> None:
     """Make a task of the command, put it into the queue `--remote` names, and say where it can be watched.
 
     Paths among the arguments are looked up by the agent, so they have to mean the same there.
     """
     queue, config = config.remote, replace(config, remote="")
-    hyp = Hyp.from_mapping(read_yaml(hyp_file(config)), config.hyp)
     params = {**config.as_dict(), **{f"{HYP_PREFIX}{key}": value for key, value in hyp.as_dict().items()}}
     api = connect()
     queue = queue_id(api, queue)  # found before the task is made: a wrong name leaves nothing behind
