@@ -23,7 +23,6 @@ from starling.core.settings.train import TrainConfig
 from starling.device import Compute
 from starling.model.detector import build_detector
 from starling.model.initial_weights import find_initial_weights
-from starling.model.loss import DetectionLoss, LossGains
 from starling.outputs.run_dir import RunDir
 from starling.progress import Silence
 from starling.stop_signal import StopSignal
@@ -86,8 +85,7 @@ class Step:
         model = build_detector(self.layout, 3).to(device).to(memory_format=self._memory_format).train()  # type: ignore[call-overload]
         average = ExponentialMovingAverage(model)
         optimizer = build_optimizer(model, "SGD", hyp, self.batch)
-        gains = LossGains.scaled(hyp, nc=3, levels=len(model.stride), image_size=self.image_size)
-        loss = DetectionLoss(model.stride, model.head.anchors, 3, gains).to(device)
+        loss = model.head.build_loss(hyp, self.image_size).to(device)
 
         def run(images: Tensor, targets: Tensor) -> None:
             with self.compute.autocast():

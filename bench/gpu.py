@@ -33,7 +33,6 @@ from starling.data.augment.device_paint import DevicePainter
 from starling.data.augment.paint import paint_item
 from starling.data.augment.plan import plan_item
 from starling.model.detector import build_detector
-from starling.model.loss import DetectionLoss, LossGains
 from starling.training.setup.data import training_loader
 
 BUDGET_S = 8 * 60
@@ -78,8 +77,7 @@ def checks(loop: Loop) -> Iterator[Check]:
     yield _painting(loop)
     generator = torch.Generator().manual_seed(0)
     model = build_detector(loop.config.cfg, 3)
-    gains = LossGains.scaled(Hyp(), nc=3, levels=len(model.stride), image_size=loop.setup.image_size)
-    loss = DetectionLoss(model.stride, model.head.anchors, 3, gains)
+    loss = model.head.build_loss(Hyp(), loop.setup.image_size)
     raw = [torch.randn(4, 3, side, side, 8, generator=generator) for side in (16, 8, 4)]
     targets = made_up_targets(4)
     expected = loss(raw, targets)[1]

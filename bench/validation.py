@@ -39,7 +39,7 @@ from starling.evaluation.evaluation import Stopwatch  # noqa: E402
 from starling.evaluation.validator import Validation, validate  # noqa: E402
 from starling.model.detector import Detector, build_detector  # noqa: E402
 from starling.model.initial_weights import read_weights  # noqa: E402
-from starling.model.loss import DetectionLoss, LossGains  # noqa: E402
+from starling.model.loss import Loss  # noqa: E402
 from starling.model.weights import load_weights  # noqa: E402
 from starling.prediction.predictor import to_input  # noqa: E402
 
@@ -91,10 +91,9 @@ def trained(path: Path) -> Detector:
     return detector.eval()
 
 
-def loss_of(detector: Detector, size: int, compute: Compute) -> DetectionLoss:
+def loss_of(detector: Detector, size: int, compute: Compute) -> Loss:
     """Return the loss that training would use."""
-    gains = LossGains.scaled(Hyp(), nc=detector.nc, levels=len(detector.stride), image_size=size)
-    return DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(compute.device)
+    return detector.head.build_loss(Hyp(), size).to(compute.device)
 
 
 @torch.no_grad()
@@ -130,7 +129,7 @@ def measure(
     name: str,
     detector: Detector,
     batches: ValLoader,
-    loss: DetectionLoss | None,
+    loss: Loss | None,
     compute: Compute,
     repeats: int,
 ) -> Figures:

@@ -50,7 +50,7 @@ from starling.tracking.tracker import (
 )
 from starling.tracking.trackers import TRACKERS
 from starling.training.reporting.reporter import Reporter, RunLabel
-from starling.training.reporting.results import COLUMNS, EpochRow, write_results
+from starling.training.reporting.results import LOSSES, EpochRow, columns_of, write_results
 from tests.conftest import CELL_DETECTOR, MINI_SET, PYTHON_PATH
 
 pytest.importorskip("mlflow")
@@ -472,7 +472,7 @@ def test_a_server_that_is_killed_in_mid_run_has_every_row_of_results_once_when_i
     with open(run.results_csv) as file:
         table = list(csv.DictReader(file))
     assert len(table) == 12
-    for column in COLUMNS[1:]:
+    for column in columns_of(LOSSES)[1:]:
         history = place.client.get_metric_history(stored.info.run_id, column)
         assert [(str(point.step), f"{point.value:.6g}") for point in history] == [
             (row["epoch"], row[column]) for row in table

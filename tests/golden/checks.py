@@ -18,6 +18,7 @@ from starling.boxes.nms import non_max_suppression
 from starling.config.shipped import SHIPPED
 from starling.data.augment.letterbox import boxes_to_original, letterbox_geometry
 from starling.metrics import average_precision
+from starling.model.anchor_free.loss import AnchorFreeGains, AnchorFreeLoss, Flat
 from starling.model.detector import Detector, build_detector
 from starling.model.foreign import read_foreign_checkpoint
 from starling.model.loss import DetectionLoss, LossGains
@@ -30,6 +31,10 @@ REQUIRED_LAYOUTS = (
     *("yolov3", "yolov3-spp", "yolov3-tiny"),
 )
 LOSS_CASES = ("anchor_t_2", "base", "focal", "no_targets", "one_class", "p6", "pos_weight", "smooth")
+ANCHOR_FREE = "anchor_free"
+"""The folder of the vectors of the anchor-free head."""
+ANCHOR_FREE_LAYOUTS = tuple(f"yolov5{size}{level}u" for level in ("", "6") for size in "nsmlx")
+ANCHOR_FREE_LOSS_CASES = ("base", "crowd", "gains", "no_targets", "one_class", "tiny")
 NMS_CALLS: Mapping[str, Mapping[str, Any]] = {
     "predict": {"conf": 0.25, "iou": 0.45},
     "validate": {"conf": 0.001, "iou": 0.6, "multi_label": True},
@@ -55,7 +60,7 @@ class Check(NamedTuple):
 def collect(folder: Path) -> list[Check]:
     """Return every check of `folder`; a file that is missing or unreadable gives a check that fails.
 
-    The foreign checkpoint alone may be missing.
+    The foreign checkpoint alone may be missing. Vectors of the anchor-free head are in the folder `anchor_free`.
     """
     groups: list[tuple[str, Callable[[Path], Iterator[Check]]]] = [("model_sizes.json", _sizes)]
     groups += [(name, _state_dict) for name in _names(folder, "state_dict_*.txt", ("yolov5n", "yolov5n6"))]
@@ -63,6 +68,7 @@ def collect(folder: Path) -> list[Check]:
     groups += [(name, _loss) for name in _names(folder, "loss_*.npz", LOSS_CASES)]
     groups += [("iou.npz", _iou), ("nms.npz", _nms), ("average_precision.npz", _average_precision)]
     groups += [("letterbox.json", _letterbox)]
+    groups += _anchor_free_groups(folder)
     if (folder / FOREIGN).exists():
         groups += [(FOREIGN, foreign)]
     checks: list[Check] = []
@@ -75,6 +81,17 @@ def collect(folder: Path) -> list[Check]:
             found = [Check(name, _failing(error))]
         checks += found
     return checks
+
+
+def _anchor_free_groups(folder: Path) -> list[tuple[str, Callable[[Path], Iterator[Check]]]]:
+    below = folder / ANCHOR_FREE
+    names = [
+        ("model_sizes.json", _anchor_free_sizes),
+        ("forward.npz", _anchor_free_forward),
+        *((name, _anchor_free_state_dict) for name in _names(below, "state_dict_*.txt", ("yolov5nu",))),
+        *((name, _anchor_free_loss) for name in _names(below, "loss_*.npz", ANCHOR_FREE_LOSS_CASES)),
+    ]
+    return [(f"{ANCHOR_FREE}/{name}", group) for name, group in names]
 
 
 def _names(folder: Path, pattern: str, required: tuple[str, ...]) -> list[str]:
@@ -232,6 +249,115 @@ def _loss_case(vectors: Mapping[str, Any]) -> str:
         name = f"gradient_abs_sum_{level}"
         _close(name, prediction.grad.abs().sum(), vectors[name], relative=1e-4)
     return f"total {total.item():.4f}"
+
+
+def _anchor_free_sizes(path: Path) -> Iterator[Check]:
+    vectors = json.loads(path.read_text())
+    keys = {key: key.rpartition("/nc") for key in vectors["sizes"]}
+    for key, (name, _, nc) in keys.items():
+        expected = vectors["sizes"][key]
+        yield Check(
+            f"anchor-free model size {key}", lambda n=name, c=int(nc), e=expected: _anchor_free_size(n, c, e)
+        )
+    for layout in ANCHOR_FREE_LAYOUTS:  # not every one has a vector, but each is shipped and can be built
+        yield Check(
+            f"anchor-free layout {layout}", lambda n=layout: f"{_count(n, 80).count_parameters()} parameters"
+        )
+    yield Check("anchor-free initial biases", lambda: _anchor_free_biases(vectors["initial_head_bias_nc80"]))
+
+
+def _anchor_free_size(name: str, nc: int, expected: Mapping[str, Any]) -> str:
+    detector = _count(name, nc)
+    entries = _entries(detector.state_dict())
+    got = {
+        "parameters": detector.count_parameters(),
+        "state_dict_entries": len(entries),
+        "strides": detector.stride.tolist(),
+        "state_dict_crc32": zlib.crc32("\n".join(entries).encode()),
+    }
+    _expect(got == dict(expected), f"{got}, the vector has {dict(expected)}")
+    return f"{got['parameters']} parameters"
+
+
+def _anchor_free_biases(expected: Mapping[str, float]) -> str:
+    state = build_detector(_layout_path("yolov5nu"), nc=80).state_dict()
+    for name, value in expected.items():
+        _close(name, state[name], np.full(tuple(state[name].shape), value), relative=1e-6)
+    return f"{len(expected)} biases"
+
+
+def _anchor_free_state_dict(path: Path) -> Iterator[Check]:
+    expected = path.read_text().splitlines()
+    name = path.stem.removeprefix("state_dict_")
+
+    def run() -> str:
+        got = _entries(_count(name, 80).state_dict())
+        _expect(got == expected, f"{set(got) ^ set(expected)} differ, or their order")
+        return f"{len(got)} entries"
+
+    yield Check(f"anchor-free state dict {name}", run)
+
+
+def _anchor_free_forward(path: Path) -> Iterator[Check]:
+    vectors = dict(np.load(path))
+    for key in vectors:
+        if not key.endswith("_decoded"):
+            case = key.removesuffix("_input")
+            yield Check(f"anchor-free forward {case}", lambda c=case: _anchor_free_forward_case(c, vectors))
+
+
+@torch.no_grad()
+def _anchor_free_forward_case(case: str, vectors: Mapping[str, Any]) -> str:
+    name, _, nc = case.rpartition("_nc")
+    images, expected = torch.from_numpy(vectors[f"{case}_input"]), vectors[f"{case}_decoded"]
+    detector = build_detector(_layout_path(name), nc=int(nc)).eval()
+    bins = detector.state_dict()[f"model.{len(detector.model) - 1}.dfl.conv.weight"].clone()
+    recipe_weights(detector)
+    detector.state_dict()[f"model.{len(detector.model) - 1}.dfl.conv.weight"].copy_(bins)
+    decoded = detector(images)[0]
+    _close("decoded", detector.head.exported(decoded), expected, absolute=1e-3)
+    _expect(bool((decoded[..., 4] == 1).all()), "an objectness is not 1")
+    return f"{expected.shape[2]} predictions an image"
+
+
+def _anchor_free_loss(path: Path) -> Iterator[Check]:
+    vectors = dict(np.load(path))
+    yield Check(
+        f"anchor-free loss {path.stem.removeprefix('loss_')}", lambda: _anchor_free_loss_case(vectors)
+    )
+
+
+def _anchor_free_loss_case(vectors: Mapping[str, Any]) -> str:
+    boxes, scores = (torch.from_numpy(vectors[key]).requires_grad_() for key in ("boxes", "scores"))
+    strides, (height, width) = vectors["strides"].tolist(), vectors["image_hw"].tolist()
+    sizes = [(int(height // stride), int(width // stride)) for stride in strides]
+    flat = torch.cat((boxes, scores), dim=1).split([h * w for h, w in sizes], dim=2)
+    predictions = [level.unflatten(2, size) for level, size in zip(flat, sizes, strict=True)]
+    targets = torch.from_numpy(vectors["targets"]).reshape(-1, 6)
+    gains = AnchorFreeGains(**dict(zip(("box", "cls", "dfl"), vectors["gains"].tolist(), strict=True)))
+    loss = AnchorFreeLoss(strides, scores.shape[1], gains)
+    total, parts = loss(predictions, targets)
+    total.backward()  # type: ignore[no-untyped-call]
+    _close(
+        "target scores", _target_scores(loss, predictions, targets), vectors["target_scores"], absolute=1e-5
+    )
+    _close("total", total.detach().reshape(vectors["total"].shape), vectors["total"], relative=1e-4)
+    _close("box, class, distribution", parts, vectors["box_cls_dfl"], relative=1e-4)
+    for name, tensor in (("boxes", boxes), ("scores", scores)):
+        assert tensor.grad is not None
+        key = f"gradient_abs_sum_{name}"
+        _close(key, tensor.grad.abs().sum().reshape(vectors[key].shape), vectors[key], relative=1e-4)
+    return f"total {total.item():.4f}"
+
+
+@torch.no_grad()
+def _target_scores(
+    loss: AnchorFreeLoss, predictions: list[torch.Tensor], targets: torch.Tensor
+) -> torch.Tensor:
+    """Return [B,N,nc]: what the class scores are to learn."""
+    flat = Flat.of(predictions, loss.strides, loss.nc)
+    assigned = loss.assign(flat, targets)
+    return loss.target_scores(flat, assigned, targets)
 
 
 def _iou(path: Path) -> Iterator[Check]:

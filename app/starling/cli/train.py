@@ -49,8 +49,9 @@ def _run(command: TrainCommand) -> None:
 def _train(command: TrainCommand) -> None:
     if command.config.remote:
         from starling.tracking.clearml.client.remote import enqueue_training
+        from starling.training.training import read_hyp
 
-        enqueue_training(command.config)
+        enqueue_training(command.config, read_hyp(command.config))
     elif command.config.evolve:
         from starling.search.training import search
 

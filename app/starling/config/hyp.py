@@ -34,7 +34,6 @@ FOREIGN_KEYS = {
     **dict.fromkeys(
         (
             *(
-                "dfl",
                 "pose",
                 "kobj",
                 "rle",
@@ -116,6 +115,8 @@ FOREIGN_KEYS = {
 }
 """Keys of other trainers' files, each with its meaning and the remedy."""
 
+ANCHORS_ONLY = ("cls_pw", "obj", "obj_pw", "iou_t", "anchor_t", "anchors", "fl_gamma", "label_smoothing")
+"""Hyperparameters without a meaning for an anchor-free head, whose sets leave them out."""
 _LARGEST = 10**300
 """The largest integer; an integer in YAML may exceed every float."""
 
@@ -144,6 +145,8 @@ class Hyp:
     """Gain of the class loss."""
     cls_pw: float = 1.0
     """Weight of positives in the class loss."""
+    dfl: float | None = None
+    """Gain of the distribution loss of an anchor-free head; None for a head with anchors."""
     obj: float = 1.0
     """Gain of the objectness loss."""
     obj_pw: float = 1.0
@@ -221,5 +224,6 @@ class Hyp:
             raise UsageError(f"{source}: {error}") from None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the values that are not None, in the order of the fields."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the values that are set and have a meaning, in the file's order."""
+        idle = () if self.dfl is None else ANCHORS_ONLY
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in idle}

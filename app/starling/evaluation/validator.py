@@ -19,7 +19,7 @@ from starling.device import Compute
 from starling.distributed.group import SINGLE, Group
 from starling.metrics import ConfusionMatrix, Metrics, average_precision
 from starling.model.detector import Detector
-from starling.model.loss import DetectionLoss
+from starling.model.loss import Loss
 from starling.prediction.inference import Predictor
 from starling.prediction.predictor import to_input
 
@@ -95,7 +95,7 @@ class _Matched:
 def validate(
     model: Predictor,
     batches: Iterable[Batch],
-    loss: DetectionLoss | None,
+    loss: Loss | None,
     compute: Compute,
     *,
     confidence: float = CONFIDENCE,

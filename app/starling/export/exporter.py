@@ -19,6 +19,7 @@ from starling.core.files.atomic import write_atomic
 from starling.core.settings.export import ExportConfig
 from starling.device import Compute, select_compute
 from starling.model.detector import Detector
+from starling.model.head import Head
 from starling.model.initial_weights import find_weights
 from starling.prediction.inference import load_detector
 from starling.prediction.predictor import fit_size
@@ -40,8 +41,8 @@ class _Decoded(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return [B, anchors, 5+nc]; see `Detect.decode`."""
-        return self.detector(images)[0]
+        """Return the decoded predictions as the head exports them; see `Head.exported`."""
+        return self.detector.head.exported(self.detector(images)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +57,16 @@ class Difference:
     """The largest difference of all, in the measure of `TOLERANCE`."""
 
     @classmethod
-    def of(cls, answer: np.ndarray, expected: np.ndarray) -> Difference:
-        """Compare two [B, anchors, 5+nc]; a different shape is an infinite difference."""
+    def of(cls, answer: np.ndarray, expected: np.ndarray, axis: int = 2) -> Difference:
+        """Compare two answers [B, ..., ...], the numbers of a prediction along `axis`; another shape is infinitely far."""
         if answer.shape != expected.shape or not np.isfinite(answer).all():
             return cls(pixels=float("inf"), scores=float("inf"), worst=float("inf"))
         apart = np.abs(answer.astype(np.float64) - expected)
         scale = np.maximum(np.abs(expected), 1.0)
+        coordinates, scores = np.split(apart, [4], axis=axis)
         return cls(
-            pixels=float(apart[..., :4].max()),
-            scores=float(apart[..., 4:].max()),
+            pixels=float(coordinates.max()),
+            scores=float(scores.max()),
             worst=float((apart / scale).max()),
         )
 
@@ -78,6 +80,11 @@ class _Job:
     images: Tensor
     metadata: dict[str, str]
     tolerance: float
+
+    @property
+    def head(self) -> Head:
+        """The detector's head."""
+        return self.module.detector.head
 
 
 def export(config: ExportConfig) -> None:
@@ -134,11 +141,12 @@ def _prepare(config: ExportConfig, compute: Compute) -> _Job:
         "imgsz": json.dumps([height, width]),
         "batch": str(config.batch_size),
         "dynamic": str(config.dynamic).lower(),
+        "answer": detector.head.answer,
     }
     logger.info(
         f"{compute.describe()}; {detector.count_parameters():,} parameters, {len(names)} classes; "
         f"{INPUT} {list(images.shape)} RGB 0..1 -> {OUTPUT} {shape}: "
-        "x, y, width, height in pixels, objectness, class scores"
+        f"{detector.head.answer}"
     )
     return _Job(
         config=config,
@@ -166,7 +174,7 @@ def _torchscript(job: _Job) -> tuple[bytes, Difference, str]:
         loaded = torch.jit.load(io.BytesIO(buffer.getvalue()), map_location=job.images.device)
         answer = loaded(job.images).float().cpu().numpy()
     usage = "torch.jit.load('{path}')(images)"
-    return buffer.getvalue(), Difference.of(answer, _expected(job, job.images)), usage
+    return buffer.getvalue(), Difference.of(answer, _expected(job, job.images), job.head.answer_axis), usage
 
 
 def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
@@ -175,7 +183,10 @@ def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
     import onnxruntime
 
     buffer = io.BytesIO()
-    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch", 1: "anchors"}}
+    axes = {
+        INPUT: {0: "batch", 2: "height", 3: "width"},
+        OUTPUT: {0: "batch", 3 - job.head.answer_axis: "anchors"},
+    }
     with warnings.catch_warnings(), torch.no_grad():
         # Use the TorchScript exporter: the newer one takes five times as long, and cannot write operator sets below
         # 18, which most runtimes on phones need.
@@ -204,7 +215,7 @@ def _onnx(job: _Job) -> tuple[bytes, Difference, str]:
 
     def compare(images: Tensor) -> Difference:
         answer = session.run(None, {INPUT: images.cpu().numpy()})[0]
-        return Difference.of(np.asarray(answer), _expected(job, images))
+        return Difference.of(np.asarray(answer), _expected(job, images), job.head.answer_axis)
 
     trials = [job.images]
     if job.config.dynamic:  # also try another batch size and shape

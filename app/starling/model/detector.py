@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from starling.config.shipped import find_config
 from starling.core.errors import ConfigError
+from starling.model.anchor_free.head import AnchorFreeDetect
 from starling.model.blocks import ACTIVATIONS, DEFAULT_ACTIVATION, BottleneckCSP, Concat, Conv
-from starling.model.head import Detect
+from starling.model.head import Detect, Head
 from starling.model.layout import Layout, Row, check_anchors, parse_layout, read_layout
 from starling.model.rows import BLOCKS, Port
 
@@ -34,7 +35,7 @@ MIN_STRIDE = 0.25
 
 
 class Detector(nn.Module):
-    """A detector: layers in the order of the layout, with a `Detect` head at the end."""
+    """A detector: layers in the order of their layout, a `Head` at the end."""
 
     def __init__(
         self,
@@ -55,21 +56,16 @@ class Detector(nn.Module):
         self._kept = frozenset(s for i, row in enumerate(self.sources) for s in row if s != i - 1)
 
     @property
-    def head(self) -> Detect:
+    def head(self) -> Head:
         """The last layer."""
         head = self.model[-1]
-        assert isinstance(head, Detect)
+        assert isinstance(head, Head)
         return head
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The layout's mapping with the head's `nc` and `anchors`, sufficient to build this detector again."""
-        return {**self._mapping, "nc": self.nc, "anchors": self.anchors_px.flatten(1).tolist()}
-
-    @property
-    def anchors_px(self) -> Tensor:
-        """[levels, anchors, 2] width and height of the head's anchors in pixels."""
-        return self.head.anchors * self.stride.view(-1, 1, 1)
+        """The layout's mapping with what the head says of itself: enough to build this detector again."""
+        return {**self._mapping, **self.head.describe_layout()}
 
     @property
     def nc(self) -> int:
@@ -82,7 +78,7 @@ class Detector(nn.Module):
         return self.head.stride
 
     def forward(self, images: Tensor) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return raw predictions per level; in eval mode (decoded, raw). See `Detect`.
+        """Return raw predictions a level; in eval mode (decoded, raw). See `Head`.
 
         `images` is [B,3,H,W] in 0..1, H and W multiples of `image_multiple`.
         """
@@ -90,7 +86,7 @@ class Detector(nn.Module):
         kept: dict[int, Tensor] = {}
         for index, (layer, sources) in enumerate(zip(self.model, self.sources, strict=True)):
             inputs = [x if source == index - 1 else kept[source] for source in sources]
-            x = layer(inputs if isinstance(layer, Concat | Detect) else inputs[0])
+            x = layer(inputs if isinstance(layer, Concat | Head) else inputs[0])
             if index in self._kept:
                 kept[index] = x
         return x
@@ -128,14 +124,16 @@ def build_detector(
     plan = parse_layout(mapping, tuple(BLOCKS))
     levels = len(plan.rows[-1].sources)
     chosen = plan.anchors if anchors is None else check_anchors(anchors, levels)
+    if plan.anchor_free and anchors is not None:
+        raise ConfigError(
+            "anchors", anchors, "the layout is anchor-free; leave anchors out of the hyperparameters"
+        )
 
     _check_size(plan, channels, nc, chosen)
     layers, ports = _build_rows(plan, channels)
+    layers.append(_build_head(plan, nc, chosen, [ports[s] for s in plan.rows[-1].sources]))
     _set_activation(layers, Conv, plan.activation)
     _set_activation(layers, BottleneckCSP, plan.csp_activation)
-    maps = [ports[s] for s in plan.rows[-1].sources]
-    anchors_px = _anchors_px(chosen, [port.stride for port in maps])
-    layers.append(Detect(nc, anchors_px, [port.stride for port in maps], [port.channels for port in maps]))
 
     multiple = math.ceil(max(port.stride for port in ports))
     detector = Detector(layers, [row.sources for row in plan.rows], mapping, multiple)
@@ -160,6 +158,15 @@ def _build_rows(plan: Layout, channels: int, count: bool = False) -> tuple[list[
         layers.append(built.module)
         ports.append(built.port)
     return layers, ports
+
+
+def _build_head(
+    plan: Layout, nc: int, anchors: tuple[tuple[float, ...], ...] | int, maps: Sequence[Port]
+) -> Head:
+    strides, channels = [port.stride for port in maps], [port.channels for port in maps]
+    if plan.anchor_free:
+        return AnchorFreeDetect(nc, strides, channels)
+    return Detect(nc, _anchors_px(anchors, strides), strides, channels)
 
 
 def _check_size(plan: Layout, channels: int, nc: int, anchors: tuple[tuple[float, ...], ...] | int) -> None:

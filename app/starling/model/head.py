@@ -1,12 +1,17 @@
-"""The detection head: one 1x1 convolution per level, and the decoding of its outputs."""
+"""Detection heads: what every head offers, and the anchor-based one: a 1x1 convolution a level."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from starling.core.errors import UsageError
+from starling.model.loss import DetectionLoss, Loss, LossGains
 
 PRIOR_OBJECTS = 8
 """Expected number of objects in a 640 px image before training; determines the initial objectness bias."""
@@ -14,9 +19,52 @@ PRIOR_CLASS = 0.6
 """Expected total probability of the classes of an object before training."""
 
 
-class Detect(nn.Module):
+class Head(nn.Module, ABC):
+    """The last layer of a detector: raw predictions from maps, their decoding and their loss."""
+
+    losses: ClassVar[tuple[str, str, str]]
+    """Names of the parts of the loss, in the order of its answers and of the columns of results.csv."""
+    answer: ClassVar[str]
+    """The numbers of one prediction of `exported`, in words."""
+    answer_axis: ClassVar[int]
+    """The axis of `exported` along which these numbers lie; 1 or 2."""
+    nc: int
+    """Number of classes."""
+    stride: Tensor
+    """[levels] pixels between two cells of each level."""
+    anchors_px: Tensor | None
+    """[levels, anchors, 2] width and height of the anchors in pixels; None if the head has no anchors."""
+
+    @abstractmethod
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return raw predictions, one tensor a level; in eval mode (decoded, raw)."""
+
+    @abstractmethod
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """Turn raw predictions into [B, all predictions, 5+nc] float32: xywh in pixels, objectness, class scores."""
+
+    @abstractmethod
+    def exported(self, decoded: Tensor) -> Tensor:
+        """Return decoded predictions as exported files answer them."""
+
+    @abstractmethod
+    def describe_layout(self) -> dict[str, Any]:
+        """Return the keys of a layout that describe this head."""
+
+    @abstractmethod
+    def build_loss(self, hyp: Any, image_size: int) -> Loss:
+        """Return the loss with the gains of `hyp`, on the head's device; `image_size` in pixels.
+
+        Raises UsageError if the hyperparameters are those of another head.
+        """
+
+
+class Detect(Head):
     """Predict box, objectness and classes for every anchor of every cell of every level."""
 
+    losses = ("box", "obj", "cls")
+    answer = "x, y, width, height in pixels, objectness, class scores"
+    answer_axis = 2
     anchors: Tensor
     """[levels, anchors, 2] width and height in stride units; part of the state dict."""
 
@@ -36,6 +84,11 @@ class Detect(nn.Module):
         self.m = nn.ModuleList(nn.Conv2d(c, self.outputs * anchors_px.shape[1], 1) for c in channels)
         self.set_anchors(anchors_px)
         self._start_biases()
+
+    @property
+    def anchors_px(self) -> Tensor:  # type: ignore[override]
+        """[levels, anchors, 2] width and height of the anchors in pixels."""
+        return self.anchors * self.stride.view(-1, 1, 1)
 
     def set_anchors(self, anchors_px: Tensor) -> None:
         """Replace the anchors by [levels, anchors, 2] pixels, reversed if smaller ones would go to larger strides."""
@@ -78,6 +131,24 @@ class Detect(nn.Module):
             wh = (p[..., 2:4] * 2) ** 2 * anchors
             decoded.append(torch.cat((xy, wh, p[..., 4:]), dim=-1).view(batch, -1, outputs))
         return torch.cat(decoded, dim=1)
+
+    def exported(self, decoded: Tensor) -> Tensor:
+        """Return [B, all anchors, 5+nc] as it is."""
+        return decoded
+
+    def describe_layout(self) -> dict[str, Any]:
+        """Return the number of classes, and the anchors as rows of pixels."""
+        return {"nc": self.nc, "anchors": self.anchors_px.flatten(1).tolist()}
+
+    def build_loss(self, hyp: Any, image_size: int) -> DetectionLoss:
+        """Return box, objectness and class loss; raises UsageError for hyperparameters of an anchor-free head."""
+        if hyp.dfl is not None:
+            raise UsageError(
+                "the hyperparameters have `dfl` and so are those of an anchor-free layout, but this layout has anchors; "
+                "give --hyp hyp.scratch-low.yaml, or a file without dfl"
+            )
+        gains = LossGains.scaled(hyp, nc=self.nc, levels=len(self.stride), image_size=image_size)
+        return DetectionLoss(self.stride, self.anchors, self.nc, gains).to(self.anchors.device)
 
     @torch.no_grad()
     def _start_biases(self) -> None:

@@ -55,6 +55,8 @@ class Layout:
     """A key of `ACTIVATIONS`."""
     csp_activation: str
     """Activation behind BottleneckCSP's own BatchNorm; most files with this block use another one there."""
+    anchor_free: bool
+    """Whether the head has no anchors: its row is `Detect, [nc]` where others say `[nc, anchors]`."""
     rows: tuple[Row, ...]
 
     def channels(self, count: int) -> int:
@@ -98,8 +100,16 @@ def parse_layout(mapping: Mapping[str, Any], modules: Sequence[str]) -> Layout:
         anchors=check_anchors(mapping.get("anchors", 3), len(rows[-1].sources)),
         activation=_activation(mapping, "activation"),
         csp_activation=_activation(mapping, "csp_activation"),
+        anchor_free=is_anchor_free(mapping),
         rows=rows,
     )
+
+
+def is_anchor_free(mapping: Mapping[str, Any]) -> bool:
+    """Return whether a layout's head has no anchors: its row is `Detect, [nc]` where others say `[nc, anchors]`."""
+    rows = mapping.get("head")
+    last = rows[-1] if isinstance(rows, list) and rows else None
+    return isinstance(last, list | tuple) and len(last) == 4 and list(last[3:]) == [["nc"]]
 
 
 def check_anchors(value: Any, levels: int) -> tuple[tuple[float, ...], ...] | int:

@@ -7,6 +7,7 @@ in place, so that a new candidate of a search needs no new graph.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple, Self
@@ -96,7 +97,21 @@ class Share:
     """Sums a tensor over all processes."""
 
 
-class DetectionLoss(nn.Module):
+class Loss(nn.Module, ABC):
+    """What training and validation ask of a head's loss."""
+
+    @abstractmethod
+    def forward(
+        self, predictions: Sequence[Tensor], targets: Tensor, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (scalar loss times batch size, [3] the loss's parts after gains, detached).
+
+        `predictions` are the head's raw ones, one a level; `targets` [n,6] image in batch, class, xywhn, with an image
+        index below 0 for padding. With a `share`, both results are this process's addends.
+        """
+
+
+class DetectionLoss(Loss):
     """Box, objectness and class loss of raw predictions against targets.
 
     `strides` and `anchors_in_strides` [levels, anchors, 2] are those of the head; `gains` are scaled already. Move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,14 @@ PANELS = (
     ("metrics/mAP_0.5", "mAP@0.5"),
     ("metrics/mAP_0.5:0.95", "mAP@0.5:0.95"),
 )
-"""Column and title of each panel, in reading order of two rows of five."""
+"""Column and title, in reading order of two rows of five, for a layout with anchors."""
+_ANCHOR_FREE = {
+    "train/obj_loss": ("train/cls_loss", "train / class loss"),
+    "train/cls_loss": ("train/dfl_loss", "train / distribution loss"),
+    "val/obj_loss": ("val/cls_loss", "val / class loss"),
+    "val/cls_loss": ("val/dfl_loss", "val / distribution loss"),
+}
+"""What takes a panel's place for an anchor-free layout."""
 SMOOTHING = 3.0
 """The standard deviation of the smoothing in rows."""
 
@@ -60,11 +68,17 @@ def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -
     figure = style.new_figure(16, 6.4)
     panels = figure.subplots(2, 5).ravel()
     figure.subplots_adjust(left=0.035, right=0.99, top=0.89, bottom=0.075, wspace=0.24, hspace=0.34)
-    for axes, (column, title) in zip(panels, PANELS, strict=True):
+    for axes, (column, title) in zip(panels, _panels_of(table), strict=True):
         style.dress(axes, title, "epoch" if axes in panels[5:] else "")
         _panel(axes, epochs, table.get(column, np.full(rows, np.nan)), best)
     _key(figure, epochs, best)
     style.save_figure(figure, path)
+
+
+def _panels_of(table: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+    if "train/dfl_loss" not in table:
+        return list(PANELS)
+    return [_ANCHOR_FREE.get(column, (column, title)) for column, title in PANELS]
 
 
 def read_results(csv_path: Path) -> dict[str, np.ndarray]:

@@ -22,16 +22,26 @@ logger = logging.getLogger(__name__)
 
 CSV, PLOT = "evolve.csv", "evolve.png"
 LOCK, PLOT_LOCK = "views.lock", "picture.lock"
-METRIC_COLUMNS = {
+_SCORES = {
     "precision": "metrics/precision",
     "recall": "metrics/recall",
     "map50": "metrics/mAP_0.5",
     "map5095": "metrics/mAP_0.5:0.95",
+}
+METRIC_COLUMNS = {
+    **_SCORES,
     "box_loss": "val/box_loss",
     "obj_loss": "val/obj_loss",
     "cls_loss": "val/cls_loss",
 }
-"""Name of a metric in an outcome -> column of evolve.csv, in the order of the columns."""
+"""Metric of an outcome to column of evolve.csv, in the file's order, for a layout with anchors."""
+ANCHOR_FREE_COLUMNS = {
+    **_SCORES,
+    "box_loss": "val/box_loss",
+    "cls_loss": "val/cls_loss",
+    "dfl_loss": "val/dfl_loss",
+}
+"""The same for an anchor-free layout."""
 FILES_SHARE = 0.005
 """Maximum share of a worker's time for writing evolve.csv and hyp_evolve.yaml, which grow with the study."""
 DRAWING_SHARE = 0.02
@@ -83,9 +93,10 @@ def csv_text(finished: Sequence[Finished]) -> str:
     names, settings = list(finished[0].hyp), list(finished[0].settings)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*METRIC_COLUMNS.values(), *names, *settings])
+    columns = columns_of(finished[0])
+    writer.writerow([*columns.values(), *names, *settings])
     for candidate in finished:
-        metrics = [f"{value:.6g}" for value in metrics_of(candidate).values()]
+        metrics = [f"{candidate.metrics.get(name, math.nan):.6g}" for name in columns]
         values = [
             *(repr(candidate.hyp[name]) for name in names),
             *(candidate.settings[name] for name in settings),
@@ -95,13 +106,19 @@ def csv_text(finished: Sequence[Finished]) -> str:
 
 
 def metrics_of(candidate: Finished) -> dict[str, float]:
-    """Return the metrics that evolve.csv has columns for; NaN for a metric that is not recorded."""
-    return {name: candidate.metrics.get(name, math.nan) for name in METRIC_COLUMNS}
+    """Return the metrics that evolve.csv has columns for; NaN where nobody measured or kept one."""
+    return {name: candidate.metrics.get(name, math.nan) for name in columns_of(candidate)}
+
+
+def columns_of(candidate: Finished) -> dict[str, str]:
+    """Return the metrics that evolve.csv has columns for, by the parts of the candidate's loss."""
+    return ANCHOR_FREE_COLUMNS if "dfl_loss" in candidate.metrics else METRIC_COLUMNS
 
 
 def _write_best(study: SearchStudy, finished: Sequence[Finished]) -> None:
     best, progress = best_of(finished), study.progress()
-    metrics = "\n".join(f"{METRIC_COLUMNS[name]}: {value:.5g}" for name, value in metrics_of(best).items())
+    columns = columns_of(best)
+    metrics = "\n".join(f"{columns[name]}: {value:.5g}" for name, value in metrics_of(best).items())
     again = "".join(f"fitness on a fresh seed: {value:.5g}\n" for value in best.again)
     comment = (
         f"Best of {progress.finished} finished trainings (budget {progress.budget}): candidate {best.number}\n"

@@ -18,7 +18,7 @@ from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError, suggest
 from starling.core.files.regular import read_regular
 from starling.core.utf8 import NotUtf8, text_of
-from starling.search.exports import METRIC_COLUMNS
+from starling.search.exports import ANCHOR_FREE_COLUMNS, METRIC_COLUMNS
 from starling.search.study import SearchStudy
 from starling.search.trials import IMPORTED
 
@@ -124,16 +124,19 @@ def read_evolve_csv(path: Path) -> list[OldResult]:
     if not rows:
         raise UsageError(f"{path}: is empty; give the evolve.csv of a search")
     line, header = rows[0]
-    names = _check_header(f"{path}:{line}", header)
+    metrics, names = _check_header(f"{path}:{line}", header)
     if len(rows) == 1:
         raise UsageError(f"{path}: has a header and no results; there is nothing to import")
-    return [_result(f"{path}:{line}", line, names, cells) for line, cells in rows[1:]]
+    return [_result(f"{path}:{line}", line, metrics, names, cells) for line, cells in rows[1:]]
 
 
-def _check_header(where: str, header: Sequence[str]) -> list[str]:
-    """Return the names of the hyperparameters, which follow the seven metrics in the header."""
-    metrics, names = list(header[: len(METRIC_COLUMNS)]), list(header[len(METRIC_COLUMNS) :])
-    if metrics != list(METRIC_COLUMNS.values()):
+def _check_header(where: str, header: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the seven metrics, and of the hyperparameters, which follow them."""
+    first, names = list(header[: len(METRIC_COLUMNS)]), list(header[len(METRIC_COLUMNS) :])
+    metrics = next(
+        (list(kind) for kind in (METRIC_COLUMNS, ANCHOR_FREE_COLUMNS) if first == list(kind.values())), None
+    )
+    if metrics is None:
         expected = ", ".join(METRIC_COLUMNS.values())
         raise UsageError(f"{where}: not the header of an evolve.csv, which begins with {expected}")
     for name in names:
@@ -141,11 +144,13 @@ def _check_header(where: str, header: Sequence[str]) -> list[str]:
             raise UsageError(f"{where}: unknown hyperparameter {name!r}{suggest(name, _HYPS)}")
         if names.count(name) > 1:
             raise UsageError(f"{where}: the column {name} stands twice; remove one")
-    return names
+    return metrics, names
 
 
-def _result(where: str, line: int, names: Sequence[str], cells: Sequence[str]) -> OldResult:
-    columns = [*METRIC_COLUMNS, *names]
+def _result(
+    where: str, line: int, measured: Sequence[str], names: Sequence[str], cells: Sequence[str]
+) -> OldResult:
+    columns = [*measured, *names]
     if len(cells) != len(columns):
         raise UsageError(
             f"{where}: has {len(cells)} cells under {len(columns)} headings; correct or drop the row"
@@ -160,7 +165,7 @@ def _result(where: str, line: int, names: Sequence[str], cells: Sequence[str]) -
             ) from None
         if not math.isfinite(values[name]):
             raise UsageError(f"{where}: {name} is {cell}; drop the row, it cannot be ranked")
-    metrics = {name: values.pop(name) for name in METRIC_COLUMNS}
+    metrics = {name: values.pop(name) for name in measured}
     if not all(0 <= metrics[name] <= 1 for name in ("map50", "map5095")):
         raise UsageError(f"{where}: a mAP lies outside [0, 1]; correct or drop the row")
     return OldResult(line, values, metrics)

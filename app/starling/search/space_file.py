@@ -15,6 +15,7 @@ from starling.core.errors import ConfigError, UsageError, suggest
 from starling.core.files.refusals import readable
 from starling.core.paths import at_home, real_path
 from starling.core.settings.train import OPTIMIZERS, TrainConfig
+from starling.model.defaults import space_file
 from starling.search.space import GENE_KEYS, Gene, SettingGene, Space, settings_flags
 
 SETTINGS: dict[str, type[Any]] = {"batch_size": int, "imgsz": int, "optimizer": str, "cfg": str}
@@ -40,7 +41,7 @@ def read_space(config: TrainConfig) -> tuple[Space, dict[str, int | str]]:
     Raises UsageError, with file and key, for an invalid file, and for a searched setting whose start value is
     not among its choices.
     """
-    path = find_config("spaces", config.space)
+    path = space_file(config)
     space = parse_space(read_yaml(path), str(path), config, path.parent)
     return space, {setting.name: _start(setting, config, str(path)) for setting in space.settings}
 

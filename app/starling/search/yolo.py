@@ -120,7 +120,7 @@ def _own_failure(error: Exception) -> str | None:
 
 
 def _outcome(result: TrainResult) -> Outcome:
-    names = ("precision", "recall", "map50", "map5095", "box_loss", "obj_loss", "cls_loss")
+    names = ("precision", "recall", "map50", "map5095", *(f"{name}_loss" for name in result.best.losses))
     values = (*result.best.metrics, *result.best.val_losses)
     metrics = {name: float(value) for name, value in zip(names, values, strict=True)}
     return Outcome(fitness=result.best.fitness, metrics=metrics)

@@ -19,7 +19,7 @@ from starling.data.loader.prepare import filled_up
 from starling.device import Compute
 from starling.distributed.group import Group
 from starling.errors import is_out_of_memory
-from starling.model.loss import DetectionLoss
+from starling.model.loss import Loss
 from starling.prediction.predictor import to_input
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Learner:
     def __init__(
         self,
         forward: Callable[..., Any],
-        loss: DetectionLoss,
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         compute: Compute,
         group: Group,

@@ -26,7 +26,6 @@ from starling.evaluation.validator import Validation, class_table, validate
 from starling.model.checkpoint import load_checkpoint, require
 from starling.model.detector import Detector
 from starling.model.initial_weights import frozen_layers
-from starling.model.loss import DetectionLoss, LossGains
 from starling.model.weights import load_weights
 from starling.outputs.run_dir import DIFF, RunDir
 from starling.stop_signal import StopSignal
@@ -132,10 +131,7 @@ class Trainer:
         self._statistics = _running_statistics(self.model)
         self.average = ExponentialMovingAverage(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer, hyp, config.batch_size)
-        gains = LossGains.scaled(hyp, nc=detector.nc, levels=len(detector.stride), image_size=image_size)
-        self.loss = DetectionLoss(detector.stride, detector.head.anchors, detector.nc, gains).to(
-            compute.device
-        )
+        self.loss = self.model.head.build_loss(hyp, image_size)
         self._learner = Learner(forward, self.loss, self.optimizer, compute, group, back_off=back_off)
         self.loader = training_loader(data, detector, config, hyp, image_size, compute, group)
         self.val_loader = validation_loader(data, detector, config, image_size, compute, group)
@@ -210,7 +206,7 @@ class Trainer:
             images += batch.whole
             self._reporter.hook("on_train_batch_end")
             self._reporter.iteration(
-                self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._mean_losses
+                self.epoch, self.config.epochs, self.iteration, len(self.loader), images, self._named_losses
             )
             if self._last_step == epoch_start + self.iteration - 1:
                 self._after_step()
@@ -305,8 +301,11 @@ class Trainer:
             self._last_step = position
 
     def _mean_losses(self) -> tuple[float, float, float]:
-        box, obj, cls = (self._loss_sum / max(self.iteration, 1)).tolist()
-        return box, obj, cls
+        first, second, third = (self._loss_sum / max(self.iteration, 1)).tolist()
+        return first, second, third
+
+    def _named_losses(self) -> dict[str, float]:
+        return dict(zip(self.model.head.losses, self._mean_losses(), strict=True))
 
     def _score_epoch(self) -> None:
         """Validate if the epoch is to be validated, record the row, save, and report."""
@@ -359,7 +358,12 @@ class Trainer:
             metrics, val_losses = _scores(validation).values()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return EpochRow(
-            self.epoch, losses, metrics, val_losses, (rates[BIASES], rates[DECAYED], rates[NORMS])
+            self.epoch,
+            losses,
+            metrics,
+            val_losses,
+            (rates[BIASES], rates[DECAYED], rates[NORMS]),
+            self.model.head.losses,
         )
 
     @property
@@ -441,7 +445,7 @@ class Trainer:
         self._learner.parts = state["parts"]
         self._watch.reset()
         self.loader.class_maps = state.get("class_maps")
-        self.rows = [EpochRow.from_list(values) for values in state["rows"]]
+        self.rows = [EpochRow.from_list(values, self.model.head.losses) for values in state["rows"]]
         self._saver.restored(self.rows, (self.epoch, self.iteration))
 
     # --- the end ----------------------------------------------------------------------------------------

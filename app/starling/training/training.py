@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from starling.config.hyp import Hyp
-from starling.config.shipped import find_config
 from starling.config.yaml_reader import read_yaml
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.files.atomic import sweep
@@ -25,6 +24,7 @@ from starling.distributed.group import SINGLE, Group, Rank, joined
 from starling.distributed.relaunch import relaunch
 from starling.errors import Pruned, Stopped, is_out_of_memory
 from starling.model.checkpoint import find_last, load_newest, require
+from starling.model.defaults import hyp_file
 from starling.model.detector import Detector
 from starling.model.initial_weights import InitialWeights, check_freeze, find_initial_weights, read_weights
 from starling.outputs.bucket import check_driver
@@ -134,7 +134,7 @@ def open_setup(config: TrainConfig, start: InitialWeights, hyp: Hyp, group: Grou
 
 def read_hyp(config: TrainConfig) -> Hyp:
     """Return the hyperparameters that `--hyp` and `--label-smoothing` ask for."""
-    path = find_config("hyps", config.hyp)
+    path = hyp_file(config)
     values: dict[str, Any] = read_yaml(path)
     if config.label_smoothing:
         values["label_smoothing"] = config.label_smoothing

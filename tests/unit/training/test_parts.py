@@ -25,7 +25,7 @@ from starling.training.optimizer import (
     Schedule,
     build_optimizer,
 )
-from starling.training.reporting.results import COLUMNS, EpochRow, write_results
+from starling.training.reporting.results import LOSSES, EpochRow, columns_of, write_results
 from starling.training.setup.autobatch import fit_batch
 
 NAN = math.nan
@@ -166,7 +166,7 @@ def test_an_epoch_row_survives_its_list_and_its_csv_leaves_unknowns_empty(tmp_pa
     assert EpochRow.from_list(row.as_list()).train_losses == row.train_losses
     write_results(tmp_path / "results.csv", [row])
     header, line = (tmp_path / "results.csv").read_text().splitlines()
-    assert header.split(",") == list(COLUMNS)
+    assert header.split(",") == list(columns_of(LOSSES))
     assert line == "2,0.1,0.2,0.3,,,,,,,,0.01,0.01,0.01"
     assert "metrics/precision" not in row.values()
 

@@ -42,7 +42,7 @@ def test_the_time_left_is_told_from_the_second_epoch_on_and_without_the_first(tm
         reporter.epoch_began()
         for done in range(1, 5):
             clock.now += seconds / 4
-            reporter.iteration(epoch, 10, done, 4, done * 8, lambda: (1.0, 1.0, 1.0))
+            reporter.iteration(epoch, 10, done, 4, done * 8, lambda: {"box": 1.0, "obj": 1.0, "cls": 1.0})
             told.append(json.loads(status.path.read_text())["eta_s"])
         clock.now += validation
         reporter.epoch_ended(row(epoch), 10, 32, True)

@@ -89,10 +89,11 @@ def test_a_project_that_climbs_out_of_the_runs_folder_is_refused(
     assert "leaves the runs folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["tiny.yaml", "tiny-u.yaml"])
 def test_resumed_training_ends_with_the_same_weights_as_one_left_alone(
-    tiny_args: list[str], runs: Path
+    tiny_args: list[str], runs: Path, layout: str
 ) -> None:
-    common = [*tiny_args, "--noplots", "--batch", "3"]
+    common = [*tiny_args, "--noplots", "--batch", "3", "--cfg", str(TINY_LAYOUT.with_name(layout))]
     assert train.main([*common, "--epochs", "12", "--name", "whole"]) == 0
     _interrupt_after(common, runs, epochs=2)
     assert train.main(["--resume", str(runs / "train" / "stopped" / "weights" / "last.pt")]) == 0

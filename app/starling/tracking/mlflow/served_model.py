@@ -46,6 +46,7 @@ class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.size_hw: tuple[int, int] = tuple(json.loads(metadata["imgsz"]))
         self.names = _names(metadata["names"])
+        self.has_objectness = "objectness" in metadata.get("answer", "objectness")
 
     # MLflow would take a type annotation of `model_input` for the schema, but the signature defines the schema.
     def predict(self, context: Any, model_input, params: Mapping[str, Any] | None = None) -> Any:  # type: ignore[no-untyped-def]
@@ -64,7 +65,11 @@ class ServedDetector(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _detect(self, image: np.ndarray, confidence: float, iou: float, most: int) -> list[dict[str, Any]]:
         tensor, ratio, left, top = _letterbox(image, self.size_hw)
         (found,) = self.session.run(None, {self.session.get_inputs()[0].name: tensor})[0]
-        scores = found[:, 4:5] * found[:, 5:]
+        if self.has_objectness:
+            scores = found[:, 4:5] * found[:, 5:]
+        else:  # [4+nc, points], as the anchor-free head exports it
+            found = found.T
+            scores = found[:, 4:]
         classes = scores.argmax(1)
         best = scores[np.arange(len(scores)), classes]
         seen = best > confidence

@@ -130,9 +130,9 @@ class Reporter:
         done: int,
         total: int,
         images: int,
-        losses: Callable[[], tuple[float, ...]],
+        losses: Callable[[], Mapping[str, float]],
     ) -> None:
-        """Show progress within an epoch. `losses`, which reads the device, is called only when a line is due."""
+        """Show progress within an epoch. `losses` (name to value) is called, and a device read, only when a line is due."""
         elapsed = max(self._clock() - self._epoch_started, 1e-9)
         whole = elapsed * total / done
         left = self._time_left(epochs - epoch - 1, whole + self._beyond, elapsed)
@@ -140,9 +140,8 @@ class Reporter:
         self._trained_s = elapsed
 
         def line() -> str:
-            box, obj, cls = losses()
             return (
-                f"epoch {epoch + 1}/{epochs}  {done}/{total}  box {box:.4f}  obj {obj:.4f}  cls {cls:.4f}  "
+                f"epoch {epoch + 1}/{epochs}  {done}/{total}  {_words_of(losses())}  "
                 f"{rate:.0f} img/s  {self._memory_bytes() / 2**30:.1f} GiB" + _words_for(left)
             )
 
@@ -158,8 +157,8 @@ class Reporter:
         self._epoch_seconds.append(seconds)
         self._beyond = seconds - min(self._trained_s, seconds)
         left = self._time_left(epochs - row.epoch - 1, seconds, seconds)
-        box, obj, cls = row.train_losses
-        line = f"epoch {row.epoch + 1}/{epochs}  box {box:.4f}  obj {obj:.4f}  cls {cls:.4f}"
+        losses = _words_of(dict(zip(row.losses, row.train_losses, strict=True)))
+        line = f"epoch {row.epoch + 1}/{epochs}  {losses}"
         if row.validated:
             precision, recall, map50, map5095 = row.metrics
             line += f"  P {precision:.3f}  R {recall:.3f}  mAP50 {map50:.3f}  mAP50-95 {map5095:.3f}"
@@ -243,6 +242,10 @@ class Reporter:
             return None
         recent = self._epoch_seconds[1:][-10:] or [this_epoch]
         return max(this_epoch - elapsed, 0.0) + epochs_left * sum(recent) / len(recent)
+
+
+def _words_of(losses: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 
 def _words_for(left: float | None) -> str:

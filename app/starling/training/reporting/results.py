@@ -11,11 +11,16 @@ from pathlib import Path
 
 from starling.core.files.atomic import write_atomic
 
-TRAIN_LOSSES = ("train/box_loss", "train/obj_loss", "train/cls_loss")
+LOSSES = ("box", "obj", "cls")
+"""Parts of the loss of a head with anchors."""
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")
-VAL_LOSSES = ("val/box_loss", "val/obj_loss", "val/cls_loss")
 RATES = ("x/lr0", "x/lr1", "x/lr2")
-COLUMNS = ("epoch", *TRAIN_LOSSES, *METRICS, *VAL_LOSSES, *RATES)
+
+
+def columns_of(losses: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of results.csv for a loss of these parts."""
+    train, val = ([f"{split}/{name}_loss" for name in losses] for split in ("train", "val"))
+    return ("epoch", *train, *METRICS, *val, *RATES)
 
 
 def fitness(map50: float, map5095: float) -> float:
@@ -32,6 +37,8 @@ class EpochRow:
     metrics: tuple[float, float, float, float]
     val_losses: tuple[float, float, float]
     rates: tuple[float, float, float]
+    losses: tuple[str, str, str] = LOSSES
+    """Names of the parts of the loss."""
 
     @property
     def fitness(self) -> float:
@@ -46,24 +53,25 @@ class EpochRow:
     def values(self) -> dict[str, float]:
         """Return the values that are not NaN by column name, without the epoch."""
         flat = (*self.train_losses, *self.metrics, *self.val_losses, *self.rates)
-        return {key: value for key, value in zip(COLUMNS[1:], flat, strict=True) if not math.isnan(value)}
+        names = columns_of(self.losses)[1:]
+        return {key: value for key, value in zip(names, flat, strict=True) if not math.isnan(value)}
 
     def as_list(self) -> list[float]:
-        """Return the values in the order of `COLUMNS`, as a checkpoint stores them."""
+        """Return the values in the order of the columns, as a checkpoint stores them."""
         return [self.epoch, *self.train_losses, *self.metrics, *self.val_losses, *self.rates]
 
     @classmethod
-    def from_list(cls, values: Sequence[float]) -> EpochRow:
-        """Build a row from the numbers that `as_list()` returns."""
+    def from_list(cls, values: Sequence[float], losses: tuple[str, str, str] = LOSSES) -> EpochRow:
+        """Build from `as_list()`'s numbers and the names of the parts of the loss."""
         epoch, b, o, c, p, r, m50, m95, vb, vo, vc, x0, x1, x2 = values
-        return cls(int(epoch), (b, o, c), (p, r, m50, m95), (vb, vo, vc), (x0, x1, x2))
+        return cls(int(epoch), (b, o, c), (p, r, m50, m95), (vb, vo, vc), (x0, x1, x2), losses)
 
 
 def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
     """Replace results.csv by these rows; NaN is written as an empty field."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns_of(rows[0].losses if rows else LOSSES))
     for row in rows:
         figures = ("" if math.isnan(value) else f"{value:.6g}" for value in row.as_list()[1:])
         writer.writerow([row.epoch, *figures])

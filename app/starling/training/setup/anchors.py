@@ -11,6 +11,7 @@ import torch
 from starling.data.dataset.dataset import Dataset
 from starling.model.autoanchor import AutoAnchor, fit_anchors
 from starling.model.detector import Detector
+from starling.model.head import Detect
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,14 @@ class AnchorFitter:
         self._decided: dict[tuple[bytes, tuple[int, ...], bool], AutoAnchor] = {}
 
     def fit(self, detector: Detector, *, provisional: bool) -> None:
-        """Give the detector anchors that fit, where its own do not or are `provisional`, and say what was done."""
-        current = detector.anchors_px.cpu().numpy()
+        """Give the detector anchors that fit, if its own do not fit or are `provisional`, and log what was done.
+
+        A detector without anchors stays as it is.
+        """
+        head = detector.head
+        if not isinstance(head, Detect):
+            return
+        current = head.anchors_px.cpu().numpy()
         key = (current.tobytes(), current.shape, provisional)
         if key not in self._decided:
             self._decided[key] = fit_anchors(
@@ -36,7 +43,7 @@ class AnchorFitter:
             logger.info(self._decided[key].report)
         decision = self._decided[key]
         if decision.changed:
-            detector.head.set_anchors(torch.from_numpy(decision.anchors_px))
+            head.set_anchors(torch.from_numpy(decision.anchors_px))
 
 
 def label_sizes(split: Dataset, image_size: int) -> np.ndarray[Any, Any]:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 
 from starling.config.hyp import Hyp
-from starling.config.shipped import find_config
-from starling.config.yaml_reader import read_yaml
 from starling.core.errors import UsageError
 from starling.core.settings.train import TrainConfig
 from starling.outputs.run_dir import runs_root
@@ -40,13 +38,12 @@ def connect(environment: Mapping[str, str] = os.environ) -> ClearmlApi:
     return ClearmlApi(credentials, patience_s=PATIENCE_S)
 
 
-def enqueue_training(config: TrainConfig) -> None:
-    """Create a task from the command, put it into the queue that `--remote` names, and print the address of its page.
+def enqueue_training(config: TrainConfig, hyp: Hyp) -> None:
+    """Make a task of the command, put it into the queue `--remote` names, and say where it can be watched.
 
     The agent resolves paths in the arguments, so the paths must be valid on the agent's machine.
     """
     queue, config = config.remote, replace(config, remote="")
-    hyp = Hyp.from_mapping(read_yaml(find_config("hyps", config.hyp)), config.hyp)
     params = {**config.as_dict(), **{f"{HYP_PREFIX}{key}": value for key, value in hyp.as_dict().items()}}
     api = connect()
     queue = queue_id(api, queue)  # found before the task is created: a wrong name leaves nothing behind
