@@ -178,3 +178,20 @@ def test_every_link_between_pages_leads_somewhere() -> None:
         folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (folder / target).exists(), f"{page}: {target}"
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors of a page's headings, as code hosts make them."""
+    text = re.sub(r"^```.*?^```", "", DOCS[page], flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_anchor_of_a_link_is_a_heading() -> None:
+    links = [
+        (page, target or page, anchor)
+        for page, text in DOCS.items()
+        for target, anchor in re.findall(r"\]\(([\w.-]*)#([\w-]+)\)", text)
+    ]
+    assert len(links) > 30
+    assert [link for link in links if link[2] not in anchors(link[1])] == []
