@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,16 @@ def test_every_file_and_folder_that_a_page_names_is_there(page: str) -> None:
         if not path.startswith("runs") and not any((place / path).exists() for place in ROOMS)
     ]
     assert missing == []
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOP = "app|bench|datasets|deploy|examples|launcher|scripts|tests"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_path_from_the_root_that_a_page_names_is_there(page: Path) -> None:
+    paths = re.findall(rf"`((?:{TOP})/[\w./-]*)`", page.read_text())
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
 
 
 def test_the_map_gives_every_path_in_full() -> None:
