@@ -456,7 +456,7 @@ def test_device_is_the_shared_file_and_says_whether_the_gpu_may_have_it(
         size - 1: False,
         size: True,
     }
-    assert stores[None].reason.startswith("not on a GPU: there is none")
+    assert stores[None].reason.startswith("not on a GPU: this process uses none")
     assert stores[size - 1].reason.startswith("not on a GPU: 0.00 GiB do not fit")
     assert stores[size].reason.startswith("on the GPU")
 
