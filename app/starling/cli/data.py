@@ -133,9 +133,8 @@ def _convert(given: argparse.Namespace) -> None:
     with on_console(Progress()) as progress:
         names = run_steps(steps, given.folder.absolute(), known, archives=given.folder)
         own = given.folder / path.name
-        if (
-            not known and not own.exists()
-        ):  # the names came with the data; a file of the user's stays as it is
+        # The names came with the data; a file of the user's stays as it is.
+        if not known and not own.exists():
             write_description(given.folder, path, mapping, names)
             progress.say(f"{own}: the description with its class names; give it to --data")
 
