@@ -39,7 +39,7 @@ import torch
 from common import REPOSITORY, Step, machine, made_up_targets
 from tracking_conditions import Condition, opened_conditions
 
-from starling.core.instants import format_duration
+from starling.core.units import format_duration
 from starling.device import select_compute
 from starling.progress import Progress
 

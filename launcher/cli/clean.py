@@ -78,7 +78,7 @@ class _Found:
 
     def lines(self) -> list[str]:
         from launcher.status.words import words_for
-        from starling.core.sizes import format_size
+        from starling.core.units import format_size
 
         lines = [f"{state.name}  {words_for(state)}  {state.id[:12]}" for state in self.ended]
         lines += [f"{run.path}  {run.files} files, {format_size(run.bytes)}" for _, run in self.folders]

@@ -21,7 +21,7 @@ def logs(target: Target, follow: bool, tail: int | None, since: str | None, name
     import time
 
     from launcher.status.output import print_logs
-    from starling.core.instants import parse_since
+    from starling.core.units import parse_since
 
     moment = None if since is None else parse_since(since, time.time())
     print_logs(target.open_engine(), names, follow=follow, tail=tail, since=moment)

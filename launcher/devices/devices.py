@@ -9,7 +9,7 @@ from typing import Literal
 
 from launcher.devices.inventory import Gpu
 from starling.core.errors import UsageError
-from starling.core.sizes import format_cores
+from starling.core.units import format_cores
 
 MOST_DEVICES = 256
 """More than any machine has; this limit catches a typing error such as `1-50000`."""

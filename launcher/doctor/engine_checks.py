@@ -16,7 +16,7 @@ from launcher.devices.inventory import Gpu
 from launcher.doctor.findings import Finding
 from launcher.engines.docker.checks import GPU_REMEDY
 from launcher.hosts.files import disk_space
-from starling.core.sizes import GIB, format_size
+from starling.core.units import GIB, format_size
 
 OLDEST = (20, 10)
 MOST_SKEW_S = 5.0

@@ -17,7 +17,7 @@ from launcher.hosts.host import Host
 from launcher.hosts.this_machine import ThisMachine
 from starling.core import package
 from starling.core.errors import StarlingError
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 
 Check = Callable[[], list[Finding]]
 

@@ -21,7 +21,7 @@ from starling.core.files.folder import Folder
 from starling.core.lock import lock_own
 from starling.core.paths import real_path
 from starling.core.redaction import masked
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 
 NO_GPU = "no GPU here; CPU replicas work"
 ANSWER_S = 2.0

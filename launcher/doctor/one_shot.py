@@ -13,7 +13,7 @@ from launcher.doctor.findings import Finding
 from launcher.engines.base import Engine, Mount, ReplicaSpec
 from launcher.options.request import RUNS_IN_IMAGE, TRAINER_IN_IMAGE
 from starling.core.errors import StarlingError
-from starling.core.sizes import MIB, format_size
+from starling.core.units import MIB, format_size
 
 MEMORY, SHM = 256 * MIB, 64 * MIB
 END_S = 30.0

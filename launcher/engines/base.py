@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from starling.core.sizes import format_cores
+from starling.core.units import format_cores
 
 if TYPE_CHECKING:
     from launcher.devices.devices import Device

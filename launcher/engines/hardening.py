@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from launcher.engines.base import ReplicaSpec
 from launcher.engines.limits import LOG_BYTES, LOG_FILE_SIZE, LOG_FILES, SCRATCH_BYTES, STOP_GRACE_S
-from starling.core.sizes import format_cores
+from starling.core.units import format_cores
 
 Kind = Literal["docker", "podman"]
 

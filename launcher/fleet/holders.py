@@ -20,7 +20,7 @@ from launcher.hosts.address import engine_address, socket_path
 from launcher.hosts.processes import PROC, Process, command_words, find_process, user_id, user_name
 from launcher.hosts.this_machine import ThisMachine
 from launcher.status.progress import read_json
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 from starling.core.words import printable
 
 _SUPERVISOR = re.compile(r"(^|/)launcher/engines/(local/)?supervisor\.py$")

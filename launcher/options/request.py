@@ -19,7 +19,7 @@ from starling.core.budget import BudgetExceeded
 from starling.core.errors import UsageError
 from starling.core.files.regular import read_regular
 from starling.core.paths import absolute
-from starling.core.sizes import parse_size
+from starling.core.units import parse_size
 from starling.core.utf8 import NotUtf8, text_of
 
 if TYPE_CHECKING:

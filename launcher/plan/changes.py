@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.engines.base import ReplicaSpec, ReplicaState
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

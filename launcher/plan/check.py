@@ -27,7 +27,7 @@ from launcher.plan.plan import (
 )
 from launcher.problems import Problems
 from starling.core.errors import StarlingError, UsageError
-from starling.core.sizes import GIB, MIB, format_size
+from starling.core.units import GIB, MIB, format_size
 
 LEAST_FREE_BYTES = GIB
 """Too little for a search: a run of the smallest model takes some 50 MB, of the largest over 1 GB."""

@@ -21,7 +21,7 @@ from launcher.plan.plan import Plan
 from launcher.status.words import device_words
 from starling.core.errors import StarlingError
 from starling.core.redaction import masked
-from starling.core.sizes import format_cores, format_size
+from starling.core.units import format_cores, format_size
 
 
 def document(plan: Plan, problems: Sequence[StarlingError]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from launcher.plan.changes import NO_CHANGES, Changes, plan_changes
 from launcher.plan.facts import Facts
 from starling.core.dataset import START
 from starling.core.errors import UsageError
-from starling.core.sizes import GIB, MIB, format_size
+from starling.core.units import GIB, MIB, format_size
 
 SHARE_OF_MEMORY = 0.9
 """Without --memory, replicas share this part of the machine's memory evenly; the rest is left to the host."""

@@ -24,7 +24,7 @@ from launcher.servers.compose import Compose, last_words
 from launcher.servers.track import connect
 from starling.core.errors import UsageError
 from starling.core.paths import absolute
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 
 FOLDER = "/mlflow/artifacts"
 _TAR_CHANGED = 1

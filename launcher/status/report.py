@@ -11,8 +11,7 @@ from typing import Any
 
 from launcher.engines.base import ReplicaState
 from launcher.status.words import device_words, words_for
-from starling.core.instants import format_duration
-from starling.core.sizes import format_share
+from starling.core.units import format_duration, format_share
 from starling.core.worker_status import Restarts, TrainerStatus
 
 COLUMNS = (

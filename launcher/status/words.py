@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.engines.base import ReplicaState
 from starling.core.errors import Exit
-from starling.core.sizes import format_size
+from starling.core.units import format_size
 
 _EXITS = {
     Exit.ERROR: "error",

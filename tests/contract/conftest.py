@@ -18,7 +18,7 @@ from launcher.fleet import bring_up as fleet
 from launcher.hosts.this_machine import ThisMachine
 from launcher.plan.changes import Changes, plan_changes
 from launcher.plan.check import check_fleet
-from starling.core.sizes import MIB
+from starling.core.units import MIB
 from tests.conftest import PYTHON_PATH
 from tests.docker.conftest import missing
 from tests.doubles.clearml_server import ClearmlServerDouble

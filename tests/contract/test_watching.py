@@ -11,7 +11,7 @@ from launcher.devices.devices import Device
 from launcher.status import output
 from launcher.status.meter import Meter
 from launcher.status.watch import show_status
-from starling.core.sizes import MIB
+from starling.core.units import MIB
 from tests.contract.conftest import World
 from tests.contract.test_engines import SLEEP, ended, run, run_to_words
 from tests.waiting import wait_until

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launcher.engines.base import Mount
-from starling.core.sizes import MIB
+from starling.core.units import MIB
 from tests.contract.conftest import WORLDS, World
 from tests.contract.test_engines import ended
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from starling.config.shipped import find_config
 from starling.core.errors import DataError, UsageError
-from starling.core.instants import format_duration
 from starling.core.paths import real_path
 from starling.core.settings.detect import DetectConfig
+from starling.core.units import format_duration
 from starling.data.dataset.dataset import DatasetDescription, read_class_names
 from starling.data.dataset.findings import write_report
 from starling.data.dataset.left_out import LeftOut

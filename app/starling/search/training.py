@@ -85,8 +85,8 @@ def search(config: TrainConfig) -> None:
 
 def _set_up(config: TrainConfig) -> tuple[TrainingSetups, StudySpec]:
     """Open data and device, and return them with what is searched; what can be wrong with either is found here."""
-    hyp = read_hyp(config)
     space, settings = read_space(config)
+    hyp = read_hyp(config)
     check_before_fetching(config)
     check_layouts(space, config)
     setups = TrainingSetups(config, hyp)

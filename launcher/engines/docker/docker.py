@@ -27,7 +27,7 @@ from launcher.engines.labels import (
 )
 from launcher.errors import ConnectionLost, EngineError, NameTaken
 from launcher.parallel import in_parallel
-from starling.core.instants import parse_stamp
+from starling.core.units import parse_stamp
 from starling.core.words import printable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from launcher.engines.base import LogLine
-from starling.core.instants import parse_stamp
+from starling.core.units import parse_stamp
 
 OVERLAP_S = 0.001
 """A reopened stream starts this much before the last line: floats round, and repeated lines are recognised."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launcher.hosts.usage import Usage
-from starling.core.instants import parse_stamp
+from starling.core.units import parse_stamp
 
 PATIENCE_S = 2.8
 """An engine that samples once a second answers within this time; figures of slower engines are left out."""

@@ -14,7 +14,7 @@ from typing import IO
 from launcher.engines.base import LogLine
 from launcher.engines.local.supervisor import LOG_FILES
 from starling.core.files.folder import Folder
-from starling.core.instants import parse_stamp
+from starling.core.units import parse_stamp
 
 POLL_S = 0.2
 MOST_OF_A_FILE = 32 << 20

@@ -48,7 +48,7 @@ STOREYS = {
         ["launcher.hosts"],
         ["launcher.devices"],
         ["launcher.problems"],
-        ["starling.core.instants", "launcher.parallel", "starling.core.sizes"],
+        ["starling.core.units", "launcher.parallel", "starling.core.units"],
         ["launcher.errors"],
     ],
 }

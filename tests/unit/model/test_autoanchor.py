@@ -162,7 +162,7 @@ def test_a_training_fits_its_anchors_and_every_file_it_leaves_has_them(
     assert best.layout is not None
     rebuilt = InitialWeights(best.layout, best).build(("a", "b", "c"), None)
     assert torch.equal(rebuilt.head.anchors, anchors)
-    assert torch.equal(rebuilt.anchors_px.flatten(1), torch.tensor(rebuilt.layout["anchors"]))
+    assert torch.equal(rebuilt.head.anchors_px.flatten(1), torch.tensor(rebuilt.layout["anchors"]))
 
 
 def test_noautoanchor_keeps_the_anchors(
@@ -187,7 +187,7 @@ def test_a_resumed_training_has_the_anchors_of_the_first_part_in_head_and_loss(
     monkeypatch.setattr(engine_anchors, "fit_anchors", None)
     assert train.main(["--resume", "--epochs", "2"]) == 0
     (trainer,) = trainers
-    assert torch.equal(trainer.model.anchors_px.flatten(1), torch.tensor(before))
+    assert torch.equal(trainer.model.head.anchors_px.flatten(1), torch.tensor(before))
     assert torch.equal(trainer.loss.anchors, trainer.model.head.anchors)
 
 
@@ -197,7 +197,7 @@ def test_weights_bring_their_anchors_unless_a_layout_or_a_number_is_asked_for() 
     layout = read_yaml(TINY_LAYOUT)
 
     def first_side(start: InitialWeights, anchors: float | None = None) -> float:
-        return float(start.build(("a",), anchors).anchors_px[0, 0, 0])
+        return float(start.build(("a",), anchors).head.anchors_px[0, 0, 0])
 
     assert first_side(InitialWeights(layout, weights)) == 5
     assert first_side(InitialWeights(layout, weights, layout_given=True)) == 10

@@ -13,7 +13,7 @@ from torch import nn
 
 from starling.config.hyp import Hyp
 from starling.core.errors import CheckpointError, DiskFull, UsageError
-from starling.core.instants import format_duration
+from starling.core.units import format_duration
 from starling.device import select_compute
 from starling.model.checkpoint import is_own_checkpoint, load_checkpoint, save_checkpoint
 from starling.progress import Progress

@@ -16,6 +16,7 @@ from starling import settings
 from starling.cli import train
 from starling.core.worker_status import FOLDER
 from starling.data.loader.loader import Batch
+from starling.model import head
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector
 from starling.model.loss import DetectionLoss
@@ -43,7 +44,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
             count += 1
             return (total * math.nan, parts * math.nan) if count in calls else (total, parts)
 
-    monkeypatch.setattr(trainer, "DetectionLoss", Poisoned)
+    monkeypatch.setattr(head, "DetectionLoss", Poisoned)
 
 
 def rates(run: Path) -> list[float]:

@@ -22,7 +22,7 @@ from starling.core.files.atomic import TEMPORARY_SUFFIX
 from starling.core.files.refusals import disk_write
 from starling.core.files.safe_open import make_folder, names_in, open_file, remove, state_of
 from starling.core.lock import is_at, take, try_flock, wait_for
-from starling.core.sizes import format_gib
+from starling.core.units import format_gib
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, open_regular, read_head
 
 logger = logging.getLogger(__name__)

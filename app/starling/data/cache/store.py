@@ -17,7 +17,7 @@ from starling.core.cgroups import container_memory_limit, container_memory_used
 from starling.core.errors import ConfigError
 from starling.core.files.folder import LinkRefused
 from starling.core.files.refusals import refusal
-from starling.core.sizes import format_gib
+from starling.core.units import format_gib
 from starling.data.augment.letterbox import Size
 from starling.data.cache.pixel_file import SUFFIX, PixelFile, PixelLayout, write_pixels
 from starling.data.cache.pixel_folder import (

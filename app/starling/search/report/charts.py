@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from starling.core.instants import format_duration
+from starling.core.units import format_duration
 from starling.plots.style import lower_end, shorten
 from starling.search.outcome import Attempt, Finished, State
 from starling.search.report.facts import ReportFacts, WorkerTime, end_of

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from starling.core.instants import format_duration
+from starling.core.units import format_duration
 from starling.search.outcome import State
 from starling.search.report.charts import chosen_genes, parallel_chart, progress_chart, timeline
 from starling.search.report.facts import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starling.core.instants import format_duration
+from starling.core.units import format_duration
 from starling.search.outcome import Attempt, State
 from starling.search.report.facts import ReportFacts, WorkerTime, end_of
 from starling.search.report.markup import Markup, compact, element, join, number, percent, text, void

@@ -10,8 +10,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from starling.core.instants import format_duration
 from starling.core.paths import real_path
+from starling.core.units import format_duration
 from starling.core.worker_status import WorkerStatus
 from starling.outputs.run_dir import RunDir
 from starling.progress import Progress

@@ -14,8 +14,8 @@ import torch
 from starling.config.hyp import Hyp
 from starling.core.cgroups import container_memory_limit
 from starling.core.errors import DataError
-from starling.core.instants import format_duration
 from starling.core.settings.train import TrainConfig
+from starling.core.units import format_duration
 from starling.data.augment.device_paint import DevicePainter
 from starling.data.cache.store import ImageStore
 from starling.data.dataset.account import left_out

@@ -14,7 +14,7 @@ from launcher.devices.devices import Device, Selection, expand_ids, join_devices
 from launcher.devices.holders import EVERY, NOBODY, GpuHolder, Occupancy, holders_of
 from launcher.devices.inventory import Gpu, MigSlice
 from starling.core.errors import UsageError
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 
 GPUS = tuple(Gpu(n, f"GPU-0000-{n}", "H200", 140 * GIB) for n in range(6))
 SLICES = tuple(MigSlice(n, f"MIG-0000-{n}", "MIG 1g.18gb", 18 * GIB) for n in (0, 2))

@@ -24,7 +24,7 @@ from launcher.engines.local.local import LocalEngine
 from launcher.fleet.holders import find_holders, local_replicas
 from launcher.hosts.processes import find_process, user_name
 from launcher.hosts.this_machine import TcpHost, ThisMachine
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 
 ID = "0123456789abcdef" * 4
 OTHER_ID = "f" * 64

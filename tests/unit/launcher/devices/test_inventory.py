@@ -13,7 +13,7 @@ import pynvml as real
 import pytest
 
 from launcher.devices.inventory import DESKTOP_BYTES, Gpu, GpuProcess, MigSlice, read_gpus
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 from tests.doubles import pynvml as double
 
 Describe = Callable[..., None]

@@ -21,7 +21,7 @@ from launcher.doctor import engine_checks, host_checks, one_shot
 from launcher.doctor.findings import Finding, as_lines, exit_code
 from launcher.engines.base import Image
 from launcher.hosts.this_machine import ThisMachine
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 from tests.conftest import PYTHON_PATH, REPOSITORY
 
 H100 = Gpu(index=0, uuid="GPU-1a2b3c4d", name="NVIDIA H100", memory_bytes=80 * GIB)

@@ -17,7 +17,7 @@ from launcher.engines.local import supervisor
 from launcher.hosts.usage import read_usage
 from launcher.status.terminal import coloured, paint
 from starling.core.errors import UsageError
-from starling.core.instants import parse_since, parse_stamp
+from starling.core.units import parse_since, parse_stamp
 
 
 def stamp(second: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 from launcher.engines.local import memory_limit
 from launcher.engines.local.memory_limit import MemoryLimit
 from starling.core.cgroups import count_oom_kills
-from starling.core.sizes import MIB
+from starling.core.units import MIB
 
 HOG = "import time; x = bytearray(b'x' * 150_000_000); time.sleep(60)"
 WATCHER = f"""

@@ -10,7 +10,7 @@ import pytest
 from launcher.devices.devices import Device
 from launcher.engines.base import Mount, ReplicaSpec, ReplicaState
 from launcher.plan.changes import differences
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 
 SPEC = ReplicaSpec(
     name="b-s-gpu1",

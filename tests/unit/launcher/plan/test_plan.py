@@ -35,7 +35,7 @@ from launcher.plan.plan import Plan, make_plan, replica_name
 from launcher.problems import raise_all
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
 from starling.core.handover import NOBODYS_ID
-from starling.core.sizes import GIB, format_cores, format_size, parse_size
+from starling.core.units import GIB, format_cores, format_size, parse_size
 
 DOCKER = Entrypoint(trainer=TRAINER_IN_IMAGE, runs_inside=RUNS_IN_IMAGE, isolated=True)
 MACHINE = Machine(cores=tuple(range(16)), memory_bytes=128 * GIB)

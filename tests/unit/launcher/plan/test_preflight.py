@@ -34,7 +34,7 @@ from launcher.plan.facts import Facts
 from launcher.plan.plan import Plan, make_plan
 from launcher.problems import Problems, SeveralProblems, raise_all
 from starling.core.errors import CheckpointError, DataError, StarlingError, UsageError
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 from tests.conftest import PYTHON_PATH, REPOSITORY
 from tests.doubles.docker_engine import EngineDouble, served
 

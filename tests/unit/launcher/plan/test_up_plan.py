@@ -20,7 +20,7 @@ from launcher.plan.dry_run import document
 from launcher.plan.facts import Access, Facts, Refusals, SecretFile
 from launcher.plan.plan import Plan, make_plan, occupancy
 from starling.core.errors import CheckpointError, DataError, UsageError
-from starling.core.sizes import GIB
+from starling.core.units import GIB
 from tests.unit.launcher.plan.test_plan import FACTS, request_for
 
 ENDINGS: dict[str, dict[str, Any]] = {

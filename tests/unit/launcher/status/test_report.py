@@ -23,7 +23,7 @@ from launcher.status.selection import select
 from launcher.status.table import lay_out
 from launcher.status.words import words_for
 from starling.core.errors import UsageError
-from starling.core.sizes import GIB, format_share
+from starling.core.units import GIB, format_share
 from starling.core.worker_status import _number, _text
 
 STATE = ReplicaState(
