@@ -20,6 +20,7 @@ from starling.search.space import Gene, SettingGene, Space
 from starling.search.spec import StudyPlan, StudySpec
 from starling.search.study import SearchStudy
 from starling.search.worker import CandidateTrainer, Worker, WorkerSettings
+from tests.waiting import wait_until
 
 EPOCHS, BUDGET = 6, 30
 SPEC = StudySpec(
@@ -51,10 +52,26 @@ class Parabola(CandidateTrainer):
 class Victim(Parabola):
     """Is killed in the middle of a training, once others have had theirs."""
 
+    def __init__(self, grave: Path) -> None:
+        self._grave = grave
+
     def step(self, number: int) -> None:
         """Die."""
         if number >= 5:
+            self._grave.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Survivor(Parabola):
+    """Leaves trainings to the victim, however late its process starts."""
+
+    def __init__(self, grave: Path) -> None:
+        self._grave = grave
+
+    def step(self, number: int) -> None:
+        """Wait for the victim's end in the middle of the search."""
+        if number >= 8:
+            wait_until(self._grave.exists)
 
 
 def work(directory: Path, trainer: CandidateTrainer, name: str) -> None:
@@ -69,9 +86,10 @@ def work(directory: Path, trainer: CandidateTrainer, name: str) -> None:
 def test_a_search_with_a_trainer_of_ten_lines_meets_its_budget_exactly_though_a_worker_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    grave = tmp_path / "grave"
     workers = [
-        PROCESSES.Process(target=work, args=(tmp_path, trainer, name))
-        for trainer, name in ((Victim(), "victim"), (Parabola(), "other"))
+        PROCESSES.Process(target=work, args=(tmp_path / "study", trainer, name))
+        for trainer, name in ((Victim(grave), "victim"), (Survivor(grave), "other"))
     ]
     for process in workers:
         process.start()
@@ -79,7 +97,7 @@ def test_a_search_with_a_trainer_of_ten_lines_meets_its_budget_exactly_though_a_
     assert workers[0].exitcode == -signal.SIGKILL
     workers[1].join(60)
     assert workers[1].exitcode == 0
-    study = SearchStudy.read(tmp_path)
+    study = SearchStudy.read(tmp_path / "study")
     finished, attempts = study.finished(), study.attempts()
     assert (study.progress().finished, study.progress().failed, len(finished)) == (BUDGET, 0, BUDGET)
     [lost] = [attempt for attempt in attempts if attempt.state is State.LOST]
@@ -90,7 +108,7 @@ def test_a_search_with_a_trainer_of_ten_lines_meets_its_budget_exactly_though_a_
     assert finished[0].is_seed
     assert (finished[0].hyp, finished[0].settings) == ({"x": 0.0, "y": 0.0}, {"bend": 1})
     assert sum(candidate.finalist_of is not None for candidate in finished) == 4
-    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert main(["show", str(tmp_path / "study"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["progress"]["finished"] == BUDGET
     assert shown["best"]["fitness"] > finished[0].fitness, "the search has found something"
