@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 """The version of both packages."""
 PARENT = Path(__file__).resolve().parents[2]
 """The folder that holds the package: `app/` of a checkout or an image, or an installation's site-packages."""

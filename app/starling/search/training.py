@@ -88,7 +88,7 @@ def _set_up(config: TrainConfig) -> tuple[TrainingSetups, StudySpec]:
     space, settings = read_space(config)
     hyp = read_hyp(config)
     check_before_fetching(config)
-    check_layouts(space, config)
+    check_layouts(space, config, hyp)
     setups = TrainingSetups(config, hyp)
     usual = setups.usual
     config = usual.config

@@ -195,12 +195,13 @@ def _probe(start: InitialWeights) -> Detector:
     return InitialWeights(start.layout, None).build(("any",), None)
 
 
-def check_layouts(space: Space, config: TrainConfig) -> None:
+def check_layouts(space: Space, config: TrainConfig, hyp: Hyp) -> None:
     """Build every searched layout once; raises UsageError with the name of a layout that cannot be built."""
     for choice in (c for s in space.settings if s.name == "cfg" for c in s.choices):
         try:
             probe = _probe(find_initial_weights(config.weights, str(choice)))
             check_freeze(probe, config.freeze)
+            probe.head.build_loss(hyp, config.imgsz)
         except UsageError as error:
             raise UsageError(f"{config.space}: cfg: {choice}: {error}") from None
 

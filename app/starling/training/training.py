@@ -108,6 +108,9 @@ def open_setup(config: TrainConfig, start: InitialWeights, hyp: Hyp, group: Grou
     logger.info((several if group.world_size > 1 else "") + compute.describe())
     probe = InitialWeights(start.layout, None).build(("any",), None)
     check_freeze(probe, config.freeze)
+    probe.head.build_loss(
+        hyp, config.imgsz
+    )  # hyperparameters of another head are refused before data are read
     image_size = fit_stride(config.imgsz, probe.image_multiple)
     if config.batch_size == AUTO_BATCH:
         config = replace(config, batch_size=choose_batch(probe, image_size, compute))

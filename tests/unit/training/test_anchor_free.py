@@ -121,6 +121,7 @@ def test_hyperparameters_of_the_other_kind_of_layout_are_exit_2(
     args = [str(layout) if word == str(TINY_LAYOUT) else word for word in tiny_args]
     assert train.main([*args, "--hyp", hyp]) == 2
     assert remedy in capsys.readouterr().err
+    assert not (runs / "train").exists()
 
 
 def test_a_search_of_an_anchor_free_layout_has_genes_of_its_own(free_args: list[str], runs: Path) -> None:
@@ -137,6 +138,20 @@ def test_a_search_of_an_anchor_free_layout_has_genes_of_its_own(free_args: list[
         "val/dfl_loss",
     ]
     assert read_yaml(runs / "p" / "s" / "hyp_evolve.yaml")["dfl"] > 0
+
+
+def test_a_search_over_layouts_with_and_without_anchors_is_exit_2(
+    free_args: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(f"lr0: {{lower: 0.001, upper: 0.1}}\ncfg: [{LAYOUT}, {TINY_LAYOUT}]\n")
+    assert (
+        train.main([*free_args, "--evolve", "2", "--space", str(space), "--project", "p", "--name", "s"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "anchor-free" in said
+    assert str(TINY_LAYOUT) in said
+    assert not (runs / "p").exists()
 
 
 @pytest.mark.slow
