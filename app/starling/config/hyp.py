@@ -39,7 +39,6 @@ FOREIGN_KEYS = {
                 "rle",
                 "angle",
                 "nbs",
-                "close_mosaic",
                 "bgr",
                 "cutmix",
                 "erasing",
@@ -185,6 +184,8 @@ class Hyp:
     """Probability of blending with a second mosaic."""
     copy_paste: float = 0.0
     """Probability of pasting a mirrored object; needs polygons."""
+    close_mosaic: float | None = None
+    """Epochs at the end that show no mosaics, rounded; None is none."""
     label_smoothing: float = 0.0
     """Epsilon of class targets: 1 - e/2 and e/2."""
 

@@ -136,11 +136,13 @@ def open_setup(config: TrainConfig, start: InitialWeights, hyp: Hyp, group: Grou
 
 
 def read_hyp(config: TrainConfig) -> Hyp:
-    """Return the hyperparameters that `--hyp` and `--label-smoothing` ask for."""
+    """Return the hyperparameters that `--hyp`, `--close-mosaic` and `--label-smoothing` ask for."""
     path = hyp_file(config)
     values: dict[str, Any] = read_yaml(path)
     if config.label_smoothing:
         values["label_smoothing"] = config.label_smoothing
+    if config.close_mosaic:
+        values["close_mosaic"] = config.close_mosaic
     return Hyp.from_mapping(values, str(path))
 
 
@@ -150,6 +152,8 @@ def warn_of_idle(config: TrainConfig, hyp: Hyp, data: TrainingData) -> None:
         logger.warning(
             f"mosaic {hyp.mosaic:g} has no effect: --rect trains on whole images in their own shapes"
         )
+    if hyp.close_mosaic and (config.rect or not hyp.mosaic):
+        logger.warning("close_mosaic has no effect: this training shows no mosaics")
     if hyp.copy_paste and not data.train.polygons:
         logger.warning("copy_paste has no effect: no training label is a polygon")
     elif hyp.copy_paste and (config.rect or not hyp.mosaic):

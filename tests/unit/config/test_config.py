@@ -86,7 +86,7 @@ def test_every_shipped_hyp_file_is_whole(path: Path) -> None:
     values = read_yaml(path)
     hyp = Hyp.from_mapping(values, path.name)
     assert {**hyp.as_dict(), "label_smoothing": 0.0} == {**values, "label_smoothing": 0.0}
-    assert len(values) == (28 if hyp.dfl is None else 23)
+    assert len(values) == (28 if hyp.dfl is None else 24)
 
 
 def test_the_defaults_are_those_of_the_low_file() -> None:

@@ -156,7 +156,7 @@ def test_class_names_whose_keys_are_not_the_numbers_are_refused(tmp_path: Path, 
         ("loss_ota", "a key of YOLOv7"),
         ("paste_in", "a key of YOLOv7"),
         ("kobj", "remove the line"),
-        ("close_mosaic", "remove the line"),
+        ("cutmix", "remove the line"),
         ("epochs", "a setting of Ultralytics' later trainers"),
     ],
 )

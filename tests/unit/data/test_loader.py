@@ -70,6 +70,26 @@ def _same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
+def test_from_an_epoch_on_no_mosaics_are_shown(dataset: Dataset) -> None:
+    closing, plain, single = (
+        TrainLoader(
+            dataset,
+            ImageStore(dataset, SIZE),
+            hyp=Hyp(mosaic=mosaic),
+            image_size=SIZE,
+            batch_size=4,
+            seed=7,
+            workers=0,
+            mosaics_end=end,
+        )
+        for mosaic, end in ((1.0, 2), (1.0, None), (0.0, None))
+    )
+    for epoch in range(4):
+        shown = list(closing.epoch(epoch))
+        assert _same(shown, list((plain if epoch < 2 else single).epoch(epoch)))
+        assert not _same(shown, list((single if epoch < 2 else plain).epoch(epoch)))
+
+
 def test_an_epoch_visits_every_image_once_and_keeps_the_partial_batch(dataset: Dataset) -> None:
     loader = _train(dataset)
     batches = list(loader.epoch(0))

@@ -152,6 +152,20 @@ def test_label_smoothing_changes_the_class_loss_and_is_kept_with_the_run(
     assert rows(smooth)[0]["train/box_loss"] == rows(plain)[0]["train/box_loss"]
 
 
+@pytest.mark.parametrize("named", ["flag", "hyp"])
+def test_close_mosaic_shows_single_images_in_the_last_epochs_and_is_kept_with_the_run(
+    prepare: Callable[[list[str]], Trainer], quick_args: list[str], tmp_path: Path, named: str
+) -> None:
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text("mosaic: 1.0\nclose_mosaic: 1.6\n")
+    words = ["--close-mosaic", "2"] if named == "flag" else ["--hyp", str(hyp)]
+    closing, plain = (prepare([*quick_args, "--epochs", "3", *more]) for more in (words, []))
+    assert closing.hyp.as_dict()["close_mosaic"] == (2 if named == "flag" else 1.6)
+    for epoch, same in ((0, True), (1, False), (2, False)):
+        first, other = (next(iter(job.loader.epoch(epoch))).images for job in (closing, plain))
+        assert torch.equal(first, other) is same
+
+
 def test_the_seed_decides_the_first_weights_and_what_is_shown(
     prepare: Callable[[list[str]], Trainer], quick_args: list[str]
 ) -> None:

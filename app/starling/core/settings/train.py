@@ -111,6 +111,7 @@ class TrainConfig(Config):
         metavar="EPS",
         check=Check(holds=lambda epsilon: 0 <= epsilon < 1, problem="must be from 0 to below 1"),
     )
+    close_mosaic: int = setting(0, "show no mosaics in the last N epochs", metavar="N", check=at_least(0))
     rect: bool = setting(False, "batches of like aspect, each in its smallest shape, and no mosaics")
     multi_scale: bool = setting(
         False, "another image size each iteration, 0.5 to 1.5 of --imgsz in whole strides"

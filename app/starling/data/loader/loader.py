@@ -90,19 +90,24 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         painter: Painter | None = None,
+        mosaics_end: int | None = None,
     ) -> None:
         """Prepare a loader; threads start with each epoch and end with the epoch.
 
         `workers` is the number of threads; with 0, each batch is prepared when it is requested. `pin_memory` puts
         batches into page-locked memory, for asynchronous copies to a GPU. Of every batch of `batch_size`,
-        `rank` of `world_size` processes gets its part. A `painter` paints the images on its device.
+        `rank` of `world_size` processes gets its part. A `painter` paints the images on its device. From epoch
+        `mosaics_end` on, no mosaics are shown.
         """
         _check(batch_size, workers, image_size, store)
         self.batching = batching or Batching()
         self.batching.check(batch_size)
         self.class_maps = None
         self.dataset, self.store = dataset, store
-        self.hyp = replace(hyp, mosaic=0.0) if self.batching.rect else hyp
+        self._single = replace(hyp, mosaic=0.0)
+        """The hyperparameters without mosaics."""
+        self.hyp = self._single if self.batching.rect else hyp
+        self._mosaics_end = math.inf if mosaics_end is None else mosaics_end
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.workers, self.pin_memory = workers, pin_memory
         self.rank, self.world_size, self.painter = rank, world_size, painter
@@ -159,11 +164,12 @@ class TrainLoader:
     ) -> Planned:
         """Plan one training image (one dataset image, one enlarged, or four together); paint it into `out` if given."""
         slot = slots[position]
+        hyp = self.hyp if epoch < self._mosaics_end else self._single
         items = tuple(
             plan_item(
                 self.dataset,
                 self.store.shapes_hw,
-                self.hyp,
+                hyp,
                 plan.source_hw,
                 seed=self.seed,
                 epoch=epoch,

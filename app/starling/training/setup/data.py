@@ -181,6 +181,7 @@ def training_loader(
         rank=group.rank,
         world_size=group.world_size,
         painter=data.train_painter,
+        mosaics_end=config.epochs - round(hyp.close_mosaic or 0),
     )
 
 
