@@ -10,10 +10,10 @@ import contextlib
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,10 +72,11 @@ def stub_modules(*names: str) -> Iterator[None]:
         yield
 
 
-def stub_class(module: str, name: str) -> type[nn.Module]:
+def stub_class(module: str, name: str, *, plain: bool = False) -> type[nn.Module]:
     """Return the empty class of that name in a module of `stub_modules`: the same each time, as pickling asks for."""
     if not hasattr(sys.modules[module], name):
-        setattr(sys.modules[module], name, type(name, (nn.Module,), {"__module__": module}))
+        bases = () if plain else (nn.Module,)
+        setattr(sys.modules[module], name, type(name, bases, {"__module__": module}))
     return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
 
 
@@ -98,6 +99,10 @@ def trained(
 class ClassicFiles:
     """Writes checkpoints while the classic modules can be imported, as when such a file was made."""
 
+    modules: ClassVar[tuple[str, ...]] = MODULES
+    kinds: ClassVar[dict[str, tuple[str, str]]] = KINDS
+    top = "models.yolo"
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -111,11 +116,11 @@ class ClassicFiles:
         average: str = "none",
         stripped: bool = True,
         legacy: bool = False,
-        beside: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> Path:
         """Write one file; `average` is none, module or pair (with its updates), `beside` is added to the model."""
         path = self._folder / "classic.pt"
-        with stub_modules(*MODULES), warnings.catch_warnings():
+        with stub_modules(*self.modules), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the older form misses the source of our empty classes
             model = self._model(detector, top, names, half)
             other = self._model(detector, top, names, half)
@@ -132,14 +137,14 @@ class ClassicFiles:
                 "optimizer": None if stripped else _momenta(model),
                 "wandb_id": None,
                 "date": "2020-10-29T12:00:00",
-                **(beside or {}),
+                **((beside() if callable(beside) else beside) or {}),
             }
             torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         return path
 
     def _model(self, detector: Detector, top: str, names: Any, half: bool) -> nn.Module:
-        model = stub_class("models.yolo", top)()
-        model.model = nn.Sequential(*(_imitation(layer) for layer in detector.model))
+        model = stub_class(self.top, top)()
+        model.model = nn.Sequential(*(_imitation(layer, self.kinds) for layer in detector.model))
         model.names = list(detector.names) if names is None else names
         model.yaml = {key: value for key, value in detector.layout.items() if "activation" not in key}
         model.stride, model.nc, model.save = detector.stride.clone(), detector.nc, [2, 5, 8]
@@ -148,9 +153,30 @@ class ClassicFiles:
         return model.half() if half else model
 
 
-def _imitation(module: nn.Module) -> nn.Module:
+class SuccessorFiles(ClassicFiles):
+    """Writes checkpoints of the classic trainer's successor: the same networks with an anchor-free head."""
+
+    modules = (*(f"ultralytics.nn.modules.{name}" for name in ("block", "conv", "head")), "ultralytics.nn.tasks",
+               "ultralytics.utils")  # fmt: skip
+    kinds: ClassVar[dict[str, tuple[str, str]]] = {
+        **{name: ("ultralytics.nn.modules.block", name) for name in ("Bottleneck", "C3", "SPPF")},
+        **{name: ("ultralytics.nn.modules.conv", name) for name in ("Conv", "Concat")},
+        "_Expectation": ("ultralytics.nn.modules.block", "DFL"),
+        "AnchorFreeDetect": ("ultralytics.nn.modules.head", "Detect"),
+    }
+    top = "ultralytics.nn.tasks"
+
+    def settings(self, **values: Any) -> Any:
+        """Return settings as an object of the successor's own class. To be called by `beside` while it is written."""
+        kind = stub_class("ultralytics.utils", "IterableSimpleNamespace", plain=True)
+        namespace = kind.__new__(kind)
+        namespace.__dict__.update(values)
+        return namespace
+
+
+def _imitation(module: nn.Module, kinds: Mapping[str, tuple[str, str]]) -> nn.Module:
     """Return a classic module with copies of the parameters and buffers that stand in our one's state dict."""
-    place = KINDS.get(type(module).__name__)
+    place = kinds.get(type(module).__name__)
     if place is None and not list(module.children()):
         return deepcopy(module)
     twin = nn.Module.__new__(type(module) if place is None else stub_class(*place))
@@ -161,7 +187,7 @@ def _imitation(module: nn.Module) -> nn.Module:
         if name not in module._non_persistent_buffers_set:
             twin.register_buffer(name, buffer.clone())
     for name, child in module.named_children():
-        twin.add_module(name, _imitation(child))
+        twin.add_module(name, _imitation(child, kinds))
     if place == ("models.yolo", "Detect"):
         pixels = (module.anchors * module.stride.view(-1, 1, 1)).view(len(module.stride), 1, -1, 1, 1, 2)
         twin.register_buffer("anchor_grid", pixels)

@@ -66,7 +66,7 @@ _BY_CONFIG: tuple[tuple[str, str], ...] = (
     ("yolov8", "a YOLOv8 checkpoint"),
     ("yolov7", "a YOLOv7 checkpoint"),
     ("yolov6", "a YOLOv6 checkpoint"),
-    ("yolov5", "a YOLOv5u checkpoint, with the anchor-free head of the Ultralytics package"),
+    ("yolov5", "a YOLOv5u checkpoint, but of another layout than yolov5nu.yaml to yolov5x6u.yaml"),
     ("yolov3", "a YOLOv3u checkpoint, with the anchor-free head of the Ultralytics package"),
 )
 """Prefixes of the name of a layout in a checkpoint of the Ultralytics package."""
@@ -119,7 +119,7 @@ _HEADS: tuple[tuple[bytes, int, str], ...] = (
 
 
 _NAMES: tuple[tuple[str, str], ...] = (
-    (r"yolov5[nsmlx]6?u", "YOLOv5u, whose anchor-free head is not read here yet"),
+    (r"yolov5[nsmlx]6?u", "YOLOv5u"),
     (r"yolov3(-spp|-tiny)?u", "YOLOv3u, whose anchor-free head is not read here yet"),
     (r"yolov5[nsmlx]6?(?=-(seg|cls|pose|obb))", "YOLOv5"),
     (r"yolov8[smlx]-world(v2)?", "YOLO-World"),

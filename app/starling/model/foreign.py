@@ -1,4 +1,4 @@
-"""Read a checkpoint of another YOLOv5 trainer without executing anything in it.
+"""Read a checkpoint of another YOLOv5 trainer, with or without anchors, without executing anything in it.
 
 Such a file holds a pickle of whole module objects, which `inert_pickle` reads as data, and the numbers of each
 storage, which `torch_file` finds.
@@ -6,7 +6,7 @@ storage, which `torch_file` finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starling.config.shipped import find_config
+from starling.config.yaml_reader import read_yaml
 from starling.core.errors import CheckpointError
 from starling.core.files.refusals import readable
 from starling.core.words import shown
 from starling.model.blocks import DEFAULT_ACTIVATION
+from starling.model.detector import build_detector
 from starling.model.families import family_of_tensors, foreign_kind
 from starling.model.inert_pickle import Record, TensorRef
 from starling.model.torch_file import StoredTensors, TorchFile, open_torch_file
@@ -25,6 +28,12 @@ from starling.model.torch_file import StoredTensors, TorchFile, open_torch_file
 MAX_DEPTH = 64
 """Maximum depth of nested modules."""
 MAX_CLASSES = 100_000
+ANCHOR_FREE = tuple(f"yolov5{size}{levels}u.yaml" for levels in ("", "6") for size in "nsmlx")
+"""The layouts of the anchor-free detectors that are read."""
+
+
+class _OtherLayout(CheckpointError):
+    """The file holds an anchor-free detector that no shipped layout describes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +67,8 @@ def read_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
     """
     try:
         checkpoint = _read(path)
+    except _OtherLayout:
+        raise
     except CheckpointError as error:
         raise _named(path) or error from None
     family = family_of_tensors(checkpoint.state_dict) if checkpoint.layout is None else None
@@ -71,7 +82,7 @@ def _read(path: Path) -> ForeignCheckpoint:
         with open_torch_file(path) as file:
             return _Reader(file).checkpoint()
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     except PermissionError:
         raise
     except OSError as error:
@@ -115,10 +126,16 @@ class _Reader:
         anchors = [tensor for name, tensor in tensors.items() if name.endswith(".anchors")]
         stride = state.get("stride")
         epoch = top.get("epoch")
+        free = anchor_free_layout(tensors)
+        if free is None and isinstance(model, Record) and _has_distances(tensors):
+            raise _OtherLayout(
+                f"an anchor-free detector of another layout than {ANCHOR_FREE[0]} to {ANCHOR_FREE[-1]}, which alone are "
+                "read; use the program that the file is for"
+            )
         return ForeignCheckpoint(
             state_dict=tensors,
             names=_names(state.get("names", top.get("names"))),
-            layout=_layout(state.get("yaml"), model),
+            layout=free or _layout(state.get("yaml"), model),
             anchors=anchors[-1] if anchors else None,
             strides=tuple(self._tensor(stride).tolist()) if isinstance(stride, TensorRef) else None,
             epoch=epoch if isinstance(epoch, int) else None,
@@ -159,6 +176,28 @@ def _plain_tensors(mapping: Any) -> dict[str, TensorRef]:
     return {
         name: ref for name, ref in mapping.items() if isinstance(name, str) and isinstance(ref, TensorRef)
     }
+
+
+def anchor_free_layout(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return the shipped anchor-free layout that has exactly tensors of these names and shapes; None for no such layout.
+
+    The layout in a file of an anchor-free detector is not used: its keys are those of another program.
+    """
+    if not _has_distances(tensors):
+        return None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    nc = next((shape[0] for name, shape in shapes.items() if name.endswith(".cv3.0.2.bias") and shape), 0)
+    for name in ANCHOR_FREE if nc else ():
+        layout = read_yaml(find_config("layouts", name))
+        with torch.device("meta"):
+            own = build_detector(layout, nc=nc).state_dict()
+        if {key: tensor.shape for key, tensor in own.items()} == shapes:
+            return {**layout, "nc": nc}
+    return None
+
+
+def _has_distances(names: Iterable[str]) -> bool:
+    return any(name.endswith(".dfl.conv.weight") for name in names)
 
 
 def _names(value: Any) -> tuple[str, ...]:

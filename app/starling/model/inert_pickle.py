@@ -140,6 +140,10 @@ _MODULES = {
     "models.common": "Bottleneck C3 Concat Conv SPPF Focus SPP BottleneckCSP DWConv GhostConv GhostBottleneck C3Ghost "
     "C3TR TransformerBlock TransformerLayer",
     "models.yolo": "Detect DetectionModel Model",
+    "ultralytics.nn.modules.block": "Bottleneck C3 DFL SPPF",
+    "ultralytics.nn.modules.conv": "Concat Conv",
+    "ultralytics.nn.modules.head": "Detect",
+    "ultralytics.nn.tasks": "DetectionModel",
     "torch.nn.modules.activation": "SiLU LeakyReLU Hardswish ReLU MultiheadAttention",
     "torch.nn.modules.batchnorm": "BatchNorm2d",
     "torch.nn.modules.container": "ModuleList Sequential",
@@ -156,6 +160,7 @@ _IGNORED = {
     "numpy.core.multiarray": "_reconstruct scalar",
     "numpy._core.multiarray": "_reconstruct scalar",
     "_codecs": "encode",
+    "ultralytics.utils": "IterableSimpleNamespace",
 }
 """Classes in settings and scores beside the model; their records are never read."""
 

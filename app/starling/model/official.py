@@ -51,6 +51,9 @@ def another_family(name: str) -> str | None:
     family = family_of_name(name)
     if family is None:
         return None
+    if family == "YOLOv5u":
+        layout = f"{Path(name).name.removesuffix('.pt')}.yaml"
+        return f"weights of YOLOv5u are read, but not fetched: train from scratch with --weights '' --cfg {layout}"
     size = re.search(r"(?:[\d_x]|detr|sam)-?([nsmlx])(6?)u?(?![a-z0-9])", name.lower())
     small = "tiny" in name.lower()
     instead = "yolov5n.pt" if small else f"yolov5{size[1]}{size[2]}.pt" if size else "yolov5s.pt"

@@ -13,6 +13,8 @@ import torch
 
 from starling import settings
 from starling.cli import export, train, val
+from starling.config.shipped import SHIPPED
+from starling.config.yaml_reader import read_yaml
 from starling.core.errors import CheckpointError
 from starling.model.checkpoint import load_checkpoint
 from starling.model.detector import Detector, build_detector
@@ -20,7 +22,7 @@ from starling.model.foreign import read_foreign_checkpoint
 from starling.model.initial_weights import find_initial_weights
 from starling.model.torch_file import LEGACY_MAGIC
 from starling.model.weights import load_weights
-from tests.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, trained
+from tests.classic_files import OLD_ACTIVATIONS, OLD_LINE, ClassicFiles, SuccessorFiles, trained
 
 CELLS = ("RBC", "WBC", "Platelets")
 OLD = {**OLD_LINE, **OLD_ACTIVATIONS}
@@ -35,7 +37,7 @@ def read_back(path: Path) -> Detector:
     """Build what a file holds by the layout in it, with nothing left out."""
     checkpoint = read_foreign_checkpoint(path)
     assert checkpoint.layout is not None
-    detector = build_detector(checkpoint.layout, nc=checkpoint.nc, names=checkpoint.names)
+    detector = build_detector(checkpoint.layout, nc=checkpoint.nc, names=checkpoint.names or None)
     assert not load_weights(detector, checkpoint.state_dict).left_out
     return detector.eval()
 
@@ -190,3 +192,51 @@ def test_a_storage_before_1_6_that_claims_another_size_is_refused(tmp_path: Path
     path.write_bytes(whole[:count] + (2**60).to_bytes(8, "little") + whole[count + 8 :])
     with pytest.raises(CheckpointError, match="of another size"):
         read_foreign_checkpoint(path)
+
+
+# Files of the successor, whose head is anchor-free
+
+
+@pytest.mark.parametrize("layout", ["yolov5nu.yaml", "yolov5n6u.yaml"])
+@pytest.mark.parametrize("form", ["settings as a dict", "settings as an object", "before 1.6"])
+def test_a_file_of_the_successor_is_read_and_answers_the_same(tmp_path: Path, layout: str, form: str) -> None:
+    detector = trained(layout, names=CELLS)
+    files = SuccessorFiles(tmp_path)
+
+    def beside() -> dict[str, Any]:
+        values = {"box": 7.5, "dfl": 1.5, "data": "bccd.yaml"}
+        return {"train_args": files.settings(**values) if form == "settings as an object" else values}
+
+    path = files.write(detector, names=dict(enumerate(CELLS)), beside=beside, legacy=form == "before 1.6")
+    again = read_back(path)
+    assert again.names == CELLS
+    assert again.head.anchors_px is None
+    assert same_answers(detector, again, 128)
+
+
+def test_a_state_dict_of_the_successor_has_its_layout_by_its_shapes(tmp_path: Path) -> None:
+    detector = trained("yolov5su.yaml", nc=7)
+    torch.save(detector.state_dict(), tmp_path / "plain.pt")
+    again = read_back(tmp_path / "plain.pt")
+    assert again.nc == 7
+    assert same_answers(detector, again)
+
+
+def test_an_anchor_free_detector_of_another_layout_is_named(tmp_path: Path) -> None:
+    layout = {**read_yaml(SHIPPED / "layouts" / "yolov5nu.yaml"), "width_multiple": 0.375}
+    path = SuccessorFiles(tmp_path).write(trained(layout))
+    with pytest.raises(CheckpointError, match=r"another layout than yolov5nu\.yaml to yolov5x6u\.yaml"):
+        read_foreign_checkpoint(path)
+
+
+def test_a_file_of_the_successor_starts_a_training_and_is_validated(
+    tmp_path: Path, tiny_data: Path, runs: Path
+) -> None:
+    settings.update({"mlflow": False, "tensorboard": False})
+    path = SuccessorFiles(tmp_path).write(trained("yolov5nu.yaml", names=CELLS))
+    data = ["--data", str(tiny_data), "--img", "64"]
+    assert val.main(["--weights", str(path), *data]) == 0
+    flags = ["--epochs", "1", "--batch", "4", "--device", "cpu", "--noplots"]
+    assert train.main(["--weights", str(path), *data, *flags]) == 0
+    best = load_checkpoint(runs / "train" / "exp" / "weights" / "best.pt")
+    assert "anchors" not in best["layout"]

@@ -39,7 +39,6 @@ FAMILIES: list[tuple[str, dict[str, str], str]] = [
     ),
     ("YOLOv7", {"Model": "models.yolo", "SPPCSPC": "models.common", "IDetect": "models.yolo"}, ""),
     ("YOLOv6", {"Model": "yolov6.models.yolo", "RepVGGBlock": "yolov6.layers.common"}, ""),
-    ("YOLOv5u", {"DetectionModel": TASKS, "C3": f"{U}.block", "Detect": f"{U}.head"}, "yolov5s.yaml"),
     ("RT-DETR", {"RTDETRDetectionModel": TASKS, "RTDETRDecoder": f"{U}.head"}, "rtdetr-l.yaml"),
     ("YOLOX", {"YOLOX": "yolox.models.yolox"}, ""),
     ("YOLO-NAS", {"YoloNAS_S": "super_gradients.training.models"}, ""),
@@ -190,8 +189,6 @@ def test_a_zip_is_named_by_what_can_be_unpacked_in_bounded_memory_alone(tmp_path
         ("rf-detr-base.pth", "RF-DETR", "yolov5s.pt"),
         ("sam2_b.pt", "Segment Anything", "yolov5s.pt"),
         ("FastSAM-s.pt", "FastSAM", "yolov5s.pt"),
-        ("yolov5nu.pt", "YOLOv5u", "yolov5n.pt"),
-        ("yolov5x6u", "YOLOv5u", "yolov5x6.pt"),
         ("yolov5s-seg.pt", "YOLOv5 for segmentation", "yolov5s.pt"),
         ("yolov5m-cls.pt", "YOLOv5 for classification", "yolov5m.pt"),
     ],
@@ -206,8 +203,19 @@ def test_the_name_of_another_familys_weights_is_known_and_what_serves_here(
     assert message.startswith(f"--weights {name}: no such file here ({tmp_path / name}), and by its name ")
     assert f"weights of {family}" in message
     assert f"give {instead}, which is fetched, or the path" in message
-    assert ("anchor-free head" in message) == family.endswith("u")
+    assert ("anchor-free head" in message) == (family == "YOLOv3u")
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["yolov5nu.pt", "yolov5x6u"])
+def test_weights_of_yolov5u_are_read_but_not_fetched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"are read, but not fetched: .* --cfg {name.removesuffix('.pt')}.yaml"
+    ):
+        local_weights(name)
 
 
 @pytest.mark.parametrize(
