@@ -18,7 +18,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 
-from starling.config.hyp import Hyp
 from starling.core.settings.train import TrainConfig
 from starling.device import Compute
 from starling.model.detector import build_detector
@@ -81,7 +80,7 @@ class Step:
     def prepare(self) -> Callable[[Tensor, Tensor], None]:
         """Return the function that runs one iteration on images [B,3,H,W] in 0..1 and targets [n,6]."""
         torch.manual_seed(0)
-        hyp, device = Hyp(), self.compute.device
+        hyp, device = read_hyp(TrainConfig(weights="", cfg=self.layout)), self.compute.device
         model = build_detector(self.layout, 3).to(device).to(memory_format=self._memory_format).train()  # type: ignore[call-overload]
         average = ExponentialMovingAverage(model)
         optimizer = build_optimizer(model, "SGD", hyp, self.batch)
