@@ -19,7 +19,7 @@ from starling.errors import TOLD
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 600
-"""Maximum seconds for stopped processes to save. The grace period of whoever stops them usually ends sooner."""
+"""Maximum seconds for stopped processes to save. The grace period of the stopping program usually ends sooner."""
 
 
 class RanksKilled(StarlingError):

@@ -33,6 +33,14 @@ _REACH = 0.5
 """Distance in cells within which a label's centre also counts for a neighbouring cell."""
 
 
+def check_gains(gains: Any) -> None:
+    """Raise ConfigError if a field of the dataclass `gains` is not a finite number of 0 or above."""
+    for field in fields(gains):
+        value = getattr(gains, field.name)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(field.name, value, "must be a finite number, 0 or above")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossGains:
     """The hyperparameters of the loss, after scaling."""
@@ -52,10 +60,7 @@ class LossGains:
 
     def __post_init__(self) -> None:
         """Check that the values are in the ranges of the formulas."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(field.name, value, "must be a finite number, 0 or above")
+        check_gains(self)
         if self.label_smoothing >= 1:
             raise ConfigError("label_smoothing", self.label_smoothing, "must be below 1")
 

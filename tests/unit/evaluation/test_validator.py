@@ -1,4 +1,4 @@
-"""Images validated in batches score as each does alone, and whoever listens hears of each in its turn."""
+"""Images validated in batches score as each image does alone, and the listener is called for each image in order."""
 
 from __future__ import annotations
 

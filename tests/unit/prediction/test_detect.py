@@ -52,7 +52,7 @@ def fail(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder of two real images, one of them as .PNG, and a file that is none."""
+    """Return a folder of two real images, one of them as .PNG, and a file that is not an image."""
     target = tmp_path / "images"
     target.mkdir()
     shutil.copyfile(IMAGES[0], target / "a.jpg")

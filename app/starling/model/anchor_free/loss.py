@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starling.boxes.geometry import iou_aligned_xywh, xywh_to_xyxy, xyxy_to_xywh
-from starling.core.errors import ConfigError
 from starling.model.anchor_free.assignment import Assignment, assign
 from starling.model.anchor_free.points import BINS, Cells, distances_of, grid
-from starling.model.loss import Loss, Share
+from starling.model.loss import Loss, Share, check_gains
 
 _LAST_BIN = BINS - 1 - 0.01
 """The largest distance in cells that two neighbouring bins can express."""
@@ -33,11 +32,8 @@ class AnchorFreeGains:
     dfl: float = 1.5
 
     def __post_init__(self) -> None:
-        """Check the ranges where the formulas hold."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(field.name, value, "must be a finite number, 0 or above")
+        """Check that the values are in the ranges of the formulas."""
+        check_gains(self)
 
     @classmethod
     def of(cls, hyp: Any) -> Self:
